@@ -1,0 +1,36 @@
+# The two commands: `make quickstart` runs the main job, `make test` runs the tests.
+# Both create .venv and install what they need; nothing but Python, make and a C compiler is assumed.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test format clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/upcycle quickstart $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist=loadfile $(ARGS)
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("upcycle needs Python 3.11 to 3.13 and %s is %d.%d: name another with `make PYTHON=python3.12 ...`" % (("$(PYTHON)",) + v))'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,60 @@
+"""Packaging. The gin files ship inside the wheel as `upcycle/gin`, so an installed copy needs no checkout."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+# `gin/` and `configs/` sit at the top of the checkout for readers; in a wheel they live inside the package.
+DATA_FOLDERS = [
+    path.relative_to(ROOT)
+    for top in ('gin', 'configs')
+    for path in [ROOT / top, *sorted((ROOT / top).rglob('*'))]
+    if path.is_dir() and path.name != '__pycache__'
+]
+
+setuptools.setup(
+    name='upcycle',
+    version='0.1.0',
+    description='Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11,<3.14',
+    packages=setuptools.find_packages(include=['upcycle', 'upcycle.*'])
+    + ['upcycle.' + '.'.join(folder.parts) for folder in DATA_FOLDERS],
+    package_dir={'upcycle.' + '.'.join(folder.parts): str(folder) for folder in DATA_FOLDERS},
+    package_data={'': ['*.gin'], 'upcycle': ['py.typed']},
+    install_requires=[
+        # jax 0.10 is the last release for Python 3.11; the newer Pythons resolve to 0.12.
+        'jax>=0.10,<0.13',
+        'flax>=0.12.5,<0.13',
+        'optax>=0.2.6,<0.3',
+        'orbax-checkpoint>=0.12,<0.13',
+        'seqio>=0.0.20',
+        'tensorflow>=2.19',
+        'tensorflow-datasets>=4.9.8',
+        'tensorboard>=2.19',
+        'ml-collections>=1.0',
+        'gin-config>=0.5,<0.6',
+        'numpy>=2.0',
+        'matplotlib>=3.9',
+        'rich>=13',
+    ],
+    extras_require={
+        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.8,<0.16'],
+        # The real C4 and SuperGLUE tasks live in the t5 package.
+        't5': ['t5>=0.9.4'],
+        'tpu': ['jax[tpu]'],
+        'gpu': ['jax[cuda12]'],
+    },
+    entry_points={'console_scripts': ['upcycle = upcycle.cli:main']},
+    classifiers=[
+        'License :: OSI Approved :: Apache Software License',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
