@@ -1,0 +1,235 @@
+"""Layers of T5: RMS norm, gated MLP, attention with a key/value cache, relative position biases. Parameter names are T5X's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+DType = Any
+NEGATIVE = -1e10  # T5X's mask value; -inf would turn a fully masked row into nan
+
+_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+_truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
+    """T5X's activations by name; its GELU is the tanh approximation."""
+    named = {
+        'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+        'relu': jax.nn.relu,
+        'silu': jax.nn.silu,
+        'linear': lambda x: x,
+    }
+    return named[name]
+
+
+class Dense(nn.Module):
+    """A matrix multiplication without bias, its kernel held in float32; `kernel_axes` are its logical axes."""
+
+    features: int
+    kernel_axes: tuple[str, str]
+    dtype: DType = jnp.float32
+    kernel_init: Callable[..., jax.Array] = _truncated_normal_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            'kernel',
+            nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
+            (x.shape[-1], self.features),
+            jnp.float32,
+        )
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """T5's layer norm: root mean square only, no centring, no bias; the mean is taken in float32."""
+
+    dtype: DType = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param(
+            'scale',
+            nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+            (x.shape[-1],),
+            jnp.float32,
+        )
+        x = x.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (normed.astype(self.dtype) * scale.astype(self.dtype)).astype(self.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout with one mask for all positions of a sequence, as T5 does (axis -2 is broadcast)."""
+
+    rate: float
+    broadcast_axis: int | None = -2
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool) -> jax.Array:
+        broadcast = () if self.broadcast_axis is None else (self.broadcast_axis,)
+        return nn.Dropout(self.rate, broadcast_dims=broadcast)(x, deterministic=not training)
+
+
+class MlpBlock(nn.Module):
+    """T5's MLP. With several activations it is gated: their product feeds `wo`. It is also what an expert is.
+
+    `mlp_axis` and `embed_axis` are the logical axes of its kernels; `output_init` that of `wo`.
+    """
+
+    mlp_dim: int
+    activations: Sequence[str] = ('gelu', 'linear')
+    dropout_rate: float = 0.0
+    dtype: DType = jnp.float32
+    embed_axis: str = 'embed'
+    mlp_axis: str = 'mlp'
+    # An expert sees slots, which have no order: a mask shared by all of them would drop a neuron for the whole batch.
+    dropout_broadcast_axis: int | None = -2
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool) -> jax.Array:
+        product = None
+        for i, name in enumerate(self.activations):
+            wi = Dense(
+                self.mlp_dim,
+                (self.embed_axis, self.mlp_axis),
+                dtype=self.dtype,
+                name='wi' if len(self.activations) == 1 else f'wi_{i}',
+            )
+            part = activation_function(name)(wi(x))
+            product = part if product is None else product * part
+        product = Dropout(self.dropout_rate, self.dropout_broadcast_axis)(product, training)
+        return Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')(product)
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """Attention without biases and without 1/sqrt(depth), which T5 folds into the initialisation of the query.
+
+    With `decoding`, the first call (over the full length) makes the cache and later calls take one position each. A cross
+    attention caches the projected encoder output instead, which never changes.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: DType = jnp.float32
+    dropout_rate: float = 0.0
+    float32_logits: bool = False
+    cross: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxQxD: jax.Array,
+        x_BxKxD: jax.Array,
+        mask_Bx1xQxK: jax.Array | None,
+        bias_1xHxQxK: jax.Array | None = None,
+        *,
+        training: bool,
+        decoding: bool = False,
+    ) -> jax.Array:
+        H, N = self.num_heads, self.head_dim
+
+        def project(name: str, init: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+            dense = Dense(H * N, ('embed', 'joined_kv'), dtype=self.dtype, kernel_init=init, name=name)
+            return dense(x).reshape(*x.shape[:-1], H, N)
+
+        def query_init(*arguments: Any) -> jax.Array:
+            return _normal_init(*arguments) / jnp.sqrt(N)
+
+        query_BxQxHxN = project('query', query_init, x_BxQxD)
+        cached = decoding and self.has_variable('cache', 'key')
+        if cached and self.cross:
+            key_BxKxHxN = self.get_variable('cache', 'key')
+            value_BxKxHxN = self.get_variable('cache', 'value')
+        else:
+            key_BxKxHxN = project('key', _normal_init, x_BxKxD)
+            value_BxKxHxN = project('value', _normal_init, x_BxKxD)
+        if decoding and not cached:
+            start = (lambda x: x) if self.cross else jnp.zeros_like
+            self.put_variable('cache', 'key', start(key_BxKxHxN))
+            self.put_variable('cache', 'value', start(value_BxKxHxN))
+            if not self.cross:
+                self.put_variable('cache', 'index', jnp.zeros((), jnp.int32))
+        if cached and not self.cross:
+            index = self.get_variable('cache', 'index')
+
+            def write(name: str, new_Bx1xHxN: jax.Array) -> jax.Array:
+                old = self.get_variable('cache', name)
+                full = jax.lax.dynamic_update_slice_in_dim(old, new_Bx1xHxN.astype(old.dtype), index, axis=1)
+                self.put_variable('cache', name, full)
+                return full
+
+            key_BxKxHxN = write('key', key_BxKxHxN)
+            value_BxKxHxN = write('value', value_BxKxHxN)
+            self.put_variable('cache', 'index', index + 1)
+            length = key_BxKxHxN.shape[1]
+            mask_Bx1xQxK = (jnp.arange(length) <= index)[None, None, None, :]
+            if bias_1xHxQxK is not None:
+                bias_1xHxQxK = jax.lax.dynamic_slice_in_dim(bias_1xHxQxK, index, 1, axis=2)
+
+        if self.float32_logits:
+            query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
+            key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
+        logits_BxHxQxK = jnp.einsum('bqhn,bkhn->bhqk', query_BxQxHxN, key_BxKxHxN)
+        if mask_Bx1xQxK is not None:
+            masked = jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype)
+            logits_BxHxQxK += masked.astype(logits_BxHxQxK.dtype)
+        if bias_1xHxQxK is not None:
+            logits_BxHxQxK += bias_1xHxQxK.astype(logits_BxHxQxK.dtype)
+        weights_BxHxQxK = jax.nn.softmax(logits_BxHxQxK).astype(self.dtype)
+        weights_BxHxQxK = Dropout(self.dropout_rate)(weights_BxHxQxK, training)
+        out_BxQxHxN = jnp.einsum('bhqk,bkhn->bqhn', weights_BxHxQxK, value_BxKxHxN)
+        return Dense(
+            x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out'
+        )(out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N))
+
+
+class RelativePositionBiases(nn.Module):
+    """T5's learned biases by bucketed distance between query and key: half of the buckets exact, half logarithmic."""
+
+    num_heads: int
+    dtype: DType = jnp.float32
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    @nn.compact
+    def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
+        """Biases of shape (1, H, query_length, key_length)."""
+        table_HxR = self.param(
+            'rel_embedding',
+            nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'), ('heads', 'relpos_buckets')
+            ),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+        )
+        distance_QxK = jnp.arange(key_length)[None, :] - jnp.arange(query_length)[:, None]
+        bucket_QxK = relative_position_bucket(
+            distance_QxK, bidirectional, self.num_buckets, self.max_distance
+        )
+        return table_HxR.astype(self.dtype)[:, bucket_QxK][None]
+
+
+def relative_position_bucket(
+    distance: jax.Array, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> jax.Array:
+    """Bucket of a distance (key position minus query position), as mesh-tensorflow and T5X compute it.
+
+    A causal attention (`bidirectional=False`) maps the future to bucket 0.
+    """
+    ahead = jnp.zeros_like(distance)
+    behind = -distance
+    if bidirectional:
+        num_buckets //= 2
+        ahead = jnp.where(behind < 0, num_buckets, 0)
+        behind = jnp.abs(behind)
+    else:
+        behind = jnp.maximum(behind, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(behind.astype(jnp.float32) / exact + 1e-9) / jnp.log(max_distance / exact)
+    logarithmic = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
+    return ahead + jnp.where(behind < exact, behind, jnp.minimum(logarithmic, num_buckets - 1))

@@ -1,0 +1,384 @@
+"""T5 1.1 (and 1.0): an encoder-decoder Transformer whose parameter names and shapes are T5X's.
+
+Any MLP of either stack can be a Mixture-of-Experts layer; nothing else changes, so a dense model and its upcycled one differ
+only in `mlp/expert/*` and `mlp/router/*`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle.errors import UserError
+from upcycle.models.layers import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    MlpBlock,
+    MultiHeadDotProductAttention,
+    RelativePositionBiases,
+)
+from upcycle.moe.config import MoEConfig, sparse_layers
+from upcycle.moe.layer import MoELayer
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5, with T5X's field names, and which of its MLPs are MoE layers.
+
+    Attributes:
+      vocab_size: rows of the embedding [NUM_EMBEDDINGS].
+      emb_dim: D [EMBED_DIM].
+      num_heads: H [NUM_HEADS].
+      head_dim: width of a head [HEAD_DIM].
+      mlp_dim: F [MLP_DIM].
+      num_encoder_layers: [NUM_ENCODER_LAYERS]
+      num_decoder_layers: [NUM_DECODER_LAYERS]
+      mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
+      logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0.
+      dtype: of activations [ACTIVATION_DTYPE]; parameters are float32.
+      dropout_rate: [DROPOUT_RATE]
+      expert_dropout_rate: inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
+      float32_attention_logits: compute attention logits in float32.
+      zero_padded_activations: multiply activations at padding by 0 before attention and MLP: flaxformer does, T5X does not
+        [ZERO_PADDED_ACTIVATIONS].
+      encoder_moe, decoder_moe: the stacks' MoE layers; None: a dense stack.
+      encoder_moe_layers, decoder_moe_layers: which layers, see `moe.config.sparse_layers` [ENCODER_MOE_LAYERS, ...].
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: Sequence[str] = ('gelu', 'linear')
+    logits_via_embedding: bool = False
+    dtype: str = 'bfloat16'
+    dropout_rate: float = 0.0
+    expert_dropout_rate: float | None = None
+    float32_attention_logits: bool = False
+    zero_padded_activations: bool = False
+    encoder_moe: MoEConfig | None = None
+    decoder_moe: MoEConfig | None = None
+    encoder_moe_layers: str | Sequence[int] = 'every_other'
+    decoder_moe_layers: str | Sequence[int] = 'every_other'
+
+    def __post_init__(self):
+        # gin hands over lists; a module's attributes must hash.
+        object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+        for name in ('encoder_moe_layers', 'decoder_moe_layers'):
+            if not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.layer_moe('encoder')
+        self.layer_moe('decoder')
+        if self.decoder_moe is not None and not self.decoder_moe.causal:
+            # Building the causal copy runs its refusals: no router may look ahead in a decoder.
+            object.__setattr__(self, 'decoder_moe', dataclasses.replace(self.decoder_moe, causal=True))
+        if self.dtype not in ('float32', 'bfloat16', 'float16'):
+            raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
+
+    def layer_moe(self, stack: str) -> tuple[MoEConfig | None, ...]:
+        """For each layer of the 'encoder' or 'decoder', its MoE, or None where the MLP is dense."""
+        moe = getattr(self, f'{stack}_moe')
+        depth = getattr(self, f'num_{stack}_layers')
+        if moe is None:
+            return (None,) * depth
+        sparse = sparse_layers(getattr(self, f'{stack}_moe_layers'), depth, f'{stack.upper()}_MOE_LAYERS')
+        return tuple(moe if i in sparse else None for i in range(depth))
+
+    def dense(self) -> 'T5Config':
+        """The same model without MoE layers: what an upcycled model comes from."""
+        return dataclasses.replace(self, encoder_moe=None, decoder_moe=None)
+
+
+def _mlp(config: T5Config, moe: MoEConfig | None) -> nn.Module:
+    arguments = {
+        'mlp_dim': config.mlp_dim,
+        'activations': config.mlp_activations,
+        'dropout_rate': config.dropout_rate,
+        'dtype': config.dtype,
+    }
+    if moe is None:
+        return MlpBlock(**arguments, name='mlp')
+    arguments |= {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', 'dropout_broadcast_axis': None}
+    if config.expert_dropout_rate is not None:
+        arguments['dropout_rate'] = config.expert_dropout_rate
+    return MoELayer(moe, MlpBlock, arguments, name='mlp')
+
+
+def _apply_mlp(
+    mlp: nn.Module, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False
+) -> jax.Array:
+    if isinstance(mlp, MoELayer):
+        return mlp(x, real_BxL, training=training, decoding=decoding)
+    return mlp(x, training)
+
+
+def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDotProductAttention:
+    return MultiHeadDotProductAttention(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        dtype=config.dtype,
+        dropout_rate=config.dropout_rate,
+        float32_logits=config.float32_attention_logits,
+        cross=cross,
+        name=name,
+    )
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention, then MLP or MoE."""
+
+    config: T5Config
+    moe: MoEConfig | None
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, bias: jax.Array, training: bool
+    ) -> jax.Array:
+        config = self.config
+        keep = _zeroing(config, real_BxL)
+        y = keep(LayerNorm(config.dtype, name='pre_attention_layer_norm')(x_BxLxD))
+        y = _attention(config, 'attention')(y, y, mask, bias, training=training)
+        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
+        y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
+        y = _apply_mlp(_mlp(config, self.moe), y, real_BxL, training)
+        return x_BxLxD + Dropout(config.dropout_rate)(y, training)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention, attention to the encoder, then MLP or MoE."""
+
+    config: T5Config
+    moe: MoEConfig | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        encoded_BxKxD: jax.Array,
+        real_BxL: jax.Array,
+        mask: jax.Array | None,
+        cross_mask: jax.Array,
+        bias: jax.Array,
+        training: bool,
+        decoding: bool,
+    ) -> jax.Array:
+        config = self.config
+        keep = _zeroing(config, real_BxL)
+        cached = decoding and self.has_variable('cache', 'ready')
+        if decoding:
+            self.put_variable('cache', 'ready', jnp.ones((), bool))
+        y = keep(LayerNorm(config.dtype, name='pre_self_attention_layer_norm')(x_BxLxD))
+        y = _attention(config, 'self_attention')(y, y, mask, bias, training=training, decoding=decoding)
+        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
+        y = keep(LayerNorm(config.dtype, name='pre_cross_attention_layer_norm')(x_BxLxD))
+        y = _attention(config, 'encoder_decoder_attention', cross=True)(
+            y, encoded_BxKxD, cross_mask, training=training, decoding=decoding
+        )
+        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
+        y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
+        y = _apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=cached)
+        return x_BxLxD + Dropout(config.dropout_rate)(y, training)
+
+
+def _zeroing(config: T5Config, real_BxL: jax.Array):
+    if not config.zero_padded_activations:
+        return lambda y: y
+    return lambda y: y * real_BxL[..., None].astype(y.dtype)
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers over embedded tokens; the relative position biases are shared by all layers."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, training: bool) -> jax.Array:
+        config = self.config
+        L = x_BxLxD.shape[1]
+        bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(
+            L, L, bidirectional=True
+        )
+        x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
+        for i, moe in enumerate(config.layer_moe('encoder')):
+            x_BxLxD = EncoderLayer(config, moe, name=f'layers_{i}')(x_BxLxD, real_BxL, mask, bias, training)
+            x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', 'embed'))
+        x_BxLxD = LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD)
+        x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
+        return Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers over embedded tokens, ending in logits (in float32) unless they come from the embedding."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        encoded_BxKxD: jax.Array,
+        real_BxL: jax.Array,
+        mask: jax.Array | None,
+        cross_mask: jax.Array,
+        training: bool,
+        decoding: bool,
+        max_length: int,
+    ) -> jax.Array:
+        config = self.config
+        bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(
+            max_length, max_length, bidirectional=False
+        )
+        x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
+        for i, moe in enumerate(config.layer_moe('decoder')):
+            x_BxLxD = DecoderLayer(config, moe, name=f'layers_{i}')(
+                x_BxLxD, encoded_BxKxD, real_BxL, mask, cross_mask, bias, training, decoding
+            )
+            x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', 'embed'))
+        x_BxLxD = LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD)
+        x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
+        x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training)
+        if config.logits_via_embedding:
+            return x_BxLxD
+        return Dense(config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32, name='logits_dense')(x_BxLxD)
+
+
+class Embed(nn.Module):
+    """Token embedding, initialised at standard deviation 1 as in T5."""
+
+    config: T5Config
+
+    def setup(self):
+        self.embedding = self.param(
+            'embedding',
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed')),
+            (self.config.vocab_size, self.config.emb_dim),
+            jnp.float32,
+        )
+
+    def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding.astype(self.config.dtype), tokens_BxL, axis=0)
+
+    def attend(self, x_BxLxD: jax.Array) -> jax.Array:
+        """Logits (B, L, V) in float32: similarity to every embedding."""
+        return x_BxLxD.astype(jnp.float32) @ self.embedding.T
+
+
+class Transformer(nn.Module):
+    """The whole model. `encode` and `decode` are its halves, for generation."""
+
+    config: T5Config
+
+    def setup(self):
+        self.token_embedder = Embed(self.config)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def encode(
+        self,
+        encoder_input_tokens: jax.Array,
+        encoder_segment_ids: jax.Array | None = None,
+        *,
+        training: bool = False,
+    ) -> jax.Array:
+        """Encodes (B, L) tokens to (B, L, D); padding is token 0, packed sequences do not see each other."""
+        real_BxL = encoder_input_tokens > 0
+        mask = real_BxL[:, None, :, None] & real_BxL[:, None, None, :]
+        mask &= _same_segment(encoder_segment_ids, encoder_segment_ids)
+        return self.encoder(self.token_embedder(encoder_input_tokens), real_BxL, mask, training)
+
+    def decode(
+        self,
+        encoded: jax.Array,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        decoder_target_tokens: jax.Array | None = None,
+        encoder_segment_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        *,
+        training: bool = False,
+        decoding: bool = False,
+        max_length: int | None = None,
+    ) -> jax.Array:
+        """Logits (B, L, V) in float32.
+
+        Args:
+          encoded: encoder output.
+          encoder_input_tokens: what was encoded, for its padding.
+          decoder_input_tokens: targets shifted right.
+          decoder_target_tokens: for their padding; None: nothing is padding (generation).
+          encoder_segment_ids, decoder_segment_ids: of packed sequences.
+          training: turns dropout on and selects the training capacity factor.
+          decoding: use a key/value cache: the first call, over the full length, makes it; later calls take one position.
+          max_length: of the cache; needed in calls of one position.
+        """
+        config = self.config
+        length = decoder_input_tokens.shape[1]
+        encoder_real_BxK = encoder_input_tokens > 0
+        if decoding or decoder_target_tokens is None:
+            target_BxL = jnp.ones_like(decoder_input_tokens, bool)
+        else:
+            target_BxL = decoder_target_tokens > 0
+        real_BxL = target_BxL
+        if config.zero_padded_activations and not decoding:
+            real_BxL = _flaxformer_decoder_tokens(decoder_input_tokens)
+        cross_mask = target_BxL[:, None, :, None] & encoder_real_BxK[:, None, None, :]
+        cross_mask &= _same_segment(decoder_segment_ids, encoder_segment_ids)
+        mask = None
+        if not decoding:
+            causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+            mask = causal & target_BxL[:, None, :, None] & target_BxL[:, None, None, :]
+            mask &= _same_segment(decoder_segment_ids, decoder_segment_ids)
+        x = self.decoder(
+            self.token_embedder(decoder_input_tokens),
+            encoded,
+            real_BxL,
+            mask,
+            cross_mask,
+            training,
+            decoding,
+            max_length or length,
+        )
+        if config.logits_via_embedding:
+            return self.token_embedder.attend(x) / jnp.sqrt(config.emb_dim)
+        return x
+
+    def __call__(
+        self,
+        encoder_input_tokens: jax.Array,
+        decoder_input_tokens: jax.Array,
+        decoder_target_tokens: jax.Array,
+        encoder_segment_ids: jax.Array | None = None,
+        decoder_segment_ids: jax.Array | None = None,
+        *,
+        training: bool = False,
+    ) -> jax.Array:
+        """Logits (B, L, V) of teacher forcing."""
+        encoded = self.encode(encoder_input_tokens, encoder_segment_ids, training=training)
+        return self.decode(
+            encoded,
+            encoder_input_tokens,
+            decoder_input_tokens,
+            decoder_target_tokens,
+            encoder_segment_ids,
+            decoder_segment_ids,
+            training=training,
+        )
+
+
+def _same_segment(query_BxQ: jax.Array | None, key_BxK: jax.Array | None) -> jax.Array:
+    if query_BxQ is None or key_BxK is None:
+        return jnp.ones((1, 1, 1, 1), bool)
+    return query_BxQ[:, None, :, None] == key_BxK[:, None, None, :]
+
+
+def _flaxformer_decoder_tokens(decoder_input_tokens: jax.Array) -> jax.Array:
+    """flaxformer's `get_decoder_logit_mask`: token 0 is also the start symbol, real when first or followed by a real token."""
+    real = decoder_input_tokens > 0
+    next_real = jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
+    return (real | next_real).at[:, 0].set(True)

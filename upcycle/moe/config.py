@@ -1,0 +1,217 @@
+"""What an MoE layer can be told, and the one place where nonsense is refused."""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+from upcycle.errors import UserError
+
+
+class RouterType(enum.StrEnum):
+    """Who chooses."""
+
+    EXPERT_CHOICE = (
+        'expert_choice'  # every expert takes its best tokens (Zhou et al. 2022); sees the whole group
+    )
+    TOP_K = 'top_k'  # every token takes its best K experts (Switch: K = 1)
+
+
+class FillOrder(enum.StrEnum):
+    """In what order Top-K choices claim the slots of an expert."""
+
+    TOKEN_MAJOR = 'token_major'  # token by token: no token can evict an earlier one, so it is causal
+    CHOICE_MAJOR = 'choice_major'  # every first choice, then every second one: flaxformer and V-MoE
+    PRIORITY = (
+        'priority'  # as choice_major, tokens sorted by their best probability (Batch Prioritised Routing)
+    )
+
+
+class CapacityRule(enum.StrEnum):
+    """How a capacity factor becomes a number of slots; the two originals differ."""
+
+    FLAXFORMER = 'flaxformer'  # max(round(cf * S / E), 4)
+    VMOE = 'vmoe'  # ceil(cf * [K *] S / E), up to a multiple of 4
+
+
+class RoutePadding(enum.StrEnum):
+    """What the router does with padding tokens."""
+
+    SKIP = 'skip'  # padding takes no slot and no weight, and no metric counts it
+    ROUTE = 'route'  # padding is a token like any other: flaxformer's default
+    DOWN_WEIGHT = (
+        'down_weight'  # flaxformer's `ignore_padding_tokens`: probability 0, still counted in its losses
+    )
+
+
+class Dispatch(enum.StrEnum):
+    """How tokens reach their experts."""
+
+    GATHER = 'gather'  # by index: linear in the tokens
+    EINSUM = 'einsum'  # by one-hot masks of (G, S, E, C): the reference
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """One stack's MoE layers. Gin macros in brackets.
+
+    Attributes:
+      num_experts: E [NUM_EXPERTS].
+      router: who chooses.
+      train_capacity_factor: [TRAIN_EXPERT_CAPACITY_FACTOR]
+      eval_capacity_factor: [EVAL_EXPERT_CAPACITY_FACTOR]
+      num_selected_experts: K, for Top-K only [NUM_SELECTED_EXPERTS].
+      group_size: the most tokens in a group [GROUP_SIZE].
+      groups_multiple_of: the number of groups is a multiple of this [GROUPS_MULTIPLE_OF]. Neither is read from the mesh, so
+        that a mesh never changes the maths.
+      capacity_rule: [CAPACITY_RULE]
+      normalize_combine_weights: divide a token's weights by their sum [NORMALIZE_COMBINE_WEIGHTS].
+      fill_order: for Top-K only [FILL_ORDER].
+      route_padding: [ROUTE_PADDING]
+      dispatch: [DISPATCH]
+      jitter_noise: the router's input is multiplied by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
+      router_init_stddev: of the router's normal initialisation when a model starts from scratch.
+      min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
+      causal: the layer sits in an auto-regressive stack, where no router may look at later tokens.
+      num_microbatches: the trainer sets it, so that groups are those of the whole batch.
+    """
+
+    num_experts: int
+    router: RouterType = RouterType.EXPERT_CHOICE
+    train_capacity_factor: float = 2.0
+    eval_capacity_factor: float = 2.0
+    num_selected_experts: int = 2
+    group_size: int = 4096
+    groups_multiple_of: int = 1
+    capacity_rule: CapacityRule = CapacityRule.FLAXFORMER
+    normalize_combine_weights: bool = False
+    fill_order: FillOrder = FillOrder.TOKEN_MAJOR
+    route_padding: RoutePadding = RoutePadding.SKIP
+    dispatch: Dispatch = Dispatch.GATHER
+    jitter_noise: float = 0.0
+    router_init_stddev: float = 0.02
+    min_capacity: int = 4
+    causal: bool = False
+    num_microbatches: int = 1
+
+    def __post_init__(self):
+        for field, kind, binding in (
+            ('router', RouterType, 'router'),
+            ('fill_order', FillOrder, 'FILL_ORDER'),
+            ('capacity_rule', CapacityRule, 'CAPACITY_RULE'),
+            ('route_padding', RoutePadding, 'ROUTE_PADDING'),
+            ('dispatch', Dispatch, 'DISPATCH'),
+        ):
+            value = getattr(self, field)
+            if value not in set(kind):
+                raise UserError(f'{binding} = {value!r} is not one of {", ".join(kind)}.')
+            object.__setattr__(self, field, kind(value))
+        self._refuse_nonsense()
+
+    def _refuse_nonsense(self) -> None:
+        for binding, value in (
+            ('NUM_EXPERTS', self.num_experts),
+            ('GROUP_SIZE', self.group_size),
+            ('GROUPS_MULTIPLE_OF', self.groups_multiple_of),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
+        for binding, value in (
+            ('TRAIN_EXPERT_CAPACITY_FACTOR', self.train_capacity_factor),
+            ('EVAL_EXPERT_CAPACITY_FACTOR', self.eval_capacity_factor),
+        ):
+            if not value > 0:
+                raise UserError(
+                    f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).'
+                )
+        if not 0 <= self.jitter_noise < 1:
+            raise UserError(f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).')
+        if self.router is RouterType.EXPERT_CHOICE:
+            if self.causal:
+                raise UserError(
+                    "DECODER_ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the "
+                    "future in a decoder: use 'top_k'."
+                )
+            return
+        if not 1 <= self.num_selected_experts <= self.num_experts:
+            raise UserError(
+                f'NUM_SELECTED_EXPERTS = {self.num_selected_experts!r} must lie between 1 and NUM_EXPERTS = '
+                f'{self.num_experts}.'
+            )
+        if self.num_selected_experts == 1 and self.normalize_combine_weights:
+            raise UserError(
+                'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
+                'gradient: turn it off, or select at least 2 experts.'
+            )
+        if self.causal and self.fill_order is FillOrder.PRIORITY:
+            raise UserError(
+                "FILL_ORDER = 'priority' lets later tokens push earlier ones out of a decoder's buffers: use 'token_major'."
+            )
+
+
+def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> tuple[int, ...]:
+    """Indices of the layers that are MoE layers.
+
+    Args:
+      spec: 'every_other' (1, 3, 5, ...: the paper's choice for T5, flaxformer's MIXED layout with half of the layers sparse),
+        'last_half' (the paper's choice for ViT), 'none', or the indices themselves, 0-based.
+      num_layers: of the stack.
+      binding: the gin macro that holds `spec`, for the message.
+
+    Raises:
+      UserError: an unknown word, an index out of range, or one given twice.
+    """
+    if isinstance(spec, str):
+        named = {
+            'every_other': tuple(range(1, num_layers, 2)),
+            'last_half': tuple(range(num_layers))[num_layers - num_layers // 2 :],
+            'none': (),
+        }
+        if spec not in named:
+            raise UserError(
+                f'{binding} = {spec!r} is not one of {", ".join(named)} or a list of layer indices.'
+            )
+        return named[spec]
+    layers = tuple(spec)
+    for layer in layers:
+        if not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise UserError(
+                f'{binding} names layer {layer!r}, but the stack has {num_layers} layers: indices go from 0 to {num_layers - 1}.'
+            )
+    if len(set(layers)) != len(layers):
+        raise UserError(f'{binding} = {layers!r} names a layer twice.')
+    return tuple(sorted(layers))
+
+
+def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
+    """G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
+
+    Follows flaxformer's `_num_groups`, with the multiple a binding instead of the mesh.
+
+    Raises:
+      UserError: no such divisor exists.
+    """
+    if num_tokens % multiple_of:
+        raise UserError(
+            f'GROUPS_MULTIPLE_OF = {multiple_of} does not divide the {num_tokens} tokens of a batch (BATCH_SIZE x sequence '
+            'length): change one of them.'
+        )
+    per_multiple = num_tokens // multiple_of
+    at_least = -(-num_tokens // (group_size * multiple_of))
+    return multiple_of * next(n for n in range(at_least, per_multiple + 1) if per_multiple % n == 0)
+
+
+def capacity(config: MoEConfig, tokens_per_group: int, *, training: bool) -> int:
+    """C: slots of one expert for one group, at most S.
+
+    The two originals' rules: flaxformer `moe_layers.py` (K is not multiplied in) and vmoe `nn/routing.py`.
+    """
+    factor = config.train_capacity_factor if training else config.eval_capacity_factor
+    if config.capacity_rule is CapacityRule.FLAXFORMER:
+        slots = max(round(factor * tokens_per_group / config.num_experts), config.min_capacity)
+    else:
+        choices = config.num_selected_experts if config.router is RouterType.TOP_K else 1
+        exact = factor * choices * tokens_per_group / config.num_experts
+        # A product such as 1.1 * 40 lands a hair above the integer: do not let that cost a slot.
+        slots = -(-round(exact * 1e6) // 1_000_000)
+        slots = -(-slots // 4) * 4
+    return min(slots, tokens_per_group)
