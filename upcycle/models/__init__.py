@@ -1,1 +1,59 @@
+"""Model families. The trainer, the surgery and the command line know a model only by this protocol."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    import jax
+
+    from upcycle.moe.config import MoEConfig
+
+Params = Mapping[str, Any]
+BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
+
+
+class Model(Protocol):
+    """One family's model: sizes, loss, and where its MoE layers are."""
+
+    family: str
+
+    def init(self, rng: 'jax.Array', batch_spec: BatchSpec) -> Params:
+        """Fresh parameters, boxed with their logical axis names (`flax.linen.LogicallyPartitioned`)."""
+
+    def forward(
+        self,
+        params: Params,
+        batch: Mapping[str, 'jax.Array'],
+        rng: 'jax.Array | None',
+        *,
+        training: bool,
+        num_microbatches: int,
+    ) -> 'tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]':
+        """Sums over targets (`loss`, `z_loss`, `correct`, `weight`), the MoE layers' auxiliary loss, and their metrics."""
+
+    def loss_normalizer(self, batch: Mapping[str, 'jax.Array']) -> 'jax.Array':
+        """What the summed loss of the whole batch is divided by."""
+
+    def forward_flops(self, batch_spec: BatchSpec, *, training: bool) -> float:
+        """Floating-point operations of one forward pass over a batch, a multiply-add counted as 2."""
+
+    def dense(self) -> 'Model':
+        """The same model with every MoE layer a dense MLP again."""
+
+    def moe_layers(self) -> 'dict[str, MoEConfig]':
+        """The MoE layers by the path of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
+
+    def moe_module(self, path: str) -> 'nn.Module':
+        """One MoE layer on its own."""
+
+    def mlp_activations(
+        self, params: Params, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]
+    ) -> 'dict[str, tuple[jax.Array, jax.Array, jax.Array]]':
+        """For each path, what a dense model's MLP there reads and writes: (input, output, which tokens are real)."""
+
+    def check_data(self, data: Any) -> None:
+        """Refuses data that the model cannot read, such as a larger vocabulary."""
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration as JSON, for checkpoints."""

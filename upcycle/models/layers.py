@@ -183,9 +183,9 @@ class MultiHeadDotProductAttention(nn.Module):
         weights_BxHxQxK = jax.nn.softmax(logits_BxHxQxK).astype(self.dtype)
         weights_BxHxQxK = Dropout(self.dropout_rate)(weights_BxHxQxK, training)
         out_BxQxHxN = jnp.einsum('bhqk,bkhn->bqhn', weights_BxHxQxK, value_BxKxHxN)
-        return Dense(
-            x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out'
-        )(out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N))
+        return Dense(x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out')(
+            out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N)
+        )
 
 
 class RelativePositionBiases(nn.Module):
@@ -208,9 +208,7 @@ class RelativePositionBiases(nn.Module):
             jnp.float32,
         )
         distance_QxK = jnp.arange(key_length)[None, :] - jnp.arange(query_length)[:, None]
-        bucket_QxK = relative_position_bucket(
-            distance_QxK, bidirectional, self.num_buckets, self.max_distance
-        )
+        bucket_QxK = relative_position_bucket(distance_QxK, bidirectional, self.num_buckets, self.max_distance)
         return table_HxR.astype(self.dtype)[:, bucket_QxK][None]
 
 

@@ -6,6 +6,7 @@ only in `mlp/expert/*` and `mlp/router/*`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -95,24 +96,31 @@ class T5Config:
         return dataclasses.replace(self, encoder_moe=None, decoder_moe=None)
 
 
-def _mlp(config: T5Config, moe: MoEConfig | None) -> nn.Module:
-    arguments = {
+def _mlp_arguments(config: T5Config) -> dict[str, Any]:
+    return {
         'mlp_dim': config.mlp_dim,
         'activations': config.mlp_activations,
         'dropout_rate': config.dropout_rate,
         'dtype': config.dtype,
     }
-    if moe is None:
-        return MlpBlock(**arguments, name='mlp')
+
+
+def moe_layer(config: T5Config, moe: MoEConfig, name: str | None = None) -> MoELayer:
+    """The MoE layer that stands in for an MLP: its experts are that MLP."""
+    arguments = _mlp_arguments(config)
     arguments |= {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', 'dropout_broadcast_axis': None}
     if config.expert_dropout_rate is not None:
         arguments['dropout_rate'] = config.expert_dropout_rate
-    return MoELayer(moe, MlpBlock, arguments, name='mlp')
+    return MoELayer(moe, MlpBlock, arguments, name=name)
 
 
-def _apply_mlp(
-    mlp: nn.Module, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False
-) -> jax.Array:
+def _mlp(config: T5Config, moe: MoEConfig | None) -> nn.Module:
+    if moe is None:
+        return MlpBlock(**_mlp_arguments(config), name='mlp')
+    return moe_layer(config, moe, name='mlp')
+
+
+def _apply_mlp(mlp: nn.Module, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False) -> jax.Array:
     if isinstance(mlp, MoELayer):
         return mlp(x, real_BxL, training=training, decoding=decoding)
     return mlp(x, training)
@@ -201,9 +209,7 @@ class Encoder(nn.Module):
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, training: bool) -> jax.Array:
         config = self.config
         L = x_BxLxD.shape[1]
-        bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(
-            L, L, bidirectional=True
-        )
+        bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(L, L, bidirectional=True)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
         for i, moe in enumerate(config.layer_moe('encoder')):
             x_BxLxD = EncoderLayer(config, moe, name=f'layers_{i}')(x_BxLxD, real_BxL, mask, bias, training)

@@ -10,9 +10,7 @@ from upcycle.errors import UserError
 class RouterType(enum.StrEnum):
     """Who chooses."""
 
-    EXPERT_CHOICE = (
-        'expert_choice'  # every expert takes its best tokens (Zhou et al. 2022); sees the whole group
-    )
+    EXPERT_CHOICE = 'expert_choice'  # every expert takes its best tokens (Zhou et al. 2022); sees the whole group
     TOP_K = 'top_k'  # every token takes its best K experts (Switch: K = 1)
 
 
@@ -21,9 +19,7 @@ class FillOrder(enum.StrEnum):
 
     TOKEN_MAJOR = 'token_major'  # token by token: no token can evict an earlier one, so it is causal
     CHOICE_MAJOR = 'choice_major'  # every first choice, then every second one: flaxformer and V-MoE
-    PRIORITY = (
-        'priority'  # as choice_major, tokens sorted by their best probability (Batch Prioritised Routing)
-    )
+    PRIORITY = 'priority'  # as choice_major, tokens sorted by their best probability (Batch Prioritised Routing)
 
 
 class CapacityRule(enum.StrEnum):
@@ -38,9 +34,7 @@ class RoutePadding(enum.StrEnum):
 
     SKIP = 'skip'  # padding takes no slot and no weight, and no metric counts it
     ROUTE = 'route'  # padding is a token like any other: flaxformer's default
-    DOWN_WEIGHT = (
-        'down_weight'  # flaxformer's `ignore_padding_tokens`: probability 0, still counted in its losses
-    )
+    DOWN_WEIGHT = 'down_weight'  # flaxformer's `ignore_padding_tokens`: probability 0, still counted in its losses
 
 
 class Dispatch(enum.StrEnum):
@@ -120,9 +114,7 @@ class MoEConfig:
             ('EVAL_EXPERT_CAPACITY_FACTOR', self.eval_capacity_factor),
         ):
             if not value > 0:
-                raise UserError(
-                    f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).'
-                )
+                raise UserError(f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).')
         if not 0 <= self.jitter_noise < 1:
             raise UserError(f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).')
         if self.router is RouterType.EXPERT_CHOICE:
@@ -167,9 +159,7 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
             'none': (),
         }
         if spec not in named:
-            raise UserError(
-                f'{binding} = {spec!r} is not one of {", ".join(named)} or a list of layer indices.'
-            )
+            raise UserError(f'{binding} = {spec!r} is not one of {", ".join(named)} or a list of layer indices.')
         return named[spec]
     layers = tuple(spec)
     for layer in layers:

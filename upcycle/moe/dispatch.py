@@ -16,9 +16,7 @@ def masks(routing: Routing, num_tokens: int) -> tuple[jax.Array, jax.Array]:
 def dispatch(x_GxSxD: jax.Array, routing: Routing, how: Dispatch) -> jax.Array:
     """Puts every slot's token into its slot: (G, S, D) -> (G, E, C, D); empty slots hold zeros."""
     if how is Dispatch.GATHER:
-        return jax.vmap(lambda x, token: x.at[token].get(mode='fill', fill_value=0))(
-            x_GxSxD, routing.token_GxExC
-        )
+        return jax.vmap(lambda x, token: x.at[token].get(mode='fill', fill_value=0))(x_GxSxD, routing.token_GxExC)
     mask_GxSxExC, _ = masks(routing, x_GxSxD.shape[1])
     return jnp.einsum('gsd,gsec->gecd', x_GxSxD, mask_GxSxExC.astype(x_GxSxD.dtype))
 
@@ -29,11 +27,7 @@ def combine(y_GxExCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispat
         weighted_GxExCxD = y_GxExCxD.astype(jnp.float32) * routing.weight_GxExC[..., None]
 
         def scatter(y_ExCxD, token_ExC):
-            return (
-                jnp.zeros((num_tokens, y_ExCxD.shape[-1]), jnp.float32)
-                .at[token_ExC]
-                .add(y_ExCxD, mode='drop')
-            )
+            return jnp.zeros((num_tokens, y_ExCxD.shape[-1]), jnp.float32).at[token_ExC].add(y_ExCxD, mode='drop')
 
         y_GxSxD = jax.vmap(scatter)(weighted_GxExCxD, routing.token_GxExC)
     else:

@@ -28,9 +28,7 @@ class RouterWeights(nn.Module):
             self.num_experts,
             use_bias=False,
             dtype=jnp.float32,
-            kernel_init=nn.with_logical_partitioning(
-                nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled')
-            ),
+            kernel_init=nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled')),
             name='w',
         )(x_GxSxD)
 
@@ -48,9 +46,7 @@ class Router(nn.Module):
             x_GxSxD *= jax.random.uniform(
                 self.make_rng('jitter'), x_GxSxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
             )
-        return RouterWeights(self.config.num_experts, self.config.router_init_stddev, name='router_weights')(
-            x_GxSxD
-        )
+        return RouterWeights(self.config.num_experts, self.config.router_init_stddev, name='router_weights')(x_GxSxD)
 
 
 class MoELayer(nn.Module):
@@ -67,9 +63,7 @@ class MoELayer(nn.Module):
     expert_arguments: Mapping[str, Any]
 
     @nn.compact
-    def __call__(
-        self, x_BxLxD: jax.Array, real_BxL: jax.Array, *, training: bool, decoding: bool = False
-    ) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, *, training: bool, decoding: bool = False) -> jax.Array:
         """Applies the layer.
 
         Args:

@@ -133,9 +133,7 @@ def token_sums(routing: Routing, num_tokens: int) -> jax.Array:
 
 def covered_tokens(routing: Routing, num_tokens: int) -> jax.Array:
     """Bool (G, S): at least one expert took the token."""
-    return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(
-        routing.token_GxExC
-    )
+    return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(routing.token_GxExC)
 
 
 def _normalize(routing: Routing, num_tokens: int) -> Routing:

@@ -1,0 +1,205 @@
+"""T5 as the trainer sees it: its loss, its cost, and where its MoE layers are. T5X's `EncoderDecoderModel`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from upcycle import cost
+from upcycle.errors import UserError
+from upcycle.models.losses import cross_entropy
+from upcycle.models.t5 import T5Config, Transformer, moe_layer
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.layer import METRICS
+
+Batch = Mapping[str, jax.Array]
+_INPUTS = (
+    'encoder_input_tokens',
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+    'encoder_segment_ids',
+    'decoder_segment_ids',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderModel:
+    """A T5 with its loss.
+
+    Attributes:
+      config: sizes and MoE layers.
+      z_loss: weight of the logits z-loss [Z_LOSS].
+      label_smoothing: [LABEL_SMOOTHING]
+      loss_normalizing_factor: the summed loss is divided by it: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
+        [LOSS_NORMALIZING_FACTOR]. Adafactor does not see it; the balance with the auxiliary losses does.
+      aux_loss_factor: weight of the load-balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
+      router_z_loss_factor: [ROUTER_Z_LOSS_FACTOR]
+    """
+
+    config: T5Config
+    z_loss: float = 1e-4
+    label_smoothing: float = 0.0
+    loss_normalizing_factor: float | str | None = 'NUM_REAL_TARGET_TOKENS'
+    aux_loss_factor: float = 0.01
+    router_z_loss_factor: float = 0.0
+
+    family = 't5'
+
+    def __post_init__(self):
+        factor = self.loss_normalizing_factor
+        if isinstance(factor, str) and factor != 'NUM_REAL_TARGET_TOKENS':
+            raise UserError(f"LOSS_NORMALIZING_FACTOR = {factor!r} is neither a number nor 'NUM_REAL_TARGET_TOKENS'.")
+
+    def module(self, num_microbatches: int = 1) -> Transformer:
+        """The Flax module, its routing groups those of a batch cut into that many parts."""
+        if num_microbatches == 1:
+            return Transformer(self.config)
+        parts = {
+            stack: dataclasses.replace(moe, num_microbatches=num_microbatches)
+            for stack in ('encoder_moe', 'decoder_moe')
+            if (moe := getattr(self.config, stack)) is not None
+        }
+        return Transformer(dataclasses.replace(self.config, **parts))
+
+    def init(self, rng: jax.Array, batch_spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fresh parameters, boxed with their logical axis names. `batch_spec` names the features; its sizes do not matter."""
+        tokens = {name: jnp.ones(batch_spec[name][0], jnp.int32) for name in _INPUTS[:3]}
+        return self.module().init(rng, **tokens)['params']
+
+    def loss_normalizer(self, batch: Batch) -> jax.Array:
+        """What the summed loss of the whole batch is divided by."""
+        if self.loss_normalizing_factor == 'NUM_REAL_TARGET_TOKENS':
+            return jnp.maximum(batch['decoder_loss_weights'].astype(jnp.float32).sum(), 1.0)
+        return jnp.asarray(self.loss_normalizing_factor or 1.0, jnp.float32)
+
+    def forward(
+        self, params: Any, batch: Batch, rng: jax.Array | None, *, training: bool, num_microbatches: int = 1
+    ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
+        """Sums over target tokens, auxiliary loss, and routing metrics; see `models.Model`."""
+        rngs = {} if rng is None else dict(zip(('dropout', 'jitter'), jax.random.split(rng), strict=True))
+        logits_BxLxV, written = self.module(num_microbatches).apply(
+            {'params': params}, **_inputs(batch), training=training, rngs=rngs, mutable=[METRICS]
+        )
+        targets_BxL = batch['decoder_target_tokens']
+        weights_BxL = batch['decoder_loss_weights'].astype(jnp.float32)
+        loss_BxL, z_loss_BxL = cross_entropy(
+            logits_BxLxV, targets_BxL, z_loss=self.z_loss, label_smoothing=self.label_smoothing
+        )
+        correct_BxL = jnp.argmax(logits_BxLxV, axis=-1) == targets_BxL
+        sums = {
+            'loss': (loss_BxL * weights_BxL).sum(),
+            'z_loss': (z_loss_BxL * weights_BxL).sum(),
+            'correct': (correct_BxL * weights_BxL).sum(),
+            'weight': weights_BxL.sum(),
+        }
+        metrics = moe_metrics(written.get(METRICS, {}))
+        if not metrics:
+            return sums, jnp.zeros(()), {}
+        moe_loss = self.aux_loss_factor * metrics['experts/auxiliary_loss']
+        moe_loss += self.router_z_loss_factor * metrics['experts/router_z_loss']
+        return sums, moe_loss, metrics
+
+    def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> float:
+        """FLOPs of one forward pass over a batch of `batch_spec`; see `models.Model`."""
+        c = self.config
+        batch, inputs = batch_spec['encoder_input_tokens'][0]
+        targets = batch_spec['decoder_input_tokens'][0][1]
+        heads = c.num_heads * c.head_dim
+        matrices = len(c.mlp_activations) + 1
+
+        def mlps(stack: str, tokens: int) -> float:
+            return sum(
+                cost.mlp(tokens, c.emb_dim, c.mlp_dim, matrices)
+                if moe is None
+                else cost.moe(moe, tokens, c.emb_dim, c.mlp_dim, matrices, training=training)
+                for moe in c.layer_moe(stack)
+            )
+
+        encoder = c.num_encoder_layers * cost.attention(batch, inputs, inputs, c.emb_dim, heads)
+        decoder = c.num_decoder_layers * (
+            cost.attention(batch, targets, targets, c.emb_dim, heads)
+            + cost.attention(batch, targets, inputs, c.emb_dim, heads)
+        )
+        logits = cost.matmul(batch * targets, c.emb_dim, c.vocab_size)
+        return encoder + decoder + logits + mlps('encoder', batch * inputs) + mlps('decoder', batch * targets)
+
+    def dense(self) -> 'EncoderDecoderModel':
+        """The same model with dense MLPs only."""
+        return dataclasses.replace(self, config=self.config.dense())
+
+    def moe_layers(self) -> dict[str, MoEConfig]:
+        """The MoE layers by the path of their parameters."""
+        return {
+            f'{stack}/layers_{i}/mlp': moe
+            for stack in ('encoder', 'decoder')
+            for i, moe in enumerate(self.config.layer_moe(stack))
+            if moe is not None
+        }
+
+    def moe_module(self, path: str) -> nn.Module:
+        """One MoE layer on its own."""
+        return moe_layer(self.config, self.moe_layers()[path])
+
+    def mlp_activations(
+        self, params: Any, batch: Batch, paths: tuple[str, ...]
+    ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+        """What the MLPs of the *dense* model read and write on a batch; see `models.Model`."""
+        module = self.dense().module()
+        wanted = {tuple(path.split('/')[:-1]) for path in paths}
+
+        def keep(mdl: nn.Module, method: str) -> bool:
+            return method == '__call__' and mdl.path[:-1] in wanted and mdl.name in ('pre_mlp_layer_norm', 'mlp')
+
+        _, written = module.apply(
+            {'params': params}, **_inputs(batch), capture_intermediates=keep, mutable=['intermediates']
+        )
+        seen = flatten_dict(written['intermediates'], sep='/')
+        real = {
+            'encoder': batch['encoder_input_tokens'] > 0,
+            'decoder': batch['decoder_target_tokens'] > 0,
+        }
+        return {
+            path: (
+                seen[path.removesuffix('mlp') + 'pre_mlp_layer_norm/__call__'][0],
+                seen[f'{path}/__call__'][0],
+                real[path.split('/')[0]],
+            )
+            for path in paths
+        }
+
+    def check_data(self, data: Any) -> None:
+        """Raises UserError when the task's vocabulary does not fit into the embedding."""
+        size = getattr(data, 'vocabulary_size', None)
+        if size is not None and size > self.config.vocab_size:
+            raise UserError(
+                f"NUM_EMBEDDINGS = {self.config.vocab_size} is smaller than the task's vocabulary of {size} tokens: raise it."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration as JSON."""
+        return {'family': self.family, **dataclasses.asdict(self)}
+
+
+def _inputs(batch: Batch) -> dict[str, jax.Array]:
+    return {name: batch[name] for name in _INPUTS if name in batch}
+
+
+def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Routing metrics under the names of the log: the mean over all MoE layers, and each layer's own.
+
+    The mean of `auxiliary_loss` counts Expert Choice layers as 0, as flaxformer's does.
+    """
+    by_layer = {}
+    for path, value in flatten_dict(dict(written)).items():
+        layer = '/'.join(path[:-1]).removesuffix('/mlp')
+        by_layer.setdefault(path[-1], {})[layer] = value
+    metrics = {}
+    for name, layers in by_layer.items():
+        if name != 'load':
+            metrics[f'experts/{name}'] = sum(layers.values()) / len(layers)
+        metrics |= {f'experts/{layer}/{name}': value for layer, value in layers.items()}
+    return metrics

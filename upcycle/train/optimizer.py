@@ -1,0 +1,153 @@
+"""Adafactor as T5X's, with leading batch axes: an expert's update depends on that expert alone.
+
+The state is a plain tree: `count`, and `param_states`, which mirrors the parameters with T5X's leaf names `v_row`, `v_col`
+(factored), `v` (not factored) and `m` (momentum). Leaves that T5X fills with a placeholder of shape (1,) are left out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Params = Mapping[str, Any]
+State = dict[str, Any]
+
+
+class Optimizer(Protocol):
+    """What the training step needs. `batch_axes` has the structure of the parameters and counts the leading axes (experts,
+    scanned layers) along which every slice is a parameter of its own."""
+
+    def init(self, params: Params, batch_axes: Params) -> State:
+        """State of zeros, with `count` 0."""
+
+    def update(
+        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
+    ) -> tuple[Params, State]:
+        """One step: (new parameters, new state)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor:
+    """Shazeer & Stern 2018, as in `t5x/adafactor.py`, whose argument names these are.
+
+    Attributes:
+      decay_rate: the second moment decays at 1 - t ** -decay_rate.
+      step_offset: subtracted from the count in that clock.
+      clipping_threshold: an update's root mean square is clipped to it; None: not clipped.
+      multiply_by_parameter_scale: the step is relative to the parameter's root mean square (at least epsilon2).
+      min_dim_size_to_factor: a matrix is factored if both of its largest dimensions reach this.
+      expert_min_dim_size_to_factor: the same for leaves with batch axes. None: the same threshold, so that an expert is
+        treated as the dense MLP it came from. T5X always factors its experts: 1 matches it in models narrower than 128.
+      beta1: momentum; None: none.
+      weight_decay_rate: decoupled: parameters shrink by this share each step.
+      epsilon1: added to the squared gradient.
+      epsilon2: floor of the parameter scale.
+    """
+
+    decay_rate: float = 0.8
+    step_offset: int = 0
+    clipping_threshold: float | None = 1.0
+    multiply_by_parameter_scale: bool = True
+    min_dim_size_to_factor: int = 128
+    expert_min_dim_size_to_factor: int | None = None
+    beta1: float | None = None
+    weight_decay_rate: float | None = None
+    epsilon1: float = 1e-30
+    epsilon2: float = 1e-3
+
+    def init(self, params: Params, batch_axes: Params) -> State:
+        """Zeros of the right shapes; `params` may be abstract under `jax.eval_shape`."""
+        axes = flatten_dict(batch_axes)
+        states = {}
+        for path, param in flatten_dict(params).items():
+            batch, shape = param.shape[: axes[path]], param.shape[axes[path] :]
+            for name, leaf_shape in self._state_shapes(shape, batched=bool(batch)).items():
+                states[(*path, name)] = jnp.zeros(batch + leaf_shape, jnp.float32)
+        return {'count': jnp.zeros((), jnp.int32), 'param_states': unflatten_dict(states)}
+
+    def update(
+        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
+    ) -> tuple[Params, State]:
+        """One step on every leaf: (new parameters, new state)."""
+        decay = 1.0 - (state['count'] - self.step_offset + 1.0) ** -self.decay_rate
+        axes, grads, states = flatten_dict(batch_axes), flatten_dict(grads), flatten_dict(state['param_states'])
+        new_params, new_states = {}, {}
+        for path, param in flatten_dict(params).items():
+            batched = axes[path] > 0
+            names = self._state_shapes(param.shape[axes[path] :], batched)
+
+            def update_leaf(grad, leaf_state, param, batched=batched):
+                return self._update_leaf(grad, leaf_state, param, learning_rate, decay, batched)
+
+            for _ in range(axes[path]):
+                update_leaf = jax.vmap(update_leaf)
+            leaf_state = {name: states[(*path, name)] for name in names}
+            new_params[path], leaf_state = update_leaf(grads[path], leaf_state, param)
+            new_states |= {(*path, name): leaf for name, leaf in leaf_state.items()}
+        return unflatten_dict(new_params), {'count': state['count'] + 1, 'param_states': unflatten_dict(new_states)}
+
+    def _factored_axes(self, shape: tuple[int, ...], batched: bool) -> tuple[int, int] | None:
+        """The two largest axes (second largest, largest), if both are large enough; T5X's heuristic."""
+        threshold = self.min_dim_size_to_factor
+        if batched and self.expert_min_dim_size_to_factor is not None:
+            threshold = self.expert_min_dim_size_to_factor
+        order = np.argsort(shape)
+        if len(shape) < 2 or shape[order[-2]] < threshold:
+            return None
+        return int(order[-2]), int(order[-1])
+
+    def _state_shapes(self, shape: tuple[int, ...], batched: bool) -> dict[str, tuple[int, ...]]:
+        axes = self._factored_axes(shape, batched)
+        if axes is None:
+            shapes = {'v': shape}
+        else:
+            row, column = axes
+            shapes = {'v_row': _without(shape, column), 'v_col': _without(shape, row)}
+        return shapes if self.beta1 is None else {**shapes, 'm': shape}
+
+    def _update_leaf(
+        self,
+        grad: jax.Array,
+        state: State,
+        param: jax.Array,
+        learning_rate: jax.Array,
+        decay: jax.Array,
+        batched: bool,
+    ) -> tuple[jax.Array, State]:
+        grad = grad.astype(jnp.float32)
+        new_state = {}
+        squared = jnp.square(grad) + self.epsilon1
+        axes = self._factored_axes(param.shape, batched)
+        if axes is None:
+            new_state['v'] = decay * state['v'] + (1.0 - decay) * squared
+            step = grad * new_state['v'] ** -0.5
+        else:
+            row, column = axes
+            v_row = decay * state['v_row'] + (1.0 - decay) * jnp.mean(squared, axis=column)
+            v_col = decay * state['v_col'] + (1.0 - decay) * jnp.mean(squared, axis=row)
+            new_state |= {'v_row': v_row, 'v_col': v_col}
+            # The row axis moves down by one once the column axis is gone.
+            mean = jnp.mean(v_row, axis=row - (row > column), keepdims=True)
+            step = grad * jnp.expand_dims((v_row / mean) ** -0.5, column) * jnp.expand_dims(v_col**-0.5, row)
+        if self.clipping_threshold is not None:
+            step /= jnp.maximum(1.0, _rms(step) / self.clipping_threshold)
+        scale = learning_rate
+        if self.multiply_by_parameter_scale:
+            scale *= jnp.maximum(_rms(param), self.epsilon2)
+        step *= scale
+        if self.beta1 is not None:
+            step = new_state['m'] = self.beta1 * state['m'] + (1.0 - self.beta1) * step
+        kept = param if self.weight_decay_rate is None else (1.0 - self.weight_decay_rate) * param
+        return (kept - step).astype(param.dtype), new_state
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))

@@ -1,0 +1,128 @@
+"""The training step: loss, gradient, update. Everything else in `train/` is about feeding it and keeping what it returns."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from upcycle.models import Model
+from upcycle.train.optimizer import Optimizer
+from upcycle.train.schedule import Schedule
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds.
+
+    Attributes:
+      step: int32, updates made so far, those of the dense run included.
+      params: nested dict of float32 arrays.
+      opt_state: nested dict; see `train.optimizer`.
+      rng: uint32 key data; step t uses fold_in(rng, t), so nothing else needs to be remembered.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Model,
+    optimizer: Optimizer,
+    learning_rate: Schedule,
+    batch_axes: Any,
+    num_microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """One update. Pure; the trainer jits it.
+
+    The loss is (sum over targets of their loss) / (the whole batch's normaliser) + the auxiliary losses of the MoE layers, so
+    that cutting the batch into microbatches leaves the gradient as it is.
+
+    Args:
+      state: before the step.
+      batch: the global batch.
+      model: gives the loss's parts.
+      optimizer: turns the gradient into an update.
+      learning_rate: of the step.
+      batch_axes: leading axes of each parameter that the optimizer maps over.
+      num_microbatches: the batch is cut into this many equal parts, one after the other.
+
+    Returns:
+      The state after the step, and metrics: the loss's parts, accuracy, learning rate, norms, routing.
+    """
+    normalizer = model.loss_normalizer(batch)
+    step_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+    def loss_fn(params: Any, microbatch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        sums, moe_loss, moe_metrics = model.forward(
+            params, microbatch, rng, training=True, num_microbatches=num_microbatches
+        )
+        loss = sums['loss'] / normalizer + moe_loss / num_microbatches
+        return loss, {**sums, 'moe_loss': moe_loss / num_microbatches, 'moe': _scale(moe_metrics, num_microbatches)}
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if num_microbatches == 1:
+        grads, sums = grad_fn(state.params, batch, step_rng)
+    else:
+        grads, sums = _accumulate(grad_fn, state.params, batch, step_rng, num_microbatches)
+
+    rate = learning_rate(state.step)
+    params, opt_state = optimizer.update(grads, state.opt_state, state.params, rate, batch_axes)
+    metrics = summarize(sums, normalizer)
+    metrics |= {
+        'learning_rate': rate,
+        'gradient_norm': global_norm(grads),
+        'parameter_norm': global_norm(params),
+    }
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def eval_step(params: Any, batch: Batch, *, model: Model) -> Metrics:
+    """Sums over one evaluation batch: `loss`, `z_loss`, `correct`, `weight`, and the MoE layers' metrics."""
+    sums, moe_loss, moe_metrics = model.forward(params, batch, None, training=False, num_microbatches=1)
+    return {**sums, 'moe_loss': moe_loss, 'moe': moe_metrics}
+
+
+def summarize(sums: Metrics, normalizer: jax.Array) -> Metrics:
+    """Turns sums over targets into means per target. `loss` is what is minimised; `cross_entropy_loss` compares models."""
+    weight = jnp.maximum(sums['weight'], 1e-9)
+    return {
+        'loss': sums['loss'] / normalizer + sums['moe_loss'],
+        'cross_entropy_loss': (sums['loss'] - sums['z_loss']) / weight,
+        'z_loss': sums['z_loss'] / weight,
+        'accuracy': sums['correct'] / weight,
+        'targets': sums['weight'],
+        **sums['moe'],
+    }
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm over all leaves, float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+
+
+def _accumulate(grad_fn, params: Any, batch: Batch, rng: jax.Array, parts: int) -> tuple[Any, Metrics]:
+    """Sum over microbatches of gradients and sums; contiguous rows, so that no routing group is cut."""
+    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+
+    def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        microbatch, index = part
+        new = grad_fn(params, microbatch, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    first = jax.tree.map(lambda x: x[0], split)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, rng))
+    total, _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
+    return total
+
+
+def _scale(metrics: Metrics, parts: int) -> Metrics:
+    return jax.tree.map(lambda x: x / parts, metrics)
