@@ -39,6 +39,9 @@ setuptools.setup(
         'ml-collections>=1.0',
         'gin-config>=0.5,<0.6',
         'numpy>=2.0',
+        'tensorstore>=0.1.70',
+        'etils>=1.9',
+        'msgpack>=1.0',
         'matplotlib>=3.9',
         'rich>=13',
     ],
@@ -51,7 +54,6 @@ setuptools.setup(
     },
     entry_points={'console_scripts': ['upcycle = upcycle.cli:main']},
     classifiers=[
-        'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
         'Programming Language :: Python :: 3.13',

@@ -178,9 +178,6 @@ class DecoderLayer(nn.Module):
     ) -> jax.Array:
         config = self.config
         keep = _zeroing(config, real_BxL)
-        cached = decoding and self.has_variable('cache', 'ready')
-        if decoding:
-            self.put_variable('cache', 'ready', jnp.ones((), bool))
         y = keep(LayerNorm(config.dtype, name='pre_self_attention_layer_norm')(x_BxLxD))
         y = _attention(config, 'self_attention')(y, y, mask, bias, training=training, decoding=decoding)
         x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
@@ -190,7 +187,7 @@ class DecoderLayer(nn.Module):
         )
         x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
         y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = _apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=cached)
+        y = _apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=decoding)
         return x_BxLxD + Dropout(config.dropout_rate)(y, training)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 Params = Mapping[str, Any]
 State = dict[str, Any]
@@ -28,6 +29,9 @@ class Optimizer(Protocol):
         self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
     ) -> tuple[Params, State]:
         """One step: (new parameters, new state)."""
+
+    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
+        """How the state lies on the mesh, given how the parameters do: a tree of `PartitionSpec`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,21 @@ class Adafactor:
             new_states |= {(*path, name): leaf for name, leaf in leaf_state.items()}
         return unflatten_dict(new_params), {'count': state['count'] + 1, 'param_states': unflatten_dict(new_states)}
 
+    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
+        """Each statistic lies as its parameter does, less the axis it averages over."""
+        axes, flat_specs = flatten_dict(batch_axes), flatten_dict(specs)
+        out = {}
+        for path, param in flatten_dict(params).items():
+            batch = axes[path]
+            spec = tuple(flat_specs[path]) + (None,) * (len(param.shape) - len(flat_specs[path]))
+            by_name = {'v': spec, 'm': spec}
+            if factored := self._factored_axes(param.shape[batch:], bool(batch)):
+                row, column = factored
+                by_name |= {'v_row': _without(spec, batch + column), 'v_col': _without(spec, batch + row)}
+            for name in self._state_shapes(param.shape[batch:], bool(batch)):
+                out[(*path, name)] = PartitionSpec(*by_name[name])
+        return {'count': PartitionSpec(), 'param_states': unflatten_dict(out)}
+
     def _factored_axes(self, shape: tuple[int, ...], batched: bool) -> tuple[int, int] | None:
         """The two largest axes (second largest, largest), if both are large enough; T5X's heuristic."""
         threshold = self.min_dim_size_to_factor
@@ -145,7 +164,7 @@ class Adafactor:
         return (kept - step).astype(param.dtype), new_state
 
 
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+def _without(shape: tuple, axis: int) -> tuple:
     return shape[:axis] + shape[axis + 1 :]
 
 

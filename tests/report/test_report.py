@@ -1,0 +1,255 @@
+"""The numbers of the report on runs whose curves are straight lines, and what a user may have done to the folders."""
+
+import csv
+import json
+import math
+import re
+
+import pytest
+import rich.console
+
+from upcycle.errors import UserError
+from upcycle.report.compare import Report, interpolate, mean_rows, paired, reaches
+from upcycle.report.html import print_table, report_main, write_report
+from upcycle.report.plots import Plot, unit
+from upcycle.report.runs import Axis, Role, load_run
+
+START, SUNK_FLOPS, SUNK_SECONDS = 1000, 1000 * 3e12, 1000 / 8.0
+LAYERS = ('encoder/layers_1', 'decoder/layers_1')
+
+
+def write_run(folder, start, steps, flops, rate, loss, experts=False, sunk=(0.0, 0.0), every=100):
+    """A run whose validation loss is `loss(steps since start)` and whose accuracy is a tenth of it."""
+    folder.mkdir(parents=True)
+    lines = []
+    for k in range(0, steps + 1, every):
+        common = {'step': start + k, 'seconds': k / rate, 'flops': k * flops, 'start_step': start}
+        common |= {'sunk_flops': sunk[0], 'sunk_seconds': sunk[1]}
+        if experts:
+            common |= {'experts/router_entropy': 2.0, 'experts/router_confidence': 0.2}
+            for layer in LAYERS:
+                common[f'experts/{layer}/fraction_tokens_left_behind'] = 0.1
+                common[f'experts/{layer}/load'] = [0.25, 0.5, 0.125, 0.125]
+        train = {'cross_entropy_loss': loss(k), 'learning_rate': 0.01, 'gradient_norm': 1.0, 'steps_per_second': rate}
+        lines.append(common | train | {'split': 'train', 'loss': loss(k)})
+        lines.append(common | {'split': 'validation', 'loss': loss(k), 'accuracy': loss(k) / 10})
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return folder
+
+
+def write_branches(root, shift=0.0, experts=True):
+    sunk = (SUNK_FLOPS, SUNK_SECONDS)
+    write_run(root / 'dense', 0, START, 3e12, 8.0, lambda k: 5.0 - 0.002 * k)
+    write_run(root / 'dense_continuation', START, 800, 3e12, 8.0, lambda k: 3.0 - 1e-4 * k, sunk=sunk)
+    upcycled = write_run(root / 'upcycled', START, 700, 4.7e12, 5.0, lambda k: 3.1 + shift - 4e-4 * k, experts, sunk)
+    receipt = {
+        'operator': 'copy',
+        'function_check': {'layers': {LAYERS[0]: {'covered': 0.86}}, 'whole_model': 'pending'},
+    }
+    (upcycled / 'receipt.json').write_text(json.dumps(receipt))
+    write_run(root / 'moe_from_scratch', 0, 1800, 4.7e12, 5.0, lambda k: 4.0 - 5e-4 * k, experts)
+    return [load_run(folder) for folder in sorted(root.iterdir())]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_branches(tmp_path / 'runs')
+
+
+@pytest.fixture
+def no_png(monkeypatch):
+    """The page draws every panel already; drawing them again as PNG is most of a test's time."""
+    monkeypatch.setattr(Plot, 'png', lambda self: b'')
+
+
+def test_roles_come_from_names_and_else_from_metrics(tmp_path, runs):
+    assert {run.name: run.role for run in runs} == {
+        'dense': Role.DENSE,
+        'dense continuation': Role.DENSE_CONTINUATION,
+        'upcycled': Role.UPCYCLED,
+        'moe from scratch': Role.SCRATCH,
+    }
+    sunk = (SUNK_FLOPS, SUNK_SECONDS)
+    for name, start, experts, role in (
+        ('a', 0, False, Role.DENSE),
+        ('b', 0, True, Role.SCRATCH),
+        ('c', 10, False, Role.DENSE_CONTINUATION),
+        ('d', 10, True, Role.UPCYCLED),
+    ):
+        folder = write_run(
+            tmp_path / name, start, 200, 1e12, 1.0, lambda k: 1.0, experts, sunk if start else (0.0, 0.0)
+        )
+        assert load_run(folder).role is role
+
+
+def test_table_at_the_end_and_at_equal_cost(runs):
+    report = Report.compare(runs)
+    rows = {row.branch: row for row in report.rows}
+    up, dense = rows['upcycled'], rows['dense continuation']
+    assert report.sunk == {Axis.FLOPS: SUNK_FLOPS, Axis.STEPS: START, Axis.SECONDS: SUNK_SECONDS}
+    assert (up.final_step, up.extra_steps, up.extra_seconds) == (1700, 700, 140.0)
+    assert up.extra_flops == pytest.approx(700 * 4.7e12, rel=1e-12)
+    assert up.extra_flops_share == pytest.approx(700 * 4.7e12 / SUNK_FLOPS, abs=1e-9)
+    assert up.total_flops == pytest.approx(SUNK_FLOPS + 700 * 4.7e12, rel=1e-12)
+    assert up.loss == pytest.approx(3.1 - 0.28, abs=1e-9)
+    assert dense.loss == pytest.approx(2.92, abs=1e-9)
+
+    # The continuation stops first in FLOPs and seconds, the upcycled run in steps.
+    assert report.budget == {Axis.FLOPS: 800 * 3e12, Axis.STEPS: 700, Axis.SECONDS: 100.0}
+    steps = {Axis.FLOPS: (800 * 3 / 4.7, 800), Axis.STEPS: (700, 700), Axis.SECONDS: (500, 800)}
+    for axis, (ours, theirs) in steps.items():
+        gap = (3.1 - 4e-4 * ours) - (3.0 - 1e-4 * theirs)
+        difference = report.differences['upcycled'][axis]
+        assert difference.loss == pytest.approx(gap, abs=1e-9)
+        assert difference.accuracy == pytest.approx(gap / 10, abs=1e-9)
+    assert up.loss_at_budget == pytest.approx(3.1 - 4e-4 * 800 * 3 / 4.7, abs=1e-9)
+    assert dense.loss_at_budget == dense.loss
+
+
+def test_scratch_is_charged_its_whole_budget(runs):
+    report = Report.compare(runs)
+    row = next(row for row in report.rows if row.role is Role.SCRATCH)
+    assert row.extra_steps == 800
+    assert row.extra_flops == pytest.approx(1800 * 4.7e12 - SUNK_FLOPS, rel=1e-12)
+    assert row.total_flops == pytest.approx(1800 * 4.7e12, rel=1e-12)
+    at = (SUNK_FLOPS + 800 * 3e12) / 4.7e12
+    assert row.loss_at_budget == pytest.approx(4.0 - 5e-4 * at, abs=1e-9)
+    x, _ = report.curve(report.find(Role.SCRATCH), 'loss', Axis.FLOPS)
+    assert x[0] == -SUNK_FLOPS
+
+
+def test_dense_checkpoint_crossing_and_catching_up(runs):
+    report = Report.compare(runs)
+    assert report.dense == pytest.approx({'loss': 3.0, 'accuracy': 0.3}, abs=1e-9)
+    up, base = report.find(Role.UPCYCLED), report.find(Role.DENSE_CONTINUATION)
+    assert report.passes(up, base, Axis.STEPS) == pytest.approx(0.1 / 3e-4, abs=1e-9)
+    assert report.passes(base, up, Axis.STEPS) is None
+    scratch = report.find(Role.SCRATCH).curve('loss', Axis.STEPS)
+    assert reaches(scratch, 3.53) == pytest.approx(940, abs=1e-6)
+    assert reaches(scratch, 1.0) is None
+    assert interpolate(scratch, 1801) is None
+
+
+def test_a_dense_run_that_went_on_is_read_at_the_branch_point(tmp_path, runs):
+    longer = load_run(write_run(tmp_path / 'longer', 0, 2 * START, 3e12, 8.0, lambda k: 5.0 - 0.002 * k), Role.DENSE)
+    others = [run for run in runs if run.role is not Role.DENSE]
+    row = Report.compare([longer, *others]).rows[0]
+    assert (row.final_step, row.loss, row.extra_flops) == (START, pytest.approx(3.0, abs=1e-9), 0)
+
+
+def test_sunk_cost_comes_from_the_dense_run_when_branches_do_not_say(tmp_path):
+    dense = load_run(write_run(tmp_path / 'dense', 0, START, 3e12, 8.0, lambda k: 3.0))
+    more = load_run(write_run(tmp_path / 'continued', START, 200, 3e12, 8.0, lambda k: 3.0))
+    report = Report.compare([dense, more])
+    assert report.sunk == pytest.approx({Axis.FLOPS: SUNK_FLOPS, Axis.STEPS: START, Axis.SECONDS: SUNK_SECONDS})
+
+
+def test_different_starting_points_are_said(tmp_path, runs):
+    late = write_run(tmp_path / 'upcycled_late', 2 * START, 700, 4.7e12, 5.0, lambda k: 3.0, True, (1e15, 1.0))
+    (warning,) = Report.compare([*runs, load_run(late)]).warnings
+    assert 'upcycled late at 2,000' in warning
+    assert not Report.compare(runs).warnings
+
+
+def test_a_run_in_progress(tmp_path, runs, no_png):
+    metrics = runs[-1].path / 'metrics.jsonl'
+    text = metrics.read_text()
+    metrics.write_bytes((text + '{"step": 9999, "loss": "é').encode()[:-1])
+    assert load_run(runs[-1].path).records == runs[-1].records
+    metrics.write_text('{"step": 1,\n' + text)
+    with pytest.raises(UserError, match=re.escape(f'{metrics}, line 1')):
+        load_run(runs[-1].path)
+    metrics.write_text(json.dumps({'step': START, 'split': 'train', 'start_step': START, 'loss': math.nan}) + '\n')
+    path = write_report([*runs[:-1], load_run(runs[-1].path)], tmp_path / 'out', 'half a run')
+    assert 'upcycled' in path.read_text()
+
+
+def test_user_errors_name_the_path(tmp_path, runs):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
+        load_run(tmp_path)
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty' / 'metrics.jsonl').write_text('')
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / 'empty'))):
+        load_run(tmp_path / 'empty')
+    with pytest.raises(UserError, match='nowhere'):
+        report_main([str(tmp_path / 'nowhere')], str(tmp_path / 'out'))
+    with pytest.raises(UserError, match='upcycled'):
+        Report.compare([runs[-1], runs[-1]])
+    with pytest.raises(UserError):
+        Report.compare([])
+
+
+def test_page_is_whole_in_itself(tmp_path, runs):
+    notes = {'evaluation_tokens': '65,536', 'command': 'upcycle quickstart\n--out "<here>"'}
+    path = write_report(runs, tmp_path / 'out', 'A <title>', notes)
+    page = path.read_text()
+    assert not re.search(r'https?:|<script|<link|@import|url\(', page)
+    assert set(re.findall(r'src="([^,]{0,30})', page)) == {'data:image/svg+xml;base64'}
+    assert 'A &lt;title&gt;' in page and '&lt;here&gt;' in page
+    assert 'Evaluated on 65,536 tokens' in page
+    assert 'Receipt of upcycled' in page and 'pending' in page and '0.86' in page
+    assert (tmp_path / 'out' / 'extra_flops.png').read_bytes().startswith(b'\x89PNG')
+    with (tmp_path / 'out' / 'report.csv').open() as file:
+        rows = {row['branch']: row for row in csv.DictReader(file)}
+    expected = Report.compare(runs).differences['upcycled'][Axis.FLOPS].loss
+    assert float(rows['upcycled']['loss_difference_at_equal_flops']) == expected
+    assert rows['dense']['loss_difference_at_equal_flops'] == ''
+
+
+def test_without_experts_metrics_or_other_branches(tmp_path, no_png):
+    write_branches(tmp_path / 'runs', experts=False)
+    assert report_main([str(tmp_path / 'runs')], str(tmp_path / 'out')).is_file()
+    assert not (tmp_path / 'out' / 'expert_load.png').exists()
+    path = report_main([str(tmp_path / 'runs' / 'dense')], str(tmp_path / 'alone'))
+    assert 'nothing logged yet' not in path.read_text()
+
+
+def test_seeds_are_paired(tmp_path, no_png):
+    shifts = (0.0, 0.01, 0.05)
+    for i, shift in enumerate(shifts):
+        write_branches(tmp_path / 'runs' / f'seed_{i}', shift)
+    path = report_main([str(tmp_path / 'runs')], str(tmp_path / 'out'))
+    assert 'Thin lines: 3 seeds' in path.read_text() and 'seed 3' in path.read_text()
+
+    reports = [
+        Report.compare([load_run(f) for f in sorted(folder.iterdir())])
+        for folder in sorted((tmp_path / 'runs').iterdir())
+    ]
+    pair = next(p for p in paired(reports) if (p.branch, p.axis, p.metric) == ('upcycled', Axis.STEPS, 'loss'))
+    assert pair.values == pytest.approx([shift - 0.11 for shift in shifts], abs=1e-9)
+    assert pair.mean == pytest.approx(0.02 - 0.11, abs=1e-9)
+    # t(0.975, 2) = 4.302653 times the standard error of 0, 0.01, 0.05
+    assert pair.half_width == pytest.approx(4.302653 * math.sqrt(0.0007 / 3), abs=1e-9)
+    row = next(row for row in mean_rows(reports) if row.branch == 'upcycled')
+    assert row.loss == pytest.approx(3.1 - 0.28 + 0.02, abs=1e-9)
+    assert paired(reports[:1])[0].half_width is None
+
+
+def test_a_dense_run_without_a_seed_serves_all_seeds(tmp_path, no_png, monkeypatch):
+    monkeypatch.setattr(Plot, 'svg', lambda self: [])
+    write_branches(tmp_path / 'runs')
+    for i in range(2):
+        for name in ('dense_continuation', 'upcycled'):
+            source = tmp_path / 'runs' / name
+            (tmp_path / 'all' / f'{name}_seed_{i}').mkdir(parents=True)
+            (tmp_path / 'all' / f'{name}_seed_{i}' / 'metrics.jsonl').write_text((source / 'metrics.jsonl').read_text())
+    report_main([str(tmp_path / 'all'), str(tmp_path / 'runs' / 'dense')], str(tmp_path / 'out'))
+    with (tmp_path / 'out' / 'report.csv').open() as file:
+        rows = [(row['seed'], row['branch']) for row in csv.DictReader(file)]
+    branches = ('dense', 'dense continuation', 'upcycled')
+    assert rows == [(seed, branch) for seed in '12' for branch in branches]
+
+
+def test_console(runs):
+    console = rich.console.Console(record=True, width=140)
+    print_table(Report.compare(runs), console)
+    text = console.export_text()
+    assert '+2.4 PFLOPs (80.0% of the sunk cost)' in text
+    assert re.search(r'upcycled +steps +700 +loss +-0\.1100', text)
+
+
+def test_units():
+    assert unit(Axis.FLOPS, 3e18) == (1e18, 'EFLOPs')
+    assert unit(Axis.SECONDS, 0.5) == (1.0, 'seconds')
+    assert unit(Axis.SECONDS, 7200.0) == (3600.0, 'hours')
+    assert unit(Axis.STEPS, 1e9) == (1.0, 'steps')

@@ -1,0 +1,204 @@
+"""Our own format: Orbax step folders `MODEL_DIR/checkpoints/STEP/` with the items `state`, `data` and `metadata`.
+
+`state` is the plain nested dict {step, params, opt_state, rng} of arrays. Its names on disk are the keys on the way to
+each leaf, so optimizer states come as dicts too (optax NamedTuples would be stored by position, and a changed chain
+would silently shift them), and random keys as raw `uint32` data (`jax.random.key_data`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from upcycle.checkpoints import arrays
+from upcycle.errors import UserError
+
+# Hides the latency of object stores; each costs the host memory of a leaf.
+_LEAVES_IN_FLIGHT = 8
+_policies = ocp.checkpoint_managers
+
+
+class NativeReader(arrays.ArrayReader):
+    """A lazy view of one of our steps; see `upcycle.checkpoints.Reader`."""
+
+    format = 'upcycle'
+
+    def __init__(self, path: epath.Path, sources: Mapping[tuple[str, ...], arrays.Source] | None = None):
+        if sources is None:
+            sources = arrays.orbax_arrays(path / 'state')
+        super().__init__(path, {'/'.join(keys): source for keys, source in sources.items()})
+
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The JSON item: family, configuration, sunk cost, receipt."""
+        return self._json('metadata')
+
+    @functools.cached_property
+    def data(self) -> Mapping[str, Any]:
+        """The JSON item that says where the input pipeline stood."""
+        return self._json('data')
+
+    def _json(self, item: str) -> Mapping[str, Any]:
+        file = epath.Path(self.path) / item / 'metadata'
+        try:
+            return json.loads(file.read_text())
+        except (ValueError, OSError) as error:
+            raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+
+
+class CheckpointManager:
+    """Saves and restores the steps of one run. One writer a run: opening it removes what an interrupted save left.
+
+    Args:
+        model_dir: the run's folder; steps lie in its `checkpoints`.
+        keep: how many of the newest steps to keep; None keeps all.
+        keep_period: also keep every step that is a multiple of this, for good.
+    """
+
+    def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1, keep_period: int | None = None):
+        for name, value in (('keep', keep), ('keep_period', keep_period)):
+            if value is not None and value < 1:
+                raise UserError(f'{name} is {value}: it is at least 1, or None.')
+        kept = [_policies.LatestN(keep), *([_policies.EveryNSteps(keep_period)] if keep_period else [])]
+        self._folder = arrays.absolute(model_dir) / 'checkpoints'
+        # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
+        # have begun a save yet: they all wait for the first one there.
+        if jax.process_index() == 0:
+            for interrupted in ocp.utils.tmp_checkpoints(self._folder):
+                interrupted.get().rmtree()
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(preservation_policy=_policies.AnyPreservationPolicy(kept)),
+            item_handlers={
+                'state': ocp.StandardCheckpointHandler(),
+                'data': ocp.JsonCheckpointHandler(),
+                'metadata': ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(self, step: int, state: Mapping[str, Any], data: dict, metadata: dict) -> None:
+        """Copies `state` to the host and returns; the writing goes on behind, and the step appears whole or not at all.
+
+        A failure of the writing is raised by the next call.
+
+        Raises:
+            UserError: `step` is not past the newest saved one.
+            TypeError: `state` is not a plain nested dict of arrays.
+        """
+        flatten(state)
+        newest = self.latest_step()
+        if newest is not None and step <= newest:
+            raise UserError(
+                f'step {step} cannot be saved: {self._folder} already holds step {newest}, '
+                'so name another MODEL_DIR or delete the later steps.'
+            )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), metadata=ocp.args.JsonSave(metadata)
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def latest_step(self) -> int | None:
+        """The newest finished step (or the one being written), None where there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], dict, dict]:
+        """The state, data and metadata of `step`, on any number of devices.
+
+        Args:
+            abstract_state: the state as `jax.ShapeDtypeStruct`s, each with its sharding. Names, shapes and dtypes
+                must be those stored: nothing is cast, padded, skipped or filled in.
+
+        Raises:
+            UserError: no such step, leaves that differ (all of them are listed), or damaged files.
+            TypeError: `abstract_state` is not a plain nested dict of arrays, or a leaf has no sharding.
+        """
+        self._manager.wait_until_finished()
+        wanted = flatten(abstract_state)
+        if unplaced := [name for name, leaf in wanted.items() if getattr(leaf, 'sharding', None) is None]:
+            raise TypeError(f'every leaf of an abstract state has a sharding; these have none: {", ".join(unplaced)}')
+        if step not in self._manager.all_steps():
+            raise UserError(f'{self._folder} has no finished step {step}, only {sorted(self._manager.all_steps())}.')
+        reader = NativeReader(self._folder / str(step))
+        _require_same(reader.path, reader.leaves(), wanted)
+        # Not Orbax's restore: it rereads the index, and prints thousands of lines where a file is damaged.
+        with concurrent.futures.ThreadPoolExecutor(_LEAVES_IN_FLIGHT) as pool:
+            values = pool.map(lambda name: reader.read(name, wanted[name].sharding), wanted)
+            read = dict(zip(wanted, values, strict=True))
+        return _nest(abstract_state, read), dict(reader.data), dict(reader.metadata)
+
+    def wait(self) -> None:
+        """Returns when the save that is under way is finished, and raises what went wrong with it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the threads. The manager is not used again."""
+        self._manager.close()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a plain nested dict of arrays (or of their `jax.ShapeDtypeStruct`s) by their names on disk.
+
+    Raises:
+        TypeError: a node is not a dict, a leaf is not an array, a key is empty or has a `/` or `.` (they separate
+            keys, here and on disk), or a leaf is a typed random key.
+    """
+    leaves: dict[str, Any] = {}
+
+    def visit(prefix: str, node: Any) -> None:
+        if type(node) is dict:
+            for key, child in node.items():
+                if not isinstance(key, str) or not key or '/' in key or '.' in key:
+                    raise TypeError(f'key {key!r} below {prefix or "the root"!r} cannot name a leaf of a checkpoint')
+                visit(f'{prefix}/{key}' if prefix else key, child)
+        elif not isinstance(node, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+            raise TypeError(f'{prefix!r} is a {type(node).__name__}: a state is plain nested dicts of arrays')
+        elif jax.numpy.issubdtype(node.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f'{prefix!r} is a typed random key: save jax.random.key_data(key), wrap it again on restore'
+            )
+        else:
+            leaves[prefix] = node
+
+    visit('', tree)
+    return leaves
+
+
+def _nest(like: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    return {
+        key: _nest(node, leaves, f'{prefix}{key}/') if isinstance(node, dict) else leaves[prefix + key]
+        for key, node in like.items()
+    }
+
+
+def _require_same(path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    def describe(leaf: Any) -> str:
+        return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+
+    differences = [f'only in the checkpoint: {name} {describe(stored[name])}' for name in stored.keys() - wanted.keys()]
+    differences += [f'only in the model: {name} {describe(wanted[name])}' for name in wanted.keys() - stored.keys()]
+    differences += [
+        f'different: {name} is {describe(stored[name])} in the checkpoint, {describe(wanted[name])} in the model'
+        for name in stored.keys() & wanted.keys()
+        if describe(stored[name]) != describe(wanted[name])
+    ]
+    if differences:
+        listing = '\n  '.join(sorted(differences))
+        raise UserError(
+            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR '
+            f'(leaves that differ: {len(differences)}).\n  {listing}'
+        )

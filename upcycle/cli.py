@@ -1,0 +1,144 @@
+"""The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import upcycle
+from upcycle.errors import UserError
+
+DESCRIPTION = """\
+Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.
+
+A run is described by gin files (--gin_file, repeatable: models, moe, tasks, runs, in that order) and bindings
+(--gin.NAME=VALUE), as in T5X:
+
+  upcycle train --gin_file=models/t5_1_1_base.gin --gin_file=moe/t5.gin --gin_file=tasks/c4_span_corruption.gin \\
+    --gin_file=runs/upcycle.gin --gin.INITIAL_CHECKPOINT_PATH=... --gin.MODEL_DIR=... --gin.TRAIN_STEPS=1100000
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 when it did what was asked, 2 after a user's mistake."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = run(arguments)
+    except UserError as error:
+        print(f'upcycle: {error}', file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print('upcycle: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # Whoever reads our output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parses and dispatches; raises UserError where `main` prints it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    bindings = {}
+    for argument in rest:
+        name, equals, value = argument.removeprefix('--gin.').partition('=')
+        if not argument.startswith('--gin.') or not equals or not name:
+            raise UserError(f'{argument} is not understood: bindings look like --gin.NAME=VALUE; see `upcycle --help`.')
+        bindings[name] = value
+    if bindings and not hasattr(options, 'gin_file'):
+        raise UserError(f'{options.command} takes no gin bindings: leave out --gin.{next(iter(bindings))}.')
+    return options.handler(options, bindings) or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='upcycle',
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--version', action='version', version=f'upcycle {upcycle.__version__}')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    def add(name: str, handler: Callable[..., Any], text: str, *, gin: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(handler=handler)
+        if gin:
+            command.add_argument(
+                '--gin_file', action='append', default=[], metavar='FILE', help='repeatable: models, moe, tasks, runs'
+            )
+            command.epilog = 'Bindings: --gin.NAME=VALUE, such as --gin.TRAIN_STEPS=1000.'
+        return command
+
+    quickstart = add(
+        'quickstart', _quickstart, 'the main job on real text that needs no download, about ten minutes on 2 cores'
+    )
+    quickstart.add_argument('--out', default='runs/quickstart', help='folder for the runs and the report (%(default)s)')
+    quickstart.add_argument('--budget', type=float, default=1.0, help='scales the number of steps (%(default)s)')
+    quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
+
+    add('train', _train, 'one training run', gin=True)
+
+    plan = add('plan', _plan, 'what the surgery of a run would do, from metadata alone', gin=True)
+    plan.add_argument('--from', dest='source', metavar='PATH', help='the dense checkpoint (INITIAL_CHECKPOINT_PATH)')
+    plan.add_argument('--json', action='store_true', help='machine-readable')
+
+    inspect = add('inspect', _inspect, 'what a checkpoint holds')
+    inspect.add_argument('path')
+    inspect.add_argument('--json', action='store_true', help='machine-readable')
+
+    report = add('report', _report, 'tables and plots from run folders')
+    report.add_argument('runs', nargs='+', metavar='MODEL_DIR')
+    report.add_argument(
+        '--out', default='report', help='folder for report.html, report.csv and the plots (%(default)s)'
+    )
+    return parser
+
+
+def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle import quickstart
+
+    try:
+        seeds = tuple(int(seed) for seed in options.seeds.split(','))
+    except ValueError:
+        raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
+    quickstart.quickstart(options.out, budget=options.budget, seeds=seeds)
+
+
+def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle import jobs
+
+    jobs.train(options.gin_file, bindings)
+
+
+def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle import jobs
+
+    if options.source is not None:
+        bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': options.source}
+    jobs.plan(options.gin_file, bindings, as_json=options.json)
+
+
+def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle.checkpoints import open_checkpoint
+
+    reader = open_checkpoint(options.path)
+    leaves = reader.leaves()
+    facts = {'path': str(reader.path), 'format': reader.format, 'step': reader.step if 'step' in leaves else None}
+    if options.json:
+        shown = {name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)} for name, leaf in leaves.items()}
+        print(json.dumps({**facts, 'leaves': shown, 'metadata': dict(reader.metadata)}, indent=1))
+        return
+    for name, leaf in leaves.items():
+        print(f'{name}  {tuple(leaf.shape)}  {leaf.dtype}')
+    print('  '.join(f'{name}: {value}' for name, value in facts.items()) + f'  leaves: {len(leaves)}')
+
+
+def _report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle.report.html import report_main
+
+    report_main(options.runs, options.out)

@@ -1,0 +1,101 @@
+"""Files become one array of tokens: reading, splitting, tokenising, hashing. No TensorFlow here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from upcycle.errors import UserError
+
+VALIDATION_SHARE = 0.05
+
+
+class Document(NamedTuple):
+    """A file: its name relative to the corpus, the split it is in, and what it says."""
+
+    name: str
+    split: str
+    content: bytes
+
+
+class Corpus(NamedTuple):
+    """All documents of all splits, each followed by EOS, in the order of their names.
+
+    tokens: uint16 (or int32 for vocabularies of more than 65,536 ids), split after split.
+    splits: per split its first token and its number of tokens.
+    sha256: of names, splits and contents.
+    """
+
+    tokens: np.ndarray
+    splits: Mapping[str, tuple[int, int]]
+    sha256: str
+
+
+def split_by_hash(names: Iterable[str]) -> dict[str, str]:
+    """Puts each name into 'train' or 'validation' (about 5%) by its own sha256, whatever the other names are."""
+    hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in names}
+    held_out = {name for name, value in hashes.items() if value < VALIDATION_SHARE * 2**256}
+    if not held_out and len(hashes) > 1:
+        held_out = {min(hashes, key=hashes.__getitem__)}
+    return {name: 'validation' if name in held_out and len(hashes) > 1 else 'train' for name in hashes}
+
+
+def relative_names(paths: Sequence[str]) -> list[str]:
+    """The paths without the folders that all of them share."""
+    folders = [path.split('/')[:-1] for path in paths]
+    shared = len(os.path.commonprefix(folders))
+    return ['/'.join(path.split('/')[shared:]) for path in paths]
+
+
+def read_utf8(path: str, read: Callable[[str], bytes]) -> bytes:
+    """The bytes of a text file, checked to be UTF-8.
+
+    Args:
+        path: for messages.
+        read: a function that returns the bytes of `path`.
+
+    Raises:
+        UserError: if the file cannot be read, or with the line of the first byte that is not UTF-8.
+    """
+    try:
+        content = read(path)
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b'\n') + 1
+        raise UserError(f'{path}, line {line} is not UTF-8: convert the file, or leave it out of the glob.') from None
+    except Exception as error:  # local files raise OSError, remote ones TensorFlow's own errors
+        raise UserError(
+            f'{path} cannot be read ({type(error).__name__}): mend it, or leave it out of the glob.'
+        ) from None
+    return content
+
+
+def _tokenise(content: bytes, vocabulary: Any) -> np.ndarray:
+    """The ids of one document, without EOS."""
+    if type(vocabulary).__name__ == 'ByteVocabulary':
+        specials = vocabulary.vocab_size - vocabulary.extra_ids - 256
+        return np.frombuffer(content, np.uint8).astype(np.uint16) + np.uint16(specials)
+    # Line by line: SentencePiece takes time and memory for one very long string, and drops line ends either way.
+    lines = vocabulary.tokenizer.encode(content.decode().splitlines())
+    return np.concatenate([np.asarray(line, np.int32) for line in lines] or [np.zeros(0, np.int32)])
+
+
+def build_corpus(documents: Iterable[Document], vocabulary: Any) -> Corpus:
+    """Tokenises documents into memory: 2 bytes a token, so 2 bytes a byte of text for the byte vocabulary."""
+    dtype = np.uint16 if vocabulary.vocab_size <= 2**16 else np.int32
+    digest = hashlib.sha256()
+    parts: dict[str, list[np.ndarray]] = {'train': [], 'validation': []}
+    for name, split, content in sorted(documents):
+        digest.update(f'{split}\0{name}\0{hashlib.sha256(content).hexdigest()}\n'.encode())
+        parts[split] += [_tokenise(content, vocabulary).astype(dtype), np.array([vocabulary.eos_id], dtype)]
+    sizes = {split: sum(part.size for part in parts[split]) for split in parts}
+    tokens = np.concatenate([part for split in parts for part in parts[split]] or [np.zeros(0, dtype)])
+    return Corpus(
+        tokens,
+        {'train': (0, sizes['train']), 'validation': (sizes['train'], sizes['validation'])},
+        digest.hexdigest(),
+    )

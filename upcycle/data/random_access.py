@@ -1,0 +1,186 @@
+"""A seqio source whose i-th example is a pure function of (seed, i), so that a run can start anywhere at once.
+
+seqio derives randomness from an example's place in a stream, and finds a place in a stream by replaying it. Here a
+corpus is one array of tokens; example i of the endless stream is cut, shuffled and corrupted from i alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle.data import span_corruption, tensorflow_quiet
+from upcycle.data.corpus import Corpus
+from upcycle.errors import UserError
+
+tf = tensorflow_quiet.tensorflow()
+seqio = tensorflow_quiet.seqio()
+
+if TYPE_CHECKING:
+    import seqio
+    import tensorflow as tf
+
+# Folded into the seed, so that the three uses of it are independent.
+_ORDER, _PHASE, _NOISE = 1, 2, 3
+
+
+def chunks_per_epoch(size: Any, length: int, shuffle: Any) -> Any:
+    """Chunks of `length` tokens in a split of `size` tokens, of ints or int64 tensors; `shuffle` counts as 0 or 1.
+
+    Shuffled epochs start at a random phase below `length`, which costs the last chunk.
+    """
+    return size // length - shuffle
+
+
+class RandomAccessSource(seqio.DataSource):
+    """Requests for chunks of a tokenised corpus, for the preprocessor `chunks_of` to answer.
+
+    seqio tells the lengths to preprocessors but not to sources, and chunks depend on them. So this source yields one
+    element per epoch, a request, and the preprocessor turns it into that epoch's examples.
+    """
+
+    def __init__(self, read: Callable[[], Corpus]):
+        super().__init__(splits=('train', 'validation'), caching_permitted=False, performs_internal_shuffling=True)
+        self._read = functools.cache(read)
+
+    @property
+    def corpus(self) -> Corpus:
+        """Read and tokenised when it is first asked for."""
+        return self._read()
+
+    @functools.cached_property
+    def tokens(self) -> tf.Tensor:
+        """`corpus.tokens`, once in TensorFlow's memory however many pipelines read it."""
+        return tf.constant(self.corpus.tokens)
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        return True
+
+    def list_shards(self, split: str) -> list[str]:
+        return [split]
+
+    def get_dataset(
+        self,
+        split: str = 'train',
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused: Any,
+    ) -> tf.data.Dataset:
+        """seqio's entrance: one epoch, whose examples are dealt to the shards one by one."""
+        if seed is None:
+            seed = int(np.random.default_rng().integers(2**31))
+        shard = shard_info or seqio.ShardInfo(index=0, num_shards=1)
+        return self.request(split, shuffle=shuffle, seed=seed, first=shard.index, stride=shard.num_shards)
+
+    def request(
+        self,
+        split: str,
+        *,
+        shuffle: bool,
+        seed: int,
+        first: int = 0,
+        block: int = 1,
+        stride: int = 1,
+        endless: bool = False,
+    ) -> tf.data.Dataset:
+        """Asks for blocks of `block` consecutive examples that begin at `first`, `first + stride`, ...
+
+        They end with the epoch, or run on through all epochs where `endless`.
+        """
+        offset, size = self.corpus.splits[split]
+        numbers = {
+            'seed': seed,
+            'shuffle': shuffle,
+            'offset': offset,
+            'size': size,
+            'first': first,
+            'block': block,
+            'stride': stride,
+            'endless': endless,
+        }
+        return tf.data.Dataset.from_tensors({name: tf.constant(int(n), tf.int64) for name, n in numbers.items()})
+
+
+def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
+    """The preprocessor that answers `source`'s requests.
+
+    Its examples hold 'targets', int32 chunks of exactly the length that span corruption wants, and 'seed', int64 [2].
+    """
+
+    def preprocess(
+        dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, Any]
+    ) -> tf.data.Dataset:
+        length = span_corruption.checked_lengths(sequence_length, output_features['targets'].vocabulary).tokens
+        tokens = source.tokens
+
+        def indices(epoch: tf.Tensor, request: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
+            per_epoch = chunks_per_epoch(request['size'], length, request['shuffle'])
+            return (
+                tf.data.Dataset.range(np.iinfo(np.int64).max)
+                .map(lambda n: request['first'] + n // request['block'] * request['stride'] + n % request['block'])
+                .take_while(lambda index: (request['endless'] > 0) | (index < per_epoch))
+                .map(lambda index: {**request, 'index': epoch * per_epoch + index})
+            )
+
+        def example(request: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+            index, shuffle = request['index'], request['shuffle']
+            per_epoch = chunks_per_epoch(request['size'], length, shuffle)
+            epoch, chunk = index // per_epoch, index % per_epoch
+            fold_in = tf.random.experimental.stateless_fold_in
+
+            def seed_of(purpose: int, number: tf.Tensor) -> tf.Tensor:
+                return fold_in(tf.stack([request['seed'], tf.constant(purpose, tf.int64)]), number)
+
+            shuffled = tf.random.experimental.index_shuffle(chunk, seed_of(_ORDER, epoch), per_epoch - 1)
+            phase = tf.random.stateless_uniform([], seed_of(_PHASE, epoch), maxval=length, dtype=tf.int64)
+            start = request['offset'] + tf.where(shuffle > 0, phase + shuffled * length, chunk * length)
+            return {
+                'targets': tf.cast(tf.slice(tokens, [start], [length]), tf.int32),
+                'seed': seed_of(_NOISE, index),
+            }
+
+        return (
+            dataset.enumerate().flat_map(indices).map(example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        )
+
+    return preprocess
+
+
+def span_corruption_task(name: str, read: Callable[[], Corpus], vocabulary: Any) -> seqio.Task:
+    """A seqio task (not yet registered) of span corruption over a corpus, which is read when it is first used."""
+    source = RandomAccessSource(read)
+    feature = seqio.Feature(vocabulary=vocabulary, add_eos=True)
+    return seqio.Task(
+        name,
+        source=source,
+        output_features={'inputs': feature, 'targets': feature},
+        preprocessors=[
+            chunks_of(source),
+            span_corruption.span_corruption,
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        shuffle_buffer_size=None,
+    )
+
+
+def check_split(source: RandomAccessSource, split: str, length: int, shuffle: bool) -> int:
+    """Chunks per epoch of a split, at least one.
+
+    Raises:
+        UserError: if there is no such split, or it is shorter than a chunk.
+    """
+    if split not in source.splits:
+        raise UserError(f"There is no split {split!r} here: bind DatasetConfig.split to 'train' or 'validation'.")
+    size = source.corpus.splits[split][1]
+    chunks = chunks_per_epoch(size, length, shuffle)
+    if chunks < 1:
+        raise UserError(
+            f'The split {split!r} holds {size} tokens and TASK_FEATURE_LENGTHS asks for {(1 + shuffle) * length} at '
+            f'least: give it more text, or shorten TASK_FEATURE_LENGTHS.'
+        )
+    return chunks

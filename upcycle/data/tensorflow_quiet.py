@@ -1,0 +1,64 @@
+"""The only way this package imports TensorFlow: silently, on the CPU, and not before it is needed.
+
+TensorFlow would otherwise take the accelerator's memory from JAX and write a dozen lines to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from types import ModuleType
+
+# These lines are written by C++ before TensorFlow's own log level takes effect, so no environment variable stops them.
+_NOISE = re.compile(rb'[IWE]\d{4} |WARNING: All log messages before absl::InitializeLog')
+
+
+@contextlib.contextmanager
+def _without_startup_noise() -> Iterator[None]:
+    """Holds stderr back and then writes what was held, less the start-up chatter; everything when an import fails."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        noise = _NOISE
+        try:
+            yield
+        except BaseException:
+            noise = re.compile(rb'(?!)')
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            for line in held:
+                if not noise.match(line):
+                    os.write(2, line)
+
+
+@functools.cache
+def tensorflow() -> ModuleType:
+    """TensorFlow, with accelerators hidden from it."""
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    with _without_startup_noise():
+        tf = importlib.import_module('tensorflow')
+        for kind in ('GPU', 'TPU'):
+            # It raises where the program has already started TensorFlow, and then the choice was the program's.
+            with contextlib.suppress(RuntimeError):
+                tf.config.set_visible_devices([], kind)
+        tf.get_logger().setLevel('ERROR')
+    return tf
+
+
+@functools.cache
+def seqio() -> ModuleType:
+    """seqio, after TensorFlow was imported quietly."""
+    tensorflow()
+    with _without_startup_noise():
+        return importlib.import_module('seqio')

@@ -1,0 +1,286 @@
+"""Text for the trainer: any seqio task or mixture as a `DataSource`, with the names of T5X's gin files.
+
+Our own tasks (`embedded.py`, `text_files.py`) are random access: global batch b is a pure function of (seed, b), for
+any number of hosts and wherever a run resumes. Every other seqio task is a stream, whose place is found by replaying.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from upcycle.data import JSON, tensorflow_quiet
+from upcycle.data.text_files import TextFiles
+from upcycle.errors import UserError
+
+if TYPE_CHECKING:
+    import seqio
+    import tensorflow as tf
+
+    from upcycle.data.random_access import RandomAccessSource
+
+__all__ = ['DatasetConfig', 'TextFiles']
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A split of a seqio task or mixture, as batches for an encoder-decoder. It is a `DataSource`.
+
+    mixture_or_task_name: MIXTURE_OR_TASK_NAME.
+    task_feature_lengths: TASK_FEATURE_LENGTHS: tokens of 'inputs' and 'targets' in a row.
+    split: 'train', 'validation', ...
+    batch_size: rows of a global batch.
+    seed: of shuffling and of corruption.
+    pack: several examples in a row, with segment ids and positions, as T5X.
+    shuffle: bind False for validation, which then is in corpus order.
+    use_cached: read what `seqio_cache_tasks` wrote; for streamed tasks only.
+    module: imported before the task is looked up: the module that registers it.
+    num_batches: batches at most, as in a bounded evaluation.
+    repeat: endless where True; else one pass, whose last batch is filled up with rows of zeros.
+    source: the files of `text_files_span_corruption`; where None, the task is looked up in seqio's registry.
+    """
+
+    mixture_or_task_name: str
+    task_feature_lengths: Mapping[str, int]
+    split: str
+    batch_size: int
+    seed: int = 0
+    pack: bool = True
+    shuffle: bool = True
+    use_cached: bool = False
+    module: str | None = None
+    num_batches: int | None = None
+    repeat: bool = True
+    source: TextFiles | None = None
+
+    @functools.cached_property
+    def task(self) -> seqio.Task | seqio.Mixture:
+        """The seqio task or mixture.
+
+        Raises:
+            UserError: if it is unknown, or its module cannot be imported.
+        """
+        if self.source is not None:
+            return self.source.task()
+        seqio = tensorflow_quiet.seqio()
+        if self.module:
+            try:
+                importlib.import_module(self.module)
+            except ImportError as error:
+                hint = 'pip install upcycle[t5]' if self.module.split('.')[0] == 't5' else 'install it'
+                raise UserError(
+                    f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported ({error}): {hint}, or bind another.'
+                ) from error
+        name = self.mixture_or_task_name
+        known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+        if name not in known:
+            close = ', '.join(difflib.get_close_matches(name, known)) or 'none is similar'
+            raise UserError(
+                f'MIXTURE_OR_TASK_NAME = {name!r} is not registered with seqio (close: {close}): mend the name, or '
+                'bind MIXTURE_OR_TASK_MODULE to the module that registers it.'
+            )
+        return seqio.get_mixture_or_task(name)
+
+    @property
+    def vocabulary(self) -> seqio.Vocabulary:
+        """The targets' vocabulary."""
+        return self.task.output_features['targets'].vocabulary
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids that inputs and targets may hold, sentinels counted: the least a model's embedding must have."""
+        return max(feature.vocabulary.vocab_size for feature in self.task.output_features.values())
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes [B, L] of a global batch, by T5X's feature names."""
+        lengths = {
+            'encoder': self.task_feature_lengths['inputs'],
+            'decoder': self.task_feature_lengths['targets'],
+        }
+        names = [
+            'encoder_input_tokens',
+            'decoder_input_tokens',
+            'decoder_target_tokens',
+            'decoder_loss_weights',
+        ]
+        if self.pack:
+            names += [f'{stack}_{name}' for stack in lengths for name in ('segment_ids', 'positions')]
+        return {
+            name: (
+                (self.batch_size, lengths[name.split('_')[0]]),
+                np.dtype(np.float32 if name.endswith('weights') else np.int32),
+            )
+            for name in names
+        }
+
+    def fingerprint(self) -> dict[str, JSON]:
+        """The data's identity; for a random-access task with the corpus's sha256 and that of its first examples."""
+        identity: dict[str, JSON] = {
+            'mixture_or_task_name': self.mixture_or_task_name,
+            'task_feature_lengths': {name: int(n) for name, n in sorted(self.task_feature_lengths.items())},
+            'vocabulary': _vocabulary_identity(self.vocabulary),
+        }
+        for name in ('split', 'batch_size', 'seed', 'pack', 'shuffle', 'use_cached', 'repeat'):
+            identity[name] = getattr(self, name)
+        if self._random_access is not None:
+            identity['corpus_sha256'] = self._random_access.corpus.sha256
+            identity['first_examples_sha256'] = self._first_examples_sha256
+        return identity
+
+    def promise(self) -> str:
+        """Which determinism holds."""
+        if self._random_access is not None:
+            return (
+                f'Global batch b of {self.mixture_or_task_name} is a pure function of (seed {self.seed}, b), the same '
+                'for any number of hosts and any start.'
+            )
+        return (
+            f'{self.mixture_or_task_name} is streamed by seqio with seed {self.seed}: the order is the same for the '
+            'same number of hosts, files and versions of seqio and TensorFlow, and a resumed run finds its place by '
+            'replaying the stream up to it.'
+        )
+
+    def batches(
+        self, start: int = 0, *, process_index: int = 0, process_count: int = 1
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """This host's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
+
+        Raises:
+            UserError: if the batch does not divide among the hosts, or the data cannot be had as bound.
+        """
+        if self.batch_size % process_count:
+            raise UserError(
+                f'BATCH_SIZE = {self.batch_size} does not divide among {process_count} hosts: bind a multiple of them.'
+            )
+        stop = self._number_of_batches()
+        if stop is None and not self.repeat and process_count > 1:
+            raise UserError(
+                f'{self.mixture_or_task_name} is streamed, so {process_count} hosts cannot agree where its '
+                f'{self.split!r} split ends: bind EVAL_STEPS to a number.'
+            )
+        tf = tensorflow_quiet.tensorflow()
+        rows = self.batch_size // process_count
+        if self._random_access is None:
+            dataset = self._stream(process_index, process_count).batch(rows).skip(start)
+        else:
+            dataset = self._examples(start * self.batch_size + process_index * rows, rows).batch(rows)
+        options = tf.data.Options()
+        options.deterministic = True
+        batches = dataset.prefetch(tf.data.AUTOTUNE).with_options(options).as_numpy_iterator()
+        # One host may stop where its stream ends; many must stop together.
+        return self._filled(batches, rows, start, stop, may_end=stop is None or process_count == 1)
+
+    @property
+    def _random_access(self) -> RandomAccessSource | None:
+        from upcycle.data.random_access import RandomAccessSource
+
+        source = getattr(self.task, 'source', None)
+        return source if isinstance(source, RandomAccessSource) else None
+
+    @functools.cached_property
+    def _first_examples_sha256(self) -> str:
+        """Changes with anything that changes the batches, such as another TensorFlow's random numbers."""
+        digest = hashlib.sha256()
+        for example in self._examples(0, 1).take(8).as_numpy_iterator():
+            for name in sorted(example):
+                digest.update(np.ascontiguousarray(example[name], '<i4').tobytes())
+        return digest.hexdigest()
+
+    def _number_of_batches(self) -> int | None:
+        """The end of the batches, or None where it is unknown or there is none."""
+        if self._random_access is None or self.repeat:
+            return self.num_batches
+        whole = -(-self._chunks_per_epoch() // self.batch_size)
+        return whole if self.num_batches is None else min(whole, self.num_batches)
+
+    def _chunks_per_epoch(self) -> int:
+        from upcycle.data import random_access, span_corruption
+
+        length = span_corruption.checked_lengths(self.task_feature_lengths, self.vocabulary).tokens
+        return random_access.check_split(self._random_access, self.split, length, self.shuffle)
+
+    def _examples(self, first: int, block: int) -> tf.data.Dataset:
+        """The random-access examples of one host, block by block, as unpacked model features.
+
+        An example fills its row, so packing has nothing to do but to write `segment_ids` and `positions`.
+        """
+        seqio = tensorflow_quiet.seqio()
+        self._chunks_per_epoch()
+        request = self._random_access.request(
+            self.split,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            first=first,
+            block=block,
+            stride=self.batch_size,
+            endless=self.repeat,
+        )
+        examples = self.task.preprocess_postcache(request, sequence_length=self.task_feature_lengths)
+        return seqio.EncDecFeatureConverter(pack=False)(examples, self.task_feature_lengths)
+
+    def _stream(self, process_index: int, process_count: int) -> tf.data.Dataset:
+        """The rows of one host of any other seqio task or mixture, from their beginning."""
+        seqio = tensorflow_quiet.seqio()
+        return seqio.get_dataset(
+            self.task,
+            dict(self.task_feature_lengths),
+            seqio.EncDecFeatureConverter(pack=self.pack),
+            dataset_split=self.split,
+            use_cached=self.use_cached,
+            shuffle=self.shuffle,
+            num_epochs=None if self.repeat else 1,
+            shard_info=seqio.ShardInfo(index=process_index, num_shards=process_count),
+            verbose=False,
+            seed=self.seed,
+        )
+
+    def _filled(
+        self, batches: Iterator[dict[str, np.ndarray]], rows: int, start: int, stop: int | None, may_end: bool
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches `start` up to `stop` with all features and all rows; those the data does not fill are zeros."""
+        spec = self.batch_spec()
+        number = start
+        while stop is None or number < stop:
+            batch = next(batches, None)
+            if batch is None and may_end:
+                return
+            batch = batch or {}
+            if self.pack and batch and 'encoder_segment_ids' not in batch:
+                batch |= _packed_alone(batch)
+            filled = {name: np.zeros((rows, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
+            for name, value in batch.items():
+                filled[name][: len(value)] = value
+            yield filled
+            number += 1
+
+
+def _packed_alone(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What seqio's packing makes of rows [B, L] of one example each: segment 1 and positions up to the padding."""
+    features = {}
+    for stack, tokens in (
+        ('encoder', batch['encoder_input_tokens']),
+        ('decoder', batch['decoder_target_tokens']),
+    ):
+        segments = (tokens != 0).astype(np.int32)
+        features[f'{stack}_segment_ids'] = segments
+        features[f'{stack}_positions'] = segments * np.arange(tokens.shape[1], dtype=np.int32)
+    # Unpacked, the shifted targets carry their EOS into the padding.
+    features['decoder_input_tokens'] = batch['decoder_input_tokens'] * features['decoder_segment_ids']
+    return features
+
+
+def _vocabulary_identity(vocabulary: Any) -> dict[str, JSON]:
+    model = getattr(vocabulary, 'sp_model', None)
+    return {
+        'kind': type(vocabulary).__name__,
+        'size': int(vocabulary.vocab_size),
+        'extra_ids': int(vocabulary.extra_ids),
+        'sha256': None if model is None else hashlib.sha256(model).hexdigest(),
+    }

@@ -1,0 +1,99 @@
+"""The commands that work on a configured run."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upcycle import configuration, cost, partitioning
+from upcycle.checkpoints import open_checkpoint
+from upcycle.errors import UserError
+from upcycle.surgery.plan import Plan
+from upcycle.train import loop
+from upcycle.train.describe import describe, per_device
+from upcycle.train.state import Layout, layout, make_plan
+from upcycle.train.step import TrainState
+
+
+def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train') -> TrainState:
+    """`upcycle train`: says what was resolved, then trains.
+
+    Raises:
+      UserError: before anything is written, where the configuration, the folder or the checkpoint do not fit.
+    """
+    run = configuration.load(gin_files, bindings)
+    identity = configuration.resolved()
+    configuration.claim(run.model_dir, identity, write=False)
+    mesh = loop.check(run)
+    where = layout(run, mesh)
+    if run.initial_checkpoint_path is not None:
+        make_plan(run, where, open_checkpoint(run.initial_checkpoint_path))
+    print(describe(run, where, mesh), flush=True)
+    configuration.claim(run.model_dir, identity)
+    return loop.train(run, name)
+
+
+def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:
+    """`upcycle plan`: the table of the surgery, parameters and bytes before and after, memory on a device."""
+    run = configuration.load(gin_files, bindings)
+    if run.initial_checkpoint_path is None:
+        raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
+    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+    where = layout(run, mesh)
+    reader = open_checkpoint(run.initial_checkpoint_path)
+    what = make_plan(run, where, reader)
+    facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
+    if as_json:
+        rows = [_row(row, where) for row in what.rows]
+        print(json.dumps({**facts, 'rows': rows, 'dropped': dict(what.dropped)}, indent=1))
+        return
+    _print_table(what, where)
+    for name, reason in what.dropped.items():
+        print(f'dropped  {name}  because {reason}')
+    print(describe(run, where, mesh))
+    print('  '.join(f'{name}: {value}' for name, value in facts.items()))
+
+
+def _facts(where: Layout, what: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:
+    params = {name: leaf for name, leaf in dense.items() if name.startswith('params/')}
+    return {
+        'parameters_before': cost.num_parameters(params),
+        'parameters_after': cost.num_parameters(where.abstract.params),
+        'bytes_before': cost.num_bytes(dict(dense)),
+        'bytes_after': cost.num_bytes(where.abstract),
+        'bytes_per_device': per_device(where),
+        'leaves': len(what.rows),
+        'dropped_leaves': len(what.dropped),
+    }
+
+
+def _row(row: Any, where: Layout) -> dict[str, Any]:
+    sharding = where.flat()[row.target].sharding
+    return {
+        'target': row.target,
+        'sources': list(row.sources),
+        'action': str(row.action),
+        'shape': list(row.shape),
+        'dtype': str(row.dtype),
+        'sharding': [axis if axis is None or isinstance(axis, str) else list(axis) for axis in sharding.spec],
+        'elements_per_device': math.prod(sharding.shard_shape(row.shape)),
+    }
+
+
+def _print_table(what: Plan, where: Layout) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table('target', 'from', 'action', 'shape', 'dtype', 'sharding', box=None, pad_edge=False)
+    for row in what.rows:
+        shown = _row(row, where)
+        source = ', '.join(shown['sources'])
+        table.add_row(
+            shown['target'],
+            'same' if source == shown['target'] else source or '-',
+            shown['action'],
+            str(tuple(shown['shape'])),
+            shown['dtype'],
+            str(tuple(shown['sharding'])),
+        )
+    Console(width=None if Console().is_terminal else 220).print(table)

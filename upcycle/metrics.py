@@ -1,0 +1,109 @@
+"""What a run writes about itself: `metrics.jsonl`, TensorBoard events, and a progress line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+class MetricsLog:
+    """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files beside it.
+
+    Args:
+      model_dir: the run's folder.
+      last_step: lines after this step are dropped: they came from a leg of the run that was cut off and is now repeated.
+    """
+
+    def __init__(self, model_dir: str, last_step: int | None):
+        from upcycle.data import tensorflow_quiet
+
+        self._path = os.path.join(model_dir, 'metrics.jsonl')
+        kept = [] if last_step is None else [line for line in read_metrics(self._path) if line['step'] <= last_step]
+        temporary = self._path + '.new'
+        with open(temporary, 'w', encoding='utf-8') as file:
+            file.writelines(json.dumps(line) + '\n' for line in kept)
+        os.replace(temporary, self._path)
+        self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
+        self._tf = tensorflow_quiet.tensorflow()
+        self._writers: dict[str, Any] = {}
+        self._model_dir = model_dir
+
+    def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        """One line, on disk when this returns; lists (such as the load of each expert) go into the line only."""
+        line = {'step': step, 'split': split} | {name: _plain(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(line) + '\n')
+        self._file.flush()
+        if split not in self._writers:
+            self._writers[split] = self._tf.summary.create_file_writer(os.path.join(self._model_dir, split))
+        with self._writers[split].as_default(step=step):
+            for name, value in line.items():
+                if isinstance(value, int | float) and name != 'step':
+                    self._tf.summary.scalar(name, value)
+
+    def close(self) -> None:
+        """Flushes and closes every file."""
+        self._file.close()
+        for writer in self._writers.values():
+            writer.close()
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`; [] where there is none. A last line that was cut off is left out."""
+    if not os.path.exists(path):
+        return []
+    lines = []
+    with open(path, encoding='utf-8') as file:
+        for text in file:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able; a float keeps its shortest exact form."""
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    array = np.asarray(value)
+    return array.tolist() if array.ndim else array.item()
+
+
+class Progress:
+    """A progress line on standard error: step, loss, rate, time left. In place on a terminal, a line each elsewhere."""
+
+    def __init__(self, name: str, start_step: int, total_steps: int):
+        self._name, self._first, self._total = name, start_step, total_steps
+        self._start = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Prints where the run is."""
+        seconds = time.monotonic() - self._start
+        done = step - self._first
+        rate = done / seconds if seconds > 0 else 0.0
+        left = (self._total - step) / rate if rate > 0 else 0.0
+        values = '  '.join(f'{name} {value:.4f}' for name, value in metrics.items())
+        text = f'{self._name}  step {step}/{self._total}  {values}  {rate:.2f} steps/s  {clock(left)} left'
+        print(
+            f'\r{text:<110}' if self._terminal else text,
+            end='' if self._terminal else '\n',
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def end(self) -> None:
+        """Leaves the line as it is."""
+        if self._terminal:
+            print(file=sys.stderr)
+
+
+def clock(seconds: float) -> str:
+    """'1:02:03' or '2:03'."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -1,0 +1,133 @@
+"""The mesh, and which logical axis lies along which mesh axis.
+
+Mesh axes: `data` and `expert` split the batch, `expert` the experts, `model` the width of MLPs, attention and vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from upcycle.errors import UserError
+
+MESH_AXES = ('data', 'expert', 'model')
+
+# T5X's logical axis names. An axis that is not named here is never split.
+RULES: tuple[tuple[str, Any], ...] = (
+    ('batch', ('data', 'expert')),
+    ('expert', 'expert'),
+    ('vocab', 'model'),
+    ('mlp', 'model'),
+    ('expert_mlp', 'model'),
+    ('joined_kv', 'model'),
+    ('heads', 'model'),
+)
+
+# Along these a leaf is a stack of parameters, each with an optimizer state of its own.
+STACKED_AXES = ('expert', 'layers')
+
+
+def make_mesh(shape: Sequence[int] | str, num_experts: int | None) -> Mesh:
+    """The device mesh.
+
+    Args:
+      shape: (data, expert, model) [MESH_SHAPE], or 'auto': as many expert shards as divide both the devices and the experts,
+        the rest data.
+      num_experts: E, or None for a dense model.
+
+    Raises:
+      UserError: the shape does not use the devices, or the experts do not divide.
+    """
+    devices = jax.device_count()
+    if shape == 'auto':
+        expert = math.gcd(devices, num_experts) if num_experts else 1
+        shape = (devices // expert, expert, 1)
+    shape = tuple(shape)
+    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise UserError(f"MESH_SHAPE = {shape!r} is neither 'auto' nor three sizes (data, expert, model).")
+    if math.prod(shape) != devices:
+        raise UserError(f'MESH_SHAPE = {shape!r} needs {math.prod(shape)} devices, and there are {devices}.')
+    if num_experts and num_experts % shape[1]:
+        raise UserError(
+            f'NUM_EXPERTS = {num_experts} does not divide among the {shape[1]} shards of the expert axis of '
+            f'MESH_SHAPE = {shape!r}: change one of them.'
+        )
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Inside, logical constraints on activations mean this mesh."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def unbox(boxed: Any) -> Any:
+    """Parameters without their boxes, where they are (`flax.linen.unbox` would also lay them out on the mesh in use)."""
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
+def logical_axes(boxed: Any) -> Any:
+    """For each parameter its logical axes, a tuple of names, as a `PartitionSpec`."""
+    return nn.get_partition_spec(boxed)
+
+
+def batch_axes(boxed: Any) -> Any:
+    """For each parameter, how many leading axes are stacks of parameters."""
+    return jax.tree.map(
+        lambda spec: sum(name in STACKED_AXES for name in spec),
+        logical_axes(boxed),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def mesh_axes(logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Mesh axes of a leaf. An axis too short to be split evenly stays whole."""
+    rules = dict(RULES)
+    spec = []
+    for name, size in zip(logical, shape, strict=True):
+        axes = rules.get(name)
+        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        spec.append(axes if size % parts == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def param_specs(boxed: Any, mesh: Mesh) -> Any:
+    """The `PartitionSpec` of every parameter, by its logical axes."""
+    return jax.tree.map(
+        lambda logical, param: mesh_axes(logical, param.shape, mesh),
+        logical_axes(boxed),
+        unbox(boxed),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `expert`."""
+    return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole leaf on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """A global batch from every host's rows."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int, binding: str) -> None:
+    """Raises UserError unless the batch divides among microbatches and devices."""
+    parts = mesh.shape['data'] * mesh.shape['expert']
+    if batch_size % (parts * num_microbatches):
+        raise UserError(
+            f'{binding} = {batch_size} does not divide into {num_microbatches} microbatches over the {parts} devices of '
+            f'the data and expert axes: make it a multiple of {parts * num_microbatches}.'
+        )

@@ -1,0 +1,265 @@
+"""The comparison the paper makes: the same dense checkpoint, the same extra cost, which branch ends better?"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from upcycle.errors import UserError
+from upcycle.report.runs import Axis, Curve, Role, Run
+
+METRICS = ('loss', 'accuracy')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One branch. Costs count from the dense checkpoint; None is 'not logged' or 'never got that far'.
+
+    `total_flops` includes the sunk cost; `extra_flops_share` is a fraction of it. `*_at_budget` are validation values
+    interpolated at the report's FLOPs budget.
+    """
+
+    branch: str
+    role: Role
+    final_step: int | None
+    extra_steps: float | None
+    extra_flops: float | None
+    extra_flops_share: float | None
+    extra_seconds: float | None
+    total_flops: float | None
+    loss: float | None
+    accuracy: float | None
+    loss_at_budget: float | None
+    accuracy_at_budget: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A branch minus the dense continuation where both had spent `budget` (steps, FLOPs or seconds) extra."""
+
+    budget: float
+    loss: float | None
+    accuracy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Runs that share one dense checkpoint, compared.
+
+    `sunk` is what that checkpoint had cost; `budget` the smallest extra cost that the dense continuation and every
+    upcycled run reached, per axis; `differences` go by branch and axis.
+    """
+
+    runs: tuple[Run, ...]
+    sunk: Mapping[Axis, float]
+    budget: Mapping[Axis, float]
+    rows: tuple[Row, ...]
+    differences: Mapping[str, Mapping[Axis, Difference]]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def compare(cls, runs: Sequence[Run]) -> 'Report':
+        """Compares runs by validation values, linearly interpolated between their evaluations.
+
+        Raises:
+          UserError: no runs, or two with one name.
+        """
+        if not runs:
+            raise UserError('There are no runs to compare: give at least one run folder.')
+        names = [run.name for run in runs]
+        twice = next((run for run in runs if names.count(run.name) > 1), None)
+        if twice:
+            raise UserError(f'Two runs are called {twice.name!r} (one is {twice.path}); give them different names.')
+        branches = [run for run in runs if not run.from_zero]
+        warnings = []
+        if len({run.start[Axis.STEPS] for run in branches}) > 1:
+            starts = ', '.join(f'{run.name} at {run.start[Axis.STEPS]:,.0f}' for run in branches)
+            warnings.append(f'The branches start from different steps, so their extra costs do not compare: {starts}.')
+        sunk = _sunk(runs, branches)
+        report = cls(tuple(runs), sunk, {}, (), {}, tuple(warnings))
+        pair = [r for r in branches if r.role in (Role.DENSE_CONTINUATION, Role.UPCYCLED)]
+        if {r.role for r in pair} >= {Role.DENSE_CONTINUATION, Role.UPCYCLED}:
+            ends = {a: [x[-1] for r in pair for x in [report.curve(r, 'loss', a)[0]] if len(x)] for a in Axis}
+            budget = {a: float(min(e)) for a, e in ends.items() if len(e) == len(pair)}
+            report = dataclasses.replace(report, budget=budget)
+        base = report.find(Role.DENSE_CONTINUATION)
+        others = [r for r in report.branches if base and r is not base]
+        return dataclasses.replace(
+            report,
+            rows=tuple(report._row(run) for run in runs),
+            differences={r.name: report._differences(r, base) for r in others},
+        )
+
+    @property
+    def branches(self) -> list[Run]:
+        """What is drawn against extra cost: everything but the dense run, unless nothing started from it."""
+        if all(run.from_zero for run in self.runs):
+            return list(self.runs)
+        return [run for run in self.runs if run.role is not Role.DENSE]
+
+    def find(self, role: Role) -> Run | None:
+        """The first run of that role."""
+        return next((run for run in self.runs if run.role is role), None)
+
+    def curve(self, run: Run, metric: str, axis: Axis, split: str = 'validation') -> Curve:
+        """(extra cost, metric). A run from scratch counts whole, less the sunk cost: it may start below zero."""
+        x, y = run.curve(metric, axis, split)
+        return (x - self.sunk[axis] if run.from_zero else x), y
+
+    @property
+    def dense(self) -> Mapping[str, float]:
+        """Validation loss and accuracy of the dense checkpoint, as the dense continuation or the dense run saw it."""
+        return {m: v for m in METRICS if (v := self._dense(m)) is not None}
+
+    def _dense(self, metric: str) -> float | None:
+        for role in (Role.DENSE_CONTINUATION, Role.DENSE) if any(not r.from_zero for r in self.runs) else ():
+            run = self.find(role)
+            value = run and interpolate(self.curve(run, metric, Axis.STEPS), 0.0)
+            if value is not None:
+                return value
+        return None
+
+    def _row(self, run: Run) -> Row:
+        lines = run.split('validation') or run.split('train')
+        if run.role is Role.DENSE and self.sunk[Axis.STEPS]:
+            # The dense run may have gone on after the checkpoint that the branches took.
+            lines = [r for r in lines if r['step'] <= self.sunk[Axis.STEPS]] or lines
+        last = lines[-1] if lines else {}
+        own = {a: run.cost(last, a) for a in Axis}
+        extra = {a: _finite(own[a] - (self.sunk[a] if run.from_zero else 0.0)) for a in Axis}
+        sunk, budget = self.sunk[Axis.FLOPS], self.budget.get(Axis.FLOPS)
+        at = {m: interpolate(self.curve(run, m, Axis.FLOPS), budget) for m in METRICS}
+        value = {m: _finite(last.get(m)) if last.get('split') == 'validation' else None for m in METRICS}
+        return Row(
+            branch=run.name,
+            role=run.role,
+            final_step=last.get('step'),
+            extra_steps=extra[Axis.STEPS],
+            extra_flops=extra[Axis.FLOPS],
+            extra_flops_share=extra[Axis.FLOPS] / sunk if sunk and extra[Axis.FLOPS] is not None else None,
+            extra_seconds=extra[Axis.SECONDS],
+            total_flops=_finite(own[Axis.FLOPS] + (0.0 if run.from_zero else sunk)),
+            loss=value['loss'],
+            accuracy=value['accuracy'],
+            loss_at_budget=at['loss'],
+            accuracy_at_budget=at['accuracy'],
+        )
+
+    def _differences(self, run: Run, base: Run) -> dict[Axis, Difference]:
+        result = {}
+        for axis, budget in self.budget.items():
+            ours, theirs = ([interpolate(self.curve(r, m, axis), budget) for m in METRICS] for r in (run, base))
+            gaps = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
+            result[axis] = Difference(budget, *gaps)
+        return result
+
+    def passes(self, run: Run, other: Run, axis: Axis = Axis.FLOPS) -> float | None:
+        """Extra cost from which the loss of `run` stays below that of `other`, as far as both go; else None."""
+        (x, y), reference = self.curve(run, 'loss', axis), self.curve(other, 'loss', axis)
+        if not len(x) or not len(reference[0]):
+            return None
+        grid = np.unique(np.concatenate([x, reference[0]]))
+        grid = grid[(grid >= max(x[0], reference[0][0])) & (grid <= min(x[-1], reference[0][-1]))]
+        gap = np.interp(grid, x, y) - np.interp(grid, *reference)
+        above = np.flatnonzero(gap >= 0)
+        if not len(grid) or gap[-1] >= 0:
+            return None
+        if not len(above):
+            return float(grid[0])
+        i = above[-1]
+        return float(grid[i] + (grid[i + 1] - grid[i]) * gap[i] / (gap[i] - gap[i + 1]))
+
+
+def reaches(curve: Curve, loss: float) -> float | None:
+    """The first cost at which the interpolated `curve` is down to `loss`; None if it never is."""
+    x, y = curve
+    below = np.flatnonzero(y <= loss)
+    if not len(below):
+        return None
+    i = below[0]
+    return float(x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - loss) / (y[i - 1] - y[i]))
+
+
+def interpolate(curve: Curve, x: float | None) -> float | None:
+    """The curve's value at `x`, linear between its points; None outside them (never extrapolated)."""
+    xs, ys = curve
+    if x is None or not len(xs):
+        return None
+    # Taking the sunk cost away from the whole leaves a rounding error in a curve that ends at `x`.
+    slack = 1e-12 * max(abs(xs[-1]), abs(xs[0]), abs(x))
+    return float(np.interp(x, xs, ys)) if xs[0] - slack <= x <= xs[-1] + slack else None
+
+
+def _sunk(runs: Sequence[Run], branches: Sequence[Run]) -> dict[Axis, float]:
+    sunk = {a: next((r.start[a] for r in branches if r.start[a]), 0.0) for a in Axis}
+    dense = next((r for r in runs if r.role is Role.DENSE), None)
+    if dense and branches:
+        for axis in Axis:
+            value = interpolate((dense.curve('loss', Axis.STEPS)[0], dense.curve('loss', axis)[0]), sunk[Axis.STEPS])
+            sunk[axis] = sunk[axis] or value or 0.0
+    return sunk
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Differences of one branch to the dense continuation of the same seed, in one metric at one axis's budget.
+
+    The mean lies in `mean` ± `half_width` with 95% confidence (Student's t over seeds; None for a single seed).
+    """
+
+    branch: str
+    axis: Axis
+    metric: str
+    values: tuple[float | None, ...]
+    mean: float
+    half_width: float | None
+
+
+def paired(reports: Sequence[Report]) -> list[Paired]:
+    """Paired differences over seeds, one report per seed. A seed that lacks a branch has None and does not count."""
+    result = []
+    for branch in dict.fromkeys(name for report in reports for name in report.differences):
+        for axis in Axis:
+            for metric in METRICS:
+                found = [report.differences.get(branch, {}).get(axis) for report in reports]
+                values = tuple(getattr(d, metric) if d else None for d in found)
+                known = [v for v in values if v is not None]
+                if known:
+                    mean = statistics.fmean(known)
+                    result.append(Paired(branch, axis, metric, values, mean, _half_width(known)))
+    return result
+
+
+def mean_rows(reports: Sequence[Report]) -> list[Row]:
+    """The table's rows averaged over seeds, branch by branch; a value that some seed lacks is None."""
+    rows: dict[str, list[Row]] = {}
+    for row in (row for report in reports for row in report.rows):
+        rows.setdefault(row.branch, []).append(row)
+    return [rs[0] if len(rs) == 1 else _mean_row(rs) for rs in rows.values()]
+
+
+def _mean_row(rows: Sequence[Row]) -> Row:
+    numbers = [f.name for f in dataclasses.fields(Row) if f.name not in ('branch', 'role')]
+    columns = {name: [getattr(row, name) for row in rows] for name in numbers}
+    means = {n: None if None in vs else statistics.fmean(vs) for n, vs in columns.items()}
+    return dataclasses.replace(rows[0], **means)
+
+
+_T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
+
+
+def _half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95% interval of the mean; beyond ten degrees of freedom t by its expansion (0.1% low at eleven)."""
+    n = len(values) - 1
+    if n < 1:
+        return None
+    z = statistics.NormalDist().inv_cdf(0.975)
+    expansion = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
+    t = _T_975[n - 1] if n <= len(_T_975) else expansion
+    return t * statistics.stdev(values) / math.sqrt(len(values))

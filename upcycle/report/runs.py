@@ -1,0 +1,147 @@
+"""Run folders as the report reads them: who a run is, what it logged, and where it stands on each axis of cost."""
+
+import dataclasses
+import enum
+import functools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from upcycle.errors import UserError
+
+Record = dict[str, Any]
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+class Role(enum.Enum):
+    """What a run is in the paper's comparison."""
+
+    DENSE = 'dense'
+    DENSE_CONTINUATION = 'dense continuation'
+    UPCYCLED = 'upcycled'
+    SCRATCH = 'MoE from scratch'
+    OTHER = 'other'
+
+
+class Axis(enum.Enum):
+    """A cost, and the key of its cumulative value in `metrics.jsonl`."""
+
+    FLOPS = 'flops'
+    STEPS = 'step'
+    SECONDS = 'seconds'
+
+    @property
+    def word(self) -> str:
+        return {Axis.FLOPS: 'FLOPs', Axis.STEPS: 'steps', Axis.SECONDS: 'seconds'}[self]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run folder, read. `records` are in order of writing; `receipt` is None unless the run was upcycled."""
+
+    name: str
+    path: pathlib.Path
+    role: Role
+    records: tuple[Record, ...] = dataclasses.field(default=(), repr=False)
+    receipt: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+    def split(self, split: str) -> list[Record]:
+        """The lines of one split, by step; of two lines at one step the later written counts."""
+        by_step = {r['step']: r for r in self.records if r.get('split') == split and 'step' in r}
+        return [by_step[step] for step in sorted(by_step)]
+
+    @functools.cached_property
+    def start(self) -> dict[Axis, float]:
+        """Step, FLOPs and seconds of the checkpoint that the run started from; zeros when it started from nothing."""
+        keys = {Axis.FLOPS: 'sunk_flops', Axis.STEPS: 'start_step', Axis.SECONDS: 'sunk_seconds'}
+        return {a: float(next((r[k] for r in self.records if r.get(k)), 0)) for a, k in keys.items()}
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether the run paid for everything itself, so that its own cost is its whole cost."""
+        if self.role in (Role.DENSE, Role.SCRATCH):
+            return True
+        return self.role is Role.OTHER and not any(self.start.values())
+
+    def cost(self, record: Record, axis: Axis) -> float:
+        """What this run itself had spent at `record`: steps, FLOPs or seconds since its start; nan if not logged."""
+        offset = self.start[axis] if axis is Axis.STEPS else 0.0
+        return float(record.get(axis.value, math.nan)) - offset
+
+    def curve(self, metric: str, axis: Axis, split: str = 'validation') -> Curve:
+        """(cost, metric) of every line of `split` that holds both as finite numbers; cost as in `cost`."""
+        points = [(self.cost(r, axis), r[metric]) for r in self.split(split) if is_number(r.get(metric))]
+        array = np.array([p for p in points if math.isfinite(p[0])], float).reshape(-1, 2)
+        return array[:, 0], array[:, 1]
+
+    @property
+    def routed_layers(self) -> list[str]:
+        """MoE layers with metrics of their own, such as `encoder/layers_1`, in the order of the network."""
+        match = [re.fullmatch(r'experts/(.+)/[^/]+', key) for record in self.records for key in record]
+        layers = {m.group(1) for m in match if m}
+        return sorted(
+            layers, key=lambda s: ('decoder' in s, [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', s)])
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number (a diverged run logs nan)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def load_run(path: str | pathlib.Path, role: Role | None = None, name: str | None = None) -> Run:
+    """Reads a run folder.
+
+    Args:
+      path: folder with `metrics.jsonl` and perhaps `receipt.json`.
+      role: what the run is; inferred from the folder's name and its metrics when None.
+      name: how figures and tables call it; the folder's name, with spaces for underscores, when None.
+
+    Raises:
+      UserError: no metrics, no complete line in them, or a broken line that is not the last.
+    """
+    path = pathlib.Path(path)
+    metrics = path / 'metrics.jsonl'
+    if not metrics.is_file():
+        raise UserError(f'{path} is not a run folder: it has no metrics.jsonl; give the MODEL_DIR of a run.')
+    # A run in progress may be caught in the middle of a line, even in the middle of a character.
+    lines = metrics.read_text(encoding='utf-8', errors='replace').splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(f'{metrics}, line {number}, is not a JSON object; remove that line or run again.')
+    if not records:
+        raise UserError(f'{metrics} holds no complete line yet; wait for the run to log its first step.')
+    receipt = None
+    if (path / 'receipt.json').is_file():
+        try:
+            receipt = json.loads((path / 'receipt.json').read_text(encoding='utf-8'))
+        except ValueError as error:
+            raise UserError(f'{path / "receipt.json"} is not JSON ({error}); remove it or convert again.') from error
+    run = Run(name or path.resolve().name.replace('_', ' '), path, role or Role.OTHER, tuple(records), receipt)
+    return run if role else dataclasses.replace(run, role=infer_role(run))
+
+
+def infer_role(run: Run) -> Role:
+    """The role of a run: by its folder's name, else by whether it routes and whether it started from a checkpoint."""
+    folder = run.path.resolve().name.lower()
+    for word, role in (('scratch', Role.SCRATCH), ('upcycl', Role.UPCYCLED), ('contin', Role.DENSE_CONTINUATION)):
+        if word in folder:
+            return role
+    sparse = run.receipt is not None or any(key.startswith('experts/') for r in run.records for key in r)
+    if any(run.start.values()):
+        return Role.UPCYCLED if sparse else Role.DENSE_CONTINUATION
+    return Role.SCRATCH if sparse else Role.DENSE

@@ -1,0 +1,55 @@
+"""A run in a few lines: what was resolved, before anything is allocated."""
+
+import math
+
+from jax.sharding import Mesh
+
+from upcycle import cost
+from upcycle.moe.config import MoEConfig, RouterType
+from upcycle.train.run import Run
+from upcycle.train.state import Layout
+
+
+def describe(run: Run, where: Layout, mesh: Mesh) -> str:
+    """Model, MoE layers, data, steps and mesh, a line each."""
+    params = where.abstract.params
+    layers = run.model.moe_layers()
+    total = cost.num_parameters(params)
+    active = cost.num_active_parameters(params, layers)
+    spec = run.train_data.batch_spec()
+    flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
+    sizes = f'{total / 1e6:.2f}M parameters' + (f', {active / 1e6:.2f}M of them active for a token' if layers else '')
+    lines = [
+        f'model   {run.model.family}, {sizes}; {per_device(where) / 2**20:.0f} MiB of state on a device; '
+        f'{flops / 1e9:.2f} GFLOP a step',
+    ]
+    stacks: dict[MoEConfig, list[str]] = {}
+    for path, moe in layers.items():
+        stacks.setdefault(moe, []).append(path.removesuffix('/mlp'))
+    lines += [f'MoE     {", ".join(paths)}: {_moe(moe)}' for moe, paths in stacks.items()]
+    shapes = ', '.join(f'{name} {shape}' for name, (shape, _) in spec.items() if name.endswith('input_tokens'))
+    lines.append(f'data    {shapes}; {run.train_data.promise()}')
+    source = 'from scratch' if run.initial_checkpoint_path is None else f'from {run.initial_checkpoint_path}'
+    if run.surgery is not None:
+        operator = run.surgery.operator or 'no MLP expanded'
+        source += f' ({operator}, optimizer state {run.surgery.optimizer_state})'
+    lines.append(f'steps   to {run.total_steps}, {source}; into {run.model_dir}')
+    lines.append(f'mesh    {dict(mesh.shape)}')
+    return '\n'.join(lines)
+
+
+def per_device(where: Layout) -> int:
+    """Bytes of the training state on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in where.flat().values())
+
+
+def _moe(moe: MoEConfig) -> str:
+    if moe.router is RouterType.EXPERT_CHOICE:
+        router = 'Expert Choice'
+    else:
+        router = f'Top-{moe.num_selected_experts}, {moe.fill_order}'
+    weights = 'normalised' if moe.normalize_combine_weights else 'raw'
+    return (
+        f'{moe.num_experts} experts, {router}, cf={moe.train_capacity_factor:g} ({moe.capacity_rule} rule), groups of at '
+        f'most {moe.group_size} tokens, {weights} weights, {moe.dispatch} dispatch'
+    )

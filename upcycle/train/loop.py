@@ -1,0 +1,291 @@
+"""The loop around the training step: state in, batches through, metrics and checkpoints out."""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from upcycle import cost, partitioning
+from upcycle.checkpoints.native import CheckpointManager
+from upcycle.data import DataSource
+from upcycle.errors import UserError
+from upcycle.metrics import MetricsLog, Progress
+from upcycle.train import state as states
+from upcycle.train.run import Run
+from upcycle.train.step import TrainState, eval_step, summarize, train_step
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What the run has cost, and what the dense checkpoint that it started from had cost before.
+
+    Attributes:
+      start_step: step of the first state.
+      seconds: spent in training steps of this run (not compiling, evaluating or saving).
+      flops: of this run's training steps, by `cost.py`.
+      sunk_seconds, sunk_flops: of the checkpoint it started from; 0 when unknown or from scratch.
+    """
+
+    start_step: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    sunk_seconds: float = 0.0
+    sunk_flops: float = 0.0
+
+    def start_from(self, step: int, metadata: Mapping[str, Any]) -> None:
+        """Books a dense checkpoint's whole cost as sunk."""
+        spent = metadata.get('cost', {})
+        self.start_step = step
+        self.sunk_seconds = spent.get('seconds', 0.0) + spent.get('sunk_seconds', 0.0)
+        self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0)
+
+
+def train(run: Run, name: str = 'train') -> TrainState:
+    """Trains until `run.total_steps`; picks up where an earlier leg of the same run stopped.
+
+    Args:
+      run: what to do.
+      name: shown on the progress line.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: the configuration, data or checkpoint does not fit; nothing has been written then.
+    """
+    mesh = check(run)
+    with partitioning.use(mesh):
+        return _Trainer(run, mesh, name).train()
+
+
+def check(run: Run) -> jax.sharding.Mesh:
+    """The run's mesh, after refusing sizes that do not divide."""
+    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+    partitioning.check_batch(run.train_data.batch_size, mesh, run.num_microbatches, 'BATCH_SIZE')
+    if run.eval_data is not None:
+        partitioning.check_batch(run.eval_data.batch_size, mesh, 1, 'EVAL_BATCH_SIZE')
+    return mesh
+
+
+class _Trainer:
+    """The moving parts of one call of `train`."""
+
+    def __init__(self, run: Run, mesh: jax.sharding.Mesh, name: str):
+        self.run, self.mesh, self.name = run, mesh, name
+        self.layout = states.layout(run, mesh)
+        self.batch_sharding = partitioning.batch_sharding(mesh)
+        self.ledger = Ledger()
+        self.window = Window()
+        self.receipt: dict[str, Any] | None = None
+        self.data_identity = run.train_data.fingerprint()
+        spec = run.train_data.batch_spec()
+        self.step_flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
+        self.step = _compiled_step(run, self.layout, self.batch_sharding)
+        self.eval_step = jax.jit(functools.partial(eval_step, model=run.model))
+
+    def train(self) -> TrainState:
+        run = self.run
+        newest = None
+        if os.path.isdir(os.path.join(run.model_dir, 'checkpoints')):
+            with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
+                newest = manager.latest_step()
+                if newest is not None:
+                    state = self._restore(manager, newest)
+        if newest is None:
+            state = self._first_state()
+            os.makedirs(run.model_dir, exist_ok=True)
+            if self.receipt is not None and jax.process_index() == 0:
+                with open(os.path.join(run.model_dir, 'receipt.json'), 'w', encoding='utf-8') as file:
+                    json.dump(self.receipt, file, indent=1)
+        log = MetricsLog(run.model_dir, newest) if jax.process_index() == 0 else None
+        try:
+            with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
+                if newest is None and run.eval_data is not None:
+                    self._evaluate(state, int(state.step), log)
+                return self._loop(state, manager, log)
+        finally:
+            if log is not None:
+                log.close()
+
+    def _first_state(self) -> TrainState:
+        run = self.run
+        if run.initial_checkpoint_path is None:
+            return states.from_scratch(run, self.layout)
+        batch = next(self._batches(run.train_data, 0))
+        state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
+        self.ledger.start_from(int(state.step), reader.metadata)
+        if self.ledger.start_step >= run.total_steps:
+            raise UserError(
+                f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
+                f'{run.initial_checkpoint_path} stands at step {self.ledger.start_step}: raise TRAIN_STEPS.'
+            )
+        return state
+
+    def _restore(self, manager: CheckpointManager, step: int) -> TrainState:
+        tree, data, metadata = manager.restore(step, states.as_dict(self.layout.abstract))
+        if data['fingerprint'] != self.data_identity:
+            old, new = data['fingerprint'], self.data_identity
+            changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+            raise UserError(
+                f'MODEL_DIR = {self.run.model_dir!r} was trained on other data ({", ".join(changed)} differ): bring the '
+                'data back, or name another MODEL_DIR.'
+            )
+        self.ledger = Ledger(**metadata['cost'])
+        self.window = Window(metadata['window'])
+        self.receipt = metadata.get('receipt')
+        return TrainState(**tree)
+
+    def _loop(self, state: TrainState, manager: CheckpointManager, log: MetricsLog | None) -> TrainState:
+        run = self.run
+        first = int(state.step)
+        progress = Progress(self.name, first, run.total_steps)
+        batches = self._batches(run.train_data, first)
+        timer = _Timer(self.ledger, first)
+        for step in range(first + 1, run.total_steps + 1):
+            state, metrics = self.step(state, next(batches))
+            self.window.add(metrics)
+            self.ledger.flops += self.step_flops
+            last = step == run.total_steps
+            if step % run.log_period == 0 or last:
+                means = self.window.close()
+                timer.stop()
+                self._write(log, step, 'train', means | {'steps_per_second': timer.rate(step)})
+                progress.show(step, {'loss': means['loss'], 'accuracy': means['accuracy']})
+                timer.start()
+            evaluates = run.eval_data is not None and (step % run.eval_period == 0 or last)
+            if evaluates or step % run.checkpoint_period == 0 or last:
+                self.window.settle()
+                timer.stop()
+                if evaluates:
+                    self._evaluate(state, step, log)
+                if step % run.checkpoint_period == 0 or last:
+                    self._save(manager, step, state)
+                timer.start()
+        progress.end()
+        manager.wait()
+        return state
+
+    def _evaluate(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
+        """Means over the whole evaluation split (or EVAL_STEPS batches of it)."""
+        total, count = None, 0
+        for batch in self._batches(self.run.eval_data, 0):
+            sums = jax.device_get(self.eval_step(state.params, batch))
+            # The rows that fill up a last batch weigh nothing in the sums; routing metrics are means over batches.
+            total = sums if total is None else jax.tree.map(np.add, total, sums)
+            count += 1
+        if total is None:
+            raise UserError('EVAL_DATASET holds no batch: its split is empty, or EVAL_STEPS is 0.')
+        total['moe'] = {name: value / count for name, value in total['moe'].items()}
+        total['moe_loss'] = total['moe_loss'] / count
+        means = {name: np.asarray(value) for name, value in summarize(total, total['weight']).items()}
+        # To compare a sparse model with a dense one, a validation loss must not hold the auxiliary losses.
+        means['loss'] = means['cross_entropy_loss']
+        self._write(log, step, 'validation', means)
+
+    def _write(self, log: MetricsLog | None, step: int, split: str, metrics: Mapping[str, Any]) -> None:
+        if log is not None:
+            ledger = dataclasses.asdict(self.ledger)
+            if self.ledger.sunk_flops:
+                ledger['percent_of_sunk_flops'] = 100.0 * self.ledger.flops / self.ledger.sunk_flops
+            log.write(step, split, {**metrics, **ledger})
+
+    def _save(self, manager: CheckpointManager, step: int, state: TrainState) -> None:
+        metadata = {
+            'family': self.run.model.family,
+            'model': self.run.model.describe(),
+            'cost': dataclasses.asdict(self.ledger),
+            'window': self.window.values,
+            'receipt': self.receipt,
+        }
+        data = {'next_batch': step, 'fingerprint': self.data_identity}
+        manager.save(step, states.as_dict(state), data, metadata)
+
+    def _batches(self, data: DataSource, start: int) -> Iterator[dict[str, jax.Array]]:
+        hosts = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        for batch in data.batches(start, **hosts):
+            yield partitioning.put_batch(batch, self.batch_sharding)
+
+
+def _compiled_step(run: Run, where: states.Layout, batch_sharding: jax.sharding.Sharding):
+    """`train_step`, compiled for the run's shapes before the clock starts."""
+    step = jax.jit(
+        functools.partial(
+            train_step,
+            model=run.model,
+            optimizer=run.optimizer,
+            learning_rate=run.learning_rate,
+            batch_axes=where.batch_axes,
+            num_microbatches=run.num_microbatches,
+        ),
+        out_shardings=(where.shardings, None),
+        donate_argnums=0,
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
+        for name, (shape, dtype) in run.train_data.batch_spec().items()
+    }
+    return step.lower(where.abstract, batch).compile()
+
+
+class Window:
+    """Means of the training metrics since the last line of the log.
+
+    What has been added stays on the devices until somebody asks, so that steps are not held up; it is then added up in order on
+    the host, and saved with a checkpoint, so that a resumed run's lines are those of an uninterrupted one.
+    """
+
+    def __init__(self, values: dict[str, Any] | None = None):
+        self.values: dict[str, Any] = values or {'count': 0, 'sums': {}}
+        self._pending: list[Any] = []
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes one step's metrics, without waiting for them."""
+        self._pending.append(metrics)
+
+    def settle(self) -> None:
+        """Waits for the steps added so far."""
+        for metrics in jax.device_get(self._pending):
+            sums = self.values['sums']
+            for name, value in metrics.items():
+                new = np.asarray(value, np.float64) + np.asarray(sums.get(name, 0.0))
+                sums[name] = new.tolist()
+            self.values['count'] += 1
+        self._pending = []
+
+    def close(self) -> dict[str, Any]:
+        """The means; the window starts again."""
+        self.settle()
+        count = self.values['count']
+        means = {name: (np.asarray(value) / count).tolist() for name, value in self.values['sums'].items()}
+        self.values = {'count': 0, 'sums': {}}
+        return means
+
+
+class _Timer:
+    """Adds the time spent in steps to the ledger; stopped while the run evaluates or saves."""
+
+    def __init__(self, ledger: Ledger, step: int):
+        self._ledger = ledger
+        self._seconds, self._step = ledger.seconds, step
+        self.start()
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def stop(self) -> None:
+        now = time.monotonic()
+        self._ledger.seconds += now - self._since
+        self._since = now
+
+    def rate(self, step: int) -> float:
+        """Steps a second since the last call."""
+        seconds = self._ledger.seconds - self._seconds
+        steps = step - self._step
+        self._seconds, self._step = self._ledger.seconds, step
+        return steps / seconds if seconds > 0 else 0.0

@@ -1,0 +1,78 @@
+"""One run, as the gin files describe it. Every command that needs a configuration builds one of these."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from upcycle.data import DataSource
+from upcycle.errors import UserError
+from upcycle.models import Model
+from upcycle.surgery.plan import Surgery
+from upcycle.train.optimizer import Optimizer
+from upcycle.train.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run: pretraining, dense continuation, upcycling, MoE from scratch or fine-tuning, all by bindings.
+
+    Attributes:
+      model_dir: where everything is written [MODEL_DIR].
+      model: [MODEL]
+      train_data: [TRAIN_DATASET]
+      optimizer: [OPTIMIZER]
+      learning_rate: schedule over all steps, those of the dense run included.
+      total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
+      eval_data: [EVAL_DATASET]; None: no evaluation.
+      initial_checkpoint_path: of the dense model; None: from scratch [INITIAL_CHECKPOINT_PATH].
+      surgery: what becomes of that checkpoint [SURGERY].
+      dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
+      eval_period: steps between evaluations [EVAL_PERIOD].
+      checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
+      checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
+      log_period: steps between lines of the log [LOG_PERIOD].
+      num_microbatches: [NUM_MICROBATCHES]
+      mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
+      seed: of initialisation and dropout [RANDOM_SEED].
+    """
+
+    model_dir: str
+    model: Model
+    train_data: DataSource
+    optimizer: Optimizer
+    learning_rate: Schedule
+    total_steps: int
+    eval_data: DataSource | None = None
+    initial_checkpoint_path: str | None = None
+    surgery: Surgery | None = None
+    dense_step: int | None = None
+    eval_period: int = 1000
+    checkpoint_period: int = 1000
+    checkpoint_keep: int | None = 1
+    log_period: int = 100
+    num_microbatches: int = 1
+    mesh_shape: str | Sequence[int] = 'auto'
+    seed: int = 0
+
+    def __post_init__(self):
+        for binding, value in (
+            ('TRAIN_STEPS', self.total_steps),
+            ('EVAL_PERIOD', self.eval_period),
+            ('CHECKPOINT_PERIOD', self.checkpoint_period),
+            ('LOG_PERIOD', self.log_period),
+            ('NUM_MICROBATCHES', self.num_microbatches),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
+        if not isinstance(self.model_dir, str) or not self.model_dir:
+            raise UserError(f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.')
+        if self.surgery is not None and self.initial_checkpoint_path is None:
+            raise UserError('INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.')
+        self.model.check_data(self.train_data)
+
+    @property
+    def num_experts(self) -> int | None:
+        """E, or None for a dense model; one number, since the expert axis of the mesh is shared by all layers."""
+        experts = {moe.num_experts for moe in self.model.moe_layers().values()}
+        if len(experts) > 1:
+            raise UserError(f'NUM_EXPERTS differs between the stacks ({sorted(experts)}): they share one expert axis.')
+        return next(iter(experts), None)

@@ -1,0 +1,167 @@
+"""The first state of a run: from its own checkpoint, from a dense one by surgery, or from scratch."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from upcycle import partitioning
+from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.errors import UserError
+from upcycle.surgery.execute import execute, print_progress, sha256_of
+from upcycle.surgery.plan import Action, Plan, plan
+from upcycle.surgery.receipt import check_function, receipt
+from upcycle.train.run import Run
+from upcycle.train.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Names, shapes, dtypes and shardings of a run's state, found without allocating anything.
+
+    Attributes:
+      abstract: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
+      batch_axes: for each parameter, its leading axes that are stacks (experts).
+    """
+
+    abstract: TrainState
+    batch_axes: Any
+
+    def flat(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The leaves by their names in a checkpoint."""
+        return flatten_dict(as_dict(self.abstract), sep='/')
+
+    @property
+    def shardings(self) -> TrainState:
+        """The sharding of every leaf."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+
+def layout(run: Run, mesh: Mesh) -> Layout:
+    """The layout of a run's state on a mesh."""
+    boxed = jax.eval_shape(lambda key: run.model.init(key, run.train_data.batch_spec()), jax.random.key(0))
+    axes = partitioning.batch_axes(boxed)
+    params = partitioning.unbox(boxed)
+    specs = partitioning.param_specs(boxed, mesh)
+    opt_state = jax.eval_shape(functools.partial(run.optimizer.init, batch_axes=axes), params)
+    opt_specs = run.optimizer.state_specs(params, specs, axes)
+
+    def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    whole = PartitionSpec()
+    return Layout(
+        TrainState(
+            step=place(jax.ShapeDtypeStruct((), jnp.int32), whole),
+            params=jax.tree.map(place, params, specs),
+            opt_state=jax.tree.map(place, opt_state, opt_specs),
+            rng=place(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), whole),
+        ),
+        axes,
+    )
+
+
+def as_dict(state: TrainState) -> dict[str, Any]:
+    """Plain dicts, as checkpoints want them."""
+    return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'rng': state.rng}
+
+
+def from_scratch(run: Run, where: Layout) -> TrainState:
+    """Fresh parameters, each written straight onto its devices."""
+
+    def init(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        params = partitioning.unbox(run.model.init(init_key, run.train_data.batch_spec()))
+        opt_state = run.optimizer.init(params, where.batch_axes)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
+
+    return jax.jit(init, out_shardings=where.shardings)(jax.random.key(run.seed))
+
+
+def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
+    """The surgery that a run asks for, from the checkpoint's metadata alone."""
+    leaves = dict(reader.leaves())
+    if 'step' not in leaves:
+        if run.dense_step is None:
+            raise UserError(
+                f'{reader.path} does not say how many steps the dense model was trained for: set DENSE_STEP, which the '
+                'learning-rate schedule needs.'
+            )
+        leaves['step'] = jax.ShapeDtypeStruct((), jnp.int32)
+    wanted = where.flat()
+    if run.surgery.operator is not None and not run.model.moe_layers():
+        raise UserError(
+            'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
+        )
+    return plan(leaves, wanted, run.surgery)
+
+
+def from_checkpoint(
+    run: Run, where: Layout, batch: Mapping[str, jax.Array]
+) -> tuple[TrainState, dict[str, Any] | None, Reader]:
+    """The first state by surgery on `run.initial_checkpoint_path`, leaf by leaf onto the devices.
+
+    Args:
+      run: its `surgery` says what to do.
+      where: the layout of the result.
+      batch: a batch on which the upcycled function is compared with the dense one.
+
+    Returns:
+      The state; the receipt, or None where nothing was expanded; the checkpoint's reader.
+    """
+    reader = open_checkpoint(run.initial_checkpoint_path)
+    what = make_plan(run, where, reader)
+    upcycles = run.surgery.operator is not None
+    expands = {row.sources[0] for row in what.rows if row.action is Action.EXPERTS}
+    hashes: dict[str, str] = {}
+    # What the experts were made of: 1/E of their size, kept for the function check instead of being read again.
+    dense_mlps: dict[str, jax.Array] = {}
+
+    def read(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+        if name == 'step' and run.dense_step is not None:
+            return jax.device_put(jnp.asarray(run.dense_step, jnp.int32), sharding)
+        return reader.read(name, sharding)
+
+    def on_source(name: str, leaf: jax.Array) -> None:
+        if upcycles and leaf.is_fully_addressable:
+            hashes[name] = sha256_of(name, leaf)
+        if name in expands:
+            dense_mlps[name] = leaf
+
+    run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
+    flat = execute(
+        what,
+        read,
+        {name: leaf.sharding for name, leaf in where.flat().items()},
+        new={'rng': run_key},
+        on_source=on_source,
+        progress=print_progress('upcycling' if upcycles else 'loading'),
+    )
+    state = TrainState(**unflatten_dict(flat, sep='/'))
+    if not upcycles:
+        return state, None, reader
+    paper = receipt(
+        what,
+        source={'path': str(reader.path), 'format': reader.format, 'step': int(state.step)},
+        hashes=hashes or _metadata_hashes(reader),
+    )
+    kept = {row.sources[0]: flat[row.target] for row in what.rows if row.action is Action.KEEP}
+    dense_params = unflatten_dict(
+        {n: leaf for n, leaf in (kept | dense_mlps).items() if n.startswith('params/')}, sep='/'
+    )
+    paper['function_check'] = check_function(run.model, dense_params['params'], state.params, batch)
+    return state, paper, reader
+
+
+def _metadata_hashes(reader: Reader) -> dict[str, str]:
+    """On many hosts no process sees a whole leaf: the receipt then identifies leaves by their metadata."""
+    return {
+        name: f'metadata:{leaf.dtype}{list(leaf.shape)}:{math.prod(leaf.shape)}'
+        for name, leaf in reader.leaves().items()
+    }
