@@ -1,7 +1,5 @@
 """Span corruption loses nothing, has the lengths it says, and is T5's."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -105,7 +103,6 @@ def test_lengths_that_cannot_be(lengths, message):
 
 @pytest.fixture(scope='module')
 def t5_preprocessors():
-    os.environ.setdefault('TF_USE_LEGACY_KERAS', '1')
     return pytest.importorskip('t5.data.preprocessors', reason='needs `pip install upcycle[t5]`')
 
 

@@ -1,6 +1,6 @@
-"""Generation over a key/value cache: greedy, sampling and T5X's beam search, for any model; and T5's step for it.
+"""Generation over a key/value cache: greedy, sampling and T5X's beam search, for any model; and T5's step.
 
-Shape suffixes: `B` rows of a batch, `N` decodes (beams) of a row, `L` length, `V` vocabulary. A model sees one
+Shape suffixes: `B` rows of a batch, `N` decodes (beams) of a row, `L` length, `V` vocabulary. A model sees a
 batch of `B * N` sequences, a row's decodes together.
 """
 
@@ -52,7 +52,7 @@ def sample(
     Args:
       tokens_to_logits: one step of the model.
       cache: empty, for B sequences.
-      batch_size: B.
+      batch_size: B; here every sequence is a row.
       max_length: L, the most tokens to generate, the end included.
       temperature: logits are divided by it before drawing; 0 is greedy.
       top_k: draw among this many most probable tokens; 0: among all.
@@ -83,24 +83,20 @@ def sample(
             token_B = jax.random.categorical(jax.random.fold_in(rng, s.step), open_BxV)
         token_B = jnp.where(s.ended_B, PAD_ID, token_B)
         log_prob_B = jnp.take_along_axis(log_prob_BxV, token_B[:, None], axis=1)[:, 0]
-        return _Samples(
-            step=s.step + 1,
-            tokens_BxL=s.tokens_BxL.at[:, s.step + 1].set(token_B),
-            score_B=s.score_B + jnp.where(s.ended_B, 0.0, log_prob_B),
-            ended_B=s.ended_B | (token_B == eos_id),
-            cache=cache,
-        )
+        tokens_BxL = s.tokens_BxL.at[:, s.step + 1].set(token_B)
+        score_B = s.score_B + jnp.where(s.ended_B, 0.0, log_prob_B)
+        return _Samples(s.step + 1, tokens_BxL, score_B, s.ended_B | (token_B == eos_id), cache)
 
     B = batch_size
-    tokens_BxL = jnp.full((B, max_length + 1), PAD_ID, jnp.int32)
-    start = _Samples(jnp.zeros((), jnp.int32), tokens_BxL, jnp.zeros(B), jnp.zeros(B, bool), cache)
+    empty_BxL = jnp.full((B, max_length + 1), PAD_ID, jnp.int32)
+    start = _Samples(jnp.zeros((), jnp.int32), empty_BxL, jnp.zeros(B), jnp.zeros(B, bool), cache)
     end = jax.lax.while_loop(unfinished, advance, start)
     return end.tokens_BxL[:, 1:], end.score_B
 
 
 class _Beams(NamedTuple):
     step: jax.Array
-    live_BxNxL: jax.Array  # L as in `_Samples`
+    live_BxNxL: jax.Array  # L as in `_Samples`; junk where there is no such beam
     live_score_BxN: jax.Array  # log-probability; -inf where there is no such beam
     ended_BxNxL: jax.Array
     ended_score_BxN: jax.Array  # log-probability over brevity penalty; -inf where there is no such sequence
@@ -121,9 +117,9 @@ def beam_search(
 
     As there, every step considers the 2N most probable continuations of a row's live beams: those that end
     compete with the ended sequences, and the N best others live on. It stops when no live beam, were all its
-    further tokens certain, could beat its row's worst ended sequence. So a beam of 1 is more than greedy: it also
-    sees an end that comes second, and goes on behind an end that comes first. Unlike there, where fewer than N
-    sequences ended, the best live ones, cut at `max_length`, follow them.
+    further tokens certain, could beat its row's worst ended sequence. So a beam of 1 is more than greedy: it
+    also sees an end that comes second, and goes on behind an end that comes first. Unlike there, where fewer
+    than N sequences ended, the best live ones, cut at `max_length`, follow them.
 
     Args:
       tokens_to_logits, batch_size, max_length, eos_id: as in `sample`.
@@ -140,6 +136,9 @@ def beam_search(
     if alpha < 0:
         raise UserError(f'ALPHA = {alpha} would favour short sequences: set it to 0 or more (0.6 in T5X).')
     B, N = batch_size, num_decodes
+
+    def reorder(leaf: jax.Array, beam_BxN: jax.Array) -> jax.Array:
+        return _take(leaf.reshape(B, N, *leaf.shape[1:]), beam_BxN).reshape(leaf.shape) if leaf.ndim else leaf
 
     def improvable(s: _Beams) -> jax.Array:
         bound_B = s.live_score_BxN.max(axis=1) / brevity_penalty(alpha, max_length)
@@ -162,14 +161,10 @@ def beam_search(
         new_score_Bx2N = jnp.where(ends_Bx2N, score_Bx2N / brevity_penalty(alpha, s.step + 1), -jnp.inf)
         score_Bx3N = jnp.concatenate([s.ended_score_BxN, new_score_Bx2N], axis=1)
         ended_score_BxN, stays_BxN = jax.lax.top_k(score_Bx3N, N)
-        return _Beams(
-            step=s.step + 1,
-            live_BxNxL=_take(tokens_Bx2NxL, lives_BxN),
-            live_score_BxN=live_score_BxN,
-            ended_BxNxL=_take(jnp.concatenate([s.ended_BxNxL, tokens_Bx2NxL], axis=1), stays_BxN),
-            ended_score_BxN=ended_score_BxN,
-            cache=jax.tree.map(lambda leaf: _take_cache(leaf, beam_BxN), cache),
-        )
+        live_BxNxL = _take(tokens_Bx2NxL, lives_BxN)
+        ended_BxNxL = _take(jnp.concatenate([s.ended_BxNxL, tokens_Bx2NxL], axis=1), stays_BxN)
+        cache = jax.tree.map(lambda leaf: reorder(leaf, beam_BxN), cache)
+        return _Beams(s.step + 1, live_BxNxL, live_score_BxN, ended_BxNxL, ended_score_BxN, cache)
 
     empty_BxNxL = jnp.full((B, N, max_length + 1), PAD_ID, jnp.int32)
     none_BxN = jnp.full((B, N), -jnp.inf)
@@ -191,28 +186,17 @@ def _take(x_BxN: jax.Array, index_BxM: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, index: x[index])(x_BxN, index_BxM)
 
 
-def _take_cache(leaf: jax.Array, index_BxN: jax.Array) -> jax.Array:
-    if leaf.ndim == 0:
-        return leaf
-    return _take(leaf.reshape(*index_BxN.shape, *leaf.shape[1:]), index_BxN).reshape(leaf.shape)
-
-
 def t5_step(
-    transformer: nn.Module,
-    params: Any,
-    encoder_input_tokens: jax.Array,
-    *,
-    max_length: int,
-    num_decodes: int = 1,
+    transformer: nn.Module, params: Any, encoder_input_tokens: jax.Array, *, max_length: int, num_decodes: int
 ) -> tuple[TokensToLogits, Cache]:
-    """A T5's decoding step and its empty cache for B * N sequences. The encoder runs here, on (B, length) tokens.
+    """A T5's decoding step and its empty cache for B * N sequences. The encoder runs here, on B rows.
 
-    Keys and values of the encoder's output never change: they are repeated over a row's decodes here, once, and
-    are no part of the cache that a search reorders.
+    Keys and values of the encoder's output never change: they are repeated over a row's decodes here, once,
+    and no part of the cache that a search reorders.
     """
 
     def decode(cache: Cache, *tokens: jax.Array) -> tuple[jax.Array, Cache]:
-        variables = {'params': params, 'cache': unflatten_dict(cache)} if cache else {'params': params}
+        variables = {'params': params} | ({'cache': unflatten_dict(cache)} if cache else {})
         options = {'decoding': True, 'max_length': max_length, 'mutable': ['cache'], 'method': 'decode'}
         logits, written = transformer.apply(variables, *tokens, **options)
         return logits, flatten_dict(written['cache'])
@@ -247,13 +231,13 @@ def generate(
     rng: jax.Array | None = None,
     eos_id: int = EOS_ID,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sequences from a `models.t5.Transformer`: drawn (temperature > 0), greedy (one decode) or by beam search.
+    """Sequences of a `models.t5.Transformer`: drawn (temperature > 0), greedy (one decode) or by beam search.
 
-    Pure; jit it with everything static but `params`, the tokens (B, encoder length; 0 at padding) and `rng`.
+    Pure; jit it with everything static but `params`, the (B, length) tokens (0 at padding) and `rng`.
 
     Returns:
-      Tokens (B, N, L), best first, padding after the end, and scores (B, N): log-probabilities, in a beam search
-      over the brevity penalty. See `sample` and `beam_search` for the arguments and errors.
+      Tokens (B, N, L), best first, padding after the end, and scores (B, N): log-probabilities, in a beam
+      search over the brevity penalty. See `sample` and `beam_search` for the arguments and errors.
     """
     B, N, L = encoder_input_tokens.shape[0], num_decodes, max_length
     step = t5_step(transformer, params, encoder_input_tokens, max_length=L, num_decodes=N)
@@ -261,6 +245,5 @@ def generate(
         return beam_search(*step, batch_size=B, num_decodes=N, max_length=L, alpha=alpha, eos_id=eos_id)
     drawing = {'temperature': temperature, 'top_k': top_k, 'rng': rng}
     tokens_BNxL, score_BN = sample(*step, batch_size=B * N, max_length=L, eos_id=eos_id, **drawing)
-    score_BxN = score_BN.reshape(B, N)
-    order_BxN = jnp.argsort(-score_BxN, axis=1)
-    return _take(tokens_BNxL.reshape(B, N, L), order_BxN), _take(score_BxN, order_BxN)
+    score_BxN, order_BxN = jax.lax.top_k(score_BN.reshape(B, N), N)
+    return _take(tokens_BNxL.reshape(B, N, L), order_BxN), score_BxN

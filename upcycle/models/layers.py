@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DType = Any
 NEGATIVE = -1e10  # T5X's mask value; -inf would turn a fully masked row into nan
@@ -207,27 +208,28 @@ class RelativePositionBiases(nn.Module):
             (self.num_heads, self.num_buckets),
             jnp.float32,
         )
-        distance_QxK = jnp.arange(key_length)[None, :] - jnp.arange(query_length)[:, None]
+        distance_QxK = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
         bucket_QxK = relative_position_bucket(distance_QxK, bidirectional, self.num_buckets, self.max_distance)
         return table_HxR.astype(self.dtype)[:, bucket_QxK][None]
 
 
 def relative_position_bucket(
-    distance: jax.Array, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
-) -> jax.Array:
+    distance: np.ndarray, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> np.ndarray:
     """Bucket of a distance (key position minus query position), as mesh-tensorflow and T5X compute it.
 
-    A causal attention (`bidirectional=False`) maps the future to bucket 0.
+    A causal attention (`bidirectional=False`) maps the future to bucket 0. NumPy and T5X's epsilon, because distances such as 16
+    lie on a bucket's edge, where another device's rounding of the logarithm would change the model.
     """
-    ahead = jnp.zeros_like(distance)
+    ahead = np.zeros_like(distance)
     behind = -distance
     if bidirectional:
         num_buckets //= 2
-        ahead = jnp.where(behind < 0, num_buckets, 0)
-        behind = jnp.abs(behind)
+        ahead = np.where(behind < 0, num_buckets, 0)
+        behind = np.abs(behind)
     else:
-        behind = jnp.maximum(behind, 0)
+        behind = np.maximum(behind, 0)
     exact = num_buckets // 2
-    ratio = jnp.log(behind.astype(jnp.float32) / exact + 1e-9) / jnp.log(max_distance / exact)
-    logarithmic = exact + (ratio * (num_buckets - exact)).astype(jnp.int32)
-    return ahead + jnp.where(behind < exact, behind, jnp.minimum(logarithmic, num_buckets - 1))
+    ratio = np.log(behind.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
+    logarithmic = exact + (ratio * (num_buckets - exact)).astype(np.int32)
+    return ahead + np.where(behind < exact, behind, np.minimum(logarithmic, num_buckets - 1))

@@ -86,8 +86,12 @@ class _Trainer:
         self.data_identity = run.train_data.fingerprint()
         spec = run.train_data.batch_spec()
         self.step_flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
-        self.step = _compiled_step(run, self.layout, self.batch_sharding)
         self.eval_step = jax.jit(functools.partial(eval_step, model=run.model))
+
+    @functools.cached_property
+    def step(self):
+        """`train_step`, compiled when it is first needed: a run that is already finished needs none."""
+        return _compiled_step(self.run, self.layout, self.batch_sharding)
 
     def train(self) -> TrainState:
         run = self.run
@@ -144,11 +148,14 @@ class _Trainer:
     def _loop(self, state: TrainState, manager: CheckpointManager, log: MetricsLog | None) -> TrainState:
         run = self.run
         first = int(state.step)
+        if first >= run.total_steps:
+            return state
+        step_fn = self.step
         progress = Progress(self.name, first, run.total_steps)
         batches = self._batches(run.train_data, first)
         timer = _Timer(self.ledger, first)
         for step in range(first + 1, run.total_steps + 1):
-            state, metrics = self.step(state, next(batches))
+            state, metrics = step_fn(state, next(batches))
             self.window.add(metrics)
             self.ledger.flops += self.step_flops
             last = step == run.total_steps

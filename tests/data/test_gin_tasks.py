@@ -1,0 +1,67 @@
+"""Every task file of `gin/tasks` builds its two data sources, and what gin writes down builds them again."""
+
+import pathlib
+
+import pytest
+
+import gin
+import upcycle
+from upcycle.data.text import DatasetConfig
+from upcycle.errors import UserError
+
+ROOT = pathlib.Path(upcycle.__file__).parents[1]
+if not (ROOT / 'gin' / 'tasks').is_dir():
+    ROOT = pathlib.Path(upcycle.__file__).parent
+TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
+
+RUN = """
+from __gin__ import dynamic_registration
+from tests.data import test_gin_tasks
+BATCH_SIZE = 4
+EVAL_BATCH_SIZE = 8
+EVAL_STEPS = 2
+DATA_SEED = 3
+test_gin_tasks.sources.train = %TRAIN_DATASET
+test_gin_tasks.sources.evaluation = %EVAL_DATASET
+"""
+
+
+def sources(train, evaluation):
+    return train, evaluation
+
+
+def build(text):
+    gin.clear_config(clear_constants=True)
+    gin.parse_config(text)
+    built = gin.get_configurable(sources)()
+    operative = gin.operative_config_str()
+    lengths = gin.query_parameter('%TASK_FEATURE_LENGTHS')
+    gin.clear_config(clear_constants=True)
+    return built, operative, lengths
+
+
+@pytest.mark.parametrize('path', TASKS, ids=lambda path: path.stem)
+def test_a_task_file_builds_and_its_operative_config_too(path):
+    files = f"TRAIN_FILES = '{ROOT}/upcycle/**/*.py'" if path.stem.startswith('text_files') else ''
+    (train, evaluation), operative, lengths = build(f"include '{path}'\n{RUN}\n{files}")
+    assert isinstance(train, DatasetConfig)
+    assert (train.split, train.batch_size, train.seed, train.shuffle, train.repeat) == ('train', 4, 3, True, True)
+    assert (evaluation.split, evaluation.batch_size, evaluation.num_batches) == ('validation', 8, 2)
+    assert (evaluation.shuffle, evaluation.repeat, evaluation.task_feature_lengths) == (False, False, lengths)
+    assert build(operative)[0] == (train, evaluation)
+    try:
+        vocabulary_size = train.vocabulary_size
+    except UserError as error:
+        assert path.stem.startswith('c4') and 'pip install upcycle[t5]' in str(error)
+        return
+    assert f'NUM_EMBEDDINGS = {-(-vocabulary_size // 128) * 128}\n' in path.read_text()
+    if not path.stem.startswith('c4'):
+        assert next(train.batches())['encoder_input_tokens'].shape == (4, lengths['inputs'])
+        assert len(list(evaluation.batches())) <= 2
+
+
+def test_files_must_be_bound():
+    path = next(path for path in TASKS if path.stem.startswith('text_files'))
+    (train, _), _, _ = build(f"include '{path}'\n{RUN}")
+    with pytest.raises(UserError, match='TRAIN_FILES is not bound'):
+        train.batches()

@@ -1,0 +1,159 @@
+"""The main job on real text that needs no download: dense pretraining, then three branches from it, then the report.
+
+Every run here is a plain `upcycle train` with the gin files and bindings below; each command is printed and in the report.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+from collections.abc import Sequence
+
+from upcycle import configuration, cost, jobs
+from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
+from upcycle.report.html import compare_seeds, print_table, write_report
+from upcycle.report.runs import Role, load_run
+
+MODEL = 'models/t5_1_1_mini.gin'
+MOE = 'moe/t5.gin'
+TASK = 'tasks/stdlib_span_corruption.gin'
+SETTINGS = 'runs/quickstart.gin'
+
+# Steps at --budget=1: of the dense model, and of upcycling. The other two follow from equal FLOPs.
+DENSE_STEPS = 1500
+UPCYCLE_STEPS = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One run of the comparison."""
+
+    name: str
+    role: Role
+    gin_files: tuple[str, ...]
+    bindings: dict[str, str]
+
+    @property
+    def command(self) -> str:
+        """The `upcycle train` that does the same."""
+        files = [f'--gin_file={file}' for file in self.gin_files]
+        return shlex.join(
+            ['upcycle', 'train', *files, *(f'--gin.{name}={value}' for name, value in self.bindings.items())]
+        )
+
+
+def quickstart(out: str, *, budget: float = 1.0, seeds: Sequence[int] = (0,)) -> pathlib.Path:
+    """Runs or resumes the comparison and writes the report.
+
+    Args:
+      out: folder of the runs (`seed_S/BRANCH`) and of the report (`report/`).
+      budget: multiplies the numbers of steps; nothing depends on the clock.
+      seeds: of initialisation, data order and surgery; each is a whole comparison.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      UserError: the folder holds a comparison with another budget.
+    """
+    if not budget > 0:
+        raise UserError(f'--budget={budget:g} must be above 0; 1 is about ten minutes on two cores.')
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
+    _claim(out, budget)
+    groups, commands = [], {}
+    for seed in seeds:
+        group = {}
+        for branch in branches(os.path.join(out, f'seed_{seed}'), budget, seed):
+            print(f'\n$ {branch.command}', flush=True)
+            if not _finished(branch):
+                jobs.train(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
+            group[branch.name] = load_run(branch.bindings['MODEL_DIR'], branch.role, branch.name)
+            if seed == seeds[0]:
+                commands[branch.name] = branch.command
+        groups.append(group)
+    notes = {
+        'task': 'stdlib_span_corruption: span corruption of the source code of the running Python, tokens are bytes',
+        'seeds': ', '.join(map(str, seeds)),
+        'budget': f'{budget:g}',
+        'evaluation_tokens': f'{int(next(iter(groups[0].values())).split("validation")[-1]["targets"]):,}',
+        'again': f'upcycle quickstart --budget={budget:g} --seeds={",".join(map(str, seeds))}',
+        **commands,
+    }
+    page = write_report(groups, os.path.join(out, 'report'), 'Sparse upcycling on embedded text', notes)
+    print()
+    print_table(compare_seeds(groups))
+    print(f'\nreport: {page}')
+    return page
+
+
+def branches(folder: str, budget: float, seed: int) -> list[Branch]:
+    """The dense run and its three branches. All three see the same batches in the same order.
+
+    The extra FLOPs of the dense continuation are those of upcycling, and MoE from scratch gets the FLOPs of the dense run and
+    of upcycling together.
+    """
+
+    def make(name: str, role: Role, run: str, steps: int, *, sparse: bool, start: bool) -> Branch:
+        files = (MODEL, *((MOE,) if sparse else ()), TASK, run, SETTINGS)
+        bindings = {
+            'MODEL_DIR': os.path.join(folder, name),
+            'TRAIN_STEPS': str(steps),
+            'RANDOM_SEED': str(seed),
+            'DATA_SEED': str(seed),
+        }
+        if start:
+            bindings['INITIAL_CHECKPOINT_PATH'] = os.path.join(folder, 'dense')
+        if sparse and start:
+            bindings['UPCYCLE_SEED'] = str(seed)
+        return Branch(name, role, files, bindings)
+
+    dense_steps = max(1, round(DENSE_STEPS * budget))
+    upcycle_steps = max(1, round(UPCYCLE_STEPS * budget))
+    dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps, sparse=False, start=False)
+    scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps, sparse=True, start=False)
+    ratio = _step_flops(scratch) / _step_flops(dense)
+    scratch.bindings['TRAIN_STEPS'] = str(max(1, round(dense_steps / ratio + upcycle_steps)))
+    return [
+        dense,
+        make(
+            'dense_continuation',
+            Role.DENSE_CONTINUATION,
+            'runs/continue_dense.gin',
+            dense_steps + max(1, round(upcycle_steps * ratio)),
+            sparse=False,
+            start=True,
+        ),
+        make('upcycled', Role.UPCYCLED, 'runs/upcycle.gin', dense_steps + upcycle_steps, sparse=True, start=True),
+        scratch,
+    ]
+
+
+def _step_flops(branch: Branch) -> float:
+    run = configuration.load(branch.gin_files, branch.bindings)
+    return cost.TRAIN_OVER_FORWARD * run.model.forward_flops(run.train_data.batch_spec(), training=True)
+
+
+def _finished(branch: Branch) -> bool:
+    """The run's last validation line is there, which is written before its last checkpoint is complete only by a moment."""
+    lines = read_metrics(os.path.join(branch.bindings['MODEL_DIR'], 'metrics.jsonl'))
+    steps = branch.bindings['TRAIN_STEPS']
+    saved = os.path.isdir(os.path.join(branch.bindings['MODEL_DIR'], 'checkpoints', steps))
+    return saved and any(line['split'] == 'validation' and line['step'] == int(steps) for line in lines)
+
+
+def _claim(out: str, budget: float) -> None:
+    path = os.path.join(out, 'quickstart.json')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            old = json.load(file)['budget']
+        if old != budget:
+            raise UserError(
+                f'--out={out} holds a comparison with --budget={old:g}: name another folder, or that budget.'
+            )
+        return
+    os.makedirs(out, exist_ok=True)
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump({'budget': budget}, file)
