@@ -75,7 +75,7 @@ def test_every_position_after_the_first_is_noise_equally_often():
 
 
 def test_inputs_are_filled_exactly():
-    for inputs in range(4, 2049):
+    for inputs in [*range(4, 700), 1024, 2048]:
         lengths = span_corruption.lengths_for_inputs(inputs)
         assert lengths.inputs == inputs
         assert span_corruption.corrupted_lengths(lengths.tokens + 1).inputs > inputs

@@ -51,7 +51,7 @@ def lengths_for_inputs(
 ) -> Lengths:
     """The longest chunk whose corrupted inputs fill `inputs` positions exactly."""
     # One token more makes the inputs one longer or leaves them as they are, so the first too long ends the search.
-    tokens = 2
+    tokens = max(inputs - 1, 2)
     while corrupted_lengths(tokens + 1, noise_density, mean_span_length).inputs <= inputs:
         tokens += 1
     return corrupted_lengths(tokens, noise_density, mean_span_length)

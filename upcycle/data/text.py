@@ -6,12 +6,13 @@ any number of hosts and wherever a run resumes. Every other seqio task is a stre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +97,8 @@ class DatasetConfig:
     @property
     def vocabulary_size(self) -> int:
         """Ids that inputs and targets may hold, sentinels counted: the least a model's embedding must have."""
-        return max(feature.vocabulary.vocab_size for feature in self.task.output_features.values())
+        with _reading(self.mixture_or_task_name):
+            return max(feature.vocabulary.vocab_size for feature in self.task.output_features.values())
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names."""
@@ -125,8 +127,9 @@ class DatasetConfig:
         identity: dict[str, JSON] = {
             'mixture_or_task_name': self.mixture_or_task_name,
             'task_feature_lengths': {name: int(n) for name, n in sorted(self.task_feature_lengths.items())},
-            'vocabulary': _vocabulary_identity(self.vocabulary),
         }
+        with _reading(self.mixture_or_task_name):
+            identity['vocabulary'] = _vocabulary_identity(self.vocabulary)
         for name in ('split', 'batch_size', 'seed', 'pack', 'shuffle', 'use_cached', 'repeat'):
             identity[name] = getattr(self, name)
         if self._random_access is not None:
@@ -165,15 +168,8 @@ class DatasetConfig:
                 f'{self.mixture_or_task_name} is streamed, so {process_count} hosts cannot agree where its '
                 f'{self.split!r} split ends: bind EVAL_STEPS to a number.'
             )
-        tf = tensorflow_quiet.tensorflow()
+        batches = self._pipeline(start, process_index, process_count).as_numpy_iterator()
         rows = self.batch_size // process_count
-        if self._random_access is None:
-            dataset = self._stream(process_index, process_count).batch(rows).skip(start)
-        else:
-            dataset = self._examples(start * self.batch_size + process_index * rows, rows).batch(rows)
-        options = tf.data.Options()
-        options.deterministic = True
-        batches = dataset.prefetch(tf.data.AUTOTUNE).with_options(options).as_numpy_iterator()
         # One host may stop where its stream ends; many must stop together.
         return self._filled(batches, rows, start, stop, may_end=stop is None or process_count == 1)
 
@@ -205,6 +201,23 @@ class DatasetConfig:
 
         length = span_corruption.checked_lengths(self.task_feature_lengths, self.vocabulary).tokens
         return random_access.check_split(self._random_access, self.split, length, self.shuffle)
+
+    @functools.cached_property
+    def _pipeline(self) -> Callable[[int, int, int], tf.data.Dataset]:
+        # TensorFlow takes about a second to trace a pipeline, and every evaluation starts the same one.
+        return functools.cache(self._build_pipeline)
+
+    def _build_pipeline(self, start: int, process_index: int, process_count: int) -> tf.data.Dataset:
+        tf = tensorflow_quiet.tensorflow()
+        rows = self.batch_size // process_count
+        if self._random_access is None:
+            with _reading(self.mixture_or_task_name):
+                dataset = self._stream(process_index, process_count).batch(rows).skip(start)
+        else:
+            dataset = self._examples(start * self.batch_size + process_index * rows, rows).batch(rows)
+        options = tf.data.Options()
+        options.deterministic = True
+        return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def _examples(self, first: int, block: int) -> tf.data.Dataset:
         """The random-access examples of one host, block by block, as unpacked model features.
@@ -274,6 +287,18 @@ def _packed_alone(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     # Unpacked, the shifted targets carry their EOS into the padding.
     features['decoder_input_tokens'] = batch['decoder_input_tokens'] * features['decoder_segment_ids']
     return features
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """TensorFlow's failures to read a vocabulary or a data set, as the user's to mend."""
+    try:
+        yield
+    except tensorflow_quiet.tensorflow().errors.OpError as error:
+        reason = error.message.splitlines()[0]
+        raise UserError(
+            f'{name} cannot be read ({reason}): check the network, the credentials, and that TFDS_DATA_DIR holds the data.'
+        ) from error
 
 
 def _vocabulary_identity(vocabulary: Any) -> dict[str, JSON]:

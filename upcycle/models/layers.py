@@ -175,7 +175,11 @@ class MultiHeadDotProductAttention(nn.Module):
         if self.float32_logits:
             query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
             key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
-        logits_BxHxQxK = jnp.einsum('bqhn,bkhn->bhqk', query_BxQxHxN, key_BxKxHxN)
+        # Heads before positions: XLA:CPU multiplies the other order up to four times slower; on TPU it makes no difference.
+        query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (
+            x.swapaxes(1, 2) for x in (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
+        )
+        logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
         if mask_Bx1xQxK is not None:
             masked = jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype)
             logits_BxHxQxK += masked.astype(logits_BxHxQxK.dtype)
@@ -183,7 +187,7 @@ class MultiHeadDotProductAttention(nn.Module):
             logits_BxHxQxK += bias_1xHxQxK.astype(logits_BxHxQxK.dtype)
         weights_BxHxQxK = jax.nn.softmax(logits_BxHxQxK).astype(self.dtype)
         weights_BxHxQxK = Dropout(self.dropout_rate)(weights_BxHxQxK, training)
-        out_BxQxHxN = jnp.einsum('bhqk,bkhn->bqhn', weights_BxHxQxK, value_BxKxHxN)
+        out_BxQxHxN = jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
         return Dense(x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out')(
             out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N)
         )

@@ -139,14 +139,14 @@ def covered_tokens(routing: Routing, num_tokens: int) -> jax.Array:
 def _normalize(routing: Routing, num_tokens: int) -> Routing:
     """Divides a token's weights by their sum, so that a covered token's weights add up to 1 (paper, section 3.1).
 
-    The double `where` keeps the gradient of 0 / 0 out of a token that nobody took.
+    The floor keeps the gradient finite, which has the sum's square below it, where a saturated router gives a token to an expert
+    at a probability that squares to 0 in float32; such a token fades out.
     """
     sum_GxS = token_sums(routing, num_tokens)
     sum_GxExC = jax.vmap(lambda sums, token: sums.at[token].get(mode='fill', fill_value=1.0))(
         sum_GxS, routing.token_GxExC
     )
-    safe_GxExC = jnp.where(sum_GxExC > 0, sum_GxExC, 1.0)
-    return routing._replace(weight_GxExC=routing.weight_GxExC / safe_GxExC)
+    return routing._replace(weight_GxExC=routing.weight_GxExC / jnp.maximum(sum_GxExC, 1e-18))
 
 
 def _load_balancing_loss(

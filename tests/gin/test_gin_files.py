@@ -1,0 +1,115 @@
+"""Every gin file: built, and stepped twice; full sizes abstractly."""
+
+import functools
+import pathlib
+
+import jax
+import pytest
+
+from tests import runs
+from upcycle import configuration, cost, partitioning
+from upcycle.errors import UserError
+from upcycle.train.state import layout
+from upcycle.train.step import train_step
+
+GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
+FULL_SIZES = ('small', 'base', 'large', 'xl')
+
+
+def test_no_gin_file_is_left_out():
+    here = {str(path.relative_to(GIN)) for path in GIN.rglob('*.gin')}
+    covered = {f'models/t5_1_1_{size}.gin' for size in (*FULL_SIZES, 'tiny', 'mini')}
+    covered |= {'models/t5_1_1.gin', 'moe/t5.gin'}
+    covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
+    covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'quickstart')}
+    assert here == covered
+
+
+@pytest.mark.parametrize('kind', ['dense', 'scratch', 'continue', 'upcycle'])
+def test_runs_step_twice(kind, tmp_path, dense):
+    start = {'INITIAL_CHECKPOINT_PATH': dense} if kind in ('continue', 'upcycle') else {}
+    state = runs.train(kind, tmp_path / kind, 6 if start else 2, **start)
+    assert int(state.step) == (6 if start else 2)
+
+
+def test_text_files_task_steps_twice(tmp_path):
+    corpus = tmp_path / 'corpus'
+    corpus.mkdir()
+    for i in range(20):
+        (corpus / f'{i}.txt').write_text(f'This is sentence {i} of a small corpus. ' * 40)
+    files = (runs.TINY, 'tasks/text_files_span_corruption.gin', 'runs/pretrain.gin')
+    more = {'TRAIN_FILES': str(corpus / '*.txt')}
+    from upcycle import jobs
+
+    state = jobs.train(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
+    assert int(state.step) == 2
+
+
+def test_c4_task_builds_or_says_what_to_install():
+    files = (runs.TINY, 'tasks/c4_span_corruption.gin', 'runs/pretrain.gin')
+    try:
+        run = configuration.load(files, {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1'})
+    except UserError as error:
+        assert 'upcycle[t5]' in str(error)
+    else:
+        assert run.train_data.batch_spec()['encoder_input_tokens'][0] == (128, 512)
+
+
+# Parameters, as computed from the sizes in the T5 1.1 gin files: dense, and with 32 experts in half of the layers.
+COUNTS = {'base': (247.6e6, 2.003e9), 'large': (783.0e6, 7.220e9), 'xl': (2.850e9, 26.255e9)}
+
+
+@pytest.mark.parametrize('size', FULL_SIZES)
+@pytest.mark.parametrize('sparse', [False, True])
+def test_full_sizes_step_abstractly(size, sparse):
+    files = [f'models/t5_1_1_{size}.gin', runs.TASK, 'runs/scratch.gin' if sparse else 'runs/pretrain.gin']
+    if sparse:
+        files.insert(1, 'moe/t5.gin')
+    lengths = "{'inputs': 512, 'targets': 114}"
+    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '32128', 'TASK_FEATURE_LENGTHS': lengths}
+    run = configuration.load(files, bindings)
+    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts) if jax.device_count() == 1 else None
+    if mesh is None:
+        pytest.skip('needs one device')
+    with partitioning.use(mesh):
+        where = layout(run, mesh)
+        batch = {name: jax.ShapeDtypeStruct(*spec) for name, spec in run.train_data.batch_spec().items()}
+        step = functools.partial(
+            train_step,
+            model=run.model,
+            optimizer=run.optimizer,
+            learning_rate=run.learning_rate,
+            batch_axes=where.batch_axes,
+        )
+        state, metrics = jax.eval_shape(step, where.abstract, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), where.abstract
+    )
+    assert metrics['loss'].shape == ()
+    if size in COUNTS:
+        assert cost.num_parameters(where.abstract.params) == pytest.approx(COUNTS[size][sparse], rel=1e-3)
+
+
+def test_upcycling_differs_from_dense_continuation_in_moe_and_surgery_only(tmp_path, dense):
+    """Law 5: identical hyperparameters."""
+    resolved = {}
+    for kind in ('continue', 'upcycle'):
+        runs.build(kind, tmp_path, 10, INITIAL_CHECKPOINT_PATH=dense)
+        resolved[kind] = configuration.resolved()
+    differing = {
+        name
+        for name in resolved['continue'].keys() | resolved['upcycle'].keys()
+        if resolved['continue'].get(name) != resolved['upcycle'].get(name)
+    }
+    allowed = ('moe', 'surgery', 'aux_loss_factor', 'router_z_loss_factor')
+    assert differing
+    assert all(any(word in name for word in allowed) for name in differing), differing
+
+
+def test_config_gin_builds_the_same_run(tmp_path, dense):
+    runs.build('upcycle', tmp_path, 10, INITIAL_CHECKPOINT_PATH=dense)
+    first = configuration.resolved()
+    path = tmp_path / 'config.gin'
+    path.write_text(configuration.as_gin(first))
+    configuration.load([str(path)], {})
+    assert configuration.resolved() == first

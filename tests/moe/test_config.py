@@ -1,0 +1,176 @@
+"""Groups, capacities, sparse layers, and what is refused."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from upcycle.errors import UserError
+from upcycle.moe.config import MoEConfig, capacity, num_groups, sparse_layers
+
+
+class TestGroups:
+    @pytest.mark.parametrize(
+        ('num_tokens', 'group_size', 'multiple_of', 'expected'),
+        [
+            (4096 * 8, 4096, 1, 8),
+            (4096 * 8, 4096, 16, 16),
+            (8 * 64, 4096, 8, 8),  # the fixtures' encoder: 64 tokens a group
+            (8 * 32, 4096, 8, 8),  # and decoder: 32
+            (2048 * 512, 4096, 64, 256),  # T5 Base on 64 chips
+            (128 * 114, 4096, 1, 4),  # a decoder's length: 14592 = 2^8 * 3 * 19 tokens
+            (49, 49, 1, 1),
+            (7 * 11, 10, 1, 11),  # 8, 9 and 10 do not divide 77
+            (13, 4, 1, 13),
+            (100, 1000, 1, 1),
+        ],
+    )
+    def test_known_values(self, num_tokens, group_size, multiple_of, expected):
+        assert num_groups(num_tokens, group_size, multiple_of) == expected
+
+    @pytest.mark.parametrize('seed', range(15))
+    def test_is_the_smallest_divisor_that_serves(self, seed):
+        rng = np.random.default_rng(seed)
+        multiple_of = int(rng.integers(1, 9))
+        num_tokens = multiple_of * int(rng.integers(1, 400))
+        group_size = int(rng.integers(1, 500))
+        serves = [
+            n
+            for n in range(1, num_tokens + 1)
+            if num_tokens % n == 0 and n % multiple_of == 0 and n >= math.ceil(num_tokens / group_size)
+        ]
+        if serves:
+            assert num_groups(num_tokens, group_size, multiple_of) == min(serves)
+
+    def test_refuses_a_multiple_that_does_not_divide_the_batch(self):
+        with pytest.raises(UserError, match='GROUPS_MULTIPLE_OF = 3 .* 64 tokens'):
+            num_groups(64, 32, 3)
+
+
+class TestCapacity:
+    @pytest.mark.parametrize(
+        ('rule', 'router', 'factor', 'num_experts', 'tokens', 'expected'),
+        [
+            ('flaxformer', 'expert_choice', 2.0, 32, 4096, 256),
+            ('flaxformer', 'top_k', 2.0, 32, 4096, 256),  # K is not multiplied in
+            ('flaxformer', 'expert_choice', 2.0, 8, 64, 16),  # the fixtures
+            ('flaxformer', 'top_k', 1.25, 8, 32, 5),
+            ('flaxformer', 'top_k', 1.0, 32, 64, 4),  # 2, raised to the minimum
+            ('flaxformer', 'top_k', 1.0, 8, 20, 4),  # 2.5
+            ('flaxformer', 'top_k', 1.0, 8, 44, 6),  # 5.5, to even
+            ('flaxformer', 'top_k', 1.0, 8, 3, 3),  # never more slots than tokens
+            ('flaxformer', 'top_k', 32.0, 8, 64, 64),
+            ('vmoe', 'expert_choice', 2.0, 32, 49, 4),  # one image of ViT-B/32: 3.06, up to 4
+            ('vmoe', 'expert_choice', 2.0, 32, 8 * 49, 28),  # 24.5
+            ('vmoe', 'expert_choice', 2.0, 32, 196, 16),  # one image of ViT-B/16: 12.25
+            ('vmoe', 'expert_choice', 1.0, 32, 4096, 128),
+            ('vmoe', 'top_k', 1.05, 32, 4096, 272),  # K = 2: 268.8
+            ('vmoe', 'expert_choice', 1.1, 11, 40, 4),  # exactly 4, but 1.1 * 40 is a hair above 44
+            ('vmoe', 'expert_choice', 2.0, 2, 7, 7),
+        ],
+    )
+    def test_known_values(self, rule, router, factor, num_experts, tokens, expected):
+        config = MoEConfig(num_experts=num_experts, router=router, train_capacity_factor=factor, capacity_rule=rule)
+        assert capacity(config, tokens, training=True) == expected
+
+    @pytest.mark.parametrize('seed', range(15))
+    def test_is_the_definition_in_exact_arithmetic(self, seed):
+        rng = np.random.default_rng(seed)
+        hundredths = int(rng.integers(10, 400))
+        E, S, K = (int(x) for x in rng.integers([2, 1, 1], [65, 3000, 3]))
+        router = 'top_k' if seed % 2 else 'expert_choice'
+        for rule in ('flaxformer', 'vmoe'):
+            config = MoEConfig(
+                num_experts=E,
+                router=router,
+                eval_capacity_factor=hundredths / 100,
+                num_selected_experts=K,
+                capacity_rule=rule,
+            )
+            exact = Fraction(hundredths, 100) * S / E
+            if rule == 'vmoe':
+                choices = K if router == 'top_k' else 1
+                expected = math.ceil(Fraction(math.ceil(choices * exact), 4)) * 4
+            else:
+                expected = max(round(exact), 4)
+            assert capacity(config, S, training=False) == min(expected, S), rule
+
+    def test_has_a_factor_for_training_and_one_for_evaluation(self):
+        config = MoEConfig(num_experts=8, train_capacity_factor=1.0, eval_capacity_factor=2.0)
+        assert [capacity(config, 256, training=training) for training in (True, False)] == [32, 64]
+
+    def test_minimum_is_a_setting(self):
+        config = MoEConfig(num_experts=8, train_capacity_factor=1.0, min_capacity=1)
+        assert capacity(config, 16, training=True) == 2
+
+
+class TestSparseLayers:
+    @pytest.mark.parametrize(
+        ('spec', 'num_layers', 'expected'),
+        [
+            ('every_other', 12, (1, 3, 5, 7, 9, 11)),
+            ('every_other', 5, (1, 3)),
+            ('every_other', 1, ()),
+            ('last_half', 12, (6, 7, 8, 9, 10, 11)),
+            ('last_half', 5, (3, 4)),
+            ('none', 4, ()),
+            ([3, 0], 4, (0, 3)),
+            ((), 4, ()),
+        ],
+    )
+    def test_known_values(self, spec, num_layers, expected):
+        assert sparse_layers(spec, num_layers, 'MOE_LAYERS') == expected
+
+    @pytest.mark.parametrize(
+        ('spec', 'message'),
+        [
+            ('every_third', "MOE_LAYERS = 'every_third' is not one of every_other, last_half, none"),
+            ([4], 'MOE_LAYERS names layer 4, but the stack has 4 layers'),
+            ([-1], 'MOE_LAYERS names layer -1'),
+            ([1.0], 'MOE_LAYERS names layer 1.0'),
+            ([1, 1], 'MOE_LAYERS = .* names a layer twice'),
+        ],
+    )
+    def test_refusals(self, spec, message):
+        with pytest.raises(UserError, match=message):
+            sparse_layers(spec, 4, 'MOE_LAYERS')
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'router': 'hash'}, "router = 'hash' is not one of expert_choice, top_k"),
+        ({'fill_order': 'random'}, "FILL_ORDER = 'random' is not one of token_major"),
+        ({'capacity_rule': 'gshard'}, "CAPACITY_RULE = 'gshard' is not one of flaxformer, vmoe"),
+        ({'route_padding': True}, 'ROUTE_PADDING = True is not one of skip'),
+        ({'dispatch': 'ragged'}, "DISPATCH = 'ragged' is not one of gather, einsum"),
+        ({'num_experts': 0}, 'NUM_EXPERTS = 0 must be'),
+        ({'num_experts': 8.0}, 'NUM_EXPERTS = 8.0 must be a whole number'),
+        ({'group_size': 0}, 'GROUP_SIZE = 0 must be'),
+        ({'groups_multiple_of': 0}, 'GROUPS_MULTIPLE_OF = 0 must be'),
+        ({'train_capacity_factor': 0.0}, 'TRAIN_EXPERT_CAPACITY_FACTOR = 0.0 gives the experts no room'),
+        ({'eval_capacity_factor': float('nan')}, 'EVAL_EXPERT_CAPACITY_FACTOR = nan'),
+        ({'jitter_noise': 1.0}, 'JITTER_NOISE = 1.0 must lie in'),
+        ({'causal': True}, "DECODER_ROUTER = 'expert_choice' .* leaks the future"),
+        (
+            {'router': 'top_k', 'num_selected_experts': 0},
+            'NUM_SELECTED_EXPERTS = 0 must lie between 1 and NUM_EXPERTS = 8',
+        ),
+        ({'router': 'top_k', 'num_selected_experts': 9}, 'NUM_SELECTED_EXPERTS = 9 must lie'),
+        (
+            {'router': 'top_k', 'num_selected_experts': 1, 'normalize_combine_weights': True},
+            'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1',
+        ),
+        ({'router': 'top_k', 'causal': True, 'fill_order': 'priority'}, "FILL_ORDER = 'priority' .* use 'token_major'"),
+    ],
+)
+def test_refusals_name_the_binding(fields, message):
+    with pytest.raises(UserError, match=message):
+        MoEConfig(**({'num_experts': 8} | fields))
+
+
+def test_words_may_be_plain_strings():
+    assert MoEConfig(num_experts=8, router='top_k', dispatch='einsum') == MoEConfig(
+        num_experts=8, router=MoEConfig(8, router='top_k').router, dispatch=MoEConfig(8, dispatch='einsum').dispatch
+    )

@@ -1,0 +1,51 @@
+"""Tiny runs of the real trainer, from the real gin files, for tests."""
+
+import functools
+import os
+
+from upcycle import configuration, jobs
+from upcycle.train.run import Run
+
+TASK = 'tasks/stdlib_span_corruption.gin'
+TINY = 'models/t5_1_1_tiny.gin'
+SMALL_STEPS = {
+    'ACTIVATION_DTYPE': 'float32',
+    'BATCH_SIZE': '4',
+    'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 9}",
+    'EVAL_STEPS': '2',
+    'EVAL_PERIOD': '3',
+    'LOG_PERIOD': '3',
+    'CHECKPOINT_PERIOD': '2',
+    'WARMUP_STEPS': '100',
+}
+FILES = {
+    'dense': (TINY, TASK, 'runs/pretrain.gin'),
+    'scratch': (TINY, 'moe/t5.gin', TASK, 'runs/scratch.gin'),
+    'continue': (TINY, TASK, 'runs/continue_dense.gin'),
+    'upcycle': (TINY, 'moe/t5.gin', TASK, 'runs/upcycle.gin'),
+}
+
+
+def bindings(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object) -> dict[str, str]:
+    """The command-line bindings of a tiny run."""
+    sparse = {'NUM_EXPERTS': '4'} if kind in ('scratch', 'upcycle') else {}
+    values = {**SMALL_STEPS, **sparse, 'MODEL_DIR': str(model_dir), 'TRAIN_STEPS': str(steps)}
+    return values | {name: str(value) for name, value in more.items()}
+
+
+def build(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object) -> Run:
+    """The configured run."""
+    return configuration.load(FILES[kind], bindings(kind, model_dir, steps, **more))
+
+
+def train(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object):
+    """Trains it, as `upcycle train` does."""
+    return jobs.train(FILES[kind], bindings(kind, model_dir, steps, **more))
+
+
+@functools.cache
+def dense_checkpoint(folder: str) -> str:
+    """A dense run of four steps, made once for each folder."""
+    path = os.path.join(folder, 'dense')
+    train('dense', path, 4)
+    return path

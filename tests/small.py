@@ -1,0 +1,114 @@
+"""Small models, batches and trees that several tests share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from tests.fixtures import fixtures_dir
+from upcycle import partitioning
+from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.t5 import T5Config
+from upcycle.moe.config import MoEConfig
+
+# The sizes of the fixtures.
+FIXTURE_T5 = T5Config(
+    vocab_size=512,
+    emb_dim=64,
+    num_heads=4,
+    head_dim=16,
+    mlp_dim=128,
+    num_encoder_layers=4,
+    num_decoder_layers=4,
+    dtype='float32',
+)
+FEATURES = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights')
+
+
+def with_moe(config: T5Config, **settings: Any) -> T5Config:
+    """The same T5 with the paper's MoE layers: Expert Choice in the encoder, Top-2 in the decoder."""
+    moe = MoEConfig(**{'num_experts': 8, 'group_size': 4096, **settings})
+    return dataclasses.replace(config, encoder_moe=moe, decoder_moe=dataclasses.replace(moe, router='top_k'))
+
+
+def flaxformer_moe(**settings: Any) -> T5Config:
+    """The fixtures' MoE, in flaxformer's conventions."""
+    settings = {'groups_multiple_of': 8, 'fill_order': 'choice_major', 'route_padding': 'route', **settings}
+    return dataclasses.replace(with_moe(FIXTURE_T5, **settings), zero_padded_activations=True)
+
+
+def small_t5(**settings: Any) -> T5Config:
+    """A T5 of width 128, in which Adafactor factors, of 2 + 2 layers."""
+    sizes = {
+        'vocab_size': 256,
+        'emb_dim': 128,
+        'num_heads': 2,
+        'head_dim': 32,
+        'mlp_dim': 256,
+        'num_encoder_layers': 2,
+        'num_decoder_layers': 2,
+        'dtype': 'float32',
+    }
+    return T5Config(**{**sizes, **settings})
+
+
+def random_batch(
+    vocab_size: int = 256, batch: int = 4, inputs: int = 16, targets: int = 8, seed: int = 0, padding: int = 0
+) -> dict[str, jax.Array]:
+    """A batch of random tokens; the last `padding` positions of the inputs and targets of odd rows are padding."""
+    rng = np.random.default_rng(seed)
+    encoder = rng.integers(1, vocab_size, (batch, inputs))
+    target = rng.integers(1, vocab_size, (batch, targets))
+    if padding:
+        encoder[1::2, -padding:] = 0
+        target[1::2, -padding:] = 0
+    decoder = np.pad(target[:, :-1], ((0, 0), (1, 0)))
+    arrays = (
+        encoder.astype(np.int32),
+        decoder.astype(np.int32),
+        target.astype(np.int32),
+        (target > 0).astype(np.float32),
+    )
+    return {name: jnp.asarray(array) for name, array in zip(FEATURES, arrays, strict=True)}
+
+
+def spec_of(batch: Mapping[str, jax.Array]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """The batch spec of a batch."""
+    return {name: (array.shape, array.dtype) for name, array in batch.items()}
+
+
+def init(model: EncoderDecoderModel, batch: Mapping[str, jax.Array], seed: int = 0) -> tuple[Any, Any]:
+    """Fresh parameters, and the number of stacked axes of each."""
+    boxed = jax.jit(lambda key: model.init(key, spec_of(batch)))(jax.random.key(seed))
+    return partitioning.unbox(boxed), partitioning.batch_axes(boxed)
+
+
+def fixture(name: str) -> Any:
+    """An npz of the fixtures."""
+    return np.load(fixtures_dir() / name)
+
+
+def fixture_tree(arrays: Any, prefix: str) -> dict[str, Any]:
+    """The arrays below a prefix, as a nested dict."""
+    return unflatten_dict(
+        {
+            tuple(name.removeprefix(prefix).split('/')): jnp.asarray(arrays[name])
+            for name in arrays.files
+            if name.startswith(prefix)
+        }
+    )
+
+
+def fixture_batch(arrays: Any, prefix: str) -> dict[str, jax.Array]:
+    """The batch below a prefix."""
+    return {name: jnp.asarray(arrays[prefix + name]) for name in FEATURES}
+
+
+def close_to_largest(actual: jax.Array, expected: jax.Array, tolerance: float = 1e-5) -> bool:
+    """Equal to `tolerance` times the largest entry of a leaf, which is how float32 sums round."""
+    scale = float(jnp.max(jnp.abs(expected)))
+    return float(jnp.max(jnp.abs(actual - expected))) <= tolerance * max(scale, 1e-30)

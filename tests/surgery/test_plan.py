@@ -1,0 +1,138 @@
+"""Plans: every leaf has one source, and everything that does not fit is said before anything is read."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.small import random_batch, small_t5, spec_of, with_moe
+from upcycle import partitioning
+from upcycle.errors import UserError
+from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.surgery.plan import Action, OptimizerState, Surgery, plan
+from upcycle.train.optimizer import Adafactor
+
+
+def leaves_of(config):
+    """The flat abstract state of a model."""
+    from flax.traverse_util import flatten_dict
+
+    model = EncoderDecoderModel(config)
+    boxed = jax.eval_shape(lambda key: model.init(key, spec_of(random_batch())), jax.random.key(0))
+    params, axes = partitioning.unbox(boxed), partitioning.batch_axes(boxed)
+    opt_state = jax.eval_shape(lambda p: Adafactor().init(p, axes), params)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    tree = {'step': scalar, 'params': params, 'opt_state': opt_state, 'rng': jax.ShapeDtypeStruct((2,), jnp.uint32)}
+    return flatten_dict(tree, sep='/')
+
+
+DENSE = leaves_of(small_t5())
+SPARSE = leaves_of(with_moe(small_t5(), num_experts=4))
+WI = 'params/encoder/layers_1/mlp/wi_0/kernel'
+
+
+def test_every_target_has_a_row_and_every_source_an_end():
+    result = plan(DENSE, SPARSE, Surgery())
+    assert {row.target for row in result.rows} == set(SPARSE)
+    used = {source for row in result.rows for source in row.sources}
+    assert used | set(result.dropped) | {'opt_state/count'} == set(DENSE)
+    by_target = {row.target: row for row in result.rows}
+    expert = by_target['params/encoder/layers_1/mlp/expert/wi_0/kernel']
+    assert (expert.action, expert.sources, expert.shape) == (Action.EXPERTS, (WI,), (4, 128, 256))
+    router = by_target['params/decoder/layers_1/mlp/router/router_weights/w/kernel']
+    assert (router.action, router.sources) == (Action.ROUTER, ())
+    kept = by_target['params/encoder/layers_0/mlp/wi_0/kernel']
+    assert (kept.action, kept.sources) == (Action.KEEP, ('params/encoder/layers_0/mlp/wi_0/kernel',))
+
+
+def test_fresh_state_keeps_the_clock():
+    rows = {row.target: row for row in plan(DENSE, SPARSE, Surgery()).rows}
+    assert (rows['opt_state/count'].action, rows['opt_state/count'].sources) == (Action.KEEP, ('step',))
+    states = [row for row in rows.values() if row.target.startswith('opt_state/param_states')]
+    assert states and all(row.action is Action.ZEROS for row in states)
+    anew = plan(DENSE, SPARSE, Surgery(optimizer_state=OptimizerState.FRESH_CLOCK))
+    assert {row.target: row.action for row in anew.rows}['opt_state/count'] is Action.ZEROS
+
+
+def test_tiled_state_follows_the_parameters():
+    rows = {row.target: row for row in plan(DENSE, SPARSE, Surgery(optimizer_state='tile')).rows}
+    row = rows['opt_state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/v_row']
+    assert row.action is Action.TILE
+    assert row.sources == ('opt_state/param_states/encoder/layers_1/mlp/wi_0/kernel/v_row',)
+    assert row.shape == (4, 128)
+    router = rows['opt_state/param_states/encoder/layers_1/mlp/router/router_weights/w/kernel/v']
+    assert router.action is Action.ZEROS
+    assert rows['opt_state/count'].sources == ('opt_state/count',)
+
+
+def test_continuation_keeps_everything():
+    result = plan(DENSE, DENSE, Surgery(operator=None, optimizer_state='tile'))
+    assert all(row.action is Action.KEEP for row in result.rows if row.target != 'rng')
+    assert set(result.dropped) == {'rng'}
+
+
+def without(leaves, *names):
+    return {name: leaf for name, leaf in leaves.items() if name not in names}
+
+
+def test_a_missing_source_is_named():
+    with pytest.raises(UserError, match=f'expert/wi_0/kernel .* has no source: the checkpoint holds no {WI}'):
+        plan(without(DENSE, WI), SPARSE, Surgery())
+
+
+def test_two_sources_are_named():
+    both = {
+        **DENSE,
+        'params/encoder/layers_1/mlp/expert/wi_0/kernel': SPARSE['params/encoder/layers_1/mlp/expert/wi_0/kernel'],
+    }
+    with pytest.raises(UserError, match='has two sources'):
+        plan(both, SPARSE, Surgery())
+
+
+def test_an_unused_leaf_is_named():
+    more = {**DENSE, 'params/encoder/layers_2/mlp/wi_0/kernel': DENSE[WI]}
+    with pytest.raises(UserError, match='layers_2/mlp/wi_0/kernel .* is used by no leaf'):
+        plan(more, SPARSE, Surgery())
+
+
+def test_another_shape_is_named():
+    with pytest.raises(UserError, match=r'needs a source of shape \(128, 256\), but .* is \(128, 512\)'):
+        plan({**DENSE, WI: jax.ShapeDtypeStruct((128, 512), jnp.float32)}, SPARSE, Surgery())
+
+
+def test_the_whole_difference_is_listed():
+    with pytest.raises(UserError) as error:
+        plan(DENSE, leaves_of(with_moe(small_t5(mlp_dim=512), num_experts=4)), Surgery())
+    message = str(error.value)
+    assert message.count('needs a source of shape') == 12
+    assert 'another architecture' in message
+
+
+def test_tile_without_state_names_the_binding():
+    weights = {name: leaf for name, leaf in DENSE.items() if not name.startswith('opt_state/')}
+    with pytest.raises(UserError, match="set OPTIMIZER_STATE = 'fresh'"):
+        plan(weights, SPARSE, Surgery(optimizer_state='tile'))
+    plan(weights, SPARSE, Surgery(optimizer_state='fresh'))
+
+
+def test_a_sparse_checkpoint_is_not_upcycled_again():
+    with pytest.raises(UserError):
+        plan(leaves_of(with_moe(small_t5(), num_experts=8)), SPARSE, Surgery())
+
+
+@pytest.mark.parametrize(
+    ('settings', 'binding'),
+    [
+        ({'operator': 'clone'}, 'EXPERT_OPERATOR'),
+        ({'router_init': 'zeros'}, 'ROUTER_INIT'),
+        ({'optimizer_state': 'old'}, 'OPTIMIZER_STATE'),
+    ],
+)
+def test_unknown_names(settings, binding):
+    with pytest.raises(UserError, match=binding):
+        Surgery(**settings)
+
+
+def test_plan_is_pure():
+    assert dataclasses.asdict(plan(DENSE, SPARSE, Surgery())) == dataclasses.asdict(plan(DENSE, SPARSE, Surgery()))

@@ -1,0 +1,39 @@
+"""The main job at a budget of a few steps: four runs, a table, a report, and the same again from where it was cut off."""
+
+import pytest
+
+from upcycle import quickstart as quick
+from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
+
+
+def test_equal_flops_and_the_same_batches():
+    dense, continuation, upcycled, scratch = quick.branches('/nowhere', 1.0, seed=3)
+    steps = {branch.name: int(branch.bindings['TRAIN_STEPS']) for branch in (dense, continuation, upcycled, scratch)}
+    cost = {branch.name: quick._step_flops(branch) for branch in (dense, scratch)}
+    extra = (steps['upcycled'] - steps['dense']) * cost['scratch']
+    assert (steps['dense_continuation'] - steps['dense']) * cost['dense'] == pytest.approx(extra, rel=0.01)
+    assert steps['scratch'] * cost['scratch'] == pytest.approx(steps['dense'] * cost['dense'] + extra, rel=0.01)
+    assert {branch.bindings['DATA_SEED'] for branch in (dense, continuation, upcycled, scratch)} == {'3'}
+
+
+def test_quickstart_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'out'
+    page = quick.quickstart(str(out), budget=0.002)
+    assert 'validation loss' in capsys.readouterr().out
+    html = page.read_text()
+    assert 'data:image/png' in html
+    assert 'upcycle train' in html
+    for branch in ('dense', 'dense_continuation', 'upcycled', 'scratch'):
+        assert read_metrics(str(out / 'seed_0' / branch / 'metrics.jsonl'))[-1]['split'] == 'validation'
+    monkeypatch.setattr(quick.jobs, 'train', None)  # nothing is left to train
+    assert quick.quickstart(str(out), budget=0.002) == page
+    with pytest.raises(UserError, match='--budget'):
+        quick.quickstart(str(out), budget=0.003)
+
+
+@pytest.mark.parametrize(('budget', 'seeds'), [(0, (0,)), (-1, (0,)), (1, ()), (1, (1, 1))])
+def test_refusals(tmp_path, budget, seeds):
+    with pytest.raises(UserError):
+        quick.quickstart(str(tmp_path / 'out'), budget=budget, seeds=seeds)
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,168 @@
+"""The loop: exact resume, the four kinds of run, the ledger, and what it refuses."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from tests import runs
+from upcycle.checkpoints import open_checkpoint
+from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
+from upcycle.train import loop
+
+TIMES = ('seconds', 'steps_per_second', 'sunk_seconds')
+
+
+def lines_of(model_dir):
+    lines = read_metrics(os.path.join(model_dir, 'metrics.jsonl'))
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def leaves_of(model_dir):
+    reader = open_checkpoint(str(model_dir))
+    return {name: np.asarray(reader.read(name)) for name in reader.leaves()}
+
+
+def killed_at(monkeypatch, step):
+    """The next run dies when it has taken that many steps, as if the machine had gone away."""
+    taken = []
+    add = loop.Window.add
+
+    def add_or_die(self, metrics):
+        taken.append(1)
+        if len(taken) == step:
+            raise KeyboardInterrupt
+        add(self, metrics)
+
+    monkeypatch.setattr(loop.Window, 'add', add_or_die)
+
+
+@pytest.mark.parametrize('kind', ['dense', 'upcycle'])
+def test_resume_is_exact(kind, tmp_path, monkeypatch, dense):
+    """Killed between two checkpoints and in the middle of a log window: same lines, same state, bit for bit."""
+    first = 4 if kind == 'upcycle' else 0
+    more = {'DROPOUT_RATE': 0.1} | ({'INITIAL_CHECKPOINT_PATH': dense} if kind == 'upcycle' else {})
+    runs.train(kind, tmp_path / 'whole', first + 7, **more)
+    with monkeypatch.context() as patch:
+        killed_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(kind, tmp_path / 'cut', first + 7, **more)
+    runs.train(kind, tmp_path / 'cut', first + 7, **more)
+    assert lines_of(tmp_path / 'cut') == lines_of(tmp_path / 'whole')
+    whole, cut = leaves_of(tmp_path / 'whole'), leaves_of(tmp_path / 'cut')
+    assert whole.keys() == cut.keys()
+    for name, leaf in whole.items():
+        np.testing.assert_array_equal(cut[name], leaf, err_msg=name)
+
+
+def test_a_finished_run_is_left_alone(dense, monkeypatch):
+    before = lines_of(dense)
+    monkeypatch.setattr(loop, '_compiled_step', None)
+    state = runs.train('dense', dense, 4)
+    assert int(state.step) == 4
+    assert lines_of(dense) == before
+
+
+def test_dense_continuation_is_the_dense_run_going_on(tmp_path, dense):
+    """A branch with the state restored takes the very steps that the dense run would have taken."""
+    runs.train('dense', tmp_path / 'longer', 6)
+    runs.train('continue', tmp_path / 'branch', 6, INITIAL_CHECKPOINT_PATH=dense)
+    longer, branch = leaves_of(tmp_path / 'longer'), leaves_of(tmp_path / 'branch')
+    for name, leaf in longer.items():
+        np.testing.assert_array_equal(branch[name], leaf, err_msg=name)
+
+
+def test_upcycled_run_starts_at_the_dense_step_and_keeps_a_receipt(tmp_path, dense):
+    runs.train('upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=dense)
+    first = lines_of(tmp_path / 'up')[0]
+    assert (first['step'], first['split'], first['start_step'], first['flops']) == (4, 'validation', 4, 0)
+    last_dense = lines_of(dense)[-1]
+    assert first['sunk_flops'] == last_dense['flops'] > 0
+    receipt = json.loads((tmp_path / 'up' / 'receipt.json').read_text())
+    saved = open_checkpoint(str(tmp_path / 'up')).metadata
+    assert saved['receipt'] == receipt
+    assert receipt['source']['step'] == 4
+    assert receipt['operator'] == 'copy'
+    assert len(receipt['plan']) == len(leaves_of(tmp_path / 'up'))
+    for layer in receipt['function_check']['layers'].values():
+        assert layer['max_abs_difference_covered'] < 1e-4
+        assert layer['max_abs_on_uncovered'] == 0
+    assert set(receipt['function_check']['whole_model']) == {'dense_loss', 'sparse_loss', 'loss_gap'}
+
+
+def test_tiled_state_trains(tmp_path, dense):
+    more = {'INITIAL_CHECKPOINT_PATH': dense, 'OPTIMIZER_STATE': 'tile'}
+    runs.train('upcycle', tmp_path / 'up', 5, **more)
+    leaves = leaves_of(tmp_path / 'up')
+    assert leaves['opt_state/count'] == 5
+
+
+def test_validation_lines_hold_routing_metrics(tmp_path):
+    runs.train('scratch', tmp_path, 3)
+    last = lines_of(tmp_path)[-1]
+    assert last['split'] == 'validation'
+    assert last['loss'] == last['cross_entropy_loss']
+    assert len(last['experts/encoder/layers_1/load']) == 4
+    assert sum(last['experts/encoder/layers_1/load']) == pytest.approx(1)
+    for name in (
+        'fraction_tokens_left_behind',
+        'expert_usage',
+        'router_confidence',
+        'router_entropy',
+        'fraction_dropped',
+    ):
+        assert 0 <= last[f'experts/{name}'] <= np.log(4) + 1e-6
+
+
+def test_microbatches_take_the_same_step(tmp_path):
+    """Four microbatches, cut at group boundaries: the gradient of the whole batch."""
+    more = {'GROUPS_MULTIPLE_OF': 4, 'EVAL_PERIOD': 100}
+    runs.train('scratch', tmp_path / 'one', 2, **more)
+    runs.train('scratch', tmp_path / 'four', 2, **more, NUM_MICROBATCHES=4)
+    one, four = lines_of(tmp_path / 'one')[1], lines_of(tmp_path / 'four')[1]
+    for name in (
+        'loss',
+        'cross_entropy_loss',
+        'accuracy',
+        'gradient_norm',
+        'experts/auxiliary_loss',
+        'experts/router_entropy',
+    ):
+        assert one[name] == pytest.approx(four[name], rel=2e-5), name
+
+
+def test_other_data_is_refused_on_resume(tmp_path):
+    runs.train('dense', tmp_path, 2)
+    run = runs.build('dense', tmp_path, 4, DATA_SEED=1)
+    with pytest.raises(UserError, match='trained on other data .*seed'):
+        loop.train(run)
+
+
+def test_a_checkpoint_past_the_end_is_refused(tmp_path, dense):
+    with pytest.raises(UserError, match='TRAIN_STEPS = 3'):
+        runs.train('upcycle', tmp_path / 'up', 3, INITIAL_CHECKPOINT_PATH=dense)
+    assert not (tmp_path / 'up').exists()
+
+
+def test_flops_of_a_step_agree_with_xla():
+    """The analytic count against the compiler's, which also counts the optimizer and everything elementwise."""
+    import functools
+
+    from tests.small import init, random_batch, small_t5, spec_of, with_moe
+    from upcycle import cost
+    from upcycle.models.encoder_decoder import EncoderDecoderModel
+
+    batch = random_batch(batch=8, inputs=64, targets=32)
+    for config in (small_t5(), with_moe(small_t5(), num_experts=8)):
+        model = EncoderDecoderModel(config)
+        params, _ = init(model, batch)
+        forward = functools.partial(model.forward, rng=None, training=True)
+        loss = lambda p, b, f=forward: f(p, b)[0]['loss']  # noqa: E731
+        analytic = model.forward_flops(spec_of(batch), training=True)
+        compiled = jax.jit(loss).lower(params, batch).compile().cost_analysis()['flops']
+        assert analytic == pytest.approx(compiled, rel=0.1)
+        grad = jax.jit(jax.grad(loss)).lower(params, batch).compile().cost_analysis()['flops']
+        assert cost.TRAIN_OVER_FORWARD * analytic == pytest.approx(grad, rel=0.1)
