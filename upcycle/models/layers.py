@@ -42,7 +42,9 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        return (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):

@@ -139,8 +139,8 @@ def covered_tokens(routing: Routing, num_tokens: int) -> jax.Array:
 def _normalize(routing: Routing, num_tokens: int) -> Routing:
     """Divides a token's weights by their sum, so that a covered token's weights add up to 1 (paper, section 3.1).
 
-    The floor keeps the gradient finite, which has the sum's square below it, where a saturated router gives a token to an expert
-    at a probability that squares to 0 in float32; such a token fades out.
+    The floor keeps the gradient finite, which divides by the square of the sum: a saturated router can leave a token to an expert
+    at a probability whose square is 0 in float32. Such a token fades out.
     """
     sum_GxS = token_sums(routing, num_tokens)
     sum_GxExC = jax.vmap(lambda sums, token: sums.at[token].get(mode='fill', fill_value=1.0))(
