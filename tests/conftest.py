@@ -1,10 +1,18 @@
-"""Fixtures of pytest that several folders share."""
+"""Set-up that every test shares: the CPU, quick compilation, and a tiny dense checkpoint."""
 
 import os
+import pathlib
 
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Most of a test's time is compiling, and most programs are compiled again by a resumed run or another test.
+_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'jax'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+if 'xla_llvm_disable_expensive_passes' not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
 
 
 @pytest.fixture(scope='session')

@@ -151,9 +151,17 @@ def test_unknown_argument(capsys):
 
 
 def test_help_loads_nothing_heavy():
-    script = "import sys; sys.argv = ['upcycle', '--help']\nfrom upcycle import cli\ntry:\n    cli.main()\nexcept SystemExit as stop:\n"
-    script += "    assert not stop.code\n    heavy = {'jax', 'flax', 'tensorflow', 'seqio', 'numpy', 'gin'} & set(sys.modules)\n"
-    script += '    assert not heavy, heavy\n'
+    script = """
+import sys
+sys.argv = ['upcycle', '--help']
+from upcycle import cli
+try:
+    cli.main()
+except SystemExit as stop:
+    assert not stop.code
+    heavy = {'jax', 'flax', 'tensorflow', 'seqio', 'numpy', 'gin'} & set(sys.modules)
+    assert not heavy, heavy
+"""
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 'quickstart' in done.stdout

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from upcycle.errors import UserError
 from upcycle.surgery.plan import Plan
 from upcycle.train import loop
 from upcycle.train.describe import describe, per_device
-from upcycle.train.state import Layout, layout, make_plan
+from upcycle.train.state import Layout, check_start, layout, make_plan
 from upcycle.train.step import TrainState
 
 
@@ -26,8 +27,13 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     configuration.claim(run.model_dir, identity, write=False)
     mesh = loop.check(run)
     where = layout(run, mesh)
-    if run.initial_checkpoint_path is not None:
-        make_plan(run, where, open_checkpoint(run.initial_checkpoint_path))
+    # A run that has a checkpoint of its own needs the dense one no longer.
+    if run.initial_checkpoint_path is not None and not os.path.isdir(os.path.join(run.model_dir, 'checkpoints')):
+        reader = open_checkpoint(run.initial_checkpoint_path)
+        make_plan(run, where, reader)
+        check_start(run, reader.step if run.dense_step is None else run.dense_step)
+    # The first use of the data finds what is wrong with it.
+    run.train_data.fingerprint()
     print(describe(run, where, mesh), flush=True)
     configuration.claim(run.model_dir, identity)
     return loop.train(run, name)

@@ -23,7 +23,7 @@ SETTINGS = 'runs/quickstart.gin'
 
 # Steps at --budget=1: of the dense model, and of upcycling. The other two follow from equal FLOPs.
 DENSE_STEPS = 1500
-UPCYCLE_STEPS = 600
+UPCYCLE_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)

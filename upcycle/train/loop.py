@@ -124,11 +124,7 @@ class _Trainer:
         batch = next(self._batches(run.train_data, 0))
         state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
         self.ledger.start_from(int(state.step), reader.metadata)
-        if self.ledger.start_step >= run.total_steps:
-            raise UserError(
-                f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
-                f'{run.initial_checkpoint_path} stands at step {self.ledger.start_step}: raise TRAIN_STEPS.'
-            )
+        states.check_start(run, self.ledger.start_step)
         return state
 
     def _restore(self, manager: CheckpointManager, step: int) -> TrainState:

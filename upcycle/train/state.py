@@ -102,6 +102,15 @@ def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
     return plan(leaves, wanted, run.surgery)
 
 
+def check_start(run: Run, step: int) -> None:
+    """Raises UserError when a checkpoint at `step` leaves the run nothing to do."""
+    if step >= run.total_steps:
+        raise UserError(
+            f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
+            f'{run.initial_checkpoint_path} stands at step {step}: raise TRAIN_STEPS.'
+        )
+
+
 def from_checkpoint(
     run: Run, where: Layout, batch: Mapping[str, jax.Array]
 ) -> tuple[TrainState, dict[str, Any] | None, Reader]:
