@@ -22,7 +22,7 @@ def test_quickstart_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     page = quick.quickstart(str(out), budget=0.002)
     assert 'validation loss' in capsys.readouterr().out
     html = page.read_text()
-    assert 'data:image/png' in html
+    assert 'data:image/svg+xml' in html
     assert 'upcycle train' in html
     for branch in ('dense', 'dense_continuation', 'upcycled', 'scratch'):
         assert read_metrics(str(out / 'seed_0' / branch / 'metrics.jsonl'))[-1]['split'] == 'validation'

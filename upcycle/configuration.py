@@ -153,14 +153,10 @@ def _macro(value: Any) -> str | None:
     return None
 
 
-def _bindings_of(scoped_selector: str) -> dict[str, Any]:
-    *scopes, selector = scoped_selector.split('/')
-    bindings = dict(gin.get_bindings(selector, resolve_references=False))
-    for end in range(1, len(scopes) + 1):
-        bindings |= gin.get_bindings(
-            '/'.join([*scopes[:end], selector]), resolve_references=False, inherit_scopes=False
-        )
-    return bindings
+def _bindings_of(reference: Any) -> dict[str, Any]:
+    """Bindings of a reference's target in its scope, those of the outer scopes included."""
+    with gin.config_scope('/'.join(reference.scopes) or None):
+        return dict(gin.get_bindings(reference.configurable.wrapper, resolve_references=False))
 
 
 def _references(value: Any) -> Iterator[Any]:
@@ -194,7 +190,7 @@ def _reachable() -> Iterator[tuple[str, dict[str, Any]]]:
         if _macro(reference) or reference.scoped_selector in seen:
             continue
         seen.add(reference.scoped_selector)
-        bindings = _bindings_of(reference.scoped_selector)
+        bindings = _bindings_of(reference)
         yield _full_name(reference), bindings
         waiting += [value for item in bindings.values() for value in _references(item)]
 
