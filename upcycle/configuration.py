@@ -156,7 +156,7 @@ def _macro(value: Any) -> str | None:
 def _bindings_of(reference: Any) -> dict[str, Any]:
     """Bindings of a reference's target in its scope, those of the outer scopes included."""
     with gin.config_scope('/'.join(reference.scopes) or None):
-        return dict(gin.get_bindings(reference.configurable.wrapper, resolve_references=False))
+        return dict(gin.get_bindings(reference.configurable.wrapped, resolve_references=False))
 
 
 def _references(value: Any) -> Iterator[Any]:
