@@ -29,9 +29,8 @@ _ROOT = f'{Run.__module__}.{Run.__name__}'
 
 def search_paths() -> list[str]:
     """Where gin files are looked for: here, then the checkout or the installed package, with and without `gin/` in front."""
-    gin_folder = PACKAGE.parent / 'gin'
-    if not gin_folder.is_dir():
-        gin_folder = PACKAGE / 'gin'
+    # In a wheel our files are inside the package; beside an installed package, `gin` is gin-config's own code.
+    gin_folder = PACKAGE / 'gin' if (PACKAGE / 'gin').is_dir() else PACKAGE.parent / 'gin'
     return [os.getcwd(), str(gin_folder.parent), str(gin_folder)]
 
 
