@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     quickstart = add(
-        'quickstart', _quickstart, 'the main job on real text that needs no download, about ten minutes on 2 cores'
+        'quickstart', _quickstart, 'the main job on real text that needs no download, 10 to 20 minutes on 2 cores'
     )
     quickstart.add_argument('--out', default='runs/quickstart', help='folder for the runs and the report (%(default)s)')
     quickstart.add_argument('--budget', type=float, default=1.0, help='scales the number of steps (%(default)s)')

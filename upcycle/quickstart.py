@@ -59,7 +59,7 @@ def quickstart(out: str, *, budget: float = 1.0, seeds: Sequence[int] = (0,)) ->
       UserError: the folder holds a comparison with another budget.
     """
     if not budget > 0:
-        raise UserError(f'--budget={budget:g} must be above 0; 1 is about ten minutes on two cores.')
+        raise UserError(f'--budget={budget:g} must be above 0; 1 is 10 to 20 minutes on two cores.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
     _claim(out, budget)

@@ -177,7 +177,7 @@ class MultiHeadDotProductAttention(nn.Module):
         if self.float32_logits:
             query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
             key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
-        # Heads before positions: XLA:CPU multiplies the other order up to four times slower; on TPU it makes no difference.
+        # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
         query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (
             x.swapaxes(1, 2) for x in (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
         )
