@@ -94,6 +94,14 @@ def test_a_missing_gin_file(capsys, tmp_path):
     assert 'models/t5_9.gin does not exist' in error
 
 
+def test_a_folder_named_as_one_of_ours_hides_no_gin_file(tmp_path, monkeypatch):
+    (tmp_path / 'runs').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, 'runs', raising=False)
+    assert runs.build('dense', tmp_path / 'run', 4).total_steps == 4
+
+
 def test_files_without_a_run(capsys, tmp_path):
     code, _, error = call(['train', '--gin_file=models/t5_1_1_tiny.gin'], capsys)
     assert code == 2

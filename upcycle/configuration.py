@@ -13,7 +13,7 @@ from upcycle.errors import UserError
 from upcycle.train.run import Run
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
-# These say where, how often and for how long; a run whose other bindings are the same is the same run.
+# These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
 MAY_CHANGE = (
     'model_dir',
     'total_steps',
@@ -22,6 +22,9 @@ MAY_CHANGE = (
     'checkpoint_keep',
     'log_period',
     'mesh_shape',
+    'parameters_over_data',
+    'remat',
+    'scan_layers',
 )
 _SEARCHED: list[str] = []
 _ROOT = f'{Run.__module__}.{Run.__name__}'
@@ -57,6 +60,8 @@ def load(gin_files: Sequence[str], bindings: Mapping[str, str]) -> Run:
             raise UserError(f'--gin_file={file} does not exist: looked in {", ".join(dict.fromkeys(search_paths()))}.')
     # gin logs an error for every folder in which a file is not.
     logging.getLogger().disabled = True
+    # Its second reader takes `runs/x.gin` for a file in a Python package `runs`, and trips over a plain folder of that name.
+    readers, gin.config._FILE_READERS = gin.config._FILE_READERS, gin.config._FILE_READERS[:1]
     try:
         gin.parse_config_files_and_bindings(
             list(gin_files), [f'{name} = {_literal(value)}' for name, value in bindings.items()]
@@ -65,6 +70,7 @@ def load(gin_files: Sequence[str], bindings: Mapping[str, str]) -> Run:
         raise UserError(f'The configuration does not parse: {_one_line(error)}') from error
     finally:
         logging.getLogger().disabled = False
+        gin.config._FILE_READERS = readers
     _refuse_unused(bindings)
     try:
         if not gin.get_bindings(Run, resolve_references=False):

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from upcycle.errors import UserError
 
@@ -65,6 +65,17 @@ def use(mesh: Mesh) -> Iterator[None]:
     """Inside, logical constraints on activations mean this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of the enclosing `use`; None outside, and where it is a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Into how many parts a mesh cuts a batch."""
+    return 1 if mesh is None else mesh.shape['data'] * mesh.shape['expert']
 
 
 def unbox(boxed: Any) -> Any:
@@ -125,7 +136,7 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
 
 def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int, binding: str) -> None:
     """Raises UserError unless the batch divides among microbatches and devices."""
-    parts = mesh.shape['data'] * mesh.shape['expert']
+    parts = batch_shards(mesh)
     if batch_size % (parts * num_microbatches):
         raise UserError(
             f'{binding} = {batch_size} does not divide into {num_microbatches} microbatches over the {parts} devices of '

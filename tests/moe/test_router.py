@@ -94,14 +94,14 @@ def run(config):
 
     def layer(x_GxSxD, logits_GxSxE, how):
         routing, metrics = route(logits_GxSxE, real_GxS, config, capacity(config, S, training=True))
-        y_GxExCxD = jnp.tanh(dispatch(x_GxSxD, routing, how) * jnp.arange(1.0, E + 1)[:, None, None])
-        y_GxSxD = combine(y_GxExCxD, routing, S, how)
+        y_ExGxCxD = jnp.tanh(dispatch(x_GxSxD, routing, how) * jnp.arange(1.0, E + 1)[:, None, None, None])
+        y_GxSxD = combine(y_ExGxCxD, routing, S, how)
         loss = (y_GxSxD * target_GxSxD).sum() + 0.01 * metrics['auxiliary_loss']
         return loss, (y_GxSxD, routing, metrics)
 
     def both(*arguments):
         grad = jax.value_and_grad(layer, argnums=(0, 1), has_aux=True)
-        return {how.value: grad(*arguments, how) for how in Dispatch}
+        return {how.value: grad(*arguments, how) for how in (Dispatch.GATHER, Dispatch.EINSUM)}
 
     return jit(both)(x_GxSxD, logits_GxSxE)
 

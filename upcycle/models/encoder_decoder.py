@@ -148,7 +148,8 @@ class EncoderDecoderModel:
         self, params: Any, batch: Batch, paths: tuple[str, ...]
     ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
         """What the MLPs of the *dense* model read and write on a batch; see `models.Model`."""
-        module = self.dense().module()
+        # Layer by layer, since a loop's layers have no names to look at.
+        module = Transformer(dataclasses.replace(self.dense().config, scan_layers=False, remat='none'))
         wanted = {tuple(path.split('/')[:-1]) for path in paths}
 
         def keep(mdl: nn.Module, method: str) -> bool:

@@ -27,7 +27,10 @@ def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 class Dense(nn.Module):
-    """A matrix multiplication without bias, its kernel held in float32; `kernel_axes` are its logical axes."""
+    """A matrix multiplication without bias, its kernel held in float32; `kernel_axes` are its logical axes.
+
+    With `group_sizes` it is one such layer for each expert, kernels stacked: rows come sorted by expert, that many for each.
+    """
 
     features: int
     kernel_axes: tuple[str, str]
@@ -35,13 +38,16 @@ class Dense(nn.Module):
     kernel_init: Callable[..., jax.Array] = _truncated_normal_init
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, group_sizes: jax.Array | None = None) -> jax.Array:
+        experts = () if group_sizes is None else group_sizes.shape
         kernel = self.param(
             'kernel',
             nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
-            (x.shape[-1], self.features),
+            (*experts, x.shape[-1], self.features),
             jnp.float32,
         )
+        if group_sizes is not None:
+            return jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes)
         # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         return (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
@@ -79,7 +85,8 @@ class Dropout(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    """T5's MLP. With several activations it is gated: their product feeds `wo`. It is also what an expert is.
+    """T5's MLP. With several activations it is gated: their product feeds `wo`. It is also what an expert is; `group_sizes`, the
+    rows of each, makes it all experts at once.
 
     `mlp_axis` and `embed_axis` are the logical axes of its kernels; `output_init` that of `wo`.
     """
@@ -94,7 +101,7 @@ class MlpBlock(nn.Module):
     dropout_broadcast_axis: int | None = -2
 
     @nn.compact
-    def __call__(self, x: jax.Array, training: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
         product = None
         for i, name in enumerate(self.activations):
             wi = Dense(
@@ -103,10 +110,11 @@ class MlpBlock(nn.Module):
                 dtype=self.dtype,
                 name='wi' if len(self.activations) == 1 else f'wi_{i}',
             )
-            part = activation_function(name)(wi(x))
+            part = activation_function(name)(wi(x, group_sizes))
             product = part if product is None else product * part
         product = Dropout(self.dropout_rate, self.dropout_broadcast_axis)(product, training)
-        return Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')(product)
+        wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
+        return wo(product, group_sizes)
 
 
 class MultiHeadDotProductAttention(nn.Module):

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.errors import UserError
+from upcycle.errors import UserError, one_of
 from upcycle.models.layers import (
     Dense,
     Dropout,
@@ -21,6 +21,7 @@ from upcycle.models.layers import (
     MultiHeadDotProductAttention,
     RelativePositionBiases,
 )
+from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
 
@@ -43,6 +44,8 @@ class T5Config:
       dropout_rate: [DROPOUT_RATE]
       expert_dropout_rate: inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
       float32_attention_logits: compute attention logits in float32.
+      remat: what the backward pass computes again, see `models.stack.Remat` [REMAT].
+      scan_layers: compile one block of each stack and loop over it, for deep models [SCAN_LAYERS].
       zero_padded_activations: multiply activations at padding by 0 before attention and MLP: flaxformer does, T5X does not
         [ZERO_PADDED_ACTIVATIONS].
       encoder_moe, decoder_moe: the stacks' MoE layers; None: a dense stack.
@@ -63,6 +66,8 @@ class T5Config:
     expert_dropout_rate: float | None = None
     float32_attention_logits: bool = False
     zero_padded_activations: bool = False
+    remat: Remat = Remat.NONE
+    scan_layers: bool = False
     encoder_moe: MoEConfig | None = None
     decoder_moe: MoEConfig | None = None
     encoder_moe_layers: str | Sequence[int] = 'every_other'
@@ -74,6 +79,7 @@ class T5Config:
         for name in ('encoder_moe_layers', 'decoder_moe_layers'):
             if not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, 'remat', one_of(Remat, self.remat, 'REMAT'))
         self.layer_moe('encoder')
         self.layer_moe('decoder')
         if self.decoder_moe is not None and not self.decoder_moe.causal:
@@ -208,9 +214,17 @@ class Encoder(nn.Module):
         L = x_BxLxD.shape[1]
         bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(L, L, bidirectional=True)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        for i, moe in enumerate(config.layer_moe('encoder')):
-            x_BxLxD = EncoderLayer(config, moe, name=f'layers_{i}')(x_BxLxD, real_BxL, mask, bias, training)
-            x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', 'embed'))
+        x_BxLxD = apply_layers(
+            self,
+            EncoderLayer,
+            config,
+            config.layer_moe('encoder'),
+            x_BxLxD,
+            (real_BxL, mask, bias),
+            (training,),
+            remat=config.remat,
+            scan=config.scan_layers,
+        )
         x_BxLxD = LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD)
         x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
         return Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
@@ -238,11 +252,17 @@ class Decoder(nn.Module):
             max_length, max_length, bidirectional=False
         )
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        for i, moe in enumerate(config.layer_moe('decoder')):
-            x_BxLxD = DecoderLayer(config, moe, name=f'layers_{i}')(
-                x_BxLxD, encoded_BxKxD, real_BxL, mask, cross_mask, bias, training, decoding
-            )
-            x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', 'embed'))
+        x_BxLxD = apply_layers(
+            self,
+            DecoderLayer,
+            config,
+            config.layer_moe('decoder'),
+            x_BxLxD,
+            (encoded_BxKxD, real_BxL, mask, cross_mask, bias),
+            (training, decoding),
+            remat=config.remat,
+            scan=config.scan_layers and not decoding,
+        )
         x_BxLxD = LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD)
         x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training)

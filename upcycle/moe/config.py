@@ -4,7 +4,7 @@ import dataclasses
 import enum
 from collections.abc import Sequence
 
-from upcycle.errors import UserError
+from upcycle.errors import UserError, one_of
 
 
 class RouterType(enum.StrEnum):
@@ -42,6 +42,7 @@ class Dispatch(enum.StrEnum):
 
     GATHER = 'gather'  # by index: linear in the tokens
     EINSUM = 'einsum'  # by one-hot masks of (G, S, E, C): the reference
+    RAGGED = 'ragged'  # dropless Top-K: rows sorted by expert, no capacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class MoEConfig:
       fill_order: for Top-K only [FILL_ORDER].
       route_padding: [ROUTE_PADDING]
       dispatch: [DISPATCH]
+      network_dtype: type in which activations cross the network between expert shards; None: that of the activations
+        [NETWORK_DTYPE].
       jitter_noise: the router's input is multiplied by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
       router_init_stddev: of the router's normal initialisation when a model starts from scratch.
       min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
@@ -81,6 +84,7 @@ class MoEConfig:
     fill_order: FillOrder = FillOrder.TOKEN_MAJOR
     route_padding: RoutePadding = RoutePadding.SKIP
     dispatch: Dispatch = Dispatch.GATHER
+    network_dtype: str | None = None
     jitter_noise: float = 0.0
     router_init_stddev: float = 0.02
     min_capacity: int = 4
@@ -95,10 +99,7 @@ class MoEConfig:
             ('route_padding', RoutePadding, 'ROUTE_PADDING'),
             ('dispatch', Dispatch, 'DISPATCH'),
         ):
-            value = getattr(self, field)
-            if value not in set(kind):
-                raise UserError(f'{binding} = {value!r} is not one of {", ".join(kind)}.')
-            object.__setattr__(self, field, kind(value))
+            object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
         self._refuse_nonsense()
 
     def _refuse_nonsense(self) -> None:
@@ -117,7 +118,14 @@ class MoEConfig:
                 raise UserError(f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).')
         if not 0 <= self.jitter_noise < 1:
             raise UserError(f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).')
+        if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
+            raise UserError(f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.')
         if self.router is RouterType.EXPERT_CHOICE:
+            if self.dispatch is Dispatch.RAGGED:
+                raise UserError(
+                    "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
+                    "the router 'top_k'."
+                )
             if self.causal:
                 raise UserError(
                     "DECODER_ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the "

@@ -1,4 +1,7 @@
-"""Dispatch: tokens to slots and back. Two implementations of the same two functions; `einsum` is the reference."""
+"""Dispatch: tokens to slots and back. Two implementations of the same two functions; `einsum` is the reference.
+
+Slots are laid out expert first, (E, G, C, D), as the experts and the network want them, so that nothing is transposed on the way.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +17,30 @@ def masks(routing: Routing, num_tokens: int) -> tuple[jax.Array, jax.Array]:
 
 
 def dispatch(x_GxSxD: jax.Array, routing: Routing, how: Dispatch) -> jax.Array:
-    """Puts every slot's token into its slot: (G, S, D) -> (G, E, C, D); empty slots hold zeros."""
+    """Puts every slot's token into its slot: (G, S, D) -> (E, G, C, D); empty slots hold zeros."""
+    G, S, D = x_GxSxD.shape
     if how is Dispatch.GATHER:
-        return jax.vmap(lambda x, token: x.at[token].get(mode='fill', fill_value=0))(x_GxSxD, routing.token_GxExC)
-    mask_GxSxExC, _ = masks(routing, x_GxSxD.shape[1])
-    return jnp.einsum('gsd,gsec->gecd', x_GxSxD, mask_GxSxExC.astype(x_GxSxD.dtype))
+        return x_GxSxD.reshape(G * S, D).at[_rows(routing, S)].get(mode='fill', fill_value=0)
+    mask_GxSxExC, _ = masks(routing, S)
+    return jnp.einsum('gsd,gsec->egcd', x_GxSxD, mask_GxSxExC.astype(x_GxSxD.dtype))
 
 
-def combine(y_GxExCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispatch) -> jax.Array:
-    """Weighted sum of each token's slots, accumulated in float32: (G, E, C, D) -> (G, S, D)."""
+def combine(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispatch) -> jax.Array:
+    """Weighted sum of each token's slots, accumulated in float32: (E, G, C, D) -> (G, S, D)."""
+    _, G, _, D = y_ExGxCxD.shape
     if how is Dispatch.GATHER:
-        weighted_GxExCxD = y_GxExCxD.astype(jnp.float32) * routing.weight_GxExC[..., None]
-
-        def scatter(y_ExCxD, token_ExC):
-            return jnp.zeros((num_tokens, y_ExCxD.shape[-1]), jnp.float32).at[token_ExC].add(y_ExCxD, mode='drop')
-
-        y_GxSxD = jax.vmap(scatter)(weighted_GxExCxD, routing.token_GxExC)
+        weighted_ExGxCxD = y_ExGxCxD.astype(jnp.float32) * routing.weight_GxExC.swapaxes(0, 1)[..., None]
+        zeros = jnp.zeros((G * num_tokens, D), jnp.float32)
+        y_GxSxD = zeros.at[_rows(routing, num_tokens)].add(weighted_ExGxCxD, mode='drop').reshape(G, num_tokens, D)
     else:
         _, combine_GxSxExC = masks(routing, num_tokens)
-        y_GxSxD = jnp.einsum('gecd,gsec->gsd', y_GxExCxD.astype(jnp.float32), combine_GxSxExC)
-    return y_GxSxD.astype(y_GxExCxD.dtype)
+        y_GxSxD = jnp.einsum('egcd,gsec->gsd', y_ExGxCxD.astype(jnp.float32), combine_GxSxExC)
+    return y_GxSxD.astype(y_ExGxCxD.dtype)
+
+
+def _rows(routing: Routing, num_tokens: int) -> jax.Array:
+    """The row of (G * S) tokens in each slot, (E, G, C); one past the last row where the slot is empty."""
+    G = routing.token_GxExC.shape[0]
+    first_Gx1x1 = num_tokens * jnp.arange(G)[:, None, None]
+    row_GxExC = jnp.where(routing.token_GxExC < num_tokens, first_Gx1x1 + routing.token_GxExC, G * num_tokens)
+    return row_GxExC.swapaxes(0, 1)

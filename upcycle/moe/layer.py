@@ -6,11 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
+from upcycle import partitioning
 from upcycle.errors import UserError
-from upcycle.moe.config import MoEConfig, capacity, num_groups
-from upcycle.moe.dispatch import combine, dispatch
-from upcycle.moe.router import route
+from upcycle.moe import exchange, ragged
+from upcycle.moe.config import Dispatch, MoEConfig, capacity, num_groups
+from upcycle.moe.router import Choices, here, route_dropless
 
 # The variable collection that one layer's routing metrics are written to.
 METRICS = 'moe_metrics'
@@ -23,30 +25,30 @@ class RouterWeights(nn.Module):
     init_stddev: float
 
     @nn.compact
-    def __call__(self, x_GxSxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         return nn.Dense(
             self.num_experts,
             use_bias=False,
             dtype=jnp.float32,
             kernel_init=nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled')),
             name='w',
-        )(x_GxSxD)
+        )(x_BxLxD)
 
 
 class Router(nn.Module):
-    """Jitter, then linear logits: (G, S, D) -> (G, S, E), in float32."""
+    """Jitter, then linear logits: (B, L, D) -> (B, L, E), in float32."""
 
     config: MoEConfig
 
     @nn.compact
-    def __call__(self, x_GxSxD: jax.Array, *, training: bool) -> jax.Array:
-        x_GxSxD = x_GxSxD.astype(jnp.float32)
+    def __call__(self, x_BxLxD: jax.Array, *, training: bool) -> jax.Array:
+        x_BxLxD = x_BxLxD.astype(jnp.float32)
         jitter = self.config.jitter_noise
         if training and jitter > 0:
-            x_GxSxD *= jax.random.uniform(
-                self.make_rng('jitter'), x_GxSxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
+            x_BxLxD *= jax.random.uniform(
+                self.make_rng('jitter'), x_BxLxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
             )
-        return RouterWeights(self.config.num_experts, self.config.router_init_stddev, name='router_weights')(x_GxSxD)
+        return RouterWeights(self.config.num_experts, self.config.router_init_stddev, name='router_weights')(x_BxLxD)
 
 
 class MoELayer(nn.Module):
@@ -77,37 +79,84 @@ class MoELayer(nn.Module):
           (B, L, D) in the dtype of the input; 0 for a token that no expert took.
 
         Raises:
-          UserError: the tokens cannot be cut into the groups asked for.
+          UserError: the tokens cannot be cut into the groups asked for, or the groups not dealt out to the mesh.
         """
         config = self.config
         B, L, D = x_BxLxD.shape
-        E = config.num_experts
+        mesh = partitioning.current_mesh()
+        shards = partitioning.batch_shards(mesh)
         if decoding:
-            G, C = 1, B * L
+            # Nothing is dropped, so groups do not matter; a batch that does not divide is left to the compiler.
+            G = shards if B % shards == 0 else 1
+            C = B * L // G
+            mesh = mesh if B % shards == 0 else None
         else:
             G = _groups(config, B * L)
             C = capacity(config, B * L // G, training=training)
-        S = B * L // G
-        x_GxSxD = x_BxLxD.reshape(G, S, D)
-        logits_GxSxE = Router(config, name='router')(x_GxSxD, training=training)
-        routing, metrics = route(logits_GxSxE, real_BxL.reshape(G, S), config, C)
-        for name, value in metrics.items():
-            self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        self.sow('intermediates', 'routing', routing)
+            _check_groups(G, shards)
+        logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
+        if config.dispatch is Dispatch.RAGGED and not self.is_initializing():
+            return self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh)
 
-        x_GxExCxD = dispatch(x_GxSxD, routing, config.dispatch)
-        x_ExGCxD = x_GxExCxD.swapaxes(0, 1).reshape(E, G * C, D)
+        x_ExGxCxD, routing, metrics = exchange.send(x_BxLxD, logits_BxLxE, real_BxL, config, G, C, mesh)
+        self._log(metrics, routing)
         experts = nn.vmap(
             self.expert,
             in_axes=(0, None),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
-            axis_size=E,
+            axis_size=config.num_experts,
             metadata_params={nn.PARTITION_NAME: 'expert'},
         )
-        y_ExGCxD = experts(**self.expert_arguments, name='expert')(x_ExGCxD, training)
-        y_GxExCxD = y_ExGCxD.reshape(E, G, C, D).swapaxes(0, 1)
-        return combine(y_GxExCxD, routing, S, config.dispatch).reshape(B, L, D)
+        x_ExNxD = x_ExGxCxD.reshape(config.num_experts, G * C, D)
+        y_ExNxD = experts(**self.expert_arguments, name='expert')(x_ExNxD, training)
+        return exchange.receive(y_ExNxD.reshape(x_ExGxCxD.shape), routing, (B, L, D), config, mesh)
+
+    def _dropless(
+        self,
+        x_BxLxD: jax.Array,
+        logits_BxLxE: jax.Array,
+        real_BxL: jax.Array,
+        groups: int,
+        training: bool,
+        mesh: AbstractMesh | None,
+    ) -> jax.Array:
+        B, L, _ = x_BxLxD.shape
+        E = self.config.num_experts
+        if training and mesh is not None and self.expert_arguments.get('dropout_rate', 0.0) > 0:
+            raise UserError(
+                "DISPATCH = 'ragged' on several devices would draw an expert dropout that depends on the mesh: set "
+                "EXPERT_DROPOUT_RATE = 0, or use 'gather'."
+            )
+        # Groups only matter to the balance loss, which is a mean over them; routing is token by token.
+        choices, metrics = route_dropless(
+            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config, here
+        )
+        self._log(metrics, choices)
+        K = self.config.num_selected_experts
+        choices = Choices(*(x.reshape(B, L, K) for x in choices))
+        rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
+
+        def experts(params: Any, x_RxD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+            module = self.expert(**self.expert_arguments, parent=None)
+            return module.apply({'params': params}, x_RxD, training, group_sizes=sizes_E, rngs=rngs)
+
+        params = self.get_variable('params', 'expert')
+        return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, mesh)
+
+    def _log(self, metrics: Mapping[str, jax.Array], routing: Any) -> None:
+        for name, value in metrics.items():
+            self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        self.sow('intermediates', 'routing', routing)
+
+
+def _check_groups(groups: int, shards: int) -> None:
+    if groups % shards:
+        raise UserError(
+            f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
+            f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
+            'or use fewer devices there.'
+        )
 
 
 def _groups(config: MoEConfig, num_tokens: int) -> int:

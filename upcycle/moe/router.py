@@ -1,8 +1,10 @@
 """Routers: from logits to which token sits in which slot, and with what weight. Pure functions of static shape, in float32.
 
-Both routers return the same thing, a `Routing` by slot, so that dispatch does not care who chose.
+Both routers return the same thing, a `Routing` by slot, so that dispatch does not care who chose. Routing is local to a group,
+and groups never span devices; only losses and metrics are summed over them, by `across`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,8 +25,28 @@ class Routing(NamedTuple):
     weight_GxExC: jax.Array
 
 
+class Choices(NamedTuple):
+    """Which experts each token goes to, where nothing is dropped.
+
+    Attributes:
+      expert_GxSxK: int32; E where a token goes nowhere.
+      weight_GxSxK: float32, the combine weights; 0 where a token goes nowhere.
+    """
+
+    expert_GxSxK: jax.Array
+    weight_GxSxK: jax.Array
+
+
+Across = Callable[[jax.Array], jax.Array]
+
+
+def here(x: jax.Array) -> jax.Array:
+    """The sum over devices, where all groups are on this one."""
+    return x
+
+
 def route(
-    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig, capacity: int
+    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig, capacity: int, across: Across = here
 ) -> tuple[Routing, dict[str, jax.Array]]:
     """Assigns tokens to slots.
 
@@ -33,41 +55,93 @@ def route(
       real_GxS: bool, False at padding.
       config: which router, and its conventions.
       capacity: C.
+      across: sums an array over the devices that hold the other groups.
 
     Returns:
       The routing, and the metrics of one layer (scalars, and `load` of shape (E,)); names are flaxformer's where it has them.
     """
-    logits_GxSxE = logits_GxSxE.astype(jnp.float32)
-    probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
-    everything_GxS = jnp.ones_like(real_GxS)
-    # Who may take a slot, and who is counted in the losses' means and in the metrics.
-    may_route_GxS = everything_GxS if config.route_padding is RoutePadding.ROUTE else real_GxS
-    in_loss_GxS = real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS
-    if config.route_padding is RoutePadding.DOWN_WEIGHT:
-        probs_GxSxE = probs_GxSxE * real_GxS[..., None]
-        logits_GxSxE = logits_GxSxE * real_GxS[..., None]
-
+    tokens = _prepare(logits_GxSxE, real_GxS, config)
     if config.router is RouterType.EXPERT_CHOICE:
+        everything_GxS = jnp.ones_like(real_GxS)
         takeable_GxS = real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS
-        routing = _expert_choice(probs_GxSxE, takeable_GxS, capacity)
+        routing = _expert_choice(tokens.probs_GxSxE, takeable_GxS, capacity)
         auxiliary_loss = jnp.zeros(())
         dropped = jnp.zeros(())
     else:
-        _, expert_GxSxK = jax.lax.top_k(probs_GxSxE, config.num_selected_experts)
-        routing, kept_GxSxK = _top_k(probs_GxSxE, expert_GxSxK, may_route_GxS, capacity, config.fill_order)
-        auxiliary_loss = _load_balancing_loss(probs_GxSxE, expert_GxSxK, may_route_GxS, in_loss_GxS)
-        wanted = may_route_GxS.sum() * config.num_selected_experts
-        dropped = 1.0 - kept_GxSxK.sum() / jnp.maximum(wanted, 1)
+        _, expert_GxSxK = jax.lax.top_k(tokens.probs_GxSxE, config.num_selected_experts)
+        routing, kept_GxSxK = _top_k(
+            tokens.probs_GxSxE, expert_GxSxK, tokens.may_route_GxS, capacity, config.fill_order
+        )
+        auxiliary_loss = _load_balancing_loss(tokens, expert_GxSxK, across)
+        wanted = across(tokens.may_route_GxS.sum()) * config.num_selected_experts
+        dropped = 1.0 - across(kept_GxSxK.sum()) / jnp.maximum(wanted, 1)
 
+    S = logits_GxSxE.shape[1]
     if config.normalize_combine_weights:
-        routing = _normalize(routing, num_tokens=probs_GxSxE.shape[1])
+        routing = _normalize(routing, num_tokens=S)
 
-    metrics = _metrics(routing, probs_GxSxE, may_route_GxS)
-    metrics['auxiliary_loss'] = auxiliary_loss
-    metrics['fraction_dropped'] = dropped
-    z_GxS = jnp.square(jax.nn.logsumexp(logits_GxSxE, axis=-1))
-    metrics['router_z_loss'] = _mean(z_GxS, in_loss_GxS)
-    return routing, metrics
+    used_GxExC = routing.token_GxExC < S
+    metrics = _metrics(
+        tokens,
+        across,
+        used_E=used_GxExC.sum(axis=(0, 2)),
+        slots=used_GxExC.size,
+        covered=covered_tokens(routing, S).sum(),
+        weight=routing.weight_GxExC.sum(),
+    )
+    return routing, metrics | {'auxiliary_loss': auxiliary_loss, 'fraction_dropped': dropped}
+
+
+def route_dropless(
+    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig, across: Across = here
+) -> tuple[Choices, dict[str, jax.Array]]:
+    """Top-K without slots: every token goes to all K experts it chose. Arguments and metrics as `route`'s."""
+    tokens = _prepare(logits_GxSxE, real_GxS, config)
+    E = logits_GxSxE.shape[-1]
+    weight_GxSxK, expert_GxSxK = jax.lax.top_k(tokens.probs_GxSxE, config.num_selected_experts)
+    auxiliary_loss = _load_balancing_loss(tokens, expert_GxSxK, across)
+    may_GxSx1 = tokens.may_route_GxS[..., None]
+    expert_GxSxK = jnp.where(may_GxSx1, expert_GxSxK, E)
+    weight_GxSxK = jnp.where(may_GxSx1, weight_GxSxK, 0.0)
+    if config.normalize_combine_weights:
+        weight_GxSxK /= jnp.maximum(weight_GxSxK.sum(axis=-1, keepdims=True), 1e-18)
+    used_E = jnp.zeros(E, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop')
+    metrics = _metrics(
+        tokens,
+        across,
+        used_E=used_E,
+        slots=used_E.sum(),
+        covered=tokens.may_route_GxS.sum(),
+        weight=weight_GxSxK.sum(),
+    )
+    return Choices(expert_GxSxK, weight_GxSxK), metrics | {
+        'auxiliary_loss': auxiliary_loss,
+        'fraction_dropped': jnp.zeros(()),
+    }
+
+
+class _Tokens(NamedTuple):
+    """What both routers start from: probabilities, who may take a slot, and who counts in the losses' means."""
+
+    logits_GxSxE: jax.Array
+    probs_GxSxE: jax.Array
+    may_route_GxS: jax.Array
+    in_loss_GxS: jax.Array
+
+
+def _prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) -> _Tokens:
+    logits_GxSxE = logits_GxSxE.astype(jnp.float32)
+    probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
+    everything_GxS = jnp.ones_like(real_GxS)
+    if config.route_padding is RoutePadding.DOWN_WEIGHT:
+        probs_GxSxE = probs_GxSxE * real_GxS[..., None]
+        logits_GxSxE = logits_GxSxE * real_GxS[..., None]
+    return _Tokens(
+        logits_GxSxE,
+        probs_GxSxE,
+        may_route_GxS=everything_GxS if config.route_padding is RoutePadding.ROUTE else real_GxS,
+        in_loss_GxS=real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS,
+    )
 
 
 def _expert_choice(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: int) -> Routing:
@@ -149,38 +223,49 @@ def _normalize(routing: Routing, num_tokens: int) -> Routing:
     return routing._replace(weight_GxExC=routing.weight_GxExC / jnp.maximum(sum_GxExC, 1e-18))
 
 
-def _load_balancing_loss(
-    probs_GxSxE: jax.Array, expert_GxSxK: jax.Array, may_route_GxS: jax.Array, in_loss_GxS: jax.Array
-) -> jax.Array:
+def _load_balancing_loss(tokens: _Tokens, expert_GxSxK: jax.Array, across: Across) -> jax.Array:
     """E^2 * mean over groups and experts of (share of tokens that chose e) * (mean probability of e): Switch eq. 4-6."""
+    _, probs_GxSxE, may_route_GxS, in_loss_GxS = tokens
     E = probs_GxSxE.shape[-1]
     chose_GxSxE = jax.nn.one_hot(expert_GxSxK, E).max(axis=-2) * may_route_GxS[..., None]
     count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
     share_GxE = (chose_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
     prob_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    return jnp.mean(share_GxE * prob_GxE) * E**2
+    groups = across(jnp.asarray(share_GxE.shape[0], jnp.float32))
+    return across((share_GxE * prob_GxE).sum()) / groups * E
 
 
-def _metrics(routing: Routing, probs_GxSxE: jax.Array, counted_GxS: jax.Array) -> dict[str, jax.Array]:
-    """Routing metrics over the counted tokens, each a scalar but `load`, the share of the routed tokens at each expert."""
-    G, S, E = probs_GxSxE.shape
-    used_GxExC = routing.token_GxExC < S
-    used_E = used_GxExC.sum(axis=(0, 2))
+def _metrics(
+    tokens: _Tokens, across: Across, *, used_E: jax.Array, slots: int, covered: jax.Array, weight: jax.Array
+) -> dict[str, jax.Array]:
+    """Routing metrics over the counted tokens, each a scalar but `load`, the share of the routed tokens at each expert.
+
+    Args:
+      tokens: that were routed.
+      across: sums over devices; the other arguments are this device's.
+      used_E: full slots of each expert.
+      slots: all slots, full or not.
+      covered: tokens that some expert took.
+      weight: sum of all combine weights.
+    """
+    E = used_E.shape[0]
+    used_E = across(used_E)
     used = jnp.maximum(used_E.sum(), 1)
     load_E = used_E / used
-    counted = jnp.maximum(counted_GxS.sum(), 1)
-    log_probs_GxSxE = jnp.log(jnp.maximum(probs_GxSxE, 1e-30))
-    entropy_GxS = -(probs_GxSxE * log_probs_GxSxE).sum(axis=-1)
+    counted_GxS = tokens.may_route_GxS
+    log_probs_GxSxE = jnp.log(jnp.maximum(tokens.probs_GxSxE, 1e-30))
+    entropy_GxS = -(tokens.probs_GxSxE * log_probs_GxSxE).sum(axis=-1)
     metrics = {
-        'fraction_tokens_left_behind': 1.0 - covered_tokens(routing, S).sum() / counted,
-        'router_confidence': routing.weight_GxExC.sum() / used,
-        'expert_usage': used_E.sum() / used_GxExC.size,
-        'router_entropy': _mean(entropy_GxS, counted_GxS),
+        'fraction_tokens_left_behind': 1.0 - across(covered) / jnp.maximum(across(counted_GxS.sum()), 1),
+        'router_confidence': across(weight) / used,
+        'expert_usage': used_E.sum() / jnp.maximum(across(jnp.asarray(slots)), 1),
+        'router_entropy': _mean(entropy_GxS, counted_GxS, across),
         'load': load_E,
         'load_cv': jnp.std(load_E) * E,
     }
-    return jax.lax.stop_gradient(metrics)
+    z_GxS = jnp.square(jax.nn.logsumexp(tokens.logits_GxSxE, axis=-1))
+    return jax.lax.stop_gradient(metrics) | {'router_z_loss': _mean(z_GxS, tokens.in_loss_GxS, across)}
 
 
-def _mean(x_GxS: jax.Array, counted_GxS: jax.Array) -> jax.Array:
-    return (x_GxS * counted_GxS).sum() / jnp.maximum(counted_GxS.sum(), 1)
+def _mean(x_GxS: jax.Array, counted_GxS: jax.Array, across: Across) -> jax.Array:
+    return across((x_GxS * counted_GxS).sum()) / jnp.maximum(across(counted_GxS.sum()), 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from upcycle.errors import UserError
+from upcycle.errors import UserError, one_of
 from upcycle.surgery.operators import EXPERT_OPERATORS, ROUTER_INITS, look_up
 
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
@@ -46,9 +46,7 @@ class Surgery:
         if self.operator is not None:
             look_up(EXPERT_OPERATORS, self.operator, 'EXPERT_OPERATOR')
         look_up(ROUTER_INITS, self.router_init, 'ROUTER_INIT')
-        if self.optimizer_state not in set(OptimizerState):
-            raise UserError(f'OPTIMIZER_STATE = {self.optimizer_state!r} is not one of {", ".join(OptimizerState)}.')
-        object.__setattr__(self, 'optimizer_state', OptimizerState(self.optimizer_state))
+        object.__setattr__(self, 'optimizer_state', one_of(OptimizerState, self.optimizer_state, 'OPTIMIZER_STATE'))
 
 
 class Action(enum.StrEnum):

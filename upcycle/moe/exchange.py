@@ -1,0 +1,119 @@
+"""Expert parallelism: slots travel to the devices that hold their experts, and the experts' outputs travel back.
+
+On a mesh, tokens are split over `data` and `expert`, experts over `expert`. Each device routes its own groups, which never span
+devices, and two tiled all-to-alls over `expert` move the slots. Over `model` each device moves its own part of the width. The
+experts themselves sit between `send` and `receive`, where the compiler partitions them.
+"""
+
+import functools
+
+import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.dispatch import combine, dispatch
+from upcycle.moe.router import Routing, here, route
+
+DATA, EXPERT, MODEL = 'data', 'expert', 'model'
+BATCH = (DATA, EXPERT)
+
+
+def send(
+    x_BxLxD: jax.Array,
+    logits_BxLxE: jax.Array,
+    real_BxL: jax.Array,
+    config: MoEConfig,
+    groups: int,
+    capacity: int,
+    mesh: AbstractMesh | None,
+) -> tuple[jax.Array, Routing, dict[str, jax.Array]]:
+    """Routes tokens, and takes them to their experts.
+
+    Args:
+      x_BxLxD: tokens.
+      logits_BxLxE: the router's.
+      real_BxL: bool, False at padding.
+      config: the layer's.
+      groups: G, a multiple of the devices along `data` and `expert`.
+      capacity: C.
+      mesh: in use, or None for one device.
+
+    Returns:
+      (E, G, C, D) slots, split over `expert`, `data` and `model`; the routing; its metrics.
+    """
+    shards = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[EXPERT]
+    across = here if mesh is None else functools.partial(jax.lax.psum, axis_name=BATCH)
+
+    def local(x_BxLxD, logits_BxLxE, real_BxL):
+        G = groups // shards
+        D, E = x_BxLxD.shape[-1], logits_BxLxE.shape[-1]
+        routing, metrics = route(logits_BxLxE.reshape(G, -1, E), real_BxL.reshape(G, -1), config, capacity, across)
+        x_ExGxCxD = dispatch(x_BxLxD.reshape(G, -1, D), routing, config.dispatch)
+        return _all_to_all(x_ExGxCxD, 0, 1, config, mesh), routing, metrics
+
+    if mesh is None:
+        return local(x_BxLxD, logits_BxLxE, real_BxL)
+    width = _width_axis(mesh, x_BxLxD.shape[-1])
+    moved = jax.shard_map(
+        local,
+        in_specs=(P(BATCH, None, width), P(BATCH), P(BATCH)),
+        out_specs=(P(EXPERT, DATA, None, width), Routing(P(BATCH), P(BATCH)), P()),
+    )
+    x_ExGxCxD, routing, metrics = moved(x_BxLxD, logits_BxLxE, real_BxL)
+    return jax.lax.with_sharding_constraint(x_ExGxCxD, P(EXPERT, DATA)), routing, metrics
+
+
+def receive(
+    y_ExGxCxD: jax.Array, routing: Routing, shape: tuple[int, int, int], config: MoEConfig, mesh: AbstractMesh | None
+) -> jax.Array:
+    """Takes the experts' outputs back to their tokens, and adds them up.
+
+    Args:
+      y_ExGxCxD: outputs for the slots of `send`.
+      routing: of `send`.
+      shape: (B, L, D) of the tokens.
+      config: the layer's.
+      mesh: in use, or None for one device.
+
+    Returns:
+      (B, L, D), the weighted sum of each token's slots; 0 for a token that no expert took.
+    """
+    tokens_per_group = shape[0] * shape[1] // y_ExGxCxD.shape[1]
+
+    def local(y_ExGxCxD, routing):
+        y_ExGxCxD = _all_to_all(y_ExGxCxD, 1, 0, config, mesh)
+        y_GxSxD = combine(y_ExGxCxD, routing, tokens_per_group, config.dispatch)
+        return y_GxSxD.reshape(-1, shape[1], y_GxSxD.shape[-1])
+
+    if mesh is None:
+        return local(y_ExGxCxD, routing)
+    width = _width_axis(mesh, shape[-1])
+    y_ExGxCxD = jax.lax.with_sharding_constraint(y_ExGxCxD, P(EXPERT, DATA, None, width))
+    moved = jax.shard_map(
+        local,
+        in_specs=(P(EXPERT, DATA, None, width), Routing(P(BATCH), P(BATCH))),
+        out_specs=P(BATCH, None, width),
+    )
+    return jax.lax.with_sharding_constraint(moved(y_ExGxCxD, routing), P(BATCH))
+
+
+def _width_axis(mesh: AbstractMesh, width: int) -> str | None:
+    """`model` splits what travels, where it divides the width."""
+    return MODEL if width % mesh.shape[MODEL] == 0 else None
+
+
+def _all_to_all(
+    x: jax.Array, split_axis: int, concat_axis: int, config: MoEConfig, mesh: AbstractMesh | None
+) -> jax.Array:
+    if mesh is None or mesh.shape[EXPERT] == 1:
+        return x
+    dtype = x.dtype
+    if config.network_dtype is not None:
+        x = x.astype(config.network_dtype)
+    x = jax.lax.all_to_all(x, EXPERT, split_axis, concat_axis, tiled=True)
+    return jax.ad_checkpoint.checkpoint_name(x, CROSSED).astype(dtype)
+
+
+# What a rematerialisation policy can keep, so that the backward pass does not repeat the all-to-alls.
+CROSSED = 'crossed_the_network'

@@ -1,0 +1,115 @@
+"""Dropless Top-K: tokens are sorted by expert, and one ragged product multiplies each run of rows by its expert's matrix.
+
+There are no slots, so no capacity and no padding. Under expert parallelism the experts stay and the tokens travel: they go once
+around the ring of `expert` shards, collecting each shard's part of their sum.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.exchange import BATCH, EXPERT
+from upcycle.moe.router import Choices
+
+# (expert parameters, rows sorted by expert, rows of each expert) -> rows; the rows after the last run are garbage.
+Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+def apply_experts(
+    experts: Experts, params: Any, x_BxLxD: jax.Array, choices: Choices, config: MoEConfig, mesh: AbstractMesh | None
+) -> jax.Array:
+    """The weighted sum of each token's experts.
+
+    Args:
+      experts: all experts of a device at once.
+      params: their parameters, each with E in front.
+      x_BxLxD: tokens.
+      choices: their experts and weights, (B, L, K).
+      config: for E and the type that crosses the network.
+      mesh: in use, or None for one device.
+
+    Returns:
+      (B, L, D); 0 for a token that goes nowhere.
+    """
+
+    def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
+        D, K = x_BxLxD.shape[-1], expert_BxLxK.shape[-1]
+        x_NxD, expert_NxK, weight_NxK = (
+            x_BxLxD.reshape(-1, D),
+            expert_BxLxK.reshape(-1, K),
+            weight_BxLxK.reshape(-1, K),
+        )
+        if mesh is None or mesh.shape[EXPERT] == 1:
+            y_NxD = _part(experts, params, x_NxD, expert_NxK, weight_NxK, config.num_experts, 0)
+        else:
+            y_NxD = _ring(experts, params, x_NxD, expert_NxK, weight_NxK, config, mesh.shape[EXPERT])
+        return y_NxD.reshape(x_BxLxD.shape).astype(x_BxLxD.dtype)
+
+    if mesh is None:
+        return local(params, x_BxLxD, *choices)
+    # The model axis is left to the compiler, which splits the experts' width over it.
+    moved = jax.shard_map(
+        local, in_specs=(P(EXPERT), P(BATCH), P(BATCH), P(BATCH)), out_specs=P(BATCH), axis_names=set(BATCH)
+    )
+    return moved(params, x_BxLxD, *choices)
+
+
+def _part(
+    experts: Experts,
+    params: Any,
+    x_NxD: jax.Array,
+    expert_NxK: jax.Array,
+    weight_NxK: jax.Array,
+    num_experts: int,
+    first: jax.Array | int,
+) -> jax.Array:
+    """The share of experts `first` to `first + num_experts` in each token's sum, in float32."""
+    K = expert_NxK.shape[1]
+    index_R = expert_NxK.reshape(-1) - first
+    # Rows of other experts sort to the end, where no run covers them.
+    index_R = jnp.where((index_R >= 0) & (index_R < num_experts), index_R, num_experts)
+    order_R = jnp.argsort(index_R, stable=True)
+    token_R = order_R // K
+    sizes_E = jnp.zeros(num_experts, jnp.int32).at[index_R].add(1, mode='drop')
+    mine_R = jnp.arange(index_R.size) < sizes_E.sum()
+    y_RxD = experts(params, jnp.where(mine_R[:, None], x_NxD[token_R], 0), sizes_E).astype(jnp.float32)
+    y_RxD = jnp.where(mine_R[:, None], y_RxD, 0) * weight_NxK.reshape(-1)[order_R][:, None]
+    return jnp.zeros(x_NxD.shape, jnp.float32).at[token_R].add(y_RxD)
+
+
+def _ring(
+    experts: Experts,
+    params: Any,
+    x_NxD: jax.Array,
+    expert_NxK: jax.Array,
+    weight_NxK: jax.Array,
+    config: MoEConfig,
+    shards: int,
+) -> jax.Array:
+    num_experts = config.num_experts // shards
+    first = jax.lax.axis_index(EXPERT) * num_experts
+    to_next = [(i, (i + 1) % shards) for i in range(shards)]
+
+    def pass_on(x: jax.Array) -> jax.Array:
+        dtype = x.dtype
+        if config.network_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            x = x.astype(config.network_dtype)
+        return jax.lax.ppermute(x, EXPERT, to_next).astype(dtype)
+
+    # Without rematerialisation every stop would keep its hidden activations, the whole ring's tokens of them.
+    @jax.checkpoint
+    def stop(travelling, _):
+        x_NxD, expert_NxK, weight_NxK, sum_NxD = travelling
+        sum_NxD += _part(experts, params, x_NxD, expert_NxK, weight_NxK, num_experts, first)
+        # Weights travel as they are: rounding them would round the router.
+        weight_NxK = jax.lax.ppermute(weight_NxK, EXPERT, to_next)
+        return (pass_on(x_NxD), pass_on(expert_NxK), weight_NxK, pass_on(sum_NxD)), None
+
+    zeros_NxD = jax.lax.pcast(jnp.zeros(x_NxD.shape, jnp.float32), BATCH, to='varying')
+    (_, _, _, sum_NxD), _ = jax.lax.scan(stop, (x_NxD, expert_NxK, weight_NxK, zeros_NxD), None, length=shards)
+    return sum_NxD
