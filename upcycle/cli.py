@@ -81,11 +81,26 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument('--budget', type=float, default=1.0, help='scales the number of steps (%(default)s)')
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
 
-    add('train', _train, 'one training run', gin=True)
+    train = add('train', _train, 'one training run', gin=True)
+    hosts = train.add_argument_group('several processes (start the same command in each; they are one run)')
+    hosts.add_argument(
+        '--distributed', action='store_true', help='find the others by the platform: Cloud TPU, Slurm, Kubernetes, MPI'
+    )
+    hosts.add_argument('--coordinator_address', metavar='HOST:PORT', help='find the others by hand: process 0')
+    hosts.add_argument('--process_count', type=int, metavar='N')
+    hosts.add_argument('--process_index', type=int, metavar='I')
 
     plan = add('plan', _plan, 'what the surgery of a run would do, from metadata alone', gin=True)
     plan.add_argument('--from', dest='source', metavar='PATH', help='the dense checkpoint (INITIAL_CHECKPOINT_PATH)')
     plan.add_argument('--json', action='store_true', help='machine-readable')
+
+    compile_ = add('compile', _compile, 'ahead-of-time compile of a run for a TPU topology, without a TPU', gin=True)
+    compile_.add_argument('--topology', required=True, metavar='KIND:SHAPE', help='such as v4:4x4x8 or v5e:16x16')
+    compile_.add_argument('--num_slices', type=int, default=1, help='joined by the data-centre network (%(default)s)')
+    compile_.add_argument(
+        '--utilization', type=float, default=0.4, help='share of the peak assumed for core-days (%(default)s)'
+    )
+    compile_.add_argument('--json', action='store_true', help='machine-readable')
 
     inspect = add('inspect', _inspect, 'what a checkpoint holds')
     inspect.add_argument('path')
@@ -110,6 +125,22 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 
 def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    by_hand = (options.coordinator_address, options.process_count, options.process_index)
+    if any(value is not None for value in by_hand):
+        if any(value is None for value in by_hand):
+            raise UserError('--coordinator_address, --process_count and --process_index go together: give all three.')
+        if not 0 <= options.process_index < options.process_count:
+            raise UserError(
+                f'--process_index={options.process_index} must lie between 0 and --process_count - 1 = '
+                f'{options.process_count - 1}.'
+            )
+    if options.distributed or options.coordinator_address:
+        import jax
+
+        try:
+            jax.distributed.initialize(*by_hand)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f'the processes do not find each other: {str(error).splitlines()[0]}') from error
     from upcycle import jobs
 
     jobs.train(options.gin_file, bindings)
@@ -121,6 +152,22 @@ def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     if options.source is not None:
         bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': options.source}
     jobs.plan(options.gin_file, bindings, as_json=options.json)
+
+
+def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    # Before JAX is loaded: the host must not look for TPUs of its own.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+    from upcycle import jobs
+
+    jobs.compile_(
+        options.gin_file,
+        bindings,
+        options.topology,
+        num_slices=options.num_slices,
+        utilization=options.utilization,
+        as_json=options.json,
+    )
 
 
 def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> None:

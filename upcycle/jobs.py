@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from upcycle import configuration, cost, partitioning
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
@@ -34,8 +36,9 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
         check_start(run, reader.step if run.dense_step is None else run.dense_step)
     # The first use of the data finds what is wrong with it.
     run.train_data.fingerprint()
-    print(describe(run, where, mesh), flush=True)
-    configuration.claim(run.model_dir, identity)
+    if jax.process_index() == 0:
+        print(describe(run, where, mesh), flush=True)
+        configuration.claim(run.model_dir, identity)
     return loop.train(run, name)
 
 
@@ -58,6 +61,30 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
         print(f'dropped  {name}  because {reason}')
     print(describe(run, where, mesh))
     print('  '.join(f'{name}: {value}' for name, value in facts.items()))
+
+
+def compile_(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    topology: str,
+    *,
+    num_slices: int = 1,
+    utilization: float = 0.4,
+    as_json: bool = False,
+) -> None:
+    """`upcycle compile`: the TPU compiler's account of a run's step."""
+    from upcycle import compile as aot
+
+    if not 0 < utilization <= 1:
+        raise UserError(f'--utilization={utilization:g} must lie in (0, 1].')
+    # Neither is read, and a run needs both.
+    named = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **bindings}
+    run = configuration.load(gin_files, named)
+    account = aot.compile_run(run, topology, num_slices=num_slices)
+    if as_json:
+        print(json.dumps(aot.as_json(account, run, utilization), indent=1))
+        return
+    print(aot.show(account, run, utilization))
 
 
 def _facts(where: Layout, what: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,13 +76,16 @@ def _plain(value: Any) -> Any:
 class Progress:
     """A progress line on standard error: step, loss, rate, time left. In place on a terminal, a line each elsewhere."""
 
-    def __init__(self, name: str, start_step: int, total_steps: int):
+    def __init__(self, name: str, start_step: int, total_steps: int, *, quiet: bool = False):
+        self._quiet = quiet
         self._name, self._first, self._total = name, start_step, total_steps
         self._start = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Prints where the run is."""
+        if self._quiet:
+            return
         seconds = time.monotonic() - self._start
         done = step - self._first
         rate = done / seconds if seconds > 0 else 0.0

@@ -28,36 +28,40 @@ RULES: tuple[tuple[str, Any], ...] = (
     ('heads', 'model'),
 )
 
+# Fully sharded data parallelism: parameters are split over `data` too, along an axis that the rules above leave whole.
+OVER_DATA: tuple[tuple[str, Any], ...] = (('embed', 'data'), ('mlp_embed', 'data'))
+
 # Along these a leaf is a stack of parameters, each with an optimizer state of its own.
 STACKED_AXES = ('expert', 'layers')
 
 
-def make_mesh(shape: Sequence[int] | str, num_experts: int | None) -> Mesh:
+def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The device mesh.
 
     Args:
       shape: (data, expert, model) [MESH_SHAPE], or 'auto': as many expert shards as divide both the devices and the experts,
         the rest data.
       num_experts: E, or None for a dense model.
+      devices: to use; None: all.
 
     Raises:
       UserError: the shape does not use the devices, or the experts do not divide.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if shape == 'auto':
-        expert = math.gcd(devices, num_experts) if num_experts else 1
-        shape = (devices // expert, expert, 1)
+        expert = math.gcd(count, num_experts) if num_experts else 1
+        shape = (count // expert, expert, 1)
     shape = tuple(shape)
     if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise UserError(f"MESH_SHAPE = {shape!r} is neither 'auto' nor three sizes (data, expert, model).")
-    if math.prod(shape) != devices:
-        raise UserError(f'MESH_SHAPE = {shape!r} needs {math.prod(shape)} devices, and there are {devices}.')
+    if math.prod(shape) != count:
+        raise UserError(f'MESH_SHAPE = {shape!r} needs {math.prod(shape)} devices, and there are {count}.')
     if num_experts and num_experts % shape[1]:
         raise UserError(
             f'NUM_EXPERTS = {num_experts} does not divide among the {shape[1]} shards of the expert axis of '
             f'MESH_SHAPE = {shape!r}: change one of them.'
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 @contextlib.contextmanager
@@ -98,9 +102,9 @@ def batch_axes(boxed: Any) -> Any:
     )
 
 
-def mesh_axes(logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Mesh axes of a leaf. An axis too short to be split evenly stays whole."""
-    rules = dict(RULES)
+def mesh_axes(logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, *, over_data: bool = False) -> PartitionSpec:
+    """Mesh axes of a parameter. An axis too short to be split evenly stays whole."""
+    rules = dict(RULES + (OVER_DATA if over_data else ()))
     spec = []
     for name, size in zip(logical, shape, strict=True):
         axes = rules.get(name)
@@ -109,10 +113,10 @@ def mesh_axes(logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Par
     return PartitionSpec(*spec)
 
 
-def param_specs(boxed: Any, mesh: Mesh) -> Any:
-    """The `PartitionSpec` of every parameter, by its logical axes."""
+def param_specs(boxed: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
+    """The `PartitionSpec` of every parameter, by its logical axes; `over_data`: split over the data axis as well."""
     return jax.tree.map(
-        lambda logical, param: mesh_axes(logical, param.shape, mesh),
+        lambda logical, param: mesh_axes(logical, param.shape, mesh, over_data=over_data),
         logical_axes(boxed),
         unbox(boxed),
         is_leaf=lambda x: isinstance(x, PartitionSpec),

@@ -8,6 +8,7 @@ experts themselves sit between `send` and `receive`, where the compiler partitio
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -112,7 +113,7 @@ def _all_to_all(
     if config.network_dtype is not None:
         x = x.astype(config.network_dtype)
     x = jax.lax.all_to_all(x, EXPERT, split_axis, concat_axis, tiled=True)
-    return jax.ad_checkpoint.checkpoint_name(x, CROSSED).astype(dtype)
+    return checkpoint_name(x, CROSSED).astype(dtype)
 
 
 # What a rematerialisation policy can keep, so that the backward pass does not repeat the all-to-alls.

@@ -135,7 +135,7 @@ def print_progress(what: str) -> Progress:
 
     def show(target: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - last[0] < 1.0:
+        if jax.process_index() > 0 or (done < total and now - last[0] < 1.0):
             return
         last[0] = now
         left = (now - start) / done * (total - done)

@@ -67,10 +67,15 @@ def train(run: Run, name: str = 'train') -> TrainState:
 def check(run: Run) -> jax.sharding.Mesh:
     """The run's mesh, after refusing sizes that do not divide."""
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+    check_batches(run, mesh)
+    return mesh
+
+
+def check_batches(run: Run, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError unless the run's batches divide among the devices."""
     partitioning.check_batch(run.train_data.batch_size, mesh, run.num_microbatches, 'BATCH_SIZE')
     if run.eval_data is not None:
         partitioning.check_batch(run.eval_data.batch_size, mesh, 1, 'EVAL_BATCH_SIZE')
-    return mesh
 
 
 class _Trainer:
@@ -91,7 +96,7 @@ class _Trainer:
     @functools.cached_property
     def step(self):
         """`train_step`, compiled when it is first needed: a run that is already finished needs none."""
-        return _compiled_step(self.run, self.layout, self.batch_sharding)
+        return lower_step(self.run, self.layout, self.batch_sharding).compile()
 
     def train(self) -> TrainState:
         run = self.run
@@ -147,7 +152,7 @@ class _Trainer:
         if first >= run.total_steps:
             return state
         step_fn = self.step
-        progress = Progress(self.name, first, run.total_steps)
+        progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
         batches = self._batches(run.train_data, first)
         timer = _Timer(self.ledger, first)
         for step in range(first + 1, run.total_steps + 1):
@@ -215,8 +220,8 @@ class _Trainer:
             yield partitioning.put_batch(batch, self.batch_sharding)
 
 
-def _compiled_step(run: Run, where: states.Layout, batch_sharding: jax.sharding.Sharding):
-    """`train_step`, compiled for the run's shapes before the clock starts."""
+def lower_step(run: Run, where: states.Layout, batch_sharding: jax.sharding.Sharding) -> jax.stages.Lowered:
+    """`train_step` for the run's shapes, on the mesh in use, ready to be compiled."""
     step = jax.jit(
         functools.partial(
             train_step,
@@ -233,7 +238,7 @@ def _compiled_step(run: Run, where: states.Layout, batch_sharding: jax.sharding.
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
         for name, (shape, dtype) in run.train_data.batch_spec().items()
     }
-    return step.lower(where.abstract, batch).compile()
+    return step.lower(where.abstract, batch)
 
 
 class Window:

@@ -32,6 +32,7 @@ class Run:
       log_period: steps between lines of the log [LOG_PERIOD].
       num_microbatches: [NUM_MICROBATCHES]
       mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
+      parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].
       seed: of initialisation and dropout [RANDOM_SEED].
     """
 
@@ -51,6 +52,7 @@ class Run:
     log_period: int = 100
     num_microbatches: int = 1
     mesh_shape: str | Sequence[int] = 'auto'
+    parameters_over_data: bool = False
     seed: int = 0
 
     def __post_init__(self):

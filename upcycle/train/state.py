@@ -48,7 +48,7 @@ def layout(run: Run, mesh: Mesh) -> Layout:
     boxed = jax.eval_shape(lambda key: run.model.init(key, run.train_data.batch_spec()), jax.random.key(0))
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)
-    specs = partitioning.param_specs(boxed, mesh)
+    specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
     opt_state = jax.eval_shape(functools.partial(run.optimizer.init, batch_axes=axes), params)
     opt_specs = run.optimizer.state_specs(params, specs, axes)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,12 @@ def global_norm(tree: Any) -> jax.Array:
 
 def _accumulate(grad_fn, params: Any, batch: Batch, rng: jax.Array, parts: int) -> tuple[Any, Metrics]:
     """Sum over microbatches of gradients and sums; contiguous rows, so that no routing group is cut."""
-    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        return nn.with_logical_constraint(x, (None, 'batch', *(None,) * (x.ndim - 2)))
+
+    split = jax.tree.map(cut, batch)
 
     def body(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         microbatch, index = part

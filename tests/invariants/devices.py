@@ -1,0 +1,36 @@
+"""Runs a program of ours in a process with several virtual devices, which this one cannot have any more."""
+
+import os
+import subprocess
+import sys
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The environment of a process with that many CPU devices."""
+    flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
+    return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+
+
+def run(arguments: list[str], devices: int) -> str:
+    """Runs `python ARGUMENTS` to its end and returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment(devices), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_together(commands: list[list[str]], devices: int) -> None:
+    """Runs several `python ARGUMENTS` at once, each with that many devices."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for arguments in commands
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), '\n'.join(outputs)

@@ -1,0 +1,157 @@
+"""Run with eight virtual devices: one training step's loss, gradients and metrics on every mesh, into an .npz.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.invariants.on_eight_devices OUT.npz CASE...
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
+
+from tests.moe.quick import random_params
+from tests.small import FEATURES, random_batch, small_t5, spec_of, with_moe
+from upcycle import partitioning
+from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.moe.config import RouterType, capacity
+from upcycle.moe.layer import Router
+from upcycle.train.step import TrainState, train_step
+
+MESHES = {
+    'one device': (1, 1, 1),
+    '8x1x1': (8, 1, 1),
+    '1x8x1': (1, 8, 1),
+    '2x4x1': (2, 4, 1),
+    '2x2x2': (2, 2, 2),
+    '1x4x2': (1, 4, 2),
+}
+T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
+
+
+def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
+    moe = with_moe(T5, num_experts=8, group_size=32, groups_multiple_of=8)
+    moe = dataclasses.replace(
+        moe,
+        encoder_moe=dataclasses.replace(moe.encoder_moe, **encoder),
+        decoder_moe=dataclasses.replace(moe.decoder_moe, **decoder),
+        **fields,
+    )
+    return EncoderDecoderModel(moe, aux_loss_factor=1.0, router_z_loss_factor=0.1)
+
+
+NORMALIZED = {'normalize_combine_weights': True}
+# Name: model, microbatches, parameters split over data.
+CASES = {
+    'gather': (_model({}, {}), 1, False),
+    'einsum': (_model({'dispatch': 'einsum'}, {'dispatch': 'einsum'}), 1, False),
+    'top 2': (_model({'router': 'top_k', 'fill_order': 'priority'} | NORMALIZED, NORMALIZED), 1, False),
+    'ragged': (_model({'router': 'top_k', 'dispatch': 'ragged'}, {'dispatch': 'ragged'} | NORMALIZED), 1, False),
+    'microbatches over split parameters': (_model({}, {}), 2, True),
+    'scanned and rematerialised': (
+        _model({}, {'dispatch': 'ragged'}, num_encoder_layers=4, scan_layers=True, remat='exchange'),
+        1,
+        True,
+    ),
+}
+
+
+class Gradients:
+    """In place of an optimizer: the "parameters" after a step are the gradients."""
+
+    def update(self, grads, state, params, learning_rate, batch_axes):
+        return grads, state
+
+
+def main(out: str, names: list[str]) -> None:
+    arrays = {}
+    for name in names:
+        model, microbatches, over_data = CASES[name]
+        batch, params = _inputs_with_margins(model)
+        for mesh_name, shape in MESHES.items():
+            devices = jax.devices()[: int(np.prod(shape))]
+            mesh = partitioning.make_mesh(shape, 8, devices)
+            with partitioning.use(mesh):
+                state, metrics = _step(model, params, batch, mesh, microbatches, over_data)
+            for path, leaf in flatten_dict(state.params, sep='/').items():
+                arrays[f'{name}|{mesh_name}|gradient|{path}'] = np.asarray(leaf)
+            for metric, value in metrics.items():
+                arrays[f'{name}|{mesh_name}|metric|{metric}'] = np.asarray(value)
+    np.savez(out, **arrays)
+
+
+def _step(model, params, batch, mesh, microbatches, over_data):
+    boxed = jax.eval_shape(lambda key: model.init(key, spec_of(batch)), jax.random.key(0))
+    specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
+    params = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs)
+    whole = partitioning.replicated(mesh)
+    state = TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), whole),
+        params=params,
+        opt_state={},
+        rng=jax.device_put(jax.random.key_data(jax.random.key(0)), whole),
+    )
+    batch = jax.device_put(batch, partitioning.batch_sharding(mesh))
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=Gradients(),
+        learning_rate=lambda step: jnp.zeros(()),
+        batch_axes=None,
+        num_microbatches=microbatches,
+    )
+    return jax.jit(step)(state, batch)
+
+
+def _inputs_with_margins(model):
+    """The first batch in which no choice of a router is closer than 1e-4 (in probability) to going the other way."""
+    looped = dataclasses.replace(model.config, scan_layers=False, remat='none')
+    plain = dataclasses.replace(model, config=looped)
+    batch = random_batch(batch=16, inputs=16, targets=8, padding=3)
+    tokens = {name: batch[name] for name in FEATURES[:3]}
+    params = random_params(plain.module(), **tokens)
+
+    @jax.jit
+    def margin(batch):
+        tokens = {name: batch[name] for name in FEATURES[:3]}
+        _, written = plain.module().apply(
+            {'params': params},
+            **tokens,
+            training=True,
+            capture_intermediates=lambda module, _: isinstance(module, Router),
+            mutable=['intermediates'],
+        )
+        real = {'encoder': tokens['encoder_input_tokens'] > 0, 'decoder': tokens['decoder_target_tokens'] > 0}
+        margins = []
+        for path, moe in plain.moe_layers().items():
+            node = written['intermediates']
+            for key in path.split('/'):
+                node = node[key]
+            logits_BxLxE = node['router']['__call__'][0]
+            margins.append(_margin(moe, logits_BxLxE, real[path.split('/')[0]]))
+        return jnp.stack(margins).min()
+
+    for seed in range(200):
+        batch = random_batch(batch=16, inputs=16, targets=8, padding=3, seed=seed)
+        if margin(batch) > 1e-4:
+            return batch, params
+    raise AssertionError('no batch without close calls among 200')
+
+
+def _margin(moe, logits_BxLxE, real_BxL):
+    probs_GxSxE = jax.nn.softmax(logits_BxLxE).reshape(8, -1, moe.num_experts)
+    real_GxS = real_BxL.reshape(8, -1)
+    if moe.router is RouterType.EXPERT_CHOICE:
+        C = capacity(moe, probs_GxSxE.shape[1], training=True)
+        sorted_GxExS = -jnp.sort(-jnp.where(real_GxS[..., None], probs_GxSxE, -1.0), axis=1)
+        return (sorted_GxExS[:, C - 1] - sorted_GxExS[:, C]).min()
+    sorted_GxSxE = -jnp.sort(-probs_GxSxE, axis=-1)
+    gaps_GxSxK = sorted_GxSxE[..., : moe.num_selected_experts] - sorted_GxSxE[..., 1 : moe.num_selected_experts + 1]
+    return jnp.where(real_GxS[..., None], gaps_GxSxK, 1.0).min()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1], sys.argv[2:] or list(CASES))

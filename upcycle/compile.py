@@ -1,0 +1,273 @@
+"""Ahead-of-time compilation for a TPU topology, without a TPU: memory, FLOPs, collectives and an estimate of time and cost.
+
+What comes out is the TPU compiler's account of the very program that a pod would run. Nothing is executed.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from upcycle import cost, partitioning
+from upcycle.errors import UserError
+from upcycle.hlo import Collective, Program
+from upcycle.train import loop
+from upcycle.train.run import Run
+from upcycle.train.state import layout
+
+GiB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip.
+
+    Attributes:
+      flops: a second in bfloat16.
+      memory: bytes a program can use.
+      memory_bandwidth: bytes a second.
+      network_bandwidth: bytes a second that it can send over all its links.
+      cores: on a chip; the paper counts core-days.
+    """
+
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    network_bandwidth: float
+    cores: int
+
+
+# cloud.google.com/tpu/docs, system architecture; v4's usable memory is what its compiler reports.
+CHIPS = {
+    'v2': Chip(45e12, 16 * GiB, 700e9, 62e9, 2),
+    'v3': Chip(123e12, 32 * GiB, 900e9, 82e9, 2),
+    'v4': Chip(275e12, 30.75 * GiB, 1228e9, 150e9, 2),
+    'v5e': Chip(197e12, 16 * GiB, 819e9, 100e9, 1),
+    'v5p': Chip(459e12, 95 * GiB, 2765e9, 300e9, 2),
+    'v6e': Chip(918e12, 32 * GiB, 1640e9, 224e9, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What one step costs one device, by the compiler's account.
+
+    Attributes:
+      topology: such as 'v4:4x4x4'.
+      devices: of the mesh.
+      chips: of the topology.
+      arguments, temporaries, code, peak: bytes.
+      xla_flops: XLA's own count, in which the body of a loop counts once.
+      matmul_flops: of all matrix products, loops multiplied.
+      analytic_flops: `cost.py`'s, per device.
+      memory_bytes: read and written in memory, XLA's count (loops once).
+      cycles: the compiler's estimate outside collectives, loops multiplied.
+      collectives: by kind.
+      compile_seconds: on this machine.
+    """
+
+    topology: str
+    devices: int
+    chips: int
+    arguments: int
+    temporaries: int
+    code: int
+    peak: int
+    xla_flops: float
+    matmul_flops: float
+    analytic_flops: float
+    memory_bytes: float
+    cycles: int
+    collectives: Mapping[str, Collective]
+    compile_seconds: float
+
+    @property
+    def chip(self) -> Chip:
+        """The chip of the topology."""
+        return CHIPS[self.topology.split(':')[0]]
+
+    @property
+    def usable(self) -> float:
+        """Bytes of memory of one device."""
+        return self.chip.memory * self.chips / self.devices
+
+    @property
+    def fits(self) -> bool:
+        """Whether arguments and temporaries fit into a device's memory."""
+        return self.arguments + self.temporaries <= self.usable
+
+    def seconds(self) -> dict[str, float]:
+        """Lower bounds of a step's time by resource, and their sum: an estimate, nothing was run."""
+        share = self.chips / self.devices
+        wire = sum(collective.wire_bytes for collective in self.collectives.values())
+        parts = {
+            'matrix products at peak': self.matmul_flops / (self.chip.flops * share),
+            'memory at full bandwidth': self.memory_bytes / (self.chip.memory_bandwidth * share),
+            'network at full bandwidth': wire / (self.chip.network_bandwidth * share),
+        }
+        # Products and memory overlap in a fused program, the synchronous collectives of an MoE layer do not.
+        parts['estimate'] = (
+            max(parts['matrix products at peak'], parts['memory at full bandwidth'])
+            + parts['network at full bandwidth']
+        )
+        return parts
+
+    def core_days(self, steps: int, utilization: float) -> float:
+        """Core-days of a run at a share of the peak."""
+        chip_seconds = steps * self.analytic_flops * self.devices / (self.chip.flops * utilization)
+        return chip_seconds * self.chip.cores / 86400
+
+
+def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
+    """Compiles a run's training step for a topology.
+
+    Args:
+      run: its mesh shape must use the topology's devices.
+      topology: such as 'v4:4x4x8', 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16'.
+      num_slices: connected by the data-centre network.
+
+    Raises:
+      UserError: libtpu is not installed, the topology is unknown, or the program does not fit.
+    """
+    devices = _devices(topology, num_slices)
+    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
+    loop.check_batches(run, mesh)
+    where = layout(run, mesh)
+    with partitioning.use(mesh), _ticking(f'compiling for {len(devices)} devices of {topology}') as elapsed:
+        try:
+            compiled = loop.lower_step(run, where, partitioning.batch_sharding(mesh)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            raise UserError(f'the step does not fit: {_shortage(str(error))} {ADVICE}') from None
+    memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
+    program = Program(compiled.as_text())
+    spec = run.train_data.batch_spec()
+    flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
+    return Account(
+        topology=topology,
+        devices=len(devices),
+        chips=len({(getattr(device, 'slice_index', 0), *device.coords) for device in devices}),
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        xla_flops=counted['flops'],
+        matmul_flops=program.matmul_flops(),
+        analytic_flops=flops / len(devices),
+        memory_bytes=counted['bytes accessed'],
+        cycles=program.estimated_cycles(),
+        collectives=program.collectives(),
+        compile_seconds=elapsed(),
+    )
+
+
+ADVICE = (
+    'Raise NUM_MICROBATCHES, recompute more (REMAT), loop over layers (SCAN_LAYERS), split more (MESH_SHAPE, '
+    'PARAMETERS_OVER_DATA), or take a larger topology.'
+)
+
+
+def show(account: Account, run: Run, utilization: float) -> str:
+    """The account as text."""
+    gb = 1e9
+    lines = [
+        f'{account.topology}: {account.devices} devices on {account.chips} chips; compiled in {account.compile_seconds:.0f} s',
+        f'memory a device      arguments {account.arguments / gb:.3f} GB, temporaries {account.temporaries / gb:.3f} GB, '
+        f'code {account.code / gb:.3f} GB, peak {account.peak / gb:.3f} GB; usable {account.usable / gb:.1f} GB: '
+        + ('fits' if account.fits else f'DOES NOT FIT. {ADVICE}'),
+        f'FLOPs a device, step {account.matmul_flops / 1e12:.3f} T in matrix products (loops multiplied), '
+        f'{account.xla_flops / 1e12:.3f} T by XLA (loops once), {account.analytic_flops / 1e12:.3f} T by cost.py',
+    ]
+    if account.cycles:
+        lines.append(
+            f'cycles               {account.cycles / 1e6:.1f} M outside collectives, by the compiler (loops multiplied)'
+        )
+    for kind, found in sorted(account.collectives.items()):
+        lines.append(
+            f'{kind:20s} {found.count} a step, {found.operand_bytes / gb:.4f} GB in, {found.result_bytes / gb:.4f} GB out, '
+            f'{found.wire_bytes / gb:.4f} GB on the wire'
+        )
+    if not account.collectives:
+        lines.append('collectives          none')
+    seconds = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in account.seconds().items())
+    lines.append(f'step, ESTIMATED      {seconds}; nothing was run')
+    lines.append(
+        f'core-days, ESTIMATED {account.core_days(run.total_steps, utilization):.2f} for {run.total_steps} steps at '
+        f'{utilization:.0%} of the peak'
+    )
+    return '\n'.join(lines)
+
+
+def as_json(account: Account, run: Run, utilization: float) -> dict[str, Any]:
+    """The account for other programs."""
+    return {
+        **dataclasses.asdict(account),
+        'fits': account.fits,
+        'estimated_seconds': account.seconds(),
+        'estimated_core_days': account.core_days(run.total_steps, utilization),
+    }
+
+
+def _devices(topology: str, num_slices: int) -> list[jax.Device]:
+    kind = topology.split(':')[0]
+    if kind not in CHIPS or ':' not in topology:
+        raise UserError(f'--topology={topology} is not KIND:SHAPE with a kind of {", ".join(CHIPS)}, such as v4:4x4x4.')
+    options: dict[str, Any] = {'num_slices': num_slices} if num_slices > 1 else {}
+    if kind == 'v4':
+        # One device a chip, as a v4 pod shows itself.
+        options['chip_config_name'] = 'megacore'
+    try:
+        with _quiet():
+            found = topologies.get_topology_desc(platform='tpu', topology_name=topology, **options)
+    except Exception as error:
+        text = str(error)
+        if 'libtpu' in text.lower() or 'tpu' not in jax.__dict__ and 'not found' in text.lower():
+            raise UserError('compiling for TPUs needs libtpu: pip install "upcycle[tpu]".') from None
+        raise UserError(f'--topology={topology} is refused by libtpu: {text.splitlines()[0]}') from None
+    return list(found.devices)
+
+
+def _shortage(message: str) -> str:
+    found = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message)
+    return f'it needs {found[1]} of {found[2]} of memory.' if found else message.splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """libtpu writes pages to standard error on its way up."""
+    saved = os.dup(2)
+    with open(os.devnull, 'w', encoding='utf-8') as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+@contextlib.contextmanager
+def _ticking(what: str) -> Iterator[Any]:
+    """A line every ten seconds, since a compilation shows nothing for minutes."""
+    start = time.monotonic()
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(10):
+            print(f'{what}: {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield lambda: time.monotonic() - start
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,211 @@
+"""Reads a compiled program's text: what it multiplies, what it sends, and how often, loops included.
+
+XLA's own cost analysis counts the body of a loop once. Here every computation is weighted by how often it runs.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+
+# Bytes of one element.
+_BYTES = {
+    'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4,
+    's64': 8, 'u64': 8, 'f64': 8, 'c64': 8, 'c128': 16,
+}  # fmt: skip
+COLLECTIVES = ('all-to-all', 'all-gather', 'all-reduce', 'reduce-scatter', 'collective-permute')
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_OPERATION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
+_ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
+_CALLED = re.compile(r'(?:calls|body|condition|to_apply)=%?([\w.\-]+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One line of a program."""
+
+    name: str
+    result: str
+    kind: str
+    rest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind, over one step.
+
+    Attributes:
+      count: how many are executed.
+      operand_bytes: what one device puts in.
+      result_bytes: what one device gets out.
+      wire_bytes: what one device sends, by the usual ring or direct algorithm.
+    """
+
+    count: int = 0
+    operand_bytes: int = 0
+    result_bytes: int = 0
+    wire_bytes: float = 0.0
+
+
+class Program:
+    """A compiled program, as `compiled.as_text()` shows it."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, list[Operation]] = {}
+        self._shapes: dict[str, str] = {}
+        self._entry = ''
+        here: list[Operation] = []
+        for line in text.splitlines():
+            if match := _COMPUTATION.match(line):
+                here = self._computations[match[2]] = []
+                self._entry = match[2] if match[1] else self._entry
+            elif match := _OPERATION.match(line):
+                operation = Operation(*match.groups())
+                here.append(operation)
+                self._shapes[operation.name] = operation.result
+        self.times = self._executions()
+
+    def operations(self):
+        """Every operation with the times that it is executed."""
+        for name, operations in self._computations.items():
+            for operation in operations:
+                yield operation, self.times[name]
+
+    def collectives(self) -> dict[str, Collective]:
+        """What crosses the network, by kind. An all-reduce of which each device keeps a part counts as a reduce-scatter."""
+        found: dict[str, Collective] = {}
+        for computation, operations in self._computations.items():
+            for operation in operations:
+                kind = operation.kind.removesuffix('-start')
+                if kind not in COLLECTIVES or not self.times[computation]:
+                    continue
+                operands = sum(_bytes(self._shapes[name]) for name in _operands(operation))
+                result = operands if operation.kind.endswith('-start') else _bytes(operation.result)
+                group = _group_size(operation)
+                if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):
+                    kind, result = 'reduce-scatter', operands // group
+                if kind == 'all-gather':
+                    result = operands * group
+                share = (group - 1) / group
+                wire = {
+                    'all-to-all': operands * share,
+                    'all-gather': result * share,
+                    'all-reduce': 2 * operands * share,
+                    'reduce-scatter': operands * share,
+                    'collective-permute': operands,
+                }[kind]
+                old, times = found.get(kind, Collective()), self.times[computation]
+                found[kind] = Collective(
+                    old.count + times,
+                    old.operand_bytes + times * operands,
+                    old.result_bytes + times * result,
+                    old.wire_bytes + times * wire,
+                )
+        return found
+
+    def matmul_flops(self) -> float:
+        """FLOPs of all matrix products, a multiply-add counted as 2."""
+        total = 0.0
+        for operation, times in self.operations():
+            if times and operation.kind in ('convolution', 'dot'):
+                left, right = (_dimensions(self._shapes[name]) for name in _operands(operation)[:2])
+                count = _dot_flops if operation.kind == 'dot' else _convolution_flops
+                total += times * count(left, right, _dimensions(operation.result), operation.rest)
+        return total
+
+    def estimated_cycles(self) -> int:
+        """The TPU compiler's own estimate of a step's cycles outside collectives; 0 where it gives none."""
+        cycles = 0
+        for operation, times in self.operations():
+            if match := re.search(r'"estimated_cycles":"(\d+)"', operation.rest):
+                cycles += times * int(match[1])
+        return cycles
+
+    def _executions(self) -> dict[str, int]:
+        """How often each computation runs in one step."""
+        times: dict[str, int] = collections.defaultdict(int)
+
+        def visit(name: str, count: int) -> None:
+            times[name] += count
+            for operation in self._computations[name]:
+                inner = count * (self._trips(operation) if operation.kind == 'while' else 1)
+                for called in _CALLED.findall(operation.rest):
+                    if called in self._computations:
+                        visit(called, inner)
+
+        visit(self._entry, 1)
+        return times
+
+    def _trips(self, loop: Operation) -> int:
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+            return int(match[1])
+        condition = re.search(r'condition=%?([\w.\-]+)', loop.rest)[1]
+        bounds = [
+            int(operation.rest.split(')')[0])
+            for operation in self._computations[condition]
+            if operation.kind == 'constant' and operation.result.startswith('s32[]')
+        ]
+        return max(bounds, default=1)
+
+
+def _operands(operation: Operation) -> list[str]:
+    return re.findall(r'%([\w.\-]+)', operation.rest.split('),')[0])
+
+
+def _dimensions(shape: str) -> list[int]:
+    found = _ARRAY.search(shape)
+    return [int(n) for n in found[2].split(',')] if found and found[2] else []
+
+
+def _bytes(shape: str) -> int:
+    return sum(
+        _BYTES.get(kind, 4) * math.prod(int(n) for n in sizes.split(',') if n) for kind, sizes in _ARRAY.findall(shape)
+    )
+
+
+def _group_size(operation: Operation) -> int:
+    if match := re.search(r'replica_groups=\{\{([\d,]+)\}', operation.rest):
+        return len(match[1].split(','))
+    if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', operation.rest):
+        return int(match[2])
+    if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', operation.rest):
+        sizes = dict(axis.split('=') for axis in match[1].split(','))
+        return math.prod(int(sizes[axis.split(':')[0]]) for axis in match[2].split(','))
+    return 2
+
+
+def _dot_flops(left: list[int], right: list[int], out: list[int], rest: str) -> float:
+    contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', rest)
+    inner = math.prod(left[int(axis)] for axis in contracted[1].split(',') if axis) if contracted else 1
+    return 2.0 * math.prod(out) * inner
+
+
+def _convolution_flops(left: list[int], right: list[int], out: list[int], rest: str) -> float:
+    """A TPU writes every product as a convolution, batch dimensions as dilated windows: only real overlaps count."""
+    labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', rest)
+    left_labels, right_labels, out_labels = labels.groups()
+    window = re.search(r'window=\{([^}]*)\}', rest)
+    fields = dict(field.split('=') for field in window[1].split()) if window else {}
+    spatial = sorted(label for label in right_labels if label.isdigit())
+
+    def of(field: str, axis: int, default: str) -> list[int]:
+        return [int(n) for n in fields.get(field, 'x'.join([default] * len(spatial))).split('x')[axis].split('_')]
+
+    pairs = 1
+    for axis, label in enumerate(spatial):
+        size, outputs = right[right_labels.index(label)], out[out_labels.index(label)]
+        (stride,), (dilation,), (spread,) = (
+            of('stride', axis, '1'),
+            of('rhs_dilate', axis, '1'),
+            of('lhs_dilate', axis, '1'),
+        )
+        low = of('pad', axis, '0_0')[0]
+        extent = left[left_labels.index(label)]
+        pairs *= sum(
+            (position := o * stride + k * dilation - low) % spread == 0 and 0 <= position // spread < extent
+            for o in range(outputs)
+            for k in range(size)
+        )
+    inner = right[right_labels.index('i')]
+    return 2.0 * pairs * out[out_labels.index('b')] * out[out_labels.index('f')] * inner
