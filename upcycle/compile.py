@@ -122,8 +122,9 @@ class Account:
 
     def core_days(self, steps: int, utilization: float) -> float:
         """Core-days of a run at a share of the peak."""
-        chip_seconds = steps * self.analytic_flops * self.devices / (self.chip.flops * utilization)
-        return chip_seconds * self.chip.cores / 86400
+        return cost.core_days(
+            steps * self.analytic_flops * self.devices, self.chip.flops / self.chip.cores, utilization
+        )
 
 
 def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
@@ -150,8 +151,6 @@ def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
             raise UserError(f'the step does not fit: {_shortage(str(error))} {ADVICE}') from None
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     program = Program(compiled.as_text())
-    spec = run.train_data.batch_spec()
-    flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
     return Account(
         topology=topology,
         devices=len(devices),
@@ -162,7 +161,7 @@ def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
         peak=memory.peak_memory_in_bytes,
         xla_flops=counted['flops'],
         matmul_flops=program.matmul_flops(),
-        analytic_flops=flops / len(devices),
+        analytic_flops=cost.step_flops(run.model, run.train_data.batch_spec()) / len(devices),
         memory_bytes=counted['bytes accessed'],
         cycles=program.estimated_cycles(),
         collectives=program.collectives(),

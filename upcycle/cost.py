@@ -1,12 +1,20 @@
-"""What a model costs: floating-point operations by component, parameters, bytes. A multiply-add counts as 2 operations."""
+"""What a model costs: floating-point operations by component, parameters, bytes in memory and on the network, core-days.
+
+A multiply-add counts as 2 operations. Only matrix products and the weighting of experts' outputs are counted: no norms, softmax
+or activations.
+"""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax.traverse_util import flatten_dict
 
-from upcycle.moe.config import MoEConfig, RouterType, capacity, num_groups
+from upcycle.moe.config import Dispatch, MoEConfig, RouterType, capacity, num_groups
+
+if TYPE_CHECKING:
+    from upcycle.models import BatchSpec, Model
 
 # A backward pass costs two forward ones: one for the inputs' gradient, one for the weights'.
 TRAIN_OVER_FORWARD = 3.0
@@ -30,11 +38,65 @@ def mlp(tokens: int, width: int, mlp_width: int, matrices: int) -> float:
     return matrices * matmul(tokens, width, mlp_width)
 
 
-def moe(config: MoEConfig, tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool) -> float:
-    """FLOPs of one MoE layer: its router, its experts on every slot (full or not), and the weighting of their outputs."""
+def moe(
+    config: MoEConfig, tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool
+) -> dict[str, float]:
+    """FLOPs of one MoE layer: its router, its experts on every slot (full or not), and the way there and back."""
+    rows = slots(config, tokens, training=training)
+    parts = {
+        'router': matmul(tokens, width, config.num_experts),
+        'experts': mlp(rows, width, mlp_width, matrices),
+        'combine': 2.0 * rows * width,
+    }
+    if config.dispatch is Dispatch.EINSUM:
+        groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
+        # Every token against every slot of its group, there and back.
+        parts['combine'] = 2 * matmul(tokens, width, rows // groups)
+    return parts
+
+
+def slots(config: MoEConfig, tokens: int, *, training: bool) -> int:
+    """Rows that the experts of one layer multiply: E x C in every group; K a token where nothing is dropped."""
+    if config.dispatch is Dispatch.RAGGED:
+        return tokens * config.num_selected_experts
     groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
-    slots = groups * config.num_experts * capacity(config, tokens // groups, training=training)
-    return matmul(tokens, width, config.num_experts) + mlp(slots, width, mlp_width, matrices) + 2.0 * slots * width
+    return groups * config.num_experts * capacity(config, tokens // groups, training=training)
+
+
+def forward_flops(model: 'Model', batch_spec: 'BatchSpec', *, training: bool) -> float:
+    """FLOPs of one forward pass over a batch."""
+    return sum(model.forward_flops(batch_spec, training=training).values())
+
+
+def step_flops(model: 'Model', batch_spec: 'BatchSpec') -> float:
+    """FLOPs of one training step: forward and backward. Rematerialised work is not counted, as usual."""
+    return TRAIN_OVER_FORWARD * forward_flops(model, batch_spec, training=True)
+
+
+def all_to_all_bytes(
+    config: MoEConfig, tokens: int, width: int, mesh: Mapping[str, int], itemsize: int, *, repeated: bool = False
+) -> float:
+    """Bytes that one device puts into the all-to-alls of one MoE layer in a training step.
+
+    Slots go out and back, forward and backward.
+
+    Args:
+      config: the layer's.
+      tokens: of the whole batch.
+      width: D.
+      mesh: sizes of the axes `data`, `expert` and `model`; each device moves its own part of the width.
+      itemsize: bytes of a number on the network.
+      repeated: the forward ones happen again in the backward pass, as with REMAT = 'full'.
+    """
+    if mesh['expert'] == 1:
+        return 0.0
+    share = mesh['data'] * mesh['expert'] * (mesh['model'] if width % mesh['model'] == 0 else 1)
+    return (6 if repeated else 4) * slots(config, tokens, training=True) * width * itemsize / share
+
+
+def core_days(flops: float, core_flops_per_second: float, utilization: float) -> float:
+    """Core-days of that many FLOPs at a share of a core's peak."""
+    return flops / (core_flops_per_second * utilization) / 86400
 
 
 def num_parameters(params: Any) -> int:
@@ -57,5 +119,10 @@ def num_active_parameters(params: Any, moe_layers: dict[str, MoEConfig]) -> floa
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or abstract arrays."""
+    """Bytes of a tree of arrays or abstract arrays: in memory, and (uncompressed) in a checkpoint."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes on one device of a tree of (abstract) arrays with shardings."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

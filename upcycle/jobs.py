@@ -13,7 +13,7 @@ from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
 from upcycle.surgery.plan import Plan
 from upcycle.train import loop
-from upcycle.train.describe import describe, per_device
+from upcycle.train.describe import describe
 from upcycle.train.state import Layout, check_start, layout, make_plan
 from upcycle.train.step import TrainState
 
@@ -94,7 +94,7 @@ def _facts(where: Layout, what: Plan, dense: Mapping[str, Any]) -> dict[str, Any
         'parameters_after': cost.num_parameters(where.abstract.params),
         'bytes_before': cost.num_bytes(dict(dense)),
         'bytes_after': cost.num_bytes(where.abstract),
-        'bytes_per_device': per_device(where),
+        'bytes_per_device': cost.bytes_per_device(where.abstract),
         'leaves': len(what.rows),
         'dropped_leaves': len(what.dropped),
     }

@@ -133,7 +133,7 @@ def branches(folder: str, budget: float, seed: int) -> list[Branch]:
 
 def _step_flops(branch: Branch) -> float:
     run = configuration.load(branch.gin_files, branch.bindings)
-    return cost.TRAIN_OVER_FORWARD * run.model.forward_flops(run.train_data.batch_spec(), training=True)
+    return cost.step_flops(run.model, run.train_data.batch_spec())
 
 
 def _finished(branch: Branch) -> bool:

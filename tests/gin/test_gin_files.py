@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tests import runs
-from upcycle import configuration, cost, partitioning
+from upcycle import configuration, cost, jobs, partitioning
 from upcycle.errors import UserError
 from upcycle.train.state import layout
 from upcycle.train.step import train_step
@@ -19,10 +19,25 @@ FULL_SIZES = ('small', 'base', 'large', 'xl')
 def test_no_gin_file_is_left_out():
     here = {str(path.relative_to(GIN)) for path in GIN.rglob('*.gin')}
     covered = {f'models/t5_1_1_{size}.gin' for size in (*FULL_SIZES, 'tiny', 'mini')}
-    covered |= {'models/t5_1_1.gin', 'moe/t5.gin'}
+    covered |= {'models/t5_1_1.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'quickstart')}
     assert here == covered
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
+    small = runs.bindings('dense', tmp_path / 'dense', 2, BASE_LEARNING_RATE=0.01)
+    model, *rest = runs.FILES['dense']
+    optimizer = f'optimizers/{name}.gin'
+    jobs.train((model, optimizer, *rest), small)
+    upcycle = runs.bindings('upcycle', tmp_path / 'up', 4, BASE_LEARNING_RATE=0.01, OPTIMIZER_STATE='tile')
+    model, *rest = runs.FILES['upcycle']
+    upcycle['INITIAL_CHECKPOINT_PATH'] = str(tmp_path / 'dense')
+    state = jobs.train((model, optimizer, *rest), upcycle)
+    assert state.opt_state['count'] == 4
+    moments = state.opt_state['param_states']['encoder']['layers_1']['mlp']['expert']['wo']['kernel']['m']
+    assert moments.shape[0] == 4 and (moments != 0).any()
 
 
 @pytest.mark.parametrize('kind', ['dense', 'scratch', 'continue', 'upcycle'])

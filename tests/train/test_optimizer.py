@@ -1,4 +1,4 @@
-"""Adafactor: per expert, factored, and the same as the dense MLP's."""
+"""Optimizers: per expert, factored, the same as the dense MLP's, and optax's where optax is right."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from upcycle.train.optimizer import Adafactor
+from upcycle.train.optimizer import Adafactor, AdamW, Sgd
 
 D, F, E = 128, 256, 4
 
@@ -15,10 +15,18 @@ def _leaf(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize('beta1', [None, 0.9])
+OPTIMIZERS = {
+    'adafactor': Adafactor(weight_decay_rate=1e-3),
+    'adafactor with momentum': Adafactor(beta1=0.9, weight_decay_rate=1e-3),
+    'adamw': AdamW(weight_decay_rate=1e-2, weight_decay_names='w'),
+    'sgd': Sgd(nesterov=True),
+}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
 @pytest.mark.parametrize('shape', [(D, F), (F, D), (D, 8), (D,)])
-def test_an_expert_given_the_dense_gradient_and_state_gets_the_dense_update(shape, beta1):
-    optimizer = Adafactor(beta1=beta1, weight_decay_rate=1e-3)
+def test_an_expert_given_the_dense_gradient_and_state_gets_the_dense_update(shape, name):
+    optimizer = OPTIMIZERS[name]
     dense, stacked = {'w': _leaf(0, *shape)}, {'w': jnp.broadcast_to(_leaf(0, *shape), (E, *shape))}
     dense_state, stacked_state = optimizer.init(dense, {'w': 0}), optimizer.init(stacked, {'w': 1})
     for step in range(3):
@@ -79,3 +87,35 @@ def test_state_lies_on_the_mesh_as_its_parameter_does():
     state = optimizer.state_specs(params, specs, {'w': 1, 'b': 1})['param_states']
     assert state['w'] == {'v_row': P('expert', None), 'v_col': P('expert', 'model'), 'm': P('expert', None, 'model')}
     assert state['b'] == {'v': P('expert', None), 'm': P('expert', None)}
+
+
+def test_adamw_and_sgd_are_optax_with_a_mask_and_clipping():
+    shapes = {'mlp': {'kernel': (D, F), 'bias': (F,)}, 'norm': {'scale': (D,)}}
+    params = jax.tree.map(lambda shape: _leaf(len(shape), *shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    mask = {'mlp': {'kernel': True, 'bias': False}, 'norm': {'scale': False}}
+    clip = optax.clip_by_global_norm(1.0)
+    decay = optax.add_decayed_weights(0.1, mask)
+    for ours, theirs in (
+        (AdamW(weight_decay_rate=0.1, clip_global_norm=1.0), optax.scale_by_adam()),
+        (Sgd(weight_decay_rate=0.1, clip_global_norm=1.0), optax.trace(0.9)),
+    ):
+        chain = optax.chain(clip, theirs, decay, optax.scale(-0.01))
+        mine = expected = params
+        my_state, state = ours.init(params, None), chain.init(params)
+        for step in range(3):
+            grads = jax.tree.map(lambda leaf, step=step: leaf * (step + 1.0), params)
+            mine, my_state = ours.update(grads, my_state, mine, 0.01, None)
+            updates, state = chain.update(grads, state, expected)
+            expected = optax.apply_updates(expected, updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), mine, expected)
+        assert my_state['count'] == 3
+
+
+def test_decay_only_where_it_is_named():
+    optimizer = Adafactor(weight_decay_rate=0.5, weight_decay_names='kernel$')
+    params = {'kernel': _leaf(0, D, F), 'scale': _leaf(1, D)}
+    axes = {'kernel': 0, 'scale': 0}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    new, _ = optimizer.update(zeros, optimizer.init(params, axes), params, 0.0, axes)
+    np.testing.assert_allclose(new['kernel'], 0.5 * params['kernel'])
+    np.testing.assert_array_equal(new['scale'], params['scale'])

@@ -35,8 +35,8 @@ class Model(Protocol):
     def loss_normalizer(self, batch: Mapping[str, 'jax.Array']) -> 'jax.Array':
         """What the summed loss of the whole batch is divided by."""
 
-    def forward_flops(self, batch_spec: BatchSpec, *, training: bool) -> float:
-        """Floating-point operations of one forward pass over a batch, a multiply-add counted as 2."""
+    def forward_flops(self, batch_spec: BatchSpec, *, training: bool) -> dict[str, float]:
+        """Floating-point operations of one forward pass over a batch, by component, a multiply-add counted as 2."""
 
     def dense(self) -> 'Model':
         """The same model with every MoE layer a dense MLP again."""

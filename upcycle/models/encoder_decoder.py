@@ -103,29 +103,28 @@ class EncoderDecoderModel:
         moe_loss += self.router_z_loss_factor * metrics['experts/router_z_loss']
         return sums, moe_loss, metrics
 
-    def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> float:
-        """FLOPs of one forward pass over a batch of `batch_spec`; see `models.Model`."""
+    def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
+        """FLOPs of one forward pass over a batch of `batch_spec`, by component; see `models.Model`."""
         c = self.config
         batch, inputs = batch_spec['encoder_input_tokens'][0]
         targets = batch_spec['decoder_input_tokens'][0][1]
         heads = c.num_heads * c.head_dim
         matrices = len(c.mlp_activations) + 1
-
-        def mlps(stack: str, tokens: int) -> float:
-            return sum(
-                cost.mlp(tokens, c.emb_dim, c.mlp_dim, matrices)
-                if moe is None
-                else cost.moe(moe, tokens, c.emb_dim, c.mlp_dim, matrices, training=training)
-                for moe in c.layer_moe(stack)
-            )
-
-        encoder = c.num_encoder_layers * cost.attention(batch, inputs, inputs, c.emb_dim, heads)
-        decoder = c.num_decoder_layers * (
-            cost.attention(batch, targets, targets, c.emb_dim, heads)
-            + cost.attention(batch, targets, inputs, c.emb_dim, heads)
-        )
-        logits = cost.matmul(batch * targets, c.emb_dim, c.vocab_size)
-        return encoder + decoder + logits + mlps('encoder', batch * inputs) + mlps('decoder', batch * targets)
+        flops = {
+            'encoder/attention': c.num_encoder_layers * cost.attention(batch, inputs, inputs, c.emb_dim, heads),
+            'decoder/attention': c.num_decoder_layers * cost.attention(batch, targets, targets, c.emb_dim, heads),
+            'decoder/cross_attention': c.num_decoder_layers * cost.attention(batch, targets, inputs, c.emb_dim, heads),
+            'logits': cost.matmul(batch * targets, c.emb_dim, c.vocab_size),
+        }
+        for stack, tokens in (('encoder', batch * inputs), ('decoder', batch * targets)):
+            for moe in c.layer_moe(stack):
+                if moe is None:
+                    parts = {'mlp': cost.mlp(tokens, c.emb_dim, c.mlp_dim, matrices)}
+                else:
+                    parts = cost.moe(moe, tokens, c.emb_dim, c.mlp_dim, matrices, training=training)
+                for part, count in parts.items():
+                    flops[f'{stack}/{part}'] = flops.get(f'{stack}/{part}', 0.0) + count
+        return flops
 
     def dense(self) -> 'EncoderDecoderModel':
         """The same model with dense MLPs only."""

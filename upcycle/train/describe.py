@@ -1,7 +1,5 @@
 """A run in a few lines: what was resolved, before anything is allocated."""
 
-import math
-
 from jax.sharding import Mesh
 
 from upcycle import cost
@@ -17,10 +15,10 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
     total = cost.num_parameters(params)
     active = cost.num_active_parameters(params, layers)
     spec = run.train_data.batch_spec()
-    flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
+    flops = cost.step_flops(run.model, spec)
     sizes = f'{total / 1e6:.2f}M parameters' + (f', {active / 1e6:.2f}M of them active for a token' if layers else '')
     lines = [
-        f'model   {run.model.family}, {sizes}; {per_device(where) / 2**20:.0f} MiB of state on a device; '
+        f'model   {run.model.family}, {sizes}; {cost.bytes_per_device(where.abstract) / 2**20:.0f} MiB of state on a device; '
         f'{flops / 1e9:.2f} GFLOP a step',
     ]
     stacks: dict[MoEConfig, list[str]] = {}
@@ -36,11 +34,6 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
     lines.append(f'steps   to {run.total_steps}, {source}; into {run.model_dir}')
     lines.append(f'mesh    {dict(mesh.shape)}')
     return '\n'.join(lines)
-
-
-def per_device(where: Layout) -> int:
-    """Bytes of the training state on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in where.flat().values())
 
 
 def _moe(moe: MoEConfig) -> str:

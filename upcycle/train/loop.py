@@ -89,8 +89,7 @@ class _Trainer:
         self.window = Window()
         self.receipt: dict[str, Any] | None = None
         self.data_identity = run.train_data.fingerprint()
-        spec = run.train_data.batch_spec()
-        self.step_flops = cost.TRAIN_OVER_FORWARD * run.model.forward_flops(spec, training=True)
+        self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
         self.eval_step = jax.jit(functools.partial(eval_step, model=run.model))
 
     @functools.cached_property

@@ -1,16 +1,19 @@
-"""Adafactor as T5X's, with leading batch axes: an expert's update depends on that expert alone.
+"""Optimizers: Adafactor as T5X's, with leading batch axes (an expert's update depends on that expert alone), AdamW and SGD.
 
-The state is a plain tree: `count`, and `param_states`, which mirrors the parameters with T5X's leaf names `v_row`, `v_col`
-(factored), `v` (not factored) and `m` (momentum). Leaves that T5X fills with a placeholder of shape (1,) are left out.
+The state is a plain tree: `count`, and `param_states`, which mirrors the parameters with T5X's leaf names: of Adafactor `v_row`,
+`v_col` (factored), `v` (not factored) and `m` (momentum); leaves that T5X fills with a placeholder of shape (1,) are left out.
+Of AdamW `m` and `v`, of SGD `m`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
@@ -47,7 +50,9 @@ class Adafactor:
       expert_min_dim_size_to_factor: the same for leaves with batch axes. None: the same threshold, so that an expert is
         treated as the dense MLP it came from. T5X always factors its experts: 1 matches it in models narrower than 128.
       beta1: momentum; None: none.
-      weight_decay_rate: decoupled: parameters shrink by this share each step.
+      weight_decay_rate: decoupled: parameters shrink by this share each step, whatever the learning rate.
+      weight_decay_names: regular expression; the parameters whose path it matches somewhere decay.
+      clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
       epsilon1: added to the squared gradient.
       epsilon2: floor of the parameter scale.
     """
@@ -60,6 +65,8 @@ class Adafactor:
     expert_min_dim_size_to_factor: int | None = None
     beta1: float | None = None
     weight_decay_rate: float | None = None
+    weight_decay_names: str = ''
+    clip_global_norm: float | None = None
     epsilon1: float = 1e-30
     epsilon2: float = 1e-3
 
@@ -78,14 +85,16 @@ class Adafactor:
     ) -> tuple[Params, State]:
         """One step on every leaf: (new parameters, new state)."""
         decay = 1.0 - (state['count'] - self.step_offset + 1.0) ** -self.decay_rate
+        grads = clip_by_global_norm(grads, self.clip_global_norm)
         axes, grads, states = flatten_dict(batch_axes), flatten_dict(grads), flatten_dict(state['param_states'])
         new_params, new_states = {}, {}
         for path, param in flatten_dict(params).items():
             batched = axes[path] > 0
             names = self._state_shapes(param.shape[axes[path] :], batched)
+            decays = self.weight_decay_rate is not None and _matches(self.weight_decay_names, path)
 
-            def update_leaf(grad, leaf_state, param, batched=batched):
-                return self._update_leaf(grad, leaf_state, param, learning_rate, decay, batched)
+            def update_leaf(grad, leaf_state, param, batched=batched, decays=decays):
+                return self._update_leaf(grad, leaf_state, param, learning_rate, decay, batched, decays)
 
             for _ in range(axes[path]):
                 update_leaf = jax.vmap(update_leaf)
@@ -136,6 +145,7 @@ class Adafactor:
         learning_rate: jax.Array,
         decay: jax.Array,
         batched: bool,
+        decays: bool,
     ) -> tuple[jax.Array, State]:
         grad = grad.astype(jnp.float32)
         new_state = {}
@@ -160,8 +170,128 @@ class Adafactor:
         step *= scale
         if self.beta1 is not None:
             step = new_state['m'] = self.beta1 * state['m'] + (1.0 - self.beta1) * step
-        kept = param if self.weight_decay_rate is None else (1.0 - self.weight_decay_rate) * param
+        kept = (1.0 - self.weight_decay_rate) * param if decays else param
         return (kept - step).astype(param.dtype), new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """Loshchilov & Hutter 2019, by optax. Element by element, so experts need no special care.
+
+    Attributes:
+      beta1: decay of the first moment.
+      beta2: decay of the second.
+      epsilon: added to the root of the second moment.
+      weight_decay_rate: decoupled, times the learning rate.
+      weight_decay_names: regular expression; the parameters whose path it matches somewhere decay.
+      clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay_rate: float = 0.0
+    weight_decay_names: str = 'kernel'
+    clip_global_norm: float | None = None
+
+    def init(self, params: Params, batch_axes: Params) -> State:
+        """Zeros."""
+        return _zeros(params, ('m', 'v'))
+
+    def update(
+        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
+    ) -> tuple[Params, State]:
+        """One step on every leaf: (new parameters, new state)."""
+        grads = clip_by_global_norm(grads, self.clip_global_norm)
+        old = optax.ScaleByAdamState(state['count'], _slot(state, 'm'), _slot(state, 'v'))
+        steps, new = optax.scale_by_adam(self.beta1, self.beta2, self.epsilon).update(grads, old)
+        params = _descend(params, steps, learning_rate, self.weight_decay_rate, self.weight_decay_names)
+        return params, _state(new.count, m=new.mu, v=new.nu)
+
+    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
+        """Each moment lies as its parameter does."""
+        return _like_params(specs, ('m', 'v'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+    """Stochastic gradient descent with momentum, by optax.
+
+    Attributes:
+      momentum: decay of the trace.
+      nesterov: look ahead.
+      weight_decay_rate: decoupled, times the learning rate.
+      weight_decay_names: regular expression; the parameters whose path it matches somewhere decay.
+      clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
+    """
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay_rate: float = 0.0
+    weight_decay_names: str = 'kernel'
+    clip_global_norm: float | None = None
+
+    def init(self, params: Params, batch_axes: Params) -> State:
+        """Zeros."""
+        return _zeros(params, ('m',))
+
+    def update(
+        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
+    ) -> tuple[Params, State]:
+        """One step on every leaf: (new parameters, new state)."""
+        grads = clip_by_global_norm(grads, self.clip_global_norm)
+        trace = optax.trace(self.momentum, self.nesterov)
+        steps, new = trace.update(grads, optax.TraceState(_slot(state, 'm')))
+        params = _descend(params, steps, learning_rate, self.weight_decay_rate, self.weight_decay_names)
+        return params, _state(state['count'] + 1, m=new.trace)
+
+    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
+        """The trace lies as its parameter does."""
+        return _like_params(specs, ('m',))
+
+
+def clip_by_global_norm(grads: Params, limit: float | None) -> Params:
+    """Gradients scaled so that their norm over all leaves is at most `limit`."""
+    if limit is None:
+        return grads
+    clipped, _ = optax.clip_by_global_norm(limit).update(grads, optax.EmptyState())
+    return clipped
+
+
+def _matches(names: str, path: tuple[str, ...]) -> bool:
+    return re.search(names, '/'.join(path)) is not None
+
+
+def _descend(params: Params, steps: Params, learning_rate: jax.Array, decay: float, names: str) -> Params:
+    flat_steps = flatten_dict(steps)
+    new = {}
+    for path, param in flatten_dict(params).items():
+        step = flat_steps[path]
+        if decay and _matches(names, path):
+            step = step + decay * param
+        new[path] = (param - learning_rate * step).astype(param.dtype)
+    return unflatten_dict(new)
+
+
+def _zeros(params: Params, slots: tuple[str, ...]) -> State:
+    flat = flatten_dict(params)
+    zeros = {(*path, slot): jnp.zeros(leaf.shape, jnp.float32) for path, leaf in flat.items() for slot in slots}
+    return {'count': jnp.zeros((), jnp.int32), 'param_states': unflatten_dict(zeros)}
+
+
+def _slot(state: State, slot: str) -> Params:
+    flat = flatten_dict(state['param_states'])
+    return unflatten_dict({path[:-1]: leaf for path, leaf in flat.items() if path[-1] == slot})
+
+
+def _state(count: jax.Array, **slots: Params) -> State:
+    flat = {(*path, name): leaf for name, tree in slots.items() for path, leaf in flatten_dict(tree).items()}
+    return {'count': count, 'param_states': unflatten_dict(flat)}
+
+
+def _like_params(specs: Params, slots: tuple[str, ...]) -> State:
+    flat = {(*path, slot): spec for path, spec in flatten_dict(specs).items() for slot in slots}
+    return {'count': PartitionSpec(), 'param_states': unflatten_dict(flat)}
 
 
 def _without(shape: tuple, axis: int) -> tuple:
