@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from upcycle.errors import UserError
@@ -61,7 +62,9 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
             f'NUM_EXPERTS = {num_experts} does not divide among the {shape[1]} shards of the expert axis of '
             f'MESH_SHAPE = {shape!r}: change one of them.'
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A pod's torus, such as 4 x 4 x 4, has no axes of 2 and 32: let one be split.
+    laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager

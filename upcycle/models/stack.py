@@ -92,7 +92,7 @@ def segments(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
         if depth % period == 0 and all(kinds[i] == kinds[i % period] for i in range(depth)):
             return [(0, period, depth // period)]
     starts = [i for i in range(depth) if i == 0 or kinds[i] != kinds[i - 1]]
-    ends = [*starts[1:], depth]
+    ends = [*starts[1:], depth][: len(starts)]
     return [(start, 1, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
