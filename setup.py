@@ -46,7 +46,13 @@ setuptools.setup(
         'rich>=13',
     ],
     extras_require={
-        'test': ['pytest>=8', 'pytest-xdist>=3.6', 'hypothesis>=6.100', 'ruff>=0.8,<0.16'],
+        'test': [
+            'pytest>=8',
+            'jax[tpu]; sys_platform == "linux"',
+            'pytest-xdist>=3.6',
+            'hypothesis>=6.100',
+            'ruff>=0.8,<0.16',
+        ],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         'tpu': ['jax[tpu]'],

@@ -44,6 +44,7 @@ MISTAKES = {
     'no checkpoint named': ('upcycle', {}, ['INITIAL_CHECKPOINT_PATH']),
     'microbatches': ('dense', {'NUM_MICROBATCHES': 3}, ['BATCH_SIZE = 4', '3 microbatches']),
     'groups': ('scratch', {'GROUPS_MULTIPLE_OF': 7}, ['GROUPS_MULTIPLE_OF']),
+    'microbatches cut groups': ('scratch', {'NUM_MICROBATCHES': 2}, ['NUM_MICROBATCHES = 2', 'GROUPS_MULTIPLE_OF']),
     'too many chosen': ('scratch', {'NUM_SELECTED_EXPERTS': 9}, ['NUM_SELECTED_EXPERTS']),
     'steps': ('dense', {'TRAIN_STEPS': 'many'}, ['TRAIN_STEPS']),
     'vocabulary': ('dense', {'NUM_EMBEDDINGS': 128}, ['NUM_EMBEDDINGS', '359']),

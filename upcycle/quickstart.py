@@ -22,8 +22,8 @@ TASK = 'tasks/stdlib_span_corruption.gin'
 SETTINGS = 'runs/quickstart.gin'
 
 # Steps at --budget=1: of the dense model, and of upcycling. The other two follow from equal FLOPs.
-DENSE_STEPS = 1500
-UPCYCLE_STEPS = 1000
+DENSE_STEPS = 2000
+UPCYCLE_STEPS = 2000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """T5 as the trainer sees it: its loss, its cost, and where its MoE layers are. T5X's `EncoderDecoderModel`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,6 +139,11 @@ class EncoderDecoderModel:
             for i, moe in enumerate(self.config.layer_moe(stack))
             if moe is not None
         }
+
+    def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
+        """Tokens of a batch at each MoE layer."""
+        tokens = {stack: math.prod(batch_spec[f'{stack}_input_tokens'][0]) for stack in ('encoder', 'decoder')}
+        return {path: tokens[path.split('/')[0]] for path in self.moe_layers()}
 
     def moe_module(self, path: str) -> nn.Module:
         """One MoE layer on its own."""

@@ -198,6 +198,32 @@ def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
     return multiple_of * next(n for n in range(at_least, per_multiple + 1) if per_multiple % n == 0)
 
 
+def microbatch_groups(config: MoEConfig, num_tokens: int) -> int:
+    """Groups in a microbatch of that many tokens: those of the whole batch, cut at group boundaries.
+
+    Raises:
+      UserError: a group would be cut in two.
+    """
+    microbatches = config.num_microbatches
+    whole = num_groups(num_tokens * microbatches, config.group_size, config.groups_multiple_of)
+    if whole % microbatches:
+        raise UserError(
+            f'NUM_MICROBATCHES = {microbatches} would cut a routing group in two, since the batch has {whole} groups of '
+            f'{num_tokens * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
+        )
+    return whole // microbatches
+
+
+def check_groups(groups: int, shards: int) -> None:
+    """Raises UserError unless the groups of a (micro)batch can be dealt out whole to the devices that share it."""
+    if groups % shards:
+        raise UserError(
+            f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
+            f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
+            'or use fewer devices there.'
+        )
+
+
 def capacity(config: MoEConfig, tokens_per_group: int, *, training: bool) -> int:
     """C: slots of one expert for one group, at most S.
 

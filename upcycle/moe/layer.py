@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import exchange, ragged
-from upcycle.moe.config import Dispatch, MoEConfig, capacity, num_groups
+from upcycle.moe.config import Dispatch, MoEConfig, capacity, check_groups, microbatch_groups
 from upcycle.moe.router import Choices, here, route_dropless
 
 # The variable collection that one layer's routing metrics are written to.
@@ -91,9 +91,9 @@ class MoELayer(nn.Module):
             C = B * L // G
             mesh = mesh if B % shards == 0 else None
         else:
-            G = _groups(config, B * L)
+            G = microbatch_groups(config, B * L)
             C = capacity(config, B * L // G, training=training)
-            _check_groups(G, shards)
+            check_groups(G, shards)
         logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
         if config.dispatch is Dispatch.RAGGED and not self.is_initializing():
             return self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh)
@@ -148,24 +148,3 @@ class MoELayer(nn.Module):
         for name, value in metrics.items():
             self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         self.sow('intermediates', 'routing', routing)
-
-
-def _check_groups(groups: int, shards: int) -> None:
-    if groups % shards:
-        raise UserError(
-            f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
-            f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
-            'or use fewer devices there.'
-        )
-
-
-def _groups(config: MoEConfig, num_tokens: int) -> int:
-    """Groups in this microbatch: those of the whole batch, cut at group boundaries."""
-    microbatches = config.num_microbatches
-    whole = num_groups(num_tokens * microbatches, config.group_size, config.groups_multiple_of)
-    if whole % microbatches:
-        raise UserError(
-            f'NUM_MICROBATCHES = {microbatches} would cut a routing group in two, since the batch has {whole} groups of '
-            f'{num_tokens * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
-        )
-    return whole // microbatches

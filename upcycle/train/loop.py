@@ -16,6 +16,7 @@ from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.errors import UserError
 from upcycle.metrics import MetricsLog, Progress
+from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import state as states
 from upcycle.train.run import Run
 from upcycle.train.step import TrainState, eval_step, summarize, train_step
@@ -72,10 +73,16 @@ def check(run: Run) -> jax.sharding.Mesh:
 
 
 def check_batches(run: Run, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless the run's batches divide among the devices."""
-    partitioning.check_batch(run.train_data.batch_size, mesh, run.num_microbatches, 'BATCH_SIZE')
+    """Raises UserError unless the run's batches, and their routing groups, divide among the devices."""
+    batches = [('BATCH_SIZE', run.train_data, run.num_microbatches)]
     if run.eval_data is not None:
-        partitioning.check_batch(run.eval_data.batch_size, mesh, 1, 'EVAL_BATCH_SIZE')
+        batches.append(('EVAL_BATCH_SIZE', run.eval_data, 1))
+    layers = run.model.moe_layers()
+    for binding, data, microbatches in batches:
+        partitioning.check_batch(data.batch_size, mesh, microbatches, binding)
+        for path, tokens in run.model.moe_tokens(data.batch_spec()).items():
+            moe = dataclasses.replace(layers[path], num_microbatches=microbatches)
+            check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))
 
 
 class _Trainer:

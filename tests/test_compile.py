@@ -1,0 +1,65 @@
+"""`upcycle compile`: a tiny run compiled ahead of time for a TPU slice, by the TPU's own compiler."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+from upcycle import cost
+
+requires_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "upcycle[tpu]"'
+)
+TOPOLOGY = 'v4:2x2x1'
+
+
+def compile_(*options, topology=TOPOLOGY, **bindings):
+    """Exit code, standard output and standard error of `upcycle compile`."""
+    settings = runs.bindings('scratch', 'unused', 1000, NUM_EXPERTS=8, BATCH_SIZE=16, GROUPS_MULTIPLE_OF=4)
+    settings |= {'ACTIVATION_DTYPE': 'bfloat16', 'EMBED_DIM': '128'} | bindings
+    arguments = [
+        *(f'--gin_file={file}' for file in runs.FILES['scratch']),
+        *(f'--gin.{name}={value}' for name, value in settings.items()),
+    ]
+    done = subprocess.run(
+        [sys.executable, '-m', 'upcycle', 'compile', f'--topology={topology}', *arguments, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@requires_libtpu
+def test_the_account_of_a_tiny_run():
+    code, out, errors = compile_('--json', MESH_SHAPE='(1,4,1)')
+    assert code == 0, errors
+    account = json.loads(out)
+    assert account['fits'] and account['devices'] == account['chips'] == 4
+    # Out and back, forward and backward, of the encoder's and the decoder's MoE layer; nothing else crosses `expert`.
+    exchanged = account['collectives']['all-to-all']
+    assert exchanged['count'] == 8
+    run = runs.build('scratch', 'unused', 1000, NUM_EXPERTS=8, BATCH_SIZE=16, GROUPS_MULTIPLE_OF=4, EMBED_DIM=128)
+    mesh = {'data': 1, 'expert': 4, 'model': 1}
+    layers = run.model.moe_layers()
+    tokens = {'encoder': 16 * 32, 'decoder': 16 * 9}
+    expected = sum(cost.all_to_all_bytes(moe, tokens[path.split('/')[0]], 128, mesh, 2) for path, moe in layers.items())
+    assert exchanged['operand_bytes'] == expected
+    assert 'all-gather' not in account['collectives']
+    assert account['matmul_flops'] == pytest.approx(account['analytic_flops'], rel=0.15)
+    assert account['estimated_core_days'] > 0
+
+
+@requires_libtpu
+def test_an_unknown_topology_is_one_sentence():
+    for topology in ('v9:2x2x1', 'v4', 'v4:3x5x7x9'):
+        code, out, errors = compile_(topology=topology)
+        assert (code, out) == (2, '') and errors.startswith('upcycle: --topology=') and 'Traceback' not in errors
+
+
+def test_a_utilization_of_nothing_is_refused():
+    code, _, errors = compile_('--utilization=0')
+    assert code == 2 and '--utilization=0' in errors
