@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         '--utilization', type=float, default=0.4, help='share of the peak assumed for core-days (%(default)s)'
     )
     compile_.add_argument('--json', action='store_true', help='machine-readable')
+    compile_.add_argument('--hlo', metavar='FILE', help='write the compiled program there, as text')
 
     inspect = add('inspect', _inspect, 'what a checkpoint holds')
     inspect.add_argument('path')
@@ -167,6 +168,7 @@ def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         num_slices=options.num_slices,
         utilization=options.utilization,
         as_json=options.json,
+        hlo=options.hlo,
     )
 
 

@@ -127,13 +127,16 @@ class Account:
         )
 
 
-def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
+def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> tuple[Account, str]:
     """Compiles a run's training step for a topology.
 
     Args:
       run: its mesh shape must use the topology's devices.
       topology: such as 'v4:4x4x8', 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16'.
       num_slices: connected by the data-centre network.
+
+    Returns:
+      The account, and the compiled program as text.
 
     Raises:
       UserError: libtpu is not installed, the topology is unknown, or the program does not fit.
@@ -150,8 +153,9 @@ def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
                 raise
             raise UserError(f'the step does not fit: {_shortage(str(error))} {ADVICE}') from None
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
-    program = Program(compiled.as_text())
-    return Account(
+    text = compiled.as_text()
+    program = Program(text)
+    account = Account(
         topology=topology,
         devices=len(devices),
         chips=len({(getattr(device, 'slice_index', 0), *device.coords) for device in devices}),
@@ -167,6 +171,7 @@ def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> Account:
         collectives=program.collectives(),
         compile_seconds=elapsed(),
     )
+    return account, text
 
 
 ADVICE = (

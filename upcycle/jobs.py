@@ -71,6 +71,7 @@ def compile_(
     num_slices: int = 1,
     utilization: float = 0.4,
     as_json: bool = False,
+    hlo: str | None = None,
 ) -> None:
     """`upcycle compile`: the TPU compiler's account of a run's step."""
     from upcycle import compile as aot
@@ -80,7 +81,10 @@ def compile_(
     # Neither is read, and a run needs both.
     named = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **bindings}
     run = configuration.load(gin_files, named)
-    account = aot.compile_run(run, topology, num_slices=num_slices)
+    account, text = aot.compile_run(run, topology, num_slices=num_slices)
+    if hlo is not None:
+        with open(hlo, 'w', encoding='utf-8') as file:
+            file.write(text)
     if as_json:
         print(json.dumps(aot.as_json(account, run, utilization), indent=1))
         return
