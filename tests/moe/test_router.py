@@ -94,8 +94,10 @@ def run(config):
 
     def layer(x_GxSxD, logits_GxSxE, how):
         routing, metrics = route(logits_GxSxE, real_GxS, config, capacity(config, S, training=True))
-        y_ExGxCxD = jnp.tanh(dispatch(x_GxSxD, routing, how) * jnp.arange(1.0, E + 1)[:, None, None, None])
-        y_GxSxD = combine(y_ExGxCxD, routing, S, how)
+        y_ExGxCxD = jnp.tanh(
+            dispatch(x_GxSxD, routing, how, config.experts_of_a_token) * jnp.arange(1.0, E + 1)[:, None, None, None]
+        )
+        y_GxSxD = combine(y_ExGxCxD, routing, S, how, config.experts_of_a_token)
         loss = (y_GxSxD * target_GxSxD).sum() + 0.01 * metrics['auxiliary_loss']
         return loss, (y_GxSxD, routing, metrics)
 

@@ -99,6 +99,17 @@ def test_tiled_state_trains(tmp_path, dense):
     assert leaves['opt_state/count'] == 5
 
 
+def test_a_dropless_decoder_upcycles_and_trains(tmp_path, dense):
+    settings = {'DECODER_DISPATCH': 'ragged', 'NORMALIZE_COMBINE_WEIGHTS': True, 'SCAN_LAYERS': True, 'REMAT': 'full'}
+    runs.train('upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=dense, **settings)
+    check = json.loads((tmp_path / 'up' / 'receipt.json').read_text())['function_check']['layers']
+    decoder = check['decoder/layers_1/mlp']
+    assert decoder['covered'] == 1.0
+    assert decoder['max_abs_difference_covered'] <= 1e-5 * max(1.0, decoder['dense_rms'])
+    last = [line for line in lines_of(tmp_path / 'up') if line['split'] == 'train'][-1]
+    assert last['experts/decoder/layers_1/fraction_dropped'] == 0
+
+
 def test_validation_lines_hold_routing_metrics(tmp_path):
     runs.train('scratch', tmp_path, 3)
     last = lines_of(tmp_path)[-1]

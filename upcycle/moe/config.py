@@ -91,6 +91,11 @@ class MoEConfig:
     causal: bool = False
     num_microbatches: int = 1
 
+    @property
+    def experts_of_a_token(self) -> int:
+        """The most experts that can take one token."""
+        return self.num_selected_experts if self.router is RouterType.TOP_K else self.num_experts
+
     def __post_init__(self):
         for field, kind, binding in (
             ('router', RouterType, 'router'),

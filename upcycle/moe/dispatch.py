@@ -3,6 +3,8 @@
 Slots are laid out expert first, (E, G, C, D), as the experts and the network want them, so that nothing is transposed on the way.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -16,25 +18,36 @@ def masks(routing: Routing, num_tokens: int) -> tuple[jax.Array, jax.Array]:
     return mask_GxSxExC, mask_GxSxExC * routing.weight_GxExC[:, None]
 
 
-def dispatch(x_GxSxD: jax.Array, routing: Routing, how: Dispatch) -> jax.Array:
-    """Puts every slot's token into its slot: (G, S, D) -> (E, G, C, D); empty slots hold zeros."""
+def dispatch(x_GxSxD: jax.Array, routing: Routing, how: Dispatch, longest: int) -> jax.Array:
+    """Puts every slot's token into its slot.
+
+    Args:
+      x_GxSxD: tokens.
+      routing: of these tokens.
+      how: `gather` or `einsum`.
+      longest: no token sits in more slots than this.
+
+    Returns:
+      (E, G, C, D); empty slots hold zeros.
+    """
     G, S, D = x_GxSxD.shape
     if how is Dispatch.GATHER:
-        return x_GxSxD.reshape(G * S, D).at[_rows(routing, S)].get(mode='fill', fill_value=0)
+        row_ExGxC = _rows(routing, S)
+        return _take(x_GxSxD.reshape(G * S, D), row_ExGxC.reshape(-1), G * S, longest).reshape(*row_ExGxC.shape, D)
     mask_GxSxExC, _ = masks(routing, S)
     return jnp.einsum('gsd,gsec->egcd', x_GxSxD, mask_GxSxExC.astype(x_GxSxD.dtype))
 
 
-def combine(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispatch) -> jax.Array:
+def combine(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispatch, longest: int) -> jax.Array:
     """Weighted sum of each token's slots, accumulated in float32: (E, G, C, D) -> (G, S, D)."""
     _, G, _, D = y_ExGxCxD.shape
     if how is Dispatch.GATHER:
-        weighted_ExGxCxD = y_ExGxCxD.astype(jnp.float32) * routing.weight_GxExC.swapaxes(0, 1)[..., None]
-        zeros = jnp.zeros((G * num_tokens, D), jnp.float32)
-        y_GxSxD = zeros.at[_rows(routing, num_tokens)].add(weighted_ExGxCxD, mode='drop').reshape(G, num_tokens, D)
-    else:
-        _, combine_GxSxExC = masks(routing, num_tokens)
-        y_GxSxD = jnp.einsum('egcd,gsec->gsd', y_ExGxCxD.astype(jnp.float32), combine_GxSxExC)
+        weight_R = routing.weight_GxExC.swapaxes(0, 1).reshape(-1)
+        row_R = _rows(routing, num_tokens).reshape(-1)
+        y_TxD = _add(y_ExGxCxD.reshape(-1, D), weight_R, row_R, G * num_tokens, longest)
+        return y_TxD.reshape(G, num_tokens, D)
+    _, combine_GxSxExC = masks(routing, num_tokens)
+    y_GxSxD = jnp.einsum('egcd,gsec->gsd', y_ExGxCxD.astype(jnp.float32), combine_GxSxExC)
     return y_GxSxD.astype(y_ExGxCxD.dtype)
 
 
@@ -44,3 +57,79 @@ def _rows(routing: Routing, num_tokens: int) -> jax.Array:
     first_Gx1x1 = num_tokens * jnp.arange(G)[:, None, None]
     row_GxExC = jnp.where(routing.token_GxExC < num_tokens, first_Gx1x1 + routing.token_GxExC, G * num_tokens)
     return row_GxExC.swapaxes(0, 1)
+
+
+# Each is the other's transpose. Left to autodiff, the transpose of a gather is a scatter-add in the type of the activations.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _take(x_TxD: jax.Array, row_R: jax.Array, num_rows: int, longest: int) -> jax.Array:
+    """Rows of x; zeros for the row past the last."""
+    del num_rows, longest
+    return x_TxD.at[row_R].get(mode='fill', fill_value=0)
+
+
+def _take_forward(x_TxD, row_R, num_rows, longest):
+    return _take(x_TxD, row_R, num_rows, longest), row_R
+
+
+def _take_backward(num_rows, longest, row_R, dy_RxD):
+    return _sum_of_slots(dy_RxD, jnp.ones(row_R.shape, jnp.float32), row_R, num_rows, longest), None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _add(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_rows: int, longest: int) -> jax.Array:
+    """For each of `num_rows` rows the weighted sum of its slots, (T, D)."""
+    return _sum_of_slots(y_RxD, weight_R, row_R, num_rows, longest)
+
+
+def _add_forward(y_RxD, weight_R, row_R, num_rows, longest):
+    return _add(y_RxD, weight_R, row_R, num_rows, longest), (y_RxD, weight_R, row_R)
+
+
+def _add_backward(num_rows, longest, kept, dout_TxD):
+    y_RxD, weight_R, row_R = kept
+    dout_RxD = dout_TxD.at[row_R].get(mode='fill', fill_value=0).astype(jnp.float32)
+    dy_RxD = (weight_R[:, None] * dout_RxD).astype(y_RxD.dtype)
+    return dy_RxD, (y_RxD.astype(jnp.float32) * dout_RxD).sum(axis=-1), None
+
+
+_add.defvjp(_add_forward, _add_backward)
+
+
+def _sum_of_slots(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_rows: int, longest: int) -> jax.Array:
+    out_TxD = jax.lax.platform_dependent(
+        y_RxD,
+        weight_R,
+        row_R,
+        # A TPU adds scattered rows one after the other.
+        tpu=functools.partial(sum_sorted, num_rows=num_rows, longest=longest),
+        default=functools.partial(sum_scattered, num_rows=num_rows),
+    )
+    return out_TxD.astype(y_RxD.dtype)
+
+
+def sum_scattered(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int) -> jax.Array:
+    """Sums of weighted slots by row, float32 (T, D), by scatter-add."""
+    zeros_TxD = jnp.zeros((num_rows, y_RxD.shape[-1]), jnp.float32)
+    return zeros_TxD.at[row_R].add(y_RxD.astype(jnp.float32) * weight_R[:, None], mode='drop')
+
+
+def sum_sorted(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int, longest: int) -> jax.Array:
+    """The same by gathers alone: slots sorted by row, then runs of equal rows added up in log2(longest) steps.
+
+    After the step of `shift`, an entry holds the sum of the next 2 * shift entries of its run.
+    """
+    sorted_R, order_R = jax.lax.sort_key_val(row_R, jnp.arange(row_R.size, dtype=row_R.dtype))
+    z_RxD = y_RxD[order_R].astype(jnp.float32) * weight_R[order_R][:, None]
+    shift = 1
+    while shift < longest:
+        same_R = jnp.pad(sorted_R[shift:], (0, shift), constant_values=-1) == sorted_R
+        z_RxD += jnp.where(same_R[:, None], jnp.pad(z_RxD[shift:], ((0, shift), (0, 0))), 0)
+        shift *= 2
+    first_T = jnp.searchsorted(sorted_R, jnp.arange(num_rows, dtype=row_R.dtype), method='sort')
+    covered_T = sorted_R.at[first_T].get(mode='fill', fill_value=-1) == jnp.arange(num_rows)
+    return jnp.where(covered_T[:, None], z_RxD.at[first_T].get(mode='fill', fill_value=0), 0)

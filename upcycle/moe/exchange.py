@@ -50,7 +50,7 @@ def send(
         G = groups // shards
         D, E = x_BxLxD.shape[-1], logits_BxLxE.shape[-1]
         routing, metrics = route(logits_BxLxE.reshape(G, -1, E), real_BxL.reshape(G, -1), config, capacity, across)
-        x_ExGxCxD = dispatch(x_BxLxD.reshape(G, -1, D), routing, config.dispatch)
+        x_ExGxCxD = dispatch(x_BxLxD.reshape(G, -1, D), routing, config.dispatch, config.experts_of_a_token)
         return _all_to_all(x_ExGxCxD, 0, 1, config, mesh), routing, metrics
 
     if mesh is None:
@@ -84,7 +84,7 @@ def receive(
 
     def local(y_ExGxCxD, routing):
         y_ExGxCxD = _all_to_all(y_ExGxCxD, 1, 0, config, mesh)
-        y_GxSxD = combine(y_ExGxCxD, routing, tokens_per_group, config.dispatch)
+        y_GxSxD = combine(y_ExGxCxD, routing, tokens_per_group, config.dispatch, config.experts_of_a_token)
         return y_GxSxD.reshape(-1, shape[1], y_GxSxD.shape[-1])
 
     if mesh is None:

@@ -198,15 +198,19 @@ def _top_k(
     return jax.vmap(slots)(expert_GxSxK, slot_GxSxK, probs_GxSxE), kept_GxSxK
 
 
-def token_sums(routing: Routing, num_tokens: int) -> jax.Array:
+def token_sums(routing: Routing | Choices, num_tokens: int) -> jax.Array:
     """Sum of each token's combine weights, (G, S); 0 for a token that no expert took."""
+    if isinstance(routing, Choices):
+        return routing.weight_GxSxK.sum(axis=-1)
     return jax.vmap(lambda token, weight: jnp.zeros(num_tokens).at[token].add(weight, mode='drop'))(
         routing.token_GxExC, routing.weight_GxExC
     )
 
 
-def covered_tokens(routing: Routing, num_tokens: int) -> jax.Array:
+def covered_tokens(routing: Routing | Choices, num_tokens: int) -> jax.Array:
     """Bool (G, S): at least one expert took the token."""
+    if isinstance(routing, Choices):
+        return (routing.weight_GxSxK > 0).any(axis=-1)
     return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(routing.token_GxExC)
 
 

@@ -116,7 +116,7 @@ def _compare(model: Model, path: str, sparse_params: Params, x_BxLxD, y_BxLxD, r
         {'params': params}, x_BxLxD, real_BxL, training=False, mutable=['intermediates']
     )
     (routing,) = written['intermediates']['routing']
-    S = real_BxL.size // routing.token_GxExC.shape[0]
+    S = real_BxL.size // routing[0].shape[0]
     covered_BxL = covered_tokens(routing, S).reshape(real_BxL.shape) & real_BxL
     weight_BxL = token_sums(routing, S).reshape(real_BxL.shape)
     uncovered_BxL = real_BxL & ~covered_BxL
