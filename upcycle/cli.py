@@ -159,6 +159,8 @@ def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     # Before JAX is loaded: the host must not look for TPUs of its own.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+    # No chip is touched, so several compilations may run beside each other.
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
     from upcycle import jobs
 
     jobs.compile_(

@@ -48,7 +48,8 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     Raises:
       UserError: the shape does not use the devices, or the experts do not divide.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if shape == 'auto':
         expert = math.gcd(count, num_experts) if num_experts else 1
         shape = (count // expert, expert, 1)
@@ -62,8 +63,18 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
             f'NUM_EXPERTS = {num_experts} does not divide among the {shape[1]} shards of the expert axis of '
             f'MESH_SHAPE = {shape!r}: change one of them.'
         )
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if shape[0] % slices:
+        raise UserError(
+            f'MESH_SHAPE = {shape!r}: the data axis alone crosses the network between slices, so its size must be a multiple '
+            f'of their number, {slices}.'
+        )
     # A pod's torus, such as 4 x 4 x 4, has no axes of 2 and 32: let one be split.
-    laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        inside, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        laid_out = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
     return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

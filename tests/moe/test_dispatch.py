@@ -1,17 +1,17 @@
-"""The two ways to add up slots: by scatter, and by sorting, which is what a TPU runs."""
+"""The two ways to add up slots: by scatter, and in sorted blocks, which is what a TPU runs."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle.moe.dispatch import sum_scattered, sum_sorted
+from upcycle.moe.dispatch import sum_in_blocks, sum_scattered
 
 ROWS, WIDTH = 40, 6
 
 
-@pytest.mark.parametrize('longest', [1, 2, 3, 8, 11])
-def test_sorting_adds_up_what_scattering_does(longest):
+@pytest.mark.parametrize('longest', [1, 2, 3, 8, 11, 40])
+def test_blocks_add_up_what_scattering_does(longest):
     rng = np.random.default_rng(longest)
     # Every row from 0 to `longest` times, one of them exactly that often, and empty slots, in any order.
     counts = rng.integers(0, longest + 1, ROWS)
@@ -22,11 +22,13 @@ def test_sorting_adds_up_what_scattering_does(longest):
     expected = np.zeros((ROWS + 1, WIDTH))
     np.add.at(expected, row_R, y_RxD.astype(np.float64) * weight_R[:, None])
     scattered = jit(lambda *given: sum_scattered(*given, num_rows=ROWS))(y_RxD, weight_R, row_R)
-    by_sorting = jit(lambda *given: sum_sorted(*given, num_rows=ROWS, longest=longest))(y_RxD, weight_R, row_R)
+    in_blocks = jit(lambda *given: sum_in_blocks(*given, num_rows=ROWS, longest=longest, block=16))(
+        y_RxD, weight_R, row_R
+    )
     np.testing.assert_allclose(scattered, expected[:-1], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(by_sorting, expected[:-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(in_blocks, expected[:-1], rtol=1e-5, atol=1e-6)
 
 
 def test_no_slots_at_all():
-    nothing = sum_sorted(jnp.ones((3, 2)), jnp.zeros(3), jnp.full(3, 5, jnp.int32), num_rows=5, longest=4)
+    nothing = sum_in_blocks(jnp.ones((3, 2)), jnp.zeros(3), jnp.full(3, 5, jnp.int32), num_rows=5, longest=4)
     np.testing.assert_array_equal(nothing, np.zeros((5, 2)))

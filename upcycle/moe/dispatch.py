@@ -106,7 +106,7 @@ def _sum_of_slots(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_r
         weight_R,
         row_R,
         # A TPU adds scattered rows one after the other.
-        tpu=functools.partial(sum_sorted, num_rows=num_rows, longest=longest),
+        tpu=functools.partial(sum_in_blocks, num_rows=num_rows, longest=longest),
         default=functools.partial(sum_scattered, num_rows=num_rows),
     )
     return out_TxD.astype(y_RxD.dtype)
@@ -118,18 +118,40 @@ def sum_scattered(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, nu
     return zeros_TxD.at[row_R].add(y_RxD.astype(jnp.float32) * weight_R[:, None], mode='drop')
 
 
-def sum_sorted(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int, longest: int) -> jax.Array:
-    """The same by gathers alone: slots sorted by row, then runs of equal rows added up in log2(longest) steps.
+def sum_in_blocks(
+    y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int, longest: int, block: int = 128
+) -> jax.Array:
+    """The same without scatters: slots sorted by row, then summed block by block by a one-hot product, linear in the slots.
 
-    After the step of `shift`, an entry holds the sum of the next 2 * shift entries of its run.
+    A block sums the runs of equal rows that start in its `block` slots; it also reads the next `longest`, where a run may end.
     """
-    sorted_R, order_R = jax.lax.sort_key_val(row_R, jnp.arange(row_R.size, dtype=row_R.dtype))
-    z_RxD = y_RxD[order_R].astype(jnp.float32) * weight_R[order_R][:, None]
-    shift = 1
-    while shift < longest:
-        same_R = jnp.pad(sorted_R[shift:], (0, shift), constant_values=-1) == sorted_R
-        z_RxD += jnp.where(same_R[:, None], jnp.pad(z_RxD[shift:], ((0, shift), (0, 0))), 0)
-        shift *= 2
-    first_T = jnp.searchsorted(sorted_R, jnp.arange(num_rows, dtype=row_R.dtype), method='sort')
-    covered_T = sorted_R.at[first_T].get(mode='fill', fill_value=-1) == jnp.arange(num_rows)
-    return jnp.where(covered_T[:, None], z_RxD.at[first_T].get(mode='fill', fill_value=0), 0)
+    R, D = y_RxD.shape
+    padding = -R % block
+    row_R = jnp.pad(row_R, (0, padding), constant_values=num_rows)
+    row_R, order_R = jax.lax.sort_key_val(row_R, jnp.arange(R + padding, dtype=row_R.dtype))
+    starts_R = row_R != jnp.pad(row_R[:-1], (1, 0), constant_values=-1)
+    run_R = jnp.cumsum(starts_R.astype(jnp.int32))
+
+    def windows(x_R: jax.Array, fill: int) -> jax.Array:
+        """(R / block, block + longest): every block's entries and the next `longest`."""
+        position = block * jnp.arange((R + padding) // block)[:, None] + jnp.arange(block + longest)
+        return x_R.at[position].get(mode='fill', fill_value=fill)
+
+    # Out of bounds reads zeros.
+    slot_NxW = windows(order_R, R)
+    z_NxWxD = y_RxD.at[slot_NxW].get(mode='fill', fill_value=0).astype(jnp.float32)
+    z_NxWxD *= weight_R.at[slot_NxW].get(mode='fill', fill_value=0)[..., None]
+    run_NxW = windows(run_R, -1)
+    place_NxW = run_NxW - run_NxW[:, :1]
+    mine_NxPxW = place_NxW[:, None] == jnp.arange(block)[:, None]
+    sums_NxPxD = jnp.einsum(
+        'npw,nwd->npd',
+        mine_NxPxW.astype(y_RxD.dtype),
+        z_NxWxD.astype(y_RxD.dtype),
+        preferred_element_type=jnp.float32,
+        precision='highest',
+    )
+    first_T = jnp.searchsorted(row_R, jnp.arange(num_rows, dtype=row_R.dtype), method='sort')
+    covered_T = row_R.at[first_T].get(mode='fill', fill_value=-1) == jnp.arange(num_rows)
+    place_T = first_T // block * block + place_NxW[:, :block].reshape(-1).at[first_T].get(mode='fill', fill_value=0)
+    return jnp.where(covered_T[:, None], sums_NxPxD.reshape(-1, D).at[place_T].get(mode='fill', fill_value=0), 0)

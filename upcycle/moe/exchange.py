@@ -90,9 +90,17 @@ def receive(
     if mesh is None:
         return local(y_ExGxCxD, routing)
     width = _width_axis(mesh, shape[-1])
+
+    def local_part(y_ExGxCxD, routing):
+        if width is not None:
+            # Each device sees its part of the width, so its part of a weight's gradient: they add up over `model`.
+            weight = jax.lax.pcast(routing.weight_GxExC, width, to='varying')
+            routing = routing._replace(weight_GxExC=weight)
+        return local(y_ExGxCxD, routing)
+
     y_ExGxCxD = jax.lax.with_sharding_constraint(y_ExGxCxD, P(EXPERT, DATA, None, width))
     moved = jax.shard_map(
-        local,
+        local_part,
         in_specs=(P(EXPERT, DATA, None, width), Routing(P(BATCH), P(BATCH))),
         out_specs=P(BATCH, None, width),
     )
