@@ -17,7 +17,7 @@ from tests.moe.quick import random_params
 from tests.small import FEATURES, random_batch, small_t5, spec_of, with_moe
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
-from upcycle.moe.config import RouterType, capacity
+from upcycle.moe.config import RouterType, capacity, num_groups
 from upcycle.moe.layer import Router
 from upcycle.train.step import TrainState, train_step
 
@@ -50,7 +50,11 @@ CASES = {
     'einsum': (_model({'dispatch': 'einsum'}, {'dispatch': 'einsum'}), 1, False),
     'top 2': (_model({'router': 'top_k', 'fill_order': 'priority'} | NORMALIZED, NORMALIZED), 1, False),
     'ragged': (_model({'router': 'top_k', 'dispatch': 'ragged'}, {'dispatch': 'ragged'} | NORMALIZED), 1, False),
-    'microbatches over split parameters': (_model({}, {}), 2, True),
+    'microbatches over split parameters': (
+        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16}),
+        2,
+        True,
+    ),
     'scanned and rematerialised': (
         _model({}, {'dispatch': 'ragged'}, num_encoder_layers=4, scan_layers=True, remat='exchange'),
         1,
@@ -142,8 +146,9 @@ def _inputs_with_margins(model):
 
 
 def _margin(moe, logits_BxLxE, real_BxL):
-    probs_GxSxE = jax.nn.softmax(logits_BxLxE).reshape(8, -1, moe.num_experts)
-    real_GxS = real_BxL.reshape(8, -1)
+    groups = num_groups(real_BxL.size, moe.group_size, moe.groups_multiple_of)
+    probs_GxSxE = jax.nn.softmax(logits_BxLxE).reshape(groups, -1, moe.num_experts)
+    real_GxS = real_BxL.reshape(groups, -1)
     if moe.router is RouterType.EXPERT_CHOICE:
         C = capacity(moe, probs_GxSxE.shape[1], training=True)
         sorted_GxExS = -jnp.sort(-jnp.where(real_GxS[..., None], probs_GxSxE, -1.0), axis=1)
