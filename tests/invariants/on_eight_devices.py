@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
-from tests.moe.quick import random_params
+from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, random_batch, small_t5, spec_of, with_moe
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
@@ -107,7 +107,7 @@ def _step(model, params, batch, mesh, microbatches, over_data):
         batch_axes=None,
         num_microbatches=microbatches,
     )
-    return jax.jit(step)(state, batch)
+    return jit(step)(state, batch)
 
 
 def _inputs_with_margins(model):
@@ -118,7 +118,7 @@ def _inputs_with_margins(model):
     tokens = {name: batch[name] for name in FEATURES[:3]}
     params = random_params(plain.module(), **tokens)
 
-    @jax.jit
+    @jit
     def margin(batch):
         tokens = {name: batch[name] for name in FEATURES[:3]}
         _, written = plain.module().apply(
