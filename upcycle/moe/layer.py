@@ -12,7 +12,7 @@ from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import exchange, ragged
 from upcycle.moe.config import Dispatch, MoEConfig, capacity, check_groups, microbatch_groups
-from upcycle.moe.router import Choices, here, route_dropless
+from upcycle.moe.router import Choices, route_dropless
 
 # The variable collection that one layer's routing metrics are written to.
 METRICS = 'moe_metrics'
@@ -130,7 +130,7 @@ class MoELayer(nn.Module):
             )
         # Groups only matter to the balance loss, which is a mean over them; routing is token by token.
         choices, metrics = route_dropless(
-            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config, here
+            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config
         )
         self._log(metrics, choices)
         K = self.config.num_selected_experts

@@ -93,13 +93,16 @@ def route(
 
 
 def route_dropless(
-    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig, across: Across = here
+    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig
 ) -> tuple[Choices, dict[str, jax.Array]]:
-    """Top-K without slots: every token goes to all K experts it chose. Arguments and metrics as `route`'s."""
+    """Top-K without slots: every token goes to all K experts it chose. Arguments and metrics as `route`'s.
+
+    It is token by token, so the compiler partitions it, and its sums are over all groups.
+    """
     tokens = _prepare(logits_GxSxE, real_GxS, config)
     E = logits_GxSxE.shape[-1]
     weight_GxSxK, expert_GxSxK = jax.lax.top_k(tokens.probs_GxSxE, config.num_selected_experts)
-    auxiliary_loss = _load_balancing_loss(tokens, expert_GxSxK, across)
+    auxiliary_loss = _load_balancing_loss(tokens, expert_GxSxK, here)
     may_GxSx1 = tokens.may_route_GxS[..., None]
     expert_GxSxK = jnp.where(may_GxSx1, expert_GxSxK, E)
     weight_GxSxK = jnp.where(may_GxSx1, weight_GxSxK, 0.0)
@@ -108,7 +111,7 @@ def route_dropless(
     used_E = jnp.zeros(E, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop')
     metrics = _metrics(
         tokens,
-        across,
+        here,
         used_E=used_E,
         slots=used_E.sum(),
         covered=tokens.may_route_GxS.sum(),
