@@ -59,7 +59,7 @@ def test_resume_is_exact(kind, tmp_path, monkeypatch, dense):
 
 def test_a_finished_run_is_left_alone(dense, monkeypatch):
     before = lines_of(dense)
-    monkeypatch.setattr(loop, '_compiled_step', None)
+    monkeypatch.setattr(loop, 'lower_step', None)
     state = runs.train('dense', dense, 4)
     assert int(state.step) == 4
     assert lines_of(dense) == before
