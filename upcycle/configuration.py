@@ -101,8 +101,14 @@ def as_gin(bindings: Mapping[str, str]) -> str:
     return '\n'.join([*lines, *(f'{name} = {value}' for name, value in sorted(bindings.items())), ''])
 
 
-def claim(model_dir: str, bindings: Mapping[str, str], *, write: bool = True) -> None:
+def claim(model_dir: str, bindings: Mapping[str, str], *, fixed: Sequence[str] = (), write: bool = True) -> None:
     """Marks a folder as this run's, unless another run has it.
+
+    Args:
+      model_dir: the folder.
+      bindings: `resolved()`.
+      fixed: names in MAY_CHANGE that may not change in this run.
+      write: False: only look.
 
     Raises:
       UserError: the folder holds a run whose bindings differ; the first differing one is named.
@@ -110,8 +116,9 @@ def claim(model_dir: str, bindings: Mapping[str, str], *, write: bool = True) ->
     path = os.path.join(model_dir, 'config.gin')
     if os.path.exists(path):
         old = _read_config(path)
-        fixed = [name for name in sorted({*old, *bindings}) if not _may_change(name)]
-        for name in fixed:
+        for name in sorted({*old, *bindings}):
+            if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
+                continue
             if old.get(name) != bindings.get(name):
                 raise UserError(
                     f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {old.get(name, "not set")} and not '

@@ -26,7 +26,8 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     """
     run = configuration.load(gin_files, bindings)
     identity = configuration.resolved()
-    configuration.claim(run.model_dir, identity, write=False)
+    fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
+    configuration.claim(run.model_dir, identity, fixed=fixed, write=False)
     mesh = loop.check(run)
     where = layout(run, mesh)
     # A run that has a checkpoint of its own needs the dense one no longer.
@@ -34,11 +35,13 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
         reader = open_checkpoint(run.initial_checkpoint_path)
         make_plan(run, where, reader)
         check_start(run, reader.step if run.dense_step is None else run.dense_step)
+    elif run.initial_checkpoint_path is None:
+        check_start(run, 0)
     # The first use of the data finds what is wrong with it.
     run.train_data.fingerprint()
     if jax.process_index() == 0:
         print(describe(run, where, mesh), flush=True)
-        configuration.claim(run.model_dir, identity)
+        configuration.claim(run.model_dir, identity, fixed=fixed)
     return loop.train(run, name)
 
 

@@ -93,7 +93,7 @@ def test_full_sizes_step_abstractly(size, sparse):
             train_step,
             model=run.model,
             optimizer=run.optimizer,
-            learning_rate=run.learning_rate,
+            learning_rate=run.learning_rate.schedule(0, run.total_steps),
             batch_axes=where.batch_axes,
         )
         state, metrics = jax.eval_shape(step, where.abstract, batch)

@@ -102,7 +102,7 @@ class _Trainer:
     @functools.cached_property
     def step(self):
         """`train_step`, compiled when it is first needed: a run that is already finished needs none."""
-        return lower_step(self.run, self.layout, self.batch_sharding).compile()
+        return lower_step(self.run, self.layout, self.batch_sharding, self.ledger.start_step).compile()
 
     def train(self) -> TrainState:
         run = self.run
@@ -226,14 +226,16 @@ class _Trainer:
             yield partitioning.put_batch(batch, self.batch_sharding)
 
 
-def lower_step(run: Run, where: states.Layout, batch_sharding: jax.sharding.Sharding) -> jax.stages.Lowered:
-    """`train_step` for the run's shapes, on the mesh in use, ready to be compiled."""
+def lower_step(
+    run: Run, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
+) -> jax.stages.Lowered:
+    """`train_step` for the run's shapes, on the mesh in use, ready to be compiled; `start_step`: of the run's first state."""
     step = jax.jit(
         functools.partial(
             train_step,
             model=run.model,
             optimizer=run.optimizer,
-            learning_rate=run.learning_rate,
+            learning_rate=run.learning_rate.schedule(start_step, run.total_steps),
             batch_axes=where.batch_axes,
             num_microbatches=run.num_microbatches,
         ),

@@ -8,7 +8,7 @@ from upcycle.errors import UserError
 from upcycle.models import Model
 from upcycle.surgery.plan import Surgery
 from upcycle.train.optimizer import Optimizer
-from upcycle.train.schedule import Schedule
+from upcycle.train.schedule import LearningRate, Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Run:
       model: [MODEL]
       train_data: [TRAIN_DATASET]
       optimizer: [OPTIMIZER]
-      learning_rate: schedule over all steps, those of the dense run included.
+      learning_rate: its schedule runs over all steps, those of the dense run included.
       total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
       eval_data: [EVAL_DATASET]; None: no evaluation.
       initial_checkpoint_path: of the dense model; None: from scratch [INITIAL_CHECKPOINT_PATH].
@@ -40,7 +40,7 @@ class Run:
     model: Model
     train_data: DataSource
     optimizer: Optimizer
-    learning_rate: Schedule
+    learning_rate: LearningRate
     total_steps: int
     eval_data: DataSource | None = None
     initial_checkpoint_path: str | None = None
@@ -69,6 +69,11 @@ class Run:
             raise UserError(f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.')
         if self.surgery is not None and self.initial_checkpoint_path is None:
             raise UserError('INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.')
+        if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:
+            raise UserError(
+                f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' says how a dense run's schedule is left, and this run "
+                "starts from scratch: leave it at 'continue', or set INITIAL_CHECKPOINT_PATH."
+            )
         self.model.check_data(self.train_data)
 
     @property

@@ -103,12 +103,13 @@ def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
 
 
 def check_start(run: Run, step: int) -> None:
-    """Raises UserError when a checkpoint at `step` leaves the run nothing to do."""
+    """Raises UserError when a start at `step` leaves the run nothing to do, or no room for its learning rate."""
     if step >= run.total_steps:
         raise UserError(
             f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
             f'{run.initial_checkpoint_path} stands at step {step}: raise TRAIN_STEPS.'
         )
+    run.learning_rate.schedule(step, run.total_steps)
 
 
 def from_checkpoint(
