@@ -13,6 +13,7 @@ from tests.fixtures import fixtures_dir
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
+from upcycle.models.vit import ViTConfig
 from upcycle.moe.config import MoEConfig
 
 # The sizes of the fixtures.
@@ -112,3 +113,50 @@ def close_to_largest(actual: jax.Array, expected: jax.Array, tolerance: float = 
     """Equal to `tolerance` times the largest entry of a leaf, which is how float32 sums round."""
     scale = float(jnp.max(jnp.abs(expected)))
     return float(jnp.max(jnp.abs(actual - expected))) <= tolerance * max(scale, 1e-30)
+
+
+def small_vit(**settings: Any) -> ViTConfig:
+    """A ViT of width 128, in which Adafactor factors, of 4 blocks on 16 patches."""
+    sizes = {
+        'num_classes': 10,
+        'image_size': 16,
+        'patch_size': 4,
+        'emb_dim': 128,
+        'num_heads': 4,
+        'mlp_dim': 256,
+        'num_layers': 4,
+        'dtype': 'float32',
+    }
+    return ViTConfig(**{**sizes, **settings})
+
+
+def vit_moe(**settings: Any) -> MoEConfig:
+    """The paper's MoE layers for vision: Expert Choice with normalised weights."""
+    return MoEConfig(
+        **{'num_experts': 8, 'capacity_rule': 'vmoe', 'normalize_combine_weights': True, 'group_size': 1, **settings}
+    )
+
+
+def image_batch(config: ViTConfig, batch: int = 4, seed: int = 0, filled: int = 0) -> dict[str, jax.Array]:
+    """A batch of random images; the last `filled` rows only fill it up."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, config.image_size, config.image_size, config.image_channels)
+    return {
+        'image': jnp.asarray(rng.standard_normal(shape), jnp.float32),
+        'labels': jnp.asarray(rng.integers(0, config.num_classes, (batch, 1)), jnp.int32),
+        'weights': jnp.asarray(np.arange(batch) < batch - filled, jnp.float32),
+    }
+
+
+def module_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a batch's model is called with, of either family."""
+    if 'image' in batch:
+        return {'image': batch['image'], 'real_B': batch['weights'] > 0}
+    return {name: batch[name] for name in FEATURES[:3]}
+
+
+def real_tokens(batch: Mapping[str, jax.Array], path: str, num_tokens: int = 0) -> jax.Array:
+    """Bool (B, L): which tokens are real at the MoE layer of that path; a ViT's are `num_tokens` an image."""
+    if 'image' in batch:
+        return jnp.broadcast_to(batch['weights'][:, None] > 0, (batch['weights'].size, num_tokens))
+    return batch['encoder_input_tokens' if path.startswith('encoder') else 'decoder_target_tokens'] > 0

@@ -14,9 +14,20 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 
 from tests.moe.quick import jit, random_params
-from tests.small import FEATURES, random_batch, small_t5, spec_of, with_moe
+from tests.small import (
+    image_batch,
+    module_inputs,
+    random_batch,
+    real_tokens,
+    small_t5,
+    small_vit,
+    spec_of,
+    vit_moe,
+    with_moe,
+)
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.image_classifier import ImageClassifier
 from upcycle.moe.config import RouterType, capacity, num_groups
 from upcycle.moe.layer import Router
 from upcycle.train.step import TrainState, train_step
@@ -43,6 +54,13 @@ def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
     return EncoderDecoderModel(moe, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
+def _vit(fields: dict, **moe) -> ImageClassifier:
+    config = small_vit(emb_dim=32, mlp_dim=64, num_heads=2, pooling='map')
+    moe = vit_moe(groups_multiple_of=8, **moe)
+    config = dataclasses.replace(config, moe=moe, group_images=2, **fields)
+    return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
+
+
 NORMALIZED = {'normalize_combine_weights': True}
 # Name: model, microbatches, parameters split over data.
 CASES = {
@@ -58,6 +76,12 @@ CASES = {
     'scanned and rematerialised': (
         _model({}, {'dispatch': 'ragged'}, num_encoder_layers=4, scan_layers=True, remat='exchange'),
         1,
+        True,
+    ),
+    'vit': (_vit({}), 1, False),
+    'vit, top 2': (
+        _vit({'scan_layers': True}, router='top_k', fill_order='priority', balance_loss='importance_load'),
+        2,
         True,
     ),
 }
@@ -114,35 +138,38 @@ def _inputs_with_margins(model):
     """The first batch in which no choice of a router is closer than 1e-4 (in probability) to going the other way."""
     looped = dataclasses.replace(model.config, scan_layers=False, remat='none')
     plain = dataclasses.replace(model, config=looped)
-    batch = random_batch(batch=16, inputs=16, targets=8, padding=3)
-    tokens = {name: batch[name] for name in FEATURES[:3]}
-    params = random_params(plain.module(), **tokens)
+    params = random_params(plain.module(), **module_inputs(_batch(plain, 0)))
 
     @jit
     def margin(batch):
-        tokens = {name: batch[name] for name in FEATURES[:3]}
         _, written = plain.module().apply(
             {'params': params},
-            **tokens,
+            **module_inputs(batch),
             training=True,
             capture_intermediates=lambda module, _: isinstance(module, Router),
             mutable=['intermediates'],
         )
-        real = {'encoder': tokens['encoder_input_tokens'] > 0, 'decoder': tokens['decoder_target_tokens'] > 0}
         margins = []
         for path, moe in plain.moe_layers().items():
             node = written['intermediates']
             for key in path.split('/'):
                 node = node[key]
             logits_BxLxE = node['router']['__call__'][0]
-            margins.append(_margin(moe, logits_BxLxE, real[path.split('/')[0]]))
+            real_BxL = real_tokens(batch, path, logits_BxLxE.shape[1])
+            margins.append(_margin(moe, logits_BxLxE, real_BxL))
         return jnp.stack(margins).min()
 
     for seed in range(200):
-        batch = random_batch(batch=16, inputs=16, targets=8, padding=3, seed=seed)
+        batch = _batch(plain, seed)
         if margin(batch) > 1e-4:
             return batch, params
     raise AssertionError('no batch without close calls among 200')
+
+
+def _batch(model, seed):
+    if model.family == 'vit':
+        return image_batch(model.config, batch=16, seed=seed, filled=1)
+    return random_batch(batch=16, inputs=16, targets=8, padding=3, seed=seed)
 
 
 def _margin(moe, logits_BxLxE, real_BxL):

@@ -34,6 +34,9 @@ def test_a_mesh_equals_one_device(case, mesh, folder):
     expected, actual = (of(arrays, case, name, 'gradient') for name in ('one device', mesh))
     assert expected.keys() == actual.keys() and len(expected) > 40
     for path, gradient in expected.items():
+        # A key's bias moves all of a query's logits alike: its gradient is rounding.
+        if path.endswith('key/bias'):
+            continue
         scale = np.abs(gradient).max()
         assert scale > 0, path
         assert np.abs(actual[path] - gradient).max() <= 1e-5 * scale, path

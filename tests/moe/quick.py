@@ -21,12 +21,12 @@ def random_params(module, *args, seed=0, **kwargs):
         normal = rng.normal(size=shape)
         if path[-1] == 'scale':
             return 1 + 0.1 * normal
-        if path[-1] == 'rel_embedding':
+        if path[-1] in ('rel_embedding', 'bias'):
             return 0.3 * normal
         if path[-1] == 'embedding':
             return normal
         normal /= np.sqrt(shape[-2])
-        return normal / 4 if path[-2] == 'query' else normal
+        return normal / 4 if path[-2:-1] == ('query',) else normal
 
     return unflatten_dict(
         {path: jnp.asarray(draw(path, leaf.shape), jnp.float32) for path, leaf in flatten_dict(shapes).items()}

@@ -15,7 +15,7 @@ from upcycle.errors import UserError
 from upcycle.models.losses import cross_entropy
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
 from upcycle.moe.config import MoEConfig
-from upcycle.moe.layer import METRICS
+from upcycle.moe.layer import METRICS, moe_metrics
 
 Batch = Mapping[str, jax.Array]
 _INPUTS = (
@@ -192,20 +192,3 @@ class EncoderDecoderModel:
 
 def _inputs(batch: Batch) -> dict[str, jax.Array]:
     return {name: batch[name] for name in _INPUTS if name in batch}
-
-
-def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Routing metrics under the names of the log: the mean over all MoE layers, and each layer's own.
-
-    The mean of `auxiliary_loss` counts Expert Choice layers as 0, as flaxformer's does.
-    """
-    by_layer = {}
-    for path, value in flatten_dict(dict(written)).items():
-        layer = '/'.join(path[:-1]).removesuffix('/mlp')
-        by_layer.setdefault(path[-1], {})[layer] = value
-    metrics = {}
-    for name, layers in by_layer.items():
-        if name != 'load':
-            metrics[f'experts/{name}'] = sum(layers.values()) / len(layers)
-        metrics |= {f'experts/{layer}/{name}': value for layer, value in layers.items()}
-    return metrics

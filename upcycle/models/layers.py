@@ -1,5 +1,9 @@
-"""Layers of T5: RMS norm, gated MLP, attention with a key/value cache, relative position biases. Parameter names are T5X's."""
+"""Layers of T5: RMS norm, gated MLP, attention with a key/value cache, relative position biases. Parameter names are T5X's.
 
+`Dense`, `Dropout` and `attend` serve other families too.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,15 +31,17 @@ def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 class Dense(nn.Module):
-    """A matrix multiplication without bias, its kernel held in float32; `kernel_axes` are its logical axes.
+    """A matrix multiplication, its parameters held in float32; `kernel_axes` are its logical axes. T5 has no biases: no
+    `bias_init`, no bias.
 
-    With `group_sizes` it is one such layer for each expert, kernels stacked: rows come sorted by expert, that many for each.
+    With `group_sizes` it is one such layer for each expert, parameters stacked: rows come sorted by expert, that many for each.
     """
 
     features: int
     kernel_axes: tuple[str, str]
     dtype: DType = jnp.float32
     kernel_init: Callable[..., jax.Array] = _truncated_normal_init
+    bias_init: Callable[..., jax.Array] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, group_sizes: jax.Array | None = None) -> jax.Array:
@@ -46,11 +52,17 @@ class Dense(nn.Module):
             (*experts, x.shape[-1], self.features),
             jnp.float32,
         )
+        bias = None
+        if self.bias_init is not None:
+            init = nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:])
+            bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
         if group_sizes is not None:
-            return jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes)
+            y = jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes)
+            return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
         # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return (rows @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        y = rows @ kernel.astype(self.dtype)
+        return (y if bias is None else y + bias).reshape(*x.shape[:-1], self.features)
 
 
 class LayerNorm(nn.Module):
@@ -115,6 +127,26 @@ class MlpBlock(nn.Module):
         product = Dropout(self.dropout_rate, self.dropout_broadcast_axis)(product, training)
         wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
         return wo(product, group_sizes)
+
+
+def attend(
+    query_BxQxHxN: jax.Array,
+    key_BxKxHxN: jax.Array,
+    value_BxKxHxN: jax.Array,
+    bias_BxHxQxK: jax.Array | None = None,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """The average of values (B, Q, H, N) under softmax(query . key + bias), in the values' type; nothing is scaled.
+
+    `drop` is dropout of the weights. The bias broadcasts over a batch or over heads.
+    """
+    # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
+    query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (x.swapaxes(1, 2) for x in (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN))
+    logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
+    if bias_BxHxQxK is not None:
+        logits_BxHxQxK += bias_BxHxQxK.astype(logits_BxHxQxK.dtype)
+    weights_BxHxQxK = drop(jax.nn.softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype))
+    return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -185,19 +217,11 @@ class MultiHeadDotProductAttention(nn.Module):
         if self.float32_logits:
             query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
             key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
-        # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
-        query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (
-            x.swapaxes(1, 2) for x in (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
-        )
-        logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
         if mask_Bx1xQxK is not None:
-            masked = jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype)
-            logits_BxHxQxK += masked.astype(logits_BxHxQxK.dtype)
-        if bias_1xHxQxK is not None:
-            logits_BxHxQxK += bias_1xHxQxK.astype(logits_BxHxQxK.dtype)
-        weights_BxHxQxK = jax.nn.softmax(logits_BxHxQxK).astype(self.dtype)
-        weights_BxHxQxK = Dropout(self.dropout_rate)(weights_BxHxQxK, training)
-        out_BxQxHxN = jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
+            masked_BxHxQxK = jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype)
+            bias_1xHxQxK = masked_BxHxQxK if bias_1xHxQxK is None else masked_BxHxQxK + bias_1xHxQxK
+        drop = functools.partial(Dropout(self.dropout_rate), training=training)
+        out_BxQxHxN = attend(query_BxQxHxN, key_BxKxHxN, value_BxKxHxN, bias_1xHxQxK, drop)
         return Dense(x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out')(
             out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N)
         )

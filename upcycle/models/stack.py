@@ -1,7 +1,8 @@
 """A stack of layers: one after the other, rematerialised or not, or as one compiled block that is looped over.
 
-Parameters are `layers_0`, `layers_1`, ... however the stack is compiled: a loop stacks them on the way in, so that neither the
-surgery, nor the optimizer, nor a checkpoint knows about it, and a run can be resumed with the other form.
+Parameters are `layers_0`, `layers_1`, ... (T5) or `encoderblock_0`, ... (ViT) however the stack is compiled: a loop stacks them
+on the way in, so that neither the surgery, nor the optimizer, nor a checkpoint knows about it, and a run can be resumed with the
+other form.
 """
 
 import enum
@@ -48,11 +49,12 @@ def apply_layers(
     *,
     remat: Remat,
     scan: bool,
+    prefix: str = 'layers_',
 ) -> jax.Array:
     """Applies a stack of layers inside the compact method of `parent`.
 
     Args:
-      parent: owns the parameters `layers_i`.
+      parent: owns the parameters of the layers.
       layer: called as `layer(config, kind)(x, *arrays, *switches)`.
       config: of every layer. Its `dtype` is that of the activations.
       kinds: what tells one layer from another, such as its MoE.
@@ -61,6 +63,7 @@ def apply_layers(
       switches: the same for every layer, static.
       remat: see `Remat`.
       scan: loop over blocks of equal layers.
+      prefix: of the layers' names, before their number.
 
     Returns:
       (B, L, D).
@@ -73,10 +76,10 @@ def apply_layers(
     for start, period, repeats in segments(kinds):
         if scan and repeats > 1:
             block = kinds[start : start + period]
-            x_BxLxD = _loop(parent, layer, config, block, start, repeats, x_BxLxD, arrays, switches, remat)
+            x_BxLxD = _loop(parent, layer, config, block, start, repeats, x_BxLxD, arrays, switches, remat, prefix)
             continue
         for i in range(start, start + period * repeats):
-            x_BxLxD = module(config, kinds[i], name=f'layers_{i}')(x_BxLxD, *arrays, *switches)
+            x_BxLxD = module(config, kinds[i], name=f'{prefix}{i}')(x_BxLxD, *arrays, *switches)
             x_BxLxD = nn.with_logical_constraint(x_BxLxD, ACTIVATIONS)
     return x_BxLxD
 
@@ -107,12 +110,13 @@ def _loop(
     arrays: tuple[jax.Array | None, ...],
     switches: tuple[bool, ...],
     remat: Remat,
+    prefix: str,
 ) -> jax.Array:
     """`repeats` blocks of layers as a scan over their stacked parameters."""
     params = parent.variables['params']
     period = len(block)
     stacked = tuple(
-        _stack([params[f'layers_{start + r * period + j}'] for r in range(repeats)], config.dtype)
+        _stack([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)], config.dtype)
         for j in range(period)
     )
     keys = {name: parent.make_rng(name) for name in ('dropout', 'jitter') if parent.has_rng(name)}
@@ -142,7 +146,7 @@ def _loop(
         for j, metrics in enumerate(written):
             for r in range(repeats if metrics else 0):
                 here = jax.tree.map(lambda leaf, r=r: leaf[r], metrics)
-                parent.put_variable(METRICS, f'layers_{start + r * period + j}', here)
+                parent.put_variable(METRICS, f'{prefix}{start + r * period + j}', here)
     return x_BxLxD
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 from collections.abc import Sequence
 
 from upcycle.errors import UserError, one_of
@@ -37,6 +38,13 @@ class RoutePadding(enum.StrEnum):
     DOWN_WEIGHT = 'down_weight'  # flaxformer's `ignore_padding_tokens`: probability 0, still counted in its losses
 
 
+class BalanceLoss(enum.StrEnum):
+    """What keeps Top-K from sending all tokens to a few experts."""
+
+    SWITCH = 'switch'  # Switch, eq. 4-6: flaxformer's
+    IMPORTANCE_LOAD = 'importance_load'  # V-MoE's importance loss, and with GATE_NOISE its load loss
+
+
 class Dispatch(enum.StrEnum):
     """How tokens reach their experts."""
 
@@ -66,6 +74,9 @@ class MoEConfig:
       network_dtype: type in which activations cross the network between expert shards; None: that of the activations
         [NETWORK_DTYPE].
       jitter_noise: the router's input is multiplied by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
+      balance_loss: for Top-K only [BALANCE_LOSS].
+      gate_noise: normal noise of this standard deviation over E is added to the logits in training, for Top-K only (V-MoE: 1)
+        [GATE_NOISE].
       router_init_stddev: of the router's normal initialisation when a model starts from scratch.
       min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
       causal: the layer sits in an auto-regressive stack, where no router may look at later tokens.
@@ -86,6 +97,8 @@ class MoEConfig:
     dispatch: Dispatch = Dispatch.GATHER
     network_dtype: str | None = None
     jitter_noise: float = 0.0
+    balance_loss: BalanceLoss = BalanceLoss.SWITCH
+    gate_noise: float = 0.0
     router_init_stddev: float = 0.02
     min_capacity: int = 4
     causal: bool = False
@@ -103,6 +116,7 @@ class MoEConfig:
             ('capacity_rule', CapacityRule, 'CAPACITY_RULE'),
             ('route_padding', RoutePadding, 'ROUTE_PADDING'),
             ('dispatch', Dispatch, 'DISPATCH'),
+            ('balance_loss', BalanceLoss, 'BALANCE_LOSS'),
         ):
             object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
         self._refuse_nonsense()
@@ -123,9 +137,16 @@ class MoEConfig:
                 raise UserError(f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).')
         if not 0 <= self.jitter_noise < 1:
             raise UserError(f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).')
+        if not self.gate_noise >= 0:
+            raise UserError(f'GATE_NOISE = {self.gate_noise!r} must be at least 0.')
         if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
             raise UserError(f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.')
         if self.router is RouterType.EXPERT_CHOICE:
+            if self.gate_noise:
+                raise UserError(
+                    'GATE_NOISE balances Top-K, and Expert Choice is balanced by construction: set it to 0, or use the router '
+                    "'top_k'."
+                )
             if self.dispatch is Dispatch.RAGGED:
                 raise UserError(
                     "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
@@ -158,7 +179,7 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
 
     Args:
       spec: 'every_other' (1, 3, 5, ...: the paper's choice for T5, flaxformer's MIXED layout with half of the layers sparse),
-        'last_half' (the paper's choice for ViT), 'none', or the indices themselves, 0-based.
+        'last_half' (the paper's choice for ViT), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
       num_layers: of the stack.
       binding: the gin macro that holds `spec`, for the message.
 
@@ -171,8 +192,15 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
             'last_half': tuple(range(num_layers))[num_layers - num_layers // 2 :],
             'none': (),
         }
+        if last := re.fullmatch(r'last_(\d+)', spec):
+            count = int(last[1])
+            if not 1 <= count <= num_layers:
+                raise UserError(f'{binding} = {spec!r}, but the stack has {num_layers} layers.')
+            return tuple(range(num_layers - count, num_layers))
         if spec not in named:
-            raise UserError(f'{binding} = {spec!r} is not one of {", ".join(named)} or a list of layer indices.')
+            raise UserError(
+                f'{binding} = {spec!r} is not one of {", ".join(named)}, last_N or a list of layer indices.'
+            )
         return named[spec]
     layers = tuple(spec)
     for layer in layers:

@@ -6,13 +6,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh
 
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import exchange, ragged
-from upcycle.moe.config import Dispatch, MoEConfig, capacity, check_groups, microbatch_groups
-from upcycle.moe.router import Choices, route_dropless
+from upcycle.moe.config import (
+    BalanceLoss,
+    Dispatch,
+    MoEConfig,
+    RouterType,
+    capacity,
+    check_groups,
+    microbatch_groups,
+)
+from upcycle.moe.router import Choices, importance_load_loss, route_dropless
 
 # The variable collection that one layer's routing metrics are written to.
 METRICS = 'moe_metrics'
@@ -94,12 +103,19 @@ class MoELayer(nn.Module):
             G = microbatch_groups(config, B * L)
             C = capacity(config, B * L // G, training=training)
             check_groups(G, shards)
-        logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
+        clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
+        if training and config.gate_noise > 0:
+            noise_BxLxE = jax.random.normal(self.make_rng('jitter'), logits_BxLxE.shape)
+            logits_BxLxE = logits_BxLxE + config.gate_noise / config.num_experts * noise_BxLxE
+        balance = None
+        if config.router is RouterType.TOP_K and config.balance_loss is BalanceLoss.IMPORTANCE_LOAD:
+            by_group = (x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL))
+            balance = importance_load_loss(*by_group, config)
         if config.dispatch is Dispatch.RAGGED and not self.is_initializing():
-            return self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh)
+            return self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance)
 
         x_ExGxCxD, routing, metrics = exchange.send(x_BxLxD, logits_BxLxE, real_BxL, config, G, C, mesh)
-        self._log(metrics, routing)
+        self._log(metrics, routing, balance)
         experts = nn.vmap(
             self.expert,
             in_axes=(0, None),
@@ -120,6 +136,7 @@ class MoELayer(nn.Module):
         groups: int,
         training: bool,
         mesh: AbstractMesh | None,
+        balance: jax.Array | None,
     ) -> jax.Array:
         B, L, _ = x_BxLxD.shape
         E = self.config.num_experts
@@ -132,7 +149,7 @@ class MoELayer(nn.Module):
         choices, metrics = route_dropless(
             logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config
         )
-        self._log(metrics, choices)
+        self._log(metrics, choices, balance)
         K = self.config.num_selected_experts
         choices = Choices(*(x.reshape(B, L, K) for x in choices))
         rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
@@ -144,7 +161,28 @@ class MoELayer(nn.Module):
         params = self.get_variable('params', 'expert')
         return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, mesh)
 
-    def _log(self, metrics: Mapping[str, jax.Array], routing: Any) -> None:
+    def _log(self, metrics: dict[str, jax.Array], routing: Any, balance: jax.Array | None) -> None:
+        if balance is not None:
+            metrics = metrics | {'auxiliary_loss': balance}
         for name, value in metrics.items():
             self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         self.sow('intermediates', 'routing', routing)
+
+
+def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Routing metrics under the names of the log: the mean over all MoE layers, and each layer's own.
+
+    Args:
+      written: the collection `METRICS` of a model.
+
+    The mean of `auxiliary_loss` counts Expert Choice layers as 0, as flaxformer's does.
+    """
+    by_layer: dict[str, dict[str, jax.Array]] = {}
+    for (*layer, _, name), value in flatten_dict(dict(written)).items():
+        by_layer.setdefault(name, {})['/'.join(layer)] = value
+    metrics = {}
+    for name, layers in by_layer.items():
+        if name != 'load':
+            metrics[f'experts/{name}'] = sum(layers.values()) / len(layers)
+        metrics |= {f'experts/{layer}/{name}': value for layer, value in layers.items()}
+    return metrics

@@ -242,6 +242,32 @@ def _load_balancing_loss(tokens: _Tokens, expert_GxSxK: jax.Array, across: Acros
     return across((share_GxE * prob_GxE).sum()) / groups * E
 
 
+def importance_load_loss(
+    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig
+) -> jax.Array:
+    """V-MoE's balance losses, the mean over groups: squared coefficients of variation over experts (Riquelme et al. 2021, A.2).
+
+    Importance is the sum of an expert's probabilities. Load is the expected number of tokens that choose an expert: with noise,
+    the probability that new noise would lift its logit above the K-th largest noisy one; without noise there is none. Computed
+    as `NoisyTopExpertsPerItemRouter` of vmoe does.
+    """
+    probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
+    if config.route_padding is not RoutePadding.SKIP:
+        real_GxS = jnp.ones_like(real_GxS)
+
+    def squared_variation(share_GxSxE: jax.Array) -> jax.Array:
+        sum_GxE = (share_GxSxE * real_GxS[..., None]).sum(axis=1)
+        mean_G = jnp.maximum(sum_GxE.mean(axis=-1), 1e-9)
+        return (jnp.var(sum_GxE, axis=-1) / jnp.square(mean_G)).mean()
+
+    loss = squared_variation(probs_GxSxE)
+    if config.gate_noise == 0 or logits_GxSxE is noisy_GxSxE:
+        return loss
+    lowest_GxSx1 = jax.lax.top_k(noisy_GxSxE, config.num_selected_experts)[0][..., -1:]
+    stddev = config.gate_noise / config.num_experts
+    return loss + squared_variation(jax.scipy.stats.norm.sf((lowest_GxSx1 - logits_GxSxE) / stddev))
+
+
 def _metrics(
     tokens: _Tokens, across: Across, *, used_E: jax.Array, slots: int, covered: jax.Array, weight: jax.Array
 ) -> dict[str, jax.Array]:

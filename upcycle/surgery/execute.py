@@ -12,6 +12,7 @@ import numpy as np
 
 from upcycle.surgery.operators import EXPERT_OPERATORS, ROUTER_INITS
 from upcycle.surgery.plan import Action, Plan, Row, Surgery
+from upcycle.surgery.positions import resize_positions
 
 Read = Callable[[str, jax.sharding.Sharding | None], jax.Array]
 Progress = Callable[[str, int, int], None]
@@ -46,7 +47,7 @@ def execute(
 
     def source_of(row: Row) -> jax.Array:
         sharding = shardings[row.target]
-        if row.action is not Action.KEEP:
+        if row.action in (Action.EXPERTS, Action.TILE):
             sharding = without_leading_axis(sharding)
         (name,) = row.sources
         leaf = read(name, sharding)
@@ -95,6 +96,9 @@ def _experts(spec: Surgery, rows: tuple[Row, ...], source_of, shardings) -> list
 def _make(spec: Surgery, row: Row, source_of, sharding: jax.sharding.Sharding) -> jax.Array:
     if row.action is Action.TILE:
         return _tile(row.shape, sharding)(source_of(row))
+    if row.action is Action.RESIZE:
+        resize = functools.partial(resize_positions, num_patches=row.shape[1])
+        return jax.jit(resize, out_shardings=sharding)(source_of(row))
     if row.action is Action.ZEROS:
         return jax.jit(functools.partial(jnp.zeros, row.shape, row.dtype), out_shardings=sharding)()
     init = ROUTER_INITS[spec.router_init]

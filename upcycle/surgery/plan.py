@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from upcycle.surgery.operators import EXPERT_OPERATORS, ROUTER_INITS, look_up
 
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 EXPERT, ROUTER = 'expert', 'router'
+POSITIONS = 'pos_embedding'
 COUNT = 'opt_state/count'
 
 
@@ -55,6 +57,7 @@ class Action(enum.StrEnum):
     KEEP = 'keep'  # the source, unchanged
     EXPERTS = 'experts'  # by the expert operator
     ROUTER = 'router'  # by the router's initialisation
+    RESIZE = 'resize'  # learned positions of an image, interpolated to another number of patches
     TILE = 'tile'  # the source, repeated over a leading expert axis
     ZEROS = 'zeros'
     NEW = 'new'  # by the trainer: the run's own random key
@@ -162,11 +165,21 @@ def _source(target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, expands: b
     (source,) = found
     is_new_expert = source != target
     want = tuple(leaf.shape[1:]) if is_new_expert else tuple(leaf.shape)
+    if _resizable(target, dense[source].shape, want):
+        return Action.RESIZE, source
     if tuple(dense[source].shape) != want:
         return f'{target} {_show(leaf)} needs a source of shape {want}, but {source} is {_show(dense[source])}'
     if not is_new_expert:
         return Action.KEEP, source
     return Action.TILE if target.startswith('opt_state/') else Action.EXPERTS, source
+
+
+def _resizable(target: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Positions (1, L, D) of two square images of different size; their optimizer state is not."""
+    if not target.startswith('params/') or target.split('/')[-1] != POSITIONS or len(old) != 3 or len(new) != 3:
+        return False
+    squares = all(math.isqrt(shape[1]) ** 2 == shape[1] for shape in (old, new))
+    return squares and old[1] != new[1] and (old[0], old[2]) == (new[0], new[2])
 
 
 def _show(leaf: jax.ShapeDtypeStruct) -> str:

@@ -43,6 +43,7 @@ class Adafactor:
 
     Attributes:
       decay_rate: the second moment decays at 1 - t ** -decay_rate.
+      decay_cap: that decay is at most this (Zhai et al. 2022 for ViT: 0.999); None: 1.
       step_offset: subtracted from the count in that clock.
       clipping_threshold: an update's root mean square is clipped to it; None: not clipped.
       multiply_by_parameter_scale: the step is relative to the parameter's root mean square (at least epsilon2).
@@ -50,21 +51,26 @@ class Adafactor:
       expert_min_dim_size_to_factor: the same for leaves with batch axes. None: the same threshold, so that an expert is
         treated as the dense MLP it came from. T5X always factors its experts: 1 matches it in models narrower than 128.
       beta1: momentum; None: none.
-      weight_decay_rate: decoupled: parameters shrink by this share each step, whatever the learning rate.
-      weight_decay_names: regular expression; the parameters whose path it matches somewhere decay.
+      momentum_dtype: in which the momentum is kept.
+      weight_decay_rate: decoupled. A number: parameters shrink by this share each step, whatever the learning rate, as in T5X.
+        {regular expression: number}: by this share times the learning rate, as in V-MoE; of the expressions that match a
+        parameter's path somewhere, the first counts.
+      weight_decay_names: regular expression, for a number; the parameters whose path it matches somewhere decay.
       clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
       epsilon1: added to the squared gradient.
       epsilon2: floor of the parameter scale.
     """
 
     decay_rate: float = 0.8
+    decay_cap: float | None = None
     step_offset: int = 0
     clipping_threshold: float | None = 1.0
     multiply_by_parameter_scale: bool = True
     min_dim_size_to_factor: int = 128
     expert_min_dim_size_to_factor: int | None = None
     beta1: float | None = None
-    weight_decay_rate: float | None = None
+    momentum_dtype: str = 'float32'
+    weight_decay_rate: float | Mapping[str, float] | None = None
     weight_decay_names: str = ''
     clip_global_norm: float | None = None
     epsilon1: float = 1e-30
@@ -77,7 +83,8 @@ class Adafactor:
         for path, param in flatten_dict(params).items():
             batch, shape = param.shape[: axes[path]], param.shape[axes[path] :]
             for name, leaf_shape in self._state_shapes(shape, batched=bool(batch)).items():
-                states[(*path, name)] = jnp.zeros(batch + leaf_shape, jnp.float32)
+                dtype = self.momentum_dtype if name == 'm' else jnp.float32
+                states[(*path, name)] = jnp.zeros(batch + leaf_shape, dtype)
         return {'count': jnp.zeros((), jnp.int32), 'param_states': unflatten_dict(states)}
 
     def update(
@@ -85,16 +92,18 @@ class Adafactor:
     ) -> tuple[Params, State]:
         """One step on every leaf: (new parameters, new state)."""
         decay = 1.0 - (state['count'] - self.step_offset + 1.0) ** -self.decay_rate
+        if self.decay_cap is not None:
+            decay = jnp.minimum(decay, self.decay_cap)
         grads = clip_by_global_norm(grads, self.clip_global_norm)
         axes, grads, states = flatten_dict(batch_axes), flatten_dict(grads), flatten_dict(state['param_states'])
         new_params, new_states = {}, {}
         for path, param in flatten_dict(params).items():
             batched = axes[path] > 0
             names = self._state_shapes(param.shape[axes[path] :], batched)
-            decays = self.weight_decay_rate is not None and _matches(self.weight_decay_names, path)
+            shrinks = self._shrinkage(path, learning_rate)
 
-            def update_leaf(grad, leaf_state, param, batched=batched, decays=decays):
-                return self._update_leaf(grad, leaf_state, param, learning_rate, decay, batched, decays)
+            def update_leaf(grad, leaf_state, param, batched=batched, shrinks=shrinks):
+                return self._update_leaf(grad, leaf_state, param, learning_rate, decay, batched, shrinks)
 
             for _ in range(axes[path]):
                 update_leaf = jax.vmap(update_leaf)
@@ -117,6 +126,14 @@ class Adafactor:
             for name in self._state_shapes(param.shape[batch:], bool(batch)):
                 out[(*path, name)] = PartitionSpec(*by_name[name])
         return {'count': PartitionSpec(), 'param_states': unflatten_dict(out)}
+
+    def _shrinkage(self, path: tuple[str, ...], learning_rate: jax.Array) -> jax.Array | float | None:
+        """The share that a step takes off a parameter, or None."""
+        rate = self.weight_decay_rate
+        if isinstance(rate, Mapping):
+            found = next((value for names, value in rate.items() if _matches(names, path)), None)
+            return None if found is None else found * learning_rate
+        return rate if rate is not None and _matches(self.weight_decay_names, path) else None
 
     def _factored_axes(self, shape: tuple[int, ...], batched: bool) -> tuple[int, int] | None:
         """The two largest axes (second largest, largest), if both are large enough; T5X's heuristic."""
@@ -145,7 +162,7 @@ class Adafactor:
         learning_rate: jax.Array,
         decay: jax.Array,
         batched: bool,
-        decays: bool,
+        shrinks: jax.Array | float | None,
     ) -> tuple[jax.Array, State]:
         grad = grad.astype(jnp.float32)
         new_state = {}
@@ -169,8 +186,9 @@ class Adafactor:
             scale *= jnp.maximum(_rms(param), self.epsilon2)
         step *= scale
         if self.beta1 is not None:
-            step = new_state['m'] = self.beta1 * state['m'] + (1.0 - self.beta1) * step
-        kept = (1.0 - self.weight_decay_rate) * param if decays else param
+            step = self.beta1 * state['m'].astype(jnp.float32) + (1.0 - self.beta1) * step
+            new_state['m'] = step.astype(self.momentum_dtype)
+        kept = param if shrinks is None else (1.0 - shrinks) * param
         return (kept - step).astype(param.dtype), new_state
 
 

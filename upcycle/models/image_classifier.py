@@ -1,0 +1,236 @@
+"""ViT as the trainer sees it: its loss, its cost, and where its MoE layers are."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from upcycle import cost
+from upcycle.errors import UserError, one_of
+from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.layer import METRICS, moe_metrics
+
+Batch = Mapping[str, jax.Array]
+
+
+class ClassLoss(enum.StrEnum):
+    """What is minimised."""
+
+    SOFTMAX = 'softmax'  # cross entropy with the labels' distribution
+    SIGMOID = 'sigmoid'  # a yes or no for every class, summed over classes: many labels an image
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageClassifier:
+    """A ViT with its loss. Gin macros in brackets.
+
+    A batch is `image` (B, height, width, channels), `labels` (B, N), int32 classes of each image padded with -1, and `weights`
+    (B,), 0 for rows that only fill up a batch.
+
+    Attributes:
+      config: sizes and MoE layers.
+      loss: see `ClassLoss` [CLASS_LOSS].
+      label_smoothing: share of a label spread over all classes, in training [LABEL_SMOOTHING].
+      mixup: in training each image and its labels are mixed with the next row's, at a share drawn for the batch from
+        Beta(mixup, mixup) (Zhang et al. 2018, in the form of big_vision); 0: not [MIXUP].
+      aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
+      router_z_loss_factor: [ROUTER_Z_LOSS_FACTOR]
+    """
+
+    config: ViTConfig
+    loss: ClassLoss = ClassLoss.SOFTMAX
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    aux_loss_factor: float = 0.0
+    router_z_loss_factor: float = 0.0
+
+    family = 'vit'
+
+    def __post_init__(self):
+        object.__setattr__(self, 'loss', one_of(ClassLoss, self.loss, 'CLASS_LOSS'))
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f'LABEL_SMOOTHING = {self.label_smoothing!r} must lie in [0, 1).')
+        if not self.mixup >= 0:
+            raise UserError(f'MIXUP = {self.mixup!r} must be at least 0.')
+
+    def module(self, num_microbatches: int = 1) -> VisionTransformer:
+        """The Flax module, its routing groups those of a batch cut into that many parts."""
+        if self.config.moe is None or num_microbatches == 1:
+            return VisionTransformer(self.config)
+        moe = dataclasses.replace(self.config.moe, num_microbatches=num_microbatches)
+        return VisionTransformer(dataclasses.replace(self.config, moe=moe))
+
+    def init(self, rng: jax.Array, batch_spec: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fresh parameters, boxed with their logical axis names."""
+        return self.module().init(rng, jnp.zeros(self._image_shape(batch_spec), jnp.float32))['params']
+
+    def loss_normalizer(self, batch: Batch) -> jax.Array:
+        """The number of real images of the whole batch."""
+        return jnp.maximum(batch['weights'].astype(jnp.float32).sum(), 1.0)
+
+    def forward(
+        self, params: Any, batch: Batch, rng: jax.Array | None, *, training: bool, num_microbatches: int = 1
+    ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
+        """Sums over images, auxiliary loss, and routing metrics; `correct` counts top classes that are labels."""
+        rngs = {}
+        image_BxHxWxC = batch['image']
+        labels_BxV = one_hot_labels(batch['labels'], self.config.num_classes)
+        targets_BxV = self._targets(labels_BxV, training)
+        if rng is not None:
+            *keys, mixup_key = jax.random.split(rng, 3)
+            rngs = dict(zip(('dropout', 'jitter'), keys, strict=True))
+            if training and self.mixup > 0:
+                share = jax.random.beta(mixup_key, self.mixup, self.mixup)
+                image_BxHxWxC, targets_BxV = (
+                    share * x + (1 - share) * jnp.roll(x, 1, axis=0) for x in (image_BxHxWxC, targets_BxV)
+                )
+        weights_B = batch['weights'].astype(jnp.float32)
+        logits_BxV, written = self.module(num_microbatches).apply(
+            {'params': params}, image_BxHxWxC, weights_B > 0, training=training, rngs=rngs, mutable=[METRICS]
+        )
+        top_B = jnp.argmax(logits_BxV, axis=-1)
+        correct_B = jnp.take_along_axis(labels_BxV, top_B[:, None], axis=-1)[:, 0]
+        sums = {
+            'loss': (self._loss(logits_BxV, targets_BxV) * weights_B).sum(),
+            'z_loss': jnp.zeros(()),
+            'correct': (correct_B * weights_B).sum(),
+            'weight': weights_B.sum(),
+        }
+        metrics = moe_metrics(written.get(METRICS, {}))
+        if not metrics:
+            return sums, jnp.zeros(()), {}
+        moe_loss = self.aux_loss_factor * metrics['experts/auxiliary_loss']
+        moe_loss += self.router_z_loss_factor * metrics['experts/router_z_loss']
+        return sums, moe_loss, metrics
+
+    def features(self, params: Any, batch: Batch) -> jax.Array:
+        """What the head reads, (B, D) float32, at the evaluation capacity: the frozen representation of few-shot probes."""
+        return self.module().apply({'params': params}, batch['image'], batch['weights'] > 0, features_only=True)
+
+    def _targets(self, labels_BxV: jax.Array, training: bool) -> jax.Array:
+        targets_BxV = labels_BxV
+        if self.loss is ClassLoss.SOFTMAX:
+            targets_BxV = labels_BxV / jnp.maximum(labels_BxV.sum(axis=-1, keepdims=True), 1.0)
+        if training and self.label_smoothing:
+            spread = 1.0 / self.config.num_classes if self.loss is ClassLoss.SOFTMAX else 0.5
+            targets_BxV = (1.0 - self.label_smoothing) * targets_BxV + self.label_smoothing * spread
+        return targets_BxV
+
+    def _loss(self, logits_BxV: jax.Array, targets_BxV: jax.Array) -> jax.Array:
+        """(B,)"""
+        if self.loss is ClassLoss.SOFTMAX:
+            return -(targets_BxV * jax.nn.log_softmax(logits_BxV)).sum(axis=-1)
+        yes_BxV, no_BxV = jax.nn.log_sigmoid(logits_BxV), jax.nn.log_sigmoid(-logits_BxV)
+        return -(targets_BxV * yes_BxV + (1.0 - targets_BxV) * no_BxV).sum(axis=-1)
+
+    def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
+        """FLOPs of one forward pass over a batch of `batch_spec`, by component; see `models.Model`."""
+        c = self.config
+        images = batch_spec['image'][0][0]
+        tokens = images * c.num_tokens
+        flops = {
+            'embedding': cost.matmul(images * c.grid**2, c.patch_size**2 * c.image_channels, c.emb_dim),
+            'attention': c.num_layers * cost.attention(images, c.num_tokens, c.num_tokens, c.emb_dim, c.emb_dim),
+        }
+        for moe in c.layer_moe():
+            if moe is None:
+                parts = {'mlp': cost.mlp(tokens, c.emb_dim, c.mlp_dim, matrices=2)}
+            else:
+                parts = cost.moe(moe, tokens, c.emb_dim, c.mlp_dim, matrices=2, training=training)
+            for part, count in parts.items():
+                flops[part] = flops.get(part, 0.0) + count
+        head = cost.matmul(images, c.representation_size or c.emb_dim, c.num_classes)
+        if c.representation_size is not None:
+            head += cost.matmul(images, c.emb_dim, c.representation_size)
+        if c.pooling is Pooling.MAP:
+            # Keys and values of all tokens; query, output and MLP of one.
+            head += 2 * cost.matmul(tokens, c.emb_dim, c.emb_dim) + 2 * images * cost.matmul(1, c.emb_dim, c.num_tokens)
+            head += 2 * cost.matmul(images, c.emb_dim, c.emb_dim) + cost.mlp(images, c.emb_dim, c.mlp_dim, matrices=2)
+        return flops | {'head': head}
+
+    def dense(self) -> 'ImageClassifier':
+        """The same model with dense MLPs only."""
+        return dataclasses.replace(self, config=self.config.dense())
+
+    def moe_layers(self) -> dict[str, MoEConfig]:
+        """The MoE layers by the path of their parameters."""
+        return {
+            f'Transformer/encoderblock_{i}/MlpBlock_0': moe
+            for i, moe in enumerate(self.config.layer_moe())
+            if moe is not None
+        }
+
+    def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
+        """Tokens of a batch at each MoE layer."""
+        return dict.fromkeys(self.moe_layers(), batch_spec['image'][0][0] * self.config.num_tokens)
+
+    def moe_module(self, path: str) -> nn.Module:
+        """One MoE layer on its own."""
+        return moe_layer(self.config, self.moe_layers()[path])
+
+    def mlp_activations(
+        self, params: Any, batch: Batch, paths: tuple[str, ...]
+    ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
+        """What the MLPs of the *dense* model read and write on a batch; see `models.Model`."""
+        # Layer by layer, since a loop's layers have no names to look at.
+        module = VisionTransformer(dataclasses.replace(self.dense().config, scan_layers=False, remat='none'))
+        wanted = {tuple(path.split('/')[:-1]) for path in paths}
+
+        def keep(mdl: nn.Module, method: str) -> bool:
+            return method == '__call__' and mdl.path[:-1] in wanted and mdl.name in ('LayerNorm_1', 'MlpBlock_0')
+
+        _, written = module.apply(
+            {'params': params}, batch['image'], capture_intermediates=keep, mutable=['intermediates']
+        )
+        seen = flatten_dict(written['intermediates'], sep='/')
+        shape = (batch['image'].shape[0], self.config.num_tokens)
+        real_BxL = jnp.broadcast_to(batch['weights'][:, None] > 0, shape)
+        return {
+            path: (
+                seen[path.replace('MlpBlock_0', 'LayerNorm_1/__call__')][0],
+                seen[f'{path}/__call__'][0],
+                real_BxL,
+            )
+            for path in paths
+        }
+
+    def check_data(self, data: Any) -> None:
+        """Raises UserError when the task has other images than the model reads, or more classes than the head has."""
+        c = self.config
+        shape = getattr(data, 'image_shape', None)
+        if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):
+            raise UserError(
+                f"the task's images are {' x '.join(map(str, shape))}, and the model reads IMAGE_SIZE = {c.image_size} with "
+                f'IMAGE_CHANNELS = {c.image_channels}: change the model or the task.'
+            )
+        classes = getattr(data, 'num_classes', None)
+        if classes is not None and classes > c.num_classes:
+            raise UserError(
+                f'NUM_CLASSES = {c.num_classes} is smaller than the {classes} classes of the task: raise it.'
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration as JSON."""
+        return {'family': self.family, **dataclasses.asdict(self)}
+
+    def _image_shape(self, batch_spec: Mapping[str, Any]) -> tuple[int, ...]:
+        c = self.config
+        shape = batch_spec['image'][0]
+        if math.prod(shape[1:]) != c.image_size**2 * c.image_channels:
+            raise UserError(
+                f'images of shape {shape[1:]} do not fit IMAGE_SIZE = {c.image_size} with IMAGE_CHANNELS = '
+                f'{c.image_channels}: change the model or the task.'
+            )
+        return shape
+
+
+def one_hot_labels(labels_BxN: jax.Array, num_classes: int) -> jax.Array:
+    """(B, V) float32, 1 at every label of an image; -1 is no label."""
+    return jnp.minimum(jax.nn.one_hot(labels_BxN, num_classes, dtype=jnp.float32).sum(axis=1), 1.0)

@@ -1,0 +1,437 @@
+"""Vision Transformer in Flax linen: patches, encoder blocks with dense or MoE MLPs, and three ways to pool.
+
+Parameter names are big_vision's: `embedding`, `pos_embedding`, `cls`, `Transformer/encoderblock_i/MlpBlock_0/Dense_0`,
+`Transformer/encoder_norm`, `MAPHead_0`, `pre_logits`, `head`. An MoE block has `MlpBlock_0/expert/...` with E in front, and
+`MlpBlock_0/router/...`. The class token has no position of its own, as in big_vision; checkpoints in which it has one
+(vision_transformer, V-MoE) are read with that position added to the token, which is the same function.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upcycle.errors import UserError, one_of
+from upcycle.models.layers import Dense, Dropout, attend
+from upcycle.models.stack import Remat, apply_layers
+from upcycle.moe.config import MoEConfig, sparse_layers
+from upcycle.moe.layer import MoELayer
+
+_xavier_init = nn.initializers.xavier_uniform()
+
+
+class Pooling(enum.StrEnum):
+    """What the head reads."""
+
+    TOKEN = 'token'  # an extra class token
+    GAP = 'gap'  # the mean over patches
+    MAP = 'map'  # an attention layer with one learned query
+
+
+class Positions(enum.StrEnum):
+    """Where a patch gets its position from."""
+
+    LEARNED = 'learned'
+    SINCOS = 'sincos2d'  # fixed sines and cosines of row and column (MoCo v3)
+
+
+class Gelu(enum.StrEnum):
+    """Which GELU: public checkpoints differ."""
+
+    TANH = 'tanh'  # the approximation: vision_transformer, big_vision, V-MoE
+    ERF = 'erf'  # exact: Hugging Face, timm
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Sizes of a ViT, and its MoE layers. Gin macros in brackets.
+
+    Attributes:
+      num_classes: outputs of the head [NUM_CLASSES].
+      image_size: height and width in pixels [IMAGE_SIZE].
+      image_channels: 3, or 1 for grey images [IMAGE_CHANNELS].
+      patch_size: height and width of a patch in pixels [PATCH_SIZE].
+      emb_dim: D [EMBED_DIM].
+      num_heads: H [NUM_HEADS].
+      mlp_dim: F [MLP_DIM].
+      num_layers: encoder blocks [NUM_LAYERS].
+      pooling: see `Pooling` [POOLING].
+      positions: see `Positions` [POSITIONS].
+      representation_size: width of a tanh layer before the head (`pre_logits`), as ImageNet-21k checkpoints have; None: no such
+        layer [REPRESENTATION_SIZE].
+      head_bias_init: where the head's biases start; very negative for a sigmoid loss over many classes [HEAD_BIAS_INIT].
+      gelu: see `Gelu` [GELU].
+      norm_epsilon: of layer norms [NORM_EPSILON].
+      dtype: of activations [ACTIVATION_DTYPE]; parameters are float32.
+      dropout_rate: [DROPOUT_RATE]
+      expert_dropout_rate: inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
+      stochastic_depth: probability that an image skips a residual branch of the last block, growing linearly from 0 at the first
+        (Huang et al. 2016) [STOCHASTIC_DEPTH]. It makes all blocks differ, so that `scan_layers` has nothing to loop over.
+      remat: what the backward pass computes again, see `models.stack.Remat` [REMAT].
+      scan_layers: compile one block and loop over it, for deep models [SCAN_LAYERS].
+      moe: the MoE layers; None: a dense model.
+      moe_layers: which blocks, see `moe.config.sparse_layers` [MOE_LAYERS].
+      group_images: images whose tokens compete for the same slots, at most [GROUP_IMAGES]; overrides the MoE's group size.
+    """
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    emb_dim: int
+    num_heads: int
+    mlp_dim: int
+    num_layers: int
+    image_channels: int = 3
+    pooling: Pooling = Pooling.GAP
+    positions: Positions = Positions.LEARNED
+    representation_size: int | None = None
+    head_bias_init: float = 0.0
+    gelu: Gelu = Gelu.TANH
+    norm_epsilon: float = 1e-6
+    dtype: str = 'bfloat16'
+    dropout_rate: float = 0.0
+    expert_dropout_rate: float | None = None
+    stochastic_depth: float = 0.0
+    remat: Remat = Remat.NONE
+    scan_layers: bool = False
+    moe: MoEConfig | None = None
+    moe_layers: str | Sequence[int] = 'last_half'
+    group_images: int = 8
+
+    def __post_init__(self):
+        for field, kind, binding in (
+            ('pooling', Pooling, 'POOLING'),
+            ('positions', Positions, 'POSITIONS'),
+            ('gelu', Gelu, 'GELU'),
+            ('remat', Remat, 'REMAT'),
+        ):
+            object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
+        if not isinstance(self.moe_layers, str):
+            object.__setattr__(self, 'moe_layers', tuple(self.moe_layers))
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f'IMAGE_SIZE = {self.image_size} is not a multiple of PATCH_SIZE = {self.patch_size}: change one of them.'
+            )
+        if self.emb_dim % self.num_heads:
+            raise UserError(f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}.')
+        if self.positions is Positions.SINCOS and self.emb_dim % 4:
+            raise UserError(f"POSITIONS = 'sincos2d' needs an EMBED_DIM that 4 divides, not {self.emb_dim}.")
+        if not 0 <= self.stochastic_depth < 1:
+            raise UserError(f'STOCHASTIC_DEPTH = {self.stochastic_depth!r} must lie in [0, 1).')
+        if not isinstance(self.group_images, int) or self.group_images < 1:
+            raise UserError(f'GROUP_IMAGES = {self.group_images!r} must be a whole number of at least 1.')
+        if self.dtype not in ('float32', 'bfloat16', 'float16'):
+            raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
+        self.layer_moe()
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """L: patches of an image, and the class token if there is one."""
+        return self.grid**2 + (self.pooling is Pooling.TOKEN)
+
+    def layer_moe(self) -> tuple[MoEConfig | None, ...]:
+        """For each block its MoE, or None where the MLP is dense."""
+        if self.moe is None:
+            return (None,) * self.num_layers
+        sparse = sparse_layers(self.moe_layers, self.num_layers, 'MOE_LAYERS')
+        moe = dataclasses.replace(self.moe, group_size=self.group_images * self.num_tokens)
+        return tuple(moe if i in sparse else None for i in range(self.num_layers))
+
+    def layer_depths(self) -> tuple[float, ...]:
+        """For each block, the probability that an image skips one of its branches."""
+        last = max(self.num_layers - 1, 1)
+        return tuple(self.stochastic_depth * i / last for i in range(self.num_layers))
+
+    def dense(self) -> 'ViTConfig':
+        """The same model without MoE layers: what an upcycled model comes from."""
+        return dataclasses.replace(self, moe=None)
+
+
+class MlpBlock(nn.Module):
+    """GELU between two layers with biases. It is also what an expert is; `group_sizes`, the rows of each, makes it all experts.
+
+    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
+    """
+
+    mlp_dim: int
+    gelu: Gelu = Gelu.TANH
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    embed_axis: str = 'embed'
+    mlp_axis: str = 'mlp'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
+        dense = functools.partial(
+            Dense, dtype=self.dtype, kernel_init=_xavier_init, bias_init=nn.initializers.normal(1e-6)
+        )
+        h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
+        h = jax.nn.gelu(h, approximate=self.gelu is Gelu.TANH)
+        h = Dropout(self.dropout_rate, broadcast_axis=None)(h, training)
+        return dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')(h, group_sizes)
+
+
+class ProjectHeads(nn.Module):
+    """A layer between the width and the heads, with parameters of three axes as in `flax.linen.DenseGeneral`.
+
+    `kernel` is (D, H, N) and `bias` (H, N); merging heads, (H, N, D) and (D).
+    """
+
+    num_heads: int
+    width: int
+    dtype: Any
+    merge: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        H, D = self.num_heads, self.width
+        N = D // H
+        shape, axes = ((H, N, D), ('heads', 'kv', 'embed')) if self.merge else ((D, H, N), ('embed', 'heads', 'kv'))
+        bias_shape, bias_axes = ((D,), ('embed',)) if self.merge else ((H, N), ('heads', 'kv'))
+
+        def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            return _xavier_init(key, (D, D), dtype).reshape(shape)
+
+        kernel = self.param('kernel', nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
+        bias = self.param('bias', zeros, bias_shape, jnp.float32)
+        # One matrix product over rows: XLA:CPU is slow at those with several row or column axes.
+        rows = x.reshape(-1, D).astype(self.dtype) @ kernel.reshape(D, D).astype(self.dtype)
+        rows += bias.reshape(D).astype(self.dtype)
+        leading = x.shape[: x.ndim - 2] if self.merge else x.shape[:-1]
+        return rows.reshape(*leading, *((D,) if self.merge else (H, N)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with biases; flax's `MultiHeadDotProductAttention` by parameters and numbers."""
+
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxQxD: jax.Array, x_BxKxD: jax.Array) -> jax.Array:
+        D = x_BxKxD.shape[-1]
+        project = functools.partial(ProjectHeads, self.num_heads, D, self.dtype)
+        query_BxQxHxN = project(name='query')(x_BxQxD) * (D // self.num_heads) ** -0.5
+        out_BxQxHxN = attend(query_BxQxHxN, project(name='key')(x_BxKxD), project(name='value')(x_BxKxD))
+        return project(merge=True, name='out')(out_BxQxHxN)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention, then MLP or MoE. `kind` is its MoE and the probability that an image skips a branch."""
+
+    config: ViTConfig
+    kind: tuple[MoEConfig | None, float]
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
+        config = self.config
+        moe, skipped = self.kind
+        dropout = functools.partial(Dropout(config.dropout_rate, broadcast_axis=None), training=training)
+        # One draw for an image: whole branches are skipped.
+        skip = nn.Dropout(skipped, broadcast_dims=(1, 2), deterministic=not training)
+        y = _norm(config, 'LayerNorm_0')(x_BxLxD)
+        y = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')(y, y)
+        x_BxLxD = x_BxLxD + skip(dropout(y))
+        y = _norm(config, 'LayerNorm_1')(x_BxLxD)
+        if moe is None:
+            y = MlpBlock(**_mlp_arguments(config), name='MlpBlock_0')(y, training)
+        else:
+            y = moe_layer(config, moe, name='MlpBlock_0')(y, real_BxL, training=training)
+        return x_BxLxD + skip(dropout(y))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder blocks, ending in a norm."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
+        config = self.config
+        x_BxLxD = apply_layers(
+            self,
+            EncoderBlock,
+            config,
+            tuple(zip(config.layer_moe(), config.layer_depths(), strict=True)),
+            x_BxLxD,
+            (real_BxL,),
+            (training,),
+            prefix='encoderblock_',
+            remat=config.remat,
+            scan=config.scan_layers,
+        )
+        return _norm(config, 'encoder_norm')(x_BxLxD)
+
+
+class MAPHead(nn.Module):
+    """Multi-head attention pooling: one learned query looks at all tokens (Lee et al. 2019), as in big_vision."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, training: bool) -> jax.Array:
+        config = self.config
+        B, _, D = x_BxLxD.shape
+        init = nn.with_logical_partitioning(_xavier_init, (None, None, 'embed'))
+        probe_1x1xD = self.param('probe', init, (1, 1, D), jnp.float32)
+        probe_Bx1xD = jnp.broadcast_to(probe_1x1xD.astype(x_BxLxD.dtype), (B, 1, D))
+        attention = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')
+        x_Bx1xD = attention(probe_Bx1xD, x_BxLxD)
+        y_Bx1xD = _norm(config, 'LayerNorm_0')(x_Bx1xD)
+        x_Bx1xD = x_Bx1xD + MlpBlock(**_mlp_arguments(config), name='MlpBlock_0')(y_Bx1xD, training)
+        return x_Bx1xD[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """The whole model: (B, height, width, channels) images to (B, classes) logits."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        real_B: jax.Array | None = None,
+        *,
+        training: bool = False,
+        features_only: bool = False,
+    ) -> jax.Array:
+        """Applies the model.
+
+        Args:
+          image: (B, height, width, channels); height and width are the configuration's.
+          real_B: bool, False for rows that fill up a batch; they take no slots. None: all are real.
+          training: turns dropout on and selects the training capacity factor.
+          features_only: stop before the head.
+
+        Returns:
+          Logits (B, classes), or features (B, D), in float32.
+        """
+        config = self.config
+        B = image.shape[0]
+        patches_BxLxP = to_patches(image.astype(config.dtype), config.patch_size)
+        x_BxLxD = PatchEmbedding(config, name='embedding')(patches_BxLxP)
+        if config.positions is Positions.LEARNED:
+            init = nn.initializers.normal(config.emb_dim**-0.5)
+            pos_1xLxD = self.param(
+                'pos_embedding',
+                nn.with_logical_partitioning(init, (None, 'length', 'embed')),
+                (1, config.grid**2, config.emb_dim),
+                jnp.float32,
+            )
+        else:
+            pos_1xLxD = jnp.asarray(sincos2d(config.grid, config.emb_dim))
+        x_BxLxD += pos_1xLxD.astype(config.dtype)
+        if config.pooling is Pooling.TOKEN:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None, 'embed'))
+            cls_1x1xD = self.param('cls', init, (1, 1, config.emb_dim), jnp.float32).astype(config.dtype)
+            x_BxLxD = jnp.concatenate([jnp.broadcast_to(cls_1x1xD, (B, 1, config.emb_dim)), x_BxLxD], axis=1)
+        x_BxLxD = Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
+        x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', 'embed'))
+        real_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
+        if real_B is not None:
+            real_BxL &= real_B[:, None]
+        x_BxLxD = Encoder(config, name='Transformer')(x_BxLxD, real_BxL, training)
+        if config.pooling is Pooling.TOKEN:
+            x_BxD = x_BxLxD[:, 0]
+        elif config.pooling is Pooling.GAP:
+            x_BxD = x_BxLxD.mean(axis=1)
+        else:
+            x_BxD = MAPHead(config, name='MAPHead_0')(x_BxLxD, training)
+        if config.representation_size is not None:
+            layer = Dense(
+                config.representation_size,
+                ('embed', 'representation'),
+                dtype=config.dtype,
+                kernel_init=nn.initializers.lecun_normal(),
+                bias_init=nn.initializers.zeros,
+                name='pre_logits',
+            )
+            x_BxD = jnp.tanh(layer(x_BxD))
+        x_BxD = x_BxD.astype(jnp.float32)
+        if features_only:
+            return x_BxD
+        head = Dense(
+            config.num_classes,
+            ('embed', 'vocab'),
+            kernel_init=nn.initializers.zeros,
+            bias_init=nn.initializers.constant(config.head_bias_init),
+            name='head',
+        )
+        return head(x_BxD)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution of stride patch size, as the matrix product that it is; its kernel is (patch, patch, channels, D)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, patches_BxLxP: jax.Array) -> jax.Array:
+        config = self.config
+        P, D = patches_BxLxP.shape[-1], config.emb_dim
+        shape = (config.patch_size, config.patch_size, config.image_channels, D)
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, None, 'embed'))
+        kernel = self.param('kernel', init, shape, jnp.float32)
+        bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (D,), jnp.float32)
+        rows = patches_BxLxP.reshape(-1, P) @ kernel.reshape(P, D).astype(config.dtype) + bias.astype(config.dtype)
+        return rows.reshape(*patches_BxLxP.shape[:-1], D)
+
+
+def to_patches(image: jax.Array, patch_size: int) -> jax.Array:
+    """(B, height, width, channels) to (B, patches, patch_size * patch_size * channels), patches row by row."""
+    B, height, width, channels = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = image.reshape(B, rows, patch_size, columns, patch_size, channels).swapaxes(2, 3)
+    return x.reshape(B, rows * columns, patch_size * patch_size * channels)
+
+
+def sincos2d(grid: int, width: int, temperature: float = 10_000.0) -> np.ndarray:
+    """Fixed positions (1, grid * grid, width), float32: a quarter each of sin(x), cos(x), sin(y), cos(y) at falling frequencies.
+
+    As big_vision's `posemb_sincos_2d`, after MoCo v3.
+    """
+    y, x = np.mgrid[:grid, :grid]
+    frequency = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
+    y, x = y.reshape(-1)[:, None] * frequency, x.reshape(-1)[:, None] * frequency
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None].astype(np.float32)
+
+
+def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        config.norm_epsilon,
+        config.dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
+    return {
+        'mlp_dim': config.mlp_dim,
+        'gelu': config.gelu,
+        'dropout_rate': config.dropout_rate,
+        'dtype': config.dtype,
+    }
+
+
+def moe_layer(config: ViTConfig, moe: MoEConfig, name: str | None = None) -> MoELayer:
+    """The MoE layer that stands in for an MLP: its experts are that MLP."""
+    arguments = _mlp_arguments(config) | {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
+    if config.expert_dropout_rate is not None:
+        arguments['dropout_rate'] = config.expert_dropout_rate
+    return MoELayer(moe, MlpBlock, arguments, name=name)

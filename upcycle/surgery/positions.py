@@ -1,0 +1,30 @@
+"""Learned positions for images of another size."""
+
+import math
+
+import jax
+import numpy as np
+
+
+def resize_positions(pos_1xLxD: jax.Array, num_patches: int) -> jax.Array:
+    """Bilinear interpolation of a square grid of positions, its corners staying corners.
+
+    As vision_transformer and big_vision do it (`scipy.ndimage.zoom` of order 1) when a checkpoint meets images of another size.
+
+    Args:
+      pos_1xLxD: learned at L patches.
+      num_patches: wanted.
+
+    Returns:
+      (1, num_patches, D).
+    """
+    old, new = math.isqrt(pos_1xLxD.shape[1]), math.isqrt(num_patches)
+    at_N = np.linspace(0, old - 1, new)
+    below_N = np.minimum(at_N.astype(int), max(old - 2, 0))
+    weight_NxO = np.zeros((new, old), np.float32)
+    weight_NxO[np.arange(new), below_N] += 1 - (at_N - below_N)
+    weight_NxO[np.arange(new), np.minimum(below_N + 1, old - 1)] += at_N - below_N
+    grid_OxOxD = pos_1xLxD.reshape(old, old, -1)
+    with jax.default_matmul_precision('highest'):
+        grid_NxNxD = jax.numpy.einsum('no,mp,opd->nmd', weight_NxO, weight_NxO, grid_OxOxD)
+    return grid_NxNxD.reshape(1, new * new, -1).astype(pos_1xLxD.dtype)
