@@ -19,14 +19,20 @@ if TYPE_CHECKING:
     import numpy as np
     from etils import epath
 
+    from upcycle.checkpoints.writing import Writer
+
+WRITABLE = ('upcycle', 't5x_legacy', 't5x_orbax')
+
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
 # Orbax and T5X both write beside the final name and rename at the end, so these names are interrupted saves.
 _UNFINISHED = re.compile(r'(?:checkpoint_)?\d+\.(?:orbax-checkpoint-tmp|tmp-).*')
 _LOOKED_FOR = (
     '`state/_METADATA` (Orbax: ours or T5X), `checkpoint` (T5X legacy), '
-    'or step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`'
+    'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, or a file `.npz` (ViT)'
 )
+# A part of an archive is named behind a colon, as big_vision does: `siglip.npz:img`.
+_PART = re.compile(r'(.+\.npz):([\w/]+)')
 
 
 @runtime_checkable
@@ -34,10 +40,12 @@ class Reader(Protocol):
     """One step of a checkpoint. Opening it reads an index; no array is read before `read`.
 
     Attributes:
-        format: 'upcycle', 't5x_legacy', 't5x_orbax', ...
-        path: the step's folder.
-        step: training steps taken when it was saved.
-        metadata: the JSON saved beside our own checkpoints (family, configuration, sunk cost, receipt); {} for others.
+        format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
+        path: the step's folder, or the file.
+        step: training steps taken when it was saved; None where it does not say.
+        metadata: the JSON saved beside our own checkpoints (family, configuration, sunk cost, receipt). Of others `family`,
+            and as `facts` what the format says of the model that shapes do not (its activation, its norms' epsilon, ...);
+            {} where it says nothing.
     """
 
     format: str
@@ -46,7 +54,7 @@ class Reader(Protocol):
     def path(self) -> str: ...
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int | None: ...
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
@@ -56,9 +64,15 @@ class Reader(Protocol):
         ...
 
     def read(
-        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
+        self,
+        name: str,
+        sharding: jax.sharding.Sharding | None = None,
+        dtype: Any = None,
+        region: tuple[slice, ...] = (),
     ) -> jax.Array | np.ndarray:
         """One leaf, and only that leaf: on the host, or with a `sharding` each device's part straight onto it.
+
+        On the host it may be a `region` of the leaf, such as one expert.
 
         Raises:
             UserError: there is no such leaf, or its stored bytes are missing or damaged.
@@ -70,7 +84,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     """Opens a checkpoint of any format that we read; the format is found, not named.
 
     Args:
-        path: a step's folder, or a folder of steps (a run folder, its `checkpoints`, a T5X model directory), which
+        path: a step's folder, a file, or a folder of steps (a run folder, its `checkpoints`, a T5X model directory), which
             means its newest finished step. `gs://` works.
 
     Raises:
@@ -78,13 +92,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     """
     from upcycle.checkpoints import arrays
 
-    folder = arrays.absolute(path)
+    folder, part = arrays.absolute(path), ''
+    if match := _PART.fullmatch(os.fspath(folder)):
+        folder, part = arrays.absolute(match[1]), match[2]
     if not folder.exists():
         raise UserError(f'{folder} does not exist: name a checkpoint, or a folder that holds one.')
     if folder.name == 'checkpoint' and folder.is_file():
         folder = folder.parent
     if _UNFINISHED.fullmatch(folder.name):
         raise UserError(f'{folder} is a save that was interrupted: name a finished step beside it.')
+    if folder.name.endswith('.npz') and folder.is_file():
+        from upcycle.checkpoints import flax_npz
+
+        return flax_npz.NpzReader(folder, part)
     if reader := _open_step(folder):
         return reader
     steps = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
@@ -96,6 +116,34 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     if unfinished := sorted(child.name for child in children if _UNFINISHED.fullmatch(child.name)):
         raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(unfinished)}): name another run.')
     raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}.')
+
+
+def create_checkpoint(
+    path: str | os.PathLike[str],
+    format: str,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    step: int | None,
+    identity: Mapping[str, Any],
+) -> Writer:
+    """Begins a checkpoint, or goes on with one that was cut off.
+
+    Args:
+        path: where it will be; the formats with steps make a folder for the step there.
+        format: one of `WRITABLE`.
+        leaves: everything that will be written, by our names.
+        step: training steps taken, None where that is not known.
+        identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+
+    Raises:
+        UserError: something is there already, a leaf has no counterpart in the format, or the space does not suffice.
+    """
+    from upcycle.checkpoints import arrays, native, t5x, writing
+
+    target = arrays.absolute(path)
+    layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
+    layout = {layout.format: layout for layout in layouts}[format]()
+    return writing.FolderWriter(layout, target, leaves, step, identity)
 
 
 def _open_step(folder: epath.Path) -> Reader | None:

@@ -1,16 +1,20 @@
-"""What the array formats share: leaves are named zarr arrays, opened lazily by TensorStore and read onto devices.
+"""What the formats share: leaves are named arrays, opened lazily and read whole, in part, or straight onto devices.
 
-Single leaves are read with TensorStore directly, because Orbax re-reads its whole index for each partial restore:
-20 to 40 ms a leaf against 0.3 ms here (300 leaves, two CPU cores). Orbax's own restore is the reference in the tests.
+An array is a zarr array, which TensorStore reads, or a `Lazy` one of a format of its own. Single leaves are read with
+TensorStore directly, because Orbax re-reads its whole index for each partial restore: 20 to 40 ms a leaf against 0.3 ms here
+(300 leaves, two CPU cores). Orbax's own restore is the reference in the tests.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,31 +24,109 @@ from etils import epath
 from upcycle.errors import UserError
 
 ORBAX_INDEX = '_METADATA'
+_COMMITTED = 'commit_success.txt'
+# What weights and moments are stored in.
+WEIGHT_DTYPES = ('float32', 'bfloat16', 'float16')
+# Of a damaged file, by TensorStore, NumPy and zipfile; RuntimeError is an encrypted zip.
+DAMAGE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
-# A TensorStore spec that opens the array, or the array itself where an index holds small ones inline.
-Source = dict[str, Any] | np.ndarray
+# TensorStore's drivers by the scheme of an address.
+_STORES = {'gs': 'gcs', 's3': 's3'}
+
+Region = tuple[slice, ...]
+
+
+class Lazy(Protocol):
+    """An array whose shape and dtype are known and whose numbers are read when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, region: Region) -> np.ndarray:
+        """The part of it; `()` is all. May raise what the format's library raises on a damaged file."""
+        ...
+
+
+# A TensorStore spec that opens the array, the array itself where an index holds small ones inline, or a reader of it.
+Source = dict[str, Any] | np.ndarray | Lazy
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A `Lazy` array computed from others, whole: transposed, reshaped, summed, a layer of a stack.
+
+    Attributes:
+        shape, dtype: of the result.
+        sources: what it is made of.
+        make: from the sources' numbers to the result's.
+        region: the part of the sources to read.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sources: tuple[Lazy, ...]
+    make: Callable[..., np.ndarray]
+    region: Region = ()
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`."""
+        made = self.make(*(source.read(self.region) for source in self.sources))
+        return np.asarray(made[region], order='C')
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are."""
+    """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are.
+
+    Raises:
+        UserError: an address of a kind that we do not read.
+    """
     name = os.fspath(path)
-    return epath.Path(name if '://' in name else os.path.abspath(os.path.expanduser(name)))
+    if '://' not in name:
+        return epath.Path(os.path.abspath(os.path.expanduser(name)))
+    scheme = name.partition('://')[0]
+    if scheme not in _STORES:
+        raise UserError(f'{name} cannot be read: checkpoints are local, or in buckets (gs:// or s3://).')
+    return epath.Path(name)
 
 
 def is_finished(folder: epath.Path) -> bool:
     """Whether Orbax has committed this step: by its name, or in an object store, which cannot rename, by a file."""
-    return '://' not in os.fspath(folder) or (folder / 'commit_success.txt').exists()
+    return '://' not in os.fspath(folder) or (folder / _COMMITTED).exists()
+
+
+def mark_finished(folder: epath.Path, items: tuple[str, ...]) -> None:
+    """Leaves the files by which Orbax knows a finished step in an object store; on a disk they do no harm."""
+    for path in (*(folder / item for item in items), folder):
+        (path / _COMMITTED).write_text('Checkpoint commit was successful.')
 
 
 def kvstore(folder: epath.Path) -> dict[str, Any]:
-    """TensorStore's description of a folder, local or in a Google Cloud Storage bucket."""
+    """TensorStore's description of a folder, local or in a bucket."""
     scheme, separator, rest = os.fspath(folder).partition('://')
     if not separator:
         return {'driver': 'file', 'path': scheme + '/'}
-    if scheme != 'gs':
-        raise UserError(f'{folder} cannot be read: checkpoints are read from local folders and gs:// buckets.')
     bucket, _, key = rest.partition('/')
-    return {'driver': 'gcs', 'bucket': bucket, 'path': key + '/'}
+    return {'driver': _STORES[scheme], 'bucket': bucket, 'path': key + '/'}
+
+
+def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
+    """The index of an Orbax pytree item of zarr arrays, each in a folder named by its keys with dots between.
+
+    Args:
+        keys: the path of dictionary keys to each leaf, and its shape.
+    """
+    entries = {
+        str(path): {
+            'key_metadata': [{'key': key, 'key_type': 2} for key in path],
+            'value_metadata': {'value_type': 'np.ndarray', 'skip_deserialize': False, 'write_shape': list(shape)},
+        }
+        for path, shape in keys.items()
+    }
+    index = {'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': False}
+    return json.dumps({**index, 'store_array_data_equal_to_fill_value': True, 'custom_metadata': None})
 
 
 def orbax_arrays(item: epath.Path) -> dict[tuple[str, ...], Source]:
@@ -82,7 +164,7 @@ class ArrayReader:
     Several threads may `read` at once, after the first `leaves`.
 
     Args:
-        path: the step's folder.
+        path: the step's folder, or the file.
         sources: how to open each leaf, by name. A spec with `dtype` and `metadata.shape` is opened only to be read.
     """
 
@@ -97,29 +179,67 @@ class ArrayReader:
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """See `Reader`; only our own format has any."""
+        """See `Reader`."""
         return {}
 
     @functools.cached_property
-    def step(self) -> int:
-        """Training steps taken when it was saved."""
-        return int(self.read('step'))
+    def step(self) -> int | None:
+        """See `Reader`."""
+        if 'step' not in self._leaves:
+            return None
+        step = self.read('step')
+        if step.size != 1 or step.dtype.kind not in 'iu':
+            raise UserError(f'step of {self.path} is {step.dtype}{list(step.shape)} and not a whole number.')
+        return int(step.reshape(()))
 
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """See `Reader`."""
         return dict(self._leaves)
 
     def read(
-        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
+        self,
+        name: str,
+        sharding: jax.sharding.Sharding | None = None,
+        dtype: Any = None,
+        region: Region = (),
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         if name not in self._leaves:
             raise UserError(f'{self.path} has no leaf {name}: `upcycle inspect {self.path}` lists those it has.')
-        return _read(self._open(name), sharding, dtype, functools.partial(self._wait, name))
+        leaf = self._leaves[name]
+        dtype = jax.numpy.dtype(leaf.dtype if dtype is None else dtype)
+        if sharding is None:
+            # Never the index's own array: what is read is the caller's.
+            return np.array(self._begin_read(name, region)(), dtype, copy=None if self._is_fresh(name) else True)
+        # Devices that hold the same region share one read, and distinct regions are read side by side.
+        regions: dict[str, Callable[[], np.ndarray]] = {}
+
+        def begin(index: Region) -> Callable[[], np.ndarray]:
+            key = repr(index)
+            if key not in regions:
+                regions[key] = self._begin_read(name, index)
+            return regions[key]
+
+        for index in sharding.addressable_devices_indices_map(leaf.shape).values():
+            begin(index)
+        return jax.make_array_from_callback(
+            leaf.shape, sharding, lambda index: np.asarray(begin(index)()).astype(dtype, copy=False)
+        )
 
     @functools.cached_property
     def _leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return self._abstract()
+        leaves = self._abstract()
+        wrong = [
+            f'{name} is {leaf.dtype}'
+            for name, leaf in leaves.items()
+            if name.startswith(('params/', 'opt_state/param_states/')) and leaf.dtype.name not in WEIGHT_DTYPES
+        ]
+        if wrong:
+            raise UserError(
+                f'{self.path} holds weights of a type that no model has ({", ".join(wrong[:3])}'
+                f'{", ..." if len(wrong) > 3 else ""}): they are {", ".join(WEIGHT_DTYPES)}.'
+            )
+        return leaves
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         told = {name: _shape_dtype(source) for name, source in self._sources.items()}
@@ -129,23 +249,32 @@ class ArrayReader:
         return {name: self._stored(name) if leaf is None else leaf for name, leaf in told.items()}
 
     def _stored(self, name: str) -> jax.ShapeDtypeStruct:
-        array = self._open(name)
+        array = self._wait(name, self._begin_open(name).result)
         return jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
 
-    def _open(self, name: str) -> ts.TensorStore:
+    def _is_fresh(self, name: str) -> bool:
+        return not isinstance(self._sources[name], np.ndarray)
+
+    def _begin_read(self, name: str, region: Region) -> Callable[[], np.ndarray]:
+        """Starts reading where that can go on behind; the result gives the numbers."""
         source = self._sources[name]
-        return ts.array(source) if isinstance(source, np.ndarray) else self._wait(name, self._begin_open(name))
+        if isinstance(source, np.ndarray):
+            return lambda: source[region]
+        if isinstance(source, dict):
+            array = self._wait(name, self._begin_open(name).result)
+            return functools.partial(self._wait, name, array[region].read().result)
+        return functools.cache(functools.partial(self._wait, name, functools.partial(source.read, region)))
 
     def _begin_open(self, name: str) -> ts.Future:
         if name not in self._opened:
             self._opened[name] = ts.open(self._sources[name], context=self._context, open=True, read=True)
         return self._opened[name]
 
-    def _wait(self, name: str, future: ts.Future) -> Any:
+    def _wait(self, name: str, result: Callable[[], Any]) -> Any:
         try:
-            return future.result()
-        except (ValueError, OSError) as error:
-            reason = str(error).partition(' [')[0]
+            return result()
+        except DAMAGE as error:
+            reason = ' '.join(str(error).partition(' [')[0].split())
             raise UserError(
                 f'{name} of {self.path} cannot be read ({reason}): '
                 'the checkpoint is incomplete or damaged, copy it again.'
@@ -154,33 +283,8 @@ class ArrayReader:
 
 def _shape_dtype(source: Source) -> jax.ShapeDtypeStruct | None:
     """A leaf's shape and dtype where its source tells them, else None."""
-    if isinstance(source, np.ndarray):
+    if not isinstance(source, dict):
         return jax.ShapeDtypeStruct(source.shape, source.dtype)
-    if 'metadata' in source:
+    if 'metadata' in source and 'transform' not in source:
         return jax.ShapeDtypeStruct(tuple(source['metadata']['shape']), jax.numpy.dtype(source['dtype']))
     return None
-
-
-def _read(
-    array: ts.TensorStore,
-    sharding: jax.sharding.Sharding | None,
-    dtype: Any,
-    wait: Callable[[ts.Future], np.ndarray],
-) -> jax.Array | np.ndarray:
-    dtype = jax.numpy.dtype(array.dtype.numpy_dtype if dtype is None else dtype)
-    if sharding is None:
-        return np.asarray(wait(array.read())).astype(dtype, copy=False)
-    # Devices that hold the same region share one read, and distinct regions are read side by side.
-    regions: dict[str, ts.Future] = {}
-
-    def begin(index: tuple[slice, ...]) -> ts.Future:
-        key = repr(index)
-        if key not in regions:
-            regions[key] = array[index].read()
-        return regions[key]
-
-    for index in sharding.addressable_devices_indices_map(array.shape).values():
-        begin(index)
-    return jax.make_array_from_callback(
-        array.shape, sharding, lambda index: np.asarray(wait(begin(index))).astype(dtype, copy=False)
-    )

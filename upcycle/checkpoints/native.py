@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from upcycle.checkpoints import arrays
+from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
@@ -53,6 +53,34 @@ class NativeReader(arrays.ArrayReader):
             return json.loads(file.read_text())
         except (ValueError, OSError) as error:
             raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+
+
+class NativeLayout:
+    """Our own format, written part by part; see `writing.Layout`. Orbax restores it as if it had saved it."""
+
+    format = 'upcycle'
+    state = 'state'
+
+    def final(self, path: epath.Path, step: int | None) -> epath.Path:
+        """A step of a run folder; 0 stands for a model that does not know how long it was trained."""
+        return path / 'checkpoints' / str(step or 0)
+
+    def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """Any tree has a place."""
+        return {name: tuple(name.split('/')) for name in leaves}, {}
+
+    def is_inline(self, keys: tuple[str, ...]) -> bool:
+        """Every array has a folder."""
+        return False
+
+    def commit(self, writer: writing.FolderWriter, metadata: Mapping[str, Any]) -> None:
+        """The index and the JSON items."""
+        shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
+        (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes))
+        for item, content in (('data', {}), ('metadata', dict(metadata))):
+            (writer.folder / item).mkdir(exist_ok=True)
+            (writer.folder / item / 'metadata').write_text(json.dumps(content))
+        arrays.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
 
 
 class CheckpointManager:

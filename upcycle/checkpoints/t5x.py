@@ -1,14 +1,20 @@
-"""T5X checkpoints, both of its layouts, read lazily without T5X.
+"""T5X checkpoints, both of its layouts, dense and MoE (flaxformer's), read lazily and written part by part without T5X.
 
-`legacy`: a msgpack file `checkpoint` whose leaves are small arrays, or TensorStore specs of gzipped zarr folders beside
-it (`target.encoder.layers_0.mlp.wi_0.kernel/`). `orbax`: an Orbax item `state` with the same tree. T5X's names become
+`legacy`: a msgpack file `checkpoint` whose leaves are small arrays, or TensorStore specs of zarr folders beside it
+(`target.encoder.layers_0.mlp.wi_0.kernel/`). `orbax`: an Orbax item `state` with the same tree. T5X's names become
 ours: `target/<p>` is `params/<p>`, `state/param_states/<p>/v_row` is `opt_state/param_states/<p>/v_row`, and
 `state/step`, which is also Adafactor's decay clock, is `step` and `opt_state/count`.
-Source of the format: t5x/checkpoints.py.
+
+Stacked layers (`scan_layers=True`) are taken apart: `encoder/encoder/...` with layers along axis 1 is `encoder/layers_0/...`.
+Sources: t5x/checkpoints.py, adafactor.py, contrib/moe/adafactor_utils.py, examples/scalable_t5; flaxformer's
+moe_architecture.py.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +24,18 @@ import msgpack
 import numpy as np
 from etils import epath
 
-from upcycle.checkpoints import arrays
+from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
 # flax.serialization's codes for an array and a numpy scalar. Its third, for complex numbers, never occurs here.
 _FLAX_ARRAY_CODES = (1, 3)
 _ADAFACTOR_SLOTS = ('m', 'v', 'v_row', 'v_col')
 _PARAM_STATES = 'opt_state/param_states/'
+METADATA = 'upcycle.json'  # family, receipt, ...: ours, beside the index
+
+# Stacks of layers: `encoder/encoder/<p>`, or `encoder/encoder/subblock_1/<p>` where a block has a dense and a sparse layer.
+_STACKED = re.compile(r'(params)/(encoder|decoder)/(?:encoder|decoder)/(?:subblock_(\d+)/)?(.*)')
+_STACK_AXIS = 1
 
 
 class _T5XReader(arrays.ArrayReader):
@@ -34,10 +45,26 @@ class _T5XReader(arrays.ArrayReader):
         named = {name: source for keys, source in sources.items() for name in _names(keys)}
         if not any(name.startswith('params/') for name in named):
             raise UserError(f'{path} has no parameters below `target`, where T5X keeps them: is it a T5X checkpoint?')
+        self._left_out: dict[str, str] = {}
         super().__init__(path, named)
+
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """What we wrote beside it; {} in a checkpoint that T5X saved."""
+        file = epath.Path(self.path) / METADATA
+        try:
+            ours = json.loads(file.read_text()) if file.exists() else {}
+        except (ValueError, OSError) as error:
+            raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+        self.leaves()
+        return {**ours, 'not_read': self._left_out} if self._left_out else ours
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         every = super()._abstract()
+        if any(_STACKED.match(name) for name in every):
+            self._unstack(every)
+            every = super()._abstract()
+            self._share_position_biases(every)
         # `m` is in use everywhere or nowhere, which settles it for a parameter that itself has the shape (1,).
         momentum = any(name.endswith('/m') and leaf.shape != (1,) for name, leaf in every.items())
         own_slots = ('m', 'v') if momentum else ('v',)
@@ -49,7 +76,43 @@ class _T5XReader(arrays.ArrayReader):
             owner = every.get(f'params/{parameter}')
             return owner is not None and not (owner.shape == (1,) and slot in own_slots)
 
-        return {name: leaf for name, leaf in every.items() if not is_placeholder(name)}
+        every = {name: leaf for name, leaf in every.items() if not is_placeholder(name)}
+        for row, column in _swapped_statistics(every):
+            for by_name in (self._sources, self._opened, every):
+                if row in by_name:
+                    by_name[row], by_name[column] = by_name[column], by_name[row]
+        return every
+
+    def _unstack(self, every: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """Puts a view of each layer in the place of the stacks."""
+        blocks: dict[str, set[str]] = {}
+        for match in filter(None, map(_STACKED.match, every)):
+            blocks.setdefault(match[2], set()).add(match[3])
+        for name in every:
+            match = _STACKED.match(name)
+            if name.startswith(_PARAM_STATES):
+                del self._sources[name]
+                self._left_out[name] = 'the optimizer state of stacked layers'
+            elif match:
+                source = self._sources.pop(name)
+                layers = every[name].shape[_STACK_AXIS] if len(every[name].shape) > _STACK_AXIS else 0
+                for i in range(layers):
+                    layer = i * len(blocks[match[2]]) + int(match[3] or 0)
+                    self._sources[f'params/{match[2]}/layers_{layer}/{match[4]}'] = _slice_of(source, every[name], i)
+        self._opened.clear()
+
+    def _share_position_biases(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """Stacked layers each have a table of their own; where all are the same, the stack has one, as ours does."""
+        for stack in ('encoder', 'decoder'):
+            tables = [
+                name for name in every if re.fullmatch(rf'params/{stack}/layers_\d+/relpos_bias/rel_embedding', name)
+            ]
+            values = {self._begin_read(name, ())().tobytes() for name in tables}
+            if len(values) == 1:
+                shared = f'params/{stack}/relpos_bias/rel_embedding'
+                self._sources[shared], every[shared] = self._sources[tables[0]], every[tables[0]]
+                for name in tables:
+                    del self._sources[name], every[name]
 
 
 class OrbaxReader(_T5XReader):
@@ -133,3 +196,165 @@ def _flax_array(code: int, data: bytes) -> Any:
     if code not in _FLAX_ARRAY_CODES:
         raise ValueError(f'it has an extension of type {code}, which T5X does not write')
     return flax.serialization.msgpack_restore(msgpack.packb(msgpack.ExtType(code, data)))
+
+
+def _slice_of(source: arrays.Source, leaf: jax.ShapeDtypeStruct, index: int) -> arrays.Source:
+    """One layer of a stack."""
+    if isinstance(source, np.ndarray):
+        return source[:, index]
+    kept = [axis for axis in range(len(leaf.shape)) if axis != _STACK_AXIS]
+    output = [
+        {'offset': index} if axis == _STACK_AXIS else {'input_dimension': kept.index(axis)}
+        for axis in range(len(leaf.shape))
+    ]
+    return {**source, 'transform': {'input_rank': len(kept), 'output': output}}
+
+
+def _swapped_statistics(leaves: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Factored statistics of experts that T5X and we name the other way round: (v_row, v_col).
+
+    Both keep a mean over either axis of a kernel. Of a matrix T5X names them by size, as we do; of experts by meaning: `v_row`
+    belongs to the model's width, whichever is larger.
+    """
+    found = []
+    for name, leaf in leaves.items():
+        match = re.fullmatch(r'params/(.*/expert/(wi|wi_\d|wo)/kernel)', name)
+        row, column = (f'{_PARAM_STATES}{match[1]}/{slot}' if match else '' for slot in ('v_row', 'v_col'))
+        if row in leaves and column in leaves:
+            width_axis = 1 if match[2] == 'wo' else 0
+            if int(np.argsort(leaf.shape[1:])[-2]) != width_axis:
+                found.append((row, column))
+    return found
+
+
+class _T5XLayout:
+    """T5X's tree, written part by part; see `writing.Layout`."""
+
+    format = ''
+    state = ''
+
+    def final(self, path: epath.Path, step: int | None) -> epath.Path:
+        """T5X reads the step off the folder's name."""
+        return path if path.name == f'checkpoint_{step}' else path / f'checkpoint_{step}'
+
+    def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """See `writing.Layout`."""
+        _refuse(leaves, self.format)
+        left_out = {}
+        if 'rng' in leaves:
+            left_out['rng'] = 'T5X takes its random key from its own configuration'
+        if 'opt_state/count' in leaves:
+            left_out['opt_state/count'] = 'it is the step, which T5X takes for the clock of its Adafactor'
+        renamed = dict(pair for row, column in _swapped_statistics(leaves) for pair in ((row, column), (column, row)))
+        return {name: _keys(renamed.get(name, name)) for name in leaves if name not in left_out}, left_out
+
+    def _placeholders(self, writer: writing.FolderWriter) -> dict[tuple[str, ...], np.ndarray]:
+        """Slots that Adafactor does not use hold one zero in T5X."""
+        states = {keys[:-1] for keys in writer.keys.values() if keys[:2] == ('state', 'param_states')}
+        used = set(writer.keys.values())
+        return {
+            (*keys, slot): np.zeros(1, np.float32)
+            for keys in sorted(states)
+            for slot in _ADAFACTOR_SLOTS
+            if (*keys, slot) not in used
+        }
+
+
+class LegacyLayout(_T5XLayout):
+    """The format of T5X's published models."""
+
+    format = 't5x_legacy'
+
+    def is_inline(self, keys: tuple[str, ...]) -> bool:
+        """T5X reads factored statistics, which it does not split, from the index."""
+        return keys[-1] in ('step', 'v_row', 'v_col') and keys[0] == 'state'
+
+    def commit(self, writer: writing.FolderWriter, metadata: Mapping[str, Any]) -> None:
+        """The index, last."""
+        tree: dict[str, Any] = {}
+
+        def put(keys: tuple[str, ...], value: Any) -> None:
+            node = tree
+            for key in keys[:-1]:
+                node = node.setdefault(key, {})
+            node[keys[-1]] = value
+
+        for name, keys in writer.keys.items():
+            leaf = writer.leaves[name]
+            if name in writer.inline:
+                put(keys, writer.inline[name])
+                continue
+            # A path beside the index, so that the checkpoint can be moved.
+            put(
+                keys,
+                {
+                    'driver': 'zarr',
+                    'dtype': leaf.dtype.name,
+                    'kvstore': {'driver': 'file', 'path': '.'.join(keys) + '/'},
+                    'metadata': writing.zarr_metadata(leaf, writing.chunk_shape(name, leaf)),
+                },
+            )
+        for keys, value in self._placeholders(writer).items():
+            put(keys, value)
+        (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
+        index = flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+        (writer.folder / 'checkpoint').write_bytes(index)
+
+
+class OrbaxLayout(_T5XLayout):
+    """What T5X writes by default today."""
+
+    format = 't5x_orbax'
+    state = 'state'
+
+    def is_inline(self, keys: tuple[str, ...]) -> bool:
+        """Every array has a folder."""
+        return False
+
+    def commit(self, writer: writing.FolderWriter, metadata: Mapping[str, Any]) -> None:
+        """Placeholders and the index."""
+        placeholders = self._placeholders(writer)
+        for keys, value in placeholders.items():
+            writer.put(keys, value)
+        shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
+        shapes |= {keys: value.shape for keys, value in placeholders.items()}
+        (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes))
+        (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
+        arrays.mark_finished(writer.folder, (self.state,))
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    top, *rest = name.split('/')
+    return {'params': ('target',), 'opt_state': ('state',), 'step': ('state', 'step')}[top] + tuple(rest)
+
+
+def _refuse(leaves: writing.Leaves, format: str) -> None:
+    """Raises UserError for a leaf that T5X has no place for."""
+    if 'step' not in leaves:
+        raise UserError(
+            f'{format} needs the step that the model was trained to, which the source does not say: give --step.'
+        )
+    for name in leaves:
+        segments = name.split('/')
+        if name in ('step', 'rng', 'opt_state/count'):
+            continue
+        if segments[0] == 'params' and len(segments) > 1 and segments[1] in ('encoder', 'decoder', 'token_embedder'):
+            continue
+        if not name.startswith(_PARAM_STATES) or segments[-1] not in _ADAFACTOR_SLOTS:
+            raise UserError(f'{name} has no counterpart in {format}, which holds T5 models and Adafactor state.')
+    owners: dict[str, set[str]] = {}
+    for name in leaves:
+        if name.startswith(_PARAM_STATES):
+            owner, _, slot = name.removeprefix(_PARAM_STATES).rpartition('/')
+            owners.setdefault(owner, set()).add(slot)
+    for owner, slots in owners.items():
+        way_out = 'leave the optimizer state out with --optimizer_state=none'
+        if not ({'v'} <= slots or {'v_row', 'v_col'} <= slots):
+            raise UserError(
+                f"{_PARAM_STATES}{owner} holds {', '.join(sorted(slots))}, which is not Adafactor's state: {way_out}."
+            )
+        if writing.EXPERT in owner.split('/') and 'v' in slots and len(leaves[f'params/{owner}'].shape) > 2:
+            raise UserError(
+                f'{_PARAM_STATES}{owner}/v has no counterpart in {format}, since T5X factors the statistics of experts whatever '
+                f'their size: train with expert_min_dim_size_to_factor = 1, or {way_out}.'
+            )

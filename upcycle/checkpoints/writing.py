@@ -1,0 +1,299 @@
+"""What the writers share: a checkpoint is written part by part into a staging folder and renamed when it is whole.
+
+A part is a leaf, one expert of a leaf, or some rows of a large one. Each is a chunk of its own on disk, so that any
+expert-parallel layout reads only its own experts. What is finished is noted in a journal, and the same command goes on from
+there after a cut. In a bucket, which cannot rename and append, a commit file is written last instead, and a cut write starts
+again.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from upcycle.checkpoints import arrays
+from upcycle.errors import UserError
+
+Leaves = Mapping[str, jax.ShapeDtypeStruct]
+WHOLE: arrays.Region = ()
+
+EXPERT = 'expert'  # the segment below which a leaf has experts in front
+JOURNAL = 'journal.jsonl'
+# Of a checkpoint that is being written; `open_checkpoint` knows both endings.
+STAGING = {'upcycle': '.orbax-checkpoint-tmp', 't5x_orbax': '.orbax-checkpoint-tmp', 't5x_legacy': '.tmp-upcycle'}
+
+_PART_BYTES = 64 << 20  # T5X's size of a chunk
+_SMALL_BYTES = 1 << 20  # not worth a file for each expert
+_BYTES_IN_FLIGHT = 256 << 20
+_SPARE_BYTES = 64 << 20
+
+
+def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[arrays.Region]:
+    """How a leaf is cut for writing: by experts, or by rows where it is large. All parts have the same size."""
+    size = math.prod(leaf.shape) * leaf.dtype.itemsize
+    if size <= _SMALL_BYTES or not leaf.shape:
+        return [WHOLE]
+    rows = leaf.shape[0]
+    count = rows if EXPERT in name.split('/') else -(-size // _PART_BYTES)
+    # A chunk at the edge is stored in full, so rows divide evenly.
+    count = next(n for n in range(count, rows + 1) if rows % n == 0) if count <= rows else rows
+    each = rows // count
+    return [WHOLE] if count == 1 else [(slice(i * each, (i + 1) * each),) for i in range(count)]
+
+
+def chunk_shape(name: str, leaf: jax.ShapeDtypeStruct) -> list[int]:
+    """Shape of a part."""
+    region = parts(name, leaf)[0]
+    return list(leaf.shape) if region == WHOLE else [region[0].stop, *leaf.shape[1:]]
+
+
+class Writer(Protocol):
+    """A checkpoint in the making; it is invisible until `finish`.
+
+    Attributes:
+        path: where it will be.
+        left_out: leaves that the format has no place for and no need of, and why.
+    """
+
+    path: str
+    left_out: Mapping[str, str]
+
+    def todo(self) -> dict[str, list[arrays.Region]]:
+        """The parts of each leaf that are still to be written, leaves in an order that suits the format."""
+        ...
+
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
+        """Begins to write one part; waits while too much is on its way."""
+        ...
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """Waits for everything and gives the checkpoint its name."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what is on its way and lets go; what is there stays for the same command to go on from."""
+        ...
+
+
+class Layout(Protocol):
+    """One format of zarr arrays in a folder.
+
+    Attributes:
+        format: its name.
+        state: folder of the arrays, below the step's.
+        separator: between the keys in an array's name.
+    """
+
+    format: str
+    state: str
+
+    def final(self, path: epath.Path, step: int | None) -> epath.Path:
+        """The step's folder below the path that the user named."""
+        ...
+
+    def place(self, leaves: Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """The keys of each leaf in the format's tree, and the leaves left out with the reason.
+
+        Raises:
+            UserError: a leaf has no counterpart.
+        """
+        ...
+
+    def is_inline(self, keys: tuple[str, ...]) -> bool:
+        """Whether the array lies in the index."""
+        ...
+
+    def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
+        """Writes what stands beside the arrays."""
+        ...
+
+
+class FolderWriter:
+    """A `Writer` of zarr arrays.
+
+    Args:
+        layout: the format.
+        path: what the user named.
+        leaves: everything that will be written.
+        step: of the checkpoint, None where it is unknown.
+        identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+
+    Raises:
+        UserError: the target exists, a leaf has no counterpart, there is too little space, or what lies there is the beginning of
+            another write.
+    """
+
+    def __init__(self, layout: Layout, path: epath.Path, leaves: Leaves, step: int | None, identity: Mapping[str, Any]):
+        self._layout = layout
+        self.keys, self.left_out = layout.place(leaves)
+        self.leaves = {name: leaves[name] for name in self.keys}
+        self._final = layout.final(path, step)
+        self.path = os.fspath(self._final)
+        refuse_existing(self._final)
+        remote = '://' in self.path
+        self.folder = self._final if remote else self._final.parent / (self._final.name + STAGING[layout.format])
+        self.inline: dict[str, np.ndarray] = {}
+        self._opened: dict[str, ts.TensorStore] = {}
+        self._in_flight: collections.deque[tuple[str, arrays.Region, int, Any]] = collections.deque()
+        self._bytes_in_flight = 0
+        self._context = ts.Context({'file_io_concurrency': {'limit': 16}})
+        self._done: set[tuple[str, int]] = set()
+        self._journal = None if remote else self._begin(dict(identity))
+
+    def todo(self) -> dict[str, list[arrays.Region]]:
+        """See `Writer`."""
+        left = {
+            name: [region for region in parts(name, leaf) if (name, _start(region)) not in self._done]
+            for name, leaf in self.leaves.items()
+        }
+        return {name: regions for name, regions in left.items() if regions}
+
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
+        """See `Writer`."""
+        leaf = self.leaves[name]
+        shape = leaf.shape if region == WHOLE else (region[0].stop - region[0].start, *leaf.shape[1:])
+        if value.shape != shape or value.dtype != leaf.dtype:
+            raise ValueError(f'{name} is {value.dtype}{value.shape}, and {leaf.dtype}{shape} was announced')
+        if self._layout.is_inline(self.keys[name]):
+            self.inline[name] = np.array(value)
+            return
+        while self._in_flight and self._bytes_in_flight + value.nbytes > _BYTES_IN_FLIGHT:
+            self._settle_one()
+        array = self._open(name)
+        future = (array if region == WHOLE else array[region]).write(value)
+        self._in_flight.append((name, region, value.nbytes, future))
+        self._bytes_in_flight += value.nbytes
+
+    def put(self, keys: tuple[str, ...], value: np.ndarray) -> None:
+        """Writes an array that is no leaf of ours, such as a placeholder."""
+        leaf = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        ts.open(
+            self._spec(keys, leaf, list(value.shape)), create=True, delete_existing=True, context=self._context
+        ).result().write(value).result()
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """See `Writer`."""
+        self._settle()
+        missing = [name for name in self.todo() if name not in self.inline]
+        if missing:
+            raise ValueError(f'not written: {missing[:3]}')
+        self._layout.commit(self, metadata)
+        if self._journal is not None:
+            self._journal.close()
+            (self.folder / JOURNAL).unlink()
+            refuse_existing(self._final)
+            self.folder.rename(self._final)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        self._settle()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _begin(self, identity: dict[str, Any]):
+        """Opens the journal, after reading what an earlier attempt at the same has done."""
+        identity = json.loads(json.dumps(identity))
+        journal = self.folder / JOURNAL
+        if self.folder.exists():
+            lines = journal.read_text().splitlines(keepends=True) if journal.exists() else []
+            # A torn last line is a part that is written again.
+            read = [json.loads(line) for line in lines if line.endswith('\n')]
+            if read and read[0] != identity:
+                raise UserError(
+                    f'{self.folder} is the beginning of another write ({_differences(read[0], identity)}): delete it, or name '
+                    'another --to.'
+                )
+            self._done = {(name, start) for name, start in read[1:]}
+        else:
+            read = []
+        needed = sum(
+            math.prod(chunk_shape(name, self.leaves[name])) * self.leaves[name].dtype.itemsize * len(regions)
+            for name, regions in self.todo().items()
+        )
+        check_space(self._final.parent, needed)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with journal.open('w') as file:
+            file.write(''.join(json.dumps(line) + '\n' for line in [identity, *sorted(self._done)]))
+        return journal.open('a')
+
+    def _open(self, name: str) -> ts.TensorStore:
+        if name not in self._opened:
+            leaf = self.leaves[name]
+            spec = self._spec(self.keys[name], leaf, chunk_shape(name, leaf))
+            # Never `delete_existing`: parts of it may be there from before.
+            self._opened[name] = ts.open(spec, create=True, open=True, context=self._context).result()
+        return self._opened[name]
+
+    def _spec(self, keys: tuple[str, ...], leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
+        folder = self.folder / self._layout.state if self._layout.state else self.folder
+        store = arrays.kvstore(folder)
+        store['path'] += '.'.join(keys) + '/'
+        return {
+            'driver': 'zarr',
+            'kvstore': store,
+            'dtype': leaf.dtype.name,
+            'metadata': zarr_metadata(leaf, chunks),
+            # Zeros too, so that a missing chunk is a lost one.
+            'store_data_equal_to_fill_value': True,
+        }
+
+    def _settle(self) -> None:
+        while self._in_flight:
+            self._settle_one()
+
+    def _settle_one(self) -> None:
+        name, region, size, future = self._in_flight.popleft()
+        self._bytes_in_flight -= size
+        try:
+            future.result()
+        except (ValueError, OSError) as error:
+            reason = ' '.join(str(error).partition(' [')[0].split())
+            raise UserError(f'{name} cannot be written to {self.folder} ({reason}).') from error
+        self._done.add((name, _start(region)))
+        if self._journal is not None:
+            self._journal.write(json.dumps([name, _start(region)]) + '\n')
+            self._journal.flush()
+
+
+def zarr_metadata(leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
+    """Uncompressed: weights hardly shrink, and a compressor is slower than a disk."""
+    return {'shape': list(leaf.shape), 'chunks': chunks, 'compressor': None}
+
+
+def refuse_existing(path: epath.Path) -> None:
+    """Raises UserError where something is already there."""
+    if path.exists():
+        raise UserError(f'{path} exists already: delete it, or name another --to.')
+
+
+def check_space(folder: epath.Path, needed: int) -> None:
+    """Raises UserError unless the disk that holds, or will hold, a local folder has that many bytes free."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise UserError(
+            f'{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed: make room, or name another --to.'
+        )
+
+
+def _start(region: arrays.Region) -> int:
+    return region[0].start if region else 0
+
+
+def _differences(old: Any, new: Any) -> str:
+    names = sorted({*old, *new}) if isinstance(old, dict) else []
+    changed = [
+        f'{name} is {old.get(name)} there and {new.get(name)} here' for name in names if old.get(name) != new.get(name)
+    ]
+    return '; '.join(changed) or 'its journal is of another version'
