@@ -7,8 +7,9 @@ from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 
 
-def test_equal_flops_and_the_same_batches():
-    dense, continuation, upcycled, scratch = quick.branches('/nowhere', 1.0, seed=3)
+@pytest.mark.parametrize('family', quick.FAMILIES)
+def test_equal_flops_and_the_same_batches(family):
+    dense, continuation, upcycled, scratch = quick.branches(quick.FAMILIES[family], '/nowhere', 1.0, seed=3)
     steps = {branch.name: int(branch.bindings['TRAIN_STEPS']) for branch in (dense, continuation, upcycled, scratch)}
     cost = {branch.name: quick._step_flops(branch) for branch in (dense, scratch)}
     extra = (steps['upcycled'] - steps['dense']) * cost['scratch']
@@ -17,9 +18,10 @@ def test_equal_flops_and_the_same_batches():
     assert {branch.bindings['DATA_SEED'] for branch in (dense, continuation, upcycled, scratch)} == {'3'}
 
 
-def test_quickstart_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('family', quick.FAMILIES)
+def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'out'
-    page = quick.quickstart(str(out), budget=0.002)
+    page = quick.quickstart(str(out), family=family, budget=0.002)
     assert 'validation loss' in capsys.readouterr().out
     html = page.read_text()
     assert 'data:image/svg+xml' in html
@@ -27,9 +29,9 @@ def test_quickstart_runs_resumes_and_reports(tmp_path, capsys, monkeypatch):
     for branch in ('dense', 'dense_continuation', 'upcycled', 'scratch'):
         assert read_metrics(str(out / 'seed_0' / branch / 'metrics.jsonl'))[-1]['split'] == 'validation'
     monkeypatch.setattr(quick.jobs, 'train', None)  # nothing is left to train
-    assert quick.quickstart(str(out), budget=0.002) == page
+    assert quick.quickstart(str(out), family=family, budget=0.002) == page
     with pytest.raises(UserError, match='--budget'):
-        quick.quickstart(str(out), budget=0.003)
+        quick.quickstart(str(out), family=family, budget=0.003)
 
 
 @pytest.mark.parametrize(('budget', 'seeds'), [(0, (0,)), (-1, (0,)), (1, ()), (1, (1, 1))])

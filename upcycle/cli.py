@@ -75,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     quickstart = add(
-        'quickstart', _quickstart, 'the main job on real text that needs no download, 10 to 20 minutes on 2 cores'
+        'quickstart', _quickstart, 'the main job on real data that needs no download, 10 to 20 minutes on 2 cores'
     )
-    quickstart.add_argument('--out', default='runs/quickstart', help='folder for the runs and the report (%(default)s)')
+    quickstart.add_argument('--family', default='language', help='language (T5 on text) or vision (ViT on images)')
+    quickstart.add_argument('--out', help='folder for the runs and the report (runs/quickstart_FAMILY)')
     quickstart.add_argument('--budget', type=float, default=1.0, help='scales the number of steps (%(default)s)')
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
 
@@ -122,7 +123,8 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         seeds = tuple(int(seed) for seed in options.seeds.split(','))
     except ValueError:
         raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
-    quickstart.quickstart(options.out, budget=options.budget, seeds=seeds)
+    out = options.out or f'runs/quickstart_{options.family}'
+    quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
 
 
 def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:

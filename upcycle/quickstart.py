@@ -1,4 +1,4 @@
-"""The main job on real text that needs no download: dense pretraining, then three branches from it, then the report.
+"""The main job on real data that needs no download: dense pretraining, then three branches from it, then the report.
 
 Every run here is a plain `upcycle train` with the gin files and bindings below; each command is printed and in the report.
 """
@@ -9,6 +9,7 @@ import os
 import pathlib
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from upcycle import configuration, cost, jobs
 from upcycle.errors import UserError
@@ -16,14 +17,54 @@ from upcycle.metrics import read_metrics
 from upcycle.report.html import compare_seeds, print_table, write_report
 from upcycle.report.runs import Role, load_run
 
-MODEL = 'models/t5_1_1_mini.gin'
-MOE = 'moe/t5.gin'
-TASK = 'tasks/stdlib_span_corruption.gin'
-SETTINGS = 'runs/quickstart.gin'
 
-# Steps at --budget=1: of the dense model, and of upcycling. The other two follow from equal FLOPs.
-DENSE_STEPS = 2000
-UPCYCLE_STEPS = 2000
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The main job of one model family.
+
+    Attributes:
+      title: of the report.
+      task: the data, in words.
+      counts: what its accuracy counts, in the plural.
+      model, moe, data, settings: gin files, in the order of inclusion; the run's own comes before `settings`.
+      dense_steps, upcycle_steps: at --budget=1. Those of the other two branches follow from equal FLOPs.
+    """
+
+    title: str
+    task: str
+    counts: str
+    model: str
+    moe: str
+    data: str
+    settings: str
+    dense_steps: int
+    upcycle_steps: int
+
+
+FAMILIES = {
+    'language': Family(
+        title='Sparse upcycling on embedded text',
+        task='stdlib_span_corruption: span corruption of the source code of the running Python, tokens are bytes',
+        counts='tokens',
+        model='models/t5_1_1_mini.gin',
+        moe='moe/t5.gin',
+        data='tasks/stdlib_span_corruption.gin',
+        settings='runs/quickstart.gin',
+        dense_steps=2000,
+        upcycle_steps=2000,
+    ),
+    'vision': Family(
+        title='Sparse upcycling on embedded images',
+        task='mnist5k: 5,000 scanned digits of 28 x 28 pixels, distorted anew in every epoch',
+        counts='images',
+        model='models/vit_mini.gin',
+        moe='moe/vit.gin',
+        data='tasks/mnist5k.gin',
+        settings='runs/quickstart_vision.gin',
+        dense_steps=4000,
+        upcycle_steps=4000,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +85,12 @@ class Branch:
         )
 
 
-def quickstart(out: str, *, budget: float = 1.0, seeds: Sequence[int] = (0,)) -> pathlib.Path:
+def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds: Sequence[int] = (0,)) -> pathlib.Path:
     """Runs or resumes the comparison and writes the report.
 
     Args:
       out: folder of the runs (`seed_S/BRANCH`) and of the report (`report/`).
+      family: a name in `FAMILIES`.
       budget: multiplies the numbers of steps; nothing depends on the clock.
       seeds: of initialisation, data order and surgery; each is a whole comparison.
 
@@ -56,17 +98,20 @@ def quickstart(out: str, *, budget: float = 1.0, seeds: Sequence[int] = (0,)) ->
       The path of `report.html`.
 
     Raises:
-      UserError: the folder holds a comparison with another budget.
+      UserError: an unknown family, or the folder holds another comparison.
     """
+    if family not in FAMILIES:
+        raise UserError(f'--family={family} is not one of {", ".join(FAMILIES)}.')
     if not budget > 0:
         raise UserError(f'--budget={budget:g} must be above 0; 1 is 10 to 20 minutes on two cores.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
-    _claim(out, budget)
+    _claim(out, {'family': family, 'budget': budget})
+    job = FAMILIES[family]
     groups, commands = [], {}
     for seed in seeds:
         group = {}
-        for branch in branches(os.path.join(out, f'seed_{seed}'), budget, seed):
+        for branch in branches(job, os.path.join(out, f'seed_{seed}'), budget, seed):
             print(f'\n$ {branch.command}', flush=True)
             if not _finished(branch):
                 jobs.train(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
@@ -75,21 +120,21 @@ def quickstart(out: str, *, budget: float = 1.0, seeds: Sequence[int] = (0,)) ->
                 commands[branch.name] = branch.command
         groups.append(group)
     notes = {
-        'task': 'stdlib_span_corruption: span corruption of the source code of the running Python, tokens are bytes',
+        'task': job.task,
         'seeds': ', '.join(map(str, seeds)),
         'budget': f'{budget:g}',
-        'evaluation_tokens': f'{int(next(iter(groups[0].values())).split("validation")[-1]["targets"]):,}',
-        'again': f'upcycle quickstart --budget={budget:g} --seeds={",".join(map(str, seeds))}',
+        'evaluated_on': f'{int(next(iter(groups[0].values())).split("validation")[-1]["targets"]):,} {job.counts}',
+        'again': f'upcycle quickstart --family={family} --budget={budget:g} --seeds={",".join(map(str, seeds))}',
         **commands,
     }
-    page = write_report(groups, os.path.join(out, 'report'), 'Sparse upcycling on embedded text', notes)
+    page = write_report(groups, os.path.join(out, 'report'), job.title, notes)
     print()
     print_table(compare_seeds(groups))
     print(f'\nreport: {page}')
     return page
 
 
-def branches(folder: str, budget: float, seed: int) -> list[Branch]:
+def branches(job: Family, folder: str, budget: float, seed: int) -> list[Branch]:
     """The dense run and its three branches. All three see the same batches in the same order.
 
     The extra FLOPs of the dense continuation are those of upcycling, and MoE from scratch gets the FLOPs of the dense run and
@@ -97,7 +142,7 @@ def branches(folder: str, budget: float, seed: int) -> list[Branch]:
     """
 
     def make(name: str, role: Role, run: str, steps: int, *, sparse: bool, start: bool) -> Branch:
-        files = (MODEL, *((MOE,) if sparse else ()), TASK, run, SETTINGS)
+        files = (job.model, *((job.moe,) if sparse else ()), job.data, run, job.settings)
         bindings = {
             'MODEL_DIR': os.path.join(folder, name),
             'TRAIN_STEPS': str(steps),
@@ -110,8 +155,8 @@ def branches(folder: str, budget: float, seed: int) -> list[Branch]:
             bindings['UPCYCLE_SEED'] = str(seed)
         return Branch(name, role, files, bindings)
 
-    dense_steps = max(1, round(DENSE_STEPS * budget))
-    upcycle_steps = max(1, round(UPCYCLE_STEPS * budget))
+    dense_steps = max(1, round(job.dense_steps * budget))
+    upcycle_steps = max(1, round(job.upcycle_steps * budget))
     dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps, sparse=False, start=False)
     scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps, sparse=True, start=False)
     ratio = _step_flops(scratch) / _step_flops(dense)
@@ -144,16 +189,17 @@ def _finished(branch: Branch) -> bool:
     return saved and any(line['split'] == 'validation' and line['step'] == int(steps) for line in lines)
 
 
-def _claim(out: str, budget: float) -> None:
+def _claim(out: str, what: dict[str, Any]) -> None:
     path = os.path.join(out, 'quickstart.json')
     if os.path.exists(path):
         with open(path, encoding='utf-8') as file:
-            old = json.load(file)['budget']
-        if old != budget:
-            raise UserError(
-                f'--out={out} holds a comparison with --budget={old:g}: name another folder, or that budget.'
-            )
+            old = json.load(file)
+        for option, value in what.items():
+            if old.get(option, value) != value:
+                raise UserError(
+                    f'--out={out} holds a comparison with --{option}={old[option]}: name another folder, or say the same.'
+                )
         return
     os.makedirs(out, exist_ok=True)
     with open(path, 'w', encoding='utf-8') as file:
-        json.dump({'budget': budget}, file)
+        json.dump(what, file)

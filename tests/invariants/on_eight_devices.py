@@ -56,9 +56,9 @@ def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
 
 def _vit(fields: dict, **moe) -> ImageClassifier:
     config = small_vit(emb_dim=32, mlp_dim=64, num_heads=2, pooling='map')
-    moe = vit_moe(groups_multiple_of=8, **moe)
+    moe = vit_moe(**{'groups_multiple_of': 8, **moe})
     config = dataclasses.replace(config, moe=moe, group_images=2, **fields)
-    return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
+    return ImageClassifier(config, aux_loss_factor=0.1, router_z_loss_factor=0.01)
 
 
 NORMALIZED = {'normalize_combine_weights': True}
@@ -80,7 +80,13 @@ CASES = {
     ),
     'vit': (_vit({}), 1, False),
     'vit, top 2': (
-        _vit({'scan_layers': True}, router='top_k', fill_order='priority', balance_loss='importance_load'),
+        _vit(
+            {'scan_layers': True},
+            router='top_k',
+            fill_order='priority',
+            balance_loss='importance_load',
+            groups_multiple_of=16,
+        ),
         2,
         True,
     ),

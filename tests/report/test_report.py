@@ -180,7 +180,7 @@ def test_user_errors_name_the_path(tmp_path, runs):
 
 
 def test_page_is_whole_in_itself(tmp_path, runs):
-    notes = {'evaluation_tokens': '65,536', 'command': 'upcycle quickstart\n--out "<here>"'}
+    notes = {'evaluated_on': '65,536 tokens', 'command': 'upcycle quickstart\n--out "<here>"'}
     path = write_report(runs, tmp_path / 'out', 'A <title>', notes)
     page = path.read_text()
     assert not re.search(r'https?:|<script|<link|@import|url\(', page)

@@ -57,7 +57,7 @@ def write_report(
       runs: the branches of one dense checkpoint; or one mapping of branch name to run per seed.
       out_dir: folder, made if absent.
       title: the page's heading.
-      notes: how to reproduce, shown as given; `evaluation_tokens` also goes into the captions.
+      notes: how to reproduce, shown as given; `evaluated_on` also goes into the captions.
 
     Returns:
       The path of `report.html`.
@@ -66,7 +66,7 @@ def write_report(
     reports = compare_seeds(runs)
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    main, others = main_plots(reports, notes.get('evaluation_tokens')), other_plots(reports)
+    main, others = main_plots(reports, notes.get('evaluated_on')), other_plots(reports)
     for plot in [*main, *others]:
         (out / f'{plot.key}.png').write_bytes(plot.png())
     _write_csv(reports, out / 'report.csv')

@@ -92,9 +92,9 @@ def colours(reports: Sequence[Report]) -> dict[str, str]:
     return result
 
 
-def main_plots(reports: Sequence[Report], tokens: str | None = None) -> list[Plot]:
+def main_plots(reports: Sequence[Report], evaluated_on: str | None = None) -> list[Plot]:
     """Validation loss and accuracy against extra cost (the paper's figure 2): FLOPs, steps, seconds."""
-    n = f' Evaluated on {tokens} tokens.' if tokens else ''
+    n = f' Evaluated on {evaluated_on}.' if evaluated_on else ''
     many = f' Thin lines: {len(reports)} seeds; bold: their mean.' if len(reports) > 1 else ''
     sunk = any(report.sunk[Axis.FLOPS] for report in reports)
     scratch = any(report.find(Role.SCRATCH) for report in reports) and sunk
