@@ -4,12 +4,16 @@ import functools
 import pathlib
 
 import jax
+import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from tests import runs
 from upcycle import configuration, cost, jobs, partitioning
 from upcycle.errors import UserError
-from upcycle.train.state import layout
+from upcycle.surgery.operators import EXPERT_OPERATORS
+from upcycle.train import loop
+from upcycle.train.state import from_checkpoint, layout
 from upcycle.train.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
@@ -23,6 +27,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     covered |= {'tasks/mnist5k.gin'}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'quickstart')}
+    covered |= {f'surgery/{name}.gin' for name in EXPERT_OPERATORS}
     assert here == covered
 
 
@@ -46,6 +51,31 @@ def test_runs_step_twice(kind, tmp_path, dense):
     start = {'INITIAL_CHECKPOINT_PATH': dense} if kind in ('continue', 'upcycle') else {}
     state = runs.train(kind, tmp_path / kind, 6 if start else 2, **start)
     assert int(state.step) == (6 if start else 2)
+
+
+def first_step(files, bindings):
+    """The receipt of a run's surgery, and the state after one step on any batch, without data, evaluation and checkpoints."""
+    run = configuration.load(files, bindings)
+    mesh = loop.check(run)
+    with partitioning.use(mesh):
+        where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+        spec = run.train_data.batch_spec()
+        batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
+        state, receipt, _ = from_checkpoint(run, where, batch)
+        state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
+    assert np.isfinite(metrics['loss'])
+    return receipt, state
+
+
+@pytest.mark.parametrize('name', EXPERT_OPERATORS)
+def test_surgeries_step(name, tmp_path, dense):
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 5, INITIAL_CHECKPOINT_PATH=dense)
+    receipt, state = first_step((*runs.FILES['upcycle'], f'surgery/{name}.gin'), bindings)
+    assert int(state.step) == 5
+    assert receipt['operator'] == name
+    assert {row['target'] for row in receipt['plan']} >= {
+        f'params/{path}' for path in flatten_dict(state.params, sep='/')
+    }
 
 
 def test_text_files_task_steps_twice(tmp_path):

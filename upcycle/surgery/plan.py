@@ -9,9 +9,11 @@ from typing import Any
 import jax
 
 from upcycle.errors import UserError, one_of
-from upcycle.surgery.operators import EXPERT_OPERATORS, ROUTER_INITS, look_up
+from upcycle.surgery.operators import EXPERT_OPERATORS, Leaf, Operator, look_up
+from upcycle.surgery.router_init import ROUTER_INITS
 
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
+Axes = Mapping[str, tuple[str | None, ...]]
 EXPERT, ROUTER = 'expert', 'router'
 POSITIONS = 'pos_embedding'
 COUNT = 'opt_state/count'
@@ -30,23 +32,23 @@ class Surgery:
     """What becomes of a checkpoint at the start of a run. Gin macros in brackets.
 
     Attributes:
-      operator: how experts are made, a name in `surgery.operators.EXPERT_OPERATORS` [EXPERT_OPERATOR]; None: no MLP is
-        expanded, the model goes on as it is.
-      router_init: a name in `surgery.operators.ROUTER_INITS` [ROUTER_INIT].
+      operator: how experts are made: an operator, or the name of one with its default options, see
+        `surgery.operators.EXPERT_OPERATORS` [EXPERT_OPERATOR]; None: no MLP is expanded, the model goes on as it is.
+      router_init: a name in `surgery.router_init.ROUTER_INITS` [ROUTER_INIT].
       router_stddev: of the routers' initialisation [ROUTER_INIT_STDDEV].
       optimizer_state: see `OptimizerState` [OPTIMIZER_STATE].
       seed: of everything random in the surgery [UPCYCLE_SEED].
     """
 
-    operator: str | None = 'copy'
+    operator: Operator | str | None = 'copy'
     router_init: str = 'normal'
     router_stddev: float = 0.02
     optimizer_state: OptimizerState = OptimizerState.FRESH
     seed: int = 0
 
     def __post_init__(self):
-        if self.operator is not None:
-            look_up(EXPERT_OPERATORS, self.operator, 'EXPERT_OPERATOR')
+        if isinstance(self.operator, str):
+            object.__setattr__(self, 'operator', look_up(EXPERT_OPERATORS, self.operator, 'EXPERT_OPERATOR')())
         look_up(ROUTER_INITS, self.router_init, 'ROUTER_INIT')
         object.__setattr__(self, 'optimizer_state', one_of(OptimizerState, self.optimizer_state, 'OPTIMIZER_STATE'))
 
@@ -65,13 +67,19 @@ class Action(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One leaf of the target."""
+    """One leaf of the target. `axes` are its logical axes, () where nobody needs them."""
 
     target: str
     sources: tuple[str, ...]
     action: Action
     shape: tuple[int, ...]
     dtype: Any
+    axes: tuple[str | None, ...] = ()
+
+    @property
+    def expert_leaf(self) -> Leaf:
+        """Of a leaf of experts, what one of them is."""
+        return Leaf(self.shape[1:], self.axes[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +105,20 @@ def mlp_of(target: str) -> str:
     return '/'.join(segments[: segments.index(EXPERT)])
 
 
-def plan(dense: Abstract, sparse: Abstract, spec: Surgery) -> Plan:
+def within_mlp(target: str) -> str:
+    """Name of an expert leaf within its MLP: 'wi_0/kernel'."""
+    segments = target.split('/')
+    return '/'.join(segments[segments.index(EXPERT) + 1 :])
+
+
+def plan(dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = None) -> Plan:
     """Finds every target leaf's source.
 
     Args:
       dense: leaves of the checkpoint, from its metadata.
       sparse: leaves of the model that will be trained.
       spec: what to do.
+      axes: logical axes of the target's parameters, which operators that work along an axis need.
 
     Returns:
       The plan; it reads nothing.
@@ -115,10 +130,17 @@ def plan(dense: Abstract, sparse: Abstract, spec: Surgery) -> Plan:
     expands = spec.operator is not None
     keeps_state = spec.optimizer_state is OptimizerState.TILE
     rows: list[Row] = []
+    dropped: dict[str, str] = {}
     problems: list[str] = []
 
     def add(target: str, action: Action, *sources: str) -> None:
-        rows.append(Row(target, sources, action, tuple(sparse[target].shape), sparse[target].dtype))
+        if action is Action.EXPERTS and not spec.operator.reads:
+            dropped.update(
+                dict.fromkeys(sources, f'EXPERT_OPERATOR = {spec.operator.name!r} starts experts from scratch')
+            )
+            sources = ()
+        leaf = sparse[target]
+        rows.append(Row(target, sources, action, tuple(leaf.shape), leaf.dtype, (axes or {}).get(target, ())))
 
     for target in sparse:
         is_router = expands and ROUTER in target.split('/')
@@ -137,9 +159,8 @@ def plan(dense: Abstract, sparse: Abstract, spec: Surgery) -> Plan:
             add(target, *found)
 
     used = {source for row in rows for source in row.sources}
-    dropped: dict[str, str] = {}
     for source, leaf in dense.items():
-        if source in used or source in ('step', COUNT):
+        if source in used or source in dropped or source in ('step', COUNT):
             continue
         if source == 'rng':
             dropped[source] = 'the run has a random key of its own'

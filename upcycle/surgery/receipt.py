@@ -25,7 +25,8 @@ def receipt(plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str])
     return {
         'tool': f'upcycle {upcycle.__version__}',
         'source': dict(source),
-        'operator': spec.operator,
+        'operator': spec.operator.name,
+        'operator_options': dataclasses.asdict(spec.operator),
         'router_init': f'{spec.router_init}({spec.router_stddev})',
         'optimizer_state': str(spec.optimizer_state),
         'seed': spec.seed,

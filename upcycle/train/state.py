@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.errors import UserError
-from upcycle.surgery.execute import execute, print_progress, sha256_of
+from upcycle.surgery.execute import execute, print_progress, sha256_of, without_leading_axis
 from upcycle.surgery.plan import Action, Plan, plan
 from upcycle.surgery.receipt import check_function, receipt
 from upcycle.train.run import Run
@@ -28,10 +29,12 @@ class Layout:
     Attributes:
       abstract: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
       batch_axes: for each parameter, its leading axes that are stacks (experts).
+      logical_axes: of each parameter, by its name in a checkpoint.
     """
 
     abstract: TrainState
     batch_axes: Any
+    logical_axes: Mapping[str, tuple[str | None, ...]]
 
     def flat(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves by their names in a checkpoint."""
@@ -56,6 +59,7 @@ def layout(run: Run, mesh: Mesh) -> Layout:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     whole = PartitionSpec()
+    logical = flatten_dict({'params': partitioning.logical_axes(boxed)}, sep='/')
     return Layout(
         TrainState(
             step=place(jax.ShapeDtypeStruct((), jnp.int32), whole),
@@ -64,6 +68,7 @@ def layout(run: Run, mesh: Mesh) -> Layout:
             rng=place(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), whole),
         ),
         axes,
+        {name: tuple(spec) for name, spec in logical.items()},
     )
 
 
@@ -99,7 +104,7 @@ def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
         raise UserError(
             'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
         )
-    return plan(leaves, wanted, run.surgery)
+    return plan(leaves, wanted, run.surgery, where.logical_axes)
 
 
 def check_start(run: Run, step: int) -> None:
@@ -128,21 +133,27 @@ def from_checkpoint(
     reader = open_checkpoint(run.initial_checkpoint_path)
     what = make_plan(run, where, reader)
     upcycles = run.surgery.operator is not None
-    expands = {row.sources[0] for row in what.rows if row.action is Action.EXPERTS}
-    hashes: dict[str, str] = {}
-    # What the experts were made of: 1/E of their size, kept for the function check instead of being read again.
+    # Where a dense MLP lies, and where read, the MLP itself: a small part of the experts, kept for the function check.
+    mlp_shardings = {
+        name: without_leading_axis(where.flat()[row.target].sharding)
+        for row in what.rows
+        if row.action is Action.EXPERTS
+        for name in row.sources
+    }
     dense_mlps: dict[str, jax.Array] = {}
+    hashes: dict[str, str] = {}
 
-    def read(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         if name == 'step' and run.dense_step is not None:
             return jax.device_put(jnp.asarray(run.dense_step, jnp.int32), sharding)
         return reader.read(name, sharding)
 
-    def on_source(name: str, leaf: jax.Array) -> None:
-        if upcycles and leaf.is_fully_addressable:
+    def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
+        # On many hosts no process sees a whole leaf.
+        if upcycles and jax.process_count() == 1:
             hashes[name] = sha256_of(name, leaf)
-        if name in expands:
-            dense_mlps[name] = leaf
+        if name in mlp_shardings:
+            dense_mlps[name] = jax.device_put(leaf, mlp_shardings[name])
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
     flat = execute(
@@ -161,9 +172,16 @@ def from_checkpoint(
         source={'path': str(reader.path), 'format': reader.format, 'step': int(state.step)},
         hashes=hashes or _metadata_hashes(reader),
     )
-    kept = {row.sources[0]: flat[row.target] for row in what.rows if row.action is Action.KEEP}
+    whole = where.abstract.step.sharding
+    same = (Action.KEEP, Action.RESIZE)
+    kept = {row.sources[0]: flat[row.target] for row in what.rows if row.action in same} | dense_mlps
     dense_params = unflatten_dict(
-        {n: leaf for n, leaf in (kept | dense_mlps).items() if n.startswith('params/')}, sep='/'
+        {
+            name: kept[name] if name in kept else reader.read(name, whole)
+            for name in reader.leaves()
+            if name.startswith('params/')
+        },
+        sep='/',
     )
     paper['function_check'] = check_function(run.model, dense_params['params'], state.params, batch)
     return state, paper, reader

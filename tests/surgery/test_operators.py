@@ -1,0 +1,203 @@
+"""Operators on one MLP: a gated one without biases, as T5's, and a plain one with them, as ViT's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from upcycle.errors import UserError
+from upcycle.surgery.execute import make_expert
+from upcycle.surgery.operators import EXPERT_OPERATORS, Copy, Drop, Noise, Random
+from upcycle.surgery.plan import Action, Row, Surgery
+
+D, F, E = 6, 40, 4
+IN, OUT = ('expert', 'mlp_embed', 'expert_mlp'), ('expert', 'expert_mlp', 'mlp_embed')
+# Leaves of an MLP: shape, logical axes with the experts' in front.
+MLPS = {
+    't5': {'wi_0/kernel': ((D, F), IN), 'wi_1/kernel': ((D, F), IN), 'wo/kernel': ((F, D), OUT)},
+    'vit': {
+        'Dense_0/kernel': ((D, F), IN),
+        'Dense_0/bias': ((F,), ('expert', 'expert_mlp')),
+        'Dense_1/kernel': ((F, D), OUT),
+        'Dense_1/bias': ((D,), ('expert', 'mlp_embed')),
+    },
+}
+
+
+def rows_of(family, operator, path='params/encoder/layers_1/mlp', dtype=jnp.float32):
+    return [
+        Row(
+            f'{path}/expert/{name}',
+            (f'{path}/{name}',) if operator.reads else (),
+            Action.EXPERTS,
+            (E, *shape),
+            dtype,
+            axes,
+        )
+        for name, (shape, axes) in MLPS[family].items()
+    ]
+
+
+def mlp_of(family, path='params/encoder/layers_1/mlp', seed=0):
+    rng = np.random.default_rng(seed)
+    # Means and deviations that differ from leaf to leaf.
+    return {
+        f'{path}/{name}': (0.5 * i + (1 + i) * rng.standard_normal(shape)).astype(np.float32)
+        for i, (name, (shape, _)) in enumerate(MLPS[family].items())
+    }
+
+
+def experts(family, operator, seed=0, **more):
+    """Every expert's leaves by their names within the MLP, and the dense MLP's."""
+    rows, dense = rows_of(family, operator, **more), mlp_of(family)
+    found = [make_expert(Surgery(operator=operator, seed=seed), rows, dense, index) for index in range(E)]
+    prefix = 'params/encoder/layers_1/mlp/'
+    return (
+        [{name.removeprefix(prefix + 'expert/'): np.asarray(leaf) for name, leaf in e.items()} for e in found],
+        {name.removeprefix(prefix): leaf for name, leaf in dense.items()},
+    )
+
+
+def equal(expert, dense):
+    return {name: np.array_equal(leaf, dense[name]) for name, leaf in expert.items()}
+
+
+@pytest.mark.parametrize('family', MLPS)
+@pytest.mark.parametrize(
+    'operator', [Copy(), Noise(stddev=0.0), Noise(fraction=0.0), Drop(ratio=0.0), Random(copied=E)]
+)
+def test_limits_that_are_copies(family, operator):
+    made, dense = experts(family, operator)
+    for expert in made:
+        assert all(equal(expert, dense).values())
+
+
+@pytest.mark.parametrize('family', MLPS)
+@pytest.mark.parametrize('operator', [Noise(), Drop(), Random()])
+def test_experts_differ_and_depend_on_the_seed_and_the_name_alone(family, operator):
+    made, _ = experts(family, operator)
+    again, _ = experts(family, operator)
+    other, _ = experts(family, operator, seed=1)
+    random = [name for name, (shape, _) in MLPS[family].items() if len(shape) == 2]
+    for name in random:
+        assert len({expert[name].tobytes() for expert in made}) == E
+        for e in range(E):
+            np.testing.assert_array_equal(made[e][name], again[e][name])
+            assert not np.array_equal(made[e][name], other[e][name])
+    elsewhere = rows_of(family, operator, path='params/decoder/layers_1/mlp')
+    moved = make_expert(Surgery(operator=operator), elsewhere, mlp_of(family, path='params/decoder/layers_1/mlp'), 0)
+    for name in random:
+        assert not np.array_equal(moved[f'params/decoder/layers_1/mlp/expert/{name}'], made[0][name])
+
+
+@pytest.mark.parametrize('family', MLPS)
+@pytest.mark.parametrize('operator', [Noise(), Random(copied=2)])
+def test_leafwise_operators_need_no_company(family, operator):
+    assert operator.leafwise
+    together, _ = experts(family, operator)
+    for row in rows_of(family, operator):
+        name = row.target.split('/expert/')[1]
+        alone = make_expert(Surgery(operator=operator), [row], mlp_of(family), 3)
+        np.testing.assert_array_equal(alone[row.target], together[3][name])
+
+
+def test_noise_has_its_deviation_on_its_fraction():
+    made, dense = experts('t5', Noise(stddev=0.1, fraction=0.25))
+    noise = np.concatenate([(expert[name] - dense[name]).ravel() for expert in made for name in dense])
+    assert np.mean(noise != 0) == pytest.approx(0.25, abs=0.03)
+    assert np.std(noise[noise != 0]) == pytest.approx(0.1, rel=0.1)
+
+
+def dropped(expert, dense, family):
+    """For each leaf with an F axis, which of its neurons are not the dense MLP's."""
+    found = {}
+    for name, (shape, axes) in MLPS[family].items():
+        if 'expert_mlp' in axes:
+            axis = axes.index('expert_mlp') - 1
+            changed = np.moveaxis(expert[name] != dense[name], axis, 0).reshape(shape[axis], -1)
+            assert (changed.all(axis=1) == changed.any(axis=1)).all()  # all of a neuron's entries, or none
+            found[name] = changed[:, 0]
+    return found
+
+
+@pytest.mark.parametrize('family', MLPS)
+@pytest.mark.parametrize('ratio', [0.1, 0.5, 0.99, 1.0])
+def test_drop_reinitialises_whole_neurons(family, ratio):
+    made, dense = experts(family, Drop(ratio=ratio))
+    sets = []
+    for expert in made:
+        first, *others = dropped(expert, dense, family).values()
+        assert first.sum() == int(ratio * F)
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+        sets.append(tuple(first))
+        if family == 'vit':
+            np.testing.assert_array_equal(expert['Dense_1/bias'], dense['Dense_1/bias'])
+    assert len(set(sets)) == (1 if ratio == 1 else E)
+
+
+def test_drop_per_matrix_draws_for_each():
+    made, dense = experts('t5', Drop(indices='per_matrix'))
+    for expert in made:
+        found = dropped(expert, dense, 't5')
+        assert len({tuple(which) for which in found.values()}) == 3
+        assert all(which.sum() == F // 2 for which in found.values())
+
+
+def test_drop_takes_the_statistics_of_what_it_drops():
+    # Dropped entries of a leaf whose neurons all differ: their own mean and deviation, not the leaf's.
+    rng = np.random.default_rng(0)
+    width, depth = 200, 400
+    w = (np.arange(width) + rng.standard_normal((depth, width)) * 0.1).astype(np.float32)
+    row = Row('m/expert/wi/kernel', ('m/wi/kernel',), Action.EXPERTS, (1, depth, width), jnp.float32, IN)
+    (made,) = make_expert(Surgery(operator=Drop(ratio=0.05)), [row], {'m/wi/kernel': w}, 0).values()
+    which = (np.asarray(made) != w).any(axis=0)
+    assert which.sum() == 10
+    assert np.mean(made[:, which]) == pytest.approx(w[:, which].mean(), abs=4 * w[:, which].std() / np.sqrt(10 * depth))
+    assert np.std(made[:, which]) == pytest.approx(w[:, which].std(), rel=0.05)
+    assert abs(w[:, which].std() - w.std()) > 0.1 * 1  # the test could tell
+
+
+@pytest.mark.parametrize(('initializer', 'variance'), [('lecun_normal', 1 / 300), ('xavier_uniform', 2 / (300 + 200))])
+def test_random_starts_as_its_family_does(initializer, variance):
+    row = Row('m/expert/wi/kernel', (), Action.EXPERTS, (2, 300, 200), jnp.float32, IN)
+    bias = Row('m/expert/wi/bias', (), Action.EXPERTS, (2, 200), jnp.float32, ('expert', 'expert_mlp'))
+    made = make_expert(Surgery(operator=Random(initializer=initializer)), [row, bias], {}, 1)
+    assert np.var(made[row.target]) == pytest.approx(variance, rel=0.03)
+    assert not made[bias.target].any()
+
+
+def test_random_can_keep_some_copies():
+    made, dense = experts('vit', Random(copied=2))
+    assert all(all(equal(expert, dense).values()) for expert in made[:2])
+    assert not any(any(equal(expert, dense).values()) for expert in made[2:])
+
+
+@pytest.mark.parametrize('name', EXPERT_OPERATORS)
+def test_the_target_has_its_type(name):
+    operator = EXPERT_OPERATORS[name]()
+    made, _ = experts('vit', operator, dtype=jnp.bfloat16)
+    assert all(leaf.dtype == jnp.bfloat16 for expert in made for leaf in expert.values())
+
+
+@pytest.mark.parametrize(
+    ('make', 'binding'),
+    [
+        (lambda: Drop(ratio=1.5), 'DROP_RATIO = 1.5'),
+        (lambda: Drop(indices='some'), 'DROP_INDICES'),
+        (lambda: Noise(stddev=-1), 'NOISE_STDDEV'),
+        (lambda: Noise(fraction=2), 'NOISE_FRACTION'),
+        (lambda: Random(initializer='zeros'), 'RANDOM_INITIALIZER'),
+        (lambda: Random(copied=-1), 'RANDOM_COPIED'),
+    ],
+)
+def test_nonsense_is_refused(make, binding):
+    with pytest.raises(UserError, match=binding):
+        make()
+
+
+def test_names_and_options_are_shown():
+    assert str(Copy()) == 'copy'
+    assert str(Drop(ratio=0.3)) == 'drop(ratio=0.3, indices=shared)'
+    assert Drop().describe() == {'name': 'drop', 'ratio': 0.5, 'indices': 'shared'}
+    assert all(kind.name == name and jax.tree.leaves(kind()) for name, kind in EXPERT_OPERATORS.items())
