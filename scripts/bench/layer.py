@@ -46,6 +46,7 @@ def build_floor(config: MoEConfig, tokens: int, width: int, mlp_width: int):
         variable_axes={'params': 0},
         split_rngs={'params': True},
         axis_size=config.num_experts,
+        metadata_params={nn.PARTITION_NAME: 'expert'},
     )(**MLP, mlp_dim=mlp_width)
     slots = capacity(config, tokens, training=True)
     x = jax.random.normal(jax.random.key(0), (config.num_experts, slots, width))

@@ -58,7 +58,7 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
     config = small_vit(emb_dim=32, mlp_dim=64, num_heads=2, pooling='map')
     moe = vit_moe(**{'groups_multiple_of': 8, **moe})
     config = dataclasses.replace(config, moe=moe, group_images=2, **fields)
-    return ImageClassifier(config, aux_loss_factor=0.1, router_z_loss_factor=0.01)
+    return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
 NORMALIZED = {'normalize_combine_weights': True}

@@ -12,6 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
+def fan_in(path, shape):
+    """Inputs of a kernel; ViT's attention and patches have kernels of several input or output axes."""
+    if len(shape) == 3 and path[-2:-1] in (('query',), ('key',), ('value',)):
+        return shape[0]
+    return int(np.prod(shape[:-1])) if len(shape) == 4 or path[-2:-1] == ('out',) else shape[-2]
+
+
 def random_params(module, *args, seed=0, **kwargs):
     """Parameters of a Flax module for these inputs, drawn by NumPy: kernels of variance 1 / fan-in, scales around 1."""
     shapes = nn.unbox(jax.eval_shape(functools.partial(module.init, jax.random.key(0), **kwargs), *args))['params']
@@ -25,7 +32,7 @@ def random_params(module, *args, seed=0, **kwargs):
             return 0.3 * normal
         if path[-1] == 'embedding':
             return normal
-        normal /= np.sqrt(shape[-2])
+        normal /= np.sqrt(fan_in(path, shape))
         return normal / 4 if path[-2:-1] == ('query',) else normal
 
     return unflatten_dict(

@@ -41,6 +41,9 @@ class Model(Protocol):
     def dense(self) -> 'Model':
         """The same model with every MoE layer a dense MLP again."""
 
+    def with_moe(self, **changes: Any) -> 'Model':
+        """The same model with these fields of every `MoEConfig` changed."""
+
     def moe_layers(self) -> 'dict[str, MoEConfig]':
         """The MoE layers by the path of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
 

@@ -57,14 +57,7 @@ class EncoderDecoderModel:
 
     def module(self, num_microbatches: int = 1) -> Transformer:
         """The Flax module, its routing groups those of a batch cut into that many parts."""
-        if num_microbatches == 1:
-            return Transformer(self.config)
-        parts = {
-            stack: dataclasses.replace(moe, num_microbatches=num_microbatches)
-            for stack in ('encoder_moe', 'decoder_moe')
-            if (moe := getattr(self.config, stack)) is not None
-        }
-        return Transformer(dataclasses.replace(self.config, **parts))
+        return Transformer(self.with_moe(num_microbatches=num_microbatches).config)
 
     def init(self, rng: jax.Array, batch_spec: Mapping[str, Any]) -> Mapping[str, Any]:
         """Fresh parameters, boxed with their logical axis names. `batch_spec` names the features; its sizes do not matter."""
@@ -130,6 +123,15 @@ class EncoderDecoderModel:
     def dense(self) -> 'EncoderDecoderModel':
         """The same model with dense MLPs only."""
         return dataclasses.replace(self, config=self.config.dense())
+
+    def with_moe(self, **changes: Any) -> 'EncoderDecoderModel':
+        """The same model with other MoE conventions; see `models.Model`."""
+        parts = {
+            stack: dataclasses.replace(moe, **changes)
+            for stack in ('encoder_moe', 'decoder_moe')
+            if (moe := getattr(self.config, stack)) is not None
+        }
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **parts))
 
     def moe_layers(self) -> dict[str, MoEConfig]:
         """The MoE layers by the path of their parameters."""

@@ -62,10 +62,7 @@ class ImageClassifier:
 
     def module(self, num_microbatches: int = 1) -> VisionTransformer:
         """The Flax module, its routing groups those of a batch cut into that many parts."""
-        if self.config.moe is None or num_microbatches == 1:
-            return VisionTransformer(self.config)
-        moe = dataclasses.replace(self.config.moe, num_microbatches=num_microbatches)
-        return VisionTransformer(dataclasses.replace(self.config, moe=moe))
+        return VisionTransformer(self.with_moe(num_microbatches=num_microbatches).config)
 
     def init(self, rng: jax.Array, batch_spec: Mapping[str, Any]) -> Mapping[str, Any]:
         """Fresh parameters, boxed with their logical axis names."""
@@ -158,6 +155,11 @@ class ImageClassifier:
     def dense(self) -> 'ImageClassifier':
         """The same model with dense MLPs only."""
         return dataclasses.replace(self, config=self.config.dense())
+
+    def with_moe(self, **changes: Any) -> 'ImageClassifier':
+        """The same model with other MoE conventions; see `models.Model`."""
+        moe = None if self.config.moe is None else dataclasses.replace(self.config.moe, **changes)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, moe=moe))
 
     def moe_layers(self) -> dict[str, MoEConfig]:
         """The MoE layers by the path of their parameters."""

@@ -475,9 +475,47 @@ def _load_panel(run: Run) -> Panel:
     return draw
 
 
+def step_zero_plot(reports: Sequence[Report]) -> list[Plot]:
+    """The paper's figure 15, of the first upcycled run whose receipt holds it."""
+    runs = [r for r in reports[0].branches if r.role is Role.UPCYCLED and (r.receipt or {}).get('step_0')]
+    if not runs:
+        return []
+    run, base = runs[0], reports[0].find(Role.DENSE_CONTINUATION)
+    first = ' Of several seeds, the first.' if len(reports) > 1 else ''
+    panels = (('loss', WORDS['loss']), ('accuracy', 'accuracy'), ('fraction_tokens_left_behind', 'tokens left behind'))
+    return [
+        Plot(
+            'step_0',
+            'Before any training',
+            'The upcycled model as surgery made it, at other capacity factors: with combine weights normalised, a token that '
+            f'some expert took starts with the dense output; raw, with a part of it. Dashed: the dense model.{first}',
+            tuple(_step_zero_panel(run, base, metric, words) for metric, words in panels),
+        )
+    ]
+
+
+def _step_zero_panel(run: Run, base: Run | None, metric: str, words: str) -> Panel:
+    def draw(ax: Axes) -> None:
+        rows = run.receipt['step_0']
+        for normalized, colour, name in ((True, '#d55e00', 'normalised'), (False, '#b8860b', 'raw')):
+            points = sorted((row['capacity_factor'], row[metric]) for row in rows if row['normalized'] is normalized)
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colour, marker='o', markersize=3, linewidth=1.4, label=name)
+        dense = base.split('validation')[0].get(metric) if base and base.split('validation') else None
+        if is_number(dense):
+            ax.axhline(dense, color=SOFT, linestyle='--', linewidth=1, label='dense')
+        factors = sorted({row['capacity_factor'] for row in rows})
+        ax.set_xscale('log', base=2)
+        ax.set_xticks(factors, [f'{factor:g}' for factor in factors])
+        ax.set(xlabel='capacity factor', ylabel=words)
+        ax.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+
+    return draw
+
+
 def other_plots(reports: Sequence[Report]) -> list[Plot]:
     """Everything after the main figure: the initial drop, scratch from zero, routing, schedule, throughput."""
-    plots = [*drop_plot(reports), *from_zero_plot(reports)]
+    plots = [*step_zero_plot(reports), *drop_plot(reports), *from_zero_plot(reports)]
     moe = _moe_runs(reports[0])
     first = ' Of several seeds, the first.' if len(reports) > 1 else ''
     if moe:
