@@ -53,6 +53,8 @@ setuptools.setup(
             'jax[tpu]; sys_platform == "linux"',
             'pytest-xdist>=3.6',
             'hypothesis>=6.100',
+            # The few-shot probe is checked against its ridge regression.
+            'scikit-learn>=1.5',
             'ruff>=0.8,<0.16',
         ],
         # The real C4 and SuperGLUE tasks live in the t5 package.

@@ -21,3 +21,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests import runs
 
     return runs.dense_checkpoint(str(tmp_path_factory.mktemp('dense')))
+
+
+@pytest.fixture(scope='session')
+def upcycled(tmp_path_factory: pytest.TempPathFactory, dense: str) -> str:
+    """The run folder of a tiny model upcycled from it and trained for two steps more."""
+    from tests import runs
+
+    path = tmp_path_factory.mktemp('upcycled') / 'run'
+    runs.train('upcycle', path, 6, INITIAL_CHECKPOINT_PATH=dense)
+    return str(path)

@@ -101,18 +101,20 @@ def as_gin(bindings: Mapping[str, str]) -> str:
     return '\n'.join([*lines, *(f'{name} = {value}' for name, value in sorted(bindings.items())), ''])
 
 
-def claim(model_dir: str, bindings: Mapping[str, str], *, fixed: Sequence[str] = (), write: bool = True) -> None:
-    """Marks a folder as this run's, unless another run has it.
+def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
+    """Marks a run's folder as its own, unless another run has it.
 
     Args:
-      model_dir: the folder.
-      bindings: `resolved()`.
-      fixed: names in MAY_CHANGE that may not change in this run.
+      run: what will be written there.
+      bindings: `resolved()` after it was loaded.
       write: False: only look.
 
     Raises:
       UserError: the folder holds a run whose bindings differ; the first differing one is named.
     """
+    model_dir = run.model_dir
+    # A run that cools down is another one when it ends elsewhere.
+    fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
     path = os.path.join(model_dir, 'config.gin')
     if os.path.exists(path):
         old = _read_config(path)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,15 @@ import jax
 from upcycle import configuration, cost, partitioning
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
+from upcycle.evaluate import few_shot, validation
+from upcycle.metrics import plain
 from upcycle.surgery.plan import Plan
 from upcycle.train import loop
 from upcycle.train.describe import describe
-from upcycle.train.state import Layout, check_start, layout, make_plan
+from upcycle.train.state import Layout, check_start, layout, make_plan, params_from
 from upcycle.train.step import TrainState
+
+FEW_SHOT = 'runs/few_shot.gin'
 
 
 def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train') -> TrainState:
@@ -26,8 +31,7 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     """
     run = configuration.load(gin_files, bindings)
     identity = configuration.resolved()
-    fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
-    configuration.claim(run.model_dir, identity, fixed=fixed, write=False)
+    configuration.claim(run, identity, write=False)
     mesh = loop.check(run)
     where = layout(run, mesh)
     # A run that has a checkpoint of its own needs the dense one no longer.
@@ -41,7 +45,7 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     run.train_data.fingerprint()
     if jax.process_index() == 0:
         print(describe(run, where, mesh), flush=True)
-        configuration.claim(run.model_dir, identity, fixed=fixed)
+        configuration.claim(run, identity)
     return loop.train(run, name)
 
 
@@ -64,6 +68,95 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
         print(f'dropped  {name}  because {reason}')
     print(describe(run, where, mesh))
     print('  '.join(f'{name}: {value}' for name, value in facts.items()))
+
+
+def evaluate(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    checkpoint: str,
+    *,
+    as_json: bool = False,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """`upcycle eval`: metrics of a checkpoint on the evaluation data, and its probes where FEW_SHOT is set.
+
+    Args:
+      gin_files: none: the configuration of the run whose folder `checkpoint` is, or lies in.
+      bindings: of the command line.
+      checkpoint: any that `open_checkpoint` reads.
+      as_json: print JSON and no table.
+      out: a file for the JSON as well.
+
+    Returns:
+      What the JSON holds.
+
+    Raises:
+      UserError: the configuration or the checkpoint do not fit.
+    """
+    reader = open_checkpoint(checkpoint)
+    config = None
+    if all(file == FEW_SHOT for file in gin_files):
+        config = _config_of(checkpoint)
+        gin_files = [config, *gin_files]
+    named = dict(bindings)
+    if config is None:
+        # Neither says anything about the weights, and a run needs both.
+        named = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000000', 'INITIAL_CHECKPOINT_PATH': checkpoint, **bindings}
+    run = configuration.load(gin_files, named)
+    if run.eval_data is None:
+        raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
+    mesh = loop.check(run)
+    metrics: dict[str, Any] = {}
+    with partitioning.use(mesh):
+        where = layout(run, mesh)
+        params, operator = params_from(run, where, reader)
+        if operator is not None:
+            print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
+        sharding = partitioning.batch_sharding(mesh)
+        batches = partitioning.batches(run.eval_data, 0, sharding)
+        metrics['validation'] = validation.evaluate(validation.compiled(run.model), params, batches)
+        if run.few_shot is not None:
+            features = few_shot.compiled(run.model)
+            metrics['few_shot'] = few_shot.evaluate(run.few_shot, features, params, run.eval_data, sharding)
+    result = {
+        'checkpoint': str(reader.path),
+        'format': reader.format,
+        'step': reader.step if 'step' in reader.leaves() else None,
+        'family': run.model.family,
+        'operator': operator,
+        'data': run.eval_data.fingerprint(),
+        'metrics': {split: {name: plain(value) for name, value in of.items()} for split, of in metrics.items()},
+    }
+    if jax.process_index() == 0:
+        text = json.dumps(result, indent=1)
+        if out is not None:
+            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+            with open(out, 'w', encoding='utf-8') as file:
+                file.write(text + '\n')
+        print(text if as_json else _metrics_table(result))
+    return result
+
+
+def _config_of(checkpoint: str) -> str:
+    """The `config.gin` of the run that a checkpoint's path belongs to."""
+    path = os.path.abspath(checkpoint)
+    for folder in (path, os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
+        if os.path.isfile(os.path.join(folder, 'config.gin')):
+            return os.path.join(folder, 'config.gin')
+    raise UserError(
+        f'{checkpoint} lies in no run folder of ours, so say what model and data it is of: --gin_file=models/..., '
+        '--gin_file=tasks/..., --gin_file=runs/eval.gin.'
+    )
+
+
+def _metrics_table(result: Mapping[str, Any]) -> str:
+    """A line for every number; lists and the layers' own metrics stay in the JSON."""
+    lines = [f'{result["checkpoint"]}  format: {result["format"]}  step: {result["step"]}']
+    for split, metrics in result['metrics'].items():
+        for name, value in metrics.items():
+            if not isinstance(value, list) and name.count('/') < 2:
+                lines.append(f'{split:<12}{name:<32}{value:.6g}')
+    return '\n'.join(lines)
 
 
 def compile_(

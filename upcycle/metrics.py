@@ -34,7 +34,7 @@ class MetricsLog:
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """One line, on disk when this returns; lists (such as the load of each expert) go into the line only."""
-        line = {'step': step, 'split': split} | {name: _plain(value) for name, value in metrics.items()}
+        line = {'step': step, 'split': split} | {name: plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line) + '\n')
         self._file.flush()
         if split not in self._writers:
@@ -65,7 +65,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON-able; a float keeps its shortest exact form."""
     if isinstance(value, str | bool | int | float) or value is None:
         return value

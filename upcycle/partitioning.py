@@ -152,6 +152,12 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
+def batches(data: Any, start: int, sharding: NamedSharding) -> Iterator[dict[str, jax.Array]]:
+    """The global batches of a data source from `start` on, each from every host's rows."""
+    for batch in data.batches(start, process_index=jax.process_index(), process_count=jax.process_count()):
+        yield put_batch(batch, sharding)
+
+
 def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int, binding: str) -> None:
     """Raises UserError unless the batch divides among microbatches and devices."""
     parts = batch_shards(mesh)

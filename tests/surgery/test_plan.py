@@ -72,6 +72,34 @@ def test_continuation_keeps_everything():
     assert set(result.dropped) == {'rng'}
 
 
+def test_a_new_head_starts_afresh_and_the_old_one_is_dropped():
+    """Whatever its shape, and its optimizer state with it."""
+    head = 'params/decoder/logits_dense/kernel'
+    other = {**DENSE, head: jax.ShapeDtypeStruct((128, 77), jnp.float32)}
+    spec = Surgery(operator=None, optimizer_state='tile', new_head=True)
+    result = plan(other, DENSE, spec, head=('decoder/logits_dense',))
+    rows = {row.target: row for row in result.rows}
+    assert (rows[head].action, rows[head].sources) == (Action.NEW, ())
+    state = 'opt_state/param_states/decoder/logits_dense/kernel/v_row'
+    assert rows[state].action is Action.ZEROS
+    assert result.dropped[head] == result.dropped[state] == 'NEW_HEAD = True'
+    rest = [row for row in result.rows if 'logits_dense' not in row.target and row.target != 'rng']
+    assert len(rest) > 40 and all(row.action is Action.KEEP for row in rest)
+
+
+def test_another_head_is_refused_with_the_way_out():
+    other = {**DENSE, 'params/decoder/logits_dense/kernel': jax.ShapeDtypeStruct((128, 77), jnp.float32)}
+    with pytest.raises(UserError, match='NEW_HEAD = True'):
+        plan(other, DENSE, Surgery(operator=None, optimizer_state='fresh'), head=('decoder/logits_dense',))
+    with pytest.raises(UserError, match='another architecture'):
+        plan(other, DENSE, Surgery(operator=None, optimizer_state='fresh'))
+
+
+def test_a_new_head_and_new_experts_at_once_are_refused():
+    with pytest.raises(UserError, match='NEW_HEAD = True with an EXPERT_OPERATOR'):
+        Surgery(new_head=True)
+
+
 def without(leaves, *names):
     return {name: leaf for name, leaf in leaves.items() if name not in names}
 

@@ -17,6 +17,8 @@ class Model(Protocol):
     """One family's model: sizes, loss, and where its MoE layers are."""
 
     family: str
+    head: tuple[str, ...]
+    """Paths of the parameters that belong to the training task and not to the model: what fine-tuning may start afresh."""
 
     def init(self, rng: 'jax.Array', batch_spec: BatchSpec) -> Params:
         """Fresh parameters, boxed with their logical axis names (`flax.linen.LogicallyPartitioned`)."""

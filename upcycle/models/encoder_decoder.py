@@ -49,6 +49,7 @@ class EncoderDecoderModel:
     router_z_loss_factor: float = 0.0
 
     family = 't5'
+    head = ('decoder/logits_dense',)
 
     def __post_init__(self):
         factor = self.loss_normalizing_factor

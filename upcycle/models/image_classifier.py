@@ -52,6 +52,7 @@ class ImageClassifier:
     router_z_loss_factor: float = 0.0
 
     family = 'vit'
+    head = ('head', 'pre_logits')
 
     def __post_init__(self):
         object.__setattr__(self, 'loss', one_of(ClassLoss, self.loss, 'CLASS_LOSS'))

@@ -1,4 +1,6 @@
-"""Cross entropy with T5's z-loss and label smoothing."""
+"""Cross entropy with T5's z-loss and label smoothing, and means over targets."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,3 +25,16 @@ def cross_entropy(
         target_BxL -= confidence * jnp.log(confidence) + others * low * jnp.log(low)
     z_BxL = z_loss * jnp.square(log_z_BxL)
     return log_z_BxL - target_BxL + z_BxL, z_BxL
+
+
+def summarize(sums: Mapping[str, jax.Array], normalizer: jax.Array) -> dict[str, jax.Array]:
+    """Turns sums over targets into means per target. `loss` is what is minimised; `cross_entropy_loss` compares models."""
+    weight = jnp.maximum(sums['weight'], 1e-9)
+    return {
+        'loss': sums['loss'] / normalizer + sums['moe_loss'],
+        'cross_entropy_loss': (sums['loss'] - sums['z_loss']) / weight,
+        'z_loss': sums['z_loss'] / weight,
+        'accuracy': sums['correct'] / weight,
+        'targets': sums['weight'],
+        **sums['moe'],
+    }

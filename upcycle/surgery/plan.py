@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ class Surgery:
       router_init: a name in `surgery.router_init.ROUTER_INITS` [ROUTER_INIT].
       router_stddev: of the routers' initialisation [ROUTER_INIT_STDDEV].
       optimizer_state: see `OptimizerState` [OPTIMIZER_STATE].
+      new_head: the model's head starts afresh, for other classes, and the checkpoint's is dropped [NEW_HEAD].
       seed: of everything random in the surgery [UPCYCLE_SEED].
     """
 
@@ -44,6 +45,7 @@ class Surgery:
     router_init: str = 'normal'
     router_stddev: float = 0.02
     optimizer_state: OptimizerState = OptimizerState.FRESH
+    new_head: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -51,6 +53,11 @@ class Surgery:
             object.__setattr__(self, 'operator', look_up(EXPERT_OPERATORS, self.operator, 'EXPERT_OPERATOR')())
         look_up(ROUTER_INITS, self.router_init, 'ROUTER_INIT')
         object.__setattr__(self, 'optimizer_state', one_of(OptimizerState, self.optimizer_state, 'OPTIMIZER_STATE'))
+        if self.new_head and self.operator is not None:
+            raise UserError(
+                'NEW_HEAD = True with an EXPERT_OPERATOR would upcycle a model whose function is already gone: upcycle first, '
+                'then fine-tune.'
+            )
 
 
 class Action(enum.StrEnum):
@@ -62,7 +69,7 @@ class Action(enum.StrEnum):
     RESIZE = 'resize'  # learned positions of an image, interpolated to another number of patches
     TILE = 'tile'  # the source, repeated over a leading expert axis
     ZEROS = 'zeros'
-    NEW = 'new'  # by the trainer: the run's own random key
+    NEW = 'new'  # by the trainer: the run's own random key, and a new head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,9 @@ def within_mlp(target: str) -> str:
     return '/'.join(segments[segments.index(EXPERT) + 1 :])
 
 
-def plan(dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = None) -> Plan:
+def plan(
+    dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = None, *, head: Sequence[str] = ()
+) -> Plan:
     """Finds every target leaf's source.
 
     Args:
@@ -119,6 +128,7 @@ def plan(dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = N
       sparse: leaves of the model that will be trained.
       spec: what to do.
       axes: logical axes of the target's parameters, which operators that work along an axis need.
+      head: paths of the parameters that `spec.new_head` starts afresh.
 
     Returns:
       The plan; it reads nothing.
@@ -132,6 +142,10 @@ def plan(dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = N
     rows: list[Row] = []
     dropped: dict[str, str] = {}
     problems: list[str] = []
+
+    def in_head(name: str) -> bool:
+        path = name.removeprefix('params/').removeprefix('opt_state/param_states/')
+        return spec.new_head and path != name and any(path.startswith(f'{part}/') for part in head)
 
     def add(target: str, action: Action, *sources: str) -> None:
         if action is Action.EXPERTS and not spec.operator.reads:
@@ -149,8 +163,10 @@ def plan(dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = N
         elif target == COUNT and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
             # The decay clock goes on with the step, also where the state itself starts afresh.
             add(target, Action.KEEP, COUNT if keeps_state and COUNT in dense else 'step')
-        elif target.startswith('opt_state/') and (is_router or not keeps_state):
+        elif target.startswith('opt_state/') and (is_router or in_head(target) or not keeps_state):
             add(target, Action.ZEROS)
+        elif in_head(target):
+            add(target, Action.NEW)
         elif is_router:
             add(target, Action.ROUTER)
         elif isinstance(found := _source(target, sparse[target], dense, expands), str):
@@ -162,14 +178,16 @@ def plan(dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = N
     for source, leaf in dense.items():
         if source in used or source in dropped or source in ('step', COUNT):
             continue
-        if source == 'rng':
+        if in_head(source):
+            dropped[source] = 'NEW_HEAD = True'
+        elif source == 'rng':
             dropped[source] = 'the run has a random key of its own'
         elif source.startswith('opt_state/') and not keeps_state:
             dropped[source] = f"OPTIMIZER_STATE = '{spec.optimizer_state}'"
         else:
             problems.append(f'{source} {_show(leaf)} of the checkpoint is used by no leaf of the model')
     if problems:
-        raise UserError(_explain(problems, dense))
+        raise UserError(_explain(problems, dense, head))
     return Plan(tuple(rows), dropped, spec)
 
 
@@ -207,11 +225,16 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
     return f'({", ".join(map(str, leaf.shape))}) {leaf.dtype}'
 
 
-def _explain(problems: list[str], dense: Abstract) -> str:
+def _explain(problems: list[str], dense: Abstract, head: Sequence[str]) -> str:
     if not any(name.startswith('opt_state/') for name in dense) and all(p.startswith('opt_state/') for p in problems):
         return (
             "OPTIMIZER_STATE = 'tile' needs the dense run's optimizer state, which this checkpoint does not hold: set "
             "OPTIMIZER_STATE = 'fresh'."
         )
-    head = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
-    return '\n  '.join([f'{head} ({len(problems)} leaves):', *problems])
+    what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
+    if all(any(f'/{part}/' in problem for part in head) for problem in problems):
+        what = (
+            'The head of the checkpoint is not that of the model: to fine-tune on other classes, start a new one with '
+            'NEW_HEAD = True in runs/finetune.gin'
+        )
+    return '\n  '.join([f'{what} ({len(problems)} leaves):', *problems])

@@ -15,11 +15,12 @@ from upcycle import cost, partitioning
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.errors import UserError
+from upcycle.evaluate import few_shot, validation
 from upcycle.metrics import MetricsLog, Progress
 from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import state as states
 from upcycle.train.run import Run
-from upcycle.train.step import TrainState, eval_step, summarize, train_step
+from upcycle.train.step import TrainState, train_step
 
 
 @dataclasses.dataclass
@@ -97,7 +98,8 @@ class _Trainer:
         self.receipt: dict[str, Any] | None = None
         self.data_identity = run.train_data.fingerprint()
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
-        self.eval_step = jax.jit(functools.partial(eval_step, model=run.model))
+        self.eval_step = validation.compiled(run.model)
+        self.features = None if run.few_shot is None else few_shot.compiled(run.model)
 
     @functools.cached_property
     def step(self):
@@ -173,11 +175,14 @@ class _Trainer:
                 progress.show(step, {'loss': means['loss'], 'accuracy': means['accuracy']})
                 timer.start()
             evaluates = run.eval_data is not None and (step % run.eval_period == 0 or last)
-            if evaluates or step % run.checkpoint_period == 0 or last:
+            probes = run.few_shot is not None and (step % (run.few_shot.period or run.total_steps) == 0 or last)
+            if evaluates or probes or step % run.checkpoint_period == 0 or last:
                 self.window.settle()
                 timer.stop()
                 if evaluates:
                     self._evaluate(state, step, log)
+                if probes:
+                    self._probe(state, step, log)
                 if step % run.checkpoint_period == 0 or last:
                     self._save(manager, step, state)
                 timer.start()
@@ -187,20 +192,14 @@ class _Trainer:
 
     def _evaluate(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
         """Means over the whole evaluation split (or EVAL_STEPS batches of it)."""
-        total, count = None, 0
-        for batch in self._batches(self.run.eval_data, 0):
-            sums = jax.device_get(self.eval_step(state.params, batch))
-            # The rows that fill up a last batch weigh nothing in the sums; routing metrics are means over batches.
-            total = sums if total is None else jax.tree.map(np.add, total, sums)
-            count += 1
-        if total is None:
-            raise UserError('EVAL_DATASET holds no batch: its split is empty, or EVAL_STEPS is 0.')
-        total['moe'] = {name: value / count for name, value in total['moe'].items()}
-        total['moe_loss'] = total['moe_loss'] / count
-        means = {name: np.asarray(value) for name, value in summarize(total, total['weight']).items()}
-        # To compare a sparse model with a dense one, a validation loss must not hold the auxiliary losses.
-        means['loss'] = means['cross_entropy_loss']
+        means = validation.evaluate(self.eval_step, state.params, self._batches(self.run.eval_data, 0))
         self._write(log, step, 'validation', means)
+
+    def _probe(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
+        """Linear probes of the features."""
+        run = self.run
+        metrics = few_shot.evaluate(run.few_shot, self.features, state.params, run.eval_data, self.batch_sharding)
+        self._write(log, step, 'few_shot', metrics)
 
     def _write(self, log: MetricsLog | None, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         if log is not None:
@@ -221,9 +220,7 @@ class _Trainer:
         manager.save(step, states.as_dict(state), data, metadata)
 
     def _batches(self, data: DataSource, start: int) -> Iterator[dict[str, jax.Array]]:
-        hosts = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-        for batch in data.batches(start, **hosts):
-            yield partitioning.put_batch(batch, self.batch_sharding)
+        return partitioning.batches(data, start, self.batch_sharding)
 
 
 def lower_step(

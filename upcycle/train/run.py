@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from upcycle.data import DataSource
 from upcycle.errors import UserError
+from upcycle.evaluate.few_shot import FewShot
 from upcycle.models import Model
 from upcycle.surgery.plan import Surgery
 from upcycle.train.optimizer import Optimizer
@@ -26,6 +27,7 @@ class Run:
       initial_checkpoint_path: of the dense model; None: from scratch [INITIAL_CHECKPOINT_PATH].
       surgery: what becomes of that checkpoint [SURGERY].
       dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
+      few_shot: linear probes of an image classifier's features [FEW_SHOT]; None: none.
       eval_period: steps between evaluations [EVAL_PERIOD].
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
       checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
@@ -46,6 +48,7 @@ class Run:
     initial_checkpoint_path: str | None = None
     surgery: Surgery | None = None
     dense_step: int | None = None
+    few_shot: FewShot | None = None
     eval_period: int = 1000
     checkpoint_period: int = 1000
     checkpoint_keep: int | None = 1
@@ -75,6 +78,8 @@ class Run:
                 "starts from scratch: leave it at 'continue', or set INITIAL_CHECKPOINT_PATH."
             )
         self.model.check_data(self.train_data)
+        if self.few_shot is not None:
+            self.few_shot.check(self.model, self.eval_data)
 
     @property
     def num_experts(self) -> int | None:

@@ -16,7 +16,7 @@ from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.errors import UserError
 from upcycle.surgery.execute import execute, print_progress, sha256_of, without_leading_axis
-from upcycle.surgery.plan import Action, Plan, plan
+from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
 from upcycle.surgery.receipt import check_function, receipt
 from upcycle.train.run import Run
 from upcycle.train.step import TrainState
@@ -104,7 +104,7 @@ def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
         raise UserError(
             'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
         )
-    return plan(leaves, wanted, run.surgery, where.logical_axes)
+    return plan(leaves, wanted, run.surgery, where.logical_axes, head=run.model.head)
 
 
 def check_start(run: Run, step: int) -> None:
@@ -160,7 +160,7 @@ def from_checkpoint(
         what,
         read,
         {name: leaf.sharding for name, leaf in where.flat().items()},
-        new={'rng': run_key},
+        new={'rng': run_key, **new_head(run, where, what)},
         on_source=on_source,
         progress=print_progress('upcycling' if upcycles else 'loading'),
     )
@@ -185,6 +185,51 @@ def from_checkpoint(
     )
     paper['function_check'] = check_function(run.model, dense_params['params'], state.params, batch)
     return state, paper, reader
+
+
+def params_from(run: Run, where: Layout, reader: Reader) -> tuple[Any, str | None]:
+    """A checkpoint's parameters alone, as the run's model wants them.
+
+    Args:
+      run: with a sparse model and a dense checkpoint, its `surgery` is carried out on the way.
+      where: the layout of the run's state.
+      reader: of the checkpoint.
+
+    Returns:
+      The parameters; the expert operator, or None where the checkpoint is of the very model.
+
+    Raises:
+      UserError: the checkpoint does not fit.
+    """
+    wanted = {name: leaf for name, leaf in where.flat().items() if name.startswith('params/')}
+    stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith('params/')}
+    expands = any(f'/{EXPERT}/' in name for name in wanted) and not any(f'/{EXPERT}/' in name for name in stored)
+    if expands and (run.surgery is None or run.surgery.operator is None):
+        raise UserError(
+            f'{reader.path} is dense and the model is not: leave out its MoE layers, or name a surgery, such as that of '
+            'runs/upcycle.gin, to evaluate the model as it is upcycled.'
+        )
+    spec = run.surgery if expands else Surgery(operator=None)
+    shardings = {name: leaf.sharding for name, leaf in wanted.items()}
+    what = plan(stored, wanted, spec, where.logical_axes)
+    flat = execute(what, reader.read, shardings, new={}, progress=print_progress('loading'))
+    return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)
+
+
+def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
+    """The parameters that a plan starts afresh, as a run from scratch with the same seed would."""
+    names = [row.target for row in what.rows if row.action is Action.NEW and row.target.startswith('params/')]
+    if not names:
+        return {}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        params = partitioning.unbox(run.model.init(jax.random.split(key)[0], run.train_data.batch_spec()))
+        flat = flatten_dict({'params': params}, sep='/')
+        return {name: flat[name] for name in names}
+
+    # What is not asked for is not computed.
+    shardings = {name: where.flat()[name].sharding for name in names}
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))
 
 
 def _metadata_hashes(reader: Reader) -> dict[str, str]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.models import Model
+from upcycle.models.losses import summarize
 from upcycle.train.optimizer import Optimizer
 from upcycle.train.schedule import Schedule
 
@@ -84,25 +85,6 @@ def train_step(
         'parameter_norm': global_norm(params),
     }
     return TrainState(state.step + 1, params, opt_state, state.rng), metrics
-
-
-def eval_step(params: Any, batch: Batch, *, model: Model) -> Metrics:
-    """Sums over one evaluation batch: `loss`, `z_loss`, `correct`, `weight`, and the MoE layers' metrics."""
-    sums, moe_loss, moe_metrics = model.forward(params, batch, None, training=False, num_microbatches=1)
-    return {**sums, 'moe_loss': moe_loss, 'moe': moe_metrics}
-
-
-def summarize(sums: Metrics, normalizer: jax.Array) -> Metrics:
-    """Turns sums over targets into means per target. `loss` is what is minimised; `cross_entropy_loss` compares models."""
-    weight = jnp.maximum(sums['weight'], 1e-9)
-    return {
-        'loss': sums['loss'] / normalizer + sums['moe_loss'],
-        'cross_entropy_loss': (sums['loss'] - sums['z_loss']) / weight,
-        'z_loss': sums['z_loss'] / weight,
-        'accuracy': sums['correct'] / weight,
-        'targets': sums['weight'],
-        **sums['moe'],
-    }
 
 
 def global_norm(tree: Any) -> jax.Array:

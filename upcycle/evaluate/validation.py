@@ -1,0 +1,56 @@
+"""Loss, accuracy and routing over a split: the one evaluation loop, of the trainer and of `upcycle eval`."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from upcycle.errors import UserError
+from upcycle.models import Model, Params
+from upcycle.models.losses import summarize
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def eval_step(params: Params, batch: Batch, *, model: Model) -> Metrics:
+    """Sums over one evaluation batch: `loss`, `z_loss`, `correct`, `weight`, and the MoE layers' metrics."""
+    sums, moe_loss, moe_metrics = model.forward(params, batch, None, training=False, num_microbatches=1)
+    return {**sums, 'moe_loss': moe_loss, 'moe': moe_metrics}
+
+
+def compiled(model: Model) -> Callable[[Params, Batch], Metrics]:
+    """`eval_step` of a model, compiled once for all evaluations of a run."""
+    return jax.jit(functools.partial(eval_step, model=model))
+
+
+def evaluate(step: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, Any]:
+    """Means over the batches, as numpy arrays.
+
+    Args:
+      step: from `compiled`.
+      params: of the model.
+      batches: on the mesh in use; rows that only fill up a last batch weigh nothing.
+
+    Returns:
+      `loss` and `cross_entropy_loss` (both without the auxiliary losses, which would not let a sparse model be compared with
+      a dense one), `accuracy` (of an image classifier: precision at 1), `targets`, and routing metrics, which are means over
+      batches.
+
+    Raises:
+      UserError: there is no batch.
+    """
+    total, count = None, 0
+    for batch in batches:
+        sums = jax.device_get(step(params, batch))
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+        count += 1
+    if total is None:
+        raise UserError('EVAL_DATASET holds no batch: its split is empty, or EVAL_STEPS is 0.')
+    total['moe'] = {name: value / count for name, value in total['moe'].items()}
+    total['moe_loss'] = total['moe_loss'] / count
+    means = {name: np.asarray(value) for name, value in summarize(total, total['weight']).items()}
+    means['loss'] = means['cross_entropy_loss']
+    return means
