@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,17 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
 
     train = add('train', _train, 'one training run', gin=True)
-    hosts = train.add_argument_group('several processes (start the same command in each; they are one run)')
-    hosts.add_argument(
-        '--distributed', action='store_true', help='find the others by the platform: Cloud TPU, Slurm, Kubernetes, MPI'
-    )
-    hosts.add_argument('--coordinator_address', metavar='HOST:PORT', help='find the others by hand: process 0')
-    hosts.add_argument('--process_count', type=int, metavar='N')
-    hosts.add_argument('--process_index', type=int, metavar='I')
+    _add_hosts(train)
 
     plan = add('plan', _plan, 'what the surgery of a run would do, from metadata alone', gin=True)
     plan.add_argument('--from', dest='source', metavar='PATH', help='the dense checkpoint (INITIAL_CHECKPOINT_PATH)')
     plan.add_argument('--json', action='store_true', help='machine-readable')
+
+    evaluate = add('eval', _evaluate, 'metrics of a checkpoint: loss, accuracy, few-shot probes', gin=True)
+    evaluate.add_argument(
+        '--from', dest='source', required=True, metavar='PATH', help='a run folder, or any checkpoint'
+    )
+    evaluate.add_argument('--few_shot', action='store_true', help='short for --gin_file=runs/few_shot.gin')
+    evaluate.add_argument('--json', action='store_true', help='machine-readable')
+    evaluate.add_argument('--out', metavar='FILE', help='write the JSON there, too')
+    _add_hosts(evaluate)
 
     compile_ = add('compile', _compile, 'ahead-of-time compile of a run for a TPU topology, without a TPU', gin=True)
     compile_.add_argument('--topology', required=True, metavar='KIND:SHAPE', help='such as v4:4x4x8 or v5e:16x16')
@@ -108,6 +112,24 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument('path')
     inspect.add_argument('--json', action='store_true', help='machine-readable')
 
+    sweep = add('sweep', _sweep, 'a grid of runs: an experiment of configs/, or any binding', gin=True)
+    sweep.add_argument('--config', metavar='FILE', help='such as configs/finetune_imagenet.py')
+    sweep.add_argument('--scale', help='of the experiment, such as mini; its own default if not given')
+    sweep.add_argument(
+        '--grid',
+        action='append',
+        default=[],
+        metavar='NAME=A,B,C',
+        help='repeatable: an axis of bindings over --gin_file',
+    )
+    sweep.add_argument(
+        '--where',
+        default='local',
+        choices=('local', 'print'),
+        help='one after the other, or only the commands (%(default)s)',
+    )
+    sweep.add_argument('--out', help='folder of the runs (runs/NAME)')
+
     report = add('report', _report, 'tables and plots from run folders')
     report.add_argument('runs', nargs='+', metavar='MODEL_DIR')
     report.add_argument(
@@ -116,18 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    from upcycle import quickstart
+def _add_hosts(command: argparse.ArgumentParser) -> None:
+    hosts = command.add_argument_group('several processes (start the same command in each; they are one run)')
+    hosts.add_argument(
+        '--distributed', action='store_true', help='find the others by the platform: Cloud TPU, Slurm, Kubernetes, MPI'
+    )
+    hosts.add_argument('--coordinator_address', metavar='HOST:PORT', help='find the others by hand: process 0')
+    hosts.add_argument('--process_count', type=int, metavar='N')
+    hosts.add_argument('--process_index', type=int, metavar='I')
 
-    try:
-        seeds = tuple(int(seed) for seed in options.seeds.split(','))
-    except ValueError:
-        raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
-    out = options.out or f'runs/quickstart_{options.family}'
-    quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
 
-
-def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+def _join_hosts(options: argparse.Namespace) -> None:
+    """Joins the other processes, where the options of `_add_hosts` name them."""
     by_hand = (options.coordinator_address, options.process_count, options.process_index)
     if any(value is not None for value in by_hand):
         if any(value is None for value in by_hand):
@@ -144,6 +166,21 @@ def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
             jax.distributed.initialize(*by_hand)
         except (RuntimeError, ValueError) as error:
             raise UserError(f'the processes do not find each other: {str(error).splitlines()[0]}') from error
+
+
+def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle import quickstart
+
+    try:
+        seeds = tuple(int(seed) for seed in options.seeds.split(','))
+    except ValueError:
+        raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
+    out = options.out or f'runs/quickstart_{options.family}'
+    quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
+
+
+def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _join_hosts(options)
     from upcycle import jobs
 
     jobs.train(options.gin_file, bindings)
@@ -155,6 +192,14 @@ def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     if options.source is not None:
         bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': options.source}
     jobs.plan(options.gin_file, bindings, as_json=options.json)
+
+
+def _evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _join_hosts(options)
+    from upcycle import jobs
+
+    files = [*options.gin_file, *([jobs.FEW_SHOT] if options.few_shot else [])]
+    jobs.evaluate(files, bindings, options.source, as_json=options.json, out=options.out)
 
 
 def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
@@ -189,6 +234,26 @@ def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     for name, leaf in leaves.items():
         print(f'{name}  {tuple(leaf.shape)}  {leaf.dtype}')
     print('  '.join(f'{name}: {value}' for name, value in facts.items()) + f'  leaves: {len(leaves)}')
+
+
+def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
+    environment = dict(os.environ)
+    # The runs need the accelerators; what watches them does not.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    # Whoever ends a sweep also ends its runs.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from upcycle.sweep.command import sweep
+
+    return sweep(
+        config=options.config,
+        scale=options.scale,
+        gin_files=options.gin_file,
+        axes=options.grid,
+        bindings=bindings,
+        where=options.where,
+        out=options.out,
+        environment=environment,
+    )
 
 
 def _report(options: argparse.Namespace, bindings: dict[str, str]) -> None:

@@ -7,15 +7,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from upcycle import configuration, cost, jobs
 from upcycle.errors import UserError
-from upcycle.metrics import read_metrics
 from upcycle.report.html import compare_seeds, print_table, write_report
 from upcycle.report.runs import Role, load_run
+from upcycle.sweep.points import Point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +66,11 @@ FAMILIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Branch:
-    """One run of the comparison."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Branch(Point):
+    """One run of the comparison, and what it is in it."""
 
-    name: str
     role: Role
-    gin_files: tuple[str, ...]
-    bindings: dict[str, str]
-
-    @property
-    def command(self) -> str:
-        """The `upcycle train` that does the same."""
-        files = [f'--gin_file={file}' for file in self.gin_files]
-        return shlex.join(
-            ['upcycle', 'train', *files, *(f'--gin.{name}={value}' for name, value in self.bindings.items())]
-        )
 
 
 def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds: Sequence[int] = (0,)) -> pathlib.Path:
@@ -113,9 +101,9 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
         group = {}
         for branch in branches(job, os.path.join(out, f'seed_{seed}'), budget, seed):
             print(f'\n$ {branch.command}', flush=True)
-            if not _finished(branch):
+            if not branch.finished(int(branch.bindings['TRAIN_STEPS'])):
                 jobs.train(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
-            group[branch.name] = load_run(branch.bindings['MODEL_DIR'], branch.role, branch.name)
+            group[branch.name] = load_run(branch.model_dir, branch.role, branch.name)
             if seed == seeds[0]:
                 commands[branch.name] = branch.command
         groups.append(group)
@@ -153,7 +141,7 @@ def branches(job: Family, folder: str, budget: float, seed: int) -> list[Branch]
             bindings['INITIAL_CHECKPOINT_PATH'] = os.path.join(folder, 'dense')
         if sparse and start:
             bindings['UPCYCLE_SEED'] = str(seed)
-        return Branch(name, role, files, bindings)
+        return Branch(name=name, role=role, gin_files=files, bindings=bindings)
 
     dense_steps = max(1, round(job.dense_steps * budget))
     upcycle_steps = max(1, round(job.upcycle_steps * budget))
@@ -179,14 +167,6 @@ def branches(job: Family, folder: str, budget: float, seed: int) -> list[Branch]
 def _step_flops(branch: Branch) -> float:
     run = configuration.load(branch.gin_files, branch.bindings)
     return cost.step_flops(run.model, run.train_data.batch_spec())
-
-
-def _finished(branch: Branch) -> bool:
-    """The run's last validation line is there, which is written before its last checkpoint is complete only by a moment."""
-    lines = read_metrics(os.path.join(branch.bindings['MODEL_DIR'], 'metrics.jsonl'))
-    steps = branch.bindings['TRAIN_STEPS']
-    saved = os.path.isdir(os.path.join(branch.bindings['MODEL_DIR'], 'checkpoints', steps))
-    return saved and any(line['split'] == 'validation' and line['step'] == int(steps) for line in lines)
 
 
 def _claim(out: str, what: dict[str, Any]) -> None:

@@ -28,6 +28,8 @@ def test_no_gin_file_is_left_out():
     covered |= {'tasks/mnist5k.gin'}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'quickstart')}
     covered |= {f'surgery/{name}.gin' for name in EXPERT_OPERATORS}
+    # Stepped in tests of their own.
+    covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'finetune', 'finetune_vit')}
     assert here == covered
 
 

@@ -1,0 +1,238 @@
+"""Carrying out a grid: order, finished points, failures, the estimate, the best; and one real sweep of two tiny runs."""
+
+import json
+import os
+
+import pytest
+
+from tests import vision
+from tests.test_cli import call
+from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
+from upcycle.sweep import conduct
+from upcycle.sweep.conduct import Entry
+from upcycle.sweep.points import Point, Progress, Status, progress_of
+
+
+class Pretend:
+    """Runs that take no time: they write what a run writes, or fail."""
+
+    def __init__(self, fails=(), slots=1):
+        self.slots, self.fails = slots, fails
+        self.started, self.stopped = [], []
+
+    def start(self, arguments, log):
+        model_dir = next(a.partition('=')[2] for a in arguments if a.startswith('--gin.MODEL_DIR='))
+        name = os.path.basename(model_dir)
+        self.started.append(name)
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, 'a', encoding='utf-8') as file:
+            file.write('something\n')
+            if name in self.fails:
+                file.write('upcycle: NAME = 3 is wrong: make it 4.\nsomething else\n')
+        if name in self.fails:
+            return self
+        os.makedirs(os.path.join(model_dir, 'checkpoints', '10'))
+        cost = {'start_step': 0, 'seconds': 2.0, 'flops': 50.0}
+        lines = [{'step': 10, 'split': 'train', 'loss': 9.0, **cost}]
+        lines.append({'step': 10, 'split': 'validation', 'loss': 1.0 + len(self.started), 'accuracy': 0.5, **cost})
+        with open(os.path.join(model_dir, 'metrics.jsonl'), 'w', encoding='utf-8') as file:
+            file.writelines(json.dumps(line) + '\n' for line in lines)
+        return self
+
+    def poll(self):
+        return 0 if self.started[-1] not in self.fails else 2
+
+    def stop(self):
+        self.stopped.append(self.started[-1])
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(conduct, 'PERIOD', 0.0)
+
+
+def grid(out, **after):
+    """Entries of points of ten steps."""
+    return [
+        Entry(
+            Point(name=name, gin_files=(), bindings={'MODEL_DIR': str(out / name)}, after=needs),
+            total_steps=10,
+            start_step=0,
+            step_flops=5.0,
+        )
+        for name, needs in after.items()
+    ]
+
+
+def statuses(entries):
+    return {entry.point.name: entry.status for entry in entries}
+
+
+def test_points_run_in_order_and_failures_block_what_needs_them(tmp_path):
+    entries = grid(tmp_path, dense=(), bad=(), up=('dense',), worse=('bad',), worst=('worse',))
+    launcher, shown = Pretend(fails=('bad',)), []
+    conduct.conduct(entries, str(tmp_path), launcher, lambda entries: shown.append(statuses(entries)))
+    assert launcher.started == ['dense', 'bad', 'up']
+    assert statuses(entries) == {
+        'dense': Status.FINISHED,
+        'bad': Status.FAILED,
+        'up': Status.FINISHED,
+        'worse': Status.BLOCKED,
+        'worst': Status.BLOCKED,
+    }
+    assert entries[1].reason == 'NAME = 3 is wrong: make it 4.'
+    assert shown[0]['dense'] is Status.RUNNING and shown[0]['up'] is Status.WAITING
+    assert launcher.stopped == []
+    assert entries[0].progress.metrics == pytest.approx(
+        {
+            'validation/loss': 2.0,
+            'validation/accuracy': 0.5,
+            'validation/start_step': 0,
+            'validation/seconds': 2.0,
+            'validation/flops': 50.0,
+        }
+    )
+
+
+def test_as_many_at_once_as_there_are_slots(tmp_path):
+    entries = grid(tmp_path, a=(), b=(), c=('a',))
+    shown = []
+    conduct.conduct(entries, str(tmp_path), Pretend(slots=2), lambda entries: shown.append(statuses(entries)))
+    assert [s is Status.RUNNING for s in shown[0].values()] == [True, True, False]
+    assert set(statuses(entries).values()) == {Status.FINISHED}
+
+
+def test_an_interrupted_sweep_ends_its_runs(tmp_path):
+    entries = grid(tmp_path, a=())
+    launcher = Pretend()
+
+    def interrupt(entries):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conduct.conduct(entries, str(tmp_path), launcher, interrupt)
+    assert launcher.stopped == ['a']
+
+
+def test_time_left_goes_by_flops(tmp_path):
+    entries = grid(tmp_path, a=(), b=(), c=())
+    assert conduct.seconds_left(entries) is None
+    entries[0].status, entries[0].progress = Status.FINISHED, Progress(10, 0, 2.0, 50.0)
+    entries[1].status, entries[1].progress = Status.RUNNING, Progress(5, 0, 2.0, 25.0)
+    entries[2].start_step = 8
+    # 4 seconds for 75 FLOPs; 25 and 10 are left.
+    assert conduct.seconds_left(entries) == pytest.approx(35 * 4 / 75)
+
+
+def test_the_best(tmp_path):
+    entries = grid(tmp_path, a=(), b=(), c=())
+    for entry, loss in zip(entries, (2.0, 1.0, 0.5), strict=True):
+        entry.progress = Progress(10, 0, 1.0, 1.0, {'validation/loss': loss})
+    entries[0].status = entries[1].status = Status.FINISHED
+    best, value = conduct.best_of(entries, {'metric': 'validation/loss', 'best': 'min'})
+    assert (best.point.name, value) == ('b', 1.0)
+    assert conduct.best_of(entries, {'metric': 'validation/loss', 'best': 'min', 'among': 'a'})[0].point.name == 'a'
+    with pytest.raises(UserError, match='few_shot/10shot'):
+        conduct.best_of(entries, {'metric': 'few_shot/10shot', 'best': 'max'})
+
+
+def test_progress_is_the_last_line_and_the_last_metrics():
+    cost = {'start_step': 100, 'seconds': 3.0, 'flops': 7.0}
+    lines = [
+        {'step': 110, 'split': 'validation', 'loss': 2.0, 'load': [1, 2], **cost},
+        {'step': 120, 'split': 'few_shot', '10shot': 0.4, **cost},
+        {'step': 130, 'split': 'train', 'loss': 9.0, **cost},
+    ]
+    progress = progress_of(lines)
+    assert (progress.step, progress.start_step, progress.flops) == (130, 100, 7.0)
+    assert progress.metrics['validation/loss'] == 2.0 and progress.metrics['few_shot/10shot'] == 0.4
+    assert progress_of([]) == Progress()
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    with conduct.lock(str(tmp_path)), pytest.raises(UserError, match='another sweep'), conduct.lock(str(tmp_path)):
+        pass
+    with conduct.lock(str(tmp_path)):
+        pass
+
+
+def sweep_command(out, steps=3):
+    bindings = vision.bindings('nowhere', steps, EVAL_STEPS=1, EVAL_PERIOD=100)
+    del bindings['MODEL_DIR']
+    files = (vision.MODEL, vision.TASK, 'runs/pretrain.gin')
+    return [
+        'sweep',
+        f'--out={out}',
+        *(f'--gin_file={file}' for file in files),
+        *(f'--gin.{name}={value}' for name, value in bindings.items()),
+    ]
+
+
+def test_a_grid_from_the_command_line(tmp_path, capsys):
+    """Two runs, one of which fails; called again, the finished one is left alone and the other tried again."""
+    command = [*sweep_command(tmp_path), '--grid', 'LABEL_SMOOTHING=0.1,0.2']
+    good, bad = (tmp_path / f'LABEL_SMOOTHING={value}' for value in (0.1, 0.2))
+    bad.write_text('no folder')
+    code, out, _ = call(command, capsys)
+    assert code == 1
+    assert f'{good.name}: finished' in out
+    assert f'{bad.name} failed: ' in out and 'tries again' in out
+    assert read_metrics(str(good / 'metrics.jsonl'))[-1]['step'] == 3
+    written = (good / 'metrics.jsonl').stat().st_mtime_ns
+    bad.unlink()
+    code, out, _ = call(command, capsys)
+    assert code == 0 and '2 finished' in out
+    assert (good / 'metrics.jsonl').stat().st_mtime_ns == written
+    assert read_metrics(str(bad / 'metrics.jsonl'))[-1]['step'] == 3
+    record = json.loads((tmp_path / 'sweep.json').read_text())
+    assert [point['settings'] for point in record['points']] == [{'LABEL_SMOOTHING': 0.1}, {'LABEL_SMOOTHING': 0.2}]
+
+
+def test_print_prints_the_commands(tmp_path, capsys):
+    code, out, _ = call([*sweep_command(tmp_path / 'x'), '--grid=RANDOM_SEED=1,2', '--where=print'], capsys)
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 2 and all(line.startswith('upcycle train ') for line in lines)
+    assert '--gin.RANDOM_SEED=2' in lines[1] and f'--gin.MODEL_DIR={tmp_path}/x/RANDOM_SEED=2' in lines[1]
+    assert os.listdir(tmp_path) == []
+
+
+MISTAKES = {
+    'nothing to sweep': ([], ['--config', '--grid']),
+    'both': (['--config=configs/finetune_imagenet.py', '--grid=A=1'], ['--config', '--grid']),
+    'a scale of no experiment': (['--scale=mini', '--grid=RANDOM_SEED=1'], ['--scale=mini']),
+    'an unused axis': (['--grid=NUM_EXPERTS=2,4'], ['NUM_EXPERTS=2: ', 'used by nothing']),
+    'a value that does not fit': (['--grid=TRAIN_STEPS=2,-1'], ['TRAIN_STEPS=-1: ', 'at least 1']),
+    'no such config': (['--config=configs/figure_99.py'], ['figure_99']),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_a_mistake_is_one_sentence_before_anything_starts(mistake, tmp_path, capsys):
+    more, words = MISTAKES[mistake]
+    arguments = sweep_command(tmp_path / 'x')
+    if 'TRAIN_STEPS' in str(more):
+        arguments = [a for a in arguments if 'TRAIN_STEPS' not in a]
+    code, _, error = call([*arguments, *more], capsys)
+    assert code == 2
+    assert error.startswith('upcycle: ') and 'Traceback' not in error
+    assert all(word in error for word in words), error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_missing_checkpoint_is_found_before_anything_starts(tmp_path, capsys):
+    arguments = [a for a in sweep_command(tmp_path / 'x') if 'pretrain' not in a]
+    more = ['--gin_file=runs/finetune.gin', '--gin.INITIAL_CHECKPOINT_PATH=/nowhere/at/all', '--grid=RANDOM_SEED=1,2']
+    code, _, error = call([*arguments, *more], capsys)
+    assert code == 2 and '/nowhere/at/all' in error and 'does not exist' in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_with_other_runs_is_refused(tmp_path, capsys):
+    dense = vision.dense_checkpoint(str(tmp_path / 'runs'))
+    os.makedirs(tmp_path / 'x')
+    os.symlink(dense, tmp_path / 'x' / 'RANDOM_SEED=5')
+    code, _, error = call([*sweep_command(tmp_path / 'x', 2), '--grid=RANDOM_SEED=5'], capsys)
+    assert code == 2 and 'holds another run' in error
+    assert os.listdir(tmp_path / 'x') == ['RANDOM_SEED=5']

@@ -1,0 +1,90 @@
+"""`upcycle sweep`: from the command line's options to a grid that is carried out or printed."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+
+from upcycle.errors import UserError
+from upcycle.sweep import conduct, grid
+from upcycle.sweep.launchers import LAUNCHERS, Launcher
+from upcycle.sweep.points import Status
+
+PRINT = 'print'
+
+
+def sweep(
+    *,
+    config: str | None,
+    scale: str | None,
+    gin_files: Sequence[str],
+    axes: Sequence[str],
+    bindings: Mapping[str, str],
+    where: str,
+    out: str | None,
+    environment: Mapping[str, str],
+) -> int:
+    """Carries out what is missing of a grid.
+
+    Args:
+      config: a file of `configs/`; None: the grid is `axes` over `gin_files`.
+      scale: handed to the config; None: its own default.
+      gin_files: with a config, put before those of its points.
+      axes: of `--grid`.
+      bindings: of every point.
+      where: a name in `LAUNCHERS`, or 'print'.
+      out: the sweep's folder; None: runs/NAME.
+      environment: of the runs.
+
+    Returns:
+      0 when every point is finished, 1 when one failed.
+
+    Raises:
+      UserError: before anything is started, where a point does not fit.
+    """
+    if (config is None) == (not axes):
+        raise UserError('name either an experiment with --config or axes with --grid NAME=a,b,c, and not both.')
+    if scale is not None and config is None:
+        raise UserError(f"--scale={scale} is an experiment's: it goes with --config.")
+    what = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
+    out = os.path.join('runs', what.name) if out is None else out
+    points = grid.resolve(what, out, gin_files if config is not None else (), bindings)
+    if where == PRINT:
+        conduct.check(points, checkpoints=False)
+        for point in points:
+            print(point.command)
+        return 0
+    entries = conduct.check(points)
+    with conduct.lock(out) as held:
+        conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
+        launcher = LAUNCHERS[where](environment, held)
+        with conduct.Board() as board:
+            conduct.conduct(entries, out, launcher, board.show)
+        failed = [entry for entry in entries if entry.status is not Status.FINISHED]
+        for entry in failed:
+            if entry.status is Status.FAILED:
+                print(f'{entry.point.name} failed: {entry.reason} ({conduct.log_of(out, entry.point.name)})')
+        if failed:
+            print('the same command tries again what is not finished.')
+            return 1
+        return _best(what, entries, out, launcher) if what.get('select') else 0
+
+
+def _best(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
+    """Names the best point, and evaluates it on what did not choose it."""
+    entry, value = conduct.best_of(entries, what.select)
+    print(f'best by {what.select.metric}: {entry.point.name}, {value:.4f}')
+    if not what.get('test'):
+        return 0
+    point = entry.point
+    bindings = {**point.bindings, **{name: grid.text_of(v) for name, v in what.test.items()}}
+    path = os.path.join(out, 'test.json')
+    arguments = ['eval', f'--from={point.model_dir}', f'--out={path}']
+    arguments += [f'--gin_file={file}' for file in point.gin_files]
+    arguments += [f'--gin.{name}={value}' for name, value in bindings.items()]
+    log = conduct.log_of(out, 'test')
+    if code := conduct.run_to_end(launcher, arguments, log):
+        print(f'its evaluation failed: {conduct.reason_of(log, code)} ({log})')
+        return 1
+    print(f'evaluated with {", ".join(f"{n}={v}" for n, v in what.test.items())}: {path}')
+    return 0

@@ -1,0 +1,189 @@
+"""Grids: axes, their products, and the points that a config or a command line describes.
+
+A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
+
+  name      the experiment's; its folder's default is runs/NAME
+  points    a list of {name, gin_files, bindings, start?, settings?}; `start` names the point whose checkpoint it starts from
+  select?   {metric, best, among?}: which point is the best when all are finished, such as 'validation/accuracy' and 'max',
+            of those whose name begins with `among`
+  test?     bindings with which the best point is evaluated once more, such as a split that chose nothing
+"""
+
+import ast
+import importlib.util
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from upcycle import configuration
+from upcycle.errors import UserError
+from upcycle.sweep.points import Point
+
+Setting = dict[str, Any]
+_UNSAFE = re.compile(r'[^\w.,=+-]+')
+
+
+def axis(**bindings: Sequence[Any]) -> list[Setting]:
+    """Settings along one axis: `axis(TRAIN_STEPS=[5000, 10000], WARMUP_STEPS=[200, 400])` changes both together."""
+    return [dict(zip(bindings, values, strict=True)) for values in zip(*bindings.values(), strict=True)]
+
+
+def product(*axes: Iterable[Setting]) -> list[Setting]:
+    """Every combination of one setting of each axis, the first axis slowest."""
+    return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)]
+
+
+def points(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, Any],
+    settings: Iterable[Setting],
+    *,
+    prefix: str = '',
+    start: str | None = None,
+) -> list[dict[str, Any]]:
+    """Points of a config, one for each setting, all else equal.
+
+    Args:
+      gin_files: of every point.
+      bindings: of every point; a setting overrides them.
+      settings: from `axis` or `product`.
+      prefix: of the points' names.
+      start: name of the point whose checkpoint they start from.
+    """
+    start_from = {} if start is None else {'start': start}
+    return [
+        {
+            'name': prefix + _name(setting),
+            'gin_files': list(gin_files),
+            'bindings': {**bindings, **setting},
+            'settings': dict(setting),
+            **start_from,
+        }
+        for setting in settings
+    ]
+
+
+def parse_axis(text: str) -> list[Setting]:
+    """`--grid NAME=a,b,c` as an axis. Values are Python literals, or else words.
+
+    Raises:
+      UserError: it is not of that form.
+    """
+    name, equals, values = text.partition('=')
+    if not equals or not name or not values:
+        raise UserError(f'--grid {text} is not understood: axes look like --grid NUM_EXPERTS=2,4,8.')
+    try:
+        parsed = list(ast.literal_eval(f'[{values}]'))
+    except (ValueError, SyntaxError):
+        parsed = [value.strip() for value in values.split(',')]
+    if '' in parsed:
+        raise UserError(f'--grid {text} holds an empty value: axes look like --grid NUM_EXPERTS=2,4,8.')
+    return axis(**{name: parsed})
+
+
+def from_command_line(gin_files: Sequence[str], axes: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config of `--gin_file=... --grid ...`.
+
+    Raises:
+      UserError: an axis is not understood, or two are of one binding.
+    """
+    parsed = [parse_axis(text) for text in axes]
+    names = [name for settings in parsed for name in settings[0]]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f'--grid names {next(n for n in names if names.count(n) > 1)} twice: give all its values at once.'
+        )
+    return ml_collections.ConfigDict({'name': 'sweep', 'points': points(gin_files, {}, product(*parsed))})
+
+
+def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
+    """The config of a file, looked for here and in `configs/` beside the package.
+
+    Args:
+      path: such as 'configs/finetune_imagenet.py'.
+      scale: handed to `get_config`; None: its default.
+
+    Raises:
+      UserError: there is no such file, it is no config, or has no such scale.
+    """
+    places = [pathlib.Path(folder) / path for folder in configuration.search_paths()]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise UserError(f'--config={path} does not exist: looked in {", ".join(str(p.parent) for p in places)}.')
+    spec = importlib.util.spec_from_file_location(f'upcycle_config_{file.stem}', file)
+    if spec is None:
+        raise UserError(f'--config={path} is no Python file.')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(**({} if scale is None else {'scale': scale}))
+    except UserError:
+        raise
+    except Exception as error:  # it is code, and may do anything
+        raise UserError(f'--config={path} fails: {type(error).__name__}: {error}') from error
+    if 'name' not in config or not config.get('points'):
+        raise UserError(f'--config={path} describes no experiment: get_config must set `name` and `points`.')
+    return config
+
+
+def one_of_scales(scale: str, *scales: str) -> None:
+    """For a `get_config`: raises UserError unless it knows the scale."""
+    if scale not in scales:
+        raise UserError(f'--scale={scale} is not one of {", ".join(scales)}.')
+
+
+def resolve(
+    config: ml_collections.ConfigDict,
+    out: str,
+    gin_files: Sequence[str] = (),
+    bindings: Mapping[str, str] | None = None,
+) -> list[Point]:
+    """The points of a config, in an order in which each comes after the one it starts from.
+
+    Args:
+      config: see the module.
+      out: the sweep's folder; a point's run folder is below it.
+      gin_files: put before each point's own: a model and its MoE layers.
+      bindings: of the command line, for every point; they override the config's.
+
+    Raises:
+      UserError: two points have one name, or a point starts from one that there is not.
+    """
+    waiting = {point['name']: point for point in config.points}
+    if len(waiting) < len(config.points):
+        names = [point['name'] for point in config.points]
+        raise UserError(f'The grid holds {next(n for n in names if names.count(n) > 1)} twice: leave one out.')
+    made: dict[str, Point] = {}
+    while waiting:
+        ready = [name for name, point in waiting.items() if point.get('start') is None or point['start'] in made]
+        if not ready:
+            name, point = next(iter(waiting.items()))
+            raise UserError(f'The point {name} starts from {point["start"]}, which leads to no point without a start.')
+        for name in ready:
+            point = waiting.pop(name)
+            start = point.get('start')
+            values = {key: text_of(value) for key, value in point.get('bindings', {}).items()}
+            if start is not None:
+                values['INITIAL_CHECKPOINT_PATH'] = made[start].model_dir
+            made[name] = Point(
+                name=name,
+                gin_files=(*gin_files, *point['gin_files']),
+                bindings={**values, **(bindings or {}), 'MODEL_DIR': os.path.join(out, name)},
+                after=() if start is None else (start,),
+                settings=point.get('settings', {}),
+            )
+    return list(made.values())
+
+
+def _name(setting: Setting) -> str:
+    return _UNSAFE.sub('-', ','.join(f'{name}={value}' for name, value in setting.items())).strip('-')
+
+
+def text_of(value: Any) -> str:
+    """A binding as the command line writes it."""
+    return value if isinstance(value, str) else repr(value)

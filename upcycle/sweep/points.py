@@ -1,0 +1,96 @@
+"""One run of a grid: its command, and how far it has come, from its run folder alone."""
+
+import dataclasses
+import enum
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upcycle.metrics import read_metrics
+
+
+class Status(enum.StrEnum):
+    """Where a point stands."""
+
+    WAITING = 'waiting'
+    RUNNING = 'running'
+    FINISHED = 'finished'
+    FAILED = 'failed'
+    BLOCKED = 'blocked'  # waits for a point that failed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One training run of an experiment.
+
+    Attributes:
+      name: unique in its grid, and the name of its folder.
+      gin_files: of `upcycle train`.
+      bindings: of the command line, MODEL_DIR and TRAIN_STEPS among them.
+      after: names of the points that must be finished first, such as the dense run that it starts from.
+      settings: the coordinates in the grid, for tables and axes.
+    """
+
+    name: str
+    gin_files: tuple[str, ...]
+    bindings: Mapping[str, str]
+    after: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_dir(self) -> str:
+        """Its run folder."""
+        return self.bindings['MODEL_DIR']
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the console script."""
+        files = [f'--gin_file={file}' for file in self.gin_files]
+        return ['train', *files, *(f'--gin.{name}={value}' for name, value in self.bindings.items())]
+
+    @property
+    def command(self) -> str:
+        """The `upcycle train` that does it, for a shell."""
+        return shlex.join(['upcycle', *self.arguments])
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of its `metrics.jsonl`; [] before it has begun."""
+        return read_metrics(os.path.join(self.model_dir, 'metrics.jsonl'))
+
+    def finished(self, total_steps: int) -> bool:
+        """Whether its last checkpoint is there, which is written after everything else."""
+        return os.path.isdir(os.path.join(self.model_dir, 'checkpoints', str(total_steps)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run has come, by its log.
+
+    Attributes:
+      step: of the last line.
+      start_step: at which it began.
+      seconds, flops: spent on its steps.
+      metrics: the last value of every number of every split but 'train', by 'split/name'.
+    """
+
+    step: int = 0
+    start_step: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def progress_of(records: Sequence[Mapping[str, Any]]) -> Progress:
+    """Sums up the lines of a run's log."""
+    if not records:
+        return Progress()
+    metrics = {
+        f'{record["split"]}/{name}': value
+        for record in records
+        if record['split'] != 'train'
+        for name, value in record.items()
+        if isinstance(value, int | float) and name != 'step'
+    }
+    last = records[-1]
+    return Progress(last['step'], last['start_step'], last['seconds'], last['flops'], metrics)
