@@ -24,6 +24,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope='session')
+def dense_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run folder of a tiny dense ViT, trained for four steps."""
+    from tests import runs
+
+    return runs.dense_checkpoint(str(tmp_path_factory.mktemp('dense')), 'vit dense')
+
+
+@pytest.fixture(scope='session')
 def upcycled(tmp_path_factory: pytest.TempPathFactory, dense: str) -> str:
     """The run folder of a tiny model upcycled from it and trained for two steps more."""
     from tests import runs

@@ -3,6 +3,7 @@
 import functools
 import os
 
+from tests import vision
 from upcycle import configuration, jobs
 from upcycle.train.run import Run
 
@@ -23,13 +24,18 @@ FILES = {
     'scratch': (TINY, 'moe/t5.gin', TASK, 'runs/scratch.gin'),
     'continue': (TINY, TASK, 'runs/continue_dense.gin'),
     'upcycle': (TINY, 'moe/t5.gin', TASK, 'runs/upcycle.gin'),
+    'vit dense': (vision.MODEL, vision.TASK, 'runs/pretrain.gin'),
+    'vit scratch': (vision.MODEL, vision.MOE, vision.TASK, 'runs/scratch.gin'),
+    'vit continue': (vision.MODEL, vision.TASK, 'runs/continue_dense.gin'),
+    'vit upcycle': (vision.MODEL, vision.MOE, vision.TASK, 'runs/upcycle.gin'),
 }
 
 
 def bindings(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object) -> dict[str, str]:
     """The command-line bindings of a tiny run."""
-    sparse = {'NUM_EXPERTS': '4'} if kind in ('scratch', 'upcycle') else {}
-    values = {**SMALL_STEPS, **sparse, 'MODEL_DIR': str(model_dir), 'TRAIN_STEPS': str(steps)}
+    sparse = {'NUM_EXPERTS': '4'} if kind.split()[-1] in ('scratch', 'upcycle') else {}
+    small = vision.TINY | {'CHECKPOINT_PERIOD': '2'} if kind.startswith('vit') else SMALL_STEPS
+    values = {**small, **sparse, 'MODEL_DIR': str(model_dir), 'TRAIN_STEPS': str(steps)}
     return values | {name: str(value) for name, value in more.items()}
 
 
@@ -44,8 +50,8 @@ def train(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: obje
 
 
 @functools.cache
-def dense_checkpoint(folder: str) -> str:
+def dense_checkpoint(folder: str, kind: str = 'dense') -> str:
     """A dense run of four steps, made once for each folder."""
-    path = os.path.join(folder, 'dense')
-    train('dense', path, 4)
+    path = os.path.join(folder, kind)
+    train(kind, path, 4)
     return path

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -18,6 +19,7 @@ from upcycle.train.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
 FULL_SIZES = ('small', 'base', 'large', 'xl')
+VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 
 
 def test_no_gin_file_is_left_out():
@@ -25,8 +27,10 @@ def test_no_gin_file_is_left_out():
     covered = {f'models/t5_1_1_{size}.gin' for size in (*FULL_SIZES, 'tiny', 'mini')}
     covered |= {'models/t5_1_1.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
-    covered |= {'tasks/mnist5k.gin'}
-    covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'quickstart')}
+    covered |= {'tasks/mnist5k.gin', 'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
+    covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
+    covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch')}
+    covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
     covered |= {f'surgery/{name}.gin' for name in EXPERT_OPERATORS}
     # Stepped in tests of their own.
     covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'finetune', 'finetune_vit')}
@@ -48,9 +52,12 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
     assert moments.shape[0] == 4 and (moments != 0).any()
 
 
-@pytest.mark.parametrize('kind', ['dense', 'scratch', 'continue', 'upcycle'])
-def test_runs_step_twice(kind, tmp_path, dense):
-    start = {'INITIAL_CHECKPOINT_PATH': dense} if kind in ('continue', 'upcycle') else {}
+@pytest.mark.parametrize('kind', runs.FILES)
+def test_runs_step_twice(kind, tmp_path, request):
+    dense = 'dense_vit' if kind.startswith('vit') else 'dense'
+    start = {}
+    if kind.endswith(('continue', 'upcycle')):
+        start = {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue(dense)}
     state = runs.train(kind, tmp_path / kind, 6 if start else 2, **start)
     assert int(state.step) == (6 if start else 2)
 
@@ -107,15 +114,8 @@ def test_c4_task_builds_or_says_what_to_install():
 COUNTS = {'base': (247.6e6, 2.003e9), 'large': (783.0e6, 7.220e9), 'xl': (2.850e9, 26.255e9)}
 
 
-@pytest.mark.parametrize('size', FULL_SIZES)
-@pytest.mark.parametrize('sparse', [False, True])
-def test_full_sizes_step_abstractly(size, sparse):
-    files = [f'models/t5_1_1_{size}.gin', runs.TASK, 'runs/scratch.gin' if sparse else 'runs/pretrain.gin']
-    if sparse:
-        files.insert(1, 'moe/t5.gin')
-    lengths = "{'inputs': 512, 'targets': 114}"
-    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '32128', 'TASK_FEATURE_LENGTHS': lengths}
-    run = configuration.load(files, bindings)
+def step_abstractly(run):
+    """One step of a run by `jax.eval_shape`, at any size; its parameters."""
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts) if jax.device_count() == 1 else None
     if mesh is None:
         pytest.skip('needs one device')
@@ -134,8 +134,46 @@ def test_full_sizes_step_abstractly(size, sparse):
         lambda x: (x.shape, x.dtype), where.abstract
     )
     assert metrics['loss'].shape == ()
+    return where.abstract.params
+
+
+@pytest.mark.parametrize('size', FULL_SIZES)
+@pytest.mark.parametrize('sparse', [False, True])
+def test_full_sizes_step_abstractly(size, sparse):
+    files = [f'models/t5_1_1_{size}.gin', runs.TASK, 'runs/scratch.gin' if sparse else 'runs/pretrain.gin']
+    if sparse:
+        files.insert(1, 'moe/t5.gin')
+    lengths = "{'inputs': 512, 'targets': 114}"
+    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '32128', 'TASK_FEATURE_LENGTHS': lengths}
+    params = step_abstractly(configuration.load(files, bindings))
     if size in COUNTS:
-        assert cost.num_parameters(where.abstract.params) == pytest.approx(COUNTS[size][sparse], rel=1e-3)
+        assert cost.num_parameters(params) == pytest.approx(COUNTS[size][sparse], rel=1e-3)
+
+
+# Parameters with a head of 1,000 classes, as computed from the sizes: dense, and with 32 experts in the last half of the blocks.
+VIT_COUNTS = {
+    'b32': (88.2e6, 966.7e6),
+    'b16': (86.5e6, 965.1e6),
+    'l32': (306.5e6, 3.4294e9),
+    'l16': (304.3e6, 3.4272e9),
+}
+
+
+@pytest.mark.parametrize('size', VIT_SIZES)
+@pytest.mark.parametrize('sparse', [False, True])
+def test_full_vits_step_abstractly(size, sparse, tmp_path):
+    for name in ('cat', 'dog'):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            PIL.Image.new('RGB', (8, 8)).save(tmp_path / name / f'{i}.png')
+    files = [f'models/vit_{size}.gin', 'tasks/image_folder.gin', 'runs/scratch.gin' if sparse else 'runs/pretrain.gin']
+    if sparse:
+        files.insert(1, 'moe/vit.gin')
+    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'TRAIN_FOLDER': str(tmp_path), 'NUM_CLASSES': '1000'}
+    bindings |= {'IMAGE_SIZE': '224', 'EVAL_STEPS': '1', 'BATCH_SIZE': '8'}
+    params = step_abstractly(configuration.load(files, bindings))
+    if size in VIT_COUNTS:
+        assert cost.num_parameters(params) == pytest.approx(VIT_COUNTS[size][sparse], rel=1e-3)
 
 
 def test_upcycling_differs_from_dense_continuation_in_moe_and_surgery_only(tmp_path, dense):

@@ -39,11 +39,13 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(loop.Window, 'add', add_or_die)
 
 
-@pytest.mark.parametrize('kind', ['dense', 'upcycle'])
-def test_resume_is_exact(kind, tmp_path, monkeypatch, dense):
+@pytest.mark.parametrize('kind', ['dense', 'upcycle', 'vit upcycle'])
+def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
     """Killed between two checkpoints and in the middle of a log window: same lines, same state, bit for bit."""
-    first = 4 if kind == 'upcycle' else 0
-    more = {'DROPOUT_RATE': 0.1} | ({'INITIAL_CHECKPOINT_PATH': dense} if kind == 'upcycle' else {})
+    first, more = 0, {'DROPOUT_RATE': 0.1}
+    if kind.endswith('upcycle'):
+        dense = request.getfixturevalue('dense_vit' if kind.startswith('vit') else 'dense')
+        first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': dense}
     runs.train(kind, tmp_path / 'whole', first + 7, **more)
     with monkeypatch.context() as patch:
         killed_at(patch, 6)

@@ -16,6 +16,7 @@ from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot, validation
+from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress
 from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import state as states
@@ -138,6 +139,10 @@ class _Trainer:
         state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
         self.ledger.start_from(int(state.step), reader.metadata)
         states.check_start(run, self.ledger.start_step)
+        if self.receipt is not None and run.eval_data is not None and run.step_0_factors:
+            self.receipt['step_0'] = quality_at_step_0(
+                run.model, state.params, lambda: self._batches(run.eval_data, 0), run.step_0_factors
+            )
         return state
 
     def _restore(self, manager: CheckpointManager, step: int) -> TrainState:

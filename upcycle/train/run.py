@@ -27,6 +27,8 @@ class Run:
       initial_checkpoint_path: of the dense model; None: from scratch [INITIAL_CHECKPOINT_PATH].
       surgery: what becomes of that checkpoint [SURGERY].
       dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
+      step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
+        `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
       few_shot: linear probes of an image classifier's features [FEW_SHOT]; None: none.
       eval_period: steps between evaluations [EVAL_PERIOD].
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
@@ -48,6 +50,7 @@ class Run:
     initial_checkpoint_path: str | None = None
     surgery: Surgery | None = None
     dense_step: int | None = None
+    step_0_factors: Sequence[float] = ()
     few_shot: FewShot | None = None
     eval_period: int = 1000
     checkpoint_period: int = 1000
@@ -68,6 +71,8 @@ class Run:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
+        if not all(isinstance(factor, int | float) and factor > 0 for factor in self.step_0_factors):
+            raise UserError(f'STEP_0_CAPACITY_FACTORS = {self.step_0_factors!r} must be numbers above 0.')
         if not isinstance(self.model_dir, str) or not self.model_dir:
             raise UserError(f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.')
         if self.surgery is not None and self.initial_checkpoint_path is None:

@@ -1,0 +1,126 @@
+"""Our T5 beside flaxformer's under t5x, where both are installed (neither is on a package index): forward, gradient, step.
+
+  PYTHONPATH=/path/to/flaxformer:/path/to/t5x python scripts/bench/peers/flaxformer_t5.py
+
+d=256, F=1024, 4+4 layers of which half are sparse, 8 heads of 32, vocabulary 512, 8 experts, 8 x 128 tokens into encoder and
+decoder each, float32. Both with their own Adafactor; they take turns in one process. Their model comes from flaxformer's
+`experts_choose_base.gin`, resized.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import flax.linen as nn
+import flaxformer
+import jax
+import jax.numpy as jnp
+from step import Step, batch_of
+from timing import medians, table
+
+import gin
+from upcycle.models.t5 import T5Config
+from upcycle.moe.config import MoEConfig
+
+WIDTH, MLP, LAYERS, HEADS, VOCABULARY, EXPERTS = 256, 1024, 4, 8, 512, 8
+# Name: capacity factor of the sparse half of the layers.
+VARIANTS = {'dense': None, 'cf=1': 1.0, 'cf=2': 2.0}
+RESIZED = f"""
+from __gin__ import dynamic_registration
+import seqio
+VOCABULARY = @seqio.PassThroughVocabulary()
+seqio.PassThroughVocabulary.size = {VOCABULARY}
+NUM_ENCODER_LAYERS = {LAYERS}
+NUM_DECODER_LAYERS = {LAYERS}
+NUM_HEADS = {HEADS}
+HEAD_DIM = {WIDTH // HEADS}
+EMBED_DIM = {WIDTH}
+MLP_DIM = {MLP}
+NUM_EMBEDDINGS = {VOCABULARY}
+NUM_EXPERTS = {EXPERTS}
+NUM_EXPERT_PARTITIONS = 1
+NUM_MODEL_PARTITIONS = 1
+ACTIVATION_DTYPE = 'float32'
+MOE_TRUNCATED_DTYPE = 'float32'
+"""
+
+
+def theirs(factor: float | None, batch: dict[str, jax.Array]):
+    """t5x's loss and optimizer on flaxformer's model."""
+    folder = pathlib.Path(next(iter(flaxformer.__path__))).parent
+    gin.clear_config()
+    gin.add_config_file_search_path(str(folder))
+    sparse = 0 if factor is None else LAYERS // 2
+    more = f'NUM_ENCODER_SPARSE_LAYERS = {sparse}\nNUM_DECODER_SPARSE_LAYERS = {sparse}\n'
+    more += f'TRAIN_EXPERT_CAPACITY_FACTOR = {factor or 1.0}\n'
+    gin.parse_config_file('flaxformer/t5x/configs/moe/models/experts_choose_base.gin')
+    gin.parse_config(RESIZED + more)
+    model = gin.query_parameter('MODEL/macro.value').scoped_configurable_fn()
+    shapes = {name: array.shape for name, array in batch.items()}
+    variables = jax.jit(lambda: model.get_initial_variables(jax.random.PRNGKey(0), shapes))()
+    params = nn.unbox(variables['params'])
+    optimizer = model.optimizer_def.create(params)
+    rng = jax.random.PRNGKey(1)
+
+    def loss(params):
+        return model.loss_fn(params, batch, rng)[0]
+
+    def step(optimizer):
+        return optimizer.apply_gradient(jax.grad(loss)(optimizer.target), learning_rate=1e-3)
+
+    forward, gradient = (jax.jit(f).lower(params).compile() for f in (loss, jax.grad(loss)))
+    run = jax.jit(step).lower(optimizer).compile()
+    return {'forward': lambda: forward(params), 'gradient': lambda: gradient(params), 'step': lambda: run(optimizer)}
+
+
+def ours(factor: float | None, batch: dict[str, jax.Array]):
+    """The same model and optimizer of ours."""
+    moe = {}
+    if factor is not None:
+        encoder = MoEConfig(EXPERTS, train_capacity_factor=factor)
+        moe = {'encoder_moe': encoder, 'decoder_moe': MoEConfig(EXPERTS, 'top_k', train_capacity_factor=factor)}
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        emb_dim=WIDTH,
+        num_heads=HEADS,
+        head_dim=WIDTH // HEADS,
+        mlp_dim=MLP,
+        num_encoder_layers=LAYERS,
+        num_decoder_layers=LAYERS,
+        dtype='float32',
+        **moe,
+    )
+    parts = Step(config, batch, None if factor is None else EXPERTS).parts()
+    return {'forward': parts['forward'], 'gradient': parts['forward and backward'], 'step': parts['step']}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rows', type=int, default=8)
+    parser.add_argument('--length', type=int, default=128)
+    parser.add_argument('--rounds', type=int, default=15)
+    arguments = parser.parse_args()
+    batch = batch_of(arguments.rows, arguments.length, arguments.length, VOCABULARY)
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
+    candidates = {}
+    for name, factor in VARIANTS.items():
+        for who, build in (('t5x', theirs), ('ours', ours)):
+            for part, run in build(factor, batch).items():
+                candidates[name, who, part] = run
+    seconds = medians(candidates, arguments.rounds)
+    rows = []
+    for name in VARIANTS:
+        for part in ('forward', 'gradient', 'step'):
+            a, b = (1e3 * seconds[name, who, part] for who in ('t5x', 'ours'))
+            rows.append([name, part, f'{a:.0f}', f'{b:.0f}', f'{a / b:.2f}'])
+    print(f'{arguments.rows} x {arguments.length} tokens, median of {arguments.rounds}, {os.cpu_count()} cores\n')
+    print(table(['model', 'part', 't5x + flaxformer, ms', 'ours, ms', 'theirs / ours'], rows))
+
+
+if __name__ == '__main__':
+    main()
