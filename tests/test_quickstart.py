@@ -1,5 +1,7 @@
 """The main job at a budget of a few steps: four runs, a table, a report, and the same again from where it was cut off."""
 
+import dataclasses
+
 import pytest
 
 from upcycle import quickstart as quick
@@ -20,7 +22,9 @@ def test_equal_flops_and_the_same_batches(family):
 
 @pytest.mark.parametrize('family', quick.FAMILIES)
 def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypatch):
-    out = tmp_path / 'out'
+    out, small, job = tmp_path / 'out', tmp_path / 'small.gin', quick.FAMILIES[family]
+    small.write_text(f"include '{job.settings}'\nEVAL_STEPS = 1\nNUM_EXPERTS = 4\nSTEP_0_CAPACITY_FACTORS = (2.0,)\n")
+    monkeypatch.setitem(quick.FAMILIES, family, dataclasses.replace(job, settings=str(small)))
     page = quick.quickstart(str(out), family=family, budget=0.002)
     assert 'validation loss' in capsys.readouterr().out
     html = page.read_text()

@@ -60,8 +60,8 @@ FAMILIES = {
         moe='moe/vit.gin',
         data='tasks/mnist5k.gin',
         settings='runs/quickstart_vision.gin',
-        dense_steps=4000,
-        upcycle_steps=4000,
+        dense_steps=2000,
+        upcycle_steps=2000,
     ),
 }
 
