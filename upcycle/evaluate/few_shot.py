@@ -1,4 +1,4 @@
-"""Few-shot linear probe of frozen features: the paper's ImageNet 10-shot (section 3.3 of `reference/paper.md`'s sources).
+"""Few-shot linear probe of frozen features: the paper's ImageNet 10-shot (arXiv 2212.05055).
 
 A ridge regression in closed form from the features of k images of each class onto one-hot labels; the share of test images
 whose highest score is one of their labels; the mean over seeds, each of which draws its own images.
