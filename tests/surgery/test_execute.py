@@ -7,9 +7,25 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.fixtures import requires_fixtures
-from tests.small import FIXTURE_T5, fixture, fixture_tree, flaxformer_moe, init, random_batch, small_t5, with_moe
+from tests.moe.quick import jit, random_params
+from tests.small import (
+    FIXTURE_T5,
+    fixture,
+    fixture_tree,
+    flaxformer_moe,
+    image_batch,
+    init,
+    module_inputs,
+    random_batch,
+    real_tokens,
+    small_t5,
+    small_vit,
+    vit_moe,
+    with_moe,
+)
 from tests.surgery.test_plan import DENSE, SPARSE
 from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.image_classifier import ImageClassifier
 from upcycle.surgery.execute import execute, sha256_of
 from upcycle.surgery.plan import Surgery, plan
 from upcycle.surgery.receipt import check_function
@@ -86,28 +102,35 @@ def test_hash_knows_path_dtype_shape_and_bytes():
     assert sha256_of('a', leaf) == sha256_of('a', np.asarray(leaf))
 
 
-def upcycled(config, seed=0):
-    """A dense model with random parameters, and the same upcycled."""
-    model, batch = EncoderDecoderModel(config), random_batch(padding=3)
-    dense, _ = init(model.dense(), batch)
-    sparse, _ = init(model, batch, seed=1)
-    flat = flatten_dict(dense, sep='/')
-    for name, leaf in flatten_dict(sparse, sep='/').items():
-        if '/router/' in name:
-            flat[name] = leaf
-        elif '/expert/' in name:
-            source = name.replace('/expert/', '/')
-            flat[name] = jnp.broadcast_to(flatten_dict(dense, sep='/')[source], leaf.shape)
-            flat.pop(source, None)
-    return model, dense, unflatten_dict(flat, sep='/'), batch
+def upcycled(family, **settings):
+    """A dense model of a family with random parameters, and the same upcycled."""
+    settings = {'num_experts': 4, **settings}
+    if family == 'vit':
+        config = small_vit(moe=vit_moe(**settings), pooling='map', group_images=2)
+        model, batch = ImageClassifier(config), image_batch(config, filled=1)
+    else:
+        model, batch = EncoderDecoderModel(with_moe(small_t5(), **settings)), random_batch(padding=3)
+    dense, sparse = (
+        flatten_dict(random_params(which.module(), **module_inputs(batch)), sep='/') for which in (model.dense(), model)
+    )
+    for name, leaf in sparse.items():
+        if '/expert/' in name:
+            sparse[name] = jnp.broadcast_to(dense[name.replace('/expert/', '/')], leaf.shape)
+        elif '/router/' not in name:
+            sparse[name] = dense[name]
+    return model, unflatten_dict(dense, sep='/'), unflatten_dict(sparse, sep='/'), batch
 
 
+FAMILIES = ('t5', 'vit')
+
+
+@pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('normalize', [False, True])
 @pytest.mark.parametrize('factor', [1.0, 2.0])
-def test_function_check_layer_by_layer(normalize, factor):
-    settings = {'eval_capacity_factor': factor, 'normalize_combine_weights': normalize, 'num_experts': 4}
-    check = check_function(*upcycled(with_moe(small_t5(), **settings)))
-    assert set(check['layers']) == {'encoder/layers_1/mlp', 'decoder/layers_1/mlp'}
+def test_function_check_layer_by_layer(family, normalize, factor):
+    model, *rest = upcycled(family, eval_capacity_factor=factor, normalize_combine_weights=normalize)
+    check = check_function(model, *rest)
+    assert set(check['layers']) == set(model.moe_layers()) and len(check['layers']) == 2
     for layer in check['layers'].values():
         assert 0 < layer['covered'] <= 1
         assert layer['max_abs_difference_covered'] < 1e-5 * max(layer['dense_rms'], 1)
@@ -118,21 +141,24 @@ def test_function_check_layer_by_layer(normalize, factor):
             assert layer['ratio'] < 0.9
 
 
-def test_whole_model_is_the_same_where_every_token_reaches_every_expert():
-    settings = {
-        'eval_capacity_factor': 4.0,
-        'normalize_combine_weights': True,
-        'num_experts': 4,
-        'num_selected_experts': 4,
-    }
-    model, dense, sparse, batch = upcycled(with_moe(small_t5(), **settings))
+@pytest.mark.parametrize('family', FAMILIES)
+def test_whole_model_is_the_same_where_every_token_reaches_every_expert(family):
+    settings = {'eval_capacity_factor': 4.0, 'normalize_combine_weights': True, 'num_selected_experts': 4}
+    model, dense, sparse, batch = upcycled(family, **settings)
     check = check_function(model, dense, sparse, batch)
     assert all(layer['covered'] == 1 for layer in check['layers'].values())
     assert abs(check['whole_model']['loss_gap']) < 1e-5
+    inputs = module_inputs(batch)
+    before, after = (
+        jit(lambda params, which=which: which.module().apply({'params': params}, **inputs))(params)
+        for which, params in ((model.dense(), dense), (model, sparse))
+    )
+    real = real_tokens(batch, 'decoder', num_tokens=1)
+    assert jnp.abs((before - after).reshape(*real.shape, -1)[real]).max() <= 1e-5 * jnp.abs(before).max()
 
 
 def test_function_check_notices_a_wrong_expert():
-    model, dense, sparse, batch = upcycled(with_moe(small_t5(), num_experts=4))
+    model, dense, sparse, batch = upcycled('t5')
     kernel = sparse['encoder']['layers_1']['mlp']['expert']['wo']['kernel']
     sparse['encoder']['layers_1']['mlp']['expert']['wo']['kernel'] = kernel.at[2].multiply(1.01)
     check = check_function(model, dense, sparse, batch)
