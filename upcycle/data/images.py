@@ -18,10 +18,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from upcycle.data import JSON, draws, rows_per_host
+from upcycle.data.image_folder import ImageFolder
 from upcycle.data.mnist import Mnist5k, ScanAugmentation
+from upcycle.data.photographs import CentralCropPreprocessing, InceptionPreprocessing
+from upcycle.data.tfds_images import TfdsImages
 from upcycle.errors import UserError
 
-__all__ = ['DatasetConfig', 'Mnist5k', 'ScanAugmentation']
+__all__ = [
+    'CentralCropPreprocessing',
+    'DatasetConfig',
+    'ImageFolder',
+    'InceptionPreprocessing',
+    'Mnist5k',
+    'ScanAugmentation',
+    'TfdsImages',
+]
 
 Batch = dict[str, np.ndarray]
 
@@ -30,9 +41,11 @@ _AHEAD = 2
 
 
 class ImageSource(Protocol):
-    """Labelled images by their place in a split."""
+    """Labelled images by their place in a split; or, where `streamed`, in order only (see `TfdsImages.stream`)."""
 
     num_classes: int
+    max_labels: int
+    streamed: bool
 
     def size(self, split: str) -> int:
         """Examples in a split."""
@@ -90,7 +103,7 @@ class DatasetConfig:
         """Shapes and dtypes of a global batch."""
         return {
             'image': ((self.batch_size, *self.image_shape), np.dtype(np.float32)),
-            'labels': ((self.batch_size, getattr(self.source, 'max_labels', 1)), np.dtype(np.int32)),
+            'labels': ((self.batch_size, self.source.max_labels), np.dtype(np.int32)),
             'weights': ((self.batch_size,), np.dtype(np.float32)),
         }
 
@@ -107,6 +120,12 @@ class DatasetConfig:
 
     def promise(self) -> str:
         """Which determinism holds."""
+        if self.source.streamed:
+            return (
+                f'This split ({self.split}) is streamed with seed {self.seed}: the order is the same for the same number of '
+                'hosts, files and versions of TFDS and TensorFlow, and a resumed run finds its place by reading the '
+                'stream again up to it, without decoding.'
+            )
         return (
             f'Global batch b of this split ({self.split}) is a pure function of (seed {self.seed}, b), the same for any '
             'number of hosts and any start.'
@@ -119,9 +138,23 @@ class DatasetConfig:
             UserError: if the batch does not divide among the hosts, or the data cannot be read.
         """
         rows = rows_per_host(self.batch_size, process_count)
-        first, stop = start * self.batch_size + process_index * rows, self._number_of_batches()
-        numbers = itertools.count() if stop is None else range(stop - start)
-        return _made_ahead(lambda n: self._rows(first + n * self.batch_size, rows), numbers)
+        stop = self._number_of_batches()
+        numbers = itertools.count(start) if stop is None else range(start, stop)
+        row = process_index * rows
+        if not self.source.streamed:
+            return _made_ahead(lambda n: self._rows(n * self.batch_size + row, rows), numbers)
+        stream = self.source.stream(
+            self.split,
+            rows,
+            start,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            repeat=self.repeat,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        nothing = [], np.zeros((0, self.source.max_labels), np.int32)
+        return _made_ahead(lambda n: self._filled(*next(stream, nothing), n * self.batch_size + row, rows), numbers)
 
     def _number_of_batches(self) -> int | None:
         """The end of the batches, or None where there is none."""
@@ -137,13 +170,13 @@ class DatasetConfig:
         """Consecutive examples of the endless (or, without `repeat`, the finite and filled-up) sequence."""
         size = self.source.size(self.split)
         index = np.arange(first, first + rows if self.repeat else max(first, min(first + rows, size)))
-        places = self._places(index, size)
-        batch = {
-            name: np.zeros((rows, *shape[1:]), dtype) - (name == 'labels')
-            for name, (shape, dtype) in self.batch_spec().items()
-        }
-        if real := len(index):
-            images, labels = self.source.read(self.split, places)
+        return self._filled(*self.source.read(self.split, self._places(index, size)), first, rows)
+
+    def _filled(self, images: Sequence[Any], labels: np.ndarray, first: int, rows: int) -> Batch:
+        """A batch whose last rows, where there are fewer images, are zeros without labels."""
+        batch = {name: np.zeros((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec().items()}
+        batch['labels'] -= 1
+        if real := len(images):
             batch['image'][:real] = self.preprocessing(images, self.seed, first)
             batch['labels'][:real] = labels
             batch['weights'][:real] = 1

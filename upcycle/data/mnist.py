@@ -24,6 +24,8 @@ class Mnist5k:
     """
 
     num_classes = 10
+    max_labels = 1
+    streamed = False
 
     def size(self, split: str) -> int:
         """Examples in a split.
@@ -96,14 +98,14 @@ class ScanAugmentation:
 
     image_size: int = 28
     strength: float = 1.0
-    max_shift: float = 5.0
-    max_rotation: float = 40.0
-    max_shear: float = 0.3
-    max_zoom: float = 0.4
-    max_fading: float = 0.7
+    max_shift: float = 3.0
+    max_rotation: float = 20.0
+    max_shear: float = 0.2
+    max_zoom: float = 0.2
+    max_fading: float = 0.3
     inversion: float = 0.5
-    cutout: float = 12.0
-    noise: float = 0.3
+    cutout: float = 8.0
+    noise: float = 0.05
     value_range: Sequence[float] = (-1.0, 1.0)
 
     @property

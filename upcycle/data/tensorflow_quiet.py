@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from types import ModuleType
 
+from upcycle.errors import UserError
+
 # These lines are written by C++ before TensorFlow's own log level takes effect, so no environment variable stops them.
 _NOISE = re.compile(rb'[IWE]\d{4} |WARNING: All log messages before absl::InitializeLog')
 
@@ -62,3 +64,23 @@ def seqio() -> ModuleType:
     tensorflow()
     with _without_startup_noise():
         return importlib.import_module('seqio')
+
+
+@functools.cache
+def tfds() -> ModuleType:
+    """TensorFlow Datasets, after TensorFlow was imported quietly."""
+    tensorflow()
+    with _without_startup_noise():
+        return importlib.import_module('tensorflow_datasets')
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """TensorFlow's failures to read a vocabulary or a data set, as the user's to mend."""
+    try:
+        yield
+    except tensorflow().errors.OpError as error:
+        reason = error.message.splitlines()[0]
+        raise UserError(
+            f'{name} cannot be read ({reason}): check the network, the credentials, and that TFDS_DATA_DIR holds the data.'
+        ) from error

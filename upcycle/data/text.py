@@ -6,7 +6,6 @@ any number of hosts and wherever a run resumes. Every other seqio task is a stre
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -97,7 +96,7 @@ class DatasetConfig:
     @property
     def vocabulary_size(self) -> int:
         """Ids that inputs and targets may hold, sentinels counted: the least a model's embedding must have."""
-        with _reading(self.mixture_or_task_name):
+        with tensorflow_quiet.reading(self.mixture_or_task_name):
             return max(feature.vocabulary.vocab_size for feature in self.task.output_features.values())
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -128,7 +127,7 @@ class DatasetConfig:
             'mixture_or_task_name': self.mixture_or_task_name,
             'task_feature_lengths': {name: int(n) for name, n in sorted(self.task_feature_lengths.items())},
         }
-        with _reading(self.mixture_or_task_name):
+        with tensorflow_quiet.reading(self.mixture_or_task_name):
             identity['vocabulary'] = _vocabulary_identity(self.vocabulary)
         for name in ('split', 'batch_size', 'seed', 'pack', 'shuffle', 'use_cached', 'repeat'):
             identity[name] = getattr(self, name)
@@ -207,7 +206,7 @@ class DatasetConfig:
         tf = tensorflow_quiet.tensorflow()
         rows = self.batch_size // process_count
         if self._random_access is None:
-            with _reading(self.mixture_or_task_name):
+            with tensorflow_quiet.reading(self.mixture_or_task_name):
                 dataset = self._stream(process_index, process_count).batch(rows).skip(start)
         else:
             dataset = self._examples(start * self.batch_size + process_index * rows, rows).batch(rows)
@@ -283,18 +282,6 @@ def _packed_alone(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     # Unpacked, the shifted targets carry their EOS into the padding.
     features['decoder_input_tokens'] = batch['decoder_input_tokens'] * features['decoder_segment_ids']
     return features
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """TensorFlow's failures to read a vocabulary or a data set, as the user's to mend."""
-    try:
-        yield
-    except tensorflow_quiet.tensorflow().errors.OpError as error:
-        reason = error.message.splitlines()[0]
-        raise UserError(
-            f'{name} cannot be read ({reason}): check the network, the credentials, and that TFDS_DATA_DIR holds the data.'
-        ) from error
 
 
 def _vocabulary_identity(vocabulary: Any) -> dict[str, JSON]:

@@ -1,0 +1,210 @@
+"""Any TFDS data set of labelled images. Nothing is downloaded here: it must lie prepared in TFDS's folder.
+
+Files in a format with random access (array_record) are read by place. TFRecord files can only be read in order, so they
+are streamed and shuffled through a buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from upcycle.data import JSON, tensorflow_quiet
+from upcycle.data.photographs import Encoded
+from upcycle.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsImages:
+    """Splits are TFDS's: 'train', 'train[:99%]', 'validation', ...
+
+    name: as TFDS names it, with configuration and version where the newest is not meant: 'imagenet2012:5.1.0' [TFDS_NAME].
+    data_dir: where the prepared data lies; None: the environment variable TFDS_DATA_DIR, or TFDS's default [TFDS_DATA_DIR].
+    image_feature: name of the image in an example.
+    label_feature: of its class, or of a sequence of classes.
+    max_labels: most classes that an image may have.
+    shuffle_buffer: undecoded images held for shuffling, where the files can only be streamed.
+    """
+
+    name: str
+    data_dir: str | None = None
+    image_feature: str = 'image'
+    label_feature: str = 'label'
+    max_labels: int = 1
+    shuffle_buffer: int = 10_000
+
+    @property
+    def num_classes(self) -> int:
+        """As the data set says."""
+        feature = self._features[self.label_feature]
+        number = getattr(getattr(feature, 'feature', feature), 'num_classes', None)
+        if number is None:
+            raise UserError(
+                f'label_feature = {self.label_feature!r} of {self.name} holds no classes: bind it to another of '
+                f'{", ".join(self._features)}.'
+            )
+        return number
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the files can only be read in order."""
+        random_access = tensorflow_quiet.tfds().core.FileFormat.with_random_access()
+        return not self._builder.info.available_file_formats() & random_access
+
+    def size(self, split: str) -> int:
+        """Examples in a split.
+
+        Raises:
+            UserError: if there is no such split, or the data set is not prepared.
+        """
+        return self._split(split).num_examples
+
+    def read(self, split: str, places: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
+        """The images, undecoded, and int32 labels [n, max_labels]."""
+        with tensorflow_quiet.reading(self.name):
+            examples = _data_source(self, split).__getitems__(places.tolist())
+        names = [f'{self.name}, {split}, example {place}' for place in places]
+        return self._undecoded(names, examples)
+
+    def stream(
+        self,
+        split: str,
+        rows: int,
+        start: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        repeat: bool,
+        process_index: int,
+        process_count: int,
+    ) -> Iterator[tuple[list[Encoded], np.ndarray]]:
+        """One host's share of the split, `rows` examples at a time, beginning at its batch `start`."""
+        tfds = tensorflow_quiet.tfds()
+        self.size(split)
+        config = tfds.ReadConfig(shuffle_seed=seed, try_autocache=False, add_tfds_id=True)
+        # Without this, TFDS reads shuffled files in whatever order is fastest.
+        config.options.deterministic = True
+        share = tfds.even_splits(split, process_count)[process_index]
+        with tensorflow_quiet.reading(self.name):
+            dataset = self._builder.as_dataset(
+                split=share, shuffle_files=shuffle, read_config=config, decoders=self._decoders
+            )
+        if shuffle:
+            dataset = dataset.shuffle(self.shuffle_buffer, seed=seed)
+        if repeat:
+            dataset = dataset.repeat()
+        # Skipping reads, but decodes nothing.
+        iterator = dataset.skip(start * rows).prefetch(rows).as_numpy_iterator()
+        while True:
+            with tensorflow_quiet.reading(self.name):
+                examples = list(itertools.islice(iterator, rows))
+            if not examples:
+                return
+            yield self._undecoded([f'{self.name}, {example["tfds_id"].decode()}' for example in examples], examples)
+
+    def fingerprint(self, split: str) -> dict[str, JSON]:
+        """Name and version, classes, and the sha256 of the split's shards' lengths and bytes."""
+        info = self._builder.info
+        part = self._split(split)
+        whole = info.splits[split.split('[')[0]]
+        shards = hashlib.sha256(f'{list(whole.shard_lengths)} {whole.num_bytes}'.encode()).hexdigest()
+        identity: dict[str, JSON] = {
+            'source': info.full_name,
+            'num_examples': part.num_examples,
+            'num_classes': self.num_classes,
+            'shards_sha256': shards,
+            'streamed': self.streamed,
+        }
+        for name in ('image_feature', 'label_feature', 'max_labels'):
+            identity[name] = getattr(self, name)
+        return identity | ({'shuffle_buffer': self.shuffle_buffer} if self.streamed else {})
+
+    @property
+    def _builder(self) -> Any:
+        return _builder(self.name, self.data_dir)
+
+    @property
+    def _features(self) -> Any:
+        features = self._builder.info.features
+        for binding in ('image_feature', 'label_feature'):
+            if getattr(self, binding) not in features:
+                raise UserError(
+                    f'{binding} = {getattr(self, binding)!r} is no feature of {self.name}: bind it to one of '
+                    f'{", ".join(features)}.'
+                )
+        return features
+
+    @property
+    def _decoders(self) -> dict[str, Any]:
+        return {self.image_feature: tensorflow_quiet.tfds().decode.SkipDecoding()}
+
+    def _split(self, split: str) -> Any:
+        splits = self._builder.info.splits
+        try:
+            return splits[split]
+        except (KeyError, ValueError, AssertionError):
+            raise UserError(
+                f'{self.name} has no split {split!r}: bind it to one of {", ".join(splits)}, or a part such as '
+                f"'{next(iter(splits))}[:99%]'."
+            ) from None
+
+    def _undecoded(
+        self, names: Sequence[str], examples: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Encoded], np.ndarray]:
+        """Images, and labels filled up with -1, of examples of one label or a sequence of labels each."""
+        images = [Encoded(name, example[self.image_feature]) for name, example in zip(names, examples, strict=True)]
+        filled = np.full((len(names), self.max_labels), -1, np.int32)
+        for name, row, example in zip(names, filled, examples, strict=True):
+            labels = np.atleast_1d(example[self.label_feature])
+            if len(labels) > self.max_labels:
+                raise UserError(f'{name} has {len(labels)} labels and MAX_LABELS = {self.max_labels}: raise it.')
+            row[: len(labels)] = labels
+        return images, filled
+
+
+@functools.cache
+def _builder(name: str, data_dir: str | None) -> Any:
+    """The prepared data set.
+
+    Raises:
+        UserError: if TFDS knows no such name, or it is not prepared.
+    """
+    tfds = tensorflow_quiet.tfds()
+    bare = name.split(':')[0].split('/')[0]
+    try:
+        with tensorflow_quiet.reading(name):
+            builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        close = difflib.get_close_matches(bare, tfds.list_builders(with_community_datasets=False))
+        raise UserError(
+            f'TFDS_NAME = {name!r} is neither known to TFDS (close: {", ".join(close) or "none is similar"}) nor prepared in '
+            f'{_folder(data_dir)}: mend the name, or bind TFDS_DATA_DIR to the folder that holds the prepared data.'
+        ) from None
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f'TFDS_NAME = {name!r} cannot be loaded ({_one_line(error)}): mend the name.') from None
+    if not builder.info.splits:
+        raise UserError(
+            f'{builder.info.full_name} is not prepared in {_folder(data_dir)}: run `tfds build {bare} '
+            f'--file_format=array_record --data_dir={_folder(data_dir)}` first, or bind TFDS_DATA_DIR to where it is.'
+        )
+    return builder
+
+
+def _folder(data_dir: str | None) -> str:
+    return data_dir or str(tensorflow_quiet.tfds().core.constants.DATA_DIR)
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())
+
+
+@functools.cache
+def _data_source(images: TfdsImages, split: str) -> Any:
+    return images._builder.as_data_source(split, decoders=images._decoders)
