@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from upcycle.data import DataSource, draws, mnist
-from upcycle.data.images import DatasetConfig, Mnist5k, ScanAugmentation
+from upcycle.data.images import DatasetConfig, InceptionPreprocessing, Mnist5k, ScanAugmentation
 from upcycle.errors import UserError
 
 
@@ -212,6 +212,8 @@ def test_an_error_while_reading_ahead_is_raised_in_its_place():
 def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match='BATCH_SIZE = 12 does not divide among 5 hosts'):
         config().batches(process_count=5)
+    with pytest.raises(UserError, match=r'@InceptionPreprocessing\(\) does not take the images of @Mnist5k\(\)'):
+        config(preprocessing=InceptionPreprocessing())
     with pytest.raises(UserError, match="no split 'test'"):
         config(split='test').batches()
     mnist._scans.cache_clear()

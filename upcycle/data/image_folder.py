@@ -45,6 +45,7 @@ class ImageFolder:
     validation_folder: str | None = None
 
     streamed = False
+    encoded = True
     max_labels = 1
 
     @property

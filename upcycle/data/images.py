@@ -46,6 +46,7 @@ class ImageSource(Protocol):
     num_classes: int
     max_labels: int
     streamed: bool
+    encoded: bool  # whether `read` gives `Encoded` files, or pixels
 
     def size(self, split: str) -> int:
         """Examples in a split."""
@@ -61,6 +62,7 @@ class Preprocessing(Protocol):
     """From a source's images to the model's."""
 
     image_shape: tuple[int, int, int]
+    encoded: bool  # which kind of image it takes
 
     def __call__(self, images: Sequence[Any], seed: int, first: int) -> np.ndarray:
         """float32 [n, H, W, C] of consecutive examples that begin at index `first`; random by (seed, index) only."""
@@ -88,6 +90,14 @@ class DatasetConfig:
     shuffle: bool = True
     num_batches: int | None = None
     repeat: bool = True
+
+    def __post_init__(self):
+        if self.source.encoded != self.preprocessing.encoded:
+            names = type(self.source).__name__, type(self.preprocessing).__name__
+            raise UserError(
+                f'DatasetConfig.preprocessing = @{names[1]}() does not take the images of @{names[0]}(): ScanAugmentation '
+                'is for Mnist5k, and the others for image files.'
+            )
 
     @property
     def num_classes(self) -> int:

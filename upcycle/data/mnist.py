@@ -26,6 +26,7 @@ class Mnist5k:
     num_classes = 10
     max_labels = 1
     streamed = False
+    encoded = False
 
     def size(self, split: str) -> int:
         """Examples in a split.
@@ -83,7 +84,6 @@ def _scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 class ScanAugmentation:
     """Random distortions of small scans, in this order; with strength 0 the scans stay as they are.
 
-    image_size: pixels of a side.
     strength: multiplies every amount below.
     max_shift: pixels, along each axis.
     max_rotation: degrees, either way.
@@ -96,22 +96,19 @@ class ScanAugmentation:
     value_range: what black and white become.
     """
 
-    image_size: int = 28
     strength: float = 1.0
-    max_shift: float = 3.0
+    max_shift: float = 2.5
     max_rotation: float = 20.0
-    max_shear: float = 0.2
-    max_zoom: float = 0.2
-    max_fading: float = 0.3
-    inversion: float = 0.5
-    cutout: float = 8.0
-    noise: float = 0.05
+    max_shear: float = 0.15
+    max_zoom: float = 0.18
+    max_fading: float = 0.35
+    inversion: float = 0.25
+    cutout: float = 6.0
+    noise: float = 0.15
     value_range: Sequence[float] = (-1.0, 1.0)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.image_size, self.image_size, 1
+    encoded = False
+    image_shape = (28, 28, 1)
 
     def __call__(self, images: np.ndarray, seed: int, first: int) -> np.ndarray:
         """Distorts consecutive examples, each a function of (seed, its index) only.
@@ -124,7 +121,7 @@ class ScanAugmentation:
         Returns:
             float32 [n, H, W, 1] within `value_range`.
         """
-        n, size = len(images), self.image_size
+        n, size = images.shape[:2]
         u_NxK = draws.uniform(seed, draws.AUGMENT, first, n, 12)
         x_NxHxW = self._moved(images[..., 0], u_NxK) if self.strength else images[..., 0] / np.float32(255)
         if self.strength:
@@ -143,7 +140,8 @@ class ScanAugmentation:
 
     def _moved(self, images_NxHxW: np.ndarray, u_NxK: np.ndarray) -> np.ndarray:
         """Shifts, rotates, shears and zooms: bilinear samples of the scans, on black, where black is 0 and white 1."""
-        n, size, side = len(images_NxHxW), self.image_size, self.image_size + 2
+        n, size = images_NxHxW.shape[:2]
+        side = size + 2
         either_way = self.strength * (2 * u_NxK[:, :5] - 1)
         shift_y, shift_x = self.max_shift * either_way[:, 0], self.max_shift * either_way[:, 1]
         angle, shear = math.radians(self.max_rotation) * either_way[:, 2], self.max_shear * either_way[:, 3]

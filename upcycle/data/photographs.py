@@ -78,6 +78,8 @@ class Photographs:
     image_channels: int = 3
     value_range: Sequence[float] = (-1.0, 1.0)
 
+    encoded = True
+
     def __post_init__(self):
         if self.image_channels not in (1, 3):
             raise UserError(f'IMAGE_CHANNELS = {self.image_channels!r} must be 3, or 1 for grey.')

@@ -40,6 +40,8 @@ class TfdsImages:
     max_labels: int = 1
     shuffle_buffer: int = 10_000
 
+    encoded = True
+
     @property
     def num_classes(self) -> int:
         """As the data set says."""
