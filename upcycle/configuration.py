@@ -10,6 +10,7 @@ from typing import Any
 
 import gin
 from upcycle.errors import UserError
+from upcycle.evaluate.few_shot import FewShot
 from upcycle.train.run import Run
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -17,6 +18,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent
 MAY_CHANGE = (
     'model_dir',
     'total_steps',
+    'few_shot',
     'eval_period',
     'checkpoint_period',
     'checkpoint_keep',
@@ -137,7 +139,9 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
 
 def _may_change(name: str) -> bool:
     selector, parameter = name.rsplit('.', 1)
-    return selector.startswith('validation/') or (selector == _ROOT and parameter in MAY_CHANGE)
+    return selector.startswith(('validation/', f'{FewShot.__module__}.')) or (
+        selector == _ROOT and parameter in MAY_CHANGE
+    )
 
 
 def _read_config(path: str) -> dict[str, str]:
