@@ -123,6 +123,8 @@ def test_time_left_goes_by_flops(tmp_path):
     entries[2].start_step = 8
     # 4 seconds for 75 FLOPs; 25 and 10 are left.
     assert conduct.seconds_left(entries) == pytest.approx(35 * 4 / 75)
+    entries[0].overhead = 3.0
+    assert conduct.seconds_left(entries) == pytest.approx(35 * 4 / 75 + 3)
 
 
 def test_the_best(tmp_path):

@@ -37,6 +37,7 @@ class Entry:
       step_flops: of one of its steps.
       status: see `Status`.
       progress: by its log.
+      overhead: seconds of it that were not spent on steps: starting, compiling, evaluating, saving; None before it has ended.
       reason: why it failed.
     """
 
@@ -46,6 +47,7 @@ class Entry:
     step_flops: float
     status: Status = Status.WAITING
     progress: Progress = dataclasses.field(default_factory=Progress)
+    overhead: float | None = None
     reason: str = ''
 
     def look(self) -> None:
@@ -134,6 +136,7 @@ def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[
     """
     jobs: dict[str, Job] = {}
     by_name = {entry.point.name: entry for entry in entries}
+    began: dict[str, tuple[float, float]] = {}
 
     def start_ready() -> None:
         for entry in entries:
@@ -144,6 +147,7 @@ def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[
                 entry.status = Status.BLOCKED
             elif states <= {Status.FINISHED} and len(jobs) < launcher.slots:
                 jobs[entry.point.name] = launcher.start(entry.point.arguments, log_of(out, entry.point.name))
+                began[entry.point.name] = time.monotonic(), entry.progress.seconds
                 entry.status = Status.RUNNING
 
     def look() -> None:
@@ -153,6 +157,8 @@ def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[
             if code is None:
                 continue
             del jobs[name]
+            since, seconds = began[name]
+            entry.overhead = time.monotonic() - since - (entry.progress.seconds - seconds)
             if code == 0 and entry.point.finished(entry.total_steps):
                 entry.status = Status.FINISHED
             else:
@@ -199,13 +205,16 @@ def reason_of(log: str, code: int) -> str:
 
 
 def seconds_left(entries: Sequence[Entry]) -> float | None:
-    """Of runs one after the other, by the FLOPs and seconds that the logs hold; None before there are any."""
+    """Of runs one after the other, by the FLOPs and seconds in the logs, and what runs took beside; None before there are any."""
     seconds = sum(entry.progress.seconds for entry in entries)
     flops = sum(entry.progress.flops for entry in entries)
     if not seconds or not flops:
         return None
-    open_ = [e for e in entries if e.status in (Status.WAITING, Status.RUNNING)]
-    return sum(entry.flops_left for entry in open_) * seconds / flops
+    waiting = [entry for entry in entries if entry.status is Status.WAITING]
+    running = [entry for entry in entries if entry.status is Status.RUNNING]
+    beside = [entry.overhead for entry in entries if entry.overhead is not None and entry.status is Status.FINISHED]
+    steps = sum(entry.flops_left for entry in waiting + running) * seconds / flops
+    return steps + (len(waiting) * sum(beside) / len(beside) if beside else 0.0)
 
 
 def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry, float]:
