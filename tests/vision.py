@@ -2,8 +2,12 @@
 
 import functools
 import os
+from collections.abc import Sequence
+
+import numpy as np
 
 from upcycle import jobs
+from upcycle.data import tensorflow_quiet
 
 MODEL, MOE, TASK = 'models/vit_mini.gin', 'moe/vit.gin', 'tasks/mnist5k.gin'
 TINY = {
@@ -33,3 +37,25 @@ def dense_checkpoint(folder: str) -> str:
     path = os.path.join(folder, 'dense_vit')
     jobs.train((MODEL, TASK, 'runs/pretrain.gin'), bindings(path, 2))
     return path
+
+
+def store_as_tfds(name: str, splits: Sequence[str], num_classes: int, folder: str) -> None:
+    """Prepares a data set of the same name, features and format as the real one, of 100 random images a split."""
+    tfds = tensorflow_quiet.tfds()
+    label = {'label': tfds.features.ClassLabel(num_classes=num_classes)}
+    if name == 'imagenet21k':
+        label = {'labels': tfds.features.Sequence(label['label'])}
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (100, 32, 30, 3), np.uint8)
+    examples = [
+        (i, {'image': image} | {feature: [i % 10] if feature == 'labels' else i % 10 for feature in label})
+        for i, image in enumerate(images)
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version={'imagenet2012': '5.1.0', 'cifar10': '3.0.2'}.get(name, '1.0.0'),
+        features=tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(None, None, 3)), **label}),
+        split_datasets=dict.fromkeys(splits, examples),
+        data_dir=folder,
+        file_format='array_record',
+    )

@@ -9,9 +9,8 @@ import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests import runs
+from tests import runs, vision
 from upcycle import configuration, cost, jobs, partitioning
-from upcycle.data import tensorflow_quiet
 from upcycle.errors import UserError
 from upcycle.surgery.operators import EXPERT_OPERATORS
 from upcycle.train import loop
@@ -142,25 +141,7 @@ def test_image_folder_task_steps_twice_and_counts_classes(tmp_path):
     ],
 )
 def test_tfds_tasks_step_twice(task, splits, num_classes, tmp_path):
-    """On a data set of the same name, features and format, of random images."""
-    tfds = tensorflow_quiet.tfds()
-    label = {'label': tfds.features.ClassLabel(num_classes=num_classes)}
-    if task == 'imagenet21k':
-        label = {'labels': tfds.features.Sequence(label['label'])}
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (100, 32, 30, 3), np.uint8)
-    examples = [
-        (i, {'image': image} | {name: [i % 10] if name == 'labels' else i % 10 for name in label})
-        for i, image in enumerate(images)
-    ]
-    tfds.dataset_builders.store_as_tfds_dataset(
-        name=task,
-        version={'imagenet2012': '5.1.0', 'cifar10': '3.0.2'}.get(task, '1.0.0'),
-        features=tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(None, None, 3)), **label}),
-        split_datasets=dict.fromkeys(splits, examples),
-        data_dir=str(tmp_path),
-        file_format='array_record',
-    )
+    vision.store_as_tfds(task, splits, num_classes, str(tmp_path))
     more = {'MODEL_DIR': str(tmp_path / 'run'), 'TFDS_DATA_DIR': str(tmp_path), 'RANDAUGMENT_LAYERS': '2'}
     if task == 'imagenet21k':
         more |= {'TRAIN_SPLIT': 'full[10:]', 'EVAL_SPLIT': 'full[:10]'}
