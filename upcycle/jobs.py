@@ -13,7 +13,7 @@ from upcycle import configuration, cost, partitioning
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot, validation
-from upcycle.metrics import plain
+from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
 from upcycle.train import loop
 from upcycle.train.describe import describe
@@ -113,11 +113,11 @@ def evaluate(
         if operator is not None:
             print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
         sharding = partitioning.batch_sharding(mesh)
-        batches = partitioning.batches(run.eval_data, 0, sharding)
+        batches = counted(partitioning.batches(run.eval_data, 0, sharding), 'validation')
         metrics['validation'] = validation.evaluate(validation.compiled(run.model), params, batches)
         if run.few_shot is not None:
             features = few_shot.compiled(run.model)
-            metrics['few_shot'] = few_shot.evaluate(run.few_shot, features, params, run.eval_data, sharding)
+            metrics['few_shot'] = few_shot.evaluate(run.few_shot, features, params, run.eval_data, sharding, counted)
     result = {
         'checkpoint': str(reader.path),
         'format': reader.format,

@@ -4,10 +4,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
+
+Batch = TypeVar('Batch')
 
 
 class MetricsLog:
@@ -103,6 +105,16 @@ class Progress:
         """Leaves the line as it is."""
         if self._terminal:
             print(file=sys.stderr)
+
+
+def counted(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """The batches, and every ten seconds a line on standard error that says how many there have been."""
+    start = last = time.monotonic()
+    for count, batch in enumerate(batches, 1):
+        yield batch
+        if (now := time.monotonic()) - last > 10:
+            last = now
+            print(f'{name}: {count} batches, {count / (now - start):.2f} batches/s', file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -163,6 +163,7 @@ def evaluate(
     params: Params,
     eval_data: Any,
     sharding: jax.sharding.NamedSharding,
+    watch: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, name: batches,
 ) -> dict[str, Any]:
     """The probes of a model; see `probe`.
 
@@ -172,8 +173,12 @@ def evaluate(
       params: of the model, on the mesh in use.
       eval_data: see `FewShot.data`.
       sharding: of batches.
+      watch: sees the batches of each split go by.
     """
-    train, test = (extract(features, params, partitioning.batches(data, 0, sharding)) for data in spec.data(eval_data))
+    train, test = (
+        extract(features, params, watch(partitioning.batches(data, 0, sharding), f'features of {data.split}'))
+        for data in spec.data(eval_data)
+    )
     return probe(spec, train, test, eval_data.num_classes)
 
 
