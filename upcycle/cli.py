@@ -1,7 +1,6 @@
 """The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -9,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import upcycle
+from upcycle.checkpoints import FORMATS
 from upcycle.errors import UserError
 
 DESCRIPTION = """\
@@ -108,8 +108,23 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument('--json', action='store_true', help='machine-readable')
     compile_.add_argument('--hlo', metavar='FILE', help='write the compiled program there, as text')
 
-    inspect = add('inspect', _inspect, 'what a checkpoint holds')
+    import_ = add('import', _import, 'a checkpoint of another format in ours')
+    import_.add_argument('--format', help='refuse any other: ' + ', '.join(FORMATS))
+    export = add('export', _export, 'a checkpoint of ours in another format')
+    export.add_argument('--format', required=True, help=', '.join(FORMATS))
+    for command in (import_, export):
+        command.add_argument('--from', dest='source', required=True, metavar='PATH', help='the checkpoint')
+        command.add_argument('--to', dest='target', required=True, metavar='PATH', help='where the new one will be')
+        command.add_argument('--dtype', help='of the parameters (default: as they are)')
+        command.add_argument(
+            '--optimizer_state', default='keep', choices=('keep', 'none'), help='none leaves it out (%(default)s)'
+        )
+        command.add_argument('--step', type=int, metavar='N', help='steps it was trained for, where it does not say')
+
+    inspect = add('inspect', _inspect, 'what a checkpoint of any readable format holds')
     inspect.add_argument('path')
+    inspect.add_argument('--leaves', action='store_true', help='list every leaf')
+    inspect.add_argument('--quick', action='store_true', help='read no weights: compare no experts')
     inspect.add_argument('--json', action='store_true', help='machine-readable')
 
     sweep = add('sweep', _sweep, 'a grid of runs: an experiment of configs/, or any binding', gin=True)
@@ -221,19 +236,36 @@ def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     )
 
 
-def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    from upcycle.checkpoints import open_checkpoint
+def _import(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _transfer(options, 'upcycle', options.format)
 
-    reader = open_checkpoint(options.path)
-    leaves = reader.leaves()
-    facts = {'path': str(reader.path), 'format': reader.format, 'step': reader.step if 'step' in leaves else None}
-    if options.json:
-        shown = {name: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype)} for name, leaf in leaves.items()}
-        print(json.dumps({**facts, 'leaves': shown, 'metadata': dict(reader.metadata)}, indent=1))
-        return
-    for name, leaf in leaves.items():
-        print(f'{name}  {tuple(leaf.shape)}  {leaf.dtype}')
-    print('  '.join(f'{name}: {value}' for name, value in facts.items()) + f'  leaves: {len(leaves)}')
+
+def _export(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _transfer(options, options.format, None)
+
+
+def _transfer(options: argparse.Namespace, format: str, source_format: str | None) -> None:
+    for name in (source_format, format):
+        if name is not None and name not in FORMATS:
+            raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
+    from upcycle import transfer
+
+    path = transfer.transfer(
+        options.source,
+        options.target,
+        format,
+        source_format=source_format,
+        optimizer_state=options.optimizer_state,
+        dtype=options.dtype,
+        step=options.step,
+    )
+    print(f'wrote {path}')
+
+
+def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
+    from upcycle.inspection import inspect
+
+    return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)
 
 
 def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from upcycle.checkpoints.writing import Writer
 
-WRITABLE = ('upcycle', 't5x_legacy', 't5x_orbax')
+FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # read and written
 
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
@@ -29,7 +29,8 @@ _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
 _UNFINISHED = re.compile(r'(?:checkpoint_)?\d+\.(?:orbax-checkpoint-tmp|tmp-).*')
 _LOOKED_FOR = (
     '`state/_METADATA` (Orbax: ours or T5X), `checkpoint` (T5X legacy), '
-    'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, or a file `.npz` (ViT)'
+    'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, `model.safetensors` with `config.json` (Hugging Face), '
+    'or a file `.npz` (ViT)'
 )
 # A part of an archive is named behind a colon, as big_vision does: `siglip.npz:img`.
 _PART = re.compile(r'(.+\.npz):([\w/]+)')
@@ -105,8 +106,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         from upcycle.checkpoints import flax_npz
 
         return flax_npz.NpzReader(folder, part)
+    if folder.name.endswith(('.safetensors', '.safetensors.index.json')) and folder.is_file():
+        folder = folder.parent
     if reader := _open_step(folder):
         return reader
+    if pickles := [name for name in ('pytorch_model.bin', 'pytorch_model.bin.index.json') if (folder / name).exists()]:
+        raise UserError(
+            f'{folder} holds {pickles[0]}, a pickle, which is never opened: save the model again with '
+            "transformers' save_pretrained, which writes safetensors."
+        )
     steps = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
     children = [child for child in steps.iterdir() if child.is_dir()] if steps.is_dir() else []
     numbered = [(int(match[1]), child) for child in children if (match := _STEP.fullmatch(child.name))]
@@ -130,7 +138,7 @@ def create_checkpoint(
 
     Args:
         path: where it will be; the formats with steps make a folder for the step there.
-        format: one of `WRITABLE`.
+        format: one of `FORMATS`.
         leaves: everything that will be written, by our names.
         step: training steps taken, None where that is not known.
         identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
@@ -138,9 +146,13 @@ def create_checkpoint(
     Raises:
         UserError: something is there already, a leaf has no counterpart in the format, or the space does not suffice.
     """
-    from upcycle.checkpoints import arrays, native, t5x, writing
+    from upcycle.checkpoints import arrays, flax_npz, huggingface, native, t5x, writing
 
     target = arrays.absolute(path)
+    if format == 'vit_npz':
+        return flax_npz.NpzWriter(target, leaves)
+    if format == 'huggingface':
+        return huggingface.HuggingFaceWriter(target, leaves)
     layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
     layout = {layout.format: layout for layout in layouts}[format]()
     return writing.FolderWriter(layout, target, leaves, step, identity)
@@ -148,8 +160,10 @@ def create_checkpoint(
 
 def _open_step(folder: epath.Path) -> Reader | None:
     """The reader of one step's folder, or None where no finished checkpoint of a known format lies directly in it."""
-    from upcycle.checkpoints import arrays, native, t5x
+    from upcycle.checkpoints import arrays, huggingface, native, t5x
 
+    if huggingface.find(folder):
+        return huggingface.HuggingFaceReader(folder)
     if (folder / 'checkpoint').is_file():
         return t5x.LegacyReader(folder)
     if not arrays.is_finished(folder) or not (folder / 'state' / arrays.ORBAX_INDEX).exists():

@@ -77,6 +77,21 @@ class Derived:
         return np.asarray(made[region], order='C')
 
 
+def token_position_into_token(cls: Lazy, table: Lazy) -> tuple[Derived, Derived]:
+    """Position embeddings of the patches alone, and the class token with its own position added.
+
+    vision_transformer, V-MoE and Hugging Face add positions after they have put the class token in front, so that the first row
+    is the token's. Ours are added before, as in big_vision today; the activations are the same.
+
+    Args:
+        cls: (1, 1, D).
+        table: (1, 1 + patches, D).
+    """
+    _, rows, width = table.shape
+    patches = Derived((1, rows - 1, width), table.dtype, (table,), lambda table: table[:, 1:])
+    return patches, Derived((1, 1, width), cls.dtype, (cls, table), lambda cls, table: cls + table[:, :1])
+
+
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are.
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from upcycle.checkpoints import arrays
+from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
 METADATA = 'metadata.json'  # a member of ours beside the arrays; those who read parameters only never look at it
@@ -275,11 +276,7 @@ def _rename(stored: str, params: Mapping[str, Any]) -> str:
 def _split_positions(
     file: epath.Path, name: str, member: _Member, cls: _Member | None
 ) -> tuple[arrays.Lazy, arrays.Lazy | None]:
-    """Position embeddings of the patches, and the class token with its own added, where they lie in one array.
-
-    vision_transformer adds positions after it has put the class token in front, so the first row is the token's. We add them
-    before, as big_vision does now: the token's row goes into the token, which gives the same activations.
-    """
+    """Position embeddings of the patches, and the class token with its own added, where they lie in one array."""
     if len(member.shape) != 3 or member.shape[0] != 1:
         raise UserError(f'{name} of {file} is {list(member.shape)}, where (1, positions, width) belongs.')
     if name == 'pos_embedding' or cls is None:
@@ -290,10 +287,87 @@ def _split_positions(
     # Between the two layouts, big_vision kept the array where it was and left the token out of it.
     if name == 'Transformer/pos_embedding' and math.isqrt(rows) ** 2 == rows:
         return member, None
-    patches = arrays.Derived((1, rows - 1, width), member.dtype, (member,), lambda table: table[:, 1:])
-    token = arrays.Derived((1, 1, width), cls.dtype, (cls, member), lambda cls, table: cls + table[:, :1])
-    return patches, token
+    return arrays.token_position_into_token(cls, member)
 
 
 def _layer(member: _Member, layer: int) -> arrays.Lazy:
     return arrays.Derived(member.shape[1:], member.dtype, (member,), lambda stack: stack[0], (slice(layer, layer + 1),))
+
+
+class NpzWriter:
+    """A ViT, dense or MoE, in one file with big_vision's names of today; see `writing.Writer`. A cut write begins again."""
+
+    def __init__(self, path: epath.Path, leaves: writing.Leaves):
+        if path.suffix != '.npz':
+            raise UserError(f'{path} must end in .npz: name another --to.')
+        writing.refuse_existing(path)
+        self.path = os.fspath(path)
+        self.left_out = {'rng': 'a file of parameters has no random key'} if 'rng' in leaves else {}
+        self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
+        for name in self._leaves:
+            if name != 'step' and not (
+                name.startswith('params/') and OUR_NAMES.fullmatch(name.removeprefix('params/'))
+            ):
+                way_out = (
+                    ': leave the optimizer state out with --optimizer_state=none'
+                    if name.startswith('opt_state/')
+                    else ''
+                )
+                raise UserError(f'{name} has no counterpart in vit_npz, which holds the parameters of a ViT{way_out}.')
+        self._final, self._staging = path, path.with_name(path.name + '.tmp-upcycle')
+        if '://' not in self.path:
+            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
+            writing.check_space(path.parent, size)
+        self._made = writing.make_folders(path.parent)
+        self._file = self._staging.open('wb')
+        self._archive = zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)
+        self._member: Any = None
+
+    def todo(self) -> dict[str, list[arrays.Region]]:
+        """See `writing.Writer`; parts come in this order."""
+        return {name: writing.parts(name, leaf) for name, leaf in self._leaves.items()}
+
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
+        """See `writing.Writer`."""
+        leaf = self._leaves[name]
+        # As NumPy itself writes bfloat16.
+        stored = 'V2' if leaf.dtype.name == 'bfloat16' else leaf.dtype
+        try:
+            if region == writing.WHOLE or region[0].start == 0:
+                self._member = self._archive.open(f'{name}.npy', 'w', force_zip64=True)
+                header = {
+                    'descr': np.lib.format.dtype_to_descr(np.dtype(stored)),
+                    'fortran_order': False,
+                    'shape': leaf.shape,
+                }
+                np.lib.format.write_array_header_1_0(self._member, header)
+            self._member.write(np.asarray(value, order='C').reshape(-1).view(np.uint8).data)
+            if region == writing.WHOLE or region[0].stop == leaf.shape[0]:
+                self._member.close()
+        except OSError as error:
+            raise writing.WriteError(f'{name} cannot be written to {self._staging} ({error}).') from error
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """See `writing.Writer`."""
+        self._archive.writestr(METADATA, json.dumps(dict(metadata)))
+        self._archive.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
+        writing.refuse_existing(self._final)
+        self._staging.rename(self._final)
+
+    def close(self) -> None:
+        """See `writing.Writer`."""
+        if self._member is not None:
+            self._member.close()
+        if self._archive.fp is not None:
+            self._archive.close()
+        self._file.close()
+
+    def discard(self) -> None:
+        """See `writing.Writer`."""
+        self.close()
+        self._staging.unlink(missing_ok=True)
+        for parent in self._made:
+            parent.rmdir()

@@ -45,6 +45,9 @@ class _T5XReader(arrays.ArrayReader):
         named = {name: source for keys, source in sources.items() for name in _names(keys)}
         if not any(name.startswith('params/') for name in named):
             raise UserError(f'{path} has no parameters below `target`, where T5X keeps them: is it a T5X checkpoint?')
+        if not any(name.startswith(_PARAM_STATES) for name in named):
+            # A step without a state is the model's alone.
+            named.pop('opt_state/count', None)
         self._left_out: dict[str, str] = {}
         super().__init__(path, named)
 
@@ -314,8 +317,8 @@ class OrbaxLayout(_T5XLayout):
     def commit(self, writer: writing.FolderWriter, metadata: Mapping[str, Any]) -> None:
         """Placeholders and the index."""
         placeholders = self._placeholders(writer)
-        for keys, value in placeholders.items():
-            writer.put(keys, value)
+        for future in [writer.put(keys, value) for keys, value in placeholders.items()]:
+            future.result()
         shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
         shapes |= {keys: value.shape for keys, value in placeholders.items()}
         (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes))

@@ -9,10 +9,12 @@ again.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ from upcycle.checkpoints import arrays
 from upcycle.errors import UserError
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
+Region = arrays.Region
 WHOLE: arrays.Region = ()
 
 EXPERT = 'expert'  # the segment below which a leaf has experts in front
@@ -36,6 +39,7 @@ _PART_BYTES = 64 << 20  # T5X's size of a chunk
 _SMALL_BYTES = 1 << 20  # not worth a file for each expert
 _BYTES_IN_FLIGHT = 256 << 20
 _SPARE_BYTES = 64 << 20
+_SECONDS_BETWEEN_SYNCS = 5.0
 
 
 def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[arrays.Region]:
@@ -55,6 +59,10 @@ def chunk_shape(name: str, leaf: jax.ShapeDtypeStruct) -> list[int]:
     """Shape of a part."""
     region = parts(name, leaf)[0]
     return list(leaf.shape) if region == WHOLE else [region[0].stop, *leaf.shape[1:]]
+
+
+class WriteError(UserError):
+    """The target cannot be written: the disk is full, a permission is missing."""
 
 
 class Writer(Protocol):
@@ -82,6 +90,10 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Waits for what is on its way and lets go; what is there stays for the same command to go on from."""
+        ...
+
+    def discard(self) -> None:
+        """Removes what was written."""
         ...
 
 
@@ -146,8 +158,14 @@ class FolderWriter:
         self._opened: dict[str, ts.TensorStore] = {}
         self._in_flight: collections.deque[tuple[str, arrays.Region, int, Any]] = collections.deque()
         self._bytes_in_flight = 0
-        self._context = ts.Context({'file_io_concurrency': {'limit': 16}})
+        # Not file by file, which is slow for small ones: `os.sync` makes many of them safe at once.
+        self._context = ts.Context({'file_io_concurrency': {'limit': 16}, 'file_io_sync': False})
         self._done: set[tuple[str, int]] = set()
+        self._written: list[tuple[str, int]] = []  # and not yet known to be safe from a crash of the machine
+        self._syncing: tuple[concurrent.futures.Future, list[tuple[str, int]]] | None = None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._synced = time.monotonic()
+        self._made: list[epath.Path] = []
         self._journal = None if remote else self._begin(dict(identity))
 
     def todo(self) -> dict[str, list[arrays.Region]]:
@@ -174,12 +192,11 @@ class FolderWriter:
         self._in_flight.append((name, region, value.nbytes, future))
         self._bytes_in_flight += value.nbytes
 
-    def put(self, keys: tuple[str, ...], value: np.ndarray) -> None:
-        """Writes an array that is no leaf of ours, such as a placeholder."""
+    def put(self, keys: tuple[str, ...], value: np.ndarray) -> ts.Future:
+        """Begins to write an array that is no leaf of ours, such as a placeholder."""
         leaf = jax.ShapeDtypeStruct(value.shape, value.dtype)
-        ts.open(
-            self._spec(keys, leaf, list(value.shape)), create=True, delete_existing=True, context=self._context
-        ).result().write(value).result()
+        spec = self._spec(keys, leaf, list(value.shape))
+        return ts.open(spec, create=True, open=True, context=self._context).result().write(value)
 
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """See `Writer`."""
@@ -188,17 +205,30 @@ class FolderWriter:
         if missing:
             raise ValueError(f'not written: {missing[:3]}')
         self._layout.commit(self, metadata)
+        self.close()
         if self._journal is not None:
-            self._journal.close()
             (self.folder / JOURNAL).unlink()
+            os.sync()
             refuse_existing(self._final)
             self.folder.rename(self._final)
 
     def close(self) -> None:
         """See `Writer`."""
         self._settle()
-        if self._journal is not None:
+        if self._journal is not None and not self._journal.closed:
+            self._note(wait=True)
             self._journal.close()
+        self._pool.shutdown()
+
+    def discard(self) -> None:
+        """See `Writer`."""
+        for _, _, _, future in self._in_flight:
+            future.exception()
+        self._in_flight.clear()
+        self._written.clear()
+        self.folder.rmtree(missing_ok=True)
+        for parent in self._made:
+            parent.rmdir()
 
     def _begin(self, identity: dict[str, Any]):
         """Opens the journal, after reading what an earlier attempt at the same has done."""
@@ -221,7 +251,8 @@ class FolderWriter:
             for name, regions in self.todo().items()
         )
         check_space(self._final.parent, needed)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made = make_folders(self._final.parent)
+        self.folder.mkdir(exist_ok=True)
         with journal.open('w') as file:
             file.write(''.join(json.dumps(line) + '\n' for line in [identity, *sorted(self._done)]))
         return journal.open('a')
@@ -258,16 +289,46 @@ class FolderWriter:
             future.result()
         except (ValueError, OSError) as error:
             reason = ' '.join(str(error).partition(' [')[0].split())
-            raise UserError(f'{name} cannot be written to {self.folder} ({reason}).') from error
+            raise WriteError(f'{name} cannot be written to {self.folder} ({reason}).') from error
         self._done.add((name, _start(region)))
-        if self._journal is not None:
-            self._journal.write(json.dumps([name, _start(region)]) + '\n')
+        self._written.append((name, _start(region)))
+        if self._journal is not None and time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            self._note()
+
+    def _note(self, *, wait: bool = False) -> None:
+        """Makes what is written safe, behind, and then notes it in the journal: never something that a crash can take away."""
+        while self._syncing is not None or (wait and self._written):
+            if self._syncing is None:
+                self._begin_sync()
+            future, safe = self._syncing
+            if not (wait or future.done()):
+                return
+            future.result()
+            self._journal.write(''.join(json.dumps(part) + '\n' for part in safe))
             self._journal.flush()
+            self._syncing = None
+        if self._written:
+            self._begin_sync()
+
+    def _begin_sync(self) -> None:
+        self._syncing, self._written = (self._pool.submit(os.sync), self._written), []
+        self._synced = time.monotonic()
 
 
 def zarr_metadata(leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
     """Uncompressed: weights hardly shrink, and a compressor is slower than a disk."""
     return {'shape': list(leaf.shape), 'chunks': chunks, 'compressor': None}
+
+
+def make_folders(folder: epath.Path) -> list[epath.Path]:
+    """Makes a folder and those above it; those that were not there before, innermost first."""
+    made = []
+    while not folder.exists():
+        made.append(folder)
+        folder = folder.parent
+    for path in reversed(made):
+        path.mkdir()
+    return made
 
 
 def refuse_existing(path: epath.Path) -> None:

@@ -46,6 +46,21 @@ def receipt(plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str])
     }
 
 
+def mismatches(paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
+    """How a checkpoint's parameters differ from those that its receipt says were made: names and shapes."""
+    made = {row['target']: tuple(row['shape']) for row in paper['plan'] if row['target'].startswith('params/')}
+    stored = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')}
+    return [
+        *(f'{name} {made[name]} is in the receipt only' for name in made if name not in stored),
+        *(f'{name} {stored[name]} is in the checkpoint only' for name in stored if name not in made),
+        *(
+            f'{name} is {made[name]} in the receipt and {stored[name]} in the checkpoint'
+            for name in made
+            if name in stored and stored[name] != made[name]
+        ),
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerCheck:
     """One MoE layer against the dense MLP it came from, on the dense model's own activations.

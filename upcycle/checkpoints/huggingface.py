@@ -1,0 +1,583 @@
+"""Hugging Face checkpoints of T5 (1.0, 1.1, Flan, mT5) and ViT in safetensors files, read and written without PyTorch.
+
+A safetensors file is a JSON header (names, types, shapes, offsets) and the arrays' bytes; a large model has several files and an
+index. `config.json` says what shapes do not. Linear layers hold (out, in) there and (in, out) here, and a head's axes are joined.
+Layouts matched: transformers' modeling_t5.py, modeling_mt5.py, modeling_vit.py; the safetensors format's own description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from upcycle.checkpoints import arrays, writing
+from upcycle.errors import UserError
+
+SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
+
+_DTYPES = {
+    'F64': np.dtype('float64'),
+    'F32': np.dtype('float32'),
+    'F16': np.dtype('float16'),
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+    'I64': np.dtype('int64'),
+    'I32': np.dtype('int32'),
+    'I16': np.dtype('int16'),
+    'I8': np.dtype('int8'),
+    'U8': np.dtype('uint8'),
+    'BOOL': np.dtype('bool'),
+}
+_MAX_HEADER = 100 << 20
+_SHARD_BYTES = 5 << 30
+
+# T5's feed-forward layers. `gated-gelu` is the tanh approximation in transformers (gelu_new), as in T5X.
+_ACTIVATIONS = {'relu': ('relu',), 'gated-gelu': ('gelu', 'linear'), 'gated-silu': ('silu', 'linear')}
+_GELUS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """How an array lies here and there."""
+
+    to_ours: Callable[[np.ndarray, int], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+_TURNS = {
+    'same': _Turn(lambda x, heads: x, lambda x: x),
+    'linear': _Turn(lambda x, heads: x.T, lambda x: x.T),
+    # (H N, D) <-> (D, H, N) and (H N) <-> (H, N)
+    'to_heads': _Turn(lambda x, heads: x.T.reshape(x.shape[1], heads, -1), lambda x: x.reshape(x.shape[0], -1).T),
+    'heads_bias': _Turn(lambda x, heads: x.reshape(heads, -1), lambda x: x.reshape(-1)),
+    # (D, H N) <-> (H, N, D)
+    'from_heads': _Turn(lambda x, heads: x.T.reshape(heads, -1, x.shape[0]), lambda x: x.reshape(-1, x.shape[-1]).T),
+    # (D, channels, P, P) <-> (P, P, channels, D)
+    'patches': _Turn(lambda x, heads: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
+}
+
+Table = dict[str, tuple[str, str]]  # their name: (ours below `params/`, turn)
+
+
+def _t5_table(encoder_layers: int, decoder_layers: int) -> Table:
+    table = {
+        'shared.weight': ('token_embedder/embedding', 'same'),
+        'lm_head.weight': ('decoder/logits_dense/kernel', 'linear'),
+    }
+    blocks = {
+        'encoder': (('SelfAttention', 'attention', 'pre_attention_layer_norm'),),
+        'decoder': (
+            ('SelfAttention', 'self_attention', 'pre_self_attention_layer_norm'),
+            ('EncDecAttention', 'encoder_decoder_attention', 'pre_cross_attention_layer_norm'),
+        ),
+    }
+    for stack, count in (('encoder', encoder_layers), ('decoder', decoder_layers)):
+        attention = f'{stack}.block.0.layer.0.SelfAttention'
+        table[f'{attention}.relative_attention_bias.weight'] = (f'{stack}/relpos_bias/rel_embedding', 'linear')
+        table[f'{stack}.final_layer_norm.weight'] = (f'{stack}/{stack}_norm/scale', 'same')
+        for i in range(count):
+            theirs, ours = f'{stack}.block.{i}.layer', f'{stack}/layers_{i}'
+            for j, (their_name, our_name, norm) in enumerate(blocks[stack]):
+                for letter, part in (('q', 'query'), ('k', 'key'), ('v', 'value'), ('o', 'out')):
+                    table[f'{theirs}.{j}.{their_name}.{letter}.weight'] = (f'{ours}/{our_name}/{part}/kernel', 'linear')
+                table[f'{theirs}.{j}.layer_norm.weight'] = (f'{ours}/{norm}/scale', 'same')
+            j = len(blocks[stack])
+            for matrix in ('wi', 'wi_0', 'wi_1', 'wo'):
+                table[f'{theirs}.{j}.DenseReluDense.{matrix}.weight'] = (f'{ours}/mlp/{matrix}/kernel', 'linear')
+            table[f'{theirs}.{j}.layer_norm.weight'] = (f'{ours}/pre_mlp_layer_norm/scale', 'same')
+    return table
+
+
+def _vit_table(layers: int, prefix: str) -> Table:
+    """`prefix` is 'vit.' below a classification head, and empty in a bare model."""
+    table = {
+        f'{prefix}embeddings.patch_embeddings.projection.weight': ('embedding/kernel', 'patches'),
+        f'{prefix}embeddings.patch_embeddings.projection.bias': ('embedding/bias', 'same'),
+        f'{prefix}embeddings.position_embeddings': ('pos_embedding', 'same'),
+        f'{prefix}embeddings.cls_token': ('cls', 'same'),
+        f'{prefix}layernorm.weight': ('Transformer/encoder_norm/scale', 'same'),
+        f'{prefix}layernorm.bias': ('Transformer/encoder_norm/bias', 'same'),
+        f'{prefix}pooler.dense.weight': ('pre_logits/kernel', 'linear'),
+        f'{prefix}pooler.dense.bias': ('pre_logits/bias', 'same'),
+        'classifier.weight': ('head/kernel', 'linear'),
+        'classifier.bias': ('head/bias', 'same'),
+    }
+    for i in range(layers):
+        theirs, ours = f'{prefix}encoder.layer.{i}', f'Transformer/encoderblock_{i}'
+        attention = f'{ours}/MultiHeadDotProductAttention_0'
+        for part in ('query', 'key', 'value'):
+            table[f'{theirs}.attention.attention.{part}.weight'] = (f'{attention}/{part}/kernel', 'to_heads')
+            table[f'{theirs}.attention.attention.{part}.bias'] = (f'{attention}/{part}/bias', 'heads_bias')
+        table[f'{theirs}.attention.output.dense.weight'] = (f'{attention}/out/kernel', 'from_heads')
+        table[f'{theirs}.attention.output.dense.bias'] = (f'{attention}/out/bias', 'same')
+        for their_name, our_name in (('intermediate.dense', 'Dense_0'), ('output.dense', 'Dense_1')):
+            table[f'{theirs}.{their_name}.weight'] = (f'{ours}/MlpBlock_0/{our_name}/kernel', 'linear')
+            table[f'{theirs}.{their_name}.bias'] = (f'{ours}/MlpBlock_0/{our_name}/bias', 'same')
+        for their_name, our_name in (('layernorm_before', 'LayerNorm_0'), ('layernorm_after', 'LayerNorm_1')):
+            table[f'{theirs}.{their_name}.weight'] = (f'{ours}/{our_name}/scale', 'same')
+            table[f'{theirs}.{their_name}.bias'] = (f'{ours}/{our_name}/bias', 'same')
+    return table
+
+
+class HuggingFaceReader(arrays.ArrayReader):
+    """A lazy view of a folder of safetensors; see `upcycle.checkpoints.Reader`.
+
+    Raises:
+        UserError: the files are not whole, or hold another model than a T5 or a ViT.
+    """
+
+    format = 'huggingface'
+
+    def __init__(self, path: epath.Path):
+        folder = path if path.is_dir() else path.parent
+        self._config = _read_config(folder)
+        stored, self._notes = _read_files(folder)
+        read = {'t5': _read_t5, 'mt5': _read_t5, 'vit': _read_vit}.get(self._config.get('model_type'))
+        if read is None:
+            raise UserError(
+                f'{folder / CONFIG} describes a model of type {self._config.get("model_type")}: only T5 and ViT are read.'
+            )
+        sources, self._facts = read(folder, self._config, stored)
+        step = self._notes.get('step', '')
+        named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in sources.items()}
+        if step.isdigit():
+            named['step'] = np.asarray(int(step), np.int32)
+        super().__init__(folder, named)
+
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The family, and what the configuration says of the model."""
+        family = 'vit' if self._config['model_type'] == 'vit' else 't5'
+        return {'family': family, 'facts': self._facts, 'model_type': self._config['model_type']}
+
+
+def find(folder: epath.Path) -> bool:
+    """Whether a folder holds safetensors."""
+    return any((folder / name).exists() for name in (SINGLE, INDEX))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One array of a safetensors file, a `Lazy` array."""
+
+    file: epath.Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # from the file's beginning
+
+    def read(self, region: arrays.Region) -> np.ndarray:
+        # Leading rows lie in one piece.
+        rows = range(self.shape[0]) if self.shape else range(1)
+        inner = region
+        if region and self.shape and region[0].indices(self.shape[0])[2] == 1:
+            rows = rows[region[0]]
+            inner = (slice(None), *region[1:])
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        out = np.empty(len(rows) * row_bytes, np.uint8)
+        with self.file.open('rb') as file:
+            file.seek(self.offset + rows.start * row_bytes)
+            view, done = memoryview(out), 0
+            while done < len(out):
+                data = file.read(min(len(out) - done, 64 << 20))
+                if not data:
+                    raise ValueError(f'{len(out) - done} bytes are missing')
+                view[done : done + len(data)] = data
+                done += len(data)
+        shaped = out.view(self.dtype).reshape((len(rows), *self.shape[1:]) if self.shape else ())
+        return np.asarray(shaped[inner], order='C')
+
+
+def _read_config(folder: epath.Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text())
+        config.get('model_type')
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f'{file} is missing or damaged ({error}): it says what the arrays do not, copy it too.'
+        ) from error
+    return config
+
+
+def _read_files(folder: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    """The arrays of a model, in one file or several, and the notes in the (first) header."""
+    index = folder / INDEX
+    if not index.exists():
+        return _read_header(folder / SINGLE)
+    try:
+        where = json.loads(index.read_text(), object_pairs_hook=_refuse_twice)['weight_map']
+        files = sorted(set(where.values()))
+        plain = all('/' not in file and file not in ('.', '..') for file in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{index} is damaged ({error}): copy it again.') from error
+    if not plain:
+        raise UserError(f'{index} names files that do not lie beside it.')
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        raise UserError(
+            f'{index} names {missing[0]}, which is not there: copy the checkpoint again, with all of its files.'
+        )
+    found: dict[str, _Tensor] = {}
+    notes: dict[str, str] = {}
+    for file in files:
+        stored, more = _read_header(folder / file)
+        for name, tensor in stored.items():
+            if where.get(name) != file:
+                raise UserError(f'{folder / file} holds {name}, which {index} looks for in {where.get(name)}.')
+            found[name] = tensor
+        notes = notes or more
+    for name, file in where.items():
+        if name not in found:
+            raise UserError(f'{index} looks for {name} in {file}, which does not hold it.')
+    return found, notes
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    if twice:
+        raise ValueError(f'{min(twice)} is there twice')
+    return dict(pairs)
+
+
+def _read_header(file: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    try:
+        size = file.stat().length
+        with file.open('rb') as stream:
+            length = int.from_bytes(stream.read(8), 'little')
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f'its header would be {length} bytes long')
+            header = json.loads(stream.read(length), object_pairs_hook=_refuse_twice)
+        notes = header.pop('__metadata__', {})
+        found = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{file} is not a safetensors file, or is damaged ({error}): copy it again.') from error
+    end = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
+        if tensor.offset != end:
+            raise UserError(
+                f'{name} of {file} begins at byte {tensor.offset}, where {end} follows from the others: copy it again.'
+            )
+        end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        if end > size:
+            raise UserError(f'{name} of {file} ends at byte {end}, and the file has {size}: copy it again.')
+    if end != size:
+        raise UserError(f'{file} has {size - end} bytes that belong to no array: copy it again.')
+    return found, notes
+
+
+def _tensor(file: epath.Path, name: str, entry: Mapping[str, Any], start: int) -> _Tensor:
+    dtype = _DTYPES.get(entry['dtype'])
+    if dtype is None:
+        raise UserError(f'{name} of {file} has the type {entry["dtype"]}, which is not read.')
+    shape = tuple(int(axis) for axis in entry['shape'])
+    begin, end = entry['data_offsets']
+    if min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise UserError(f'{name} of {file} should be {dtype}{list(shape)} and has {end - begin} bytes: copy it again.')
+    return _Tensor(file, shape, dtype, start + begin)
+
+
+def _read_t5(
+    folder: epath.Path, config: Mapping[str, Any], stored: Mapping[str, _Tensor]
+) -> tuple[dict[str, arrays.Lazy], dict[str, Any]]:
+    try:
+        layers = config['num_layers'], config.get('num_decoder_layers') or config['num_layers']
+        activations = _ACTIVATIONS.get(config.get('feed_forward_proj', 'relu'))
+        facts = {'num_heads': config['num_heads'], 'head_dim': config['d_kv']}
+    except KeyError as error:
+        raise UserError(f'{folder / CONFIG} does not say {error}.') from error
+    if activations is None:
+        raise UserError(
+            f'{folder / CONFIG}: feed_forward_proj {config["feed_forward_proj"]!r} is not one of {", ".join(_ACTIVATIONS)}.'
+        )
+    for name, ours in (('relative_attention_max_distance', 128), ('layer_norm_epsilon', 1e-6)):
+        if config.get(name, ours) != ours:
+            raise UserError(f'{folder / CONFIG}: {name} is {config[name]}, and our T5 has {ours}.')
+    stored = dict(stored)
+    # T5 1.0 scales before a head that is the embedding; mT5 never does. transformers 5 always says that the head is tied, and
+    # in a second field whether it scales; a head of its own is then there or not.
+    scaled = config.get('scale_decoder_outputs', config.get('tie_word_embeddings', True))
+    scaled = bool(scaled) and config['model_type'] != 'mt5'
+    # Old files repeat what is shared.
+    for copy in ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', *(['lm_head.weight'] if scaled else [])):
+        if copy in stored:
+            _require_same(folder, 'shared.weight', copy, stored)
+            stored.setdefault('shared.weight', stored[copy])
+            del stored[copy]
+    if not scaled and 'shared.weight' in stored:
+        stored.setdefault('lm_head.weight', stored['shared.weight'])
+    facts |= {'mlp_activations': list(activations), 'logits_via_embedding': scaled}
+    return _turned(folder, stored, _t5_table(*layers), facts['num_heads']), facts
+
+
+def _require_same(folder: epath.Path, first: str, second: str, stored: Mapping[str, _Tensor]) -> None:
+    """Two names of one array must hold the same."""
+    if first in stored and (
+        stored[first].shape != stored[second].shape
+        or stored[first].read(()).tobytes() != stored[second].read(()).tobytes()
+    ):
+        raise UserError(f'{first} and {second} of {folder} differ, and they stand for one array.')
+
+
+def _read_vit(
+    folder: epath.Path, config: Mapping[str, Any], stored: Mapping[str, _Tensor]
+) -> tuple[dict[str, arrays.Lazy], dict[str, Any]]:
+    try:
+        gelu = _GELUS.get(config.get('hidden_act', 'gelu'))
+        heads, layers = config['num_attention_heads'], config['num_hidden_layers']
+    except KeyError as error:
+        raise UserError(f'{folder / CONFIG} does not say {error}.') from error
+    if gelu is None:
+        raise UserError(f'{folder / CONFIG}: hidden_act {config["hidden_act"]!r} is not one of {", ".join(_GELUS)}.')
+    prefix = 'vit.' if any(name.startswith('vit.') for name in stored) else ''
+    out = _turned(folder, stored, _vit_table(layers, prefix), heads)
+    table, cls = out.get('pos_embedding'), out.get('cls')
+    if table is not None and cls is not None and len(table.shape) == 3 and cls.shape == (1, 1, table.shape[-1]):
+        # The token has a position of its own, which goes into the token: ours has none.
+        out['pos_embedding'], out['cls'] = arrays.token_position_into_token(cls, table)
+    return out, {'gelu': gelu, 'norm_epsilon': config.get('layer_norm_eps', 1e-12), 'num_heads': heads}
+
+
+def _turned(folder: epath.Path, stored: Mapping[str, _Tensor], table: Table, heads: int) -> dict[str, arrays.Lazy]:
+    unknown = [name for name in stored if name not in table]
+    if unknown:
+        listing = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        raise UserError(f'{folder} holds arrays that have no counterpart in our models: {listing}.')
+    out: dict[str, arrays.Lazy] = {}
+    for name, tensor in stored.items():
+        ours, kind = table[name]
+        turn = functools.partial(_TURNS[kind].to_ours, heads=heads)
+        try:
+            # Strides of zero: the shape of the result without its numbers.
+            shape = turn(np.broadcast_to(np.int8(0), tensor.shape)).shape
+        except (ValueError, IndexError) as error:
+            raise UserError(f'{name} of {folder} is {list(tensor.shape)}, which does not fit ({error}).') from error
+        out[ours] = tensor if kind == 'same' else arrays.Derived(shape, tensor.dtype, (tensor,), turn)
+    return out
+
+
+class HuggingFaceWriter:
+    """A dense model as safetensors and `config.json`; see `writing.Writer`. A cut write begins again."""
+
+    def __init__(self, path: epath.Path, leaves: writing.Leaves, shard_bytes: int = _SHARD_BYTES):
+        self.path = os.fspath(path)
+        writing.refuse_existing(path)
+        self.left_out = {'rng': 'Hugging Face models have no random key'} if 'rng' in leaves else {}
+        self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
+        self._family, self._config, self._table = _their_names(self._leaves)
+        self._final = path
+        self._folder = path.parent / f'{path.name}.tmp-upcycle'
+        self._step: int | None = None
+        self._place(shard_bytes)
+        if '://' not in self.path:
+            writing.check_space(path.parent, sum(header_and_size[1] for header_and_size in self._files.values()))
+        self._made = writing.make_folders(path.parent)
+        self._folder.rmtree(missing_ok=True)
+        self._folder.mkdir()
+        self._lock = threading.Lock()
+        self._streams: dict[str, Any] = {}
+
+    def todo(self) -> dict[str, list[arrays.Region]]:
+        """See `writing.Writer`: every array is turned whole."""
+        return {name: [writing.WHOLE] for name in self._leaves}
+
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
+        """See `writing.Writer`."""
+        if name == 'step':
+            self._step = int(value)
+            return
+        theirs, kind = self._table[name]
+        turned = np.asarray(_TURNS[kind].to_theirs(value), order='C')
+        if name == 'params/pos_embedding':
+            # Adding -0 changes no number, not even -0: the token keeps its own.
+            turned = np.concatenate([np.full_like(turned[:, :1], -0.0), turned], axis=1)
+        file, offset = self._where[theirs]
+        try:
+            if file not in self._streams:
+                self._streams[file] = (self._folder / file).open('wb')
+            self._streams[file].seek(offset)
+            self._streams[file].write(turned.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise writing.WriteError(f'{name} cannot be written to {self._folder} ({error}).') from error
+
+    def finish(self, metadata: Mapping[str, Any]) -> None:
+        """See `writing.Writer`."""
+        notes = {'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)})
+        for file, (entries, _) in self._files.items():
+            header = json.dumps({'__metadata__': notes, **entries}).encode()
+            stream = self._streams[file]
+            stream.seek(0)
+            # The arrays begin where the longest possible header would end; spaces fill it up, as the format wants.
+            stream.write((self._header_bytes - 8).to_bytes(8, 'little') + header.ljust(self._header_bytes - 8))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if len(self._files) > 1:
+            total = sum(size for _, size in self._files.values())
+            index = {'metadata': {'total_size': total}, 'weight_map': {n: file for n, (file, _) in self._where.items()}}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=1))
+        config = _their_config(self._family, self._config, metadata)
+        (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
+        self.close()
+        writing.refuse_existing(self._final)
+        self._folder.rename(self._final)
+
+    def close(self) -> None:
+        """See `writing.Writer`."""
+        for stream in self._streams.values():
+            stream.close()
+
+    def discard(self) -> None:
+        """See `writing.Writer`."""
+        self.close()
+        self._folder.rmtree(missing_ok=True)
+        for parent in self._made:
+            parent.rmdir()
+
+    def _place(self, shard_bytes: int) -> None:
+        """Gives every array a file and an offset."""
+        shards: list[dict[str, tuple[str, tuple[int, ...], int]]] = [{}]
+        for name, (theirs, kind) in self._table.items():
+            leaf = self._leaves[name]
+            shape = _TURNS[kind].to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape
+            if name == 'params/pos_embedding':
+                shape = (1, shape[1] + 1, shape[2])
+            code = next(code for code, dtype in _DTYPES.items() if dtype == leaf.dtype)
+            size = math.prod(shape) * leaf.dtype.itemsize
+            if shards[-1] and sum(entry[2] for entry in shards[-1].values()) + size > shard_bytes:
+                shards.append({})
+            shards[-1][theirs] = (code, shape, size)
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' for i in range(len(shards))]
+        )
+        self._files: dict[str, tuple[dict[str, Any], int]] = {}
+        relative: dict[str, tuple[str, int]] = {}
+        for file, shard in zip(names, shards, strict=True):
+            offset, entries = 0, {}
+            for theirs, (code, shape, size) in shard.items():
+                entries[theirs] = {'dtype': code, 'shape': list(shape), 'data_offsets': [offset, offset + size]}
+                relative[theirs] = (file, offset)
+                offset += size
+            self._files[file] = (entries, offset)
+        longest = max(len(json.dumps(entries)) for entries, _ in self._files.values()) + 100
+        self._header_bytes = 8 + -(-longest // 8) * 8
+        self._where = {theirs: (file, self._header_bytes + offset) for theirs, (file, offset) in relative.items()}
+
+
+def _their_names(leaves: writing.Leaves) -> tuple[str, dict[str, Any], dict[str, tuple[str, str]]]:
+    """The family, the sizes in `config.json`, and for each of our leaves (their name, turn).
+
+    Raises:
+        UserError: a leaf has no counterpart.
+    """
+    shapes = {name.removeprefix('params/'): leaf.shape for name, leaf in leaves.items() if name.startswith('params/')}
+    family = 't5' if 'token_embedder/embedding' in shapes else 'vit'
+    sizes = _t5_sizes(shapes) if family == 't5' else _vit_sizes(shapes)
+    if family == 't5':
+        table = _t5_table(sizes['num_layers'], sizes['num_decoder_layers'])
+    else:
+        table = _vit_table(sizes['num_hidden_layers'], 'vit.' if 'head/kernel' in shapes else '')
+    ours = {f'params/{name}': (theirs, kind) for theirs, (name, kind) in table.items()}
+    for name in leaves:
+        if name == 'step':
+            continue
+        if name not in ours:
+            way_out = (
+                ': leave the optimizer state out with --optimizer_state=none' if name.startswith('opt_state/') else ''
+            )
+            raise UserError(f'{name} has no counterpart in huggingface, which holds dense T5 and ViT models{way_out}.')
+    if family == 'vit':
+        for name in ('cls', 'pos_embedding'):
+            if name not in shapes:
+                raise UserError(
+                    f'huggingface has no counterpart of a ViT without params/{name}: its head reads the class token.'
+                )
+        if 'head/kernel' in shapes and 'pre_logits/kernel' in shapes:
+            raise UserError('params/pre_logits/kernel has no counterpart in huggingface below a head.')
+    return family, sizes, {name: ours[name] for name in leaves if name != 'step'}
+
+
+def _t5_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    heads, buckets = shapes['encoder/relpos_bias/rel_embedding']
+    mlp = next((name for name in shapes if name.endswith('/mlp/wo/kernel')), None)
+    vocab_size, width = shapes['token_embedder/embedding']
+    layers = {
+        stack: len({name.split('/')[1] for name in shapes if name.startswith(f'{stack}/layers_')})
+        for stack in ('encoder', 'decoder')
+    }
+    return {
+        'vocab_size': vocab_size,
+        'd_model': width,
+        'd_kv': shapes['encoder/layers_0/attention/query/kernel'][1] // heads,
+        'd_ff': 0 if mlp is None else shapes[mlp][0],
+        'num_layers': layers['encoder'],
+        'num_decoder_layers': layers['decoder'],
+        'num_heads': heads,
+        'relative_attention_num_buckets': buckets,
+        'tie_word_embeddings': 'decoder/logits_dense/kernel' not in shapes,
+        'feed_forward_proj': 'gated-gelu' if any(name.endswith('/wi_0/kernel') for name in shapes) else 'relu',
+    }
+
+
+def _vit_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    patch, _, channels, width = shapes['embedding/kernel']
+    block = 'Transformer/encoderblock_0'
+    mlp = shapes.get(f'{block}/MlpBlock_0/Dense_0/kernel', (0, 0))
+    return {
+        'hidden_size': width,
+        'num_hidden_layers': len(
+            {name.split('/')[1] for name in shapes if name.startswith('Transformer/encoderblock_')}
+        ),
+        'num_attention_heads': shapes[f'{block}/MultiHeadDotProductAttention_0/query/kernel'][1],
+        'intermediate_size': mlp[1],
+        'patch_size': patch,
+        'num_channels': channels,
+        'image_size': patch * math.isqrt(shapes.get('pos_embedding', (1, 1))[1]),
+        'num_labels': shapes.get('head/kernel', (0, 0))[1],
+        'qkv_bias': True,
+    }
+
+
+def _their_config(family: str, sizes: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    facts = metadata.get('facts') or {}
+    if family == 't5':
+        activations = tuple(facts.get('mlp_activations') or _ACTIVATIONS[sizes['feed_forward_proj']])
+        projection = next((name for name, ours in _ACTIVATIONS.items() if ours == activations), None)
+        if projection is None:
+            raise UserError(f'mlp_activations = {activations} has no counterpart in huggingface.')
+        is_mt5 = metadata.get('model_type') == 'mt5'
+        return {
+            'architectures': ['MT5ForConditionalGeneration' if is_mt5 else 'T5ForConditionalGeneration'],
+            'model_type': 'mt5' if is_mt5 else 't5',
+            **sizes,
+            'feed_forward_proj': projection,
+            'layer_norm_epsilon': 1e-6,
+            'relative_attention_max_distance': 128,
+            'is_encoder_decoder': True,
+            'pad_token_id': 0,
+            'eos_token_id': 1,
+            'decoder_start_token_id': 0,
+        }
+    labels = sizes['num_labels']
+    # Not `facts.get`: a ViT that does not say is one of ours, and ours is the approximation.
+    return {
+        'architectures': ['ViTForImageClassification' if labels else 'ViTModel'],
+        'model_type': 'vit',
+        **{name: value for name, value in sizes.items() if name != 'num_labels'},
+        'id2label': {str(i): f'LABEL_{i}' for i in range(labels)},
+        'label2id': {f'LABEL_{i}': i for i in range(labels)},
+        'hidden_act': 'gelu' if facts.get('gelu') == 'erf' else 'gelu_new',
+        'layer_norm_eps': facts.get('norm_epsilon', 1e-6),
+    }

@@ -1,0 +1,215 @@
+"""Which model a checkpoint holds, from the names and shapes of its leaves: what import, export and conversion check first."""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from upcycle import partitioning
+from upcycle.errors import UserError
+from upcycle.models import BatchSpec, Model
+
+Leaves = Mapping[str, jax.ShapeDtypeStruct]
+
+# Fields of a configuration that change the function and not the shapes of the parameters.
+FACTS = (
+    'num_heads',
+    'head_dim',
+    'mlp_activations',
+    'logits_via_embedding',
+    'pooling',
+    'positions',
+    'gelu',
+    'norm_epsilon',
+)
+_MOE_SEGMENTS = ('expert', 'router')
+
+
+def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's metadata says of the model, by the fields of our configurations."""
+    if 'facts' in metadata:
+        return dict(metadata['facts'])
+    config = metadata.get('model', {}).get('config', {})
+    return {name: config[name] for name in FACTS if name in config}
+
+
+def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> tuple[Model, BatchSpec]:
+    """The dense model that a checkpoint holds, or was upcycled from, and the smallest batch that it takes.
+
+    Args:
+      path: of the checkpoint, for messages.
+      leaves: its leaves; of MoE layers the width is read off an expert.
+      facts: fields of the configuration that shapes do not tell.
+
+    Raises:
+      UserError: it is neither a T5 nor a ViT.
+    """
+    shapes = {
+        name.removeprefix('params/'): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')
+    }
+    builders = {'token_embedder/embedding': _t5, 'embedding/kernel': _vit}
+    build = next((builders[name] for name in builders if name in shapes), None)
+    if build is None:
+        raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
+    try:
+        return build(shapes, dict(facts or {}))
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
+
+
+def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> Model:
+    """The dense model of a checkpoint, after its leaves have been compared with that model's.
+
+    MoE layers are only compared among themselves: what they hold is the operators' business.
+
+    Raises:
+      UserError: leaves are missing, of another shape, or belong to nothing; all are listed.
+    """
+    model, spec = dense_model(path, leaves, facts)
+    expected = _shapes(model, tuple(spec.items()))
+    sparse = moe_layers(leaves)
+    inside = tuple(f'{layer}/' for layer in sparse)
+    expected = {name: shape for name, shape in expected.items() if not name.startswith(inside)}
+    if 'params/head/kernel' not in leaves:
+        # Many vision checkpoints are backbones.
+        expected = {name: shape for name, shape in expected.items() if not name.startswith('params/head/')}
+    stored = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')}
+    problems = [f'{name} {shape} is missing' for name, shape in expected.items() if name not in stored]
+    for name, shape in stored.items():
+        if name.startswith(inside):
+            continue
+        if name not in expected:
+            problems.append(f'{name} {shape} belongs to nothing')
+        elif shape != expected[name]:
+            problems.append(f'{name} is {shape}, and the other leaves ask for {expected[name]}')
+    problems += [problem for layer in sparse for problem in _layer_problems(layer, stored)]
+    problems += _state_problems(leaves, stored)
+    if problems:
+        listing = '\n  '.join(problems[:20] + ([f'and {len(problems) - 20} more'] if len(problems) > 20 else []))
+        raise UserError(f'{path} is not a whole {model.family} ({len(problems)} leaves):\n  {listing}')
+    return model
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(model: Model, spec: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's parameters by their names in a checkpoint."""
+    params = partitioning.unbox(jax.eval_shape(lambda key: model.init(key, dict(spec)), jax.random.key(0)))
+    return {'params/' + name: tuple(leaf.shape) for name, leaf in _flat(params).items()}
+
+
+def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
+    """Paths of the MoE layers, 'params/encoder/layers_1/mlp', in the order of the checkpoint."""
+    return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
+
+
+def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> tuple[Model, BatchSpec]:
+    from upcycle.models.encoder_decoder import EncoderDecoderModel
+    from upcycle.models.t5 import T5Config
+
+    vocab_size, emb_dim = shapes['token_embedder/embedding']
+    heads = shapes['encoder/relpos_bias/rel_embedding'][0]
+    joined = shapes['encoder/layers_0/attention/query/kernel'][1]
+    gated = any(re.search(r'/mlp/(expert/)?wi_0/kernel$', name) for name in shapes)
+    config = {
+        'vocab_size': vocab_size,
+        'emb_dim': emb_dim,
+        'num_heads': heads,
+        'head_dim': joined // heads,
+        'mlp_dim': _mlp_width(shapes, r'/mlp/(expert/)?wo/kernel$'),
+        'num_encoder_layers': _count(shapes, r'encoder/layers_(\d+)/'),
+        'num_decoder_layers': _count(shapes, r'decoder/layers_(\d+)/'),
+        'mlp_activations': ('gelu', 'linear') if gated else ('relu',),
+        'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
+        'dtype': 'float32',
+    }
+    told = {name: facts[name] for name in ('mlp_activations',) if name in facts}
+    features = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens')
+    return EncoderDecoderModel(T5Config(**config | told)), dict.fromkeys(features, ((1, 1), 'int32'))
+
+
+def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> tuple[Model, BatchSpec]:
+    from upcycle.models.image_classifier import ImageClassifier
+    from upcycle.models.vit import ViTConfig
+
+    patch, _, channels, emb_dim = shapes['embedding/kernel']
+    learned = 'pos_embedding' in shapes
+    positions = shapes['pos_embedding'][1] if learned else 1
+    grid = math.isqrt(positions)
+    if grid * grid != positions:
+        raise ValueError(f'pos_embedding (of a square image; {positions} is no square)')
+    config = {
+        'num_classes': shapes.get('head/kernel', (0, 1))[1],
+        'image_size': grid * patch,
+        'patch_size': patch,
+        'image_channels': channels,
+        'emb_dim': emb_dim,
+        'num_heads': shapes['Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel'][1],
+        'mlp_dim': _mlp_width(shapes, r'encoderblock_\d+/MlpBlock_0/(expert/)?Dense_1/kernel$'),
+        'num_layers': _count(shapes, r'Transformer/encoderblock_(\d+)/'),
+        'pooling': 'token' if 'cls' in shapes else 'map' if 'MAPHead_0/probe' in shapes else 'gap',
+        'positions': 'learned' if learned else 'sincos2d',
+        'representation_size': shapes.get('pre_logits/kernel', (0, None))[1],
+        'dtype': 'float32',
+    }
+    told = {name: facts[name] for name in ('gelu', 'norm_epsilon') if name in facts}
+    spec = {'image': ((1, grid * patch, grid * patch, channels), 'float32')}
+    return ImageClassifier(ViTConfig(**config | told)), spec
+
+
+def _mlp_width(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """F, of a dense MLP if there is one: experts may be narrower."""
+    found = {match[1]: shapes[name] for name in shapes if (match := re.search(pattern, name))}
+    return (found.get(None) or found.get('expert/') or shapes[pattern])[-2]
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, node in tree.items():
+        flat |= _flat(node, f'{prefix}{key}/') if isinstance(node, Mapping) else {prefix + key: node}
+    return flat
+
+
+def _is_moe(name: str) -> bool:
+    return any(segment in _MOE_SEGMENTS for segment in name.split('/'))
+
+
+def _layer_of(name: str) -> str:
+    segments = name.split('/')
+    return '/'.join(segments[: min(segments.index(s) for s in _MOE_SEGMENTS if s in segments)])
+
+
+def _layer_problems(layer: str, stored: Mapping[str, tuple[int, ...]]) -> list[str]:
+    experts = {name: shape for name, shape in stored.items() if name.startswith(f'{layer}/expert/')}
+    routers = {name: shape for name, shape in stored.items() if name.startswith(f'{layer}/router/')}
+    if not experts or not routers:
+        return [f'{layer} has no {"experts" if not experts else "router"}']
+    counts = {shape[0] if shape else 0 for shape in experts.values()}
+    if len(counts) > 1:
+        return [f'{layer}/expert holds {" and ".join(map(str, sorted(counts)))} experts']
+    (count,) = counts
+    return [
+        f'{name} {shape} does not route to {count} experts' for name, shape in routers.items() if shape[-1:] != (count,)
+    ]
+
+
+def _state_problems(leaves: Leaves, stored: Mapping[str, tuple[int, ...]]) -> list[str]:
+    problems = []
+    for name, leaf in leaves.items():
+        if not name.startswith('opt_state/param_states/'):
+            continue
+        owner, _, slot = name.removeprefix('opt_state/param_states/').rpartition('/')
+        shape = stored.get(f'params/{owner}')
+        if shape is None:
+            problems.append(f'{name} is the state of no parameter')
+            continue
+        without_one = [shape[:axis] + shape[axis + 1 :] for axis in range(len(shape))]
+        if tuple(leaf.shape) not in (without_one if slot in ('v_row', 'v_col') else [shape]):
+            problems.append(f'{name} is {tuple(leaf.shape)}, and its parameter is {shape}')
+    return problems

@@ -1,0 +1,226 @@
+"""Checkpoints from one format to another, leaf by leaf: `upcycle import` and `upcycle export`."""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
+from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
+from upcycle.errors import UserError
+from upcycle.models import identify
+
+Leaves = dict[str, jax.ShapeDtypeStruct]
+Part = tuple[str, Region, np.ndarray]
+
+_READS_AHEAD = 2
+
+
+def transfer(
+    source: str,
+    target: str,
+    format: str,
+    *,
+    source_format: str | None = None,
+    optimizer_state: str = 'keep',
+    dtype: str | None = None,
+    step: int | None = None,
+) -> str:
+    """Writes a checkpoint again in another format.
+
+    Args:
+      source: the checkpoint.
+      target: where the new one will be.
+      format: of the new one.
+      source_format: what the source must be; None: whatever it is.
+      optimizer_state: 'keep', or 'none' to leave it out.
+      dtype: of the new one's parameters; None: as they are.
+      step: training steps taken, where the source does not say.
+
+    Returns:
+      The path of the new checkpoint.
+
+    Raises:
+      UserError: the source is not whole or not sound, or something of it has no counterpart; nothing is left behind that looks
+        finished.
+    """
+    reader = open_checkpoint(source)
+    if source_format is not None and reader.format != source_format:
+        raise UserError(f'{reader.path} is a checkpoint of the format {reader.format}, not {source_format}.')
+    metadata = {name: value for name, value in reader.metadata.items() if name not in ('not_read', 'window')}
+    stored = reader.leaves()
+    if optimizer_state == 'none':
+        stored = {name: leaf for name, leaf in stored.items() if not name.startswith('opt_state/')}
+    facts = identify.facts_of(metadata)
+    model = identify.check(reader.path, stored, facts)
+    check_dtype(dtype)
+    leaves = {name: with_dtype(name, leaf, dtype) for name, leaf in stored.items()}
+    step = known_step(reader, step)
+    if step is not None:
+        leaves['step'] = jax.ShapeDtypeStruct((), np.int32)
+    identity = {'from': reader.path, 'format': format, 'leaves': fingerprint(leaves)}
+    writer = create_checkpoint(target, format, leaves, step=step, identity=identity)
+    with discarded_if_refused(writer):
+        _check_clock(reader, writer, step)
+        steps = {} if step is None else {'step': np.asarray(step, np.int32)}
+        write(writer, _copies(reader, writer, leaves, steps), leaves)
+        origin = {'path': reader.path, 'format': reader.format, 'step': step}
+        writer.finish({'family': model.family, **metadata, 'facts': facts, 'source': origin})
+    for name, reason in writer.left_out.items():
+        print(f'left out  {name}  because {reason}')
+    return writer.path
+
+
+@contextlib.contextmanager
+def discarded_if_refused(writer: Writer) -> Iterator[None]:
+    """Leaves nothing behind where the source turns out to be bad; what a cut or a full disk interrupted stays for another try."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except UserError:
+        writer.discard()
+        raise
+    finally:
+        writer.close()
+
+
+def known_step(reader: Reader, step: int | None) -> int | None:
+    """The step of a checkpoint, or the one given for it.
+
+    Raises:
+      UserError: both are there and differ.
+    """
+    if step is not None and reader.step is not None and step != reader.step:
+        raise UserError(f'{reader.path} stands at step {reader.step}: leave out --step={step}.')
+    return reader.step if step is None else step
+
+
+def with_dtype(name: str, leaf: jax.ShapeDtypeStruct, dtype: str | None) -> jax.ShapeDtypeStruct:
+    """A leaf as it is written: parameters in the type asked for, but routers, whose mathematics is float32, and everything else
+    as it is."""
+    if dtype is None or not name.startswith('params/') or 'router' in name.split('/'):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype))
+
+
+def fingerprint(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """Of names, shapes and dtypes."""
+    listing = [(name, list(leaf.shape), leaf.dtype.name) for name, leaf in sorted(leaves.items())]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def write(writer: Writer, made: Iterable[Part], leaves: Leaves) -> None:
+    """Hands parts to a writer as they are made, and shows how far it is."""
+    progress = Progress(leaves)
+    for name, region, value in made:
+        writer.write(name, region, value)
+        progress.add(name, value.nbytes)
+    progress.end()
+
+
+def require_finite(path: str, name: str, value: np.ndarray) -> None:
+    """Raises UserError where weights hold NaN or infinity."""
+    if value.dtype.kind in 'iu':
+        return
+    finite = np.isfinite(value)
+    if not finite.all():
+        count = value.size - int(np.count_nonzero(finite))
+        raise UserError(
+            f'{name} of {path} holds {count} numbers that are NaN or infinite: the model was broken when it was saved, take an '
+            'earlier step.'
+        )
+
+
+def ahead(calls: Iterable[Callable[[], Any]], count: int = _READS_AHEAD) -> Iterator[Any]:
+    """Results in order, with a few of the calls under way behind."""
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        try:
+            for call in calls:
+                waiting.append(pool.submit(call))
+                if len(waiting) > count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _copies(reader: Reader, writer: Writer, leaves: Leaves, steps: Mapping[str, np.ndarray]) -> Iterator[Part]:
+    def read(name: str, regions: list[Region]) -> list[Part]:
+        if name in steps:
+            return [(name, WHOLE, steps[name])]
+        # Of experts each part, so that memory stays at a few; anything else once, since it may have to be turned as a whole.
+        by_part = EXPERT in name.split('/')
+        whole = None if by_part else reader.read(name)
+        parts = []
+        for region in regions:
+            value = reader.read(name, region=region) if by_part else whole[region]
+            require_finite(reader.path, name, value)
+            parts.append((name, region, value.astype(leaves[name].dtype, copy=False)))
+        return parts
+
+    def calls() -> Iterator[Callable[[], list[Part]]]:
+        for name, regions in writer.todo().items():
+            batches = [[region] for region in regions] if EXPERT in name.split('/') else [regions]
+            for batch in batches:
+                yield lambda name=name, batch=batch: read(name, batch)
+
+    for parts in ahead(calls()):
+        yield from parts
+
+
+def _check_clock(reader: Reader, writer: Writer, step: int | None) -> None:
+    """An optimizer clock that a format has no place for must be the step."""
+    if 'opt_state/count' in writer.left_out and (count := int(reader.read('opt_state/count'))) != step:
+        raise UserError(
+            f'opt_state/count of {reader.path} is {count} and the step is {step}, and the format has only one of them: leave the '
+            'optimizer state out with --optimizer_state=none.'
+        )
+
+
+class Progress:
+    """A line on standard error: leaves, bytes and rate."""
+
+    def __init__(self, leaves: Mapping[str, jax.ShapeDtypeStruct]):
+        self._leaves = len(leaves)
+        self._total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+        self._seen: set[str] = set()
+        self._bytes = 0
+        self._start = self._shown = time.monotonic()
+
+    def add(self, name: str, count: int) -> None:
+        """Counts a part."""
+        self._seen.add(name)
+        self._bytes += count
+        if time.monotonic() - self._shown > 1.0:
+            self._show()
+
+    def end(self) -> None:
+        """Shows the last line."""
+        self._show()
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        rate = self._bytes / max(self._shown - self._start, 1e-9)
+        done = f'{len(self._seen)}/{self._leaves} leaves, {self._bytes / 1e6:.0f} of {self._total / 1e6:.0f} MB'
+        print(f'{done}, {rate / 1e6:.0f} MB/s', file=sys.stderr, flush=True)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises UserError for a type that weights are not stored in."""
+    from upcycle.checkpoints.arrays import WEIGHT_DTYPES
+
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise UserError(f'--dtype={dtype} is not one of {", ".join(WEIGHT_DTYPES)}.')
