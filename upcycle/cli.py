@@ -108,6 +108,19 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument('--json', action='store_true', help='machine-readable')
     compile_.add_argument('--hlo', metavar='FILE', help='write the compiled program there, as text')
 
+    convert = add('convert', _convert, 'a dense checkpoint upcycled on the host and streamed to disk', gin=True)
+    convert.add_argument('--from', dest='source', required=True, metavar='PATH', help='the dense checkpoint')
+    convert.add_argument('--to', dest='target', required=True, metavar='PATH', help='where the new one will be')
+    convert.add_argument('--format', default='upcycle', help='of the new one: ' + ', '.join(FORMATS) + ' (%(default)s)')
+    convert.add_argument('--dtype', help='of the parameters; routers stay float32 (default: float32)')
+    convert.add_argument(
+        '--optimizer_state', help='fresh, fresh_clock, tile (OPTIMIZER_STATE), or none to leave it out'
+    )
+    convert.add_argument('--operator', help='how experts are made (EXPERT_OPERATOR)')
+    convert.add_argument('--seed', help='of everything random in the surgery (UPCYCLE_SEED)')
+    convert.add_argument('--step', help='steps the dense model was trained for, where it does not say (DENSE_STEP)')
+    convert.add_argument('--verify', action='store_true', help='read everything back and compare it by hash')
+
     import_ = add('import', _import, 'a checkpoint of another format in ours')
     import_.add_argument('--format', help='refuse any other: ' + ', '.join(FORMATS))
     export = add('export', _export, 'a checkpoint of ours in another format')
@@ -236,6 +249,41 @@ def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     )
 
 
+def _on_the_host() -> None:
+    """Before JAX is loaded: files are turned on the host, and an accelerator is left to whom it serves."""
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+
+
+def _convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _on_the_host()
+    _check_formats(options.format)
+    named = {
+        'INITIAL_CHECKPOINT_PATH': options.source,
+        'EXPERT_OPERATOR': options.operator,
+        'UPCYCLE_SEED': options.seed,
+        'DENSE_STEP': options.step,
+        'OPTIMIZER_STATE': 'fresh' if options.optimizer_state == 'none' else options.optimizer_state,
+    }
+    from upcycle import jobs
+
+    path = jobs.convert(
+        options.gin_file,
+        {**bindings, **{name: value for name, value in named.items() if value is not None}},
+        options.target,
+        options.format,
+        dtype=options.dtype,
+        optimizer_state=options.optimizer_state != 'none',
+        verify=options.verify,
+    )
+    print(f'wrote {path}')
+
+
+def _check_formats(*formats: str | None) -> None:
+    for name in formats:
+        if name is not None and name not in FORMATS:
+            raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
+
+
 def _import(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     _transfer(options, 'upcycle', options.format)
 
@@ -245,9 +293,8 @@ def _export(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 
 def _transfer(options: argparse.Namespace, format: str, source_format: str | None) -> None:
-    for name in (source_format, format):
-        if name is not None and name not in FORMATS:
-            raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
+    _check_formats(source_format, format)
+    _on_the_host()
     from upcycle import transfer
 
     path = transfer.transfer(
@@ -263,6 +310,7 @@ def _transfer(options: argparse.Namespace, format: str, source_format: str | Non
 
 
 def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
+    _on_the_host()
     from upcycle.inspection import inspect
 
     return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)

@@ -159,6 +159,29 @@ def _metrics_table(result: Mapping[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+def convert(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    target: str,
+    format: str,
+    *,
+    dtype: str | None = None,
+    optimizer_state: bool = True,
+    verify: bool = False,
+) -> str:
+    """`upcycle convert`: the checkpoint that a run would start from, made on the host and streamed to disk."""
+    from upcycle import convert as offline
+
+    files = list(gin_files)
+    # The surgery is that of a run, and a model and its MoE layers need no other part of one.
+    if not any(os.path.basename(os.path.dirname(file)) == 'runs' for file in files):
+        files.append('runs/convert.gin')
+    run = configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', **bindings})
+    if run.initial_checkpoint_path is None:
+        raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
+    return offline.convert(run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify)
+
+
 def compile_(
     gin_files: Sequence[str],
     bindings: Mapping[str, str],

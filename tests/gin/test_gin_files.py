@@ -31,7 +31,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}.gin' for task in images}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
-    covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch')}
+    covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
     covered |= {f'surgery/{name}.gin' for name in EXPERT_OPERATORS}
     # Stepped in tests of their own.

@@ -347,13 +347,14 @@ class NpzWriter:
         except OSError as error:
             raise writing.WriteError(f'{name} cannot be written to {self._staging} ({error}).') from error
 
-    def finish(self, metadata: Mapping[str, Any]) -> None:
+    def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
         """See `writing.Writer`."""
         self._archive.writestr(METADATA, json.dumps(dict(metadata)))
         self._archive.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
+        check(NpzReader(self._staging))
         writing.refuse_existing(self._final)
         self._staging.rename(self._final)
 

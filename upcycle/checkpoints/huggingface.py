@@ -411,7 +411,7 @@ class HuggingFaceWriter:
         except OSError as error:
             raise writing.WriteError(f'{name} cannot be written to {self._folder} ({error}).') from error
 
-    def finish(self, metadata: Mapping[str, Any]) -> None:
+    def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
         """See `writing.Writer`."""
         notes = {'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)})
         for file, (entries, _) in self._files.items():
@@ -429,6 +429,7 @@ class HuggingFaceWriter:
         config = _their_config(self._family, self._config, metadata)
         (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self.close()
+        check(HuggingFaceReader(self._folder))
         writing.refuse_existing(self._final)
         self._folder.rename(self._final)
 

@@ -82,6 +82,10 @@ class NativeLayout:
             (writer.folder / item / 'metadata').write_text(json.dumps(content))
         arrays.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
 
+    def reader(self, folder: epath.Path) -> NativeReader:
+        """See `writing.Layout`."""
+        return NativeReader(folder)
+
 
 class CheckpointManager:
     """Saves and restores the steps of one run. One writer a run: opening it removes what an interrupted save left.

@@ -303,6 +303,10 @@ class LegacyLayout(_T5XLayout):
         index = flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
         (writer.folder / 'checkpoint').write_bytes(index)
 
+    def reader(self, folder: epath.Path) -> LegacyReader:
+        """See `writing.Layout`."""
+        return LegacyReader(folder)
+
 
 class OrbaxLayout(_T5XLayout):
     """What T5X writes by default today."""
@@ -324,6 +328,10 @@ class OrbaxLayout(_T5XLayout):
         (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes))
         (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
         arrays.mark_finished(writer.folder, (self.state,))
+
+    def reader(self, folder: epath.Path) -> OrbaxReader:
+        """See `writing.Layout`."""
+        return OrbaxReader(folder)
 
 
 def _keys(name: str) -> tuple[str, ...]:

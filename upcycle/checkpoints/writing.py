@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -28,6 +28,7 @@ from upcycle.errors import UserError
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 Region = arrays.Region
+Check = Callable[[arrays.ArrayReader], None]
 WHOLE: arrays.Region = ()
 
 EXPERT = 'expert'  # the segment below which a leaf has experts in front
@@ -84,8 +85,8 @@ class Writer(Protocol):
         """Begins to write one part; waits while too much is on its way."""
         ...
 
-    def finish(self, metadata: Mapping[str, Any]) -> None:
-        """Waits for everything and gives the checkpoint its name."""
+    def finish(self, metadata: Mapping[str, Any], check: Check = lambda reader: None) -> None:
+        """Waits for everything, lets `check` read it back and object, and gives the checkpoint its name."""
         ...
 
     def close(self) -> None:
@@ -127,6 +128,10 @@ class Layout(Protocol):
 
     def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
         """Writes what stands beside the arrays."""
+        ...
+
+    def reader(self, folder: epath.Path) -> arrays.ArrayReader:
+        """Reads a committed folder, whatever its name."""
         ...
 
 
@@ -198,13 +203,14 @@ class FolderWriter:
         spec = self._spec(keys, leaf, list(value.shape))
         return ts.open(spec, create=True, open=True, context=self._context).result().write(value)
 
-    def finish(self, metadata: Mapping[str, Any]) -> None:
+    def finish(self, metadata: Mapping[str, Any], check: Check = lambda reader: None) -> None:
         """See `Writer`."""
         self._settle()
         missing = [name for name in self.todo() if name not in self.inline]
         if missing:
             raise ValueError(f'not written: {missing[:3]}')
         self._layout.commit(self, metadata)
+        check(self._layout.reader(self.folder))
         self.close()
         if self._journal is not None:
             (self.folder / JOURNAL).unlink()

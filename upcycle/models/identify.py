@@ -36,8 +36,17 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in FACTS if name in config}
 
 
-def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> tuple[Model, BatchSpec]:
-    """The dense model that a checkpoint holds, or was upcycled from, and the smallest batch that it takes.
+def smallest_batch(model: Model) -> BatchSpec:
+    """A batch that a model takes, to see the shapes of its parameters."""
+    if model.family == 'vit':
+        config = model.config
+        return {'image': ((1, config.image_size, config.image_size, config.image_channels), 'float32')}
+    features = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens')
+    return dict.fromkeys(features, ((1, 1), 'int32'))
+
+
+def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> Model:
+    """The dense model that a checkpoint holds, or was upcycled from.
 
     Args:
       path: of the checkpoint, for messages.
@@ -68,8 +77,8 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
     Raises:
       UserError: leaves are missing, of another shape, or belong to nothing; all are listed.
     """
-    model, spec = dense_model(path, leaves, facts)
-    expected = _shapes(model, tuple(spec.items()))
+    model = dense_model(path, leaves, facts)
+    expected = _shapes(model)
     sparse = moe_layers(leaves)
     inside = tuple(f'{layer}/' for layer in sparse)
     expected = {name: shape for name, shape in expected.items() if not name.startswith(inside)}
@@ -94,9 +103,10 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(model: Model, spec: tuple[Any, ...]) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters by their names in a checkpoint."""
-    params = partitioning.unbox(jax.eval_shape(lambda key: model.init(key, dict(spec)), jax.random.key(0)))
+    spec = smallest_batch(model)
+    params = partitioning.unbox(jax.eval_shape(lambda key: model.init(key, spec), jax.random.key(0)))
     return {'params/' + name: tuple(leaf.shape) for name, leaf in _flat(params).items()}
 
 
@@ -105,7 +115,7 @@ def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
 
 
-def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> tuple[Model, BatchSpec]:
+def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
     from upcycle.models.encoder_decoder import EncoderDecoderModel
     from upcycle.models.t5 import T5Config
 
@@ -126,11 +136,10 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> tupl
         'dtype': 'float32',
     }
     told = {name: facts[name] for name in ('mlp_activations',) if name in facts}
-    features = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens')
-    return EncoderDecoderModel(T5Config(**config | told)), dict.fromkeys(features, ((1, 1), 'int32'))
+    return EncoderDecoderModel(T5Config(**config | told))
 
 
-def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> tuple[Model, BatchSpec]:
+def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
     from upcycle.models.image_classifier import ImageClassifier
     from upcycle.models.vit import ViTConfig
 
@@ -155,8 +164,7 @@ def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> tup
         'dtype': 'float32',
     }
     told = {name: facts[name] for name in ('gelu', 'norm_epsilon') if name in facts}
-    spec = {'image': ((1, grid * patch, grid * patch, channels), 'float32')}
-    return ImageClassifier(ViTConfig(**config | told)), spec
+    return ImageClassifier(ViTConfig(**config | told))
 
 
 def _mlp_width(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:

@@ -1,11 +1,14 @@
 """The receipt of a surgery: what was made from what, and whether the function survived, as JSON beside the checkpoint."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 import upcycle
 from upcycle.models import Model, Params
@@ -102,7 +105,7 @@ def check_function(
     @jax.jit
     def layers(dense_params, sparse_params, batch):
         io = model.mlp_activations(dense_params, batch, tuple(model.moe_layers()))
-        return {path: _compare(model, path, sparse_params, *io[path]) for path in io}
+        return {path: _compare(model.moe_module(path), _below(sparse_params, path), *io[path]) for path in io}
 
     @jax.jit
     def losses(dense_params, sparse_params, batch):
@@ -124,13 +127,54 @@ def check_function(
     }
 
 
-def _compare(model: Model, path: str, sparse_params: Params, x_BxLxD, y_BxLxD, real_BxL) -> tuple[jax.Array, ...]:
-    params = sparse_params
+def check_layer(
+    model: Model, path: str, dense: Mapping[str, jax.Array], sparse: Mapping[str, jax.Array], num_tokens: int
+) -> LayerCheck:
+    """One MoE layer on its own, on seeded normal activations in float32.
+
+    Args:
+      model: the sparse model.
+      path: of the layer.
+      dense: leaves of the dense MLP by their names within it: 'wi_0/kernel'.
+      sparse: leaves of the layer by theirs: 'expert/wi_0/kernel', 'router/router_weights/w/kernel'.
+      num_tokens: of the activations, all in one group.
+    """
+    layers = model.moe_layers()
+    # Layers of one kind share a program.
+    alike = next(other for other in layers if layers[other] == layers[path])
+    width = next(leaf.shape[0] for name, leaf in sparse.items() if name.startswith('router/') and leaf.ndim == 2)
+    mlp_dim = next(size for leaf in dense.values() if leaf.ndim == 2 for size in _without(leaf.shape, width))
+    sizes = (num_tokens, width, mlp_dim)
+    values = _check_layer(model, alike, sizes, unflatten_dict(dense, sep='/'), unflatten_dict(sparse, sep='/'))
+    return LayerCheck(*(float(value) for value in values))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _check_layer(model: Model, path: str, sizes: tuple[int, int, int], dense: Params, sparse: Params):
+    num_tokens, width, mlp_dim = sizes
+    exact = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype='float32'))
+    layer = exact.moe_module(path)
+    layer = layer.clone(config=dataclasses.replace(layer.config, group_size=num_tokens, groups_multiple_of=1))
+    mlp = layer.expert(**{**layer.expert_arguments, 'mlp_dim': mlp_dim})
+    dense = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dense)
+    x_BxLxD = jax.random.normal(jax.random.key(0), (1, num_tokens, width), jnp.float32)
+    y_BxLxD = mlp.apply({'params': dense}, x_BxLxD, False)
+    return _compare(layer, sparse, x_BxLxD, y_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool))
+
+
+def _without(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """A matrix's other axis."""
+    return shape[1:] if shape[0] == size else shape[:1]
+
+
+def _below(params: Params, path: str) -> Params:
     for segment in path.split('/'):
         params = params[segment]
-    moe_BxLxD, written = model.moe_module(path).apply(
-        {'params': params}, x_BxLxD, real_BxL, training=False, mutable=['intermediates']
-    )
+    return params
+
+
+def _compare(layer: nn.Module, params: Params, x_BxLxD, y_BxLxD, real_BxL) -> tuple[jax.Array, ...]:
+    moe_BxLxD, written = layer.apply({'params': params}, x_BxLxD, real_BxL, training=False, mutable=['intermediates'])
     (routing,) = written['intermediates']['routing']
     S = real_BxL.size // routing[0].shape[0]
     covered_BxL = covered_tokens(routing, S).reshape(real_BxL.shape) & real_BxL

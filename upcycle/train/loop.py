@@ -20,6 +20,7 @@ from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress
 from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import state as states
+from upcycle.train.carried import require_match
 from upcycle.train.run import Run
 from upcycle.train.step import TrainState, train_step
 
@@ -157,6 +158,8 @@ class _Trainer:
         self.ledger = Ledger(**metadata['cost'])
         self.window = Window(metadata['window'])
         self.receipt = metadata.get('receipt')
+        if self.receipt is not None:
+            require_match(f'{self.run.model_dir}/checkpoints/{step}', self.receipt, self.layout.flat())
         return TrainState(**tree)
 
     def _loop(self, state: TrainState, manager: CheckpointManager, log: MetricsLog | None) -> TrainState:

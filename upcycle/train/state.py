@@ -15,9 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.errors import UserError
+from upcycle.models import BatchSpec, Model, identify
 from upcycle.surgery.execute import execute, print_progress, sha256_of, without_leading_axis
 from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
 from upcycle.surgery.receipt import check_function, receipt
+from upcycle.train.carried import Carried, source_of
 from upcycle.train.run import Run
 from upcycle.train.step import TrainState
 
@@ -46,9 +48,10 @@ class Layout:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
 
-def layout(run: Run, mesh: Mesh) -> Layout:
-    """The layout of a run's state on a mesh."""
-    boxed = jax.eval_shape(lambda key: run.model.init(key, run.train_data.batch_spec()), jax.random.key(0))
+def layout(run: Run, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
+    """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
+    spec = run.train_data.batch_spec() if batch_spec is None else batch_spec
+    boxed = jax.eval_shape(lambda key: run.model.init(key, spec), jax.random.key(0))
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)
     specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
@@ -89,8 +92,8 @@ def from_scratch(run: Run, where: Layout) -> TrainState:
     return jax.jit(init, out_shardings=where.shardings)(jax.random.key(run.seed))
 
 
-def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
-    """The surgery that a run asks for, from the checkpoint's metadata alone."""
+def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
+    """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
     leaves = dict(reader.leaves())
     if 'step' not in leaves:
         if run.dense_step is None:
@@ -99,12 +102,29 @@ def make_plan(run: Run, where: Layout, reader: Reader) -> Plan:
                 'learning-rate schedule needs.'
             )
         leaves['step'] = jax.ShapeDtypeStruct((), jnp.int32)
-    wanted = where.flat()
+    check_facts(run.model, reader)
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
             'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
         )
-    return plan(leaves, wanted, run.surgery, where.logical_axes, head=run.model.head)
+    return plan(
+        leaves, where.flat() if wanted is None else wanted, run.surgery, where.logical_axes, head=run.model.head
+    )
+
+
+def check_facts(model: Model, reader: Reader) -> None:
+    """Raises UserError where a checkpoint was made by another function than the model's, of which the shapes say nothing."""
+    family = reader.metadata.get('family', model.family)
+    if family != model.family:
+        raise UserError(
+            f'{reader.path} holds a model of the family {family}, and the gin files describe a {model.family}.'
+        )
+    for name, value in identify.facts_of(reader.metadata).items():
+        ours = getattr(model.config, name, value)
+        if (tuple(value) if isinstance(value, list) else value) != ours:
+            raise UserError(
+                f'{reader.path} was made with {name} = {value!r}, and the model has {ours!r}: set it in the gin files.'
+            )
 
 
 def check_start(run: Run, step: int) -> None:
@@ -132,6 +152,7 @@ def from_checkpoint(
     """
     reader = open_checkpoint(run.initial_checkpoint_path)
     what = make_plan(run, where, reader)
+    carried = Carried.of(reader)
     upcycles = run.surgery.operator is not None
     # Where a dense MLP lies, and where read, the MLP itself: a small part of the experts, kept for the function check.
     mlp_shardings = {
@@ -152,6 +173,8 @@ def from_checkpoint(
         # On many hosts no process sees a whole leaf.
         if upcycles and jax.process_count() == 1:
             hashes[name] = sha256_of(name, leaf)
+        if carried is not None and jax.process_count() == 1:
+            carried.compare(name, leaf)
         if name in mlp_shardings:
             dense_mlps[name] = jax.device_put(leaf, mlp_shardings[name])
 
@@ -166,10 +189,14 @@ def from_checkpoint(
     )
     state = TrainState(**unflatten_dict(flat, sep='/'))
     if not upcycles:
-        return state, None, reader
+        return (
+            state,
+            None if carried is None else carried.complete(run.model, state.params, batch, where.abstract.step.sharding),
+            reader,
+        )
     paper = receipt(
         what,
-        source={'path': str(reader.path), 'format': reader.format, 'step': int(state.step)},
+        source=source_of(reader, int(state.step)),
         hashes=hashes or _metadata_hashes(reader),
     )
     whole = where.abstract.step.sharding

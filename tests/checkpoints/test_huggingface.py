@@ -1,0 +1,161 @@
+"""Hugging Face folders written by hand: read lazily whatever the number of files, and every damage named."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.checkpoints import trees
+from upcycle.checkpoints import huggingface, open_checkpoint
+from upcycle.errors import UserError
+
+
+def header_of(file):
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], 'little')
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def save(file, header, data):
+    encoded = json.dumps(header).encode() if isinstance(header, dict) else header
+    file.write_bytes(len(encoded).to_bytes(8, 'little') + encoded + data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    trees.write(tmp_path / 'model', 'huggingface', trees.t5(False, state=False))
+    return tmp_path / 'model'
+
+
+def test_shards(tmp_path):
+    tree = trees.t5(False, state=False)
+    leaves = open_checkpoint(trees.write(tmp_path / 'x', 'upcycle', tree)).leaves()
+    writer = huggingface.HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, shard_bytes=20_000)
+    for name in writer.todo():
+        writer.write(name, (), tree[name])
+    writer.finish({})
+    assert len(list((tmp_path / 'y').glob('model-*-of-*.safetensors'))) > 2
+    trees.assert_same(open_checkpoint(tmp_path / 'y'), tree)
+    trees.assert_same(open_checkpoint(tmp_path / 'y' / 'model.safetensors.index.json'), tree)
+
+
+def test_the_library_reads_what_we_write(folder):
+    numpy = pytest.importorskip('safetensors.numpy')
+    theirs = numpy.load_file(folder / 'model.safetensors')
+    tree = trees.t5(False, state=False)
+    np.testing.assert_array_equal(theirs['lm_head.weight'].T, tree['params/decoder/logits_dense/kernel'])
+    assert len(theirs) == len(tree) - 1
+
+
+def test_opening_reads_the_header_and_a_region_its_rows(folder, monkeypatch):
+    asked = []
+    read = huggingface._Tensor.read
+    monkeypatch.setattr(
+        huggingface._Tensor, 'read', lambda self, region: asked.append(self.shape) or read(self, region)
+    )
+    reader = open_checkpoint(folder)
+    assert len(reader.leaves()) > 50 and asked == []
+    name = 'params/token_embedder/embedding'
+    whole = reader.read(name)
+    np.testing.assert_array_equal(reader.read(name, region=(slice(3, 9), slice(0, 2))), whole[3:9, :2])
+    assert asked == [(40, 16), (40, 16)]
+
+
+def test_what_is_shared_may_be_repeated_if_it_is_the_same(folder):
+    header, data = header_of(folder / 'model.safetensors')
+    shared = header['shared.weight']
+    begin, end = shared['data_offsets']
+    copy = {**shared, 'data_offsets': [len(data), len(data) + end - begin]}
+    header['encoder.embed_tokens.weight'] = copy
+    save(folder / 'model.safetensors', header, data + data[begin:end])
+    trees.assert_same(open_checkpoint(folder), trees.t5(False, state=False))
+    save(folder / 'model.safetensors', header, data + data[begin:end][::-1])
+    with pytest.raises(UserError, match='shared.weight and encoder.embed_tokens.weight of .* differ'):
+        open_checkpoint(folder)
+
+
+def change_header(**changes):
+    def change(folder):
+        header, data = header_of(folder / 'model.safetensors')
+        for name, value in changes.items():
+            name = name.replace('__', '.')
+            if value is None:
+                del header[name]
+            else:
+                header[name] |= value
+        save(folder / 'model.safetensors', header, data)
+
+    return change
+
+
+def change_config(**changes):
+    def change(folder):
+        config = json.loads((folder / 'config.json').read_text()) | changes
+        (folder / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+def write_index(weight_map, file='model-00001-of-00001.safetensors'):
+    def change(folder):
+        names = [name for name in header_of(folder / 'model.safetensors')[0] if name != '__metadata__']
+        (folder / 'model.safetensors').rename(folder / 'model-00001-of-00001.safetensors')
+        (folder / 'model.safetensors.index.json').write_text(
+            json.dumps({'weight_map': dict.fromkeys(names, file) | weight_map})
+        )
+
+    return change
+
+
+def cut(folder):
+    file = folder / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def twice(folder):
+    header, data = header_of(folder / 'model.safetensors')
+    encoded = json.dumps(header)[:-1] + ', "shared.weight": ' + json.dumps(header['shared.weight']) + '}'
+    save(folder / 'model.safetensors', encoded.encode(), data)
+
+
+DAMAGE = {
+    'offsets out of range': (change_header(shared__weight={'data_offsets': [0, 10**12]}), 'shared.weight of .* bytes'),
+    'offsets that overlap': (change_header(shared__weight={'data_offsets': [0, 2560]}), 'begins at byte'),
+    'negative offsets': (change_header(shared__weight={'data_offsets': [-2560, 0]}), 'shared.weight of'),
+    'shape': (change_header(shared__weight={'shape': [40, 17]}), r'shared.weight of .* should be float32\[40, 17\]'),
+    'negative shape': (change_header(shared__weight={'shape': [-40, -16]}), 'shared.weight of'),
+    'type': (change_header(shared__weight={'dtype': 'F8_E4M3'}), 'shared.weight of .* type F8_E4M3'),
+    'a leaf is gone': (change_header(shared__weight=None), 'belong to no array|follows from the others'),
+    'cut': (cut, 'ends at byte .* copy it again'),
+    'twice': (twice, 'shared.weight is there twice'),
+    'header too long': (lambda f: (f / 'model.safetensors').write_bytes(b'\xff' * 40), 'its header would be'),
+    'no header': (lambda f: save(f / 'model.safetensors', b'[1]', b''), 'is not a safetensors file'),
+    'empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'is not a safetensors file'),
+    'index names a missing file': (
+        write_index({'shared.weight': 'model-00002.safetensors'}),
+        'model-00002.* is not there',
+    ),
+    'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'do not lie beside it'),
+    'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'looks for extra'),
+    'no configuration': (lambda f: (f / 'config.json').unlink(), 'config.json is missing'),
+    'another model': (change_config(model_type='bert'), 'type bert: only T5 and ViT'),
+    'another activation': (change_config(feed_forward_proj='gated-tanh'), 'gated-tanh'),
+    'another norm': (change_config(layer_norm_epsilon=1e-5), 'layer_norm_epsilon is 1e-05'),
+    'fewer layers': (change_config(num_layers=1), 'no counterpart in our models: encoder.block.1'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damage_is_one_sentence(folder, damage):
+    change, message = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        open_checkpoint(folder).leaves()
+    assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x04cos\nsystem\n')
+    with pytest.raises(UserError, match='pytorch_model.bin, a pickle, which is never opened'):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,243 @@
+"""`upcycle import` and `upcycle export`: what is refused, what a cut leaves behind, and how it goes on."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import trees
+from tests.test_cli import call
+from upcycle.checkpoints import open_checkpoint, writing
+from upcycle.errors import UserError
+from upcycle.transfer import transfer
+
+
+def transfer_by_command(tmp_path, capsys, source, *more, name='import'):
+    return call([name, '--from', str(source), '--to', str(tmp_path / 'out'), *more], capsys)
+
+
+def test_import_and_export_by_command(tmp_path, capsys):
+    tree = trees.t5(True, state=True)
+    source = trees.write(tmp_path / 't5x', 't5x_orbax', tree)
+    code, out, error = transfer_by_command(tmp_path, capsys, source, '--format=t5x_orbax')
+    assert code == 0 and out == f'wrote {tmp_path}/out/checkpoints/100\n'
+    assert 'leaves' in error and 'MB/s' in error
+    back = ['export', f'--from={tmp_path}/out', f'--to={tmp_path}/back', '--format=t5x_legacy', '--dtype=bfloat16']
+    code, out, _ = call([*back, '--optimizer_state=none'], capsys)
+    assert code == 0 and 'wrote' in out
+    reader = open_checkpoint(tmp_path / 'back')
+    assert reader.format == 't5x_legacy' and not [name for name in reader.leaves() if 'opt_state' in name]
+    dtypes = {name.split('/')[-2]: leaf.dtype.name for name, leaf in reader.leaves().items() if '/mlp/' in name}
+    assert dtypes == {'wi_0': 'bfloat16', 'wi_1': 'bfloat16', 'wo': 'bfloat16', 'w': 'float32'}
+    assert reader.metadata['source'] == {'path': f'{tmp_path}/out/checkpoints/100', 'format': 'upcycle', 'step': 100}
+
+
+# What is wrong with the tree, options, words of the message.
+REFUSED = {
+    'another format': ({}, ['--format=vit_npz'], ['upcycle, not vit_npz']),
+    'no such format': ({}, ['--format=zip'], ['--format=zip is not one of']),
+    'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 is not one of']),
+    'another step': ({}, ['--step=7'], ['stands at step 100', '--step=7']),
+    'nan': (
+        {'params/decoder/decoder_norm/scale': np.full(16, np.nan, 'f')},
+        [],
+        ['decoder_norm/scale', '16 numbers', 'NaN'],
+    ),
+    'infinite moments': (
+        {'opt_state/param_states/decoder/decoder_norm/scale/v': np.full(16, np.inf, 'f')},
+        [],
+        ['decoder_norm/scale/v', 'infinite'],
+    ),
+    'a leaf of another shape': (
+        {'params/encoder/layers_1/attention/out/kernel': np.ones((16, 12), 'f')},
+        [],
+        ['not a whole t5', 'attention/out/kernel is (16, 12)', '(12, 16)'],
+    ),
+    'a leaf too many': (
+        {'params/encoder/adapter/kernel': np.ones(3, 'f')},
+        [],
+        ['encoder/adapter/kernel', 'belongs to nothing'],
+    ),
+    'a leaf missing': (
+        {'params/encoder/layers_0/mlp/wo/kernel': None},
+        [],
+        ['layers_0/mlp/wo/kernel (24, 16) is missing'],
+    ),
+    'a wrong type': ({'params/encoder/encoder_norm/scale': np.ones(16)}, [], ['encoder_norm/scale is float64']),
+    'state of another shape': (
+        {'opt_state/param_states/token_embedder/embedding/v_row': np.ones(7, 'f')},
+        [],
+        ['embedding/v_row is (7,)'],
+    ),
+    'state of nothing': ({'opt_state/param_states/x/v': np.ones(7, 'f')}, [], ['x/v is the state of no parameter']),
+    'experts and router': (
+        {'params/encoder/layers_1/mlp/router/router_weights/w/kernel': np.ones((16, 5), 'f')},
+        [],
+        ['does not route to 4 experts'],
+    ),
+    'no model at all': ({'params/token_embedder/embedding': None}, [], ['neither a T5', 'nor a ViT']),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refused_with_nothing_left_behind(case, tmp_path, capsys):
+    changes, options, words = REFUSED[case]
+    tree = {name: value for name, value in (trees.t5(True, state=True) | changes).items() if value is not None}
+    source = trees.write(tmp_path / 'in', 'upcycle', tree)
+    code, out, error = transfer_by_command(tmp_path, capsys, source, *options)
+    assert (code, out) == (2, '')
+    assert error.rpartition('upcycle: ')[2] and 'Traceback' not in error
+    for word in words:
+        assert word in error, error
+    assert os.listdir(tmp_path) == ['in']
+
+
+def test_two_clocks_do_not_fit_into_t5x(tmp_path):
+    tree = trees.t5(False, state=True) | {'opt_state/count': np.int32(3)}
+    source = trees.write(tmp_path / 'in', 'upcycle', tree)
+    with pytest.raises(UserError, match='opt_state/count of .* is 3 and the step is 100'):
+        transfer(source, tmp_path / 'out', 't5x_legacy')
+    assert os.listdir(tmp_path) == ['in']
+
+
+@pytest.mark.parametrize('format', ['t5x_legacy', 't5x_orbax'])
+def test_a_state_that_is_not_adafactors(format, tmp_path):
+    tree = trees.t5(False, state=False)
+    sgd = {f'opt_state/param_states/{name[7:]}/m': value for name, value in tree.items() if name.startswith('params/')}
+    source = trees.write(tmp_path / 'in', 'upcycle', tree | sgd)
+    with pytest.raises(UserError, match="holds m, which is not Adafactor's state"):
+        transfer(source, tmp_path / 'out', format)
+
+
+def test_no_step_is_asked_for_where_it_is_needed(tmp_path):
+    tree = trees.t5(False, state=False)
+    del tree['step']
+    source = trees.write(tmp_path / 'in', 'huggingface', tree)
+    with pytest.raises(UserError, match='t5x_legacy needs the step .* --step'):
+        transfer(source, tmp_path / 'out', 't5x_legacy')
+    assert open_checkpoint(transfer(source, tmp_path / 'out', 't5x_legacy', step=7)).step == 7
+    ours = open_checkpoint(transfer(source, tmp_path / 'ours', 'upcycle'))
+    assert ours.step is None and 'step' not in ours.leaves()
+
+
+def test_what_is_there_stays(tmp_path):
+    source = trees.write(tmp_path / 'in', 'upcycle', trees.vit(False, state=False))
+    for format, place in (
+        ('upcycle', tmp_path / 'in'),
+        ('vit_npz', tmp_path / 'x.npz'),
+        ('huggingface', tmp_path / 'hf'),
+    ):
+        if format != 'upcycle':
+            transfer(source, place, format)
+        before = sorted(tmp_path.rglob('*'))
+        with pytest.raises(UserError, match='exists already'):
+            transfer(source, place, format)
+        assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    source = trees.write(tmp_path / 'in', 'upcycle', trees.vit(False, state=False))
+    usage = type('Usage', (), {'free': 1000})
+    monkeypatch.setattr(writing.shutil, 'disk_usage', lambda path: usage)
+    for format in ('upcycle', 'vit_npz', 'huggingface'):
+        with pytest.raises(UserError, match=r'0.00 GB free, and .* are needed'):
+            transfer(source, tmp_path / 'out' / 'x.npz', format)
+    assert os.listdir(tmp_path) == ['in']
+
+
+def interrupted(monkeypatch, after):
+    """Makes the writer fail as a full disk does, after some parts."""
+    write = writing.FolderWriter.write
+    seen = []
+
+    def fail(self, name, region, value):
+        seen.append(name)
+        if len(seen) > after:
+            raise writing.WriteError('no space left')
+        write(self, name, region, value)
+
+    monkeypatch.setattr(writing.FolderWriter, 'write', fail)
+    return write
+
+
+@pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 't5x_orbax'])
+def test_goes_on_where_it_was_cut_off(format, tmp_path, monkeypatch):
+    tree = trees.t5(True, state=True)
+    source = trees.write(tmp_path / 'in', 'upcycle', tree)
+    write = interrupted(monkeypatch, 40)
+    with pytest.raises(UserError, match='no space left'):
+        transfer(source, tmp_path / 'out', format)
+    with pytest.raises(UserError, match='interrupted'):
+        open_checkpoint(tmp_path / 'out')
+    asked = []
+    monkeypatch.setattr(
+        writing.FolderWriter, 'write', lambda self, name, *rest: asked.append(name) or write(self, name, *rest)
+    )
+    with pytest.raises(UserError, match='is the beginning of another write .*leaves is'):
+        transfer(source, tmp_path / 'out', format, dtype='bfloat16')
+    path = transfer(source, tmp_path / 'out', format)
+    folder = pathlib.Path(path)
+    # Small arrays that lie in T5X's index are no parts.
+    kept = [name for name in tree if name != 'rng' or format == 'upcycle']
+    assert len(asked) < len(kept) - (20 if format == 't5x_legacy' else 38)
+    trees.assert_same(
+        open_checkpoint(path),
+        {name: value for name, value in tree.items() if name in kept},
+    )
+    assert not (folder / writing.JOURNAL).exists() and len(list(folder.parent.iterdir())) == 1
+
+
+def test_killed_leaves_nothing_that_looks_finished(tmp_path):
+    rng = np.random.default_rng(0)
+    tree = trees.t5(False, state=False)
+    big = {'params/token_embedder/embedding': rng.normal(size=(60_000, 16)).astype('f')}
+    big['params/decoder/logits_dense/kernel'] = rng.normal(size=(16, 60_000)).astype('f')
+    source = trees.write(tmp_path / 'in', 'upcycle', tree | big)
+    command = ['import', f'--from={source}', f'--to={tmp_path}/out']
+    code = f"""
+import os, signal
+from upcycle import cli
+from upcycle.checkpoints import writing
+finish = writing.FolderWriter.finish
+def die(self, *arguments):
+    self._settle()
+    os.kill(os.getpid(), signal.SIGKILL)
+writing.FolderWriter.finish = die
+cli.main({command!r})
+"""
+    killed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(UserError, match='only saves that were interrupted'):
+        open_checkpoint(tmp_path / 'out')
+    path = transfer(source, tmp_path / 'out', 'upcycle')
+    trees.assert_same(open_checkpoint(path), tree | big)
+
+
+def test_the_journal_waits_for_the_disk(tmp_path, monkeypatch):
+    """A part is noted only once it is safe from a crash of the machine."""
+    monkeypatch.setattr(writing, '_SECONDS_BETWEEN_SYNCS', 0.0)
+    synced = []
+    monkeypatch.setattr(writing.os, 'sync', lambda: time.sleep(0.01) or synced.append(len(written)))
+    written = []
+    settle = writing.FolderWriter._settle_one
+    monkeypatch.setattr(writing.FolderWriter, '_settle_one', lambda self: written.append(1) or settle(self))
+    noted = []
+    close = writing.FolderWriter.close
+
+    def look(self):
+        close(self)
+        if not noted:
+            noted.extend((self.folder / writing.JOURNAL).read_text().splitlines()[1:])
+
+    monkeypatch.setattr(writing.FolderWriter, 'close', look)
+    tree = trees.t5(False, state=False)
+    path = trees.write(tmp_path / 'x', 'upcycle', tree)
+    assert sorted(json.loads(line)[0] for line in noted) == sorted(tree)
+    assert synced and max(synced) == len(tree)
+    trees.assert_same(open_checkpoint(path), tree)
