@@ -62,6 +62,10 @@ def convert(
         nothing behind.
     """
     check_dtype(dtype)
+    if run.surgery is None or run.surgery.operator is None:
+        raise UserError(
+            "EXPERT_OPERATOR is None: name how the experts are made, such as 'copy'; `upcycle import` only copies."
+        )
     reader = open_checkpoint(run.initial_checkpoint_path)
     identify.check(reader.path, reader.leaves(), identify.facts_of(reader.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])

@@ -188,18 +188,10 @@ def from_checkpoint(
         progress=print_progress('upcycling' if upcycles else 'loading'),
     )
     state = TrainState(**unflatten_dict(flat, sep='/'))
-    if not upcycles:
-        return (
-            state,
-            None if carried is None else carried.complete(run.model, state.params, batch, where.abstract.step.sharding),
-            reader,
-        )
-    paper = receipt(
-        what,
-        source=source_of(reader, int(state.step)),
-        hashes=hashes or _metadata_hashes(reader),
-    )
     whole = where.abstract.step.sharding
+    if not upcycles:
+        return state, None if carried is None else carried.complete(run.model, state.params, batch, whole), reader
+    paper = receipt(what, source=source_of(reader, int(state.step)), hashes=hashes or _metadata_hashes(reader))
     same = (Action.KEEP, Action.RESIZE)
     kept = {row.sources[0]: flat[row.target] for row in what.rows if row.action in same} | dense_mlps
     dense_params = unflatten_dict(
