@@ -43,6 +43,7 @@ setuptools.setup(
         'tensorstore>=0.1.70',
         'etils>=1.9',
         'msgpack>=1.0',
+        'ml_dtypes>=0.4',
         'matplotlib>=3.9',
         'rich>=13',
         'pillow>=11',
@@ -59,6 +60,10 @@ setuptools.setup(
             'scikit-learn>=1.5',
             'ruff>=0.8,<0.16',
         ],
+        # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
+        't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
+        # Tests against the transformers library's own models; the CPU build of torch is enough.
+        'hf': ['torch', 'transformers>=4.50', 'safetensors'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         'tpu': ['jax[tpu]'],

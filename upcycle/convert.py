@@ -16,16 +16,18 @@ import numpy as np
 
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
+from upcycle.checkpoints.arrays import require_finite
 from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
 from upcycle.models import Model, identify
-from upcycle.surgery.execute import on_host, sha256_of
-from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
+from upcycle.surgery.execute import make_expert, make_router, sha256_of
+from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, Surgery, mlp_of, within_mlp
+from upcycle.surgery.positions import resize_positions
 from upcycle.surgery.receipt import check_layer, receipt
 from upcycle.train.carried import source_of
 from upcycle.train.run import Run
 from upcycle.train.state import layout, make_plan
-from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, require_finite, with_dtype
+from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
 
 # A larger MoE layer is not put together for the function check, which then waits for the first load.
 CHECKED_BYTES = 2 << 30
@@ -201,6 +203,45 @@ class _Conversion:
                 self._made_hashes[key] = _sha256(value)
             return self._made_hashes[key]
         return _sha256(value)
+
+
+def on_host(
+    spec: Surgery, rows: Sequence[Row], sources: Mapping[str, np.ndarray]
+) -> Iterator[tuple[Row, int | None, np.ndarray]]:
+    """Makes one group of a plan piece by piece, for who has no room for more: the same bytes as `execute`.
+
+    Args:
+      spec: the surgery.
+      rows: one of `Plan.groups`; none is NEW.
+      sources: the rows' sources, whole.
+
+    Yields:
+      A row, the index of an expert and that expert's leaf; or a row, None and the whole leaf.
+    """
+    row = rows[0]
+    if row.action is Action.TILE or (row.action is Action.EXPERTS and spec.operator.identical):
+        for row in rows:
+            leaf = np.asarray(sources[row.sources[0]]).astype(row.dtype, copy=False)
+            for index in range(row.shape[0]):
+                yield row, index, leaf
+    elif row.action is Action.EXPERTS:
+        here = {name: jax.numpy.asarray(leaf) for name, leaf in sources.items()}
+        for index in range(row.shape[0]):
+            made = make_expert(spec, rows, here, index)
+            for row in rows:
+                yield row, index, np.asarray(made[row.target])
+    elif row.action is Action.KEEP:
+        yield row, None, np.asarray(sources[row.sources[0]]).astype(row.dtype, copy=False)
+    elif row.action is Action.RESIZE:
+        resized = resize_positions(jax.numpy.asarray(sources[row.sources[0]]), num_patches=row.shape[1])
+        yield row, None, np.asarray(resized.astype(row.dtype))
+    elif row.action is Action.ZEROS:
+        yield row, None, np.zeros(row.shape, row.dtype)
+    elif row.action is Action.ROUTER:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        yield row, None, np.asarray(make_router(spec, row, here))
+    else:
+        raise ValueError(f'{row.target} is made by the trainer, not from a checkpoint')
 
 
 class _LayerCheck:

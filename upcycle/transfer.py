@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
+from upcycle.checkpoints.arrays import require_finite
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.errors import UserError
 from upcycle.models import identify
@@ -126,19 +127,6 @@ def write(writer: Writer, made: Iterable[Part], leaves: Leaves) -> None:
         writer.write(name, region, value)
         progress.add(name, value.nbytes)
     progress.end()
-
-
-def require_finite(path: str, name: str, value: np.ndarray) -> None:
-    """Raises UserError where weights hold NaN or infinity."""
-    if value.dtype.kind in 'iu':
-        return
-    finite = np.isfinite(value)
-    if not finite.all():
-        count = value.size - int(np.count_nonzero(finite))
-        raise UserError(
-            f'{name} of {path} holds {count} numbers that are NaN or infinite: the model was broken when it was saved, take an '
-            'earlier step.'
-        )
 
 
 def ahead(calls: Iterable[Callable[[], Any]], count: int = _READS_AHEAD) -> Iterator[Any]:

@@ -110,7 +110,7 @@ def test_one_chunk_is_one_expert(tmp_path):
     tree = {'params/mlp/expert/wo/kernel': rng.normal(size=(4, 300, 300)).astype('f'), 'step': np.int32(1)}
     for format in ('upcycle',):
         path = trees.write(tmp_path / format, format, tree)
-        chunks = [name for name in os.listdir(f'{path}/state/params.mlp.expert.wo.kernel') if name != '.zarray']
+        chunks = [name for name in os.listdir(f'{path}/state/params.mlp.expert.wo.kernel') if name != 'zarr.json']
         assert sorted(chunks) == [f'{e}.0.0' for e in range(4)]
         reader = open_checkpoint(path)
         os.remove(f'{path}/state/params.mlp.expert.wo.kernel/3.0.0')

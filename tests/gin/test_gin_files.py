@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -34,9 +35,24 @@ def test_no_gin_file_is_left_out():
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
     covered |= {f'surgery/{name}.gin' for name in EXPERT_OPERATORS}
+    covered |= {'t5x/continue_upcycled.gin'}  # for T5X
     # Stepped in tests of their own.
     covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'finetune', 'finetune_vit')}
     assert here == covered
+
+
+def test_what_t5x_goes_on_with_is_our_recipe():
+    """Its other macros are flaxformer's and T5X's; those that both have must be the same."""
+
+    def macros(file):
+        lines = (GIN / file).read_text().splitlines()
+        return dict(line.split(' = ', 1) for line in lines if re.match('[A-Z_]+ = ', line))
+
+    ours, theirs = macros('moe/t5.gin'), macros('t5x/continue_upcycled.gin')
+    both = {'NUM_EXPERTS', 'TRAIN_EXPERT_CAPACITY_FACTOR', 'EVAL_EXPERT_CAPACITY_FACTOR', 'GROUP_SIZE'}
+    both |= {'NUM_SELECTED_EXPERTS', 'AUX_LOSS_FACTOR'}
+    for name in both:
+        assert float(ours[name].split('#')[0]) == float(theirs[name].split('#')[0]), name
 
 
 @pytest.mark.parametrize('name', ['adamw', 'sgd'])

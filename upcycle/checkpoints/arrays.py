@@ -112,6 +112,19 @@ def is_finished(folder: epath.Path) -> bool:
     return '://' not in os.fspath(folder) or (folder / _COMMITTED).exists()
 
 
+def require_finite(path: str, name: str, value: np.ndarray) -> None:
+    """Raises UserError where weights hold NaN or infinity."""
+    if value.dtype.kind in 'iu':
+        return
+    finite = np.isfinite(value)
+    if not finite.all():
+        count = value.size - int(np.count_nonzero(finite))
+        raise UserError(
+            f'{name} of {path} holds {count} numbers that are NaN or infinite: the model was broken when it was saved, take an '
+            'earlier step.'
+        )
+
+
 def mark_finished(folder: epath.Path, items: tuple[str, ...]) -> None:
     """Leaves the files by which Orbax knows a finished step in an object store; on a disk they do no harm."""
     for path in (*(folder / item for item in items), folder):
@@ -127,11 +140,12 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
     return {'driver': _STORES[scheme], 'bucket': bucket, 'path': key + '/'}
 
 
-def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
+def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]], *, zarr3: bool) -> str:
     """The index of an Orbax pytree item of zarr arrays, each in a folder named by its keys with dots between.
 
     Args:
         keys: the path of dictionary keys to each leaf, and its shape.
+        zarr3: they are of version 3 of zarr, not 2.
     """
     entries = {
         str(path): {
@@ -140,7 +154,7 @@ def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]]) -> str:
         }
         for path, shape in keys.items()
     }
-    index = {'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': False}
+    index = {'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': zarr3}
     return json.dumps({**index, 'store_array_data_equal_to_fill_value': True, 'custom_metadata': None})
 
 
@@ -163,7 +177,8 @@ def orbax_arrays(item: epath.Path) -> dict[tuple[str, ...], Source]:
     store = kvstore(item)
     if (item / 'manifest.ocdbt').exists():
         store = {'driver': 'ocdbt', 'base': store, 'cache_pool': 'cache_pool#index'}
-    spec = {'driver': 'zarr3' if index.get('use_zarr3') else 'zarr'}
+    # The order is C in whatever Orbax writes; another one would be read as a transposed array.
+    spec = {'driver': 'zarr3'} if index.get('use_zarr3') else {'driver': 'zarr', 'metadata': {'order': 'C'}}
     # Where even zeros are stored, a missing chunk is a lost one; otherwise it may stand for zeros.
     spec['fill_missing_data_reads'] = not index.get('store_array_data_equal_to_fill_value', False)
     return {keys: {**spec, 'kvstore': _below(store, '.'.join(keys))} for keys in leaves}
@@ -300,6 +315,6 @@ def _shape_dtype(source: Source) -> jax.ShapeDtypeStruct | None:
     """A leaf's shape and dtype where its source tells them, else None."""
     if not isinstance(source, dict):
         return jax.ShapeDtypeStruct(source.shape, source.dtype)
-    if 'metadata' in source and 'transform' not in source:
+    if 'shape' in source.get('metadata', {}) and 'transform' not in source:
         return jax.ShapeDtypeStruct(tuple(source['metadata']['shape']), jax.numpy.dtype(source['dtype']))
     return None

@@ -13,6 +13,7 @@ moe_architecture.py.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ _FLAX_ARRAY_CODES = (1, 3)
 _ADAFACTOR_SLOTS = ('m', 'v', 'v_row', 'v_col')
 _PARAM_STATES = 'opt_state/param_states/'
 METADATA = 'upcycle.json'  # family, receipt, ...: ours, beside the index
+_INDEX_HASH = 'index_sha256'
 
 # Stacks of layers: `encoder/encoder/<p>`, or `encoder/encoder/subblock_1/<p>` where a block has a dense and a sparse layer.
 _STACKED = re.compile(r'(params)/(encoder|decoder)/(?:encoder|decoder)/(?:subblock_(\d+)/)?(.*)')
@@ -54,13 +56,17 @@ class _T5XReader(arrays.ArrayReader):
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
         """What we wrote beside it; {} in a checkpoint that T5X saved."""
+        self.leaves()
+        ours = {name: value for name, value in self._notes.items() if name != _INDEX_HASH}
+        return {**ours, 'not_read': self._left_out} if self._left_out else ours
+
+    @functools.cached_property
+    def _notes(self) -> dict[str, Any]:
         file = epath.Path(self.path) / METADATA
         try:
-            ours = json.loads(file.read_text()) if file.exists() else {}
-        except (ValueError, OSError) as error:
+            return dict(json.loads(file.read_text())) if file.exists() else {}
+        except (ValueError, TypeError, OSError) as error:
             raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
-        self.leaves()
-        return {**ours, 'not_read': self._left_out} if self._left_out else ours
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         every = super()._abstract()
@@ -134,6 +140,10 @@ class LegacyReader(_T5XReader):
 
     def __init__(self, path: epath.Path):
         super().__init__(path, _legacy_arrays(path))
+        # Arrays within the index have no checksum.
+        expected = self._notes.get(_INDEX_HASH)
+        if expected is not None and hashlib.sha256((path / 'checkpoint').read_bytes()).hexdigest() != expected:
+            raise UserError(f'{path / "checkpoint"} is damaged: it is not the file that was written. Copy it again.')
 
 
 def _names(keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,7 +199,8 @@ def _zarr(folder: epath.Path, spec: dict[str, Any]) -> arrays.Source:
         'driver': 'zarr',
         'kvstore': arrays.kvstore(folder / name),
         'dtype': jax.numpy.dtype(spec['dtype']).name,
-        'metadata': {'shape': [int(size) for size in spec['metadata']['shape']]},
+        # The order is C in whatever T5X writes; another one would be read as a transposed array.
+        'metadata': {'shape': [int(size) for size in spec['metadata']['shape']], 'order': 'C'},
         # T5X stores every chunk (its fill value is null), so that a missing one is a lost one.
         'fill_missing_data_reads': False,
     }
@@ -251,6 +262,11 @@ class _T5XLayout:
         renamed = dict(pair for row, column in _swapped_statistics(leaves) for pair in ((row, column), (column, row)))
         return {name: _keys(renamed.get(name, name)) for name in leaves if name not in left_out}, left_out
 
+    def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
+        """T5X reads version 2 of zarr, which has no checksums of its own: gzip's, without its compression."""
+        metadata = {'shape': list(leaf.shape), 'chunks': chunks, 'compressor': {'id': 'gzip', 'level': 0}}
+        return {'driver': 'zarr', 'metadata': metadata}
+
     def _placeholders(self, writer: writing.FolderWriter) -> dict[tuple[str, ...], np.ndarray]:
         """Slots that Adafactor does not use hold one zero in T5X."""
         states = {keys[:-1] for keys in writer.keys.values() if keys[:2] == ('state', 'param_states')}
@@ -288,19 +304,14 @@ class LegacyLayout(_T5XLayout):
                 put(keys, writer.inline[name])
                 continue
             # A path beside the index, so that the checkpoint can be moved.
-            put(
-                keys,
-                {
-                    'driver': 'zarr',
-                    'dtype': leaf.dtype.name,
-                    'kvstore': {'driver': 'file', 'path': '.'.join(keys) + '/'},
-                    'metadata': writing.zarr_metadata(leaf, writing.chunk_shape(name, leaf)),
-                },
-            )
+            store = {'driver': 'file', 'path': '.'.join(keys) + '/'}
+            array = self.zarr(leaf, writing.chunk_shape(name, leaf))
+            put(keys, {**array, 'dtype': leaf.dtype.name, 'kvstore': store})
         for keys, value in self._placeholders(writer).items():
             put(keys, value)
-        (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
         index = flax.serialization.msgpack_serialize({'version': 3, 'optimizer': tree})
+        notes = {**metadata, _INDEX_HASH: hashlib.sha256(index).hexdigest()}
+        (writer.folder / METADATA).write_text(json.dumps(notes))
         (writer.folder / 'checkpoint').write_bytes(index)
 
     def reader(self, folder: epath.Path) -> LegacyReader:
@@ -325,7 +336,7 @@ class OrbaxLayout(_T5XLayout):
             future.result()
         shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
         shapes |= {keys: value.shape for keys, value in placeholders.items()}
-        (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes))
+        (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes, zarr3=False))
         (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
         arrays.mark_finished(writer.folder, (self.state,))
 

@@ -104,7 +104,6 @@ class Layout(Protocol):
     Attributes:
         format: its name.
         state: folder of the arrays, below the step's.
-        separator: between the keys in an array's name.
     """
 
     format: str
@@ -124,6 +123,10 @@ class Layout(Protocol):
 
     def is_inline(self, keys: tuple[str, ...]) -> bool:
         """Whether the array lies in the index."""
+        ...
+
+    def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
+        """TensorStore's driver of an array and its metadata, with a checksum for every chunk."""
         ...
 
     def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
@@ -275,14 +278,9 @@ class FolderWriter:
         folder = self.folder / self._layout.state if self._layout.state else self.folder
         store = arrays.kvstore(folder)
         store['path'] += '.'.join(keys) + '/'
-        return {
-            'driver': 'zarr',
-            'kvstore': store,
-            'dtype': leaf.dtype.name,
-            'metadata': zarr_metadata(leaf, chunks),
-            # Zeros too, so that a missing chunk is a lost one.
-            'store_data_equal_to_fill_value': True,
-        }
+        # Zeros are stored too, so that a missing chunk is a lost one.
+        spec = {'kvstore': store, 'dtype': leaf.dtype.name, 'store_data_equal_to_fill_value': True}
+        return spec | self._layout.zarr(leaf, chunks)
 
     def _settle(self) -> None:
         while self._in_flight:
@@ -319,11 +317,6 @@ class FolderWriter:
     def _begin_sync(self) -> None:
         self._syncing, self._written = (self._pool.submit(os.sync), self._written), []
         self._synced = time.monotonic()
-
-
-def zarr_metadata(leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
-    """Uncompressed: weights hardly shrink, and a compressor is slower than a disk."""
-    return {'shape': list(leaf.shape), 'chunks': chunks, 'compressor': None}
 
 
 def make_folders(folder: epath.Path) -> list[epath.Path]:

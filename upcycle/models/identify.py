@@ -56,15 +56,15 @@ def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = Non
     Raises:
       UserError: it is neither a T5 nor a ViT.
     """
-    shapes = {
+    found = {
         name.removeprefix('params/'): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')
     }
     builders = {'token_embedder/embedding': _t5, 'embedding/kernel': _vit}
-    build = next((builders[name] for name in builders if name in shapes), None)
+    build = next((builders[name] for name in builders if name in found), None)
     if build is None:
         raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
     try:
-        return build(shapes, dict(facts or {}))
+        return build(found, dict(facts or {}))
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
 
@@ -78,7 +78,7 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
       UserError: leaves are missing, of another shape, or belong to nothing; all are listed.
     """
     model = dense_model(path, leaves, facts)
-    expected = _shapes(model)
+    expected = shapes(model)
     sparse = moe_layers(leaves)
     inside = tuple(f'{layer}/' for layer in sparse)
     expected = {name: shape for name, shape in expected.items() if not name.startswith(inside)}
@@ -103,7 +103,7 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
 
 
 @functools.lru_cache(maxsize=16)
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters by their names in a checkpoint."""
     spec = smallest_batch(model)
     params = partitioning.unbox(jax.eval_shape(lambda key: model.init(key, spec), jax.random.key(0)))

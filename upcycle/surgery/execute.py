@@ -4,7 +4,7 @@ import functools
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -85,47 +85,8 @@ def execute(
         elif row.action is Action.ZEROS:
             made(row, jax.jit(functools.partial(jnp.zeros, row.shape, row.dtype), out_shardings=sharding)())
         else:
-            made(row, _router(spec, row, sharding))
+            made(row, make_router(spec, row, sharding))
     return target
-
-
-def on_host(
-    spec: Surgery, rows: Sequence[Row], sources: Mapping[str, np.ndarray]
-) -> Iterator[tuple[Row, int | None, np.ndarray]]:
-    """Makes one group of a plan piece by piece, for who has no room for more: the same bytes as `execute`.
-
-    Args:
-      spec: the surgery.
-      rows: one of `Plan.groups`; none is NEW.
-      sources: the rows' sources, whole.
-
-    Yields:
-      A row, the index of an expert and that expert's leaf; or a row, None and the whole leaf.
-    """
-    row = rows[0]
-    if row.action is Action.TILE or (row.action is Action.EXPERTS and spec.operator.identical):
-        for row in rows:
-            leaf = np.asarray(sources[row.sources[0]]).astype(row.dtype, copy=False)
-            for index in range(row.shape[0]):
-                yield row, index, leaf
-    elif row.action is Action.EXPERTS:
-        here = {name: jnp.asarray(leaf) for name, leaf in sources.items()}
-        for index in range(row.shape[0]):
-            made = make_expert(spec, rows, here, index)
-            for row in rows:
-                yield row, index, np.asarray(made[row.target])
-    elif row.action is Action.KEEP:
-        yield row, None, np.asarray(sources[row.sources[0]]).astype(row.dtype, copy=False)
-    elif row.action is Action.RESIZE:
-        resized = resize_positions(jnp.asarray(sources[row.sources[0]]), num_patches=row.shape[1])
-        yield row, None, np.asarray(resized.astype(row.dtype))
-    elif row.action is Action.ZEROS:
-        yield row, None, np.zeros(row.shape, row.dtype)
-    elif row.action is Action.ROUTER:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        yield row, None, np.asarray(_router(spec, row, here))
-    else:
-        raise ValueError(f'{row.target} is made by the trainer, not from a checkpoint')
 
 
 def make_expert(
@@ -189,7 +150,7 @@ def _experts(
     return made
 
 
-def _router(spec: Surgery, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
+def make_router(spec: Surgery, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
     init = ROUTER_INITS[spec.router_init]
     make = jax.jit(lambda key: init(row.shape, spec.router_stddev, key).astype(row.dtype), out_shardings=sharding)
     return make(key_of(spec.seed, row.target))

@@ -16,10 +16,11 @@ from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.errors import UserError
 from upcycle.models import BatchSpec, Model, identify
-from upcycle.surgery.execute import execute, print_progress, sha256_of, without_leading_axis
+from upcycle.surgery.execute import execute, print_progress, without_leading_axis
 from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
 from upcycle.surgery.receipt import check_function, receipt
 from upcycle.train.carried import Carried, source_of
+from upcycle.train.read_ahead import Examination, ReadAhead, requests_of
 from upcycle.train.run import Run
 from upcycle.train.step import TrainState
 
@@ -162,7 +163,7 @@ def from_checkpoint(
         for name in row.sources
     }
     dense_mlps: dict[str, jax.Array] = {}
-    hashes: dict[str, str] = {}
+    examination = Examination(str(reader.path))
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         if name == 'step' and run.dense_step is not None:
@@ -171,22 +172,25 @@ def from_checkpoint(
 
     def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
         # On many hosts no process sees a whole leaf.
-        if upcycles and jax.process_count() == 1:
-            hashes[name] = sha256_of(name, leaf)
-        if carried is not None and jax.process_count() == 1:
-            carried.compare(name, leaf)
+        if jax.process_count() == 1:
+            examination.add(name, leaf, fingerprint=upcycles)
+            if carried is not None:
+                carried.compare(name, leaf)
         if name in mlp_shardings:
             dense_mlps[name] = jax.device_put(leaf, mlp_shardings[name])
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
-    flat = execute(
-        what,
-        read,
-        {name: leaf.sharding for name, leaf in where.flat().items()},
-        new={'rng': run_key, **new_head(run, where, what)},
-        on_source=on_source,
-        progress=print_progress('upcycling' if upcycles else 'loading'),
-    )
+    shardings = {name: leaf.sharding for name, leaf in where.flat().items()}
+    with ReadAhead(read, requests_of(what, shardings)) as reading:
+        flat = execute(
+            what,
+            reading,
+            shardings,
+            new={'rng': run_key, **new_head(run, where, what)},
+            on_source=on_source,
+            progress=print_progress('upcycling' if upcycles else 'loading'),
+        )
+    hashes = examination.result()
     state = TrainState(**unflatten_dict(flat, sep='/'))
     whole = where.abstract.step.sharding
     if not upcycles:

@@ -1,0 +1,176 @@
+"""Conversion at full size: speed beside the disk's own, and memory. Makes its own dense checkpoint, and cleans up.
+
+  python scripts/bench/convert.py --size=base                    # T5 1.1 Base to 32 experts in every other layer: 8.0 GB
+  python scripts/bench/convert.py --size=large --dtype=bfloat16  # T5 1.1 Large: 14 GB
+  python scripts/bench/convert.py --pure                         # no disk: time for each byte as E grows
+
+The disk's own rate is that of one file of the same number of bytes, written in pieces of 8 MiB and synced, before and after.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import jax
+import numpy as np
+from timing import table
+
+from upcycle import configuration
+from upcycle.checkpoints import create_checkpoint
+from upcycle.models import identify
+from upcycle.surgery.plan import Action, Row, Surgery
+
+FILES = ['models/t5_1_1_{size}.gin', 'moe/t5.gin', 'runs/convert.gin']
+_PIECE = 8 << 20
+# What the command loads, before it does anything.
+_INTERPRETER = 'import upcycle.jobs, upcycle.convert, jax; jax.devices()'
+
+
+def make_dense(size: str, folder: str) -> str:
+    """A dense checkpoint with random weights, leaf by leaf."""
+    run = configuration.load([file.format(size=size) for file in FILES], {'INITIAL_CHECKPOINT_PATH': 'unused'})
+    leaves = {
+        name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in identify.shapes(run.model.dense()).items()
+    } | {'step': jax.ShapeDtypeStruct((), np.int32)}
+    rng = np.random.default_rng(0)
+    writer = create_checkpoint(folder, 'upcycle', leaves, step=1000, identity={})
+    for name, regions in writer.todo().items():
+        if name == 'step':
+            writer.write(name, (), np.asarray(1000, np.int32))
+            continue
+        value = rng.standard_normal(leaves[name].shape, np.float32)
+        for region in regions:
+            writer.write(name, region, value[region])
+    writer.finish({'family': run.model.family})
+    return writer.path
+
+
+def disk_rate(folder: pathlib.Path, size: int) -> float:
+    """Bytes a second of one file, written in order and synced."""
+    piece = np.random.default_rng(0).bytes(_PIECE)
+    file = folder / 'sequential'
+    os.sync()
+    start = time.monotonic()
+    with file.open('wb') as stream:
+        for _ in range(size // _PIECE):
+            stream.write(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    rate = size / (time.monotonic() - start)
+    file.unlink()
+    os.sync()
+    return rate
+
+
+def peak(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command."""
+    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    subprocess.run(command, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    if after <= before:
+        raise RuntimeError('an earlier command was larger: its peak hides this one')
+    return time.monotonic() - start, after * 1024
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One conversion as a user runs it, beside the disk."""
+    folder = pathlib.Path(options.folder) / 'bench_convert'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        dense = make_dense(options.size, str(folder / 'dense'))
+        _, interpreter = peak([sys.executable, '-c', _INTERPRETER])
+        command = [sys.executable, '-m', 'upcycle', 'convert', f'--from={dense}', f'--to={folder / "moe"}']
+        command += [f'--gin_file={file.format(size=options.size)}' for file in FILES[:2]]
+        command += [f'--gin.NUM_EXPERTS={options.experts}', f'--optimizer_state={options.optimizer_state}']
+        command += [f'--format={options.format}', *([f'--dtype={options.dtype}'] if options.dtype else [])]
+        before = disk_rate(folder, options.disk_bytes)
+        seconds, resident = peak(command)
+        written = sum(file.stat().st_size for file in (folder / 'moe').rglob('*') if file.is_file())
+        shutil.rmtree(folder / 'moe')
+        after = disk_rate(folder, options.disk_bytes)
+        found = {
+            'size': options.size,
+            'experts': options.experts,
+            'format': options.format,
+            'dense GB': round(sum(f.stat().st_size for f in (folder / 'dense').rglob('*') if f.is_file()) / 1e9, 2),
+            'written GB': round(written / 1e9, 2),
+            'seconds': round(seconds, 1),
+            'MB/s': round(written / seconds / 1e6),
+            'disk MB/s before': round(before / 1e6),
+            'disk MB/s after': round(after / 1e6),
+            'share of the disk': round(written / seconds / ((before + after) / 2), 2),
+            'peak GB': round(resident / 1e9, 2),
+            'interpreter GB': round(interpreter / 1e9, 2),
+        }
+        print(json.dumps(found, indent=1))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pure(options: argparse.Namespace) -> None:
+    """Time to make the experts of one MLP of T5 Base, by their number; nothing is written."""
+    from upcycle.convert import on_host
+
+    rng = np.random.default_rng(0)
+    shapes = {'wi_0': (768, 2048), 'wi_1': (768, 2048), 'wo': (2048, 768)}
+    axes = {'wi_0': ('mlp_embed', 'expert_mlp'), 'wi_1': ('mlp_embed', 'expert_mlp'), 'wo': ('expert_mlp', 'mlp_embed')}
+    sources = {f'params/mlp/{name}/kernel': rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    rows = []
+    for operator in options.operators.split(','):
+        for experts in (8, 16, 32, 64, 128):
+            group = [
+                Row(
+                    f'params/mlp/expert/{name}/kernel',
+                    (f'params/mlp/{name}/kernel',),
+                    Action.EXPERTS,
+                    (experts, *shape),
+                    np.dtype('float32'),
+                    ('expert', *axes[name]),
+                )
+                for name, shape in shapes.items()
+            ]
+            spec = Surgery(operator=operator)
+
+            def make(spec=spec, group=group) -> int:
+                # A sum of each: nothing is made that nobody looks at.
+                return sum(
+                    value.nbytes + int(value.reshape(-1)[-1] > 9) for _, _, value in on_host(spec, group, sources)
+                )
+
+            make()
+            start = time.process_time(), time.monotonic()
+            size = make()
+            seconds = time.monotonic() - start[1]
+            rows.append([operator, str(experts), f'{size / 1e9:.2f}', f'{seconds:.3f}', f'{seconds / size * 1e9:.3f}'])
+    print(table(['operator', 'experts', 'GB', 'seconds', 'ns a byte'], rows))
+
+
+def main() -> None:
+    """Parses and measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--size', default='base', help='of gin/models/t5_1_1_*.gin')
+    parser.add_argument('--experts', type=int, default=32)
+    parser.add_argument('--format', default='upcycle')
+    parser.add_argument('--dtype')
+    parser.add_argument('--optimizer_state', default='none')
+    parser.add_argument('--folder', default='.', help='on the disk to be measured')
+    parser.add_argument('--disk_bytes', type=int, default=4 << 30, help='of the sequential file')
+    parser.add_argument('--pure', action='store_true', help='no disk')
+    parser.add_argument('--operators', default='copy,noise,drop')
+    options = parser.parse_args()
+    (pure if options.pure else measure)(options)
+
+
+if __name__ == '__main__':
+    main()
