@@ -58,12 +58,13 @@ setuptools.setup(
             'hypothesis>=6.100',
             # The few-shot probe is checked against its ridge regression.
             'scikit-learn>=1.5',
+            'safetensors>=0.4',
             'ruff>=0.8,<0.16',
         ],
         # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
         # Tests against the transformers library's own models; the CPU build of torch is enough.
-        'hf': ['torch', 'transformers>=4.50', 'safetensors'],
+        'hf': ['torch', 'transformers>=4.50'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         'tpu': ['jax[tpu]'],
