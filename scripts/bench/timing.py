@@ -1,6 +1,7 @@
 """Timing side by side: the candidates take turns, so that a noisy machine is noisy for all of them."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,9 @@ import jax
 def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` turns, after one turn that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    begin = time.perf_counter()
     for turn in range(rounds + 1):
+        print(f'turn {turn} of {rounds}, {time.perf_counter() - begin:.0f} s', file=sys.stderr)
         for name, run in candidates.items():
             start = time.perf_counter()
             jax.block_until_ready(run())

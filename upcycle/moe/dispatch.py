@@ -128,7 +128,8 @@ def sum_in_blocks(
     R, D = y_RxD.shape
     padding = -R % block
     row_R = jnp.pad(row_R, (0, padding), constant_values=num_rows)
-    row_R, order_R = jax.lax.sort_key_val(row_R, jnp.arange(R + padding, dtype=row_R.dtype))
+    position_R = jnp.arange(R + padding, dtype=row_R.dtype)
+    row_R, order_R = jax.lax.sort_key_val(row_R, position_R, is_stable=False)
     starts_R = row_R != jnp.pad(row_R[:-1], (1, 0), constant_values=-1)
     run_R = jnp.cumsum(starts_R.astype(jnp.int32))
 
@@ -151,7 +152,9 @@ def sum_in_blocks(
         preferred_element_type=jnp.float32,
         precision='highest',
     )
-    first_T = jnp.searchsorted(row_R, jnp.arange(num_rows, dtype=row_R.dtype), method='sort')
-    covered_T = row_R.at[first_T].get(mode='fill', fill_value=-1) == jnp.arange(num_rows)
+    # A search would sort twice more, which costs a TPU's compiler minutes in a deep model.
+    nowhere = R + padding
+    first_T = jnp.full(num_rows, nowhere).at[jnp.where(starts_R, row_R, num_rows)].set(position_R, mode='drop')
+    covered_T = first_T < nowhere
     place_T = first_T // block * block + place_NxW[:, :block].reshape(-1).at[first_T].get(mode='fill', fill_value=0)
     return jnp.where(covered_T[:, None], sums_NxPxD.reshape(-1, D).at[place_T].get(mode='fill', fill_value=0), 0)

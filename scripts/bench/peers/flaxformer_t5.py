@@ -16,10 +16,12 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import flax.linen as nn
+import flax.linen.partitioning as partitioning
 import flaxformer
 import jax
 import jax.numpy as jnp
 from step import Step, batch_of
+from t5x.models import EncoderDecoderModel
 from timing import medians, table
 
 import gin
@@ -63,11 +65,15 @@ def theirs(factor: float | None, batch: dict[str, jax.Array]):
     shapes = {name: array.shape for name, array in batch.items()}
     variables = jax.jit(lambda: model.get_initial_variables(jax.random.PRNGKey(0), shapes))()
     params = nn.unbox(variables['params'])
+    model.optimizer_def.set_param_axes(partitioning.get_axis_names(nn.unbox(variables['params_axes'])))
     optimizer = model.optimizer_def.create(params)
     rng = jax.random.PRNGKey(1)
 
+    # The loss of an MoE looks for what sparse layers say.
+    loss_fn = EncoderDecoderModel.loss_fn if factor is None else type(model).loss_fn
+
     def loss(params):
-        return model.loss_fn(params, batch, rng)[0]
+        return loss_fn(model, params, batch, rng)[0]
 
     def step(optimizer):
         return optimizer.apply_gradient(jax.grad(loss)(optimizer.target), learning_rate=1e-3)
