@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -35,14 +36,14 @@ _PIECE = 8 << 20
 _INTERPRETER = 'import upcycle.jobs, upcycle.convert, jax; jax.devices()'
 
 
-def make_dense(size: str, folder: str) -> str:
+def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindings: str) -> str:
     """A dense checkpoint with random weights, leaf by leaf."""
-    run = configuration.load([file.format(size=size) for file in FILES], {'INITIAL_CHECKPOINT_PATH': 'unused'})
+    run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': 'unused', **bindings})
     leaves = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in identify.shapes(run.model.dense()).items()
     } | {'step': jax.ShapeDtypeStruct((), np.int32)}
     rng = np.random.default_rng(0)
-    writer = create_checkpoint(folder, 'upcycle', leaves, step=1000, identity={})
+    writer = create_checkpoint(path, format, leaves, step=1000, identity={})
     for name, regions in writer.todo().items():
         if name == 'step':
             writer.write(name, (), np.asarray(1000, np.int32))
@@ -88,10 +89,11 @@ def measure(options: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        dense = make_dense(options.size, str(folder / 'dense'))
+        files = [file.format(size=options.size) for file in FILES]
+        dense = make_dense(files, str(folder / 'dense'))
         _, interpreter = peak([sys.executable, '-c', _INTERPRETER])
         command = [sys.executable, '-m', 'upcycle', 'convert', f'--from={dense}', f'--to={folder / "moe"}']
-        command += [f'--gin_file={file.format(size=options.size)}' for file in FILES[:2]]
+        command += [f'--gin_file={file}' for file in files[:2]]
         command += [f'--gin.NUM_EXPERTS={options.experts}', f'--optimizer_state={options.optimizer_state}']
         command += [f'--format={options.format}', *([f'--dtype={options.dtype}'] if options.dtype else [])]
         before = disk_rate(folder, options.disk_bytes)

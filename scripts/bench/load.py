@@ -10,6 +10,7 @@ check, which depends on the batch and the model's compilation, is left out.
 import argparse
 import collections
 import concurrent.futures
+import functools
 import os
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import jax
 import jax.numpy as jnp
-from convert import make_dense
+from convert import FILES, make_dense
 from timing import medians, table
 
 from upcycle import configuration, partitioning
@@ -42,14 +43,14 @@ def main() -> None:
     folder = pathlib.Path(options.folder) / 'bench_load'
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        compare(options, make_dense(options.size, str(folder / 'dense')))
+        files = [file.format(size=options.size) for file in FILES]
+        compare(options, files, make_dense(files, str(folder / 'dense')))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def compare(options: argparse.Namespace, dense: str) -> None:
+def compare(options: argparse.Namespace, files: list[str], dense: str) -> None:
     """Prints medians, and how often each leaf was read."""
-    files = [f'models/t5_1_1_{options.size}.gin', 'moe/t5.gin', 'runs/convert.gin']
     bindings = {'INITIAL_CHECKPOINT_PATH': dense, 'NUM_EXPERTS': str(options.experts)}
     run = configuration.load(files, bindings)
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
@@ -90,9 +91,11 @@ def compare(options: argparse.Namespace, dense: str) -> None:
                 made[name] = zeros(leaf.shape, leaf.dtype, leaf.sharding)()
         return made
 
+    @functools.cache
     def broadcast(shape, sharding):
         return jax.jit(lambda x: jnp.broadcast_to(x, shape), out_shardings=sharding)
 
+    @functools.cache
     def zeros(shape, dtype, sharding):
         return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 

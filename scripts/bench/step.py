@@ -1,6 +1,6 @@
 """The whole training step, sparse beside dense, and what it is made of: forward, backward, optimizer.
 
-  python scripts/bench/step.py                                        # E = 8, 32 and cf = 1, 2
+  python scripts/bench/step.py                                        # E = 8, 32, 128 and cf = 1, 2
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python scripts/bench/step.py
 
 *Overhead* is the ratio of the times over the ratio of the FLOPs: 1.00 means that the sparse step costs what its FLOPs cost.
@@ -63,14 +63,14 @@ class Step:
                 rng=jax.device_put(jax.random.key_data(jax.random.key(0)), whole),
             )
             self.batch = jax.device_put(batch, partitioning.batch_sharding(self.mesh))
-            step = functools.partial(
+            self.train_step = functools.partial(
                 train_step,
                 model=self.model,
                 optimizer=optimizer,
                 learning_rate=lambda step: jnp.asarray(1e-3),
                 batch_axes=axes,
             )
-            self.step = jax.jit(step).lower(self.state, self.batch).compile()
+            self.step = jax.jit(self.train_step).lower(self.state, self.batch).compile()
 
             def loss(params, batch):
                 sums, moe_loss, _ = self.model.forward(params, batch, None, training=True)
@@ -98,7 +98,7 @@ class Step:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--experts', type=int, nargs='*', default=[8, 32])
+    parser.add_argument('--experts', type=int, nargs='*', default=[8, 32, 128])
     parser.add_argument('--capacity_factors', type=float, nargs='*', default=[1.0, 2.0])
     parser.add_argument('--layers', type=int, default=4)
     parser.add_argument('--rows', type=int, default=8)

@@ -83,7 +83,7 @@ def execute(
         elif row.action is Action.NEW:
             made(row, jax.device_put(new[row.target], sharding))
         elif row.action is Action.ZEROS:
-            made(row, jax.jit(functools.partial(jnp.zeros, row.shape, row.dtype), out_shardings=sharding)())
+            made(row, _zeros(row.shape, row.dtype, sharding)())
         else:
             made(row, make_router(spec, row, sharding))
     return target
@@ -151,9 +151,21 @@ def _experts(
 
 
 def make_router(spec: Surgery, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
-    init = ROUTER_INITS[spec.router_init]
-    make = jax.jit(lambda key: init(row.shape, spec.router_stddev, key).astype(row.dtype), out_shardings=sharding)
+    make = _router(spec.router_init, spec.router_stddev, row.shape, row.dtype, sharding)
     return make(key_of(spec.seed, row.target))
+
+
+# Leaves of one shape share a program: compiling one for each takes longer than reading the checkpoint.
+
+
+@functools.lru_cache(maxsize=64)
+def _router(init: str, stddev: float, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
+    return jax.jit(lambda key: ROUTER_INITS[init](shape, stddev, key).astype(dtype), out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=64)

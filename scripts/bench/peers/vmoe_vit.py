@@ -123,19 +123,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--only', nargs='*', default=list(VARIANTS), choices=VARIANTS)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     side = PATCH * int(TOKENS**0.5)
     image = jnp.asarray(rng.standard_normal((arguments.images, side, side, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, arguments.images))
     candidates = {}
-    for name, variant in VARIANTS.items():
+    for name in arguments.only:
+        variant = VARIANTS[name]
         for who, build in (('vmoe', theirs), ('ours', ours)):
             for part, run in build(variant, image, labels).parts.items():
                 candidates[name, who, part] = run
     seconds = medians(candidates, arguments.rounds)
     rows = []
-    for name in VARIANTS:
+    for name in arguments.only:
         for part in ('forward', 'gradient', 'step'):
             a, b = (1e3 * seconds[name, who, part] for who in ('vmoe', 'ours'))
             rows.append([name, part, f'{a:.0f}', f'{b:.0f}', f'{a / b:.2f}'])
