@@ -167,11 +167,11 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     write = writing.FolderWriter.write
     cut = []
 
-    def fail(self, name, region, value):
+    def fail(self, name, region, value, like=None):
         cut.append((name, region))
         if name.endswith('mlp/expert/wi_1/kernel') and region[0].start == 2:
             raise KeyboardInterrupt
-        write(self, name, region, value)
+        write(self, name, region, value, like)
 
     monkeypatch.setattr(writing.FolderWriter, 'write', fail)
     with pytest.raises(KeyboardInterrupt):
@@ -180,7 +180,7 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(
         writing.FolderWriter,
         'write',
-        lambda self, name, region, value: again.append((name, region)) or write(self, name, region, value),
+        lambda self, name, region, value, like=None: again.append((name, region)) or write(self, name, region, value, like),
     )
     other = run_of(dense, tmp_path, UPCYCLE_SEED=1)
     with pytest.raises(UserError, match='is the beginning of another write .*surgery is'):

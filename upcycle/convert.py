@@ -4,6 +4,7 @@ The plan is the one that a trainer would make and print. What is in memory is on
 are on their way to disk; never a model.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -126,6 +127,8 @@ class _Conversion:
         self._leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in what.rows}
         self.source_hashes: dict[str, str] = {}
         self.checks: dict[str, Any] = {}
+        self._checking: dict[str, concurrent.futures.Future] = {}
+        self._behind = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
 
     def write(self) -> None:
@@ -136,9 +139,15 @@ class _Conversion:
             for row, start, value in self._parts(group, sources):
                 region = WHOLE if start is None else (slice(start, start + len(value)),)
                 if region in self._todo.get(row.target, ()):
-                    self._writer.write(row.target, region, value)
+                    self._writer.write(row.target, region, value, self._alike(row, region))
                     progress.add(row.target, value.nbytes)
+        self._wait_for_checks()
         progress.end()
+
+    def _wait_for_checks(self) -> None:
+        while self._checking:
+            path, check = self._checking.popitem()
+            self.checks[path] = check.result()
 
     def compare(self, written: Reader) -> None:
         """Raises UserError unless every part of the result has the hash of what was made from its source."""
@@ -187,7 +196,10 @@ class _Conversion:
                     for region in regions:
                         yield self._made(row, region, whole[region])
         if check is not None:
-            self.checks[check.path] = check.result(sources)
+            self._wait_for_checks()
+            self._checking[check.path] = self._behind.submit(check.result, sources)
+            if not self._plan.spec.operator.identical:  # its experts are in memory
+                self._wait_for_checks()
 
     def _made(self, row: Row, region: tuple[slice, ...], value: np.ndarray) -> tuple[Row, int | None, np.ndarray]:
         start = region[0].start if region else None
@@ -195,6 +207,13 @@ class _Conversion:
             # The experts of a copy share their memory, and one hash.
             self._made_hashes[row.target, start or 0] = self._hash(row, value)
         return row, start, value
+
+    def _alike(self, row: Row, region: tuple[slice, ...]) -> tuple[slice, ...] | None:
+        """The part with the first expert, where the others are its copies."""
+        repeats = row.action is Action.TILE or (row.action is Action.EXPERTS and self._plan.spec.operator.identical)
+        return (
+            (slice(0, 1),) if repeats and region and region[0].start and region[0].stop - region[0].start == 1 else None
+        )
 
     def _hash(self, row: Row, value: np.ndarray) -> str:
         if row.action is Action.EXPERTS and self._plan.spec.operator.identical and value.shape[0] == 1:
@@ -250,7 +269,9 @@ class _LayerCheck:
     def __init__(self, model: Model, plan: Plan, rows: Sequence[Row]):
         self.path = mlp_of(rows[0].target).removeprefix('params/')
         self._model, self._plan, self._rows = model, plan, rows
-        self._stacks = {row.target: _aligned(row.shape, row.dtype) for row in rows}
+        # Experts that are all alike are spread when they are needed.
+        self._alike = plan.spec.operator.identical
+        self._stacks = {} if self._alike else {row.target: _aligned(row.shape, row.dtype) for row in rows}
 
     @classmethod
     def of(cls, model: Model | None, plan: Plan, rows: Sequence[Row]) -> '_LayerCheck | None':
@@ -263,6 +284,9 @@ class _LayerCheck:
 
     def keep(self, row: Row, index: int, value: np.ndarray) -> np.ndarray:
         """Puts an expert's leaf in its place, and gives it back from there."""
+        if self._alike:
+            self._stacks[row.target] = value
+            return value
         self._stacks[row.target][index] = value
         return self._stacks[row.target][index]
 
@@ -271,7 +295,9 @@ class _LayerCheck:
         router = [
             row for row in self._plan.rows if row.target.startswith(f'params/{self.path}/') and row not in self._rows
         ]
-        params = {row.target: stack for row, stack in zip(self._rows, self._stacks.values(), strict=True)}
+        params = {row.target: self._stacks[row.target] for row in self._rows}
+        if self._alike:
+            params = {row.target: jax.numpy.broadcast_to(params[row.target], row.shape) for row in self._rows}
         for row in router:
             if row.action is not Action.ROUTER:
                 return {}

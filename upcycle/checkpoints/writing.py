@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -39,11 +40,13 @@ STAGING = {'upcycle': '.orbax-checkpoint-tmp', 't5x_orbax': '.orbax-checkpoint-t
 _PART_BYTES = 64 << 20  # T5X's size of a chunk
 _SMALL_BYTES = 1 << 20  # not worth a file for each expert
 _BYTES_IN_FLIGHT = 256 << 20
+_ARRAYS_AHEAD = 16
 _SPARE_BYTES = 64 << 20
 _SECONDS_BETWEEN_SYNCS = 5.0
 
 
-def parts(name: str, leaf: jax.ShapeDtypeStruct) -> list[arrays.Region]:
+@functools.lru_cache(maxsize=64)
+def parts(name: str, leaf: jax.ShapeDtypeStruct) -> Sequence[arrays.Region]:
     """How a leaf is cut for writing: by experts, or by rows where it is large. All parts have the same size."""
     size = math.prod(leaf.shape) * leaf.dtype.itemsize
     if size <= _SMALL_BYTES or not leaf.shape:
@@ -81,8 +84,8 @@ class Writer(Protocol):
         """The parts of each leaf that are still to be written, leaves in an order that suits the format."""
         ...
 
-    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
-        """Begins to write one part; waits while too much is on its way."""
+    def write(self, name: str, region: arrays.Region, value: np.ndarray, like: arrays.Region | None = None) -> None:
+        """Begins to write one part, and waits while too much is on its way; `like` is an earlier part with the same numbers."""
         ...
 
     def finish(self, metadata: Mapping[str, Any], check: Check = lambda reader: None) -> None:
@@ -163,7 +166,8 @@ class FolderWriter:
         remote = '://' in self.path
         self.folder = self._final if remote else self._final.parent / (self._final.name + STAGING[layout.format])
         self.inline: dict[str, np.ndarray] = {}
-        self._opened: dict[str, ts.TensorStore] = {}
+        self._opened: dict[str, ts.Future] = {}
+        self._order = list(self.leaves)
         self._in_flight: collections.deque[tuple[str, arrays.Region, int, Any]] = collections.deque()
         self._bytes_in_flight = 0
         # Not file by file, which is slow for small ones: `os.sync` makes many of them safe at once.
@@ -172,6 +176,7 @@ class FolderWriter:
         self._written: list[tuple[str, int]] = []  # and not yet known to be safe from a crash of the machine
         self._syncing: tuple[concurrent.futures.Future, list[tuple[str, int]]] | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._copies = concurrent.futures.ThreadPoolExecutor(4)
         self._synced = time.monotonic()
         self._made: list[epath.Path] = []
         self._journal = None if remote else self._begin(dict(identity))
@@ -184,8 +189,8 @@ class FolderWriter:
         }
         return {name: regions for name, regions in left.items() if regions}
 
-    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
-        """See `Writer`."""
+    def write(self, name: str, region: arrays.Region, value: np.ndarray, like: arrays.Region | None = None) -> None:
+        """See `Writer`. The file of a part like another is a copy of its file, which costs a fraction of writing it."""
         leaf = self.leaves[name]
         shape = leaf.shape if region == WHOLE else (region[0].stop - region[0].start, *leaf.shape[1:])
         if value.shape != shape or value.dtype != leaf.dtype:
@@ -195,8 +200,13 @@ class FolderWriter:
             return
         while self._in_flight and self._bytes_in_flight + value.nbytes > _BYTES_IN_FLIGHT:
             self._settle_one()
-        array = self._open(name)
-        future = (array if region == WHOLE else array[region]).write(value)
+        if like is None or self._journal is None:
+            array = self._open(name)
+            future: Any = (array if region == WHOLE else array[region]).write(value)
+        else:
+            while (name, _start(like)) not in self._done:
+                self._settle_one()
+            future = self._copies.submit(_copy, self._chunk(name, like), self._chunk(name, region))
         self._in_flight.append((name, region, value.nbytes, future))
         self._bytes_in_flight += value.nbytes
 
@@ -228,6 +238,7 @@ class FolderWriter:
             self._note(wait=True)
             self._journal.close()
         self._pool.shutdown()
+        self._copies.shutdown()
 
     def discard(self) -> None:
         """See `Writer`."""
@@ -267,20 +278,30 @@ class FolderWriter:
         return journal.open('a')
 
     def _open(self, name: str) -> ts.TensorStore:
-        if name not in self._opened:
-            leaf = self.leaves[name]
-            spec = self._spec(self.keys[name], leaf, chunk_shape(name, leaf))
-            # Never `delete_existing`: parts of it may be there from before.
-            self._opened[name] = ts.open(spec, create=True, open=True, context=self._context).result()
-        return self._opened[name]
+        # The arrays that come next are made behind: a file's creation waits for what else the disk has to do.
+        first = self._order.index(name)
+        for other in self._order[first : first + _ARRAYS_AHEAD]:
+            if other not in self._opened and not self._layout.is_inline(self.keys[other]):
+                leaf = self.leaves[other]
+                spec = self._spec(self.keys[other], leaf, chunk_shape(other, leaf))
+                # Never `delete_existing`: parts of it may be there from before.
+                self._opened[other] = ts.open(spec, create=True, open=True, context=self._context)
+        return self._opened[name].result()
 
     def _spec(self, keys: tuple[str, ...], leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
-        folder = self.folder / self._layout.state if self._layout.state else self.folder
-        store = arrays.kvstore(folder)
-        store['path'] += '.'.join(keys) + '/'
+        store = arrays.kvstore(self._array(keys))
         # Zeros are stored too, so that a missing chunk is a lost one.
         spec = {'kvstore': store, 'dtype': leaf.dtype.name, 'store_data_equal_to_fill_value': True}
         return spec | self._layout.zarr(leaf, chunks)
+
+    def _chunk(self, name: str, region: arrays.Region) -> str:
+        """The file of a part on a local disk."""
+        leaf = self.leaves[name]
+        index = [_start(region) // chunk_shape(name, leaf)[0]] + [0] * (len(leaf.shape) - 1)
+        return os.fspath(self._array(self.keys[name]) / '.'.join(map(str, index)))
+
+    def _array(self, keys: tuple[str, ...]) -> epath.Path:
+        return (self.folder / self._layout.state if self._layout.state else self.folder) / '.'.join(keys)
 
     def _settle(self) -> None:
         while self._in_flight:
@@ -317,6 +338,11 @@ class FolderWriter:
     def _begin_sync(self) -> None:
         self._syncing, self._written = (self._pool.submit(os.sync), self._written), []
         self._synced = time.monotonic()
+
+
+def _copy(source: str, target: str) -> None:
+    shutil.copyfile(source, target + '.tmp')
+    os.replace(target + '.tmp', target)
 
 
 def make_folders(folder: epath.Path) -> list[epath.Path]:
