@@ -128,6 +128,7 @@ class _Conversion:
         self.source_hashes: dict[str, str] = {}
         self.checks: dict[str, Any] = {}
         self._checking: dict[str, concurrent.futures.Future] = {}
+        self._memory: dict[str, np.ndarray] = {}
         self._behind = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
 
@@ -177,7 +178,7 @@ class _Conversion:
         self, group: Sequence[Row], sources: Mapping[str, np.ndarray]
     ) -> Iterator[tuple[Row, int | None, np.ndarray]]:
         """The parts of the rows of one group: (row, first index, numbers), or (row, None, the whole leaf)."""
-        check = _LayerCheck.of(self._model, self._plan, group)
+        check = _LayerCheck.of(self._model, self._plan, group, self._memory)
         small: dict[str, list[np.ndarray]] = {}
         for row, index, value in on_host(self._plan.spec, group, sources):
             if check is not None:
@@ -266,21 +267,24 @@ def on_host(
 class _LayerCheck:
     """Puts one MoE layer together while its experts are made, and compares it with its dense MLP."""
 
-    def __init__(self, model: Model, plan: Plan, rows: Sequence[Row]):
+    def __init__(self, model: Model, plan: Plan, rows: Sequence[Row], memory: dict[str, np.ndarray]):
         self.path = mlp_of(rows[0].target).removeprefix('params/')
         self._model, self._plan, self._rows = model, plan, rows
-        # Experts that are all alike are spread when they are needed.
+        # Experts that are all alike are spread when they are needed, in memory that the next layer's check takes over.
+        self._memory = memory
         self._alike = plan.spec.operator.identical
         self._stacks = {} if self._alike else {row.target: _aligned(row.shape, row.dtype) for row in rows}
 
     @classmethod
-    def of(cls, model: Model | None, plan: Plan, rows: Sequence[Row]) -> '_LayerCheck | None':
+    def of(
+        cls, model: Model | None, plan: Plan, rows: Sequence[Row], memory: dict[str, np.ndarray]
+    ) -> '_LayerCheck | None':
         """The check of a group, or None where there is nothing to check or it would not fit."""
         is_layer = rows[0].action is Action.EXPERTS and rows[0].target.startswith('params/')
         size = sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows)
         if model is None or not is_layer or size > CHECKED_BYTES or not rows[0].sources:
             return None
-        return cls(model, plan, rows)
+        return cls(model, plan, rows, memory)
 
     def keep(self, row: Row, index: int, value: np.ndarray) -> np.ndarray:
         """Puts an expert's leaf in its place, and gives it back from there."""
@@ -297,7 +301,12 @@ class _LayerCheck:
         ]
         params = {row.target: self._stacks[row.target] for row in self._rows}
         if self._alike:
-            params = {row.target: jax.numpy.broadcast_to(params[row.target], row.shape) for row in self._rows}
+            for row in self._rows:
+                stack = self._memory.get(within_mlp(row.target))
+                if stack is None or stack.shape != row.shape or stack.dtype != row.dtype:
+                    stack = self._memory[within_mlp(row.target)] = _aligned(row.shape, row.dtype)
+                np.copyto(stack, params[row.target])
+                params[row.target] = stack
         for row in router:
             if row.action is not Action.ROUTER:
                 return {}
