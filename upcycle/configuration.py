@@ -20,6 +20,7 @@ MAY_CHANGE = (
     'total_steps',
     'few_shot',
     'eval_period',
+    'diversity_period',
     'checkpoint_period',
     'checkpoint_keep',
     'log_period',

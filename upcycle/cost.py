@@ -41,14 +41,22 @@ def mlp(tokens: int, width: int, mlp_width: int, matrices: int) -> float:
 def moe(
     config: MoEConfig, tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool
 ) -> dict[str, float]:
-    """FLOPs of one MoE layer: its router, its experts on every slot (full or not), and the way there and back."""
+    """FLOPs of one MoE layer: its router, its experts on every slot (full or not), the shared ones on every token, and the way
+    there and back. `mlp_width` is that of a dense MLP.
+    """
+    if config.router is RouterType.MERGED:
+        return {'experts': mlp(tokens, width, mlp_width, matrices)}
     rows = slots(config, tokens, training=training)
+    expert_width = config.expert_width(mlp_width)
+    soft = config.router is RouterType.SOFT
     parts = {
-        'router': matmul(tokens, width, config.num_experts),
-        'experts': mlp(rows, width, mlp_width, matrices),
+        'router': matmul(tokens, width, config.num_experts * (config.slots_per_expert if soft else 1)),
+        'experts': mlp(rows, width, expert_width, matrices),
         'combine': 2.0 * rows * width,
     }
-    if config.dispatch is Dispatch.EINSUM:
+    if config.num_shared_experts:
+        parts['shared_experts'] = mlp(tokens, width, config.num_shared_experts * expert_width, matrices)
+    if soft or config.dispatch is Dispatch.EINSUM:
         groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
         # Every token against every slot of its group, there and back.
         parts['combine'] = 2 * matmul(tokens, width, rows // groups)
@@ -57,6 +65,9 @@ def moe(
 
 def slots(config: MoEConfig, tokens: int, *, training: bool) -> int:
     """Rows that the experts of one layer multiply: E x C in every group; K a token where nothing is dropped."""
+    config = config.when(training=training)
+    if config.router is RouterType.MERGED:
+        return tokens
     if config.dispatch is Dispatch.RAGGED:
         return tokens * config.num_selected_experts
     groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
@@ -105,14 +116,19 @@ def num_parameters(params: Any) -> int:
 
 
 def num_active_parameters(params: Any, moe_layers: dict[str, MoEConfig]) -> float:
-    """Parameters that one token passes through: of the experts, K of E for Top-K, the capacity factor of E for Expert Choice."""
+    """Parameters that one token passes through: of the experts, K of E for Top-K, cf of E for Expert Choice, all for
+    Soft MoE."""
     active = 0.0
     for path, leaf in flatten_dict(params, sep='/').items():
         share = 1.0
         for layer, config in moe_layers.items():
             if path.startswith(f'{layer}/expert/'):
-                top_k = config.router is RouterType.TOP_K
+                top_k = config.router in (RouterType.TOP_K, RouterType.DENSE)
                 per_token = config.num_selected_experts if top_k else config.train_capacity_factor
+                if config.router is RouterType.SOFT:
+                    per_token = config.num_experts
+                if config.router is RouterType.MERGED:
+                    per_token = 1
                 share = min(per_token / config.num_experts, 1.0)
         active += share * math.prod(leaf.shape)
     return active

@@ -154,6 +154,31 @@ class TestSparseLayers:
         ({'train_capacity_factor': 0.0}, 'TRAIN_EXPERT_CAPACITY_FACTOR = 0.0 gives the experts no room'),
         ({'eval_capacity_factor': float('nan')}, 'EVAL_EXPERT_CAPACITY_FACTOR = nan'),
         ({'jitter_noise': 1.0}, 'JITTER_NOISE = 1.0 must lie in'),
+        ({'granularity': 0}, 'EXPERT_GRANULARITY = 0 must be'),
+        ({'balance_bias_rate': -1.0}, 'BALANCE_BIAS_RATE = -1.0 must be at least 0'),
+        ({'logit_normalization': 0.0}, 'ROUTER_LOGIT_NORMALIZATION = 0.0 must be above 0'),
+        ({'router': 'top_k', 'default_output_decay': 1.0}, 'DEFAULT_OUTPUT_DECAY = 1.0 must lie in'),
+        (
+            {'router': 'top_k', 'default_output_decay': 0.9, 'normalize_combine_weights': True},
+            'turn NORMALIZE_COMBINE_WEIGHTS and',
+        ),
+        (
+            {'router': 'top_k', 'default_output_decay': 0.9, 'dispatch': 'ragged'},
+            "which DISPATCH = 'ragged' does not keep",
+        ),
+        ({'router': 'top_k', 'adaptive_balance': {}, 'dispatch': 'ragged'}, "DISPATCH = 'ragged' drops nothing"),
+        ({'router': 'merged', 'dispatch': 'ragged'}, "the router 'merged' routes nothing"),
+        ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts that are parts'),
+        ({'router': 'merged', 'merged_shared_weight': 2}, 'AVERAGE_SHARED_WEIGHT = 2 must lie'),
+        ({'router': 'dense', 'dispatch': 'ragged'}, "the router 'dense' trains every expert"),
+        ({'router': 'dense', 'inference_threshold': 1.0}, 'INFERENCE_THRESHOLD = 1.0 must lie between'),
+        ({'num_shared_experts': -1}, 'NUM_SHARED_EXPERTS = -1 must be'),
+        ({'shared_weights': 'half'}, "SHARED_WEIGHTS = 'half' is not one of one, xft"),
+        ({'shared_weights': 'xft'}, "SHARED_WEIGHTS = 'xft' needs a shared expert"),
+        (
+            {'shared_weights': 'xft', 'num_shared_experts': 1, 'normalize_combine_weights': True},
+            'NORMALIZE_COMBINE_WEIGHTS gives the routed ones all: turn it off',
+        ),
         ({'causal': True}, "DECODER_ROUTER = 'expert_choice' .* leaks the future"),
         (
             {'router': 'top_k', 'num_selected_experts': 0},
@@ -170,6 +195,12 @@ class TestSparseLayers:
 def test_refusals_name_the_binding(fields, message):
     with pytest.raises(UserError, match=message):
         MoEConfig(**({'num_experts': 8} | fields))
+
+
+def test_an_expert_is_so_many_times_narrower():
+    assert MoEConfig(8, granularity=4).expert_width(2048) == 512
+    with pytest.raises(UserError, match='EXPERT_GRANULARITY = 3 does not divide MLP_DIM = 2048'):
+        MoEConfig(8, granularity=3).expert_width(2048)
 
 
 def test_words_may_be_plain_strings():

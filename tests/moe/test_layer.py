@@ -13,6 +13,7 @@ from tests.moe.quick import jit, random_params
 from upcycle.errors import UserError
 from upcycle.models.layers import MlpBlock
 from upcycle.moe.config import MoEConfig
+from upcycle.moe.dispatch import masks
 from upcycle.moe.layer import METRICS, MoELayer
 from upcycle.moe.router import covered_tokens, token_sums
 
@@ -280,6 +281,99 @@ def test_dropout_is_drawn_for_every_expert_and_slot():
 
     assert len(np.unique(outputs(training=False).round(4), axis=0)) == 1
     assert len(np.unique(outputs(training=True).round(4), axis=0)) == 3 * E
+
+
+def with_shared(config):
+    return MoELayer(config, MlpBlock, MLP, MLP | {'mlp_dim': 2 * F})
+
+
+@functools.cache
+def shared_params():
+    return random_params(with_shared(dataclasses.replace(TOP_2, num_shared_experts=2)), tokens(), REAL, training=False)
+
+
+class TestSharedExperts:
+    """Next to the routed ones: the same layer without them, and a dense MLP of their joint width."""
+
+    def apply(self, config, real_BxL=REAL):
+        """Output, each token's weights by expert (B, L, E), and the sum of all its weights."""
+        y_BxLxD, written = jit(
+            functools.partial(with_shared(config).apply, training=False, mutable=['intermediates', METRICS])
+        )({'params': shared_params()}, tokens(), real_BxL)
+        routing, weight_BxL = written['intermediates']['routing'][0], written['intermediates']['token_weight'][0]
+        if config.dispatch == 'ragged':
+            chose_BxLxKxE = jax.nn.one_hot(routing.expert_GxSxK, E)
+            weights_BxLxE = (chose_BxLxKxE * routing.weight_GxSxK[..., None]).sum(axis=2).reshape(B, L, E)
+        else:
+            _, combine_GxSxExC = masks(routing, B * L)
+            weights_BxLxE = combine_GxSxExC.sum(axis=-1).reshape(B, L, E)
+        return y_BxLxD, np.asarray(weights_BxLxE), np.asarray(weight_BxL)
+
+    def shared(self):
+        params = {'params': shared_params()['shared']}
+        return jit(lambda x: MlpBlock(**MLP | {'mlp_dim': 2 * F}).apply(params, x, training=False))(tokens())
+
+    @pytest.mark.parametrize('config', [EXPERT_CHOICE, TOP_2], ids=['expert_choice', 'top_k'])
+    def test_are_added(self, config):
+        with_BxLxD, _, weight_BxL = self.apply(dataclasses.replace(config, num_shared_experts=2))
+        routed = {name: shared_params()[name] for name in ('router', 'expert')}
+        without_BxLxD, routing, _ = applied(config)(routed, tokens(), REAL)
+        np.testing.assert_allclose(with_BxLxD, without_BxLxD + self.shared(), atol=1e-5)
+        np.testing.assert_allclose(weight_BxL, 1 + token_sums(routing, B * L).reshape(B, L), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ('router', 'dispatch', 'factor'),
+        [
+            ('expert_choice', 'gather', 0.75),
+            ('top_k', 'einsum', 0.75),
+            ('top_k', 'gather', 4.0),
+            ('top_k', 'ragged', 1.0),
+        ],
+    )
+    def test_xfts_weights(self, router, dispatch, factor):
+        config = dataclasses.replace(
+            EXPERT_CHOICE,
+            router=router,
+            dispatch=dispatch,
+            eval_capacity_factor=factor,
+            num_shared_experts=2,
+        )
+        plain_BxLxD, raw_BxLxE, _ = self.apply(config)
+        y_BxLxD, weights_BxLxE, weight_BxL = self.apply(dataclasses.replace(config, shared_weights='xft'))
+        np.testing.assert_allclose(weight_BxL, 1, atol=1e-6)
+        for raw_E, weights_E in zip(raw_BxLxE.reshape(-1, E), weights_BxLxE.reshape(-1, E), strict=True):
+            took = raw_E > 0
+            expected_E = np.where(took, np.exp(raw_E), 0)
+            expected_E *= raw_E.max() / max(expected_E.sum(), 1e-9)
+            np.testing.assert_allclose(weights_E, expected_E, atol=1e-6)
+        uncovered_BxL = ~(raw_BxLxE > 0).any(axis=-1)
+        assert uncovered_BxL.any() == (factor < 1)
+        np.testing.assert_allclose(y_BxLxD[uncovered_BxL], self.shared()[uncovered_BxL], atol=1e-5)
+        assert not np.allclose(y_BxLxD, plain_BxLxD, atol=1e-3)
+
+    @pytest.mark.parametrize('config', [EXPERT_CHOICE, TOP_2], ids=['expert_choice', 'top_k'])
+    def test_gradients_are_finite_and_reach_the_router(self, config):
+        config = dataclasses.replace(config, num_shared_experts=2, shared_weights='xft')
+        real_BxL = REAL.at[1, 5:].set(False)
+
+        def loss(params):
+            y_BxLxD, _ = with_shared(config).apply(
+                {'params': params}, tokens(), real_BxL, training=False, mutable=[METRICS]
+            )
+            return jnp.square(y_BxLxD).sum()
+
+        grads = jit(jax.grad(loss))(shared_params())
+        assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+        assert all(np.abs(grad).max() > 0 for grad in jax.tree.leaves(grads))
+
+    def test_are_one_mlp(self):
+        names = set(flatten_dict(shared_params(), sep='/'))
+        assert {name for name in names if name.startswith('shared/')} == {
+            'shared/wi_0/kernel',
+            'shared/wi_1/kernel',
+            'shared/wo/kernel',
+        }
+        assert shared_params()['shared']['wo']['kernel'].shape == (2 * F, D)
 
 
 def test_parameters_are_named_as_flaxformers_and_experts_lead():

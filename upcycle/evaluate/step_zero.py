@@ -6,7 +6,7 @@ from typing import Any
 
 from upcycle.evaluate import validation
 from upcycle.models import Model, Params
-from upcycle.moe.config import RouterType
+from upcycle.moe.config import RouterType, SharedWeights
 
 # Batches of the evaluation split that are looked at.
 BATCHES = 4
@@ -27,9 +27,11 @@ def quality_at_step_0(
       For each factor and each kind of weights: `capacity_factor`, `normalized`, `loss`, `accuracy`, and
       `fraction_tokens_left_behind`, the mean over MoE layers.
     """
-    # A single expert with normalised weights has weight 1: that is no router, and no configuration of ours.
+    # A single expert with normalised weights has weight 1: that is no router, and no configuration of ours; nor is a shared
+    # expert to which normalised weights leave nothing.
     single = any(
-        moe.router is RouterType.TOP_K and moe.num_selected_experts == 1 for moe in model.moe_layers().values()
+        (moe.router is RouterType.TOP_K and moe.num_selected_experts == 1) or moe.shared_weights is SharedWeights.XFT
+        for moe in model.moe_layers().values()
     )
     out = []
     for factor, normalized in itertools.product(factors, (False,) if single else (False, True)):

@@ -1,5 +1,6 @@
 """Model families. The trainer, the surgery and the command line know a model only by this protocol."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,6 +47,9 @@ class Model(Protocol):
     def with_moe(self, **changes: Any) -> 'Model':
         """The same model with these fields of every `MoEConfig` changed."""
 
+    def saved(self, description: Mapping[str, Any]) -> 'Model':
+        """The model that a checkpoint's metadata describes, the JSON of `describe`, with this one's losses."""
+
     def moe_layers(self) -> 'dict[str, MoEConfig]':
         """The MoE layers by the path of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
 
@@ -58,10 +62,16 @@ class Model(Protocol):
     def mlp_activations(
         self, params: Params, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]
     ) -> 'dict[str, tuple[jax.Array, jax.Array, jax.Array]]':
-        """For each path, what a dense model's MLP there reads and writes: (input, output, which tokens are real)."""
+        """For each path, what the MLP or MoE layer there reads and writes: (input, output, which tokens are real)."""
 
     def check_data(self, data: Any) -> None:
         """Refuses data that the model cannot read, such as a larger vocabulary."""
 
     def describe(self) -> dict[str, Any]:
         """The configuration as JSON, for checkpoints."""
+
+
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from upcycle import cost
 from upcycle.errors import UserError
+from upcycle.models import known_fields
 from upcycle.models.losses import cross_entropy
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
 from upcycle.moe.config import MoEConfig
@@ -134,6 +135,14 @@ class EncoderDecoderModel:
         }
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **parts))
 
+    def saved(self, description: Mapping[str, Any]) -> 'EncoderDecoderModel':
+        """The model that a checkpoint's metadata describes, with this one's losses; see `models.Model`."""
+        config = known_fields(T5Config, description['config'])
+        for stack in ('encoder_moe', 'decoder_moe'):
+            if config.get(stack) is not None:
+                config[stack] = MoEConfig(**known_fields(MoEConfig, config[stack]))
+        return dataclasses.replace(self, config=T5Config(**config))
+
     def moe_layers(self) -> dict[str, MoEConfig]:
         """The MoE layers by the path of their parameters."""
         return {
@@ -155,9 +164,9 @@ class EncoderDecoderModel:
     def mlp_activations(
         self, params: Any, batch: Batch, paths: tuple[str, ...]
     ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-        """What the MLPs of the *dense* model read and write on a batch; see `models.Model`."""
+        """What the MLPs, or the MoE layers in their places, read and write on a batch; see `models.Model`."""
         # Layer by layer, since a loop's layers have no names to look at.
-        module = Transformer(dataclasses.replace(self.dense().config, scan_layers=False, remat='none'))
+        module = Transformer(dataclasses.replace(self.config, scan_layers=False, remat='none'))
         wanted = {tuple(path.split('/')[:-1]) for path in paths}
 
         def keep(mdl: nn.Module, method: str) -> bool:

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from upcycle import cost
 from upcycle.errors import UserError, one_of
+from upcycle.models import known_fields
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, moe_metrics
@@ -162,6 +163,13 @@ class ImageClassifier:
         moe = None if self.config.moe is None else dataclasses.replace(self.config.moe, **changes)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, moe=moe))
 
+    def saved(self, description: Mapping[str, Any]) -> 'ImageClassifier':
+        """The model that a checkpoint's metadata describes, with this one's losses; see `models.Model`."""
+        config = known_fields(ViTConfig, description['config'])
+        if config.get('moe') is not None:
+            config['moe'] = MoEConfig(**known_fields(MoEConfig, config['moe']))
+        return dataclasses.replace(self, config=ViTConfig(**config))
+
     def moe_layers(self) -> dict[str, MoEConfig]:
         """The MoE layers by the path of their parameters."""
         return {
@@ -181,9 +189,9 @@ class ImageClassifier:
     def mlp_activations(
         self, params: Any, batch: Batch, paths: tuple[str, ...]
     ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-        """What the MLPs of the *dense* model read and write on a batch; see `models.Model`."""
+        """What the MLPs, or the MoE layers in their places, read and write on a batch; see `models.Model`."""
         # Layer by layer, since a loop's layers have no names to look at.
-        module = VisionTransformer(dataclasses.replace(self.dense().config, scan_layers=False, remat='none'))
+        module = VisionTransformer(dataclasses.replace(self.config, scan_layers=False, remat='none'))
         wanted = {tuple(path.split('/')[:-1]) for path in paths}
 
         def keep(mdl: nn.Module, method: str) -> bool:

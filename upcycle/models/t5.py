@@ -80,8 +80,10 @@ class T5Config:
             if not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, 'remat', one_of(Remat, self.remat, 'REMAT'))
-        self.layer_moe('encoder')
-        self.layer_moe('decoder')
+        for stack in ('encoder', 'decoder'):
+            for moe in self.layer_moe(stack):
+                if moe is not None:
+                    moe.expert_width(self.mlp_dim)
         if self.decoder_moe is not None and not self.decoder_moe.causal:
             # Building the causal copy runs its refusals: no router may look ahead in a decoder.
             object.__setattr__(self, 'decoder_moe', dataclasses.replace(self.decoder_moe, causal=True))
@@ -117,7 +119,11 @@ def moe_layer(config: T5Config, moe: MoEConfig, name: str | None = None) -> MoEL
     arguments |= {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', 'dropout_broadcast_axis': None}
     if config.expert_dropout_rate is not None:
         arguments['dropout_rate'] = config.expert_dropout_rate
-    return MoELayer(moe, MlpBlock, arguments, name=name)
+    width = arguments['mlp_dim'] = moe.expert_width(config.mlp_dim)
+    shared = None
+    if moe.num_shared_experts:
+        shared = _mlp_arguments(config) | {'mlp_dim': moe.num_shared_experts * width}
+    return MoELayer(moe, MlpBlock, arguments, shared, name=name)
 
 
 def _mlp(config: T5Config, moe: MoEConfig | None) -> nn.Module:

@@ -128,7 +128,9 @@ class ViTConfig:
             raise UserError(f'GROUP_IMAGES = {self.group_images!r} must be a whole number of at least 1.')
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
-        self.layer_moe()
+        for moe in self.layer_moe():
+            if moe is not None:
+                moe.expert_width(self.mlp_dim)
 
     @property
     def grid(self) -> int:
@@ -434,4 +436,8 @@ def moe_layer(config: ViTConfig, moe: MoEConfig, name: str | None = None) -> MoE
     arguments = _mlp_arguments(config) | {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
     if config.expert_dropout_rate is not None:
         arguments['dropout_rate'] = config.expert_dropout_rate
-    return MoELayer(moe, MlpBlock, arguments, name=name)
+    width = arguments['mlp_dim'] = moe.expert_width(config.mlp_dim)
+    shared = None
+    if moe.num_shared_experts:
+        shared = _mlp_arguments(config) | {'mlp_dim': moe.num_shared_experts * width}
+    return MoELayer(moe, MlpBlock, arguments, shared, name=name)

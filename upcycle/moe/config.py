@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from upcycle.errors import UserError, one_of
 
@@ -13,6 +13,9 @@ class RouterType(enum.StrEnum):
 
     EXPERT_CHOICE = 'expert_choice'  # every expert takes its best tokens (Zhou et al. 2022); sees the whole group
     TOP_K = 'top_k'  # every token takes its best K experts (Switch: K = 1)
+    SOFT = 'soft'  # nobody: every slot is a mean over tokens, every token a mean over slots (Soft MoE); encoders only
+    MERGED = 'merged'  # nobody: the layer is one MLP, a learned mean of its experts (XFT), on the way to a dense model
+    DENSE = 'dense'  # in training everybody takes everybody; at inference Top-K, or who is above a threshold (DS-MoE)
 
 
 class FillOrder(enum.StrEnum):
@@ -43,6 +46,31 @@ class BalanceLoss(enum.StrEnum):
 
     SWITCH = 'switch'  # Switch, eq. 4-6: flaxformer's
     IMPORTANCE_LOAD = 'importance_load'  # V-MoE's importance loss, and with GATE_NOISE its load loss
+    MUTUAL_INFORMATION = 'mutual_information'  # DS-MoE's: sure about each token, even over all of them
+
+
+class SharedWeights(enum.StrEnum):
+    """How the shared experts and the routed ones add up."""
+
+    ONE = 'one'  # the shared experts are added with weight 1 (DeepSeekMoE)
+    XFT = 'xft'  # a token's routed weights add up to its largest probability, the shared experts get the rest of 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveBalance:
+    """Skywork-MoE's weight of the balance loss, a layer at a time (Wei et al. 2024, arXiv 2406.06563, section 3.2).
+
+    a <- decay * a + (1 - decay) * min(rate * d, largest), where d is the share of choices that found no slot; a starts at 0.
+
+    Attributes:
+      rate: xi.
+      largest: a_max.
+      decay: beta.
+    """
+
+    rate: float = 0.2
+    largest: float = 0.01
+    decay: float = 0.99
 
 
 class Dispatch(enum.StrEnum):
@@ -68,6 +96,10 @@ class MoEConfig:
         that a mesh never changes the maths.
       capacity_rule: [CAPACITY_RULE]
       normalize_combine_weights: divide a token's weights by their sum [NORMALIZE_COMBINE_WEIGHTS].
+      granularity: a dense MLP is so many times wider than an expert [EXPERT_GRANULARITY].
+      num_shared_experts: experts that every token goes to, besides those that it is routed to; one MLP of their joint width
+        [NUM_SHARED_EXPERTS].
+      shared_weights: see `SharedWeights` [SHARED_WEIGHTS].
       fill_order: for Top-K only [FILL_ORDER].
       route_padding: [ROUTE_PADDING]
       dispatch: [DISPATCH]
@@ -75,6 +107,19 @@ class MoEConfig:
         [NETWORK_DTYPE].
       jitter_noise: the router's input is multiplied by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
       balance_loss: for Top-K only [BALANCE_LOSS].
+      balance_bias_rate: for Top-K only: experts are chosen by their probability plus a bias, which rises or falls by this much a
+        step where an expert has fewer or more tokens than the mean; 0: none (DeepSeek-V3: 0.001) [BALANCE_BIAS_RATE].
+      adaptive_balance: for Top-K with slots: the balance loss of a layer is multiplied by a weight that follows what it drops;
+        None: it is not [ADAPTIVE_BALANCE].
+      default_output_decay: for Top-K with slots: an expert that does not take a token answers with the mean of its outputs, which
+        is averaged over steps with this decay, so that the router has a gradient for every expert; None: it does not answer
+        [DEFAULT_OUTPUT_DECAY].
+      slots_per_expert: of the router 'soft', in a group [SLOTS_PER_EXPERT].
+      merged_shared_weight: of the router 'merged', the share of shared experts in the mean [AVERAGE_SHARED_WEIGHT].
+      inference_threshold: of the router 'dense': at inference experts of a higher probability take a token; None: Top-K does
+        [INFERENCE_THRESHOLD].
+      logit_normalization: a token's logits are centred, divided by their deviation and multiplied by this, before the softmax;
+        None: not (Skywork-MoE: 1) [ROUTER_LOGIT_NORMALIZATION].
       gate_noise: normal noise of this standard deviation over E is added to the logits in training, for Top-K only (V-MoE: 1)
         [GATE_NOISE].
       router_init_stddev: of the router's normal initialisation when a model starts from scratch.
@@ -92,12 +137,22 @@ class MoEConfig:
     groups_multiple_of: int = 1
     capacity_rule: CapacityRule = CapacityRule.FLAXFORMER
     normalize_combine_weights: bool = False
+    granularity: int = 1
+    num_shared_experts: int = 0
+    shared_weights: SharedWeights = SharedWeights.ONE
     fill_order: FillOrder = FillOrder.TOKEN_MAJOR
     route_padding: RoutePadding = RoutePadding.SKIP
     dispatch: Dispatch = Dispatch.GATHER
     network_dtype: str | None = None
     jitter_noise: float = 0.0
     balance_loss: BalanceLoss = BalanceLoss.SWITCH
+    balance_bias_rate: float = 0.0
+    adaptive_balance: AdaptiveBalance | None = None
+    default_output_decay: float | None = None
+    slots_per_expert: int = 1
+    merged_shared_weight: float = 0.75
+    inference_threshold: float | None = None
+    logit_normalization: float | None = None
     gate_noise: float = 0.0
     router_init_stddev: float = 0.02
     min_capacity: int = 4
@@ -109,16 +164,36 @@ class MoEConfig:
         """The most experts that can take one token."""
         return self.num_selected_experts if self.router is RouterType.TOP_K else self.num_experts
 
+    def when(self, *, training: bool) -> 'MoEConfig':
+        """What holds in training or at inference, where the two differ."""
+        if self.router is not RouterType.DENSE:
+            return self
+        if training:
+            return dataclasses.replace(self, inference_threshold=None)
+        return self if self.inference_threshold is not None else dataclasses.replace(self, router=RouterType.TOP_K)
+
+    def expert_width(self, mlp_dim: int) -> int:
+        """F of one expert, where that of a dense MLP is `mlp_dim`."""
+        if mlp_dim % self.granularity:
+            raise UserError(
+                f'EXPERT_GRANULARITY = {self.granularity} does not divide MLP_DIM = {mlp_dim}: change one of them.'
+            )
+        return mlp_dim // self.granularity
+
     def __post_init__(self):
         for field, kind, binding in (
             ('router', RouterType, 'router'),
             ('fill_order', FillOrder, 'FILL_ORDER'),
             ('capacity_rule', CapacityRule, 'CAPACITY_RULE'),
             ('route_padding', RoutePadding, 'ROUTE_PADDING'),
+            ('shared_weights', SharedWeights, 'SHARED_WEIGHTS'),
             ('dispatch', Dispatch, 'DISPATCH'),
             ('balance_loss', BalanceLoss, 'BALANCE_LOSS'),
         ):
             object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
+        if isinstance(self.adaptive_balance, Mapping):
+            # As a checkpoint's JSON tells it.
+            object.__setattr__(self, 'adaptive_balance', AdaptiveBalance(**self.adaptive_balance))
         self._refuse_nonsense()
 
     def _refuse_nonsense(self) -> None:
@@ -126,6 +201,8 @@ class MoEConfig:
             ('NUM_EXPERTS', self.num_experts),
             ('GROUP_SIZE', self.group_size),
             ('GROUPS_MULTIPLE_OF', self.groups_multiple_of),
+            ('EXPERT_GRANULARITY', self.granularity),
+            ('SLOTS_PER_EXPERT', self.slots_per_expert),
         ):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
@@ -135,12 +212,50 @@ class MoEConfig:
         ):
             if not value > 0:
                 raise UserError(f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).')
+        if not isinstance(self.num_shared_experts, int) or self.num_shared_experts < 0:
+            raise UserError(f'NUM_SHARED_EXPERTS = {self.num_shared_experts!r} must be a number of experts, 0 or more.')
+        if self.shared_weights is SharedWeights.XFT and not self.num_shared_experts:
+            raise UserError("SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS.")
+        if self.shared_weights is SharedWeights.XFT and self.normalize_combine_weights:
+            raise UserError(
+                "SHARED_WEIGHTS = 'xft' leaves the shared experts what the routed ones do not take, and "
+                'NORMALIZE_COMBINE_WEIGHTS gives the routed ones all: turn it off.'
+            )
         if not 0 <= self.jitter_noise < 1:
             raise UserError(f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).')
         if not self.gate_noise >= 0:
             raise UserError(f'GATE_NOISE = {self.gate_noise!r} must be at least 0.')
+        if not self.balance_bias_rate >= 0:
+            raise UserError(f'BALANCE_BIAS_RATE = {self.balance_bias_rate!r} must be at least 0.')
+        if self.logit_normalization is not None and not self.logit_normalization > 0:
+            raise UserError(f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.')
         if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
             raise UserError(f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.')
+        if self.router is RouterType.MERGED:
+            if self.dispatch is Dispatch.RAGGED:
+                raise UserError(
+                    "DISPATCH = 'ragged' is dropless Top-K, and the router 'merged' routes nothing: use 'gather'."
+                )
+            if self.granularity > 1:
+                raise UserError(
+                    f'EXPERT_GRANULARITY = {self.granularity} makes experts that are parts of an MLP, whose mean is none: the '
+                    "router 'merged' needs whole ones."
+                )
+            if not 0 <= self.merged_shared_weight <= 1:
+                raise UserError(f'AVERAGE_SHARED_WEIGHT = {self.merged_shared_weight!r} must lie in [0, 1].')
+            return
+        if self.router is RouterType.SOFT:
+            if self.causal:
+                raise UserError(
+                    "DECODER_ROUTER = 'soft' mixes every token with later ones, which leaks the future in a decoder: use 'top_k'."
+                )
+            if self.dispatch is Dispatch.RAGGED:
+                raise UserError("DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'.")
+            if self.shared_weights is SharedWeights.XFT:
+                raise UserError(
+                    "SHARED_WEIGHTS = 'xft' shares out what a router leaves, and the router 'soft' leaves nothing: use 'one'."
+                )
+            return
         if self.router is RouterType.EXPERT_CHOICE:
             if self.gate_noise:
                 raise UserError(
@@ -168,9 +283,35 @@ class MoEConfig:
                 'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
                 'gradient: turn it off, or select at least 2 experts.'
             )
+        if self.router is RouterType.DENSE and self.dispatch is Dispatch.RAGGED:
+            raise UserError(
+                "DISPATCH = 'ragged' is dropless Top-K, and the router 'dense' trains every expert: use 'gather'."
+            )
+        if self.inference_threshold is not None and not 0 < self.inference_threshold < 1:
+            raise UserError(f'INFERENCE_THRESHOLD = {self.inference_threshold!r} must lie between 0 and 1, or be None.')
+        if self.default_output_decay is not None:
+            self._check_default_output()
+        if self.adaptive_balance is not None and self.dispatch is Dispatch.RAGGED:
+            raise UserError(
+                "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
+                "'gather'."
+            )
         if self.causal and self.fill_order is FillOrder.PRIORITY:
             raise UserError(
                 "FILL_ORDER = 'priority' lets later tokens push earlier ones out of a decoder's buffers: use 'token_major'."
+            )
+
+    def _check_default_output(self) -> None:
+        if not 0 <= self.default_output_decay < 1:
+            raise UserError(f'DEFAULT_OUTPUT_DECAY = {self.default_output_decay!r} must lie in [0, 1), or be None.')
+        if self.normalize_combine_weights or self.shared_weights is SharedWeights.XFT:
+            raise UserError(
+                'DEFAULT_OUTPUT_DECAY lets experts that are not chosen answer with their own probabilities, which is all of the '
+                "weight: turn NORMALIZE_COMBINE_WEIGHTS and SHARED_WEIGHTS = 'xft' off."
+            )
+        if self.dispatch is Dispatch.RAGGED:
+            raise UserError(
+                "DEFAULT_OUTPUT_DECAY averages experts' outputs, which DISPATCH = 'ragged' does not keep: use 'gather'."
             )
 
 
@@ -262,6 +403,10 @@ def capacity(config: MoEConfig, tokens_per_group: int, *, training: bool) -> int
 
     The two originals' rules: flaxformer `moe_layers.py` (K is not multiplied in) and vmoe `nn/routing.py`.
     """
+    if config.when(training=training).router is RouterType.DENSE:
+        return tokens_per_group
+    if config.router is RouterType.SOFT:
+        return config.slots_per_expert
     factor = config.train_capacity_factor if training else config.eval_capacity_factor
     if config.capacity_rule is CapacityRule.FLAXFORMER:
         slots = max(round(factor * tokens_per_group / config.num_experts), config.min_capacity)

@@ -8,13 +8,14 @@ experts themselves sit between `send` and `receive`, where the compiler partitio
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.dispatch import combine, dispatch
-from upcycle.moe.router import Routing, here, route
+from upcycle.moe.router import Mixing, Routing, here, mix, route
 
 DATA, EXPERT, MODEL = 'data', 'expert', 'model'
 BATCH = (DATA, EXPERT)
@@ -28,6 +29,7 @@ def send(
     groups: int,
     capacity: int,
     mesh: AbstractMesh | None,
+    bias_E: jax.Array | None = None,
 ) -> tuple[jax.Array, Routing, dict[str, jax.Array]]:
     """Routes tokens, and takes them to their experts.
 
@@ -39,6 +41,7 @@ def send(
       groups: G, a multiple of the devices along `data` and `expert`.
       capacity: C.
       mesh: in use, or None for one device.
+      bias_E: of Top-K's choice; None: none.
 
     Returns:
       (E, G, C, D) slots, split over `expert`, `data` and `model`; the routing; its metrics.
@@ -46,22 +49,23 @@ def send(
     shards = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[EXPERT]
     across = here if mesh is None else functools.partial(jax.lax.psum, axis_name=BATCH)
 
-    def local(x_BxLxD, logits_BxLxE, real_BxL):
+    def local(x_BxLxD, logits_BxLxE, real_BxL, bias_E):
         G = groups // shards
         D, E = x_BxLxD.shape[-1], logits_BxLxE.shape[-1]
-        routing, metrics = route(logits_BxLxE.reshape(G, -1, E), real_BxL.reshape(G, -1), config, capacity, across)
+        logits_GxSxE, real_GxS = logits_BxLxE.reshape(G, -1, E), real_BxL.reshape(G, -1)
+        routing, metrics = route(logits_GxSxE, real_GxS, config, capacity, across, bias_E)
         x_ExGxCxD = dispatch(x_BxLxD.reshape(G, -1, D), routing, config.dispatch, config.experts_of_a_token)
         return _all_to_all(x_ExGxCxD, 0, 1, config, mesh), routing, metrics
 
     if mesh is None:
-        return local(x_BxLxD, logits_BxLxE, real_BxL)
+        return local(x_BxLxD, logits_BxLxE, real_BxL, bias_E)
     width = _width_axis(mesh, x_BxLxD.shape[-1])
     moved = jax.shard_map(
         local,
-        in_specs=(P(BATCH, None, width), P(BATCH), P(BATCH)),
+        in_specs=(P(BATCH, None, width), P(BATCH), P(BATCH), P()),
         out_specs=(P(EXPERT, DATA, None, width), Routing(P(BATCH), P(BATCH)), P()),
     )
-    x_ExGxCxD, routing, metrics = moved(x_BxLxD, logits_BxLxE, real_BxL)
+    x_ExGxCxD, routing, metrics = moved(x_BxLxD, logits_BxLxE, real_BxL, bias_E)
     return jax.lax.with_sharding_constraint(x_ExGxCxD, P(EXPERT, DATA)), routing, metrics
 
 
@@ -105,6 +109,61 @@ def receive(
         out_specs=P(BATCH, None, width),
     )
     return jax.lax.with_sharding_constraint(moved(y_ExGxCxD, routing), P(BATCH))
+
+
+def send_mixed(
+    x_BxLxD: jax.Array,
+    logits_BxLxN: jax.Array,
+    real_BxL: jax.Array,
+    config: MoEConfig,
+    groups: int,
+    mesh: AbstractMesh | None,
+) -> tuple[jax.Array, Mixing, dict[str, jax.Array]]:
+    """Soft MoE's `send`: slots are means over the tokens of a group. Arguments as its, logits one for each of N = E * C slots."""
+    shards = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[EXPERT]
+    across = here if mesh is None else functools.partial(jax.lax.psum, axis_name=BATCH)
+
+    def local(x_BxLxD, logits_BxLxN, real_BxL):
+        G, D, N = groups // shards, x_BxLxD.shape[-1], logits_BxLxN.shape[-1]
+        mixing, metrics = mix(logits_BxLxN.reshape(G, -1, N), real_BxL.reshape(G, -1), config, across)
+        x_GxSxD = x_BxLxD.reshape(G, -1, D).astype(jnp.float32)
+        x_GxNxD = jnp.einsum('gsd,gsn->gnd', x_GxSxD, mixing.dispatch_GxSxN).astype(x_BxLxD.dtype)
+        x_ExGxCxD = x_GxNxD.reshape(G, config.num_experts, -1, D).swapaxes(0, 1)
+        return _all_to_all(x_ExGxCxD, 0, 1, config, mesh), mixing, metrics
+
+    if mesh is None:
+        return local(x_BxLxD, logits_BxLxN, real_BxL)
+    width = _width_axis(mesh, x_BxLxD.shape[-1])
+    moved = jax.shard_map(
+        local,
+        in_specs=(P(BATCH, None, width), P(BATCH), P(BATCH)),
+        out_specs=(P(EXPERT, DATA, None, width), Mixing(P(BATCH), P(BATCH)), P()),
+    )
+    x_ExGxCxD, mixing, metrics = moved(x_BxLxD, logits_BxLxN, real_BxL)
+    return jax.lax.with_sharding_constraint(x_ExGxCxD, P(EXPERT, DATA)), mixing, metrics
+
+
+def receive_mixed(
+    y_ExGxCxD: jax.Array, mixing: Mixing, shape: tuple[int, int, int], config: MoEConfig, mesh: AbstractMesh | None
+) -> jax.Array:
+    """Soft MoE's `receive`: tokens are means over the slots of their group."""
+
+    def local(y_ExGxCxD, mixing):
+        y_GxExCxD = _all_to_all(y_ExGxCxD, 1, 0, config, mesh).swapaxes(0, 1)
+        y_GxNxD = y_GxExCxD.reshape(y_GxExCxD.shape[0], -1, y_GxExCxD.shape[-1]).astype(jnp.float32)
+        y_GxSxD = jnp.einsum('gnd,gsn->gsd', y_GxNxD, mixing.combine_GxSxN).astype(y_ExGxCxD.dtype)
+        return y_GxSxD.reshape(-1, shape[1], y_GxSxD.shape[-1])
+
+    if mesh is None:
+        return local(y_ExGxCxD, mixing)
+    width = _width_axis(mesh, shape[-1])
+    y_ExGxCxD = jax.lax.with_sharding_constraint(y_ExGxCxD, P(EXPERT, DATA, None, width))
+    moved = jax.shard_map(
+        local,
+        in_specs=(P(EXPERT, DATA, None, width), Mixing(P(BATCH), P(BATCH))),
+        out_specs=P(BATCH, None, width),
+    )
+    return jax.lax.with_sharding_constraint(moved(y_ExGxCxD, mixing), P(BATCH))
 
 
 def _width_axis(mesh: AbstractMesh, width: int) -> str | None:

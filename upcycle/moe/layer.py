@@ -1,6 +1,8 @@
-"""The MoE layer as a Flax module. Parameters: `router/router_weights/w/kernel` (D, E) and `expert/...` with E in front."""
+"""The MoE layer as a Flax module. Parameters: `router/router_weights/w/kernel` (D, E), `expert/...` with E in front, and where
+there are shared experts, `shared/...`: one MLP of their joint width. `router_state/...`: see `moe.state`.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,47 +19,70 @@ from upcycle.moe.config import (
     Dispatch,
     MoEConfig,
     RouterType,
+    SharedWeights,
     capacity,
     check_groups,
     microbatch_groups,
 )
-from upcycle.moe.router import Choices, importance_load_loss, route_dropless
+from upcycle.moe.router import Choices, Mixing, Routing, importance_load_loss, probabilities, route_dropless, token_sums
+from upcycle.moe.state import NAME as STATE
+from upcycle.moe.state import OUTPUT_COUNT, OUTPUT_SUM, RouterState
+from upcycle.moe.state import shapes as state_shapes
 
 # The variable collection that one layer's routing metrics are written to.
 METRICS = 'moe_metrics'
 
 
 class RouterWeights(nn.Module):
-    """Logits of a linear router in float32, without bias; named as in flaxformer."""
+    """Logits of a linear router in float32, without bias; named as in flaxformer. `unit`: they are cosines."""
 
-    num_experts: int
+    num_logits: int
     init_stddev: float
+    unit: bool = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        return nn.Dense(
-            self.num_experts,
-            use_bias=False,
-            dtype=jnp.float32,
-            kernel_init=nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled')),
-            name='w',
-        )(x_BxLxD)
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
+        if self.unit:
+            return _Cosines(self.num_logits, init, name='w')(x_BxLxD)
+        return nn.Dense(self.num_logits, use_bias=False, dtype=jnp.float32, kernel_init=init, name='w')(x_BxLxD)
+
+
+class _Cosines(nn.Module):
+    """Cosine of the input and each column of the kernel."""
+
+    features: int
+    kernel_init: Callable[..., jax.Array]
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        kernel_DxN = self.param('kernel', self.kernel_init, (x_BxLxD.shape[-1], self.features), jnp.float32)
+
+        def unit(v: jax.Array, axis: int) -> jax.Array:
+            return v * jax.lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-12)
+
+        return unit(x_BxLxD, -1) @ unit(kernel_DxN, 0)
 
 
 class Router(nn.Module):
-    """Jitter, then linear logits: (B, L, D) -> (B, L, E), in float32."""
+    """Jitter, then logits: (B, L, D) -> (B, L, E) in float32, linear; of Soft MoE (B, L, E * C), scaled cosines."""
 
     config: MoEConfig
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *, training: bool) -> jax.Array:
+        config = self.config
         x_BxLxD = x_BxLxD.astype(jnp.float32)
-        jitter = self.config.jitter_noise
+        jitter = config.jitter_noise
         if training and jitter > 0:
             x_BxLxD *= jax.random.uniform(
                 self.make_rng('jitter'), x_BxLxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
             )
-        return RouterWeights(self.config.num_experts, self.config.router_init_stddev, name='router_weights')(x_BxLxD)
+        if config.router is RouterType.SOFT:
+            slots = config.num_experts * config.slots_per_expert
+            scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ()), (), jnp.float32)
+            return scale * RouterWeights(slots, config.router_init_stddev, unit=True, name='router_weights')(x_BxLxD)
+        return RouterWeights(config.num_experts, config.router_init_stddev, name='router_weights')(x_BxLxD)
 
 
 class MoELayer(nn.Module):
@@ -67,11 +92,13 @@ class MoELayer(nn.Module):
       config: router, capacity and conventions.
       expert: the class of the dense MLP; it is mapped over a leading expert axis, so an expert *is* the dense MLP.
       expert_arguments: its constructor's arguments.
+      shared_arguments: those of the MLP that is all shared experts; None: there are none.
     """
 
     config: MoEConfig
     expert: type[nn.Module]
     expert_arguments: Mapping[str, Any]
+    shared_arguments: Mapping[str, Any] | None = None
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, *, training: bool, decoding: bool = False) -> jax.Array:
@@ -85,12 +112,12 @@ class MoELayer(nn.Module):
             the load over.
 
         Returns:
-          (B, L, D) in the dtype of the input; 0 for a token that no expert took.
+          (B, L, D) in the dtype of the input; 0 for a token that no expert took, where none is shared.
 
         Raises:
           UserError: the tokens cannot be cut into the groups asked for, or the groups not dealt out to the mesh.
         """
-        config = self.config
+        config = self.config.when(training=training)
         B, L, D = x_BxLxD.shape
         mesh = partitioning.current_mesh()
         shards = partitioning.batch_shards(mesh)
@@ -103,30 +130,98 @@ class MoELayer(nn.Module):
             G = microbatch_groups(config, B * L)
             C = capacity(config, B * L // G, training=training)
             check_groups(G, shards)
+        if config.router is RouterType.MERGED:
+            return self._merged(x_BxLxD, real_BxL, training)
+        if config.router is RouterType.SOFT:
+            logits_BxLxN = Router(config, name='router')(x_BxLxD, training=training)
+            x_ExGxCxD, mixing, metrics = exchange.send_mixed(x_BxLxD, logits_BxLxN, real_BxL, config, G, mesh)
+            self._log(metrics, mixing, None, {})
+            y_ExGxCxD = self._apply_experts(x_ExGxCxD, training)
+            y_BxLxD = exchange.receive_mixed(y_ExGxCxD, mixing, (B, L, D), config, mesh)
+            return self._with_shared(y_BxLxD, x_BxLxD, mixing, training)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
         if training and config.gate_noise > 0:
             noise_BxLxE = jax.random.normal(self.make_rng('jitter'), logits_BxLxE.shape)
             logits_BxLxE = logits_BxLxE + config.gate_noise / config.num_experts * noise_BxLxE
+        state = {}
+        if state_shapes(config, D):
+            state = RouterState(config, name=STATE)(D)
         balance = None
         if config.router is RouterType.TOP_K and config.balance_loss is BalanceLoss.IMPORTANCE_LOAD:
             by_group = (x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL))
             balance = importance_load_loss(*by_group, config)
         if config.dispatch is Dispatch.RAGGED and not self.is_initializing():
-            return self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance)
+            y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
+            return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
-        x_ExGxCxD, routing, metrics = exchange.send(x_BxLxD, logits_BxLxE, real_BxL, config, G, C, mesh)
-        self._log(metrics, routing, balance)
+        x_ExGxCxD, routing, metrics = exchange.send(
+            x_BxLxD, logits_BxLxE, real_BxL, config, G, C, mesh, state.get('bias')
+        )
+        self._log(metrics, routing, balance, state)
+        y_ExGxCxD = self._apply_experts(x_ExGxCxD, training)
+        default_ExD = state.get('default_output')
+        if default_ExD is not None:
+            # Every expert answers for every token with its default; one that took the token, with what it says beyond that.
+            self._log_outputs(y_ExGxCxD, routing, B * L // G, training)
+            y_ExGxCxD -= default_ExD[:, None, None].astype(y_ExGxCxD.dtype)
+        y_BxLxD = exchange.receive(y_ExGxCxD, routing, (B, L, D), config, mesh)
+        if default_ExD is not None:
+            y_BxLxD += (probabilities(logits_BxLxE, real_BxL, config) @ default_ExD).astype(y_BxLxD.dtype)
+        return self._with_shared(y_BxLxD, x_BxLxD, routing, training)
+
+    def _merged(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
+        """One MLP: lambda * shared + (1 - lambda) * sum_e softmax(a)_e W_e (XFT, arXiv 2404.15247, section 3.2)."""
+        config, D = self.config, x_BxLxD.shape[-1]
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
+        mixing_E = self.param('mixing', zeros, (config.num_experts,), jnp.float32)
+        if self.is_initializing():
+            self._apply_experts(jnp.zeros((config.num_experts, 1, 1, D), x_BxLxD.dtype), training)
+            if self.shared_arguments is not None:
+                self.expert(**self.shared_arguments, name='shared')(x_BxLxD, training)
+            return x_BxLxD
+        share_E = jax.nn.softmax(mixing_E)
+        merged = jax.tree.map(
+            lambda leaf: jnp.tensordot(share_E, leaf.astype(jnp.float32), axes=1), self.get_variable('params', 'expert')
+        )
+        if self.shared_arguments is not None:
+            share = config.merged_shared_weight
+            shared = self.get_variable('params', 'shared')
+            merged = jax.tree.map(lambda a, b: share * a + (1.0 - share) * b, shared, merged)
+        rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
+        module = self.expert(**self.expert_arguments, parent=None)
+        self.sow('intermediates', 'routing', Mixing(real_BxL[..., None] * 1.0, real_BxL[..., None] * 1.0))
+        self.sow('intermediates', 'token_weight', real_BxL * 1.0)
+        return module.apply({'params': merged}, x_BxLxD, training, rngs=rngs)
+
+    def _apply_experts(self, x_ExGxCxD: jax.Array, training: bool) -> jax.Array:
+        E, G, C, D = x_ExGxCxD.shape
         experts = nn.vmap(
             self.expert,
             in_axes=(0, None),
             variable_axes={'params': 0},
             split_rngs={'params': True, 'dropout': True},
-            axis_size=config.num_experts,
+            axis_size=E,
             metadata_params={nn.PARTITION_NAME: 'expert'},
         )
-        x_ExNxD = x_ExGxCxD.reshape(config.num_experts, G * C, D)
-        y_ExNxD = experts(**self.expert_arguments, name='expert')(x_ExNxD, training)
-        return exchange.receive(y_ExNxD.reshape(x_ExGxCxD.shape), routing, (B, L, D), config, mesh)
+        y_ExNxD = experts(**self.expert_arguments, name='expert')(x_ExGxCxD.reshape(E, G * C, D), training)
+        return y_ExNxD.reshape(x_ExGxCxD.shape)
+
+    def _with_shared(
+        self, y_BxLxD: jax.Array, x_BxLxD: jax.Array, routing: Routing | Choices | Mixing, training: bool
+    ) -> jax.Array:
+        """Adds the shared experts, and leaves the sum of all of a token's weights among the intermediates."""
+        if self.shared_arguments is None and not self.is_mutable_collection('intermediates'):
+            return y_BxLxD
+        weight_BxL = token_sums(routing, x_BxLxD.shape[0] * x_BxLxD.shape[1] // routing[0].shape[0])
+        weight_BxL = weight_BxL.reshape(x_BxLxD.shape[:2])
+        if self.shared_arguments is not None:
+            xft = self.config.shared_weights is SharedWeights.XFT
+            shared_BxL = 1.0 - weight_BxL if xft else jnp.ones_like(weight_BxL)
+            shared_BxLxD = self.expert(**self.shared_arguments, name='shared')(x_BxLxD, training)
+            y_BxLxD += shared_BxLxD * shared_BxL[..., None].astype(y_BxLxD.dtype)
+            weight_BxL += shared_BxL
+        self.sow('intermediates', 'token_weight', weight_BxL)
+        return y_BxLxD
 
     def _dropless(
         self,
@@ -137,7 +232,8 @@ class MoELayer(nn.Module):
         training: bool,
         mesh: AbstractMesh | None,
         balance: jax.Array | None,
-    ) -> jax.Array:
+        state: Mapping[str, jax.Array],
+    ) -> tuple[jax.Array, Choices]:
         B, L, _ = x_BxLxD.shape
         E = self.config.num_experts
         if training and mesh is not None and self.expert_arguments.get('dropout_rate', 0.0) > 0:
@@ -147,9 +243,9 @@ class MoELayer(nn.Module):
             )
         # Groups only matter to the balance loss, which is a mean over them; routing is token by token.
         choices, metrics = route_dropless(
-            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config
+            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config, state.get('bias')
         )
-        self._log(metrics, choices, balance)
+        self._log(metrics, choices, balance, state)
         K = self.config.num_selected_experts
         choices = Choices(*(x.reshape(B, L, K) for x in choices))
         rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
@@ -159,11 +255,26 @@ class MoELayer(nn.Module):
             return module.apply({'params': params}, x_RxD, training, group_sizes=sizes_E, rngs=rngs)
 
         params = self.get_variable('params', 'expert')
-        return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, mesh)
+        return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, mesh), choices
 
-    def _log(self, metrics: dict[str, jax.Array], routing: Any, balance: jax.Array | None) -> None:
-        if balance is not None:
-            metrics = metrics | {'auxiliary_loss': balance}
+    def _log_outputs(self, y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, training: bool) -> None:
+        if not training:
+            return
+        used_ExGxC = (routing.token_GxExC < num_tokens).swapaxes(0, 1).astype(jnp.float32)
+        sum_ExD = jnp.einsum('egcd,egc->ed', y_ExGxCxD.astype(jnp.float32), used_ExGxC)
+        for name, value in ((OUTPUT_SUM, sum_ExD), (OUTPUT_COUNT, used_ExGxC.sum(axis=(1, 2)))):
+            value = jax.lax.stop_gradient(value)
+            self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+
+    def _log(
+        self,
+        metrics: dict[str, jax.Array],
+        routing: Any,
+        balance: jax.Array | None,
+        state: Mapping[str, jax.Array],
+    ) -> None:
+        loss = metrics['auxiliary_loss'] if balance is None else balance
+        metrics = metrics | {'auxiliary_loss': loss * state.get('loss_weight', 1.0)}
         for name, value in metrics.items():
             self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         self.sow('intermediates', 'routing', routing)
@@ -182,7 +293,7 @@ def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
         by_layer.setdefault(name, {})['/'.join(layer)] = value
     metrics = {}
     for name, layers in by_layer.items():
-        if name != 'load':
+        if name not in ('load', OUTPUT_SUM, OUTPUT_COUNT):
             metrics[f'experts/{name}'] = sum(layers.values()) / len(layers)
         metrics |= {f'experts/{layer}/{name}': value for layer, value in layers.items()}
     return metrics

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from upcycle.moe.config import FillOrder, MoEConfig, RoutePadding, RouterType
+from upcycle.moe.config import BalanceLoss, FillOrder, MoEConfig, RoutePadding, RouterType, SharedWeights
 
 
 class Routing(NamedTuple):
@@ -37,6 +37,18 @@ class Choices(NamedTuple):
     weight_GxSxK: jax.Array
 
 
+class Mixing(NamedTuple):
+    """Soft MoE's routing. N = E * C slots, expert by expert.
+
+    Attributes:
+      dispatch_GxSxN: float32, the share of each token in a slot; over tokens they add up to 1.
+      combine_GxSxN: float32, the share of each slot in a token; over slots they add up to 1, or 0 at padding.
+    """
+
+    dispatch_GxSxN: jax.Array
+    combine_GxSxN: jax.Array
+
+
 Across = Callable[[jax.Array], jax.Array]
 
 
@@ -46,7 +58,12 @@ def here(x: jax.Array) -> jax.Array:
 
 
 def route(
-    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig, capacity: int, across: Across = here
+    logits_GxSxE: jax.Array,
+    real_GxS: jax.Array,
+    config: MoEConfig,
+    capacity: int,
+    across: Across = here,
+    bias_E: jax.Array | None = None,
 ) -> tuple[Routing, dict[str, jax.Array]]:
     """Assigns tokens to slots.
 
@@ -56,6 +73,7 @@ def route(
       config: which router, and its conventions.
       capacity: C.
       across: sums an array over the devices that hold the other groups.
+      bias_E: of Top-K's choice, not of its weights; None: none.
 
     Returns:
       The routing, and the metrics of one layer (scalars, and `load` of shape (E,)); names are flaxformer's where it has them.
@@ -67,18 +85,24 @@ def route(
         routing = _expert_choice(tokens.probs_GxSxE, takeable_GxS, capacity)
         auxiliary_loss = jnp.zeros(())
         dropped = jnp.zeros(())
+    elif config.router is RouterType.DENSE:
+        routing = _everybody(tokens, config.inference_threshold)
+        auxiliary_loss = _mutual_information_loss(tokens, across)
+        dropped = jnp.zeros(())
     else:
-        _, expert_GxSxK = jax.lax.top_k(tokens.probs_GxSxE, config.num_selected_experts)
+        expert_GxSxK = _choose(tokens.probs_GxSxE, bias_E, config)
         routing, kept_GxSxK = _top_k(
             tokens.probs_GxSxE, expert_GxSxK, tokens.may_route_GxS, capacity, config.fill_order
         )
-        auxiliary_loss = _load_balancing_loss(tokens, expert_GxSxK, across)
+        auxiliary_loss = _auxiliary_loss(tokens, expert_GxSxK, config, across)
         wanted = across(tokens.may_route_GxS.sum()) * config.num_selected_experts
         dropped = 1.0 - across(kept_GxSxK.sum()) / jnp.maximum(wanted, 1)
 
     S = logits_GxSxE.shape[1]
     if config.normalize_combine_weights:
         routing = _normalize(routing, num_tokens=S)
+    if config.shared_weights is SharedWeights.XFT:
+        routing = _leave_the_rest(routing, num_tokens=S)
 
     used_GxExC = routing.token_GxExC < S
     metrics = _metrics(
@@ -93,7 +117,7 @@ def route(
 
 
 def route_dropless(
-    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig
+    logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig, bias_E: jax.Array | None = None
 ) -> tuple[Choices, dict[str, jax.Array]]:
     """Top-K without slots: every token goes to all K experts it chose. Arguments and metrics as `route`'s.
 
@@ -101,13 +125,16 @@ def route_dropless(
     """
     tokens = _prepare(logits_GxSxE, real_GxS, config)
     E = logits_GxSxE.shape[-1]
-    weight_GxSxK, expert_GxSxK = jax.lax.top_k(tokens.probs_GxSxE, config.num_selected_experts)
-    auxiliary_loss = _load_balancing_loss(tokens, expert_GxSxK, here)
+    expert_GxSxK = _choose(tokens.probs_GxSxE, bias_E, config)
+    weight_GxSxK = jnp.take_along_axis(tokens.probs_GxSxE, expert_GxSxK, axis=-1)
+    auxiliary_loss = _auxiliary_loss(tokens, expert_GxSxK, config, here)
     may_GxSx1 = tokens.may_route_GxS[..., None]
     expert_GxSxK = jnp.where(may_GxSx1, expert_GxSxK, E)
     weight_GxSxK = jnp.where(may_GxSx1, weight_GxSxK, 0.0)
     if config.normalize_combine_weights:
         weight_GxSxK /= jnp.maximum(weight_GxSxK.sum(axis=-1, keepdims=True), 1e-18)
+    if config.shared_weights is SharedWeights.XFT:
+        weight_GxSxK = weight_GxSxK.max(axis=-1, keepdims=True) * jax.nn.softmax(weight_GxSxK, axis=-1)
     used_E = jnp.zeros(E, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop')
     metrics = _metrics(
         tokens,
@@ -123,6 +150,40 @@ def route_dropless(
     }
 
 
+def mix(
+    logits_GxSxN: jax.Array, real_GxS: jax.Array, config: MoEConfig, across: Across = here
+) -> tuple[Mixing, dict[str, jax.Array]]:
+    """Soft MoE (Puigcerver et al. 2023, arXiv 2308.00951, section 2.1). Arguments and metrics as `route`'s.
+
+    Padding is in no slot and gets nothing, unless it is routed.
+    """
+    logits_GxSxN = logits_GxSxN.astype(jnp.float32)
+    if config.route_padding is RoutePadding.ROUTE:
+        real_GxS = jnp.ones_like(real_GxS)
+    real_GxSx1 = real_GxS[..., None]
+    # A large negative number, and not -inf, so that a group of nothing but padding has no nan.
+    dispatch_GxSxN = jax.nn.softmax(jnp.where(real_GxSx1, logits_GxSxN, -1e30), axis=1)
+    combine_GxSxN = jax.nn.softmax(logits_GxSxN, axis=-1) * real_GxSx1
+    share_GxSxE = combine_GxSxN.reshape(*combine_GxSxN.shape[:2], config.num_experts, -1).sum(axis=-1)
+    sum_E = across(share_GxSxE.sum(axis=(0, 1)))
+    load_E = sum_E / jnp.maximum(sum_E.sum(), 1e-9)
+    zero = jnp.zeros(())
+    metrics = {
+        'fraction_tokens_left_behind': zero,
+        'router_confidence': jnp.ones(()),
+        'expert_usage': jnp.ones(()),
+        'router_entropy': _mean(_entropy(share_GxSxE), real_GxS, across),
+        'load': load_E,
+        'load_cv': jnp.std(load_E) * config.num_experts,
+    }
+    z_GxS = jnp.square(jax.nn.logsumexp(logits_GxSxN, axis=-1))
+    return Mixing(dispatch_GxSxN, combine_GxSxN), jax.lax.stop_gradient(metrics) | {
+        'router_z_loss': _mean(z_GxS, real_GxS, across),
+        'auxiliary_loss': zero,
+        'fraction_dropped': zero,
+    }
+
+
 class _Tokens(NamedTuple):
     """What both routers start from: probabilities, who may take a slot, and who counts in the losses' means."""
 
@@ -134,6 +195,11 @@ class _Tokens(NamedTuple):
 
 def _prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) -> _Tokens:
     logits_GxSxE = logits_GxSxE.astype(jnp.float32)
+    if config.logit_normalization is not None:
+        centred_GxSxE = logits_GxSxE - logits_GxSxE.mean(axis=-1, keepdims=True)
+        # Equal logits, as of padding that is zeros, stay equal; the floor keeps their gradient finite.
+        variance_GxSx1 = jnp.square(centred_GxSxE).mean(axis=-1, keepdims=True)
+        logits_GxSxE = config.logit_normalization * centred_GxSxE * jax.lax.rsqrt(variance_GxSx1 + 1e-12)
     probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
     everything_GxS = jnp.ones_like(real_GxS)
     if config.route_padding is RoutePadding.DOWN_WEIGHT:
@@ -145,6 +211,31 @@ def _prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) ->
         may_route_GxS=everything_GxS if config.route_padding is RoutePadding.ROUTE else real_GxS,
         in_loss_GxS=real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS,
     )
+
+
+def probabilities(logits_BxLxE: jax.Array, real_BxL: jax.Array, config: MoEConfig) -> jax.Array:
+    """Each token's probabilities of all experts, 0 where it may not route."""
+    tokens = _prepare(logits_BxLxE, real_BxL, config)
+    return tokens.probs_GxSxE * tokens.may_route_GxS[..., None]
+
+
+def _everybody(tokens: _Tokens, threshold: float | None) -> Routing:
+    """Every expert takes every token, or those whose probability is above the threshold."""
+    _, probs_GxSxE, may_route_GxS, _ = tokens
+    G, S, E = probs_GxSxE.shape
+    takes_GxSxE = jnp.broadcast_to(may_route_GxS[..., None], probs_GxSxE.shape)
+    if threshold is not None:
+        takes_GxSxE &= probs_GxSxE > threshold
+    takes_GxExS = takes_GxSxE.swapaxes(1, 2)
+    token_GxExS = jnp.broadcast_to(jnp.arange(S), (G, E, S))
+    weight_GxExS = jnp.where(takes_GxExS, probs_GxSxE.swapaxes(1, 2), 0.0)
+    return Routing(jnp.where(takes_GxExS, token_GxExS, S), weight_GxExS)
+
+
+def _choose(probs_GxSxE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> jax.Array:
+    """The K experts of each token, (G, S, K)."""
+    score_GxSxE = probs_GxSxE if bias_E is None else probs_GxSxE + jax.lax.stop_gradient(bias_E)
+    return jax.lax.top_k(score_GxSxE, config.num_selected_experts)[1]
 
 
 def _expert_choice(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: int) -> Routing:
@@ -201,8 +292,10 @@ def _top_k(
     return jax.vmap(slots)(expert_GxSxK, slot_GxSxK, probs_GxSxE), kept_GxSxK
 
 
-def token_sums(routing: Routing | Choices, num_tokens: int) -> jax.Array:
+def token_sums(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
     """Sum of each token's combine weights, (G, S); 0 for a token that no expert took."""
+    if isinstance(routing, Mixing):
+        return routing.combine_GxSxN.sum(axis=-1)
     if isinstance(routing, Choices):
         return routing.weight_GxSxK.sum(axis=-1)
     return jax.vmap(lambda token, weight: jnp.zeros(num_tokens).at[token].add(weight, mode='drop'))(
@@ -210,8 +303,10 @@ def token_sums(routing: Routing | Choices, num_tokens: int) -> jax.Array:
     )
 
 
-def covered_tokens(routing: Routing | Choices, num_tokens: int) -> jax.Array:
+def covered_tokens(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
     """Bool (G, S): at least one expert took the token."""
+    if isinstance(routing, Mixing):
+        return (routing.combine_GxSxN > 0).any(axis=-1)
     if isinstance(routing, Choices):
         return (routing.weight_GxSxK > 0).any(axis=-1)
     return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(routing.token_GxExC)
@@ -228,6 +323,54 @@ def _normalize(routing: Routing, num_tokens: int) -> Routing:
         sum_GxS, routing.token_GxExC
     )
     return routing._replace(weight_GxExC=routing.weight_GxExC / jnp.maximum(sum_GxExC, 1e-18))
+
+
+def _leave_the_rest(routing: Routing, num_tokens: int) -> Routing:
+    """XFT's weights (Ding et al. 2024, arXiv 2404.15247, section 3.1): the largest of a token's weights, shared out by a softmax
+    over all of them. A shared expert gets the rest of 1, and so all of it where no expert took the token.
+    """
+
+    def over_tokens(slots_GxExC: jax.Array, reduce: str = 'add') -> jax.Array:
+        """Sum or maximum over each token's slots, back in its slots."""
+
+        def one(token_ExC, slots_ExC):
+            per_token = getattr(jnp.zeros(num_tokens).at[token_ExC], reduce)(slots_ExC, mode='drop')
+            return per_token.at[token_ExC].get(mode='fill', fill_value=1.0)
+
+        return jax.vmap(one)(routing.token_GxExC, slots_GxExC)
+
+    weight_GxExC = routing.weight_GxExC
+    # A scattered maximum has no gradient: find where it is, then take it from there.
+    is_largest_GxExC = weight_GxExC >= over_tokens(jax.lax.stop_gradient(weight_GxExC), 'max')
+    largest_GxExC = over_tokens(weight_GxExC * is_largest_GxExC) / over_tokens(is_largest_GxExC.astype(jnp.float32))
+    share_GxExC = jnp.exp(weight_GxExC) / over_tokens(jnp.exp(weight_GxExC))
+    used_GxExC = routing.token_GxExC < num_tokens
+    return routing._replace(weight_GxExC=jnp.where(used_GxExC, share_GxExC * largest_GxExC, 0.0))
+
+
+def _auxiliary_loss(tokens: _Tokens, expert_GxSxK: jax.Array, config: MoEConfig, across: Across) -> jax.Array:
+    """Top-K's balance loss; V-MoE's is the layer's business, since it needs logits with and without noise."""
+    if config.balance_loss is BalanceLoss.MUTUAL_INFORMATION:
+        return _mutual_information_loss(tokens, across)
+    return _load_balancing_loss(tokens, expert_GxSxK, across)
+
+
+def _mutual_information_loss(tokens: _Tokens, across: Across) -> jax.Array:
+    """-H(E[p]) + E[H(p)], minus the mutual information of token and expert: DS-MoE (Pan et al. 2024, arXiv 2404.05567, eq. 5).
+
+    Expectations are over the tokens of a group, the loss is the mean over groups.
+    """
+    _, probs_GxSxE, _, in_loss_GxS = tokens
+    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
+    mean_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
+    entropy_G = (_entropy(probs_GxSxE) * in_loss_GxS).sum(axis=-1) / count_Gx1[:, 0]
+    groups = across(jnp.asarray(count_Gx1.shape[0], jnp.float32))
+    return across((entropy_G - _entropy(mean_GxE)).sum()) / groups
+
+
+def _entropy(probs: jax.Array) -> jax.Array:
+    """Of the last axis, in nats."""
+    return -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(axis=-1)
 
 
 def _load_balancing_loss(tokens: _Tokens, expert_GxSxK: jax.Array, across: Across) -> jax.Array:
@@ -286,8 +429,7 @@ def _metrics(
     used = jnp.maximum(used_E.sum(), 1)
     load_E = used_E / used
     counted_GxS = tokens.may_route_GxS
-    log_probs_GxSxE = jnp.log(jnp.maximum(tokens.probs_GxSxE, 1e-30))
-    entropy_GxS = -(tokens.probs_GxSxE * log_probs_GxSxE).sum(axis=-1)
+    entropy_GxS = _entropy(tokens.probs_GxSxE)
     metrics = {
         'fraction_tokens_left_behind': 1.0 - across(covered) / jnp.maximum(across(counted_GxS.sum()), 1),
         'router_confidence': across(weight) / used,

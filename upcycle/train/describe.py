@@ -32,7 +32,7 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
     lines.append(f'data    {shapes}; {run.train_data.promise()}')
     source = 'from scratch' if run.initial_checkpoint_path is None else f'from {run.initial_checkpoint_path}'
     if run.surgery is not None:
-        operator = run.surgery.operator or 'no MLP expanded'
+        operator = run.surgery.made_by or 'no MLP expanded'
         source += f' ({operator}, optimizer state {run.surgery.optimizer_state})'
     lines.append(f'steps   to {run.total_steps}, {source}; into {run.model_dir}')
     lines.append(f'mesh    {dict(mesh.shape)}')
@@ -42,6 +42,15 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
 def _moe(moe: MoEConfig) -> str:
     if moe.router is RouterType.EXPERT_CHOICE:
         router = 'Expert Choice'
+    elif moe.router is RouterType.MERGED:
+        return f'{moe.num_experts} experts, merged into one MLP'
+    elif moe.router is RouterType.SOFT:
+        router = f'Soft MoE, {moe.slots_per_expert} slots an expert'
+    elif moe.router is RouterType.DENSE:
+        above = f'Top-{moe.num_selected_experts}'
+        if moe.inference_threshold is not None:
+            above = f'probability above {moe.inference_threshold:g}'
+        router = f'all in training, {above} at inference'
     else:
         router = f'Top-{moe.num_selected_experts}, {moe.fill_order}'
     weights = 'normalised' if moe.normalize_combine_weights else 'raw'

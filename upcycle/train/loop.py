@@ -15,7 +15,7 @@ from upcycle import cost, partitioning
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.errors import UserError
-from upcycle.evaluate import few_shot, validation
+from upcycle.evaluate import diversity, few_shot, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress
 from upcycle.moe.config import check_groups, microbatch_groups
@@ -108,6 +108,11 @@ class _Trainer:
         """`train_step`, compiled when it is first needed: a run that is already finished needs none."""
         return lower_step(self.run, self.layout, self.batch_sharding, self.ledger.start_step).compile()
 
+    @functools.cached_property
+    def cosines(self) -> diversity.Diversity:
+        """Of experts and of routers, by the parameters."""
+        return diversity.compiled(self.run.model.moe_layers())
+
     def train(self) -> TrainState:
         run = self.run
         newest = None
@@ -127,6 +132,8 @@ class _Trainer:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                 if newest is None and run.eval_data is not None:
                     self._evaluate(state, int(state.step), log)
+                if newest is None and run.diversity_period is not None:
+                    self._look(state, int(state.step), log)
                 return self._loop(state, manager, log)
         finally:
             if log is not None:
@@ -184,13 +191,16 @@ class _Trainer:
                 timer.start()
             evaluates = run.eval_data is not None and (step % run.eval_period == 0 or last)
             probes = run.few_shot is not None and (step % (run.few_shot.period or run.total_steps) == 0 or last)
-            if evaluates or probes or step % run.checkpoint_period == 0 or last:
+            looks = run.diversity_period is not None and (step % run.diversity_period == 0 or last)
+            if evaluates or probes or looks or step % run.checkpoint_period == 0 or last:
                 self.window.settle()
                 timer.stop()
                 if evaluates:
                     self._evaluate(state, step, log)
                 if probes:
                     self._probe(state, step, log)
+                if looks:
+                    self._look(state, step, log)
                 if step % run.checkpoint_period == 0 or last:
                     self._save(manager, step, state)
                 timer.start()
@@ -202,6 +212,10 @@ class _Trainer:
         """Means over the whole evaluation split (or EVAL_STEPS batches of it)."""
         means = validation.evaluate(self.eval_step, state.params, self._batches(self.run.eval_data, 0))
         self._write(log, step, 'validation', means)
+
+    def _look(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
+        """How far the experts have come apart."""
+        self._write(log, step, 'diversity', jax.device_get(self.cosines(state.params)))
 
     def _probe(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
         """Linear probes of the features."""
@@ -243,6 +257,7 @@ def lower_step(
             learning_rate=run.learning_rate.schedule(start_step, run.total_steps),
             batch_axes=where.batch_axes,
             num_microbatches=run.num_microbatches,
+            frozen=run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step),
         ),
         out_shardings=(where.shardings, None),
         donate_argnums=0,

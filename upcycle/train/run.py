@@ -10,6 +10,7 @@ from upcycle.models import Model
 from upcycle.surgery.plan import Surgery
 from upcycle.train.optimizer import Optimizer
 from upcycle.train.schedule import LearningRate, Policy
+from upcycle.train.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +25,21 @@ class Run:
       learning_rate: its schedule runs over all steps, those of the dense run included.
       total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
       eval_data: [EVAL_DATASET]; None: no evaluation.
-      initial_checkpoint_path: of the dense model; None: from scratch [INITIAL_CHECKPOINT_PATH].
+      initial_checkpoint_path: of the dense model; None: from scratch; several for EXPERT_OPERATOR = 'branches'
+        [INITIAL_CHECKPOINT_PATH].
       surgery: what becomes of that checkpoint [SURGERY].
       dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
       step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
         `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
       few_shot: linear probes of an image classifier's features [FEW_SHOT]; None: none.
+      diversity_period: steps between looks at how far experts have come apart [DIVERSITY_PERIOD]; None: none.
       eval_period: steps between evaluations [EVAL_PERIOD].
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
       checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
       log_period: steps between lines of the log [LOG_PERIOD].
       num_microbatches: [NUM_MICROBATCHES]
       mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
+      trainable: which parameters are trained.
       parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].
       seed: of initialisation and dropout [RANDOM_SEED].
     """
@@ -47,17 +51,19 @@ class Run:
     learning_rate: LearningRate
     total_steps: int
     eval_data: DataSource | None = None
-    initial_checkpoint_path: str | None = None
+    initial_checkpoint_path: str | Sequence[str] | None = None
     surgery: Surgery | None = None
     dense_step: int | None = None
     step_0_factors: Sequence[float] = ()
     few_shot: FewShot | None = None
+    diversity_period: int | None = None
     eval_period: int = 1000
     checkpoint_period: int = 1000
     checkpoint_keep: int | None = 1
     log_period: int = 100
     num_microbatches: int = 1
     mesh_shape: str | Sequence[int] = 'auto'
+    trainable: Trainable = Trainable()
     parameters_over_data: bool = False
     seed: int = 0
 
@@ -73,6 +79,13 @@ class Run:
                 raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
         if not all(isinstance(factor, int | float) and factor > 0 for factor in self.step_0_factors):
             raise UserError(f'STEP_0_CAPACITY_FACTORS = {self.step_0_factors!r} must be numbers above 0.')
+        if self.diversity_period is not None:
+            if not isinstance(self.diversity_period, int) or self.diversity_period < 1:
+                raise UserError(
+                    f'DIVERSITY_PERIOD = {self.diversity_period!r} must be a whole number of at least 1, or None.'
+                )
+            if not self.model.moe_layers():
+                raise UserError('DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.')
         if not isinstance(self.model_dir, str) or not self.model_dir:
             raise UserError(f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.')
         if self.surgery is not None and self.initial_checkpoint_path is None:

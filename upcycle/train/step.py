@@ -9,8 +9,10 @@ import jax.numpy as jnp
 
 from upcycle.models import Model
 from upcycle.models.losses import summarize
+from upcycle.moe import state as moe_state
 from upcycle.train.optimizer import Optimizer
 from upcycle.train.schedule import Schedule
+from upcycle.train.trainable import NOTHING, Frozen
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -42,6 +44,7 @@ def train_step(
     learning_rate: Schedule,
     batch_axes: Any,
     num_microbatches: int = 1,
+    frozen: Frozen = NOTHING,
 ) -> tuple[TrainState, Metrics]:
     """One update. Pure; the trainer jits it.
 
@@ -56,6 +59,7 @@ def train_step(
       learning_rate: of the step.
       batch_axes: leading axes of each parameter that the optimizer maps over.
       num_microbatches: the batch is cut into this many equal parts, one after the other.
+      frozen: parameters that are held still.
 
     Returns:
       The state after the step, and metrics: the loss's parts, accuracy, learning rate, norms, routing.
@@ -76,9 +80,14 @@ def train_step(
     else:
         grads, sums = _accumulate(grad_fn, state.params, batch, step_rng, num_microbatches)
 
+    grads = frozen.stop(moe_state.split(grads)[0], state.step)
     rate = learning_rate(state.step)
-    params, opt_state = optimizer.update(grads, state.opt_state, state.params, rate, batch_axes)
-    metrics = summarize(sums, normalizer)
+    old, router_state = moe_state.split(state.params)
+    params, opt_state = optimizer.update(grads, state.opt_state, old, rate, batch_axes)
+    params = frozen.restore(old, params, state.step)
+    opt_state = frozen.restore(state.opt_state, opt_state, state.step)
+    params = moe_state.follow(params, router_state, sums['moe'], model.moe_layers())
+    metrics = summarize({**sums, 'moe': moe_state.for_the_log(sums['moe'])}, normalizer)
     metrics |= {
         'learning_rate': rate,
         'gradient_norm': global_norm(grads),
