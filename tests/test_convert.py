@@ -109,6 +109,46 @@ def test_the_same_seed_gives_the_same_bytes(dense, tmp_path, capsys):
     assert made['a'].keys() == made['c'].keys() and made['a'] != made['c']
 
 
+def experts_of(leaves):
+    return {name: leaf for name, leaf in leaves.items() if name.startswith('params/') and '/expert/' in name}
+
+
+def test_out_of_several_checkpoints(dense, converted, tmp_path, capsys):
+    """Of equal ones the experts are copies, and the mean is each of them."""
+    more = (f'--from={dense}', '--gin_file=surgery/branches.gin')
+    code, _, error = call(arguments(dense, tmp_path / 'out', *more), capsys)
+    assert code == 0, error
+    made = contents(tmp_path / 'out')
+    assert_equal(made, contents(converted))
+    paper = open_checkpoint(tmp_path / 'out').metadata['receipt']
+    assert len(paper['source']['path']) == 2 and paper['function_check']['layers'] == {}
+
+
+def test_more_experts_and_back_to_a_dense_model(dense, converted, tmp_path, capsys):
+    more = ('--gin_file=surgery/grow.gin', '--verify')
+    code, _, error = call(arguments(converted, tmp_path / 'grown', *more, experts=8), capsys)
+    assert code == 0, error
+    grown = contents(tmp_path / 'grown')
+    for name, leaf in experts_of(contents(converted)).items():
+        np.testing.assert_array_equal(grown[name], np.concatenate([leaf, leaf]))
+    files = (runs.TINY, 'surgery/average.gin')
+    command = ['convert', *(f'--gin_file={file}' for file in files), '--gin.NUM_EMBEDDINGS=384']
+    back = [*command, f'--from={tmp_path}/grown', f'--to={tmp_path}/back', '--optimizer_state=none']
+    code, _, error = call([*back, '--format=huggingface'], capsys)
+    assert code == 0, error
+    assert (tmp_path / 'back' / 'model.safetensors').exists()
+    made = contents(tmp_path / 'back')
+    expected = {name: leaf for name, leaf in contents(dense).items() if name.startswith('params/')}
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(made[name], leaf, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_what_needs_data_is_refused_before_anything_is_written(dense, tmp_path, capsys):
+    code, _, error = call(arguments(dense, tmp_path / 'out', '--gin.ROUTER_INIT=hidden'), capsys)
+    assert code == 2 and 'only `upcycle train` has' in error
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize('format', ['t5x_legacy', 't5x_orbax'])
 def test_into_t5x(format, dense, tmp_path, capsys):
     ours = arguments(dense, tmp_path / 'ours', '--optimizer_state=none', '--dtype=bfloat16')
@@ -180,7 +220,9 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(
         writing.FolderWriter,
         'write',
-        lambda self, name, region, value, like=None: again.append((name, region)) or write(self, name, region, value, like),
+        lambda self, name, region, value, like=None: (
+            again.append((name, region)) or write(self, name, region, value, like)
+        ),
     )
     other = run_of(dense, tmp_path, UPCYCLE_SEED=1)
     with pytest.raises(UserError, match='is the beginning of another write .*surgery is'):

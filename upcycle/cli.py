@@ -86,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     train = add('train', _train, 'one training run', gin=True)
     _add_hosts(train)
 
+    several = "the dense checkpoint (INITIAL_CHECKPOINT_PATH); several times for EXPERT_OPERATOR = 'branches'"
     plan = add('plan', _plan, 'what the surgery of a run would do, from metadata alone', gin=True)
-    plan.add_argument('--from', dest='source', metavar='PATH', help='the dense checkpoint (INITIAL_CHECKPOINT_PATH)')
+    plan.add_argument('--from', dest='source', action='append', metavar='PATH', help=several)
     plan.add_argument('--json', action='store_true', help='machine-readable')
 
     evaluate = add('eval', _evaluate, 'metrics of a checkpoint: loss, accuracy, few-shot probes', gin=True)
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument('--hlo', metavar='FILE', help='write the compiled program there, as text')
 
     convert = add('convert', _convert, 'a dense checkpoint upcycled on the host and streamed to disk', gin=True)
-    convert.add_argument('--from', dest='source', required=True, metavar='PATH', help='the dense checkpoint')
+    convert.add_argument('--from', dest='source', required=True, action='append', metavar='PATH', help=several)
     convert.add_argument('--to', dest='target', required=True, metavar='PATH', help='where the new one will be')
     convert.add_argument('--format', default='upcycle', help='of the new one: ' + ', '.join(FORMATS) + ' (%(default)s)')
     convert.add_argument('--dtype', help='of the parameters; routers stay float32 (default: float32)')
@@ -218,8 +219,12 @@ def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     from upcycle import jobs
 
     if options.source is not None:
-        bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': options.source}
+        bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source)}
     jobs.plan(options.gin_file, bindings, as_json=options.json)
+
+
+def _one_or_several(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else repr(tuple(paths))
 
 
 def _evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
@@ -258,7 +263,7 @@ def _convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     _on_the_host()
     _check_formats(options.format)
     named = {
-        'INITIAL_CHECKPOINT_PATH': options.source,
+        'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source),
         'EXPERT_OPERATOR': options.operator,
         'UPCYCLE_SEED': options.seed,
         'DENSE_STEP': options.step,

@@ -9,22 +9,24 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from upcycle import partitioning
-from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
+from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoints
 from upcycle.checkpoints.arrays import require_finite
+from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
 from upcycle.models import Model, identify
-from upcycle.surgery.execute import make_expert, make_router, sha256_of
-from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, Surgery, mlp_of, within_mlp
-from upcycle.surgery.positions import resize_positions
+from upcycle.surgery.execute import NEEDS_DATA, Maker, sha256_of
+from upcycle.surgery.operators import Start
+from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.receipt import check_layer, receipt
+from upcycle.surgery.router_init import RouterInit
 from upcycle.train.carried import source_of
 from upcycle.train.run import Run
 from upcycle.train.state import layout, make_plan
@@ -46,7 +48,7 @@ def convert(
     verify: bool = False,
     check_functions: bool = True,
 ) -> str:
-    """Writes the upcycled checkpoint that a run would start from.
+    """Writes the checkpoint that a run would start from.
 
     Args:
       run: says what becomes of which checkpoint; its data and schedule are not looked at.
@@ -55,7 +57,7 @@ def convert(
       dtype: of the parameters; None: float32, as the trainer has them.
       optimizer_state: False: leave the optimizer's state out.
       verify: read everything back, and compare every part with what it was made of.
-      check_functions: compare each MoE layer with its dense MLP.
+      check_functions: compare each MoE layer with the dense MLP that it was made of.
 
     Returns:
       The path of the new checkpoint.
@@ -65,12 +67,15 @@ def convert(
         nothing behind.
     """
     check_dtype(dtype)
-    if run.surgery is None or run.surgery.operator is None:
+    if run.surgery is None or run.surgery.made_by is None:
         raise UserError(
             "EXPERT_OPERATOR is None: name how the experts are made, such as 'copy'; `upcycle import` only copies."
         )
-    reader = open_checkpoint(run.initial_checkpoint_path)
-    identify.check(reader.path, reader.leaves(), identify.facts_of(reader.metadata))
+    if run.surgery.router_init is RouterInit.HIDDEN:
+        raise UserError(NEEDS_DATA)
+    reader = open_checkpoints(run.initial_checkpoint_path)
+    for part in readers_of(reader):
+        identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
     where = layout(run, mesh, identify.smallest_batch(run.model))
     wanted = {
@@ -131,16 +136,20 @@ class _Conversion:
         self._memory: dict[str, np.ndarray] = {}
         self._behind = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
+        self._maker = Maker(what, self._read, new={})
+        self._sources: dict[str, np.ndarray] = {}
+        self._check: _LayerCheck | None = None
 
     def write(self) -> None:
         """Makes every leaf, in the plan's order, and hands the parts that are missing to the writer."""
         progress = Progress({name: self._leaves[name] for name in self._todo})
-        groups = [group for group in self._plan.groups() if group[0].target in self._leaves]
-        for group, sources in zip(groups, ahead(self._reads(groups)), strict=True):
-            for row, start, value in self._parts(group, sources):
+        rows = [row for row in self._plan.in_order() if row.target in self._leaves]
+        for row, sources in zip(rows, ahead(self._reads(rows)), strict=True):
+            self._sources = sources
+            for start, value in self._parts(row):
                 region = WHOLE if start is None else (slice(start, start + len(value)),)
                 if region in self._todo.get(row.target, ()):
-                    self._writer.write(row.target, region, value, self._alike(row, region))
+                    self._writer.write(row.target, region, value, self._like(row, region))
                     progress.add(row.target, value.nbytes)
         self._wait_for_checks()
         progress.end()
@@ -161,60 +170,75 @@ class _Conversion:
                     part = f'expert {start} of {name}' if region else name
                     raise UserError(f'{part} was not written as it was made: the disk or its driver is broken.')
 
-    def _reads(self, groups: Sequence[Sequence[Row]]) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
-        def read(names: list[str]) -> dict[str, np.ndarray]:
+    def _reads(self, rows: list[Row]) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
+        def read(names: tuple[str, ...]) -> dict[str, np.ndarray]:
             return {name: self._source(name) for name in names}
 
-        for group in groups:
-            yield lambda names=[name for row in group for name in row.sources]: read(names)
+        for row in rows:
+            yield lambda names=row.sources: read(names)
+
+    def _read(self, name: str, sharding: Any) -> np.ndarray:
+        # What an operator measures is read when it is asked for.
+        return self._sources[name] if name in self._sources else self._source(name)
 
     def _source(self, name: str) -> np.ndarray:
-        value = np.asarray(self._step, np.int32) if name == 'step' else self._reader.read(name)
+        is_step = name.partition('@')[0] == 'step'
+        value = np.asarray(self._step, np.int32) if is_step else self._reader.read(name)
         require_finite(self._reader.path, name, value)
         self.source_hashes[name] = sha256_of(name, value)
         return value
 
-    def _parts(
-        self, group: Sequence[Row], sources: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[Row, int | None, np.ndarray]]:
-        """The parts of the rows of one group: (row, first index, numbers), or (row, None, the whole leaf)."""
-        check = _LayerCheck.of(self._model, self._plan, group, self._memory)
-        small: dict[str, list[np.ndarray]] = {}
-        for row, index, value in on_host(self._plan.spec, group, sources):
+    def _parts(self, row: Row) -> Iterator[tuple[int | None, np.ndarray]]:
+        """The parts of a leaf: (first index, numbers), or (None, the whole leaf)."""
+        check = self._check_of(row)
+        regions = parts(row.target, self._leaves[row.target])
+        small: list[np.ndarray] = []
+        for index, value in self._maker.pieces(row):
+            value = np.asarray(value)
             if check is not None:
                 value = check.keep(row, index, value)
-            regions = parts(row.target, self._leaves[row.target])
-            if index is None:
-                for region in regions:
-                    yield self._made(row, region, value[region])
-            elif len(regions) == row.shape[0]:
+            if index is not None and len(regions) == row.shape[0]:
                 yield self._made(row, regions[index], value[None])
-            else:
-                # Leaves too small to be cut are put together.
-                small.setdefault(row.target, []).append(value)
-                if index == row.shape[0] - 1:
-                    whole = np.stack(small.pop(row.target))
-                    for region in regions:
-                        yield self._made(row, region, whole[region])
-        if check is not None:
+                continue
+            # Leaves too small to be cut are put together.
+            small.append(value)
+            if index is None or index == row.shape[0] - 1:
+                whole = value if index is None else np.stack(small)
+                for region in regions:
+                    yield self._made(row, region, whole[region])
+        if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
+            self._check = None
             self._wait_for_checks()
-            self._checking[check.path] = self._behind.submit(check.result, sources)
-            if not self._plan.spec.operator.identical:  # its experts are in memory
+            maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
+            self._checking[check.path] = self._behind.submit(check.result, maker)
+            if not self._plan.alike(row):  # its experts are in memory
                 self._wait_for_checks()
 
-    def _made(self, row: Row, region: tuple[slice, ...], value: np.ndarray) -> tuple[Row, int | None, np.ndarray]:
+    def _check_of(self, row: Row) -> '_LayerCheck | None':
+        """The check of the MoE layer that a row is part of; None where there is nothing to check, or it would not fit."""
+        spec, mlp = self._plan.spec, None if row.action is not Action.EXPERTS else mlp_of(row.target)
+        if self._model is None or mlp is None or not row.sources or spec.operator.starts_from is not Start.DENSE:
+            return None
+        if self._check is None:
+            rows = [row for row in self._plan.rows if row.target.startswith(f'{mlp}/')]
+            size = sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows)
+            routed = any(row.action is Action.ROUTER for row in rows)
+            if routed and size <= CHECKED_BYTES:
+                self._check = _LayerCheck(self._model, mlp, rows, self._memory if self._plan.alike(row) else None)
+        return self._check
+
+    def _made(self, row: Row, region: tuple[slice, ...], value: np.ndarray) -> tuple[int | None, np.ndarray]:
         start = region[0].start if region else None
         if self._verify:
             # The experts of a copy share their memory, and one hash.
             self._made_hashes[row.target, start or 0] = self._hash(row, value)
-        return row, start, value
+        return start, value
 
-    def _alike(self, row: Row, region: tuple[slice, ...]) -> tuple[slice, ...] | None:
+    def _like(self, row: Row, region: tuple[slice, ...]) -> tuple[slice, ...] | None:
         """The part with the first expert, where the others are its copies."""
-        repeats = row.action is Action.TILE or (row.action is Action.EXPERTS and self._plan.spec.operator.identical)
-        return (
-            (slice(0, 1),) if repeats and region and region[0].start and region[0].stop - region[0].start == 1 else None
-        )
+        if row.action not in (Action.EXPERTS, Action.TILE) or not self._plan.alike(row):
+            return None
+        return (slice(0, 1),) if region and region[0].start and region[0].stop - region[0].start == 1 else None
 
     def _hash(self, row: Row, value: np.ndarray) -> str:
         if row.action is Action.EXPERTS and self._plan.spec.operator.identical and value.shape[0] == 1:
@@ -225,95 +249,43 @@ class _Conversion:
         return _sha256(value)
 
 
-def on_host(
-    spec: Surgery, rows: Sequence[Row], sources: Mapping[str, np.ndarray]
-) -> Iterator[tuple[Row, int | None, np.ndarray]]:
-    """Makes one group of a plan piece by piece, for who has no room for more: the same bytes as `execute`.
-
-    Args:
-      spec: the surgery.
-      rows: one of `Plan.groups`; none is NEW.
-      sources: the rows' sources, whole.
-
-    Yields:
-      A row, the index of an expert and that expert's leaf; or a row, None and the whole leaf.
-    """
-    row = rows[0]
-    if row.action is Action.TILE or (row.action is Action.EXPERTS and spec.operator.identical):
-        for row in rows:
-            leaf = np.asarray(sources[row.sources[0]]).astype(row.dtype, copy=False)
-            for index in range(row.shape[0]):
-                yield row, index, leaf
-    elif row.action is Action.EXPERTS:
-        here = {name: jax.numpy.asarray(leaf) for name, leaf in sources.items()}
-        for index in range(row.shape[0]):
-            made = make_expert(spec, rows, here, index)
-            for row in rows:
-                yield row, index, np.asarray(made[row.target])
-    elif row.action is Action.KEEP:
-        yield row, None, np.asarray(sources[row.sources[0]]).astype(row.dtype, copy=False)
-    elif row.action is Action.RESIZE:
-        resized = resize_positions(jax.numpy.asarray(sources[row.sources[0]]), num_patches=row.shape[1])
-        yield row, None, np.asarray(resized.astype(row.dtype))
-    elif row.action is Action.ZEROS:
-        yield row, None, np.zeros(row.shape, row.dtype)
-    elif row.action is Action.ROUTER:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        yield row, None, np.asarray(make_router(spec, row, here))
-    else:
-        raise ValueError(f'{row.target} is made by the trainer, not from a checkpoint')
-
-
 class _LayerCheck:
     """Puts one MoE layer together while its experts are made, and compares it with its dense MLP."""
 
-    def __init__(self, model: Model, plan: Plan, rows: Sequence[Row], memory: dict[str, np.ndarray]):
-        self.path = mlp_of(rows[0].target).removeprefix('params/')
-        self._model, self._plan, self._rows = model, plan, rows
+    def __init__(self, model: Model, mlp: str, rows: list[Row], memory: dict[str, np.ndarray] | None):
+        self.path = mlp.removeprefix('params/')
+        self._model = model
+        self._experts = [row for row in rows if row.action is Action.EXPERTS]
+        self._others = [row for row in rows if row.action is not Action.EXPERTS]
         # Experts that are all alike are spread when they are needed, in memory that the next layer's check takes over.
         self._memory = memory
-        self._alike = plan.spec.operator.identical
-        self._stacks = {} if self._alike else {row.target: _aligned(row.shape, row.dtype) for row in rows}
-
-    @classmethod
-    def of(
-        cls, model: Model | None, plan: Plan, rows: Sequence[Row], memory: dict[str, np.ndarray]
-    ) -> '_LayerCheck | None':
-        """The check of a group, or None where there is nothing to check or it would not fit."""
-        is_layer = rows[0].action is Action.EXPERTS and rows[0].target.startswith('params/')
-        size = sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows)
-        if model is None or not is_layer or size > CHECKED_BYTES or not rows[0].sources:
-            return None
-        return cls(model, plan, rows, memory)
+        self._stacks = {row.target: _aligned(row.shape, row.dtype) for row in self._experts if memory is None}
+        self._dense: dict[str, np.ndarray] = {}
 
     def keep(self, row: Row, index: int, value: np.ndarray) -> np.ndarray:
         """Puts an expert's leaf in its place, and gives it back from there."""
-        if self._alike:
+        if self._memory is not None:
             self._stacks[row.target] = value
             return value
         self._stacks[row.target][index] = value
         return self._stacks[row.target][index]
 
-    def result(self, sources: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def is_whole(self, row: Row, dense: np.ndarray) -> bool:
+        """Whether all experts are there now that those of a row are, which were made of that leaf."""
+        self._dense[row.target] = dense
+        return len(self._dense) == len(self._experts)
+
+    def result(self, maker: Maker) -> dict[str, float]:
         """Numbers of `surgery.receipt.LayerCheck`."""
-        router = [
-            row for row in self._plan.rows if row.target.startswith(f'params/{self.path}/') and row not in self._rows
-        ]
-        params = {row.target: self._stacks[row.target] for row in self._rows}
-        if self._alike:
-            for row in self._rows:
-                stack = self._memory.get(within_mlp(row.target))
-                if stack is None or stack.shape != row.shape or stack.dtype != row.dtype:
-                    stack = self._memory[within_mlp(row.target)] = _aligned(row.shape, row.dtype)
-                np.copyto(stack, params[row.target])
-                params[row.target] = stack
-        for row in router:
-            if row.action is not Action.ROUTER:
-                return {}
-            for _, _, value in on_host(self._plan.spec, [row], {}):
-                params[row.target] = value
+        params = {row.target: maker.leaf(row) for row in self._others} | self._stacks
+        for row in self._experts if self._memory is not None else ():
+            stack = self._memory.get(within_mlp(row.target))
+            if stack is None or stack.shape != row.shape or stack.dtype != row.dtype:
+                stack = self._memory[within_mlp(row.target)] = _aligned(row.shape, row.dtype)
+            np.copyto(stack, params[row.target])
+            params[row.target] = stack
         inside = {name.removeprefix(f'params/{self.path}/'): jax.numpy.asarray(value) for name, value in params.items()}
-        dense = {within_mlp(row.target): jax.numpy.asarray(sources[row.sources[0]]) for row in self._rows}
+        dense = {within_mlp(name): jax.numpy.asarray(value) for name, value in self._dense.items()}
         return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
 
 

@@ -93,7 +93,8 @@ def layer_statistics(reader: Reader, layer: str) -> dict[str, Any]:
 
     Returns:
       `num_experts`; `cosine` between the whole parameter vectors of each pair of experts (`mean`, `min`, `max`; 1: copies);
-      `router`: `mean`, `std` and `max_abs` of its weights, and the mean cosine between two experts' columns.
+      `router`: `mean`, `std` and `max_abs` of its weights, and the mean cosine between two experts' columns; a layer whose
+      experts are merged has none.
     """
     gram, router = 0.0, None
     for name in reader.leaves():
@@ -103,17 +104,15 @@ def layer_statistics(reader: Reader, layer: str) -> dict[str, Any]:
             gram = gram + (value_ExN @ value_ExN.T).astype(np.float64)
         elif name.startswith(f'{layer}/router/') and name.endswith('kernel'):
             router = np.asarray(reader.read(name), np.float64)
-    columns = router.T @ router
-    return {
-        'num_experts': len(gram),
-        'cosine': _pairs(gram),
-        'router': {
+    found = {'num_experts': len(gram), 'cosine': _pairs(gram)}
+    if router is not None:
+        found['router'] = {
             'mean': float(router.mean()),
             'std': float(router.std()),
             'max_abs': float(np.abs(router).max()),
-            'column_cosine': _pairs(columns)['mean'],
-        },
-    }
+            'column_cosine': _pairs(router.T @ router)['mean'],
+        }
+    return found
 
 
 def _pairs(gram: np.ndarray) -> dict[str, float]:
@@ -186,15 +185,10 @@ def _experts_table(layers: Mapping[str, Mapping[str, Any]]):
         pad_edge=False,
     )
     for layer, found in layers.items():
-        cosine, router = found['cosine'], found['router']
-        values = (cosine['mean'], cosine['min'], cosine['max'])
-        weights = (router['mean'], router['std'], router['max_abs'], router['column_cosine'])
-        table.add_row(
-            layer.removeprefix('params/'),
-            str(found['num_experts']),
-            *(f'{value:.4f}' for value in values),
-            *(f'{value:.4f}' for value in weights),
-        )
+        cosine, router = found['cosine'], found.get('router', {})
+        values = [cosine[name] for name in ('mean', 'min', 'max')]
+        values += [router[name] for name in ('mean', 'std', 'max_abs', 'column_cosine') if name in router]
+        table.add_row(layer.removeprefix('params/'), str(found['num_experts']), *(f'{value:.4f}' for value in values))
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from upcycle import configuration, cost, partitioning
-from upcycle.checkpoints import open_checkpoint
+from upcycle.checkpoints import open_checkpoint, open_checkpoints
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot, validation
 from upcycle.metrics import counted, plain
@@ -36,11 +36,12 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     where = layout(run, mesh)
     # A run that has a checkpoint of its own needs the dense one no longer.
     if run.initial_checkpoint_path is not None and not os.path.isdir(os.path.join(run.model_dir, 'checkpoints')):
-        reader = open_checkpoint(run.initial_checkpoint_path)
+        reader = open_checkpoints(run.initial_checkpoint_path)
         make_plan(run, where, reader)
         check_start(run, reader.step if run.dense_step is None else run.dense_step)
     elif run.initial_checkpoint_path is None:
         check_start(run, 0)
+    run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data finds what is wrong with it.
     run.train_data.fingerprint()
     if jax.process_index() == 0:
@@ -56,7 +57,7 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
     where = layout(run, mesh)
-    reader = open_checkpoint(run.initial_checkpoint_path)
+    reader = open_checkpoints(run.initial_checkpoint_path)
     what = make_plan(run, where, reader)
     facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
     if as_json:
@@ -174,8 +175,11 @@ def convert(
 
     files = list(gin_files)
     # The surgery is that of a run, and a model and its MoE layers need no other part of one.
-    if not any(os.path.basename(os.path.dirname(file)) == 'runs' for file in files):
-        files.append('runs/convert.gin')
+    folders = [os.path.basename(os.path.dirname(file)) for file in files]
+    if 'runs' not in folders:
+        # Operators and recipes change what a run says.
+        later = [i for i, folder in enumerate(folders) if folder in ('surgery', 'recipes')]
+        files.insert(min(later, default=len(files)), 'runs/convert.gin')
     run = configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', **bindings})
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')

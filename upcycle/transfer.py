@@ -109,7 +109,7 @@ def known_step(reader: Reader, step: int | None) -> int | None:
 def with_dtype(name: str, leaf: jax.ShapeDtypeStruct, dtype: str | None) -> jax.ShapeDtypeStruct:
     """A leaf as it is written: parameters in the type asked for, but routers, whose mathematics is float32, and everything else
     as it is."""
-    if dtype is None or not name.startswith('params/') or 'router' in name.split('/'):
+    if dtype is None or not name.startswith('params/') or {'router', 'router_state', 'mixing'} & {*name.split('/')}:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype))
 

@@ -28,7 +28,7 @@ from timing import table
 from upcycle import configuration
 from upcycle.checkpoints import create_checkpoint
 from upcycle.models import identify
-from upcycle.surgery.plan import Action, Row, Surgery
+from upcycle.surgery.plan import Action, Plan, Row, Surgery
 
 FILES = ['models/t5_1_1_{size}.gin', 'moe/t5.gin', 'runs/convert.gin']
 _PIECE = 8 << 20
@@ -122,13 +122,17 @@ def measure(options: argparse.Namespace) -> None:
 
 def pure(options: argparse.Namespace) -> None:
     """Time to make the experts of one MLP of T5 Base, by their number; nothing is written."""
-    from upcycle.convert import on_host
+    from upcycle.surgery.execute import Maker
 
     rng = np.random.default_rng(0)
     shapes = {'wi_0': (768, 2048), 'wi_1': (768, 2048), 'wo': (2048, 768)}
     axes = {'wi_0': ('mlp_embed', 'expert_mlp'), 'wi_1': ('mlp_embed', 'expert_mlp'), 'wo': ('expert_mlp', 'mlp_embed')}
     sources = {f'params/mlp/{name}/kernel': rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     rows = []
+
+    def read(name: str, sharding: object) -> np.ndarray:
+        return sources[name]
+
     for operator in options.operators.split(','):
         for experts in (8, 16, 32, 64, 128):
             group = [
@@ -142,13 +146,13 @@ def pure(options: argparse.Namespace) -> None:
                 )
                 for name, shape in shapes.items()
             ]
-            spec = Surgery(operator=operator)
+            plan = Plan(tuple(group), {}, Surgery(operator=operator))
 
-            def make(spec=spec, group=group) -> int:
+            def make(plan=plan) -> int:
+                maker = Maker(plan, read, new={})
+                made = (np.asarray(value) for row in plan.rows for _, value in maker.pieces(row))
                 # A sum of each: nothing is made that nobody looks at.
-                return sum(
-                    value.nbytes + int(value.reshape(-1)[-1] > 9) for _, _, value in on_host(spec, group, sources)
-                )
+                return sum(value.nbytes + int(value.reshape(-1)[-1] > 9) for value in made)
 
             make()
             start = time.process_time(), time.monotonic()

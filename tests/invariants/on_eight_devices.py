@@ -28,7 +28,7 @@ from tests.small import (
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.moe.config import RouterType, capacity, num_groups
+from upcycle.moe.config import AdaptiveBalance, RouterType, capacity, num_groups
 from upcycle.moe.layer import Router
 from upcycle.train.step import TrainState, train_step
 
@@ -62,19 +62,22 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
 
 
 NORMALIZED = {'normalize_combine_weights': True}
+BALANCED = {'balance_bias_rate': 0.01, 'adaptive_balance': AdaptiveBalance()}
+SHARED = {'num_shared_experts': 1}
+SHARED_XFT = {'num_shared_experts': 2, 'granularity': 2, 'shared_weights': 'xft'}
 # Name: model, microbatches, parameters split over data.
 CASES = {
     'gather': (_model({}, {}), 1, False),
     'einsum': (_model({'dispatch': 'einsum'}, {'dispatch': 'einsum'}), 1, False),
-    'top 2': (_model({'router': 'top_k', 'fill_order': 'priority'} | NORMALIZED, NORMALIZED), 1, False),
+    'soft, and balanced top 2': (_model({'router': 'soft', 'slots_per_expert': 2}, NORMALIZED | BALANCED), 1, False),
     'ragged': (_model({'router': 'top_k', 'dispatch': 'ragged'}, {'dispatch': 'ragged'} | NORMALIZED), 1, False),
     'microbatches over split parameters': (
-        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16}),
+        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16, 'default_output_decay': 0.9}),
         2,
         True,
     ),
     'scanned and rematerialised': (
-        _model({}, {'dispatch': 'ragged'}, num_encoder_layers=4, scan_layers=True, remat='exchange'),
+        _model(SHARED_XFT, SHARED | {'dispatch': 'ragged'}, num_encoder_layers=4, scan_layers=True, remat='exchange'),
         1,
         True,
     ),
@@ -162,7 +165,9 @@ def _inputs_with_margins(model):
                 node = node[key]
             logits_BxLxE = node['router']['__call__'][0]
             real_BxL = real_tokens(batch, path, logits_BxLxE.shape[1])
-            margins.append(_margin(moe, logits_BxLxE, real_BxL))
+            bias_E = functools.reduce(dict.get, path.split('/'), params).get('router_state', {}).get('bias', 0.0)
+            if moe.router is not RouterType.SOFT:
+                margins.append(_margin(moe, logits_BxLxE, real_BxL, bias_E))
         return jnp.stack(margins).min()
 
     for seed in range(200):
@@ -178,7 +183,7 @@ def _batch(model, seed):
     return random_batch(batch=16, inputs=16, targets=8, padding=3, seed=seed)
 
 
-def _margin(moe, logits_BxLxE, real_BxL):
+def _margin(moe, logits_BxLxE, real_BxL, bias_E):
     groups = num_groups(real_BxL.size, moe.group_size, moe.groups_multiple_of)
     probs_GxSxE = jax.nn.softmax(logits_BxLxE).reshape(groups, -1, moe.num_experts)
     real_GxS = real_BxL.reshape(groups, -1)
@@ -186,7 +191,7 @@ def _margin(moe, logits_BxLxE, real_BxL):
         C = capacity(moe, probs_GxSxE.shape[1], training=True)
         sorted_GxExS = -jnp.sort(-jnp.where(real_GxS[..., None], probs_GxSxE, -1.0), axis=1)
         return (sorted_GxExS[:, C - 1] - sorted_GxExS[:, C]).min()
-    sorted_GxSxE = -jnp.sort(-probs_GxSxE, axis=-1)
+    sorted_GxSxE = -jnp.sort(-(probs_GxSxE + bias_E), axis=-1)
     gaps_GxSxK = sorted_GxSxE[..., : moe.num_selected_experts] - sorted_GxSxE[..., 1 : moe.num_selected_experts + 1]
     return jnp.where(real_GxS[..., None], gaps_GxSxK, 1.0).min()
 

@@ -1,20 +1,23 @@
 """Upcycling onto a mesh: the same bytes as on one device, and no device ever holds more than its own experts."""
 
 import json
-import math
 import sys
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.invariants.devices import run
-from tests.small import init, random_batch, small_t5, with_moe
+from tests.small import random_batch, small_t5, with_moe
+from tests.surgery.in_memory import abstract
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
-from upcycle.surgery.execute import execute, sha256_of
-from upcycle.surgery.operators import Noise
-from upcycle.surgery.plan import Action, Surgery, plan
+from upcycle.surgery.execute import Maker, execute, sha256_of
+from upcycle.surgery.operators import EXPERT_OPERATORS, Start
+from upcycle.surgery.operators.dense import Noise
+from upcycle.surgery.operators.sparse import Grow
+from upcycle.surgery.plan import Action, Row, Surgery, plan
 
 E = 8
 SURGERIES = {
@@ -22,61 +25,85 @@ SURGERIES = {
     'noise': Surgery(operator=Noise(fraction=0.5), router_init='orthogonal'),
     'random': Surgery(operator='random'),
     'drop': Surgery(operator='drop'),
+    'granular': Surgery(operator='granular'),
+    'partial': Surgery(operator='partial'),
+    'branches': Surgery(operator='branches'),
+    'grow': Surgery(operator=Grow(utility='weight'), router_init='copied'),
+    'merge': Surgery(operator='merge', router_init='extended'),
 }
 
 
-def main(shape: tuple[int, int, int]) -> None:
-    """Upcycles a small T5 in every way and prints, as JSON, the hash of every leaf and the most bytes that a device held."""
-    from flax.traverse_util import flatten_dict
-    from jax.sharding import NamedSharding
+def model_of(num_experts: int, **moe) -> EncoderDecoderModel:
+    return EncoderDecoderModel(with_moe(small_t5(emb_dim=64, mlp_dim=128), num_experts=num_experts, **moe))
 
-    model = EncoderDecoderModel(with_moe(small_t5(), num_experts=E))
-    batch = random_batch()
-    dense_params, _ = init(model.dense(), batch)
-    dense = {f'params/{name}': np.asarray(leaf) for name, leaf in flatten_dict(dense_params, sep='/').items()}
-    dense['step'] = np.int32(7)
-    del dense_params
-    spec = {name: (leaf.shape, leaf.dtype) for name, leaf in batch.items()}
-    boxed = jax.eval_shape(lambda key: model.init(key, spec), jax.random.key(0))
+
+def sources() -> dict[Start, dict[str, np.ndarray]]:
+    """What surgeries start from."""
+    rng = np.random.default_rng(0)
+    first, second, moe = (
+        {
+            name: rng.standard_normal(leaf.shape).astype(leaf.dtype)
+            for name, leaf in abstract(model, random_batch())[0].items()
+        }
+        | {'step': np.int32(7)}
+        for model in (model_of(E).dense(), model_of(E).dense(), model_of(4))
+    )
+    several = {f'{name}@{i}': leaf for i, one in enumerate((first, second)) for name, leaf in one.items()}
+    return {Start.DENSE: first, Start.SEVERAL: several, Start.MOE: moe}
+
+
+def main(shape: tuple[int, int, int]) -> None:
+    """Upcycles a small T5 in every way and prints, as JSON, the hash of every leaf and the most bytes that a device held.
+
+    On one device also the hashes of what is made one expert after the other, as offline.
+    """
+    all_sources = sources()
     mesh = partitioning.make_mesh(shape, E)
-    specs = partitioning.param_specs(boxed, mesh)
-    sparse = {f'params/{name}': leaf for name, leaf in flatten_dict(partitioning.unbox(boxed), sep='/').items()}
-    shardings = {f'params/{name}': NamedSharding(mesh, leaf) for name, leaf in flatten_dict(specs, sep='/').items()}
-    sparse['step'] = jax.ShapeDtypeStruct((), np.int32)
-    shardings['step'] = partitioning.replicated(mesh)
-    abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in dense.items()}
-    axes = {f'params/{n}': tuple(a) for n, a in flatten_dict(partitioning.logical_axes(boxed), sep='/').items()}
     found = {}
     for name, spec in SURGERIES.items():
-        what = plan(abstract, sparse, spec, axes)
+        source = all_sources[spec.operator.starts_from]
+        model = model_of(E, granularity=1 if spec.operator.keeps_shape else 2)
+        shapes, axes = abstract(model, random_batch())
+        shapes['step'] = jax.ShapeDtypeStruct((), np.int32)
+        shardings = {
+            target: NamedSharding(mesh, partitioning.mesh_axes(PartitionSpec(*axes[target]), leaf.shape, mesh))
+            if target in axes
+            else partitioning.replicated(mesh)
+            for target, leaf in shapes.items()
+        }
+        stored = {leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for leaf, value in source.items()}
+        what = plan(stored, shapes, spec, axes)
         before, most = held(), [0]
 
         def look(*_, before=before, most=most) -> None:
             most[0] = max(most[0], held() - before)
 
-        target = execute(
-            what,
-            # Without a sharding it is wanted on the host.
-            lambda name, sharding: dense[name] if sharding is None else jax.device_put(dense[name], sharding),
-            shardings,
-            new={},
-            on_source=look,
-            progress=look,
-        )
+        # Without a sharding it is wanted on the host.
+        def read(name, sharding, source=source):
+            return source[name] if sharding is None else jax.device_put(source[name], sharding)
+
+        target = execute(what, read, shardings, new={}, on_source=look, progress=look)
         experts = [row.target for row in what.rows if row.action is Action.EXPERTS]
-        mlp = [row for group in what.groups() if group[0].action is Action.EXPERTS for row in group][:3]
         found[name] = {
             'hashes': {name: sha256_of(name, np.asarray(leaf)) for name, leaf in target.items()},
             'most': most[0],
             'end': held() - before,
-            'largest_source': max(leaf.nbytes for leaf in dense.values()),
-            'mlp': sum(math.prod(row.shape[1:]) * 4 for row in mlp),
+            'largest_source': max(leaf.nbytes for leaf in source.values()),
             'experts_on_a_device': {
                 name: [shard.data.shape[0] for shard in target[name].addressable_shards] for name in experts
             },
         }
         del target
+        if mesh.size == 1:
+            maker = Maker(what, read, new={})
+            found[name]['offline'] = {row.target: sha256_of(row.target, whole(maker, row)) for row in what.in_order()}
     print(json.dumps(found))
+
+
+def whole(maker: Maker, row: Row) -> np.ndarray:
+    """A leaf put together of its pieces."""
+    pieces = list(maker.pieces(row))
+    return np.asarray(pieces[0][1]) if pieces[0][0] is None else np.stack([np.asarray(piece) for _, piece in pieces])
 
 
 def held() -> int:
@@ -99,22 +126,23 @@ def found() -> dict[str, dict]:
     return {'one': on(1, '1,1,1'), 'eight': on(8, '1,8,1'), 'split': on(8, '2,2,2')}
 
 
+def test_every_operator_is_here():
+    assert {*SURGERIES} == {*EXPERT_OPERATORS}
+
+
 @pytest.mark.parametrize('name', SURGERIES)
 def test_the_same_bytes_on_one_device_and_on_eight(found, name):
     one, eight, split = (found[mesh][name] for mesh in ('one', 'eight', 'split'))
-    assert one['hashes'] == eight['hashes'] == split['hashes']
+    assert one['hashes'] == eight['hashes'] == split['hashes'] == one['offline']
     assert all(counts == [1] * 8 for counts in eight['experts_on_a_device'].values())
     assert all(counts == [4] * 8 for counts in split['experts_on_a_device'].values())
 
 
 def test_memory(found):
     for on_mesh in found.values():
-        # Beside what it keeps, a device holds at most the one dense leaf that is being spread,
-        copy = on_mesh['copy']
-        assert copy['most'] <= copy['end'] + 2 * copy['largest_source']
-        # or one MLP, where experts differ.
-        for name, other in on_mesh.items():
-            assert other['most'] <= other['end'] + 2 * max(other['mlp'], other['largest_source']), name
+        # Beside what it keeps, a device holds at most the one dense leaf that is being spread.
+        for name, surgery in on_mesh.items():
+            assert surgery['most'] <= surgery['end'] + 2 * surgery['largest_source'], name
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from tests.small import random_batch, small_t5, spec_of, with_moe
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.moe import state as moe_state
 from upcycle.surgery.plan import Action, OptimizerState, Surgery, plan
 from upcycle.train.optimizer import Adafactor
 
@@ -21,7 +22,8 @@ def leaves_of(config):
     model = EncoderDecoderModel(config)
     boxed = jax.eval_shape(lambda key: model.init(key, spec_of(random_batch())), jax.random.key(0))
     params, axes = partitioning.unbox(boxed), partitioning.batch_axes(boxed)
-    opt_state = jax.eval_shape(lambda p: Adafactor().init(p, axes), params)
+    trained, axes = (moe_state.split(tree)[0] for tree in (params, axes))
+    opt_state = jax.eval_shape(lambda p: Adafactor().init(p, axes), trained)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     tree = {'step': scalar, 'params': params, 'opt_state': opt_state, 'rng': jax.ShapeDtypeStruct((2,), jnp.uint32)}
     return flatten_dict(tree, sep='/')
@@ -98,6 +100,21 @@ def test_another_head_is_refused_with_the_way_out():
 def test_a_new_head_and_new_experts_at_once_are_refused():
     with pytest.raises(UserError, match='NEW_HEAD = True with an EXPERT_OPERATOR'):
         Surgery(new_head=True)
+
+
+def test_a_routers_state_starts_at_zero_and_goes_on():
+    balanced = leaves_of(with_moe(small_t5(), num_experts=4, balance_bias_rate=0.01))
+    bias = 'params/decoder/layers_1/mlp/router_state/bias'
+    assert not any('router_state' in name for name in balanced if name.startswith('opt_state'))
+    rows = {row.target: row for row in plan(DENSE, balanced, Surgery(optimizer_state='tile')).rows}
+    assert rows[bias].action is Action.ZEROS
+    # A run that goes on from an MoE: the state goes on, starts, or is left behind.
+    go_on = Surgery(operator=None, optimizer_state='tile')
+    rows = {row.target: row for row in plan(balanced, balanced, go_on).rows}
+    assert rows[bias].action is Action.KEEP
+    rows = {row.target: row for row in plan(SPARSE, balanced, go_on).rows}
+    assert rows[bias].action is Action.ZEROS
+    assert 'follows the routing' in plan(balanced, SPARSE, go_on).dropped[bias]
 
 
 def without(leaves, *names):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from upcycle.errors import UserError
@@ -156,6 +156,20 @@ def create_checkpoint(
     layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
     layout = {layout.format: layout for layout in layouts}[format]()
     return writing.FolderWriter(layout, target, leaves, step, identity)
+
+
+def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:
+    """Opens a checkpoint, or several as one; see `several.SeveralReader`.
+
+    Raises:
+        UserError: as `open_checkpoint`.
+    """
+    if isinstance(paths, str | os.PathLike):
+        return open_checkpoint(paths)
+    from upcycle.checkpoints.several import SeveralReader
+
+    readers = [open_checkpoint(path) for path in paths]
+    return readers[0] if len(readers) == 1 else SeveralReader(readers)
 
 
 def _open_step(folder: epath.Path) -> Reader | None:

@@ -25,7 +25,7 @@ FACTS = (
     'gelu',
     'norm_epsilon',
 )
-_MOE_SEGMENTS = ('expert', 'router')
+_MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
 
 
 def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,16 +195,17 @@ def _layer_of(name: str) -> str:
 
 def _layer_problems(layer: str, stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     experts = {name: shape for name, shape in stored.items() if name.startswith(f'{layer}/expert/')}
-    routers = {name: shape for name, shape in stored.items() if name.startswith(f'{layer}/router/')}
+    # A layer that is merged has one number an expert in place of a router.
+    routing = (f'{layer}/router/', f'{layer}/mixing')
+    routers = {name: shape for name, shape in stored.items() if name.startswith(routing) and shape}
     if not experts or not routers:
         return [f'{layer} has no {"experts" if not experts else "router"}']
     counts = {shape[0] if shape else 0 for shape in experts.values()}
     if len(counts) > 1:
         return [f'{layer}/expert holds {" and ".join(map(str, sorted(counts)))} experts']
     (count,) = counts
-    return [
-        f'{name} {shape} does not route to {count} experts' for name, shape in routers.items() if shape[-1:] != (count,)
-    ]
+    # Soft MoE has a column for each slot of an expert.
+    return [f'{name} {shape} does not route to {count} experts' for name, shape in routers.items() if shape[-1] % count]
 
 
 def _state_problems(leaves: Leaves, stored: Mapping[str, tuple[int, ...]]) -> list[str]:

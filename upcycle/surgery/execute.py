@@ -4,20 +4,28 @@ import functools
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle.surgery.operators import Leaf, Operator, key_for
-from upcycle.surgery.plan import Action, Plan, Row, Surgery, mlp_of, within_mlp
+from upcycle.errors import UserError
+from upcycle.surgery.operators import Leaf, Lineage, Operator, Start, key_for
+from upcycle.surgery.plan import Action, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.positions import resize_positions
-from upcycle.surgery.router_init import ROUTER_INITS
+from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, inherited
 
 Read = Callable[[str, jax.sharding.Sharding | None], jax.Array | np.ndarray]
+OnSource = Callable[[str, jax.Array | np.ndarray], None]
+# (path of an MLP) -> hidden states (N, D) of real tokens that it reads.
+Hidden = Callable[[str], jax.Array]
 Progress = Callable[[str, int, int], None]
+
+NEEDS_DATA = (
+    "ROUTER_INIT = 'hidden' needs hidden states on data, which only `upcycle train` has: use that, or another one."
+)
 
 
 def execute(
@@ -26,13 +34,14 @@ def execute(
     shardings: Mapping[str, jax.sharding.Sharding],
     *,
     new: Mapping[str, jax.Array],
-    on_source: Callable[[str, jax.Array | np.ndarray], None] = lambda name, leaf: None,
+    on_source: OnSource = lambda name, leaf: None,
+    hidden: Callable[[Mapping[str, jax.Array], str], jax.Array] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, jax.Array]:
     """Makes every leaf of the target.
 
-    A source is read once, without its expert axis, and no device ever holds experts that are not its own, but for the one that is
-    being made. Beside the target no more than one MLP and one expert are alive at a time (one leaf, for a leafwise operator).
+    Leaf by leaf: a source is read, without its expert axis, and spread. Where experts differ, one device makes them, as many at a
+    time as a device holds. Beside the target no more than that and one source are alive.
 
     Args:
       plan: what to make from what.
@@ -40,127 +49,185 @@ def execute(
       shardings: of each target leaf.
       new: leaves whose action is NEW.
       on_source: called with every leaf that was read, before it is freed.
+      hidden: for ROUTER_INIT = 'hidden': the states that the MLP of a path reads, from the target's leaves, routers missing.
       progress: called with (target, leaves done, leaves in all).
 
     Returns:
       The target, flat.
     """
     target: dict[str, jax.Array] = {}
-    spec = plan.spec
-
-    def source(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
-        leaf = read(name, sharding)
-        on_source(name, leaf)
-        return leaf
-
-    def made(row: Row, leaf: jax.Array) -> None:
-        target[row.target] = leaf
+    states = None if hidden is None else functools.partial(hidden, target)
+    maker = Maker(plan, read, new=new, on_source=on_source, hidden=states)
+    for row in plan.in_order():
+        target[row.target] = _place(maker, row, shardings[row.target])
         if progress is not None:
             progress(row.target, len(target), len(plan.rows))
-
-    for group in plan.groups():
-        row, sharding = group[0], shardings[group[0].target]
-        if row.action is Action.EXPERTS and not spec.operator.identical:
-            # A leafwise operator needs no company: one leaf at a time is read, made into experts and freed.
-            for rows in [(row,) for row in group] if spec.operator.leafwise else [group]:
-                sources = {name: source(name, None) for row in rows for name in row.sources}
-                for row, leaf in zip(rows, _experts(spec, rows, sources, shardings), strict=True):
-                    made(row, leaf)
-        elif row.action in (Action.EXPERTS, Action.TILE):
-            for row in group:
-                (name,) = row.sources
-                sharding = shardings[row.target]
-                made(row, _tile(row.shape, row.dtype, sharding)(source(name, without_leading_axis(sharding))))
-        elif row.action is Action.KEEP:
-            (name,) = row.sources
-            leaf = source(name, sharding)
-            # The step counts for the optimizer's clock too, whose leaf is one of its own.
-            made(row, leaf.astype(row.dtype) if leaf.dtype != row.dtype else leaf)
-        elif row.action is Action.RESIZE:
-            (name,) = row.sources
-            resize = functools.partial(resize_positions, num_patches=row.shape[1])
-            made(row, jax.jit(resize, out_shardings=sharding)(source(name, sharding)))
-        elif row.action is Action.NEW:
-            made(row, jax.device_put(new[row.target], sharding))
-        elif row.action is Action.ZEROS:
-            made(row, _zeros(row.shape, row.dtype, sharding)())
-        else:
-            made(row, make_router(spec, row, sharding))
-    return target
+    return {row.target: target[row.target] for row in plan.rows}
 
 
-def make_expert(
-    spec: Surgery, rows: Sequence[Row], sources: Mapping[str, jax.Array | np.ndarray], index: int
-) -> dict[str, jax.Array]:
-    """One expert of one MLP, on the device that holds the sources.
+class Maker:
+    """Makes a plan's leaves one at a time, or one expert at a time, whole and on one device.
 
-    It is the same program wherever it runs, so that an expert has the same bytes on any mesh, online and offline.
+    It is the same program wherever it runs, so that a leaf has the same bytes on any mesh, online and offline.
 
     Args:
-      spec: the surgery.
-      rows: of one MLP; all of them, or one, where the operator is leafwise.
-      sources: the rows' sources, whole.
-      index: of the expert.
-
-    Returns:
-      The expert's leaves by their targets, without an expert axis.
+      plan: what to make from what.
+      read: reads one leaf of the source.
+      new: leaves whose action is NEW.
+      on_source: called with every leaf that was read.
+      hidden: for ROUTER_INIT = 'hidden'.
     """
-    leaves = tuple((within_mlp(row.target), row.expert_leaf, jnp.dtype(row.dtype)) for row in rows)
-    parents = []
-    if rows[0].sources:
-        parents.append({within_mlp(row.target): sources[row.sources[0]] for row in rows})
-    made = _make(spec.operator, leaves)(parents, index, key_of(spec.seed, mlp_of(rows[0].target)))
-    return {row.target: made[within_mlp(row.target)] for row in rows}
+
+    def __init__(
+        self,
+        plan: Plan,
+        read: Read,
+        *,
+        new: Mapping[str, jax.Array],
+        on_source: OnSource = lambda name, leaf: None,
+        hidden: Hidden | None = None,
+    ):
+        self.plan, self.new, self.hidden = plan, new, hidden
+        self._read, self._on_source = read, on_source
+        self._held: dict[str, jax.Array | np.ndarray] = {}
+        self._lineages: dict[str, Lineage] = {}
+
+    def source(self, name: str, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
+        """Reads a leaf of the source."""
+        leaf = self._read(name, sharding)
+        self._on_source(name, leaf)
+        return leaf
+
+    def expert(self, row: Row, index: int) -> jax.Array | np.ndarray:
+        """One expert's part of a leaf whose action is EXPERTS or TILE, without the expert axis.
+
+        The sources of the row last asked for are kept, so ask for one row's experts after the other.
+        """
+        parents = [self._parent(row, i) for i in self.lineage(row)[index]]
+        if row.action is Action.TILE or self.plan.spec.operator.identical:
+            return _mean(parents, row.dtype)
+        mlp, name = mlp_of(row.target), within_mlp(row.target)
+        make = _compiled(self.plan.spec.operator, name, tuple(self.plan.mlps[mlp].items()), jnp.dtype(row.dtype))
+        return make(parents, index, key_of(self.plan.spec.seed, mlp))
+
+    def pieces(self, row: Row) -> Iterator[tuple[int | None, jax.Array | np.ndarray]]:
+        """A leaf for who has no room for a whole layer: (index of an expert, its part), or (None, the whole)."""
+        if row.action not in (Action.EXPERTS, Action.TILE):
+            yield None, self.leaf(row)
+        elif self.plan.alike(row):
+            yield from enumerate([self.expert(row, 0)] * row.shape[0])
+        else:
+            yield from ((index, self.expert(row, index)) for index in range(row.shape[0]))
+
+    def leaf(self, row: Row) -> jax.Array | np.ndarray:
+        """A leaf that has no expert axis."""
+        spec = self.plan.spec
+        match row.action:
+            case Action.KEEP | Action.MEAN:
+                return _mean([self.source(name) for name in row.sources], row.dtype)
+            case Action.RESIZE:
+                return resize_positions(_mean([self.source(name) for name in row.sources], row.dtype), row.shape[1])
+            case Action.ZEROS:
+                return jnp.zeros(row.shape, row.dtype)
+            case Action.NEW:
+                return self.new[row.target]
+            case Action.REMAKE:
+                sources = [self.source(name) for name in row.sources]
+                key = key_of(spec.seed, row.target)
+                made = spec.dense_operator.make(sources, row.shape, row.axes, row.target, key)
+                return made.astype(row.dtype)
+        assert row.action is Action.ROUTER, row
+        if not row.shape:
+            # The scale of Soft MoE's cosines.
+            return jnp.ones((), row.dtype)
+        key = key_of(spec.seed, row.target)
+        lineage = self.lineage(row)
+        columns = spec.operator.router_columns(len(lineage))
+        shape = (row.shape[0], 1 + max(columns))
+        if spec.router_init in INHERITED:
+            old = jnp.asarray(self.source(row.sources[0]), jnp.float32)
+            kernel = inherited(
+                old, lineage, spec.router_init, stddev=spec.router_stddev, noise=spec.router_noise, key=key
+            )
+        elif spec.router_init is RouterInit.HIDDEN:
+            if self.hidden is None:
+                raise UserError(NEEDS_DATA)
+            kernel = clusters(self.hidden(mlp_of(row.target)), shape[1], spec.router_stddev, key)
+        else:
+            kernel = DRAWN[spec.router_init](shape, spec.router_stddev, key)
+        return kernel[:, jnp.asarray(columns)].astype(row.dtype)
+
+    def lineage(self, row: Row) -> Lineage:
+        """For each expert of a row, which MLPs it is made of."""
+        plan, mlp, num_experts = self.plan, mlp_of(row.target), row.shape[row.action is Action.ROUTER]
+        if mlp not in self._lineages:
+            measured = None
+            for name, size in plan.measured.get(mlp, ()):
+                found = plan.spec.operator.measure(name, np.asarray(self._read(name, None)), size)
+                measured = found if measured is None else measured + found
+            self._lineages[mlp] = plan.spec.operator.lineage(num_experts, plan.num_mlps, measured)
+        return self._lineages[mlp]
+
+    def _parent(self, row: Row, index: int) -> jax.Array | np.ndarray:
+        """The row's leaf of one MLP."""
+        start = self.plan.spec.operator.starts_from
+        name = row.sources[index if start is Start.SEVERAL else 0]
+        if name not in self._held:
+            self._held = {held: leaf for held, leaf in self._held.items() if held in row.sources}
+            leaf = self.source(name)
+            # What every expert needs goes to the device once.
+            self._held[name] = jnp.asarray(leaf) if start is Start.DENSE else np.asarray(leaf)
+        return self._held[name][index] if start is Start.MOE else self._held[name]
 
 
 @functools.lru_cache(maxsize=64)
-def _make(operator: Operator, leaves: tuple[tuple[str, Leaf, Any], ...]):
-    by_name = {name: leaf for name, leaf, _ in leaves}
-
+def _compiled(operator: Operator, name: str, mlp: tuple[tuple[str, Leaf], ...], dtype: Any):
     def make(parents, index, key):
-        made = operator.make(parents, by_name, index, jax.random.fold_in(key, index))
-        return {name: made[name].astype(dtype) for name, _, dtype in leaves}
+        return operator.make(name, parents, dict(mlp), index, key).astype(dtype)
 
     return jax.jit(make)
 
 
-def _experts(
-    spec: Surgery,
-    rows: Sequence[Row],
-    sources: Mapping[str, jax.Array | np.ndarray],
-    shardings: Mapping[str, jax.sharding.Sharding],
-) -> list[jax.Array]:
-    """All experts of one MLP, made one after the other on one device; every device then holds its part of its own."""
-    where = {row.target: shardings[row.target].addressable_devices_indices_map(row.shape) for row in rows}
-    # Which experts a device holds is the same for all leaves.
-    holds = {device: range(*parts[0].indices(rows[0].shape[0])) for device, parts in where[rows[0].target].items()}
-    home = next(iter(holds))
-    pieces = {(row.target, device): [] for row in rows for device in holds}
-    with jax.default_device(home):
-        here = {name: jax.device_put(leaf, home) for name, leaf in sources.items()}
-        for index in sorted({index for held in holds.values() for index in held}):
-            for target, leaf in make_expert(spec, rows, here, index).items():
-                for device in (device for device, held in holds.items() if index in held):
-                    part = leaf[None, *where[target][device][1:]]
-                    pieces[target, device].append(jax.device_put(part, device))
-    made = []
-    for row in rows:
-        arrays = [jnp.concatenate(pieces.pop((row.target, device))) for device in holds]
-        made.append(jax.make_array_from_single_device_arrays(row.shape, shardings[row.target], arrays))
-    return made
+def _mean(leaves: Sequence[jax.Array | np.ndarray], dtype: Any) -> jax.Array | np.ndarray:
+    """The mean of floating-point leaves; the largest of whole numbers."""
+    if len(leaves) == 1:
+        return leaves[0].astype(dtype, copy=False)
+    if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+        return functools.reduce(jnp.maximum, leaves).astype(dtype)
+    total = functools.reduce(jnp.add, [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves])
+    return (total / len(leaves)).astype(dtype)
 
 
-def make_router(spec: Surgery, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
-    make = _router(spec.router_init, spec.router_stddev, row.shape, row.dtype, sharding)
-    return make(key_of(spec.seed, row.target))
+def _place(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A leaf on its devices."""
+    if row.action is Action.KEEP:
+        leaf = maker.source(row.sources[0], sharding)
+        # The step counts for the optimizer's clock too, whose leaf is one of its own.
+        return leaf.astype(row.dtype) if leaf.dtype != row.dtype else leaf
+    if row.action is Action.ZEROS:
+        return _zeros(row.shape, row.dtype, sharding)()
+    if row.action is Action.NEW:
+        return jax.device_put(maker.leaf(row), sharding)
+    if row.action not in (Action.EXPERTS, Action.TILE):
+        # From the host, since the leaf may be on one device and the sharding span several processes.
+        return jax.device_put(np.asarray(maker.leaf(row)), sharding)
+    if maker.plan.alike(row):
+        return _tile(row.shape, row.dtype, sharding)(maker.source(row.sources[0], without_leading_axis(sharding)))
+    # Experts are made on one device, as many as another one holds, and each device gets its part of its own.
+    where = sharding.addressable_devices_indices_map(row.shape)
+    holders: dict[range, list[jax.Device]] = {}
+    for device, index in where.items():
+        holders.setdefault(range(*index[0].indices(row.shape[0])), []).append(device)
+    parts = {}
+    with jax.default_device(next(iter(where))):
+        for held, devices in holders.items():
+            experts = jnp.stack([maker.expert(row, index) for index in held])
+            for device in devices:
+                parts[device] = jax.device_put(experts[:, *where[device][1:]], device)
+    return jax.make_array_from_single_device_arrays(row.shape, sharding, [parts[device] for device in where])
 
 
 # Leaves of one shape share a program: compiling one for each takes longer than reading the checkpoint.
-
-
-@functools.lru_cache(maxsize=64)
-def _router(init: str, stddev: float, shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
-    return jax.jit(lambda key: ROUTER_INITS[init](shape, stddev, key).astype(dtype), out_shardings=sharding)
 
 
 @functools.lru_cache(maxsize=64)

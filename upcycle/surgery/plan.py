@@ -2,21 +2,35 @@
 
 import dataclasses
 import enum
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from upcycle.errors import UserError, one_of
-from upcycle.surgery.operators import EXPERT_OPERATORS, Leaf, Operator, look_up
-from upcycle.surgery.router_init import ROUTER_INITS
+from upcycle.surgery.operators import (
+    DENSE_OPERATORS,
+    EXPERT_OPERATORS,
+    DenseOperator,
+    Leaf,
+    Leaves,
+    Operator,
+    Start,
+    look_up,
+)
+from upcycle.surgery.router_init import INHERITED, RouterInit
 
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 Axes = Mapping[str, tuple[str | None, ...]]
-EXPERT, ROUTER = 'expert', 'router'
+EXPERT, ROUTER, SHARED, ROUTER_STATE, MIXING = 'expert', 'router', 'shared', 'router_state', 'mixing'
 POSITIONS = 'pos_embedding'
 COUNT = 'opt_state/count'
+PARAMS, STATES = 'params/', 'opt_state/param_states/'
+# Second moments, of which the mean over all entries is that of the parameter's squared gradients.
+MOMENTS = ('v', 'v_row')
 
 
 class OptimizerState(enum.StrEnum):
@@ -34,16 +48,20 @@ class Surgery:
     Attributes:
       operator: how experts are made: an operator, or the name of one with its default options, see
         `surgery.operators.EXPERT_OPERATORS` [EXPERT_OPERATOR]; None: no MLP is expanded, the model goes on as it is.
-      router_init: a name in `surgery.router_init.ROUTER_INITS` [ROUTER_INIT].
+      dense_operator: how the leaves of a dense model are made, likewise of `DENSE_OPERATORS` [DENSE_OPERATOR]; None: kept.
+      router_init: see `surgery.router_init.RouterInit` [ROUTER_INIT].
       router_stddev: of the routers' initialisation [ROUTER_INIT_STDDEV].
+      router_noise: on the columns that new experts copy, as a share of the router's own deviation [ROUTER_NOISE].
       optimizer_state: see `OptimizerState` [OPTIMIZER_STATE].
       new_head: the model's head starts afresh, for other classes, and the checkpoint's is dropped [NEW_HEAD].
       seed: of everything random in the surgery [UPCYCLE_SEED].
     """
 
     operator: Operator | str | None = 'copy'
-    router_init: str = 'normal'
+    dense_operator: DenseOperator | str | None = None
+    router_init: RouterInit = RouterInit.NORMAL
     router_stddev: float = 0.02
+    router_noise: float = 0.01
     optimizer_state: OptimizerState = OptimizerState.FRESH
     new_head: bool = False
     seed: int = 0
@@ -51,23 +69,44 @@ class Surgery:
     def __post_init__(self):
         if isinstance(self.operator, str):
             object.__setattr__(self, 'operator', look_up(EXPERT_OPERATORS, self.operator, 'EXPERT_OPERATOR')())
-        look_up(ROUTER_INITS, self.router_init, 'ROUTER_INIT')
+        if isinstance(self.dense_operator, str):
+            object.__setattr__(
+                self, 'dense_operator', look_up(DENSE_OPERATORS, self.dense_operator, 'DENSE_OPERATOR')()
+            )
+        if self.operator is not None and self.dense_operator is not None:
+            raise UserError(
+                'EXPERT_OPERATOR and DENSE_OPERATOR are both set: the one makes experts, the other a dense model.'
+            )
+        object.__setattr__(self, 'router_init', one_of(RouterInit, self.router_init, 'ROUTER_INIT'))
         object.__setattr__(self, 'optimizer_state', one_of(OptimizerState, self.optimizer_state, 'OPTIMIZER_STATE'))
         if self.new_head and self.operator is not None:
             raise UserError(
                 'NEW_HEAD = True with an EXPERT_OPERATOR would upcycle a model whose function is already gone: upcycle first, '
                 'then fine-tune.'
             )
+        made_by = self.made_by
+        if self.optimizer_state is OptimizerState.TILE and made_by is not None and not made_by.keeps_shape:
+            raise UserError(
+                f"OPTIMIZER_STATE = 'tile' needs parameters of the shapes that the checkpoint has, and {made_by.name!r} changes "
+                "them: set OPTIMIZER_STATE = 'fresh'."
+            )
+
+    @property
+    def made_by(self) -> Operator | DenseOperator | None:
+        """The operator, if any."""
+        return self.operator if self.dense_operator is None else self.dense_operator
 
 
 class Action(enum.StrEnum):
     """How a leaf of the target is made."""
 
     KEEP = 'keep'  # the source, unchanged
+    MEAN = 'mean'  # of the sources; of whole numbers, such as the step, the largest
     EXPERTS = 'experts'  # by the expert operator
-    ROUTER = 'router'  # by the router's initialisation
+    REMAKE = 'remake'  # by the dense operator
+    ROUTER = 'router'  # by the router's initialisation, perhaps out of the checkpoint's router
     RESIZE = 'resize'  # learned positions of an image, interpolated to another number of patches
-    TILE = 'tile'  # the source, repeated over a leading expert axis
+    TILE = 'tile'  # the source, repeated over a leading expert axis; of several parents, each expert's own
     ZEROS = 'zeros'
     NEW = 'new'  # by the trainer: the run's own random key, and a new head
 
@@ -85,31 +124,51 @@ class Row:
 
     @property
     def expert_leaf(self) -> Leaf:
-        """Of a leaf of experts, what one of them is."""
-        return Leaf(self.shape[1:], self.axes[1:])
+        """Of a leaf of experts, what an operator needs to know."""
+        return Leaf(self.shape, self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A row for every leaf of the target, and the dense leaves that are dropped on purpose, with the reason."""
+    """What to do.
+
+    Attributes:
+      rows: one for every leaf of the target.
+      dropped: the leaves of the checkpoint that are not used on purpose, with the reason.
+      spec: what was asked for.
+      num_mlps: how many MLPs stand where one layer's experts will: 1, one in each checkpoint, or the experts that there are.
+      measured: for each MLP by its path, what the operator measures: the leaves, and the size of a parameter.
+    """
 
     rows: tuple[Row, ...]
     dropped: Mapping[str, str]
     spec: Surgery
+    num_mlps: int = 1
+    measured: Mapping[str, tuple[tuple[str, int], ...]] = dataclasses.field(default_factory=dict)
 
-    def groups(self) -> Iterator[tuple[Row, ...]]:
-        """Rows in the order of execution: the experts of one MLP together, every other leaf alone."""
-        groups: dict[str, list[Row]] = {}
+    def in_order(self) -> list[Row]:
+        """The rows as they are carried out: routers last, since hidden states need everything else."""
+        return sorted(self.rows, key=lambda row: row.action is Action.ROUTER)
+
+    def alike(self, row: Row) -> bool:
+        """Whether all experts of a row, whose action is EXPERTS or TILE, are the same."""
+        operator = self.spec.operator
+        return operator.identical if row.action is Action.EXPERTS else operator.starts_from is Start.DENSE
+
+    @functools.cached_property
+    def mlps(self) -> Mapping[str, Leaves]:
+        """The experts' parameters by the path of their MLP and their names within it."""
+        found: dict[str, dict[str, Leaf]] = {}
         for row in self.rows:
-            name = mlp_of(row.target) if row.action is Action.EXPERTS else row.target
-            groups.setdefault(name, []).append(row)
-        yield from (tuple(rows) for rows in groups.values())
+            if row.action is Action.EXPERTS:
+                found.setdefault(mlp_of(row.target), {})[within_mlp(row.target)] = row.expert_leaf
+        return found
 
 
 def mlp_of(target: str) -> str:
-    """Path of the MLP that an expert leaf belongs to: 'params/encoder/layers_1/mlp'."""
-    segments = target.split('/')
-    return '/'.join(segments[: segments.index(EXPERT)])
+    """Path of the MLP that a leaf of an MoE layer, or of its optimizer state, belongs to: 'params/encoder/layers_1/mlp'."""
+    segments = (PARAMS + target.removeprefix(STATES).removeprefix(PARAMS)).split('/')
+    return '/'.join(segments[: next(i for i, segment in enumerate(segments) if segment in (EXPERT, ROUTER, SHARED))])
 
 
 def within_mlp(target: str) -> str:
@@ -137,80 +196,209 @@ def plan(
       UserError: a leaf has no source, two, or one of another shape, or a dense leaf would be lost; the message holds the
         whole difference.
     """
-    expands = spec.operator is not None
+    operator, made_by = spec.operator, spec.made_by
+    base, several, problems = _one_of_several(dense)
+    num_mlps = _num_mlps(base, sparse, spec, several)
     keeps_state = spec.optimizer_state is OptimizerState.TILE
+    logical = axes or {}
+    sources_of = None
+    if spec.dense_operator is not None:
+        sources_of = spec.dense_operator.sources(
+            *({name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (base, sparse))
+        )
     rows: list[Row] = []
     dropped: dict[str, str] = {}
-    problems: list[str] = []
 
     def in_head(name: str) -> bool:
-        path = name.removeprefix('params/').removeprefix('opt_state/param_states/')
+        path = name.removeprefix(STATES).removeprefix(PARAMS)
         return spec.new_head and path != name and any(path.startswith(f'{part}/') for part in head)
 
     def add(target: str, action: Action, *sources: str) -> None:
-        if action is Action.EXPERTS and not spec.operator.reads:
-            dropped.update(
-                dict.fromkeys(sources, f'EXPERT_OPERATOR = {spec.operator.name!r} starts experts from scratch')
-            )
+        if action is Action.EXPERTS and not operator.reads:
+            reason = f'EXPERT_OPERATOR = {operator.name!r} starts experts from scratch'
+            dropped.update(dict.fromkeys(sources, reason))
             sources = ()
+        if several:
+            action = Action.MEAN if action is Action.KEEP else action
+            sources = tuple(f'{source}@{i}' for source in sources for i in range(several))
         leaf = sparse[target]
-        rows.append(Row(target, sources, action, tuple(leaf.shape), leaf.dtype, (axes or {}).get(target, ())))
+        rows.append(Row(target, sources, action, tuple(leaf.shape), leaf.dtype, logical.get(target, ())))
 
-    for target in sparse:
-        is_router = expands and ROUTER in target.split('/')
+    for target, leaf in sparse.items():
+        segments = target.split('/')
+        is_router = operator is not None and ROUTER in segments
+        if operator is not None and EXPERT in segments and target.startswith(PARAMS):
+            operator.check(leaf.shape[0], num_mlps)
         if target == 'rng':
             add(target, Action.NEW)
         elif target == COUNT and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
             # The decay clock goes on with the step, also where the state itself starts afresh.
-            add(target, Action.KEEP, COUNT if keeps_state and COUNT in dense else 'step')
+            add(target, Action.KEEP, COUNT if keeps_state and COUNT in base else 'step')
         elif target.startswith('opt_state/') and (is_router or in_head(target) or not keeps_state):
             add(target, Action.ZEROS)
         elif in_head(target):
             add(target, Action.NEW)
+        elif {ROUTER_STATE, MIXING} & {*segments} and (made_by is not None or target not in base):
+            add(target, Action.ZEROS)
         elif is_router:
-            add(target, Action.ROUTER)
-        elif isinstance(found := _source(target, sparse[target], dense, expands), str):
+            add(target, Action.ROUTER, *([target] if spec.router_init in INHERITED else []))
+        elif sources_of is not None and target.startswith((PARAMS, STATES)):
+            found = _remake(target, leaf, base, spec, sources_of(target))
+            if isinstance(found, str):
+                problems.append(found)
+            else:
+                add(target, *found)
+        elif isinstance(found := _source(target, leaf, base, spec, logical.get(target, ())), str):
             problems.append(found)
         else:
             add(target, *found)
 
     used = {source for row in rows for source in row.sources}
     for source, leaf in dense.items():
-        if source in used or source in dropped or source in ('step', COUNT):
+        name = _base_name(source)
+        if source in used or name in dropped or name in ('step', COUNT):
             continue
-        if in_head(source):
+        if in_head(name):
             dropped[source] = 'NEW_HEAD = True'
-        elif source == 'rng':
+        elif ROUTER_STATE in name.split('/'):
+            dropped[source] = 'it follows the routing, and starts again at 0 where it is needed'
+        elif ROUTER in name.split('/') and any(MIXING in target.split('/') for target in sparse):
+            dropped[source] = 'merged experts have no router'
+        elif name == 'rng':
             dropped[source] = 'the run has a random key of its own'
-        elif source.startswith('opt_state/') and not keeps_state:
+        elif name.startswith('opt_state/') and ROUTER in name.split('/') and operator is not None:
+            dropped[source] = 'routers start with fresh state'
+        elif name.startswith('opt_state/') and not keeps_state:
             dropped[source] = f"OPTIMIZER_STATE = '{spec.optimizer_state}'"
+        elif spec.dense_operator is not None and (reason := spec.dense_operator.drops(source)):
+            dropped[source] = reason
+        elif ROUTER in name.split('/') and operator is not None and operator.starts_from is Start.MOE:
+            dropped[source] = f"ROUTER_INIT = '{spec.router_init}' starts routers anew"
         else:
             problems.append(f'{source} {_show(leaf)} of the checkpoint is used by no leaf of the model')
     if problems:
-        raise UserError(_explain(problems, dense, head))
-    return Plan(tuple(rows), dropped, spec)
+        raise UserError(_explain(problems, base, spec, head))
+    return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
 
 
-def _source(target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, expands: bool) -> tuple[Action, str] | str:
+_SEVERAL = re.compile(r'@\d+$')
+
+
+def _base_name(source: str) -> str:
+    return _SEVERAL.sub('', source)
+
+
+def _one_of_several(dense: Abstract) -> tuple[Abstract, int, list[str]]:
+    """The leaves that all of several checkpoints have, without their `@i`; their number, 0 for a single one; how they differ."""
+    if not any(_SEVERAL.search(name) for name in dense):
+        return dense, 0, []
+    count = 1 + max(int(_SEVERAL.search(name)[0][1:]) for name in dense)
+    base, problems = {}, []
+    for name in dict.fromkeys(map(_base_name, dense)):
+        shapes = {getattr(dense.get(f'{name}@{i}'), 'shape', None) for i in range(count)}
+        if len(shapes) == 1:
+            base[name] = dense[f'{name}@0']
+        else:
+            shown = ', '.join(str(getattr(dense.get(f'{name}@{i}'), 'shape', 'missing')) for i in range(count))
+            problems.append(f'{name} is not the same in all checkpoints: {shown}')
+    return base, count, problems
+
+
+def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) -> int:
+    """How many MLPs an operator starts from; refuses checkpoints of another kind than the operator's."""
+    operator = spec.operator
+    if several and (operator is None or operator.starts_from is not Start.SEVERAL):
+        what = 'this run' if operator is None else f'EXPERT_OPERATOR = {operator.name!r}'
+        raise UserError(
+            f"INITIAL_CHECKPOINT_PATH names {several} checkpoints, and {what} starts from one: name one, or use 'branches'."
+        )
+    if operator is None or operator.starts_from is not Start.MOE:
+        if operator is not None and spec.router_init in INHERITED:
+            raise UserError(
+                f"ROUTER_INIT = '{spec.router_init}' goes on with a checkpoint's router, and EXPERT_OPERATOR = "
+                f"{operator.name!r} starts from dense ones: use 'normal'."
+            )
+        return max(several, 1)
+    experts = [name for name in sparse if name.startswith(PARAMS) and EXPERT in name.split('/')]
+    counts = {dense[name].shape[0] for name in experts if name in dense}
+    if not counts:
+        raise UserError(
+            f'EXPERT_OPERATOR = {operator.name!r} starts from {operator.starts_from}, and this one has none in the MoE layers of '
+            "the model: use another operator, such as 'copy'."
+        )
+    if len(counts) > 1:
+        raise UserError(
+            f'The layers of the checkpoint have {sorted(counts)} experts, which no NUM_EXPERTS can go on with.'
+        )
+    return counts.pop()
+
+
+_NEEDS = 'needs a source of shape'
+
+
+def _remake(
+    target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, spec: Surgery, sources: tuple[str, ...]
+) -> tuple[Action | str, ...] | str:
+    """The action and sources of a leaf that the dense operator makes, or what is wrong."""
+    if missing := [name for name in sources if name not in dense]:
+        return f'{target} {_show(leaf)} has no source: the checkpoint holds no {missing[0]}'
+    shapes = [tuple(dense[name].shape) for name in sources]
+    if not spec.dense_operator.fits(shapes, tuple(leaf.shape)):
+        shown = ' and '.join(f'{name} {_show(dense[name])}' for name in sources)
+        return f'{target} {_show(leaf)} cannot be made of {shown} by DENSE_OPERATOR = {spec.dense_operator.name!r}'
+    kept = sources == (target,) and shapes == [tuple(leaf.shape)]
+    return (Action.KEEP if kept else Action.REMAKE, *sources)
+
+
+def _source(
+    target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, spec: Surgery, axes: tuple[str | None, ...]
+) -> tuple[Action, str] | str:
     """The action and source of a leaf that must come from the checkpoint, or what is wrong."""
+    segments = target.split('/')
+    from_moe = spec.operator is not None and spec.operator.starts_from is Start.MOE
     candidates = [target]
-    if expands and EXPERT in target.split('/'):
-        candidates.append('/'.join(segment for segment in target.split('/') if segment != EXPERT))
+    if spec.operator is not None and not from_moe and (EXPERT in segments or SHARED in segments):
+        candidates.append('/'.join(segment for segment in segments if segment not in (EXPERT, SHARED)))
     found = [name for name in candidates if name in dense]
     if not found:
         return f'{target} {_show(leaf)} has no source: the checkpoint holds no {candidates[-1]}'
     if len(found) > 1:
         return f'{target} has two sources: {" and ".join(found)}'
     (source,) = found
-    is_new_expert = source != target
+    old = tuple(dense[source].shape)
+    is_new_expert = EXPERT in segments and (source != target or from_moe)
     want = tuple(leaf.shape[1:]) if is_new_expert else tuple(leaf.shape)
-    if _resizable(target, dense[source].shape, want):
+    if is_new_expert and target.startswith(PARAMS):
+        want = spec.operator.source_shape(Leaf(tuple(leaf.shape), axes))
+    if is_new_expert and from_moe:
+        want = (*old[:1], *want)
+    if _resizable(target, old, want):
         return Action.RESIZE, source
-    if tuple(dense[source].shape) != want:
-        return f'{target} {_show(leaf)} needs a source of shape {want}, but {source} is {_show(dense[source])}'
+    if old != want:
+        return f'{target} {_show(leaf)} {_NEEDS} {want}, but {source} is {_show(dense[source])}'
     if not is_new_expert:
         return Action.KEEP, source
     return Action.TILE if target.startswith('opt_state/') else Action.EXPERTS, source
+
+
+def _measured(rows: list[Row], dense: Abstract, spec: Surgery) -> dict[str, tuple[tuple[str, int], ...]]:
+    """For each MLP the leaves that the operator measures."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    wanted = () if spec.operator is None else spec.operator.measured
+    for row in rows if wanted else ():
+        if row.action is not Action.EXPERTS:
+            continue
+        (name,) = row.sources
+        state = STATES + name.removeprefix(PARAMS)
+        moments = [f'{state}/{moment}' for moment in MOMENTS if f'{state}/{moment}' in dense]
+        if 'opt_state' in wanted and not moments:
+            raise UserError(
+                f"EXPERT_OPERATOR = '{spec.operator}' measures the optimizer's second moments, and the checkpoint holds none of "
+                f"{name}: use GROW_UTILITY = 'weight' or 'uniform'."
+            )
+        measured = [*([name] if 'params' in wanted else []), *(moments if 'opt_state' in wanted else [])]
+        found.setdefault(mlp_of(row.target), []).extend((leaf, math.prod(row.shape[1:])) for leaf in measured)
+    return {mlp: tuple(leaves) for mlp, leaves in found.items()}
 
 
 def _resizable(target: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
@@ -225,16 +413,24 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
     return f'({", ".join(map(str, leaf.shape))}) {leaf.dtype}'
 
 
-def _explain(problems: list[str], dense: Abstract, head: Sequence[str]) -> str:
+def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence[str]) -> str:
     if not any(name.startswith('opt_state/') for name in dense) and all(p.startswith('opt_state/') for p in problems):
         return (
             "OPTIMIZER_STATE = 'tile' needs the dense run's optimizer state, which this checkpoint does not hold: set "
             "OPTIMIZER_STATE = 'fresh'."
         )
     what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
+    has_experts = any(EXPERT in name.split('/') for name in dense)
+    wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
     if all(any(f'/{part}/' in problem for part in head) for problem in problems):
         what = (
             'The head of the checkpoint is not that of the model: to fine-tune on other classes, start a new one with '
             'NEW_HEAD = True in runs/finetune.gin'
         )
+    elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
+        what += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
+    elif any(EXPERT in segments for segments in wrong_shape):
+        what += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
+    elif any(SHARED in segments for segments in wrong_shape):
+        what += ' (shared experts start as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
     return '\n  '.join([f'{what} ({len(problems)} leaves):', *problems])

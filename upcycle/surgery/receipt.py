@@ -12,8 +12,8 @@ from flax.traverse_util import unflatten_dict
 
 import upcycle
 from upcycle.models import Model, Params
-from upcycle.moe.router import covered_tokens, token_sums
-from upcycle.surgery.plan import Plan
+from upcycle.moe.router import covered_tokens
+from upcycle.surgery.plan import Action, Plan, Row
 
 
 def receipt(plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -28,25 +28,36 @@ def receipt(plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str])
     return {
         'tool': f'upcycle {upcycle.__version__}',
         'source': dict(source),
-        'operator': spec.operator.name,
-        'operator_options': dataclasses.asdict(spec.operator),
+        'operator': spec.made_by.name,
+        'operator_options': dataclasses.asdict(spec.made_by),
         'router_init': f'{spec.router_init}({spec.router_stddev})',
         'optimizer_state': str(spec.optimizer_state),
         'seed': spec.seed,
-        'plan': [
-            {
-                'target': row.target,
-                'sources': list(row.sources),
-                'action': str(row.action),
-                'shape': list(row.shape),
-                'dtype': str(jnp.dtype(row.dtype)),
-            }
-            for row in plan.rows
-        ],
+        'plan': [_as_json(row) for row in plan.rows],
         'dropped': dict(plan.dropped),
         'sha256': dict(hashes),
         'function_check': {'whole_model': 'pending', 'layers': 'pending'},
     }
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return {
+        'target': row.target,
+        'sources': list(row.sources),
+        'action': str(row.action),
+        'shape': list(row.shape),
+        'dtype': str(jnp.dtype(row.dtype)),
+    }
+
+
+def carried_on(paper: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The receipt of a checkpoint that a run goes on with by a plan that makes no experts: a new head, other positions, router
+    state that a recipe adds. The other rows stay."""
+    made = {row['target']: row for row in paper['plan']}
+    rows = [
+        made[row.target] if row.action is Action.KEEP and row.target in made else _as_json(row) for row in plan.rows
+    ]
+    return {**paper, 'plan': rows}
 
 
 def mismatches(paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
@@ -66,15 +77,17 @@ def mismatches(paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]
 
 @dataclasses.dataclass(frozen=True)
 class LayerCheck:
-    """One MoE layer against the dense MLP it came from, on the dense model's own activations.
+    """One MoE layer against the dense MLP it came from, on the dense model's own activations; or, where it grew out of a smaller
+    MoE layer, against that, with 1 for w.
 
     Attributes:
       covered: share of the real tokens that some expert took.
-      max_abs_difference_covered: largest |MoE - w * MLP| over covered tokens, where w is the token's sum of combine weights;
-        with normalised weights w is 1, so this is the distance to the dense MLP.
-      max_abs_on_uncovered: largest |MoE| over uncovered tokens.
+      max_abs_difference_covered: largest |MoE - w * MLP| over covered tokens, where w is the token's sum of combine weights, that
+        of shared experts included; with normalised weights w is 1, so this is the distance to the dense MLP.
+      max_abs_on_uncovered: the same over uncovered tokens, where w is 0 unless an expert is shared.
       ratio: |MoE| / |MLP| over covered tokens (norms); about the mean sum of weights.
       dense_rms: root mean square of the dense MLP's output, to read the differences against.
+      gap: |MoE - MLP| / |MLP| over all real tokens (norms).
     """
 
     covered: float
@@ -82,42 +95,53 @@ class LayerCheck:
     max_abs_on_uncovered: float
     ratio: float
     dense_rms: float
+    gap: float
 
 
 def check_function(
-    model: Model, dense_params: Params, sparse_params: Params, batch: Mapping[str, jax.Array]
+    model: Model,
+    dense_params: Params,
+    sparse_params: Params,
+    batch: Mapping[str, jax.Array],
+    source: Model | None = None,
 ) -> dict[str, Any]:
-    """Layer by layer, and as a whole: does the upcycled model compute what the dense one does?
+    """Layer by layer, and as a whole: does the upcycled model compute what the one does that it was made of?
 
     Beyond one layer uncovered tokens reach covered ones through attention, so the whole model's gap is a report, not a test.
 
     Args:
       model: the sparse model.
-      dense_params: of `model.dense()`.
+      dense_params: of the source.
       sparse_params: of `model`.
       batch: any batch; evaluation capacity is used.
+      source: None: `model.dense()`; or a model with fewer experts, or any other one.
 
     Returns:
       {'layers': {path: LayerCheck as a dict}, 'whole_model': {...}}.
     """
-    dense = model.dense()
+    source = model.dense() if source is None else source
+    paths = tuple(model.moe_layers())
+    of_mlp = not source.moe_layers()
 
     @jax.jit
     def layers(dense_params, sparse_params, batch):
-        io = model.mlp_activations(dense_params, batch, tuple(model.moe_layers()))
-        return {path: _compare(model.moe_module(path), _below(sparse_params, path), *io[path]) for path in io}
+        io = source.mlp_activations(dense_params, batch, paths)
+        return {
+            path: _compare(model.moe_module(path), _below(sparse_params, path), *io[path], of_mlp=of_mlp)
+            for path in paths
+        }
 
     @jax.jit
     def losses(dense_params, sparse_params, batch):
         out = {}
-        for name, which, params in (('dense', dense, dense_params), ('sparse', model, sparse_params)):
+        for name, which, params in (('dense', source, dense_params), ('sparse', model, sparse_params)):
             sums, _, _ = which.forward(params, batch, None, training=False, num_microbatches=1)
             out[f'{name}_loss'] = (sums['loss'] - sums['z_loss']) / jnp.maximum(sums['weight'], 1e-9)
         return out
 
     whole = {name: float(value) for name, value in losses(dense_params, sparse_params, batch).items()}
     whole['loss_gap'] = whole['sparse_loss'] - whole['dense_loss']
-    checked = layers(dense_params, sparse_params, batch)
+    checked = layers(dense_params, sparse_params, batch) if paths else {}
     return {
         'layers': {
             path: dataclasses.asdict(LayerCheck(*(float(value) for value in values)))
@@ -159,7 +183,7 @@ def _check_layer(model: Model, path: str, sizes: tuple[int, int, int], dense: Pa
     dense = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dense)
     x_BxLxD = jax.random.normal(jax.random.key(0), (1, num_tokens, width), jnp.float32)
     y_BxLxD = mlp.apply({'params': dense}, x_BxLxD, False)
-    return _compare(layer, sparse, x_BxLxD, y_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool))
+    return _compare(layer, sparse, x_BxLxD, y_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), of_mlp=True)
 
 
 def _without(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -173,25 +197,28 @@ def _below(params: Params, path: str) -> Params:
     return params
 
 
-def _compare(layer: nn.Module, params: Params, x_BxLxD, y_BxLxD, real_BxL) -> tuple[jax.Array, ...]:
+def _compare(layer: nn.Module, params: Params, x_BxLxD, y_BxLxD, real_BxL, *, of_mlp: bool) -> tuple[jax.Array, ...]:
     moe_BxLxD, written = layer.apply({'params': params}, x_BxLxD, real_BxL, training=False, mutable=['intermediates'])
     (routing,) = written['intermediates']['routing']
+    (weight_BxL,) = written['intermediates']['token_weight']
     S = real_BxL.size // routing[0].shape[0]
     covered_BxL = covered_tokens(routing, S).reshape(real_BxL.shape) & real_BxL
-    weight_BxL = token_sums(routing, S).reshape(real_BxL.shape)
     uncovered_BxL = real_BxL & ~covered_BxL
     moe_BxLxD, y_BxLxD = moe_BxLxD.astype(jnp.float32), y_BxLxD.astype(jnp.float32)
 
     def largest(difference_BxLxD, where_BxL):
         return jnp.max(jnp.abs(difference_BxLxD) * where_BxL[..., None])
 
-    def norm(z_BxLxD):
-        return jnp.sqrt(jnp.sum(jnp.square(z_BxLxD * covered_BxL[..., None])))
+    def norm(z_BxLxD, where_BxL):
+        return jnp.sqrt(jnp.sum(jnp.square(z_BxLxD * where_BxL[..., None])))
 
+    # The output of an MoE layer is weighted already.
+    difference_BxLxD = moe_BxLxD - (weight_BxL[..., None] if of_mlp else 1.0) * y_BxLxD
     return (
         covered_BxL.sum() / jnp.maximum(real_BxL.sum(), 1),
-        largest(moe_BxLxD - weight_BxL[..., None] * y_BxLxD, covered_BxL),
-        largest(moe_BxLxD, uncovered_BxL),
-        norm(moe_BxLxD) / jnp.maximum(norm(y_BxLxD), 1e-30),
+        largest(difference_BxLxD, covered_BxL),
+        largest(difference_BxLxD, uncovered_BxL),
+        norm(moe_BxLxD, covered_BxL) / jnp.maximum(norm(y_BxLxD, covered_BxL), 1e-30),
         jnp.sqrt(jnp.mean(jnp.square(y_BxLxD))),
+        norm(moe_BxLxD - y_BxLxD, real_BxL) / jnp.maximum(norm(y_BxLxD, real_BxL), 1e-30),
     )

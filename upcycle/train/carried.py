@@ -7,20 +7,28 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.checkpoints.several import readers_of
 from upcycle.errors import UserError
 from upcycle.models import Model, Params
 from upcycle.surgery.execute import sha256_of
 from upcycle.surgery.plan import Action
 from upcycle.surgery.receipt import check_function, mismatches
+from upcycle.train.source import read_params, source_model
 
 
 def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
-    """A receipt's account of the dense checkpoint."""
+    """A receipt's account of the checkpoint; `path` is a list where there are several."""
     dtypes = {leaf.dtype.name for name, leaf in reader.leaves().items() if name.startswith('params/')}
-    return {'path': str(reader.path), 'format': reader.format, 'step': step, 'dtype': '/'.join(sorted(dtypes))}
+    paths = [str(part.path) for part in readers_of(reader)]
+    return {
+        'path': paths if len(paths) > 1 else paths[0],
+        'format': reader.format,
+        'step': step,
+        'dtype': '/'.join(sorted(dtypes)),
+    }
 
 
 def require_match(path: str, paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
@@ -81,15 +89,21 @@ class Carried:
           model: the sparse model.
           params: of it.
           batch: to compare on.
-          whole: a sharding that splits nothing, for the dense model, which is read again if it is still where it was.
+          whole: a sharding that splits nothing, for the model that it was made of, which is read again if it is still there.
         """
         if not self.untouched:
             return self.paper
         try:
-            dense = open_checkpoint(self.paper['source']['path'])
-            names = [name for name in dense.leaves() if name.startswith('params/')]
-            dense_params = unflatten_dict({name: dense.read(name, whole) for name in names}, sep='/')['params']
+            reader = open_checkpoints(self.paper['source']['path'])
+            source = source_model(model, self.paper['operator'], reader)
+            if source is None:
+                raise UserError(f'the metadata of {reader.path} does not describe its model.')
+            flat = flatten_dict({'params': params}, sep='/')
+            resized = {
+                row['sources'][0]: flat[row['target']] for row in self.paper['plan'] if row['action'] == Action.RESIZE
+            }
+            source_params = read_params(reader, lambda name, leaf: whole, resized)
         except UserError as error:
             print(f'the whole model is not compared with its source: {error}', file=sys.stderr)
             return self.paper
-        return {**self.paper, 'function_check': check_function(model, dense_params, params, batch)}
+        return {**self.paper, 'function_check': check_function(model, source_params, params, batch, source)}

@@ -98,13 +98,11 @@ class Examination:
 def requests_of(plan: Plan, shardings: Mapping[str, jax.sharding.Sharding]) -> list[Request]:
     """What `surgery.execute` will ask for, about in its order."""
     requests: list[Request] = []
-    for row in plan.rows:
-        sharding = shardings[row.target]
-        if row.action is Action.TILE or (row.action is Action.EXPERTS and plan.spec.operator.identical):
-            sharding = without_leading_axis(sharding)
-        elif row.action is Action.EXPERTS:
-            sharding = None
-        elif row.action is not Action.KEEP:
-            continue
+    for row in plan.in_order():
+        sharding = None
+        if row.action is Action.KEEP:
+            sharding = shardings[row.target]
+        elif row.action in (Action.EXPERTS, Action.TILE) and plan.alike(row):
+            sharding = without_leading_axis(shardings[row.target])
         requests += [(name, sharding) for name in row.sources]
     return requests

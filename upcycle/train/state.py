@@ -13,15 +13,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from upcycle import partitioning
-from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.checkpoints.several import readers_of
 from upcycle.errors import UserError
 from upcycle.models import BatchSpec, Model, identify
-from upcycle.surgery.execute import execute, print_progress, without_leading_axis
+from upcycle.moe import state as moe_state
+from upcycle.surgery.execute import execute, print_progress
 from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
-from upcycle.surgery.receipt import check_function, receipt
+from upcycle.surgery.receipt import carried_on, check_function, receipt
 from upcycle.train.carried import Carried, source_of
 from upcycle.train.read_ahead import Examination, ReadAhead, requests_of
 from upcycle.train.run import Run
+from upcycle.train.source import Source
 from upcycle.train.step import TrainState
 
 
@@ -31,7 +34,7 @@ class Layout:
 
     Attributes:
       abstract: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
-      batch_axes: for each parameter, its leading axes that are stacks (experts).
+      batch_axes: for each parameter that has a gradient, its leading axes that are stacks (experts).
       logical_axes: of each parameter, by its name in a checkpoint.
     """
 
@@ -56,8 +59,10 @@ def layout(run: Run, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)
     specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
-    opt_state = jax.eval_shape(functools.partial(run.optimizer.init, batch_axes=axes), params)
-    opt_specs = run.optimizer.state_specs(params, specs, axes)
+    # No optimizer knows the routers' state.
+    trained, trained_specs, axes = (moe_state.split(tree)[0] for tree in (params, specs, axes))
+    opt_state = jax.eval_shape(functools.partial(run.optimizer.init, batch_axes=axes), trained)
+    opt_specs = run.optimizer.state_specs(trained, trained_specs, axes)
 
     def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
@@ -87,7 +92,7 @@ def from_scratch(run: Run, where: Layout) -> TrainState:
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
         params = partitioning.unbox(run.model.init(init_key, run.train_data.batch_spec()))
-        opt_state = run.optimizer.init(params, where.batch_axes)
+        opt_state = run.optimizer.init(moe_state.split(params)[0], where.batch_axes)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
 
     return jax.jit(init, out_shardings=where.shardings)(jax.random.key(run.seed))
@@ -96,14 +101,17 @@ def from_scratch(run: Run, where: Layout) -> TrainState:
 def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
     """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
     leaves = dict(reader.leaves())
-    if 'step' not in leaves:
+    # Of several checkpoints each has its own.
+    steps = dict.fromkeys('step' + name[name.index('@') :] if '@' in name else 'step' for name in leaves)
+    if missing := [step for step in steps if step not in leaves]:
         if run.dense_step is None:
             raise UserError(
                 f'{reader.path} does not say how many steps the dense model was trained for: set DENSE_STEP, which the '
                 'learning-rate schedule needs.'
             )
-        leaves['step'] = jax.ShapeDtypeStruct((), jnp.int32)
-    check_facts(run.model, reader)
+        leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
+    for part in readers_of(reader):
+        check_facts(run.model, part, run.surgery)
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
             'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
@@ -113,8 +121,9 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
     )
 
 
-def check_facts(model: Model, reader: Reader) -> None:
+def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
     """Raises UserError where a checkpoint was made by another function than the model's, of which the shapes say nothing."""
+    changed = () if surgery.dense_operator is None else surgery.dense_operator.changes
     family = reader.metadata.get('family', model.family)
     if family != model.family:
         raise UserError(
@@ -122,7 +131,7 @@ def check_facts(model: Model, reader: Reader) -> None:
         )
     for name, value in identify.facts_of(reader.metadata).items():
         ours = getattr(model.config, name, value)
-        if (tuple(value) if isinstance(value, list) else value) != ours:
+        if name not in changed and (tuple(value) if isinstance(value, list) else value) != ours:
             raise UserError(
                 f'{reader.path} was made with {name} = {value!r}, and the model has {ours!r}: set it in the gin files.'
             )
@@ -151,22 +160,16 @@ def from_checkpoint(
     Returns:
       The state; the receipt, or None where nothing was expanded; the checkpoint's reader.
     """
-    reader = open_checkpoint(run.initial_checkpoint_path)
+    reader = open_checkpoints(run.initial_checkpoint_path)
     what = make_plan(run, where, reader)
     carried = Carried.of(reader)
-    upcycles = run.surgery.operator is not None
-    # Where a dense MLP lies, and where read, the MLP itself: a small part of the experts, kept for the function check.
-    mlp_shardings = {
-        name: without_leading_axis(where.flat()[row.target].sharding)
-        for row in what.rows
-        if row.action is Action.EXPERTS
-        for name in row.sources
-    }
-    dense_mlps: dict[str, jax.Array] = {}
+    upcycles = run.surgery.made_by is not None
+    leaves = where.flat()
+    source = Source(run.model, what, reader, leaves)
     examination = Examination(str(reader.path))
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
-        if name == 'step' and run.dense_step is not None:
+        if name.partition('@')[0] == 'step' and run.dense_step is not None:
             return jax.device_put(jnp.asarray(run.dense_step, jnp.int32), sharding)
         return reader.read(name, sharding)
 
@@ -176,11 +179,10 @@ def from_checkpoint(
             examination.add(name, leaf, fingerprint=upcycles)
             if carried is not None:
                 carried.compare(name, leaf)
-        if name in mlp_shardings:
-            dense_mlps[name] = jax.device_put(leaf, mlp_shardings[name])
+        source.keep(name, leaf)
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
-    shardings = {name: leaf.sharding for name, leaf in where.flat().items()}
+    shardings = {name: leaf.sharding for name, leaf in leaves.items()}
     with ReadAhead(read, requests_of(what, shardings)) as reading:
         flat = execute(
             what,
@@ -188,25 +190,19 @@ def from_checkpoint(
             shardings,
             new={'rng': run_key, **new_head(run, where, what)},
             on_source=on_source,
+            hidden=functools.partial(source.hidden_states, batch),
             progress=print_progress('upcycling' if upcycles else 'loading'),
         )
     hashes = examination.result()
     state = TrainState(**unflatten_dict(flat, sep='/'))
-    whole = where.abstract.step.sharding
     if not upcycles:
-        return state, None if carried is None else carried.complete(run.model, state.params, batch, whole), reader
+        if carried is None:
+            return state, None, reader
+        paper = carried.complete(run.model, state.params, batch, leaves['step'].sharding)
+        return state, carried_on(paper, what), reader
     paper = receipt(what, source=source_of(reader, int(state.step)), hashes=hashes or _metadata_hashes(reader))
-    same = (Action.KEEP, Action.RESIZE)
-    kept = {row.sources[0]: flat[row.target] for row in what.rows if row.action in same} | dense_mlps
-    dense_params = unflatten_dict(
-        {
-            name: kept[name] if name in kept else reader.read(name, whole)
-            for name in reader.leaves()
-            if name.startswith('params/')
-        },
-        sep='/',
-    )
-    paper['function_check'] = check_function(run.model, dense_params['params'], state.params, batch)
+    if source.model is not None:
+        paper['function_check'] = check_function(run.model, source.params(flat), state.params, batch, source.model)
     return state, paper, reader
 
 

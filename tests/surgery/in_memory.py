@@ -1,0 +1,55 @@
+"""Surgery on parameters in memory, by the real plan and executor."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tests.small import spec_of
+from upcycle import partitioning
+from upcycle.models import Model
+from upcycle.surgery.execute import execute
+from upcycle.surgery.plan import Plan, Surgery, plan
+
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def abstract(model: Model, batch: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str | None, ...]]]:
+    """A model's parameters by their names in a checkpoint: shapes, and logical axes."""
+    boxed = jax.eval_shape(lambda key: model.init(key, spec_of(batch)), jax.random.key(0))
+    shapes = flatten_dict({'params': partitioning.unbox(boxed)}, sep='/')
+    axes = flatten_dict({'params': partitioning.logical_axes(boxed)}, sep='/')
+    return shapes, {name: tuple(spec) for name, spec in axes.items()}
+
+
+def leaves_of(source: Any, **more: Any) -> dict[str, jax.Array]:
+    """The leaves of one model's parameters (and `more` of its state), or of several models', by their names for a plan."""
+    if isinstance(source, list):
+        return {f'{name}@{i}': leaf for i, one in enumerate(source) for name, leaf in leaves_of(one).items()}
+    return flatten_dict({'params': source, **more}, sep='/')
+
+
+def plan_for(model: Model, source: Any, spec: Surgery, batch: Any) -> Plan:
+    """The plan from the parameters of another model, or of several."""
+    shapes, axes = abstract(model, batch)
+    flat = leaves_of(source)
+    return plan({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}, shapes, spec, axes)
+
+
+def upcycle(model: Model, source: Any, spec: Surgery, batch: Any, **more: Any) -> Any:
+    """The model's parameters, made of another model's or of several."""
+    flat = leaves_of(source)
+    what = plan_for(model, source, spec, batch)
+    shardings = dict.fromkeys((row.target for row in what.rows), ONE)
+    made = execute(what, lambda name, sharding: flat[name], shardings, new={}, **more)
+    return unflatten_dict(made, sep='/')['params']
+
+
+def with_biases(params: Any, seed: int = 0) -> Any:
+    """Biases that start at 0 would hide what becomes of them."""
+    flat = flatten_dict(params, sep='/')
+    for i, (name, leaf) in enumerate(flat.items()):
+        if name.endswith('/bias'):
+            flat[name] = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, jnp.float32)
+    return unflatten_dict(flat, sep='/')

@@ -1,0 +1,123 @@
+"""Experts out of several checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from tests.small import init
+from tests.surgery.in_memory import leaves_of, plan_for, upcycle
+from tests.surgery.test_function import dense_params, model_of
+from upcycle.errors import UserError
+from upcycle.surgery.operators import Start
+from upcycle.surgery.plan import Action, Surgery, plan
+
+BRANCHES = Surgery(operator='branches')
+
+
+def branch(i):
+    model, batch = model_of('t5')
+    return init(model.dense(), batch, seed=i)[0]
+
+
+def flat(params):
+    return flatten_dict(params, sep='/')
+
+
+def test_experts_are_the_branches_and_the_rest_is_their_mean():
+    model, batch = model_of('t5', num_experts=4)
+    branches = [branch(0), branch(1)]
+    made, (first, second) = flat(upcycle(model, branches, BRANCHES, batch)), map(flat, branches)
+    for name, leaf in made.items():
+        if '/router/' in name:
+            continue
+        if '/expert/' in name:
+            dense = name.replace('/expert', '')
+            for e, expert in enumerate(leaf):
+                np.testing.assert_array_equal(expert, (first, second)[e % 2][dense])
+        else:
+            np.testing.assert_allclose(leaf, (first[name] + second[name]) / 2, rtol=1e-6, atol=1e-7)
+
+
+def test_equal_branches_are_copies():
+    model, batch = model_of('t5', num_experts=6)
+    dense = dense_params('t5')
+    made = flat(upcycle(model, [dense] * 3, BRANCHES, batch))
+    for name, leaf in flat(upcycle(model, dense, Surgery(), batch)).items():
+        np.testing.assert_allclose(made[name], leaf, rtol=1e-6)
+
+
+def test_the_plan_names_every_source():
+    model, batch = model_of('t5', num_experts=4)
+    rows = {row.target: row for row in plan_for(model, [branch(0)] * 2, BRANCHES, batch).rows}
+    expert = rows['params/encoder/layers_1/mlp/expert/wo/kernel']
+    assert expert.action is Action.EXPERTS
+    assert expert.sources == ('params/encoder/layers_1/mlp/wo/kernel@0', 'params/encoder/layers_1/mlp/wo/kernel@1')
+    norm = rows['params/encoder/encoder_norm/scale']
+    assert (norm.action, len(norm.sources)) == (Action.MEAN, 2)
+
+
+def test_state_goes_with_the_branch_and_the_step_is_the_largest():
+    shape = {'params/m/wi/kernel': (4, 8), 'params/n/scale': (4,)}
+    sparse = {'params/m/expert/wi/kernel': (2, 4, 8), 'params/n/scale': (4,)}
+
+    def state(shapes):
+        found = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+        found |= {
+            f'opt_state/param_states/{name.removeprefix("params/")}/v': leaf for name, leaf in list(found.items())
+        }
+        return found | {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ('step', 'opt_state/count')}
+
+    values = {
+        f'{name}@{i}': jnp.full(leaf.shape, 10 * i + 1, leaf.dtype)
+        for i in (0, 1)
+        for name, leaf in state(shape).items()
+    }
+    what = plan(
+        {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in values.items()},
+        state(sparse),
+        Surgery(operator='branches', optimizer_state='tile'),
+    )
+    from upcycle.surgery.execute import execute
+
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    made = execute(what, lambda name, sharding: values[name], dict.fromkeys(state(sparse), one), new={})
+    np.testing.assert_array_equal(made['opt_state/param_states/m/expert/wi/kernel/v'][:, 0, 0], [1, 11])
+    np.testing.assert_array_equal(made['opt_state/param_states/n/scale/v'], 6)
+    assert made['step'] == made['opt_state/count'] == 11
+
+
+@pytest.mark.parametrize(
+    ('operator', 'count', 'experts', 'message'),
+    [
+        (
+            'branches',
+            1,
+            4,
+            "'branches' takes each expert from another checkpoint, and INITIAL_CHECKPOINT_PATH names one",
+        ),
+        ('branches', 3, 4, 'NUM_EXPERTS = 4 is no multiple of the 3 checkpoints'),
+        ('copy', 2, 4, "INITIAL_CHECKPOINT_PATH names 2 checkpoints, and EXPERT_OPERATOR = 'copy' starts from one"),
+        (None, 2, 4, 'names 2 checkpoints, and this run starts from one'),
+    ],
+)
+def test_nonsense_is_refused(operator, count, experts, message):
+    model, batch = model_of('t5', num_experts=experts)
+    source = [dense_params('t5')] * count if count > 1 else dense_params('t5')
+    with pytest.raises(UserError, match=message):
+        plan_for(model, source, Surgery(operator=operator), batch)
+
+
+def test_checkpoints_that_differ():
+    model, batch = model_of('t5')
+    other = leaves_of([dense_params('t5'), branch(1)])
+    other.pop('params/encoder/encoder_norm/scale@1')
+    leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in other.items()}
+    sparse = {'params/encoder/encoder_norm/scale': jax.ShapeDtypeStruct((128,), jnp.float32)}
+    with pytest.raises(UserError, match=r'encoder_norm/scale is not the same in all checkpoints: \(128,\), missing'):
+        plan(leaves, sparse, BRANCHES)
+
+
+def test_what_starts_from_several():
+    assert BRANCHES.operator.starts_from is Start.SEVERAL

@@ -1,0 +1,93 @@
+"""Receipts that travel with a checkpoint into other runs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.surgery.in_memory import leaves_of, plan_for
+from tests.surgery.test_function import dense_params, model_of
+from upcycle.surgery.plan import Action, Surgery, plan
+from upcycle.surgery.receipt import carried_on, mismatches, receipt
+from upcycle.train import carried
+
+
+def shaped(shapes):
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+
+
+MOE = {'params/m/expert/wi/kernel': (2, 4, 8), 'params/m/router/w/kernel': (4, 2), 'params/head/kernel': (4, 10)}
+
+
+def first_receipt():
+    dense = shaped({'params/m/wi/kernel': (4, 8), 'params/head/kernel': (4, 10)})
+    return receipt(plan(dense, shaped(MOE), Surgery()), source={}, hashes={'params/m/wi/kernel': 'x'})
+
+
+def test_a_run_that_changes_leaves_changes_their_rows():
+    """A new head, and the state that a recipe adds: the receipt of the run matches its checkpoints."""
+    leaves = shaped({**MOE, 'params/head/kernel': (4, 3), 'params/m/router_state/bias': (2,)})
+    paper = first_receipt()
+    assert mismatches(paper, shaped(MOE)) == [] and len(mismatches(paper, leaves)) == 2
+    what = plan(shaped(MOE), leaves, Surgery(operator=None, new_head=True, optimizer_state='tile'), head=('head',))
+    later = carried_on(paper, what)
+    assert mismatches(later, leaves) == []
+    actions = {row['target'].removeprefix('params/'): row['action'] for row in later['plan']}
+    assert actions == {
+        'm/expert/wi/kernel': Action.EXPERTS,
+        'm/router/w/kernel': Action.ROUTER,
+        'head/kernel': Action.NEW,
+        'm/router_state/bias': Action.ZEROS,
+    }
+    assert later['sha256'] == paper['sha256']
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A reader of what lies in memory."""
+
+    leaves_: dict
+    metadata: dict
+    path: str = 'here'
+
+    def leaves(self):
+        return self.leaves_
+
+    def read(self, name, sharding=None, dtype=None):
+        return self.leaves_[name]
+
+
+def moe_checkpoint(described):
+    model, batch = model_of('t5', num_experts=4)
+    shapes = {
+        row.target: jax.ShapeDtypeStruct(row.shape, row.dtype)
+        for row in plan_for(model, dense_params('t5'), Surgery(), batch).rows
+    }
+    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    return model, Checkpoint(zeros, {'model': model.describe()} if described else {})
+
+
+@pytest.mark.parametrize('operator', ['copy', 'grow', 'grow, undescribed'])
+def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch, capsys):
+    model, batch = model_of('t5', num_experts=8)
+    four, source = moe_checkpoint('undescribed' not in operator)
+    if operator == 'copy':
+        source = Checkpoint(leaves_of(dense_params('t5')), {})
+    seen = []
+    monkeypatch.setattr(carried, 'open_checkpoints', lambda path: source)
+    monkeypatch.setattr(carried, 'check_function', lambda *arguments: seen.append(arguments) or {'whole_model': {}})
+    paper = {
+        'operator': operator.split(',')[0],
+        'source': {'path': 'here'},
+        'plan': [],
+        'function_check': {'whole_model': 'pending'},
+    }
+    complete = carried.Carried('there', paper).complete(model, {}, batch, None)
+    if 'undescribed' in operator:
+        assert complete == paper and 'does not describe its model' in capsys.readouterr().err
+        return
+    ((of, source_params, _, _, compared),) = seen
+    assert of is model and complete['function_check'] == {'whole_model': {}}
+    assert compared == (model.dense() if operator == 'copy' else four)
+    assert leaves_of(source_params).keys() == source.leaves().keys()

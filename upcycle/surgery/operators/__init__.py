@@ -1,0 +1,30 @@
+"""Ways to make the experts of a Mixture-of-Experts layer. One dataclass each, its fields the method's own knobs.
+
+An operator makes one leaf of one expert at a time, out of that leaf of the MLPs that it names as the expert's parents, and knows
+the axes of a leaf by their logical names only: kernels or biases, gated or not, of whatever family. It sees leaves whole, so that
+no statistic depends on the mesh, and draws from a key that depends on the seed, the MLP's name and the expert's index alone.
+"""
+
+from upcycle.surgery.operators.base import Leaf, Leaves, Lineage, Operator, Start, key_for, look_up
+from upcycle.surgery.operators.dense import Copy, Drop, Noise, Random
+from upcycle.surgery.operators.fine_grained import Granular, Partial
+from upcycle.surgery.operators.several import Branches
+from upcycle.surgery.operators.sparse import Grow, Merge
+from upcycle.surgery.operators.whole import Average, DenseOperator, Depth, Width
+
+__all__ = [
+    'DENSE_OPERATORS',
+    'EXPERT_OPERATORS',
+    'DenseOperator',
+    'Leaf',
+    'Leaves',
+    'Lineage',
+    'Operator',
+    'Start',
+    'key_for',
+    'look_up',
+]
+
+KINDS = (Copy, Noise, Random, Drop, Granular, Partial, Branches, Grow, Merge)
+EXPERT_OPERATORS: dict[str, type[Operator]] = {kind.name: kind for kind in KINDS}
+DENSE_OPERATORS: dict[str, type[DenseOperator]] = {kind.name: kind for kind in (Depth, Width, Average)}
