@@ -14,6 +14,9 @@ B16 = ('models/vit_b16.gin', 'moe/vit.gin')
 SCALES = {
     ('finetune_imagenet', 'full'): (B16, {'INITIAL_CHECKPOINT_PATH': '/nowhere'}, 12),
     ('finetune_imagenet', 'mini'): ((), {}, 14),
+    ('operators', 'operators'): ((), {}, 100),
+    ('operators', 'recipes'): ((), {}, 75),
+    ('operators', 'mini'): ((), {}, 33),
 }
 
 
@@ -54,3 +57,32 @@ def test_the_papers_twelve_runs():
     run = configuration.load(points[0].gin_files, points[0].bindings)
     assert run.surgery.new_head and run.dense_step == 0
     assert type(run.optimizer).__name__ == 'Sgd' and run.optimizer.momentum == 0.9
+
+
+def test_every_operator_and_recipe_has_its_branches():
+    here = {
+        file
+        for scale in ('operators', 'recipes')
+        for point in points_of('operators', scale)
+        for file in point.gin_files
+    }
+    gin = CONFIGS.parent / 'gin'
+    all_files = {f'{folder}/{path.name}' for folder in ('surgery', 'recipes') for path in (gin / folder).glob('*.gin')}
+    # A mean of the experts is no way to spend a budget.
+    assert all_files - here == {'surgery/copy.gin', 'surgery/average.gin', 'recipes/merged.gin'}
+
+
+def test_branches_of_one_seed_cost_the_same():
+    points = [p for p in points_of('operators', 'operators') if p.name.startswith('seed_3/')]
+    entries = {e.point.name.split('/')[1]: e for e in conduct.check(points, checkpoints=False)}
+    dense = entries['dense']
+    budget = 2000 * entries['copy'].step_flops
+    for name, entry in entries.items():
+        if name not in ('dense', 'half_of_the_experts', 'grow', 'merge', 'MoE_from_scratch'):
+            spent = (entry.total_steps - dense.total_steps) * entry.step_flops
+            assert spent == pytest.approx(budget, rel=1e-3), name
+    grown = [entries['half_of_the_experts'], entries['grow']]
+    legs = [grown[0].total_steps - dense.total_steps, grown[1].total_steps - grown[0].total_steps]
+    assert sum(n * e.step_flops for n, e in zip(legs, grown, strict=True)) == pytest.approx(budget, rel=0.01)
+    branches = next(p for p in points if p.name.endswith('/branches'))
+    assert branches.bindings['INITIAL_CHECKPOINT_PATH'].count('seed_3/dense/checkpoints/') == 4

@@ -13,12 +13,30 @@ from flax.traverse_util import flatten_dict
 from tests import runs, vision
 from upcycle import configuration, cost, jobs, partitioning
 from upcycle.errors import UserError
-from upcycle.surgery.operators import EXPERT_OPERATORS
+from upcycle.metrics import read_metrics
+from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
 from upcycle.train import loop
+from upcycle.train import state as states
 from upcycle.train.state import from_checkpoint, layout
 from upcycle.train.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
+RECIPES = (
+    'default_output',
+    'dense_training',
+    'soft_moe',
+    'logit_normalization',
+    'adaptive_balance',
+    'loss_free_balancing',
+    'mutual_information',
+    'router_z_loss',
+    'jitter',
+    'routers_first',
+    'shared_experts',
+    'merged',
+)
+# A third of the compile time of what runs once.
+IN_A_HURRY = {'xla_backend_optimization_level': 0}
 FULL_SIZES = ('small', 'base', 'large', 'xl')
 VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 
@@ -34,7 +52,8 @@ def test_no_gin_file_is_left_out():
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
-    covered |= {f'surgery/{name}.gin' for name in EXPERT_OPERATORS}
+    covered |= {f'surgery/{name}.gin' for name in (*EXPERT_OPERATORS, *DENSE_OPERATORS)} | {'runs/warm_start.gin'}
+    covered |= {f'recipes/{name}.gin' for name in RECIPES}
     covered |= {'t5x/continue_upcycled.gin'}  # for T5X
     # Stepped in tests of their own.
     covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'finetune', 'finetune_vit')}
@@ -89,20 +108,98 @@ def first_step(files, bindings):
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
         state, receipt, _ = from_checkpoint(run, where, batch)
-        state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
+        state, metrics = loop.lower_step(run, where, sharding).compile(IN_A_HURRY)(state, batch)
     assert np.isfinite(metrics['loss'])
     return receipt, state
 
 
+@pytest.fixture(scope='module')
+def sparse(tmp_path_factory, dense):
+    """The run folder of a model of three experts a layer."""
+    path = tmp_path_factory.mktemp('sparse') / 'run'
+    runs.train('upcycle', path, 5, INITIAL_CHECKPOINT_PATH=dense, NUM_EXPERTS=3, DIVERSITY_PERIOD=1)
+    return str(path)
+
+
+def test_experts_come_apart(sparse):
+    lines = [line for line in read_metrics(f'{sparse}/metrics.jsonl') if line['split'] == 'diversity']
+    assert [line['step'] for line in lines] == [4, 5]
+    before, after = (line['experts/expert_cosine'] for line in lines)
+    assert before == pytest.approx(1, abs=1e-5) and after < before
+    assert 'experts/decoder/layers_1/router_cosine' in lines[0]
+
+
 @pytest.mark.parametrize('name', EXPERT_OPERATORS)
-def test_surgeries_step(name, tmp_path, dense):
-    bindings = runs.bindings('upcycle', tmp_path / 'run', 5, INITIAL_CHECKPOINT_PATH=dense)
+def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
+    # What it finds is tested on operators, in seconds.
+    monkeypatch.setattr(states, 'check_function', lambda *_: {})
+    start = {Start.DENSE: dense, Start.SEVERAL: (dense, dense), Start.MOE: sparse}
+    # To four experts as everywhere, so that the step is compiled once.
+    more = {'GROW_UTILITY': 'weight'} if name == 'grow' else {}
+    path = start[EXPERT_OPERATORS[name].starts_from]
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=path, **more)
     receipt, state = first_step((*runs.FILES['upcycle'], f'surgery/{name}.gin'), bindings)
-    assert int(state.step) == 5
+    assert int(state.step) == (6 if path == sparse else 5)
     assert receipt['operator'] == name
     assert {row['target'] for row in receipt['plan']} >= {
         f'params/{path}' for path in flatten_dict(state.params, sep='/')
     }
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes'),
+    [('depth', {'NUM_ENCODER_LAYERS': 4}), ('width', {'EMBED_DIM': 128, 'NUM_HEADS': 4}), ('average', {})],
+)
+def test_dense_surgeries_step(name, sizes, tmp_path, dense, sparse):
+    assert name in DENSE_OPERATORS
+    path = sparse if name == 'average' else dense
+    bindings = runs.bindings('continue', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=path, **sizes)
+    receipt, state = first_step((*runs.FILES['continue'], f'surgery/{name}.gin'), bindings)
+    assert int(state.step) == (6 if path == sparse else 5)
+    assert receipt['operator'] == name
+    assert np.isfinite(receipt['function_check']['whole_model']['loss_gap'])
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipes_step(name, tmp_path):
+    # One layer a stack, to compile quickly.
+    small = {
+        'NUM_ENCODER_LAYERS': 1,
+        'NUM_DECODER_LAYERS': 1,
+        'ENCODER_MOE_LAYERS': '(0,)',
+        'DECODER_MOE_LAYERS': '(0,)',
+    }
+    bindings = runs.bindings('scratch', tmp_path / 'run', 2, **small)
+    run = configuration.load((*runs.FILES['scratch'], f'recipes/{name}.gin'), bindings)
+    plain = configuration.load(runs.FILES['scratch'], bindings)
+    assert run != plain
+    mesh = loop.check(run)
+    with partitioning.use(mesh):
+        where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+        spec = run.train_data.batch_spec()
+        batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
+        # Without a program to initialise it.
+        state = jax.tree.map(
+            lambda leaf: jax.device_put(np.full(leaf.shape, 0.1, leaf.dtype), leaf.sharding), where.abstract
+        )
+        step = int(state.step)
+        state, metrics = loop.lower_step(run, where, sharding).compile(IN_A_HURRY)(state, batch)
+    assert int(state.step) == step + 1 and np.isfinite(metrics['loss'])
+
+
+def test_warm_start_steps(tmp_path, dense):
+    files = (*runs.FILES['continue'][:-1], 'runs/warm_start.gin')
+    bindings = runs.bindings('continue', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
+    _, state = first_step(files, bindings)
+    assert int(state.step) == 5 and int(state.opt_state['count']) == 1
+
+
+def test_routers_from_hidden_states(tmp_path, dense):
+    more = {'INITIAL_CHECKPOINT_PATH': dense, 'ROUTER_INIT': 'hidden', 'BATCH_SIZE': 4}
+    receipt, _ = first_step(runs.FILES['upcycle'], runs.bindings('upcycle', tmp_path / 'run', 5, **more))
+    # Identical experts: whatever the routers are, a covered token gets its weights' sum of the dense MLP.
+    for layer in receipt['function_check']['layers'].values():
+        assert layer['max_abs_difference_covered'] < 1e-5 * max(layer['dense_rms'], 1)
 
 
 def test_text_files_task_steps_twice(tmp_path):

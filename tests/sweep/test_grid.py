@@ -116,3 +116,18 @@ def test_a_config_that_is_not_there():
 
 def test_binding_text_is_the_command_lines():
     assert [grid.text_of(value) for value in ('tile', 0.1, (1, 2), True)] == ['tile', '0.1', '(1, 2)', 'True']
+
+
+def test_a_point_may_start_from_several_steps():
+    points = [
+        {'name': 'dense', 'gin_files': [], 'bindings': {}},
+        {'name': 'one', 'gin_files': [], 'bindings': {}, 'start': 'dense', 'checkpoints': [10]},
+        {'name': 'two', 'gin_files': [], 'bindings': {}, 'start': 'dense', 'checkpoints': [10, 20]},
+    ]
+    resolved = grid.resolve(ml_collections.ConfigDict({'name': 'x', 'points': points}), '/out')
+    paths = [point.bindings.get('INITIAL_CHECKPOINT_PATH') for point in resolved]
+    assert paths == [
+        None,
+        '/out/dense/checkpoints/10',
+        repr(('/out/dense/checkpoints/10', '/out/dense/checkpoints/20')),
+    ]

@@ -232,7 +232,7 @@ def paired(reports: Sequence[Report]) -> list[Paired]:
                 known = [v for v in values if v is not None]
                 if known:
                     mean = statistics.fmean(known)
-                    result.append(Paired(branch, axis, metric, values, mean, _half_width(known)))
+                    result.append(Paired(branch, axis, metric, values, mean, half_width(known)))
     return result
 
 
@@ -254,7 +254,7 @@ def _mean_row(rows: Sequence[Row]) -> Row:
 _T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 
 
-def _half_width(values: Sequence[float]) -> float | None:
+def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95% interval of the mean; beyond ten degrees of freedom t by its expansion (0.1% low at eleven)."""
     n = len(values) - 1
     if n < 1:

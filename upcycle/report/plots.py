@@ -32,6 +32,8 @@ WORDS = {
     'accuracy': 'accuracy',
     'experts/router_entropy': 'router entropy (nats)',
     'experts/router_confidence': 'router confidence',
+    'experts/expert_cosine': 'cosine of two experts',
+    'experts/router_cosine': 'cosine of two router columns',
 }
 INK, SOFT = '#374151', '#6b7280'
 
@@ -513,6 +515,20 @@ def _step_zero_panel(run: Run, base: Run | None, metric: str, words: str) -> Pan
     return draw
 
 
+def diversity_plot(reports: Sequence[Report]) -> Iterator[Plot]:
+    """Of runs with DIVERSITY_PERIOD."""
+    if any(run.split('diversity') for run in reports[0].runs):
+        yield Plot(
+            'diversity',
+            'How far experts have come apart',
+            'Means over pairs of experts, and over MoE layers. All parameters of an expert are one vector; copies start at 1.',
+            tuple(
+                _over_steps(reports, f'experts/{key}', WORDS[f'experts/{key}'], 'diversity', dense=False)
+                for key in ('expert_cosine', 'router_cosine')
+            ),
+        )
+
+
 def other_plots(reports: Sequence[Report]) -> list[Plot]:
     """Everything after the main figure: the initial drop, scratch from zero, routing, schedule, throughput."""
     plots = [*step_zero_plot(reports), *drop_plot(reports), *from_zero_plot(reports)]
@@ -537,6 +553,7 @@ def other_plots(reports: Sequence[Report]) -> list[Plot]:
                     for key in ('router_entropy', 'router_confidence')
                 ),
             ),
+            *diversity_plot(reports),
             Plot(
                 'expert_load',
                 'Load of each expert at the end',

@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,3 +145,20 @@ def infer_role(run: Run) -> Role:
     if any(run.start.values()):
         return Role.UPCYCLED if sparse else Role.DENSE_CONTINUATION
     return Role.SCRATCH if sparse else Role.DENSE
+
+
+def chain(legs: Sequence[Run]) -> Run:
+    """One run out of several, each of which started where the one before ended: their costs add up.
+
+    Args:
+      legs: in order; name, role and sunk cost are the first one's, the receipt the last one's.
+    """
+    first, *others = legs
+    records = list(first.records)
+    for leg in others:
+        before = records[-1] if records else {}
+        for record in leg.records:
+            added = {key: record.get(key, 0.0) + before.get(key, 0.0) for key in ('flops', 'seconds')}
+            kept = {key: before[key] for key in ('start_step', 'sunk_flops', 'sunk_seconds') if key in before}
+            records.append({**record, **added, **kept})
+    return dataclasses.replace(first, records=tuple(records), receipt=legs[-1].receipt)

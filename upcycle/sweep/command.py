@@ -67,7 +67,36 @@ def sweep(
         if failed:
             print('the same command tries again what is not finished.')
             return 1
+        if what.get('report'):
+            _report(what, entries, out)
         return _best(what, entries, out, launcher) if what.get('select') else 0
+
+
+def _report(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str) -> None:
+    """The comparison that the experiment is for: its report, and a table at several budgets."""
+    from upcycle.report.budgets import as_markdown, at_budgets
+    from upcycle.report.html import compare_seeds, write_report
+    from upcycle.report.runs import Role, chain, load_run
+
+    commands = {entry.point.name: entry.point.command for entry in entries}
+    roles = {branch: Role(role) for branch, role in what.report.get('roles', {}).items()}
+    groups = [
+        {
+            branch: chain(
+                [load_run(os.path.join(out, name), roles.get(branch, Role.UPCYCLED), branch) for name in names]
+            )
+            for branch, names in group.items()
+        }
+        for group in what.report.groups
+    ]
+    first = {name: commands[name] for names in what.report.groups[0].values() for name in names}
+    folder = os.path.join(out, 'report')
+    page = write_report(groups, folder, what.report.title, {'seeds': str(len(groups)), **first})
+    table = as_markdown(at_budgets(compare_seeds(groups), what.report.base), what.report.base)
+    with open(os.path.join(folder, 'budgets.md'), 'w', encoding='utf-8') as file:
+        file.write(table)
+    print(table)
+    print(f'report: {page}')
 
 
 def _best(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:

@@ -3,9 +3,13 @@
 A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
 
   name      the experiment's; its folder's default is runs/NAME
-  points    a list of {name, gin_files, bindings, start?, settings?}; `start` names the point whose checkpoint it starts from
+  points    a list of {name, gin_files, bindings, start?, checkpoints?, settings?}; `start` names the point whose checkpoint it
+            starts from, `checkpoints` the steps of it: one, or several for EXPERT_OPERATOR = 'branches'
   select?   {metric, best, among?}: which point is the best when all are finished, such as 'validation/accuracy' and 'max',
             of those whose name begins with `among`
+  report?   {title, base, groups, roles}: a comparison, written when all are finished. A group is a seed: {branch: names of the
+            points that make it, one after the other}; roles are of branches, 'upcycled' where none is said; `base` is the
+            branch with which the others are compared at several budgets
   test?     bindings with which the best point is evaluated once more, such as a split that chose nothing
 """
 
@@ -169,7 +173,7 @@ def resolve(
             start = point.get('start')
             values = {key: text_of(value) for key, value in point.get('bindings', {}).items()}
             if start is not None:
-                values['INITIAL_CHECKPOINT_PATH'] = made[start].model_dir
+                values['INITIAL_CHECKPOINT_PATH'] = _checkpoints(made[start].model_dir, point.get('checkpoints', ()))
             made[name] = Point(
                 name=name,
                 gin_files=(*gin_files, *point['gin_files']),
@@ -178,6 +182,14 @@ def resolve(
                 settings=point.get('settings', {}),
             )
     return list(made.values())
+
+
+def _checkpoints(model_dir: str, steps: Sequence[int]) -> str:
+    """Where a point starts: the newest step of a run, or those that are named."""
+    if not steps:
+        return model_dir
+    paths = tuple(os.path.join(model_dir, 'checkpoints', str(step)) for step in steps)
+    return paths[0] if len(paths) == 1 else repr(paths)
 
 
 def _name(setting: Setting) -> str:

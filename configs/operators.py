@@ -1,0 +1,167 @@
+"""Every way to make experts, and every training-time recipe, from one dense model with one budget.
+
+A T5 of the quickstart's settings is trained on the standard library's source; every branch then spends what 2,000 steps of plain
+upcycling cost. Seeds are paired: branches of one seed see the same batches in the same order. Ends in one table
+(report/budgets.md: the validation loss less that of `copy`, at 10, 25, 50 and 100% of the budget) and one report with its plots.
+
+  upcycle sweep --config=configs/operators.py --scale=operators --out=runs/operators
+  upcycle sweep --config=configs/operators.py --scale=recipes --out=runs/operators
+
+--scale=operators: the operators, the dense baselines and MoE from scratch, 20 runs a seed. --scale=recipes: the recipes on top of
+`copy`, 15 runs a seed. Five seeds each; a step of plain upcycling takes what the quickstart's does (docs/quickstart.md). Both
+share the dense runs of one --out. --scale=mini is all of it for 16 steps and one seed, and shows that the machinery works. The
+other two have not been run yet.
+
+What is equal: the dense checkpoint, the batches, the extra FLOPs (by cost.py, so that a branch with dearer steps takes fewer).
+`branches` takes four checkpoints of the dense run itself; `grow` and `merge` spend half of the budget on half of the experts.
+"""
+
+import functools
+
+import ml_collections
+
+from upcycle import configuration, cost
+from upcycle.sweep import grid
+
+MODEL, MOE, TASK, SETTINGS = (
+    'models/t5_1_1_mini.gin',
+    'moe/t5.gin',
+    'tasks/stdlib_span_corruption.gin',
+    'runs/quickstart.gin',
+)
+DENSE_STEPS, UPCYCLE_STEPS = 2000, 2000
+SEEDS = {'operators': (0, 1, 2, 3, 4), 'recipes': (0, 1, 2, 3, 4), 'mini': (0,)}
+
+# Branch: gin files after the settings, and bindings.
+OPERATORS = {
+    'copy': ((), {}),
+    'noise': (('surgery/noise.gin',), {}),
+    'random': (('surgery/random.gin',), {}),
+    'drop': (('surgery/drop.gin',), {}),
+    'granular': (('surgery/granular.gin',), {}),
+    'granular, nvidia': (('surgery/granular.gin',), {'GRANULAR_SCALE': 'nvidia'}),
+    'partial': (('surgery/partial.gin',), {}),
+    'branches': (('surgery/branches.gin',), {}),
+    'shared expert': (('recipes/shared_experts.gin',), {}),
+    'orthogonal router': ((), {'ROUTER_INIT': 'orthogonal'}),
+    'hidden router': ((), {'ROUTER_INIT': 'hidden'}),
+}
+# These go on from a model with half of the experts.
+GROWTH = {'grow': 'surgery/grow.gin', 'merge': 'surgery/merge.gin'}
+# Recipes on top of `copy`. Factors of losses are for the mean over four layers.
+RECIPES = {
+    'default output': (('recipes/default_output.gin',), {}),
+    'dense training': (('recipes/dense_training.gin',), {'AUX_LOSS_FACTOR': 0.0025}),
+    # A group is a sequence: slots are means over it.
+    'soft moe': (('recipes/soft_moe.gin',), {'GROUP_SIZE': 32, 'SLOTS_PER_EXPERT': 2}),
+    'logit normalization': (('recipes/logit_normalization.gin',), {}),
+    'adaptive balance': (('recipes/adaptive_balance.gin',), {'AUX_LOSS_FACTOR': 4.0}),
+    'loss-free balancing': (('recipes/loss_free_balancing.gin',), {}),
+    'mutual information': (('recipes/mutual_information.gin',), {'AUX_LOSS_FACTOR': 0.0025}),
+    'router z-loss': (('recipes/router_z_loss.gin',), {}),
+    'jitter': (('recipes/jitter.gin',), {}),
+    'routers first': (('recipes/routers_first.gin',), {'TRAINABLE_STEPS': 100}),
+    'moe layers only': ((), {'TRAINABLE': 'moe_layers'}),
+    'restarted rate': ((), {'LEARNING_RATE_POLICY': 'restart'}),
+    'constant minimum rate': ((), {'LEARNING_RATE_POLICY': 'minimum'}),
+}
+# Dense models from the dense model, and a model from nothing: run, files, bindings, role.
+BASELINES = {
+    'dense continuation': ('continue_dense', (), {}),
+    'warm start': ('warm_start', (), {}),
+    'depth tiling': ('continue_dense', ('surgery/depth.gin',), {'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4}),
+    'width tiling': ('continue_dense', ('surgery/width.gin',), {'EMBED_DIM': 64, 'MLP_DIM': 64, 'NUM_HEADS': 4}),
+}
+
+
+def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
+    """Points and report of one of three scales."""
+    grid.one_of_scales(scale, *SEEDS)
+    divide = 125 if scale == 'mini' else 1
+    dense_steps, upcycle_steps = DENSE_STEPS // divide, UPCYCLE_STEPS // divide
+    # Of the budget's last third there are enough evaluations to average over.
+    periods = {'EVAL_PERIOD': max(upcycle_steps // 32, 1), 'LOG_PERIOD': max(upcycle_steps // 40, 1)}
+    chosen = {'operators': OPERATORS, 'recipes': {'copy': OPERATORS['copy'], **RECIPES}, 'mini': OPERATORS | RECIPES}[
+        scale
+    ]
+    with_baselines = scale != 'recipes'
+    points, groups = [], []
+    for seed in SEEDS[scale]:
+        same = {**periods, 'RANDOM_SEED': seed, 'DATA_SEED': seed}
+        sparse = {**same, 'UPCYCLE_SEED': seed}
+        folder = f'seed_{seed}'
+        group = {}
+
+        def add(branch, run, files, bindings, steps, start=None, checkpoints=(), moe=True, folder=folder, group=group):
+            """One point, and its place in the report."""
+            name = f'{folder}/{branch.replace(", ", "_").replace(" ", "_")}'
+            found = {
+                'name': name,
+                'gin_files': [MODEL, *([MOE] if moe else []), TASK, f'runs/{run}.gin', SETTINGS, *files],
+                'bindings': {**bindings, 'TRAIN_STEPS': steps},
+                'settings': {'branch': branch},
+            }
+            if start is not None:
+                found |= {'start': f'{folder}/{start}'}
+            if checkpoints:
+                found |= {'checkpoints': list(checkpoints)}
+            points.append(found)
+            group.setdefault(branch, []).append(name)
+            return name
+
+        keep = {'CHECKPOINT_KEEP': None, 'CHECKPOINT_PERIOD': max(dense_steps // 8, 1)}
+        add('dense', 'pretrain', (), {**same, **keep}, dense_steps, moe=False)
+        budget = upcycle_steps * _step_flops('upcycle', (), {}, True)
+        last_four = [dense_steps * eighth // 8 for eighth in (5, 6, 7, 8)]
+        for branch, (files, bindings) in chosen.items():
+            steps = round(budget / _step_flops('upcycle', files, bindings, True))
+            several = last_four if branch == 'branches' else ()
+            add(branch, 'upcycle', files, {**sparse, **bindings}, dense_steps + steps, 'dense', several)
+        if with_baselines:
+            few = add(
+                'half of the experts',
+                'upcycle',
+                (),
+                {**sparse, 'NUM_EXPERTS': 8},
+                dense_steps + upcycle_steps // 2,
+                'dense',
+            )
+            del group['half of the experts']
+            for branch, file in GROWTH.items():
+                start = few.removeprefix(f'{folder}/')
+                add(branch, 'upcycle', (file,), sparse, dense_steps + upcycle_steps, start)
+                group[branch] = [few, *group[branch]]
+            for branch, (run, files, bindings) in BASELINES.items():
+                steps = round(budget / _step_flops(run, files, bindings, False))
+                add(branch, run, files, {**same, **bindings}, dense_steps + steps, 'dense', moe=False)
+            scratch = _step_flops('scratch', (), {}, True)
+            whole = dense_steps * _step_flops('pretrain', (), {}, False) + budget
+            add('MoE from scratch', 'scratch', (), same, round(whole / scratch))
+        groups.append(group)
+    config = ml_collections.ConfigDict({'name': 'operators'})
+    config.points = points
+    roles = {'dense': 'dense', 'MoE from scratch': 'MoE from scratch', 'dense continuation': 'dense continuation'}
+    roles |= dict.fromkeys(BASELINES.keys() - roles.keys(), 'other')
+    config.report = {
+        'title': 'Ways to make experts' if scale != 'recipes' else 'Training-time recipes',
+        'base': 'copy',
+        'groups': groups,
+        'roles': roles,
+    }
+    return config
+
+
+def _step_flops(run: str, files: tuple[str, ...], bindings: dict, moe: bool) -> float:
+    return _cached_step_flops(
+        run, files, tuple(sorted((name, grid.text_of(value)) for name, value in bindings.items())), moe
+    )
+
+
+@functools.cache
+def _cached_step_flops(run: str, files: tuple[str, ...], bindings: tuple[tuple[str, str], ...], moe: bool) -> float:
+    gin_files = [MODEL, *([MOE] if moe else []), TASK, f'runs/{run}.gin', SETTINGS, *files]
+    named = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **dict(bindings)}
+    if run not in ('pretrain', 'scratch'):
+        named['INITIAL_CHECKPOINT_PATH'] = 'unused'
+    built = configuration.load(gin_files, named)
+    return cost.step_flops(built.model, built.train_data.batch_spec())

@@ -1,0 +1,91 @@
+"""Branches against one of them at several budgets: who is ahead early, and who late?"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from upcycle.report.compare import Report, half_width, interpolate
+from upcycle.report.runs import Axis
+
+SHARES = (0.1, 0.25, 0.5, 1.0)
+# A single evaluation moves by more than branches differ, so the last part of each budget counts.
+WINDOW = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class AtBudget:
+    """A branch's validation loss less the base's, at equal extra FLOPs, seed by seed.
+
+    Attributes:
+      branch: its name.
+      share: of the whole budget.
+      differences: one for each seed that has both.
+      half_width: of the 95% interval of their mean; None for a single seed.
+    """
+
+    branch: str
+    share: float
+    differences: tuple[float, ...]
+    half_width: float | None
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.differences)
+
+
+def at_budgets(reports: Sequence[Report], base: str, shares: Sequence[float] = SHARES) -> list[AtBudget]:
+    """Every branch but the base at every budget that it reached, averaged over the last `WINDOW` of the whole budget.
+
+    The whole budget is what the base spent, in FLOPs.
+    """
+    found = []
+    for branch in dict.fromkeys(run.name for report in reports for run in report.branches):
+        for share in shares:
+            differences = [d for report in reports if (d := _difference(report, branch, base, share)) is not None]
+            if branch != base and differences:
+                found.append(AtBudget(branch, share, tuple(differences), half_width(differences)))
+    return found
+
+
+def _difference(report: Report, branch: str, base: str, share: float) -> float | None:
+    runs = {run.name: run for run in report.runs}
+    if branch not in runs or base not in runs:
+        return None
+    ours, theirs = (report.curve(runs[name], 'loss', Axis.FLOPS) for name in (branch, base))
+    if not len(theirs[0]):
+        return None
+    budget = theirs[0][-1]
+    places = np.linspace((share - WINDOW) * budget, share * budget, 5)
+    gaps = [(interpolate(ours, x), interpolate(theirs, x)) for x in places]
+    if any(value is None for gap in gaps for value in gap):
+        return None
+    return statistics.fmean(a - b for a, b in gaps)
+
+
+def as_markdown(rows: Sequence[AtBudget], base: str) -> str:
+    """A table: a line a branch, best at the end of the budget first."""
+    shares = sorted({row.share for row in rows})
+    by_branch: dict[str, dict[float, AtBudget]] = {}
+    for row in rows:
+        by_branch.setdefault(row.branch, {})[row.share] = row
+    last = shares[-1] if shares else 1.0
+    order = sorted(by_branch, key=lambda b: by_branch[b][last].mean if last in by_branch[b] else float('inf'))
+    lines = [
+        f'Validation loss (nats) less that of `{base}`, at shares of its extra FLOPs; mean over seeds, 95% interval.',
+        '',
+        '| branch | ' + ' | '.join(f'{share:.0%}' for share in shares) + ' |',
+        '|---' * (len(shares) + 1) + '|',
+    ]
+    for branch in order:
+        cells = [_cell(by_branch[branch].get(share)) for share in shares]
+        lines.append(f'| {branch} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join([*lines, ''])
+
+
+def _cell(row: AtBudget | None) -> str:
+    if row is None:
+        return '-'
+    return f'{row.mean:+.4f}' + ('' if row.half_width is None else f' ± {row.half_width:.4f}')
