@@ -26,7 +26,7 @@ def random_params(module, *args, seed=0, **kwargs):
 
     def draw(path, shape):
         normal = rng.normal(size=shape)
-        if path[-1] == 'scale':
+        if path[-1] == 'scale' or not shape:  # one number that routing keeps
             return 1 + 0.1 * normal
         if path[-1] in ('rel_embedding', 'bias'):
             return 0.3 * normal
