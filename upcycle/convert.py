@@ -230,8 +230,8 @@ class _Conversion:
     def _made(self, row: Row, region: tuple[slice, ...], value: np.ndarray) -> tuple[int | None, np.ndarray]:
         start = region[0].start if region else None
         if self._verify:
-            # The experts of a copy share their memory, and one hash.
-            self._made_hashes[row.target, start or 0] = self._hash(row, value)
+            alike = self._like(row, region) is not None
+            self._made_hashes[row.target, start or 0] = self._made_hashes[row.target, 0] if alike else _sha256(value)
         return start, value
 
     def _like(self, row: Row, region: tuple[slice, ...]) -> tuple[slice, ...] | None:
@@ -239,14 +239,6 @@ class _Conversion:
         if row.action not in (Action.EXPERTS, Action.TILE) or not self._plan.alike(row):
             return None
         return (slice(0, 1),) if region and region[0].start and region[0].stop - region[0].start == 1 else None
-
-    def _hash(self, row: Row, value: np.ndarray) -> str:
-        if row.action is Action.EXPERTS and self._plan.spec.operator.identical and value.shape[0] == 1:
-            key = (row.target, -1)
-            if key not in self._made_hashes:
-                self._made_hashes[key] = _sha256(value)
-            return self._made_hashes[key]
-        return _sha256(value)
 
 
 class _LayerCheck:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
-from upcycle.checkpoints.arrays import require_finite
+from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.errors import UserError
 from upcycle.models import identify
@@ -208,7 +208,5 @@ class Progress:
 
 def check_dtype(dtype: str | None) -> None:
     """Raises UserError for a type that weights are not stored in."""
-    from upcycle.checkpoints.arrays import WEIGHT_DTYPES
-
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UserError(f'--dtype={dtype} is not one of {", ".join(WEIGHT_DTYPES)}.')

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import vits
+from tests.checkpoints.trees import assert_same
 from tests.fixtures import fixtures_dir, requires_fixtures
 from upcycle.checkpoints import Reader, flax_npz, open_checkpoint
 from upcycle.errors import UserError
@@ -19,22 +20,13 @@ def save(path, arrays, compressed=False):
     return path
 
 
-def assert_reads(reader, expected):
-    leaves = reader.leaves()
-    assert leaves.keys() == expected.keys()
-    for name, value in expected.items():
-        read = reader.read(name)
-        assert (leaves[name].shape, leaves[name].dtype) == (read.shape, read.dtype) == (value.shape, value.dtype), name
-        assert read.tobytes() == np.asarray(value).tobytes(), name
-
-
 @pytest.mark.parametrize('pre_linen', [True, False])
 @pytest.mark.parametrize('compressed', [True, False])
 def test_vision_transformer(tmp_path, pre_linen, compressed):
     file, expected = vits.vision_transformer(vits.ours(representation=True), pre_linen)
     reader = open_checkpoint(save(tmp_path / 'B_16.npz', file, compressed))
     assert isinstance(reader, Reader)
-    assert_reads(reader, expected)
+    assert_same(reader, expected)
     assert (reader.format, reader.path) == ('vit_npz', str(tmp_path / 'B_16.npz'))
     assert reader.metadata == {
         'family': 'vit',
@@ -54,7 +46,7 @@ def test_big_vision(tmp_path, pooling, prefix):
         file['opt/state/param_states/head/bias/m'] = np.zeros(5, 'f')
         expected = {**params, 'step': np.int64(300)}
     reader = open_checkpoint(save(tmp_path / 'vit.npz', file))
-    assert_reads(reader, expected)
+    assert_same(reader, expected)
     assert list(reader.metadata['not_read']) == [name for name in file if 'param_states' in name]
 
 
@@ -62,35 +54,35 @@ def test_adds_the_tokens_position_only_where_it_has_one(tmp_path):
     params = vits.ours('token')
     file = {name.removeprefix('params/'): value for name, value in params.items()}
     file['Transformer/pos_embedding'] = file.pop('pos_embedding')
-    assert_reads(open_checkpoint(save(tmp_path / 'a.npz', file)), params)
+    assert_same(open_checkpoint(save(tmp_path / 'a.npz', file)), params)
     row = np.ones((1, 1, vits.WIDTH), 'f')
     file['Transformer/pos_embedding'] = np.concatenate([row, file['Transformer/pos_embedding']], axis=1)
-    assert_reads(open_checkpoint(save(tmp_path / 'b.npz', file)), params | {'params/cls': params['params/cls'] + row})
+    assert_same(open_checkpoint(save(tmp_path / 'b.npz', file)), params | {'params/cls': params['params/cls'] + row})
 
 
 def test_bfloat16_is_stored_as_void(tmp_path):
     params = vits.ours(dtype='bfloat16')
     path = save(tmp_path / 'vit.npz', {name: value.view('V2') for name, value in params.items()})
-    assert_reads(open_checkpoint(path), params)
+    assert_same(open_checkpoint(path), params)
     with np.load(path) as arrays:
         assert arrays['params/cls'].dtype == np.dtype('V2')
 
 
 def test_a_stack_is_read_layer_by_layer(tmp_path):
     params = vits.ours('map')
-    assert_reads(open_checkpoint(save(tmp_path / 'vit.npz', vits.scanned(params))), params)
+    assert_same(open_checkpoint(save(tmp_path / 'vit.npz', vits.scanned(params))), params)
 
 
 def test_attention_pooling_without_a_module(tmp_path):
     params = vits.ours('map')
     file = {name.removeprefix('params/').removeprefix('MAPHead_0/'): value for name, value in params.items()}
-    assert_reads(open_checkpoint(save(tmp_path / 'vit.npz', file)), params)
+    assert_same(open_checkpoint(save(tmp_path / 'vit.npz', file)), params)
 
 
 @pytest.mark.parametrize('pooling', ['gap', 'map'])
 def test_vmoe_names(tmp_path, pooling):
     params = vits.ours(pooling, moe=(1, 2))
-    assert_reads(open_checkpoint(save(tmp_path / 'vmoe.npz', vits.vmoe(params))), params)
+    assert_same(open_checkpoint(save(tmp_path / 'vmoe.npz', vits.vmoe(params))), params)
 
 
 @requires_fixtures
@@ -118,7 +110,7 @@ def test_a_part_of_a_larger_checkpoint(tmp_path):
     file = {name.replace('params/', 'params/img/'): value for name, value in params.items()}
     file |= {'params/t': np.ones(1, 'f'), 'params/txt/head/bias': np.ones(3, 'f')}
     path = save(tmp_path / 'siglip.npz', file)
-    assert_reads(open_checkpoint(f'{path}:img'), params)
+    assert_same(open_checkpoint(f'{path}:img'), params)
     with pytest.raises(UserError, match='img/.*siglip.npz:PART'):
         open_checkpoint(path)
     with pytest.raises(UserError, match="nothing below 'image', only params"):
@@ -150,7 +142,7 @@ def test_opening_reads_headers_and_reading_one_array(tmp_path, monkeypatch):
 def test_fortran_order(tmp_path):
     params = vits.ours()
     file = {name: np.asfortranarray(value) for name, value in params.items()}
-    assert_reads(open_checkpoint(save(tmp_path / 'vit.npz', file)), params)
+    assert_same(open_checkpoint(save(tmp_path / 'vit.npz', file)), params)
 
 
 class _Pickled:
