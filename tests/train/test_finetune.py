@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -39,7 +40,10 @@ def test_an_upcycled_t5_starts_where_it_ended_and_counts_from_zero(tmp_path, upc
     assert [line['learning_rate'] for line in rest if line['split'] == 'train'] == pytest.approx([1e-3, 1e-3])
     config = (tmp_path / 'run' / 'config.gin').read_text()
     assert '.dropout_rate = 0.1' in config and '.expert_dropout_rate = 0.3' in config
-    assert not (tmp_path / 'run' / 'receipt.json').exists()
+    # The upcycled checkpoint's receipt goes on with it, its account of step 0 included.
+    before, after = (json.loads(pathlib.Path(path, 'receipt.json').read_text()) for path in (upcycled, tmp_path / 'run'))
+    assert before['operator'] == 'copy'
+    assert {**after, 'plan': None} == {**before, 'plan': None}
 
 
 def test_vit_gets_a_new_head_for_other_classes(tmp_path, dense_vit):

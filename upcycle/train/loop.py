@@ -147,7 +147,9 @@ class _Trainer:
         state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
         self.ledger.start_from(int(state.step), reader.metadata)
         states.check_start(run, self.ledger.start_step)
-        if self.receipt is not None and run.eval_data is not None and run.step_0_factors:
+        # A model that has trained since its surgery keeps the account of its own step 0.
+        fresh = self.receipt is not None and 'step_0' not in self.receipt
+        if fresh and run.eval_data is not None and run.step_0_factors:
             self.receipt['step_0'] = quality_at_step_0(
                 run.model, state.params, lambda: self._batches(run.eval_data, 0), run.step_0_factors
             )
