@@ -27,6 +27,7 @@ class Family:
       counts: what its accuracy counts, in the plural.
       model, moe, data, settings: gin files, in the order of inclusion; the run's own comes before `settings`.
       dense_steps, upcycle_steps: at --budget=1. Those of the other two branches follow from equal FLOPs.
+      cooldown_steps: at --budget=1; over the last ones of each branch, not of the dense run, the learning rate falls to 0.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Family:
     settings: str
     dense_steps: int
     upcycle_steps: int
+    cooldown_steps: int = 0
 
 
 FAMILIES = {
@@ -60,8 +62,9 @@ FAMILIES = {
         moe='moe/vit.gin',
         data='tasks/mnist5k.gin',
         settings='runs/quickstart_vision.gin',
-        dense_steps=2000,
-        upcycle_steps=2000,
+        dense_steps=10000,
+        upcycle_steps=4000,
+        cooldown_steps=1000,
     ),
 }
 
@@ -137,6 +140,8 @@ def branches(job: Family, folder: str, budget: float, seed: int) -> list[Branch]
             'RANDOM_SEED': str(seed),
             'DATA_SEED': str(seed),
         }
+        if role is not Role.DENSE and job.cooldown_steps:
+            bindings['COOLDOWN_STEPS'] = str(round(job.cooldown_steps * budget))
         if start:
             bindings['INITIAL_CHECKPOINT_PATH'] = os.path.join(folder, 'dense')
         if sparse and start:
