@@ -142,12 +142,14 @@ def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
     config.points = points
     roles = {'dense': 'dense', 'MoE from scratch': 'MoE from scratch', 'dense continuation': 'dense continuation'}
     roles |= dict.fromkeys(BASELINES.keys() - roles.keys(), 'other')
-    config.report = {
-        'title': 'Ways to make experts' if scale != 'recipes' else 'Training-time recipes',
-        'base': 'copy',
-        'groups': groups,
-        'roles': roles,
-    }
+    config.reports = [
+        {
+            'title': 'Ways to make experts' if scale != 'recipes' else 'Training-time recipes',
+            'base': 'copy',
+            'groups': groups,
+            'roles': roles,
+        }
+    ]
     return config
 
 

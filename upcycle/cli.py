@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         '--utilization', type=float, default=0.4, help='share of the peak assumed for core-days (%(default)s)'
     )
     compile_.add_argument('--json', action='store_true', help='machine-readable')
+    compile_.add_argument('--out', metavar='FILE', help='write the JSON there, too')
     compile_.add_argument('--hlo', metavar='FILE', help='write the compiled program there, as text')
 
     convert = add('convert', _convert, 'a dense checkpoint upcycled on the host and streamed to disk', gin=True)
@@ -156,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
         default='local',
         choices=('local', 'print'),
         help='one after the other, or only the commands (%(default)s)',
+    )
+    sweep.add_argument(
+        '--jobs', type=int, default=1, metavar='N', help='runs at once, each on its share of the cores (%(default)s)'
     )
     sweep.add_argument('--out', help='folder of the runs (runs/NAME)')
 
@@ -250,6 +254,7 @@ def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         num_slices=options.num_slices,
         utilization=options.utilization,
         as_json=options.json,
+        out=options.out,
         hlo=options.hlo,
     )
 
@@ -336,6 +341,7 @@ def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
         axes=options.grid,
         bindings=bindings,
         where=options.where,
+        jobs=options.jobs,
         out=options.out,
         environment=environment,
     )

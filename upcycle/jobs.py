@@ -194,6 +194,7 @@ def compile_(
     num_slices: int = 1,
     utilization: float = 0.4,
     as_json: bool = False,
+    out: str | None = None,
     hlo: str | None = None,
 ) -> None:
     """`upcycle compile`: the TPU compiler's account of a run's step."""
@@ -208,10 +209,11 @@ def compile_(
     if hlo is not None:
         with open(hlo, 'w', encoding='utf-8') as file:
             file.write(text)
-    if as_json:
-        print(json.dumps(aot.as_json(account, run, utilization), indent=1))
-        return
-    print(aot.show(account, run, utilization))
+    found = json.dumps(aot.as_json(account, run, utilization), indent=1)
+    if out is not None:
+        with open(out, 'w', encoding='utf-8') as file:
+            file.write(found + '\n')
+    print(found if as_json else aot.show(account, run, utilization))
 
 
 def _facts(where: Layout, what: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_no_gin_file_is_left_out():
     covered |= {'models/t5_1_1.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
-    covered |= {f'tasks/{task}.gin' for task in images}
+    covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images')}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
@@ -261,6 +261,15 @@ def test_tfds_tasks_step_twice(task, splits, num_classes, tmp_path):
     if task != 'cifar10':
         more |= {'RESIZE_SMALL': '32'}
     assert int(jobs.train((VIT, f'tasks/{task}.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
+
+
+def test_synthetic_tasks_step_twice(tmp_path):
+    more = {'MODEL_DIR': str(tmp_path / 'images'), 'NUM_CLASSES': '7', 'IMAGE_CHANNELS': '1'}
+    assert int(jobs.train((VIT, 'tasks/synthetic_images.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
+    small = {'TASK_FEATURE_LENGTHS': "{'inputs': 16, 'targets': 8}", 'NUM_EMBEDDINGS': '100', 'BATCH_SIZE': '4'}
+    more = {'MODEL_DIR': str(tmp_path / 'text'), 'EVAL_STEPS': '1', 'TRAIN_STEPS': '2'}
+    files = (runs.TINY, 'tasks/synthetic_text.gin', 'runs/pretrain.gin')
+    assert int(jobs.train(files, small | more).step) == 2
 
 
 def test_c4_task_builds_or_says_what_to_install():

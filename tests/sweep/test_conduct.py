@@ -9,7 +9,9 @@ from tests import vision
 from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.sweep import conduct
+from upcycle.report.plots import Plot
+from upcycle.sweep import command, conduct, launchers
+from upcycle.sweep import grid as grids
 from upcycle.sweep.conduct import Entry
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 
@@ -238,3 +240,74 @@ def test_a_folder_with_other_runs_is_refused(tmp_path, capsys):
     code, _, error = call([*sweep_command(tmp_path / 'x', 2), '--grid=RANDOM_SEED=5'], capsys)
     assert code == 2 and 'holds another run' in error
     assert os.listdir(tmp_path / 'x') == ['RANDOM_SEED=5']
+
+
+def test_slots_have_their_own_cores(tmp_path, monkeypatch):
+    cores = [set(range(4))]
+    monkeypatch.setattr(launchers.os, 'sched_getaffinity', lambda pid: cores[-1], raising=False)
+    monkeypatch.setattr(launchers.os, 'sched_setaffinity', lambda pid, new: cores.append(set(new)), raising=False)
+    monkeypatch.setattr(launchers.sys, 'executable', '/bin/true')
+    with open(tmp_path / 'lock', 'w', encoding='utf-8') as held:
+        local = launchers.Local({}, held.fileno(), 2)
+        monkeypatch.setattr(launchers.LocalJob, 'poll', lambda self: None)
+        started = [local.start(['train'], str(tmp_path / name / 'log.txt')) for name in 'ab']
+    assert cores[1::2] == [{0, 2}, {1, 3}] and cores[2::2] == [set(range(4))] * 2
+    for job in started:
+        job._process.wait()
+
+
+def test_a_papers_figure_ends_in_verdicts(tmp_path, monkeypatch, capsys):
+    """The report of a figure, from run folders written by hand: upcycling ends 0.1 ahead, and starts behind."""
+    monkeypatch.setattr(Plot, 'png', lambda self: b'')
+    monkeypatch.setattr(Plot, 'svg', lambda self: [])
+    what = grids.load('configs/figure_2_language.py', 'mini')
+    points = grids.resolve(what, str(tmp_path))
+    for point in points:
+        branch, seed = os.path.basename(point.name), int(point.name.split('seed_')[1][0])
+        end = {'dense': 2.0, 'dense_continuation': 1.5, 'upcycled': 1.4}[branch] + 0.001 * seed * len(branch)
+        start = {'dense': 3.0, 'dense_continuation': 2.0, 'upcycled': 2.5}[branch]
+        sunk = {} if branch == 'dense' else {'sunk_flops': 100.0, 'sunk_seconds': 1.0}
+        lines = [
+            {'step': step, 'split': 'validation', 'loss': loss, 'accuracy': 1 / loss, 'flops': flops, 'seconds': flops}
+            | {'start_step': 0, **sunk}
+            for step, loss, flops in ((0, start, 0.0), (1, (start + end) / 2, 90.0), (2, end, 100.0))
+        ]
+        os.makedirs(point.model_dir)
+        with open(os.path.join(point.model_dir, 'metrics.jsonl'), 'w', encoding='utf-8') as file:
+            file.writelines(json.dumps(line) + '\n' for line in lines)
+    entries = [Entry(point, 2, 0, 1.0) for point in points]
+    for report in what.reports:
+        command._report(report, entries, str(tmp_path / 'report'), str(tmp_path))
+    table = (tmp_path / 'report' / 'claims.md').read_text()
+    assert table.count('| holds') == 3 and table in capsys.readouterr().out
+    assert 'Claims of the paper' in (tmp_path / 'report' / 'report.html').read_text()
+
+
+def test_programs_are_compiled_once_and_end_in_a_table(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    class Compiler:
+        def start(self, arguments, log):
+            asked.append(arguments)
+            path = next(a.removeprefix('--out=') for a in arguments if a.startswith('--out='))
+            account = {'topology': 'v4:4x4x4', 'matmul_flops': 2e12, 'arguments': 1e9, 'temporaries': 2e9, 'fits': True}
+            wire = {'all-to-all': {'count': 48, 'wire_bytes': 1.5e9}, 'all-reduce': {'count': 3, 'wire_bytes': 1e9}}
+            with open(path, 'w', encoding='utf-8') as file:
+                json.dump({**account, 'collectives': wire, 'estimated_core_days': 12.3}, file)
+            return self
+
+        def poll(self):
+            return 0
+
+        def stop(self):
+            pass
+
+    monkeypatch.setitem(launchers.LAUNCHERS, 'local', lambda environment, held, slots: Compiler())
+    options = ['--config=configs/figure_5.py', '--scale=compiled', f'--out={tmp_path}']
+    for _ in range(2):
+        code, out, _ = call(['sweep', *options], capsys)
+        assert code == 0
+        assert '| language_base/upcycled | v4:4x4x4 | 2.0 | 1.0 + 2.0 | yes | 48, 1.50 | 1.00 | 12 |' in out
+    assert len(asked) == 3 and all(a[0] == 'compile' and '--gin_file=tasks/synthetic_text.gin' in a for a in asked)
+    code, out, _ = call(['sweep', *options, '--where=print'], capsys)
+    assert code == 0 and out.count('upcycle compile --topology=v4:4x4x4') == 3

@@ -41,7 +41,9 @@ def test_an_upcycled_t5_starts_where_it_ended_and_counts_from_zero(tmp_path, upc
     config = (tmp_path / 'run' / 'config.gin').read_text()
     assert '.dropout_rate = 0.1' in config and '.expert_dropout_rate = 0.3' in config
     # The upcycled checkpoint's receipt goes on with it, its account of step 0 included.
-    before, after = (json.loads(pathlib.Path(path, 'receipt.json').read_text()) for path in (upcycled, tmp_path / 'run'))
+    before, after = (
+        json.loads(pathlib.Path(path, 'receipt.json').read_text()) for path in (upcycled, tmp_path / 'run')
+    )
     assert before['operator'] == 'copy'
     assert {**after, 'plan': None} == {**before, 'plan': None}
 

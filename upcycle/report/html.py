@@ -14,6 +14,8 @@ import rich.markup
 import rich.table
 
 from upcycle.errors import UserError
+from upcycle.report.claims import Verdict
+from upcycle.report.claims import rows as claim_rows
 from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, reaches
 from upcycle.report.plots import Plot, main_plots, other_plots, unit
 from upcycle.report.runs import Axis, Role, Run, load_run
@@ -50,6 +52,8 @@ def write_report(
     out_dir: str | pathlib.Path,
     title: str,
     notes: Mapping[str, str] | None = None,
+    verdicts: Sequence[Verdict] = (),
+    first: Sequence[Plot] = (),
 ) -> pathlib.Path:
     """Writes `report.html` (whole in itself), `report.csv` and one PNG per figure.
 
@@ -58,6 +62,8 @@ def write_report(
       out_dir: folder, made if absent.
       title: the page's heading.
       notes: how to reproduce, shown as given; `evaluated_on` also goes into the captions.
+      verdicts: of the claims that the comparison was made to check.
+      first: plots to be shown before those of every report.
 
     Returns:
       The path of `report.html`.
@@ -66,11 +72,11 @@ def write_report(
     reports = compare_seeds(runs)
     out = pathlib.Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    main, others = main_plots(reports, notes.get('evaluated_on')), other_plots(reports)
+    main, others = [*first, *main_plots(reports, notes.get('evaluated_on'))], other_plots(reports)
     for plot in [*main, *others]:
         (out / f'{plot.key}.png').write_bytes(plot.png())
     _write_csv(reports, out / 'report.csv')
-    page = '\n'.join(_page(reports, title, notes, main, others))
+    page = '\n'.join(_page(reports, title, notes, main, others, verdicts))
     path = out / 'report.html'
     path.write_text(page, encoding='utf-8')
     return path
@@ -216,7 +222,12 @@ def _write_csv(reports: Sequence[Report], path: pathlib.Path) -> None:
 
 
 def _page(
-    reports: Sequence[Report], title: str, notes: Mapping[str, str], main: Sequence[Plot], others: Sequence[Plot]
+    reports: Sequence[Report],
+    title: str,
+    notes: Mapping[str, str],
+    main: Sequence[Plot],
+    others: Sequence[Plot],
+    verdicts: Sequence[Verdict],
 ) -> Iterable[str]:
     e = html.escape
     yield '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -224,6 +235,13 @@ def _page(
     yield f'<title>{e(title)}</title><style>{STYLE}</style></head><body><h1>{e(title)}</h1>'
     yield from (f'<p class="warning">{e(warning)}</p>' for warning in _warnings(reports))
     yield f'<ul>{"".join(f"<li>{e(line)}</li>" for line in headlines(reports))}</ul>'
+    if verdicts:
+        head = ['claim', 'metric', 'difference', 'seeds', 'verdict', 'paper']
+        yield f'<h2>Claims of the paper</h2>{_html_table((head, claim_rows(verdicts)))}'
+        yield (
+            '<p>Branches are compared where each has spent the same FLOPs of its own, over the last twentieth before it. A claim '
+            'holds, or does not, where the 95% t-interval of the mean difference, paired by seed, excludes zero.</p>'
+        )
     yield '<h2>Quality against extra cost</h2>'
     for plot in main:
         yield from _figure(plot)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, PercentFormatter
 
-from upcycle.report.compare import Report
+from upcycle.report.compare import Report, half_width
 from upcycle.report.runs import Axis, Curve, Role, Run, is_number
 
 Panel = Callable[[Axes], None]
@@ -510,6 +510,75 @@ def _step_zero_panel(run: Run, base: Run | None, metric: str, words: str) -> Pan
         ax.set_xscale('log', base=2)
         ax.set_xticks(factors, [f'{factor:g}' for factor in factors])
         ax.set(xlabel='capacity factor', ylabel=words)
+        ax.legend(fontsize=7.5, frameon=False, labelcolor=INK)
+
+    return draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Final:
+    """What a plot of ends needs: where runs end (or begin) against what distinguishes them.
+
+    Attributes:
+      xlabel: what that is.
+      series: name: (value, branch) pairs.
+      log: the axis counts doublings.
+      metrics: of validation, or 'SPLIT/NAME'; a panel each.
+      at_start: the first evaluation instead of the last.
+    """
+
+    xlabel: str
+    series: Mapping[str, Sequence[tuple[float, str]]]
+    log: bool = False
+    metrics: Sequence[str] = ('loss', 'accuracy')
+    at_start: bool = False
+
+
+def final_plot(final: Final, seeds: Sequence[Mapping[str, Run]], key: str) -> Plot:
+    """Means over seeds with 95% intervals, and a dot for every seed.
+
+    Args:
+      final: what to draw.
+      seeds: of each, runs by branch.
+      key: the name of its file.
+    """
+    when = 'before training' if final.at_start else 'at the end of each run'
+    bars = ' Dots: seeds; bars: the 95% interval of their mean.' if len(seeds) > 1 else ''
+    return Plot(
+        key,
+        f'Against {final.xlabel}',
+        f'Validation values {when}; all runs of a seed had the same extra FLOPs, where nothing else is said.{bars}',
+        tuple(_final_panel(final, seeds, metric) for metric in final.metrics),
+    )
+
+
+def _final_panel(final: Final, seeds: Sequence[Mapping[str, Run]], metric: str) -> Panel:
+    def value(run: Run) -> float | None:
+        split, slash, name = metric.partition('/')
+        _, y = run.curve(name, Axis.STEPS, split) if slash else run.curve(metric, Axis.STEPS)
+        return float(y[0 if final.at_start else -1]) if len(y) else None
+
+    def draw(ax: Axes) -> None:
+        every = sorted({x for points in final.series.values() for x, _ in points})
+        palette = [ROLE_COLOURS[Role.UPCYCLED], ROLE_COLOURS[Role.DENSE_CONTINUATION], *EXTRA_COLOURS]
+        for colour, (name, points) in zip(palette, final.series.items(), strict=False):
+            found = []
+            for x, branch in points:
+                values = [v for runs in seeds if branch in runs and (v := value(runs[branch])) is not None]
+                if values:
+                    found.append((x, float(np.mean(values)), half_width(values) or 0.0))
+                    ax.plot([x] * len(values), values, 'o', color=colour, markersize=2.5, alpha=0.45)
+            if found:
+                x, y, width = zip(*found, strict=True)
+                ax.errorbar(x, y, width, color=colour, linewidth=1.5, capsize=2, elinewidth=0.9, label=name)
+        if not ax.lines:
+            _empty(ax)
+            return
+        if final.log:
+            ax.set_xscale('log', base=2)
+        ax.set_xticks(every, [f'{x:g}' for x in every])
+        ax.minorticks_off()
+        ax.set(xlabel=final.xlabel, ylabel=WORDS.get(metric, metric.replace('/', ', ').replace('_', '-')))
         ax.legend(fontsize=7.5, frameon=False, labelcolor=INK)
 
     return draw

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import ml_collections
 
@@ -9,8 +10,7 @@ from upcycle.errors import UserError
 from upcycle.sweep import conduct, grid
 from upcycle.sweep.launchers import LAUNCHERS, Launcher
 from upcycle.sweep.points import Status
-
-PRINT = 'print'
+from upcycle.sweep.programs import PRINT, compile_all
 
 
 def sweep(
@@ -21,6 +21,7 @@ def sweep(
     axes: Sequence[str],
     bindings: Mapping[str, str],
     where: str,
+    jobs: int,
     out: str | None,
     environment: Mapping[str, str],
 ) -> int:
@@ -33,6 +34,7 @@ def sweep(
       axes: of `--grid`.
       bindings: of every point.
       where: a name in `LAUNCHERS`, or 'print'.
+      jobs: runs at once.
       out: the sweep's folder; None: runs/NAME.
       environment: of the runs.
 
@@ -44,10 +46,14 @@ def sweep(
     """
     if (config is None) == (not axes):
         raise UserError('name either an experiment with --config or axes with --grid NAME=a,b,c, and not both.')
+    if jobs < 1:
+        raise UserError(f'--jobs={jobs} must be at least 1.')
     if scale is not None and config is None:
         raise UserError(f"--scale={scale} is an experiment's: it goes with --config.")
     what = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
     out = os.path.join('runs', what.name) if out is None else out
+    if what.get('compile'):
+        return compile_all(what, out, where, environment, gin_files, bindings)
     points = grid.resolve(what, out, gin_files if config is not None else (), bindings)
     if where == PRINT:
         conduct.check(points, checkpoints=False)
@@ -57,7 +63,7 @@ def sweep(
     entries = conduct.check(points)
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
-        launcher = LAUNCHERS[where](environment, held)
+        launcher = LAUNCHERS[where](environment, held, jobs)
         with conduct.Board() as board:
             conduct.conduct(entries, out, launcher, board.show)
         failed = [entry for entry in entries if entry.status is not Status.FINISHED]
@@ -67,35 +73,48 @@ def sweep(
         if failed:
             print('the same command tries again what is not finished.')
             return 1
-        if what.get('report'):
-            _report(what, entries, out)
+        for report in what.get('reports', ()):
+            folder = os.path.join(out, 'report', *([report['name']] if 'name' in report else []))
+            _report(report, entries, folder, out)
         return _best(what, entries, out, launcher) if what.get('select') else 0
 
 
-def _report(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str) -> None:
-    """The comparison that the experiment is for: its report, and a table at several budgets."""
+def _report(report: Mapping[str, Any], entries: list[conduct.Entry], folder: str, out: str) -> None:
+    """A comparison that the experiment is for: its page, its claims, and a table at several budgets."""
+    from upcycle.report import claims, plots
     from upcycle.report.budgets import as_markdown, at_budgets
     from upcycle.report.html import compare_seeds, write_report
     from upcycle.report.runs import Role, chain, load_run
 
     commands = {entry.point.name: entry.point.command for entry in entries}
-    roles = {branch: Role(role) for branch, role in what.report.get('roles', {}).items()}
-    groups = [
+    roles = {branch: Role(role) for branch, role in report.get('roles', {}).items()}
+    seeds = [
         {
             branch: chain(
                 [load_run(os.path.join(out, name), roles.get(branch, Role.UPCYCLED), branch) for name in names]
             )
             for branch, names in group.items()
         }
-        for group in what.report.groups
+        for group in report['groups']
     ]
-    first = {name: commands[name] for names in what.report.groups[0].values() for name in names}
-    folder = os.path.join(out, 'report')
-    page = write_report(groups, folder, what.report.title, {'seeds': str(len(groups)), **first})
-    table = as_markdown(at_budgets(compare_seeds(groups), what.report.base), what.report.base)
-    with open(os.path.join(folder, 'budgets.md'), 'w', encoding='utf-8') as file:
-        file.write(table)
-    print(table)
+    curves = report.get('curves')
+    groups = [{name: run for name, run in runs.items() if curves is None or name in curves} for runs in seeds]
+    first = {name: commands[name] for names in report['groups'][0].values() for name in names}
+    verdicts = [claims.judge(claims.Claim(**claim), seeds) for claim in report.get('claims', ())]
+    finals = [
+        plots.final_plot(plots.Final(**final), seeds, f'ends_{number + 1}')
+        for number, final in enumerate(report.get('finals', ()))
+    ]
+    page = write_report(groups, folder, report['title'], {'seeds': str(len(groups)), **first}, verdicts, finals)
+    tables = {}
+    if verdicts:
+        tables['claims'] = claims.as_markdown(verdicts)
+    if report.get('base'):
+        tables['budgets'] = as_markdown(at_budgets(compare_seeds(groups), report['base']), report['base'])
+    for name, table in tables.items():
+        with open(os.path.join(folder, f'{name}.md'), 'w', encoding='utf-8') as file:
+            file.write(table)
+        print(table)
     print(f'report: {page}')
 
 

@@ -7,9 +7,12 @@ A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
             starts from, `checkpoints` the steps of it: one, or several for EXPERT_OPERATOR = 'branches'
   select?   {metric, best, among?}: which point is the best when all are finished, such as 'validation/accuracy' and 'max',
             of those whose name begins with `among`
-  report?   {title, base, groups, roles}: a comparison, written when all are finished. A group is a seed: {branch: names of the
-            points that make it, one after the other}; roles are of branches, 'upcycled' where none is said; `base` is the
-            branch with which the others are compared at several budgets
+  reports?  a list of {title, groups, roles, name?, base?, curves?, claims?, finals?}: comparisons, written when all points are
+            finished, into report/NAME. A group is a seed: {branch: names of the points that make it, one after the other}; roles
+            are of branches, 'upcycled' where none is said; `base` is the branch with which the others are compared at several
+            budgets; curves are drawn of all branches, or of those in `curves`; `claims` are `report.claims.Claim`s, `finals`
+            `report.plots.Final`s
+  compile?  instead of points: a list of {name, gin_files, bindings, topology}, programs to compile and not to run
   test?     bindings with which the best point is evaluated once more, such as a split that chose nothing
 """
 
@@ -130,8 +133,10 @@ def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
         raise
     except Exception as error:  # it is code, and may do anything
         raise UserError(f'--config={path} fails: {type(error).__name__}: {error}') from error
-    if 'name' not in config or not config.get('points'):
-        raise UserError(f'--config={path} describes no experiment: get_config must set `name` and `points`.')
+    if 'name' not in config or not (config.get('points') or config.get('compile')):
+        raise UserError(
+            f'--config={path} describes no experiment: get_config must set `name`, and `points` or `compile`.'
+        )
     return config
 
 

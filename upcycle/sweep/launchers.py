@@ -1,9 +1,10 @@
 """Where a sweep's runs are carried out: a registry by the name that `--where` takes."""
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 
@@ -44,23 +45,24 @@ class LocalJob:
 
 
 class Local:
-    """This machine, one run after the other.
+    """This machine: one run after the other, or a few at once, each on its share of the cores.
 
     Args:
       environment: of the runs.
       keep_open: a file descriptor that the runs inherit, and with it the lock on it.
+      slots: runs that may go on at once.
     """
 
-    slots = 1
-
-    def __init__(self, environment: Mapping[str, str], keep_open: int):
-        self._environment, self._keep_open = dict(environment), keep_open
+    def __init__(self, environment: Mapping[str, str], keep_open: int, slots: int = 1):
+        self._environment, self._keep_open, self.slots = dict(environment), keep_open, slots
+        self._jobs: list[LocalJob | None] = [None] * slots
 
     def start(self, arguments: Sequence[str], log: str) -> LocalJob:
         """Starts `upcycle ARGUMENTS` in a process of its own."""
         os.makedirs(os.path.dirname(log), exist_ok=True)
-        with open(log, 'a', encoding='utf-8') as file:
-            return LocalJob(
+        free = next(i for i, job in enumerate(self._jobs) if job is None or job.poll() is not None)
+        with open(log, 'a', encoding='utf-8') as file, self._on_cores_of(free):
+            job = LocalJob(
                 subprocess.Popen(
                     [sys.executable, '-m', 'upcycle', *arguments],
                     stdin=subprocess.DEVNULL,
@@ -70,6 +72,22 @@ class Local:
                     pass_fds=(self._keep_open,),
                 )
             )
+        self._jobs[free] = job
+        return job
+
+    @contextlib.contextmanager
+    def _on_cores_of(self, slot: int) -> Iterator[None]:
+        """What is started meanwhile keeps to a slot's share of the cores, where the system knows of such shares."""
+        if self.slots == 1 or not hasattr(os, 'sched_setaffinity'):
+            yield
+            return
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[slot % len(cores) :: self.slots])
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
 
 
-LAUNCHERS: dict[str, Callable[[Mapping[str, str], int], Launcher]] = {'local': Local}
+# Arguments as those of Local.
+LAUNCHERS: dict[str, Callable[[Mapping[str, str], int, int], Launcher]] = {'local': Local}

@@ -1,0 +1,46 @@
+"""Figures 10, 11 and 12: how many experts, how many MoE layers, and where (arXiv 2212.05055).
+
+Left of figure 10 and figure 11: 2 to 128 experts in the same layers; FLOPs stay the same. Right of figure 10 and figure 12:
+the last n blocks at 32 experts. B/16, capacity factor 1 in the paper; the mini scale keeps factor 2, since at factor 1 a
+thousand steps do not make up for the tokens that no expert takes. The paper: upstream quality rises with the experts,
+10-shot accuracy saturates; 40 to 50% of the layers are best, and more layers are not better even step for step.
+
+  upcycle sweep --config=configs/figure_10.py --scale=mini --out=runs/paper
+  upcycle sweep --config=configs/figure_10.py --scale=compiled --out=runs/compiled
+  upcycle sweep --config=configs/figure_10.py --scale=full --where=print
+
+Never run at full scale by this project.
+"""
+
+from typing import Any
+
+from upcycle.sweep import paper
+
+
+def get_config(scale: str = 'mini') -> Any:
+    """Runs, and claims about them, at one of three scales."""
+    at = paper.scale_of(scale)
+    setting = paper.vision(at)
+    mini = at is paper.Scale.MINI
+    counts = (2, 4, 8, 16, 32) if mini else (2, 4, 8, 16, 32, 64, 128)
+    layers = (1, 2, 3, 4) if mini else (1, 3, 5, 6, 7, 9, 11)
+    usual_layers = 4 if mini else 6
+    ablation, plain = paper.ablation(at)
+    experts = {n: paper.of_experts(n, plain, setting) for n in counts}
+    last = {n: plain if n == usual_layers else f'last {n}, {plain}' for n in layers}
+    branches = {plain: paper.upcycled(**ablation)}
+    branches |= {label: paper.upcycled(NUM_EXPERTS=n, **ablation) for n, label in experts.items() if label != plain}
+    branches |= {
+        label: paper.upcycled(MOE_LAYERS=f'last_{n}', **ablation) for n, label in last.items() if label != plain
+    }
+    branches['dense continuation'] = paper.CONTINUATION
+    panel = paper.Panel(setting, 'Figures 10 to 12: experts and layers', branches)
+    for few, many in zip(counts, counts[1:], strict=False):
+        panel.claim(f'{many} experts end ahead of {few}.', experts[many], experts[few])
+    half = layers[len(layers) // 2 - 1] if mini else 6
+    for n in layers:
+        if n != half:
+            panel.claim(f'MoE layers in the last {half} blocks end ahead of the last {n}.', last[half], last[n])
+    panel.final('experts', {'upcycled': experts}, log=True, metrics=paper.quality(at))
+    panel.final('last blocks with MoE layers', {'upcycled': last}, metrics=paper.quality(at))
+    return paper.experiment('figure_10', at, [panel])

@@ -1,0 +1,40 @@
+"""Figure 6: how much dense pretraining comes before upcycling (arXiv 2212.05055).
+
+x: dense steps before the branches; y: quality after the same extra cost. The paper (B/16, from 200,000 to 1.2 million
+steps, 200,000 extra each): what upcycling gains on the dense continuation hardly depends on the amount.
+
+  upcycle sweep --config=configs/figure_6.py --scale=mini --out=runs/paper
+  upcycle sweep --config=configs/figure_6.py --scale=compiled --out=runs/compiled
+  upcycle sweep --config=configs/figure_6.py --scale=full --where=print
+
+Never run at full scale by this project.
+"""
+
+from typing import Any
+
+from upcycle.sweep import paper
+
+
+def get_config(scale: str = 'mini') -> Any:
+    """Runs, and claims about them, at one of three scales."""
+    at = paper.scale_of(scale)
+    setting = paper.vision(at)
+    starts = (0.2, 0.4, 0.6, 0.8, 1.0)
+    branches = {}
+    for start in starts:
+        branches[f'dense continuation after {start:.0%}'] = paper.continuation(budget=0.4, start=start)
+        branches[f'upcycled after {start:.0%}'] = paper.upcycled(budget=0.4, start=start)
+    last = [label for label in branches if label.endswith('100%')]
+    panel = paper.Panel(setting, 'Figure 6: amount of dense pretraining', branches, curves=last)
+    for start in starts:
+        panel.claim(
+            f'After {start:.0%} of the dense steps, upcycled ends ahead.',
+            f'upcycled after {start:.0%}',
+            f'dense continuation after {start:.0%}',
+        )
+    series = {
+        name: {start * setting.dense_steps: f'{name} after {start:.0%}' for start in starts}
+        for name in ('upcycled', 'dense continuation')
+    }
+    panel.final('dense steps before', series, metrics=paper.quality(at))
+    return paper.experiment('figure_6', at, [panel])

@@ -1,0 +1,29 @@
+"""Figure 7: experts copied and experts from scratch (arXiv 2212.05055).
+
+The rest of the model is copied in both. x: extra cost. The paper: copies are far better; random experts catch up after
+about as much again as the dense model cost.
+
+  upcycle sweep --config=configs/figure_7.py --scale=mini --out=runs/paper
+  upcycle sweep --config=configs/figure_7.py --scale=compiled --out=runs/compiled
+  upcycle sweep --config=configs/figure_7.py --scale=full --where=print
+
+Never run at full scale by this project.
+"""
+
+from typing import Any
+
+from upcycle.sweep import paper
+
+
+def get_config(scale: str = 'mini') -> Any:
+    """Runs, and claims about them, at one of three scales."""
+    at = paper.scale_of(scale)
+    panels = []
+    for setting in (paper.vision(at), paper.language(at)):
+        random = paper.upcycled('surgery/random.gin')
+        branches = {'dense continuation': paper.CONTINUATION, 'upcycled': paper.UPCYCLED, 'random experts': random}
+        panel = paper.Panel(setting, f'Figure 7: {setting.name}, experts copied and random', branches)
+        panel.claim('Copied experts end ahead of random ones.', 'upcycled', 'random experts')
+        panel.claim('Copied experts start ahead of random ones.', 'upcycled', 'random experts', at=0.0)
+        panels.append(panel)
+    return paper.experiment('figure_7', at, panels)

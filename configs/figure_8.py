@@ -1,0 +1,30 @@
+"""Figure 8: routers of the T5 encoder (arXiv 2212.05055).
+
+Expert Choice, Top-2 with batch-prioritised filling, and Switch (Top-1, in the decoder too, which else stays Top-2). x: extra
+time; y: C4 token accuracy. The paper: Expert Choice is best on the time axis.
+
+  upcycle sweep --config=configs/figure_8.py --scale=mini --out=runs/paper
+  upcycle sweep --config=configs/figure_8.py --scale=compiled --out=runs/compiled
+  upcycle sweep --config=configs/figure_8.py --scale=full --where=print
+
+Never run at full scale by this project.
+"""
+
+from typing import Any
+
+from upcycle.sweep import paper
+
+
+def get_config(scale: str = 'mini') -> Any:
+    """Runs, and claims about them, at one of three scales."""
+    at = paper.scale_of(scale)
+    setting = paper.language(at)
+    top_2 = paper.upcycled(ENCODER_ROUTER='top_k')
+    # With one expert a token, a normalised weight would be 1 and give the router no gradient.
+    switch = paper.upcycled(ENCODER_ROUTER='top_k', NUM_SELECTED_EXPERTS=1, NORMALIZE_COMBINE_WEIGHTS=False)
+    branches = {'upcycled': paper.UPCYCLED, 'Top-2 encoder': top_2, 'Switch': switch}
+    branches['dense continuation'] = paper.CONTINUATION
+    panel = paper.Panel(setting, 'Figure 8: routers', branches)
+    panel.claim('Expert Choice ends ahead of Top-2.', 'upcycled', 'Top-2 encoder')
+    panel.claim('Expert Choice ends ahead of Switch.', 'upcycled', 'Switch')
+    return paper.experiment('figure_8', at, [panel])

@@ -1,0 +1,34 @@
+"""Figure 9: capacity factors (arXiv 2212.05055).
+
+x: extra time; one curve a capacity factor; equal FLOPs, so that larger factors take fewer steps. The paper: for vision
+(B/16, 1 to 5) factors 2 and 3 are best and 1 and 5 worse, for language (T5 Base, 1 to 3) 2 is clearly best.
+
+  upcycle sweep --config=configs/figure_9.py --scale=mini --out=runs/paper
+  upcycle sweep --config=configs/figure_9.py --scale=compiled --out=runs/compiled
+  upcycle sweep --config=configs/figure_9.py --scale=full --where=print
+
+Never run at full scale by this project.
+"""
+
+from typing import Any
+
+from upcycle.sweep import paper
+
+
+def get_config(scale: str = 'mini') -> Any:
+    """Runs, and claims about them, at one of three scales."""
+    at = paper.scale_of(scale)
+    panels = []
+    for setting, factors in ((paper.vision(at), (1.0, 2.0, 3.0, 5.0)), (paper.language(at), (1.0, 2.0, 3.0))):
+        labels = {factor: 'upcycled' if factor == 2 else f'cf={factor:g}' for factor in factors}
+        branches = {
+            label: paper.upcycled(**paper.capacity(f)) if f != 2 else paper.UPCYCLED for f, label in labels.items()
+        }
+        branches['dense continuation'] = paper.CONTINUATION
+        panel = paper.Panel(setting, f'Figure 9: {setting.name}, capacity factors', branches)
+        for factor, label in labels.items():
+            if factor != 2 and (factor != 3 or 'language' in setting.name):
+                panel.claim(f'Factor 2 ends ahead of factor {factor:g}.', 'upcycled', label)
+        panel.final('capacity factor', {'upcycled': labels})
+        panels.append(panel)
+    return paper.experiment('figure_9', at, panels)

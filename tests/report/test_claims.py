@@ -1,0 +1,71 @@
+"""Claims: who is better at which cost, and when the seeds settle it."""
+
+import pytest
+
+from tests.report.test_budgets import run
+from upcycle.report.claims import Claim, as_markdown, judge
+from upcycle.report.plots import Final, final_plot
+from upcycle.report.runs import Role
+
+
+def seeds(*gaps):
+    """'ours' is `gap` ahead in loss everywhere and ends after 100 FLOPs, 'theirs' after 80."""
+    return [
+        {
+            'ours': run('ours', lambda x, gap=gap: 2 - 0.01 * x - gap),
+            'theirs': run('theirs', lambda x: 2 - 0.01 * x, role=Role.DENSE_CONTINUATION, steps=range(0, 81, 2)),
+        }
+        for gap in gaps
+    ]
+
+
+CLAIM = Claim('Ours ends ahead.', 'ours', 'theirs')
+
+
+def test_a_claim_holds_where_the_interval_excludes_zero():
+    verdict = judge(CLAIM, seeds(0.1, 0.12, 0.11))
+    assert verdict.differences == pytest.approx((-0.1, -0.12, -0.11))
+    assert verdict.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5)
+    assert verdict.word == 'holds'
+    assert verdict.standard_errors == pytest.approx(0.11 / (0.01 / 3**0.5))
+
+
+def test_the_other_way_round_it_does_not_hold():
+    verdict = judge(Claim('Theirs ends ahead.', 'theirs', 'ours'), seeds(0.1, 0.12, 0.11))
+    assert verdict.word == 'does not hold' and verdict.standard_errors < 0
+    # Of a metric of which more is better the sign turns.
+    assert judge(Claim('', 'ours', 'theirs', metric='accuracy'), seeds(0.1, 0.12)).word == 'undecided'
+
+
+@pytest.mark.parametrize('gaps', [(0.1, -0.1, 0.05), (0.1,)])
+def test_it_is_undecided_where_seeds_differ_or_are_alone(gaps):
+    verdict = judge(CLAIM, seeds(*gaps))
+    assert verdict.word == 'undecided'
+    assert verdict.mean == pytest.approx(-sum(gaps) / len(gaps))
+
+
+def test_the_cost_of_the_comparison():
+    steep = [
+        {
+            'ours': run('ours', lambda x: 3 - 0.02 * x),
+            'theirs': run('theirs', lambda x: 2 - 0.001 * x),
+        }
+    ]
+    # Sunk cost 500: a tenth of it is 50 FLOPs; the mean over the last twentieth before it is at 48.75.
+    at_tenth = judge(Claim('', 'ours', 'theirs', at=0.1), steep).mean
+    assert at_tenth == pytest.approx(3 - 0.02 * 48.75 - (2 - 0.001 * 48.75))
+    assert judge(Claim('', 'ours', 'theirs', at=0.0), steep).mean == pytest.approx(1.0)
+    assert judge(Claim('', 'ours', 'theirs', at=0.5), steep).mean is None
+    assert judge(Claim('', 'ours', 'nowhere'), steep).word == 'undecided'
+
+
+def test_the_table():
+    lines = as_markdown([judge(CLAIM, seeds(0.1, 0.12, 0.11))]).splitlines()
+    assert lines[2].startswith('| Ours ends ahead. | loss, ours less theirs | -0.1100 ± 0.0248 | 3 | holds (+19.1 ')
+
+
+def test_a_plot_of_ends():
+    final = Final('experts', {'ours': [(2, 'ours')], 'theirs': [(2, 'theirs'), (4, 'absent')]}, log=True)
+    plot = final_plot(final, seeds(0.1, 0.2), 'ends_1')
+    assert plot.png()[:4] == b'\x89PNG'
+    assert len(plot.svg()) == 2

@@ -1,0 +1,95 @@
+"""The paper's figures: their runs build at every scale, agree between figures, and cost what they should."""
+
+import pathlib
+
+import pytest
+
+from upcycle import configuration, cost
+from upcycle.sweep import grid, paper
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
+EXPERIMENTS = sorted(path.stem for pattern in ('figure_*.py', 'table_*.py') for path in CONFIGS.glob(pattern))
+# The same shapes without the data, which takes preparation.
+STAND_IN = {
+    'tasks/c4_span_corruption.gin': 'tasks/synthetic_text.gin',
+    'tasks/imagenet21k.gin': 'tasks/synthetic_images.gin',
+}
+WITHOUT_RUNS = ('TRAIN_STEPS', 'RANDOM_SEED', 'DATA_SEED', 'UPCYCLE_SEED', 'MODEL_DIR', 'INITIAL_CHECKPOINT_PATH')
+
+
+def points(name, scale):
+    return grid.resolve(grid.load(f'configs/{name}.py', scale), '/nowhere')
+
+
+def build(files, bindings):
+    named = {'MODEL_DIR': '/nowhere/run', 'TRAIN_STEPS': '1000000', **bindings}
+    return configuration.load([STAND_IN.get(file, file) for file in files], named)
+
+
+def test_the_papers_figures_are_here():
+    # 3 is fine-tuning, which configs/finetune_imagenet.py does for vision; 10 has 11 and 12 in it; 1 is a diagram.
+    figures = {'2_language', '2_vision', *map(str, (4, 5, 6, 7, 8, 9, 10, 13, 14, 15))}
+    assert {f'figure_{n}' for n in figures} | {'table_2', 'table_3'} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize('scale', [paper.Scale.MINI, paper.Scale.FULL])
+def test_every_run_is_built_and_has_one_meaning(scale):
+    found, built = {}, {}
+    for name in EXPERIMENTS:
+        for point in points(name, scale):
+            meaning = point.gin_files, point.bindings
+            assert found.setdefault(point.name, meaning) == meaning, point.name
+            program = {key: value for key, value in point.bindings.items() if key not in WITHOUT_RUNS}
+            key = point.gin_files, tuple(sorted(program.items()))
+            if key not in built:
+                built[key] = build(point.gin_files, point.bindings)
+    seeds = {name.split('/')[1] for name in found}
+    assert seeds == {'seed_0', 'seed_1', 'seed_2'}
+    assert len(built) > 40
+
+
+def test_branches_of_a_figure_spend_the_same():
+    for name in ('figure_9', 'figure_5', 'figure_10'):
+        spent = {}
+        for point in points(name, 'mini'):
+            family, seed, branch = point.name.split('/')
+            if seed != 'seed_0' or branch == 'dense':
+                continue
+            run = build(point.gin_files, point.bindings)
+            dense_steps = {'language_mini': 2000, 'vision_mini': 10_000}[family]
+            flops = cost.step_flops(run.model, run.train_data.batch_spec())
+            spent.setdefault(family, []).append((run.total_steps - dense_steps) * flops)
+        for family, values in spent.items():
+            assert len(values) > 2 and max(values) / min(values) < 1.002, (name, family)
+
+
+def test_branches_start_at_checkpoints_that_the_dense_run_keeps():
+    for point in points('figure_6', 'mini'):
+        if point.after:
+            path = pathlib.PurePath(point.bindings['INITIAL_CHECKPOINT_PATH'])
+            step = int(path.name) if path.parent.name == 'checkpoints' else 10_000
+            assert step % 1000 == 0 and int(point.bindings['TRAIN_STEPS']) > step
+        else:
+            assert point.bindings['CHECKPOINT_PERIOD'] == '1000' and point.bindings['CHECKPOINT_KEEP'] == 'None'
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_every_program_of_the_compiled_scale_is_built(name):
+    programs = grid.load(f'configs/{name}.py', 'compiled').compile
+    assert len({program['name'] for program in programs}) == len(programs)
+    assert any(not program['name'].endswith('/dense') for program in programs)
+    for program in programs:
+        assert program['topology'].startswith('v4:')
+        run = build(program['gin_files'], {k: grid.text_of(v) for k, v in program['bindings'].items()})
+        chips = 256 if 'xl' in program['name'] else 64
+        mesh = run.mesh_shape
+        assert mesh[0] * mesh[1] * mesh[2] == chips
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_every_claim_names_runs_of_every_seed(name):
+    for report in grid.load(f'configs/{name}.py', 'mini').reports:
+        assert report['claims'] and len(report['groups']) == 3
+        for group in report['groups']:
+            assert {claim[side] for claim in report['claims'] for side in ('better', 'worse')} <= group.keys()
+            assert set(report['curves'] or ()) <= group.keys()

@@ -1,0 +1,120 @@
+"""Random batches, for compiling and for measuring speed: nothing is read, and nothing can be learnt from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from upcycle.data import JSON, draws, rows_per_host
+
+Batch = dict[str, np.ndarray]
+
+
+class _Endless:
+    """Global batch b is a pure function of (seed, b)."""
+
+    batch_size: int
+    seed: int
+    num_batches: int | None
+
+    def fingerprint(self) -> dict[str, JSON]:
+        """Everything that the batches depend on."""
+        fields = {name: dict(v) if isinstance(v, Mapping) else v for name, v in vars(self).items()}
+        return {
+            'synthetic': type(self).__name__,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
+        }
+
+    def promise(self) -> str:
+        """Which determinism holds."""
+        return f'Random numbers, no data: global batch b is a pure function of (seed {self.seed}, b).'
+
+    def batches(self, start: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """This host's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
+        rows = rows_per_host(self.batch_size, process_count)
+        numbers = itertools.count(start) if self.num_batches is None else range(start, self.num_batches)
+        return (self._rows(number * self.batch_size + process_index * rows, rows) for number in numbers)
+
+    def _rows(self, first: int, rows: int) -> Batch:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticText(_Endless):
+    """Rows of random tokens without padding, as an encoder-decoder reads them. It is a `DataSource`.
+
+    task_feature_lengths: TASK_FEATURE_LENGTHS: tokens of 'inputs' and 'targets' in a row.
+    vocabulary_size: tokens are below this, and above 0.
+    batch_size: rows of a global batch.
+    seed: of the tokens.
+    num_batches: batches at most; None: endless.
+    """
+
+    task_feature_lengths: Mapping[str, int]
+    vocabulary_size: int
+    batch_size: int
+    seed: int = 0
+    num_batches: int | None = None
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes [B, L] of a global batch, by T5X's feature names, unpacked."""
+        inputs, targets = ((self.batch_size, self.task_feature_lengths[name]) for name in ('inputs', 'targets'))
+        return {
+            'encoder_input_tokens': (inputs, np.dtype(np.int32)),
+            'decoder_input_tokens': (targets, np.dtype(np.int32)),
+            'decoder_target_tokens': (targets, np.dtype(np.int32)),
+            'decoder_loss_weights': (targets, np.dtype(np.float32)),
+        }
+
+    def _rows(self, first: int, rows: int) -> Batch:
+        inputs, targets = self.task_feature_lengths['inputs'], self.task_feature_lengths['targets']
+        uniform = draws.uniform(self.seed, draws.NOISE, first, rows, inputs + targets)
+        tokens = 1 + (uniform * (self.vocabulary_size - 1)).astype(np.int32)
+        target = tokens[:, inputs:]
+        return {
+            'encoder_input_tokens': tokens[:, :inputs],
+            'decoder_input_tokens': np.pad(target[:, :-1], ((0, 0), (1, 0))),
+            'decoder_target_tokens': target,
+            'decoder_loss_weights': np.ones(target.shape, np.float32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticImages(_Endless):
+    """Random images and classes, as an image classifier reads them. It is a `DataSource`.
+
+    image_size, image_channels: of a row of `image`; values have mean 0 and deviation 1.
+    num_classes: labels are below this, one an image.
+    batch_size: rows of a global batch.
+    seed: of the images.
+    num_batches: batches at most; None: endless.
+    """
+
+    image_size: int
+    image_channels: int
+    num_classes: int
+    batch_size: int
+    seed: int = 0
+    num_batches: int | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a row of `image`."""
+        return self.image_size, self.image_size, self.image_channels
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and dtypes of a global batch."""
+        return {
+            'image': ((self.batch_size, *self.image_shape), np.dtype(np.float32)),
+            'labels': ((self.batch_size, 1), np.dtype(np.int32)),
+            'weights': ((self.batch_size,), np.dtype(np.float32)),
+        }
+
+    def _rows(self, first: int, rows: int) -> Batch:
+        shape = self.image_shape
+        image = draws.normal(self.seed, draws.NOISE, first, rows, int(np.prod(shape))).reshape(rows, *shape)
+        label = draws.uniform(self.seed, draws.ORDER, first, rows, 1) * self.num_classes
+        return {'image': image, 'labels': label.astype(np.int32), 'weights': np.ones(rows, np.float32)}

@@ -1,0 +1,121 @@
+"""The programs of an experiment, compiled for their TPU topologies: a JSON file each, and one table."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from upcycle import configuration
+from upcycle.errors import UserError
+from upcycle.sweep import conduct, grid
+from upcycle.sweep.launchers import LAUNCHERS
+
+PRINT = 'print'
+FOLDER = 'compiled'
+
+
+def compile_all(
+    what: ml_collections.ConfigDict,
+    out: str,
+    where: str,
+    environment: Mapping[str, str],
+    gin_files: Sequence[str] = (),
+    bindings: Mapping[str, str] | None = None,
+) -> int:
+    """Compiles what has not been compiled yet, and writes `compiled.md`.
+
+    Args:
+      what: an experiment with `compile`.
+      out: its folder; programs that another experiment compiled there are not compiled again.
+      where: a name in `LAUNCHERS`, or 'print'.
+      environment: of the compilers.
+      gin_files: put before those of each program.
+      bindings: of every program.
+
+    Returns:
+      0 when every program has been compiled, 1 when one failed.
+
+    Raises:
+      UserError: a program's configuration does not fit; it names the program.
+    """
+    commands = {}
+    for program in what.compile:
+        values = {name: grid.text_of(value) for name, value in program['bindings'].items()} | dict(bindings or {})
+        files = (*gin_files, *program['gin_files'])
+        try:
+            configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **values})
+        except UserError as error:
+            raise UserError(f'{program["name"]}: {error}') from error
+        commands[program['name']] = [
+            'compile',
+            f'--topology={program["topology"]}',
+            f'--out={_path(out, program["name"])}',
+            *(f'--gin_file={file}' for file in files),
+            *(f'--gin.{name}={value}' for name, value in values.items()),
+        ]
+    if where == PRINT:
+        for arguments in commands.values():
+            print(shlex.join(['upcycle', *arguments]))
+        return 0
+    failed = []
+    with conduct.lock(out) as held:
+        launcher = LAUNCHERS[where](environment, held, 1)
+        for number, (name, arguments) in enumerate(commands.items(), 1):
+            if os.path.exists(_path(out, name)):
+                continue
+            print(f'{number}/{len(commands)} {name}', flush=True)
+            os.makedirs(os.path.dirname(_path(out, name)), exist_ok=True)
+            log = conduct.log_of(out, f'{FOLDER}/{name}')
+            if code := conduct.run_to_end(launcher, arguments, log):
+                failed.append(name)
+                print(f'{name} failed: {conduct.reason_of(log, code)} ({log})', flush=True)
+    accounts = {name: _read(_path(out, name)) for name in commands if os.path.exists(_path(out, name))}
+    table = as_markdown(accounts)
+    with open(os.path.join(out, f'{what.name}_compiled.md'), 'w', encoding='utf-8') as file:
+        file.write(table)
+    print(table)
+    if failed:
+        print('the same command tries again what is not compiled.')
+    return 1 if failed else 0
+
+
+def as_markdown(accounts: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table: a line a program. FLOPs are those of matrix products, with loops multiplied."""
+    head = (
+        'program',
+        'topology',
+        'TFLOP a chip and step',
+        'arguments + temporaries, GB',
+        'fits',
+        'all-to-alls: number, GB on the wire',
+        'other collectives, GB on the wire',
+        'core-days, estimated',
+    )
+    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+    for name, a in accounts.items():
+        wire = {kind: found['wire_bytes'] / 1e9 for kind, found in a['collectives'].items()}
+        exchanged = wire.pop('all-to-all', 0.0)
+        cells = (
+            name,
+            a['topology'],
+            f'{a["matmul_flops"] / 1e12:.1f}',
+            f'{a["arguments"] / 1e9:.1f} + {a["temporaries"] / 1e9:.1f}',
+            'yes' if a['fits'] else 'no',
+            f'{a["collectives"]["all-to-all"]["count"]}, {exchanged:.2f}' if exchanged else '–',
+            f'{sum(wire.values()):.2f}',
+            f'{a["estimated_core_days"]:,.0f}',
+        )
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join([*lines, ''])
+
+
+def _path(out: str, name: str) -> str:
+    return os.path.join(out, FOLDER, f'{name}.json')
+
+
+def _read(path: str) -> Any:
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)
