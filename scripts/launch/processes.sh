@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Several processes of one run on this machine: one for each GPU, or to try the multi-process path on CPU.
+#
+#   scripts/launch/processes.sh [--dry_run] NUMBER train --gin_file=... --gin.MODEL_DIR=...
+#
+# Process i prints to LOGS/i.txt (LOGS: processes). Ends when all have ended, or with the first status that is not 0, and then, or when
+# it is stopped itself, stops the others. PORT is the coordinator's (any free one if not set).
+set -euo pipefail
+
+dry_run=false
+if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
+if [[ $# -lt 2 || ! "$1" =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 [--dry_run] NUMBER train --gin_file=... --gin.MODEL_DIR=..." >&2
+  exit 2
+fi
+number=$1
+shift
+port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+logs=${LOGS:-processes}
+pids=()
+
+trap 'kill "${pids[@]}" 2> /dev/null || true' EXIT
+
+for ((i = 0; i < number; i++)); do
+  command=(upcycle "$@" "--coordinator_address=127.0.0.1:$port" "--process_count=$number" "--process_index=$i")
+  if $dry_run; then
+    printf '%q ' "${command[@]}"
+    echo
+    continue
+  fi
+  mkdir -p "$logs"
+  "${command[@]}" > "$logs/$i.txt" 2>&1 &
+  pids+=($!)
+done
+$dry_run && exit 0
+
+status=0
+for ((i = 0; i < number; i++)); do
+  code=0
+  wait -n "${pids[@]}" || code=$?
+  if [[ $code -ne 0 ]]; then
+    status=$code
+    break
+  fi
+done
+[[ $status -eq 0 ]] || echo "a process ended with status $status: see $logs" >&2
+exit "$status"

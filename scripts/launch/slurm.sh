@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# A run on GPU nodes of a Slurm cluster, a process for each GPU.
+#
+#   scripts/launch/slurm.sh [--dry_run] NODES GPUS_A_NODE train --gin_file=... --gin.MODEL_DIR=/shared/...
+#
+# Environment: SBATCH_ARGS, more options of sbatch such as '--partition=a100 --time=24:00:00'; VENV, an environment to activate on the
+# nodes. The job goes back into the queue when it is preempted or reaches its time limit, and goes on from its last checkpoint; a
+# user's mistake (status 2) is not tried again. Output: slurm-JOB.out.
+# Written from Slurm's documentation, and run against a stand-in for sbatch only.
+set -euo pipefail
+
+dry_run=false
+if [[ "${1:-}" == --dry_run ]]; then dry_run=true; shift; fi
+if [[ $# -lt 3 || ! "$1" =~ ^[1-9][0-9]*$ || ! "$2" =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 [--dry_run] NODES GPUS_A_NODE train --gin_file=... --gin.MODEL_DIR=..." >&2
+  exit 2
+fi
+nodes=$1 gpus=$2
+shift 2
+
+script=$(
+  cat << END
+#!/usr/bin/env bash
+#SBATCH --job-name=upcycle
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+${VENV:+source $(printf '%q' "$VENV")/bin/activate}
+# Two minutes before the end of its time the job is told: back into the queue.
+trap 'scontrol requeue "\$SLURM_JOB_ID"' TERM
+srun --kill-on-bad-exit=1 upcycle $(printf '%q ' "$@")--distributed &
+wait \$!
+END
+)
+read -ra more <<< "${SBATCH_ARGS:-}"
+if $dry_run; then
+  printf '%q ' sbatch "${more[@]}"
+  echo
+  echo "$script"
+else
+  sbatch "${more[@]}" <<< "$script"
+fi

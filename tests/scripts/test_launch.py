@@ -1,0 +1,158 @@
+"""Launchers: what they ask of gcloud, sbatch and xpk, by programs that stand in for them; processes of one host for real."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import vision
+from upcycle.metrics import read_metrics
+
+LAUNCH = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'launch'
+TRAIN = ('train', '--gin_file=a.gin', "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}")
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Makes a program that notes its arguments, one a line, and its input, and does what a line of shell says."""
+    bin_folder = tmp_path / 'bin'
+    bin_folder.mkdir()
+
+    def make(name, body='exit 0'):
+        path = bin_folder / name
+        path.write_text(
+            f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" -- >> {tmp_path}/{name}.txt\n'
+            f'[[ -p /dev/stdin || -f /dev/stdin ]] && cat > {tmp_path}/{name}.in\n{body}\n'
+        )
+        path.chmod(0o755)
+        return tmp_path / f'{name}.txt'
+
+    return make
+
+
+def launch(name, *arguments, folder, **environment):
+    path = f'{folder / "bin"}{os.pathsep}{os.environ["PATH"]}'
+    return subprocess.run(
+        [LAUNCH / name, *map(str, arguments)],
+        env={**os.environ, 'PATH': path, 'PERIOD': '0', **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+def calls(path):
+    return [call.strip('\n').split('\n') for call in path.read_text().split('--\n') if call]
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in LAUNCH.glob('*.sh')))
+def test_they_are_clean_and_say_how_they_are_called(name, tmp_path):
+    if shutil.which('shellcheck') is None:
+        pytest.skip('shellcheck is not installed (pip install upcycle[test])')
+    subprocess.run(['shellcheck', LAUNCH / name], check=True)
+    result = launch(name, folder=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith('usage: ')
+
+
+GCLOUD = """
+case "$*" in
+  *queued-resources\\ describe*--format*) echo ACTIVE ;;
+  *queued-resources\\ describe*) exit 1 ;;
+  *--command=python3\\ -m\\ upcycle*) [[ $(grep -c 'm upcycle' {log}) -ge {good} ]] || exit {status} ;;
+esac"""
+
+
+def test_a_tpu_slice_is_asked_for_and_the_run_tried_until_it_ends(stand_in, tmp_path):
+    log = stand_in('gcloud', GCLOUD.format(log=tmp_path / 'gcloud.txt', good=3, status=1))
+    result = launch('tpu_pod.sh', 'mine', 'v4-128', 'here', *TRAIN, folder=tmp_path, PACKAGE='upcycle==0.1', SPOT='1')
+    assert result.returncode == 0, result.stderr
+    made = [call[:4] + call[4:] for call in calls(log)]
+    create = next(call for call in made if 'create' in call)
+    assert {'--node-id=mine', '--accelerator-type=v4-128', '--zone=here', '--spot'} <= set(create)
+    commands = [argument for call in made for argument in call if argument.startswith('--command=')]
+    assert commands[0] == "--command=python3 -m pip install --quiet 'upcycle==0.1[tpu]'"
+    assert len(commands) == 4 and len(set(commands[1:])) == 1
+    # What the hosts' shells make of it are the arguments as they were given.
+    words = subprocess.run(
+        ['bash', '-c', commands[1].removeprefix('--command=').replace('python3 -m upcycle', "printf '%s\\n'")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert words == [*TRAIN, '--distributed']
+
+
+def test_a_users_mistake_is_not_tried_again(stand_in, tmp_path):
+    log = stand_in('gcloud', GCLOUD.format(log=tmp_path / 'gcloud.txt', good=9, status=2))
+    result = launch('tpu_pod.sh', 'mine', 'v4-8', 'here', *TRAIN, folder=tmp_path, PACKAGE='upcycle')
+    assert result.returncode == 2
+    assert log.read_text().count('-m upcycle') == 1
+
+
+def test_slurm_gets_a_script_that_starts_a_process_for_each_gpu(stand_in, tmp_path):
+    log = stand_in('sbatch')
+    result = launch(
+        'slurm.sh', 4, 8, *TRAIN, folder=tmp_path, SBATCH_ARGS='--partition=a100 --time=1:00', VENV='/my env'
+    )
+    assert result.returncode == 0, result.stderr
+    assert calls(log) == [['--partition=a100', '--time=1:00']]
+    script = tmp_path / 'sbatch.in'
+    text = script.read_text()
+    assert '#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n' in text and r'source /my\ env/bin/activate' in text
+    subprocess.run(['bash', '-n', script], check=True)
+    # On a node: with stand-ins for the programs of Slurm, and no environment to activate.
+    script.write_text(text.replace(r'source /my\ env/bin/activate', ''))
+    srun = stand_in('srun')
+    path = f'{tmp_path / "bin"}{os.pathsep}{os.environ["PATH"]}'
+    subprocess.run(['bash', script], check=True, env={**os.environ, 'PATH': path}, stdin=subprocess.DEVNULL)
+    assert calls(srun) == [['--kill-on-bad-exit=1', 'upcycle', *TRAIN, '--distributed']]
+
+
+def test_xpk_gets_the_command_and_the_image(stand_in, tmp_path):
+    log = stand_in('xpk')
+    result = launch('gke.sh', 'mine', 'cluster', 'v4-128', 'image:1', *TRAIN, folder=tmp_path, SLICES='2')
+    assert result.returncode == 0, result.stderr
+    (call,) = calls(log)
+    assert call[:2] == ['workload', 'create']
+    assert {'--workload=mine', '--cluster=cluster', '--tpu-type=v4-128', '--num-slices=2'} <= set(call)
+    assert call[-1].startswith('--command=upcycle train --gin_file=a.gin ') and call[-1].endswith(' --distributed')
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments', 'program'),
+    [
+        ('tpu_pod.sh', ('mine', 'v4-8', 'here'), 'gcloud'),
+        ('slurm.sh', (1, 1), 'sbatch'),
+        ('gke.sh', ('mine', 'cluster', 'v4-8', 'image'), 'xpk'),
+        ('processes.sh', (2,), 'upcycle'),
+    ],
+)
+def test_a_dry_run_starts_nothing(name, arguments, program, stand_in, tmp_path):
+    log = stand_in(program)
+    result = launch(name, '--dry_run', *arguments, *TRAIN, folder=tmp_path)
+    assert result.returncode == 0 and not log.exists()
+    assert program in result.stdout and '--gin_file=a.gin' in result.stdout
+
+
+def test_two_processes_are_one_run(tmp_path, stand_in):
+    (tmp_path / 'bin' / 'upcycle').write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -m upcycle "$@"\n')
+    (tmp_path / 'bin' / 'upcycle').chmod(0o755)
+    bindings = vision.bindings(tmp_path / 'run', 2, NUM_LAYERS=1, EVAL_STEPS=1)
+    files = [f'--gin_file={file}' for file in (vision.MODEL, vision.TASK, 'runs/pretrain.gin')]
+    options = [f'--gin.{name}={value}' for name, value in bindings.items()]
+    cpu = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
+    result = launch('processes.sh', 2, 'train', *files, *options, folder=tmp_path, **cpu)
+    logs = [(tmp_path / 'processes' / f'{i}.txt').read_text() for i in range(2)]
+    assert result.returncode == 0, (result.stderr, logs)
+    assert "mesh    {'data': 2, 'expert': 1, 'model': 1}" in logs[0]
+    assert read_metrics(str(tmp_path / 'run' / 'metrics.jsonl'))[-1]['step'] == 2
+
+
+def test_when_one_process_fails_the_others_are_stopped(stand_in, tmp_path):
+    stand_in('upcycle', 'case "$*" in *process_index=1*) exit 3 ;; *) exec sleep 600 ;; esac')
+    result = launch('processes.sh', 2, *TRAIN, folder=tmp_path)
+    assert result.returncode == 3 and 'status 3: see processes' in result.stderr
