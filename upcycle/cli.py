@@ -155,11 +155,22 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         '--where',
         default='local',
-        choices=('local', 'print'),
-        help='one after the other, or only the commands (%(default)s)',
+        choices=('local', 'slurm', 'print'),
+        help='this machine, jobs of a Slurm cluster, or only the commands (%(default)s)',
     )
     sweep.add_argument(
-        '--jobs', type=int, default=1, metavar='N', help='runs at once, each on its share of the cores (%(default)s)'
+        '--cluster',
+        action='append',
+        default=[],
+        metavar='NAME=VALUE',
+        help="repeatable, with --where=slurm: submitit's options, such as slurm_partition, timeout_min, gpus_per_node, nodes",
+    )
+    sweep.add_argument(
+        '--jobs',
+        type=int,
+        default=1,
+        metavar='N',
+        help='runs at once; on this machine each has its share of the cores (%(default)s)',
     )
     sweep.add_argument('--out', help='folder of the runs (runs/NAME)')
 
@@ -333,6 +344,7 @@ def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
     # Whoever ends a sweep also ends its runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from upcycle.sweep.command import sweep
+    from upcycle.sweep.grid import parse_option
 
     return sweep(
         config=options.config,
@@ -342,6 +354,7 @@ def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
         bindings=bindings,
         where=options.where,
         jobs=options.jobs,
+        cluster=dict(map(parse_option, options.cluster)),
         out=options.out,
         environment=environment,
     )

@@ -311,3 +311,36 @@ def test_programs_are_compiled_once_and_end_in_a_table(tmp_path, monkeypatch, ca
     assert len(asked) == 3 and all(a[0] == 'compile' and '--gin_file=tasks/synthetic_text.gin' in a for a in asked)
     code, out, _ = call(['sweep', *options, '--where=print'], capsys)
     assert code == 0 and out.count('upcycle compile --topology=v4:4x4x4') == 3
+
+
+def test_points_are_jobs_of_a_cluster(tmp_path, monkeypatch):
+    """submitit's own local cluster stands in for Slurm."""
+    monkeypatch.setattr(launchers.Slurm, 'python', '/bin/echo')
+    slurm = launchers.make('slurm', {'JAX_PLATFORMS': 'tpu'}, 0, 2, {'cluster': 'local', 'timeout_min': 2})
+    assert slurm.slots == 2
+    log = str(tmp_path / 'logs' / 'a.txt')
+    assert conduct.run_to_end(slurm, ['train', '--gin.NAME=a b'], log) == 0
+    assert '-m upcycle train --gin.NAME=a b\n' in (tmp_path / 'logs' / 'a.txt').read_text()
+    monkeypatch.setattr(launchers.Slurm, 'python', '/bin/false')
+    assert conduct.run_to_end(slurm, ['train'], str(tmp_path / 'logs' / 'b.txt')) == 1
+
+
+@pytest.mark.parametrize(
+    ('options', 'match'),
+    [
+        (['--cluster', 'a=1'], '--cluster a=... goes with --where=slurm'),
+        (['--cluster', 'a'], 'options look like'),
+        (['--jobs=0'], '--jobs=0'),
+    ],
+)
+def test_bad_options(options, match, tmp_path, capsys):
+    code, _, err = call(
+        ['sweep', '--config=configs/finetune_imagenet.py', '--scale=mini', f'--out={tmp_path}', *options], capsys
+    )
+    assert code == 2 and match in err
+
+
+def test_an_unknown_option_of_the_cluster(tmp_path):
+    slurm = launchers.make('slurm', {}, 0, 1, {'cluster': 'local', 'colour': 'red'})
+    with pytest.raises(UserError, match='--cluster options: .*colour'):
+        slurm.start(['train'], str(tmp_path / 'a.txt'))

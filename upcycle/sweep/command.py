@@ -7,8 +7,8 @@ from typing import Any
 import ml_collections
 
 from upcycle.errors import UserError
-from upcycle.sweep import conduct, grid
-from upcycle.sweep.launchers import LAUNCHERS, Launcher
+from upcycle.sweep import conduct, grid, launchers
+from upcycle.sweep.launchers import Launcher
 from upcycle.sweep.points import Status
 from upcycle.sweep.programs import PRINT, compile_all
 
@@ -22,6 +22,7 @@ def sweep(
     bindings: Mapping[str, str],
     where: str,
     jobs: int,
+    cluster: Mapping[str, Any],
     out: str | None,
     environment: Mapping[str, str],
 ) -> int:
@@ -35,6 +36,7 @@ def sweep(
       bindings: of every point.
       where: a name in `LAUNCHERS`, or 'print'.
       jobs: runs at once.
+      cluster: options of a launcher that takes some.
       out: the sweep's folder; None: runs/NAME.
       environment: of the runs.
 
@@ -63,7 +65,7 @@ def sweep(
     entries = conduct.check(points)
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
-        launcher = LAUNCHERS[where](environment, held, jobs)
+        launcher = launchers.make(where, environment, held, jobs, cluster)
         with conduct.Board() as board:
             conduct.conduct(entries, out, launcher, board.show)
         failed = [entry for entry in entries if entry.status is not Status.FINISHED]

@@ -93,6 +93,21 @@ def parse_axis(text: str) -> list[Setting]:
     return axis(**{name: parsed})
 
 
+def parse_option(text: str) -> tuple[str, Any]:
+    """`--cluster NAME=VALUE`; the value is a Python literal, or else text.
+
+    Raises:
+      UserError: it is not of that form.
+    """
+    name, equals, value = text.partition('=')
+    if not equals or not name or not value:
+        raise UserError(f'--cluster {text} is not understood: options look like --cluster slurm_partition=a100.')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def from_command_line(gin_files: Sequence[str], axes: Sequence[str]) -> ml_collections.ConfigDict:
     """The config of `--gin_file=... --grid ...`.
 

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+from upcycle.errors import UserError
 
 
 class Job(Protocol):
@@ -89,5 +91,101 @@ class Local:
             os.sched_setaffinity(0, cores)
 
 
-# Arguments as those of Local.
-LAUNCHERS: dict[str, Callable[[Mapping[str, str], int, int], Launcher]] = {'local': Local}
+class SubmittedJob:
+    """A job of a cluster, by submitit.
+
+    Args:
+      job: submitit's.
+      log: gets what it printed, when it has ended.
+    """
+
+    def __init__(self, job: Any, log: str):
+        self._job, self._log, self._code = job, log, None
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it waits or goes on."""
+        if self._code is None and self._job.done():
+            self._code = 0 if self._job.exception() is None else 1
+            with open(self._log, 'a', encoding='utf-8') as file:
+                file.write((self._job.stdout() or '') + (self._job.stderr() or ''))
+                if self._code and not self._job.stdout():
+                    file.write(f'{self._job.exception()}\n')
+        return self._code
+
+    def stop(self) -> None:
+        """Takes it out of the queue, or ends it."""
+        if self.poll() is None:
+            self._job.cancel()
+
+
+class Slurm:
+    """A Slurm cluster that shares its files with this machine: each run is a job, or a part of one that is many processes.
+
+    Args:
+      environment: of the runs.
+      keep_open: unused: a job does not hold the sweep's lock.
+      slots: jobs that may wait or run at once.
+      options: of submitit's executor, such as slurm_partition, timeout_min, gpus_per_node, nodes, tasks_per_node; and `cluster`,
+        submitit's name of the kind of cluster.
+
+    Raises:
+      UserError: submitit is not installed, or does not take an option.
+    """
+
+    python = sys.executable
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        keep_open: int,
+        slots: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ):
+        try:
+            import submitit
+        except ImportError:
+            raise UserError('--where=slurm needs submitit: pip install upcycle[slurm].') from None
+        self.slots, self._submitit, self._options = slots, submitit, dict(options or {})
+        self._cluster = self._options.pop('cluster', 'slurm')
+        processes = int(self._options.get('nodes', 1)) * int(self._options.get('tasks_per_node', 1))
+        self._more = ['--distributed'] if processes > 1 else []
+        # What watches the jobs is told to leave accelerators alone; they are not.
+        platforms = environment.get('JAX_PLATFORMS')
+        self._env = ['env', '-u', 'JAX_PLATFORMS'] if platforms is None else ['env', f'JAX_PLATFORMS={platforms}']
+
+    def start(self, arguments: Sequence[str], log: str) -> SubmittedJob:
+        """Submits `upcycle ARGUMENTS`."""
+        folder = log.removesuffix('.txt')
+        os.makedirs(folder, exist_ok=True)
+        try:
+            executor = self._submitit.AutoExecutor(folder=folder, cluster=self._cluster)
+            executor.update_parameters(name='upcycle', **self._options)
+            command = [*self._env, self.python, '-m', 'upcycle', *arguments, *self._more]
+            job = executor.submit(self._submitit.helpers.CommandFunction(command))
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            NameError,
+            FileNotFoundError,
+            subprocess.CalledProcessError,
+        ) as error:
+            raise UserError(f'--where=slurm, --cluster options: {str(error).splitlines()[0]}') from error
+        return SubmittedJob(job, log)
+
+
+# Arguments as those of Local; of Slurm also its options.
+LAUNCHERS: dict[str, Callable[..., Launcher]] = {'local': Local, 'slurm': Slurm}
+
+
+def make(
+    where: str, environment: Mapping[str, str], keep_open: int, slots: int, options: Mapping[str, Any]
+) -> Launcher:
+    """A launcher by name.
+
+    Raises:
+      UserError: it takes no options, and there are some.
+    """
+    if where != 'slurm' and options:
+        raise UserError(f'--cluster {next(iter(options))}=... goes with --where=slurm.')
+    return LAUNCHERS[where](environment, keep_open, slots, **({'options': options} if options else {}))

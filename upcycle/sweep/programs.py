@@ -10,8 +10,7 @@ import ml_collections
 
 from upcycle import configuration
 from upcycle.errors import UserError
-from upcycle.sweep import conduct, grid
-from upcycle.sweep.launchers import LAUNCHERS
+from upcycle.sweep import conduct, grid, launchers
 
 PRINT = 'print'
 FOLDER = 'compiled'
@@ -62,7 +61,7 @@ def compile_all(
         return 0
     failed = []
     with conduct.lock(out) as held:
-        launcher = LAUNCHERS[where](environment, held, 1)
+        launcher = launchers.make(where, environment, held, 1, {})
         for number, (name, arguments) in enumerate(commands.items(), 1):
             if os.path.exists(_path(out, name)):
                 continue
