@@ -9,7 +9,7 @@ from typing import Any
 
 import upcycle
 from upcycle.checkpoints import FORMATS
-from upcycle.errors import UserError
+from upcycle.errors import PREEMPTED, Preempted, UserError
 
 DESCRIPTION = """\
 Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.
@@ -23,13 +23,16 @@ A run is described by gin files (--gin_file, repeatable: models, moe, tasks, run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 when it did what was asked, 2 after a user's mistake."""
+    """Runs a command and exits: 0 when it did what was asked, 2 after a user's mistake, 75 when it was told to stop and saved."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = run(arguments)
     except UserError as error:
         print(f'upcycle: {error}', file=sys.stderr)
         code = 2
+    except Preempted as notice:
+        print(f'upcycle: {notice}', file=sys.stderr)
+        code = PREEMPTED
     except KeyboardInterrupt:
         print('upcycle: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
         code = 130

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake becomes."""
+"""What ends a command early: a user's mistake, or a request to stop."""
 
 import enum
 from typing import TypeVar
@@ -11,6 +11,13 @@ class UserError(Exception):
     traceback and exits with 2.
     """
 
+
+class Preempted(Exception):  # noqa: N818  it is no error
+    """The run was asked to stop, and has saved its state. The command line exits with `PREEMPTED`."""
+
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on. Launchers try it again.
+PREEMPTED = 75
 
 Member = TypeVar('Member', bound=enum.StrEnum)
 

@@ -18,13 +18,16 @@ class MetricsLog:
     Args:
       model_dir: the run's folder.
       last_step: lines after this step are dropped: they came from a leg of the run that was cut off and is now repeated.
+      only_training_at_it: of that step itself keep lines of training only: the rest is about to be written again.
     """
 
-    def __init__(self, model_dir: str, last_step: int | None):
+    def __init__(self, model_dir: str, last_step: int | None, *, only_training_at_it: bool = False):
         from upcycle.data import tensorflow_quiet
 
         self._path = os.path.join(model_dir, 'metrics.jsonl')
         kept = [] if last_step is None else [line for line in read_metrics(self._path) if line['step'] <= last_step]
+        if only_training_at_it:
+            kept = [line for line in kept if line['step'] < last_step or line['split'] == 'train']
         temporary = self._path + '.new'
         with open(temporary, 'w', encoding='utf-8') as file:
             file.writelines(json.dumps(line) + '\n' for line in kept)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
 
 from tests import runs
 from upcycle.checkpoints import open_checkpoint
-from upcycle.errors import UserError
+from upcycle.errors import Preempted, UserError
 from upcycle.metrics import read_metrics
 from upcycle.train import loop
 
@@ -55,6 +56,47 @@ def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
     assert lines_of(tmp_path / 'cut') == lines_of(tmp_path / 'whole')
     whole, cut = leaves_of(tmp_path / 'whole'), leaves_of(tmp_path / 'cut')
     assert whole.keys() == cut.keys()
+    for name, leaf in whole.items():
+        np.testing.assert_array_equal(cut[name], leaf, err_msg=name)
+
+
+STOPPED = {'CHECKPOINT_PERIOD': 100, 'EVAL_PERIOD': 3, 'LOG_PERIOD': 2}
+
+
+@pytest.fixture(scope='module')
+def never_stopped(dense, tmp_path_factory):
+    """Steps 5 to 8 of an upcycled run."""
+    path = tmp_path_factory.mktemp('never_stopped')
+    runs.train('upcycle', path, 8, INITIAL_CHECKPOINT_PATH=dense, **STOPPED)
+    return path
+
+
+@pytest.mark.parametrize('step', [6, 8])
+def test_asked_to_stop_it_saves_at_once_and_goes_on_exactly(step, tmp_path, monkeypatch, dense, never_stopped):
+    """SIGTERM between checkpoints, where an evaluation is due; and at the last step, which ends as it would."""
+    first, more = 4, {'INITIAL_CHECKPOINT_PATH': dense, **STOPPED}
+    add = loop.Window.add
+    taken = []
+
+    def add_and_signal(self, metrics):
+        add(self, metrics)
+        taken.append(1)
+        if first + len(taken) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Window, 'add', add_and_signal)
+        if step == first + 4:
+            runs.train('upcycle', tmp_path / 'cut', first + 4, **more)
+        else:
+            with pytest.raises(Preempted, match=f'saved step {step}'):
+                runs.train('upcycle', tmp_path / 'cut', first + 4, **more)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert len(taken) == step - first
+    assert open_checkpoint(str(tmp_path / 'cut')).step == step
+    runs.train('upcycle', tmp_path / 'cut', first + 4, **more)
+    assert lines_of(tmp_path / 'cut') == lines_of(never_stopped)
+    whole, cut = leaves_of(never_stopped), leaves_of(tmp_path / 'cut')
     for name, leaf in whole.items():
         np.testing.assert_array_equal(cut[name], leaf, err_msg=name)
 

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,12 @@ import numpy as np
 from upcycle import cost, partitioning
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
-from upcycle.errors import UserError
+from upcycle.errors import Preempted, UserError
 from upcycle.evaluate import diversity, few_shot, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress
 from upcycle.moe.config import check_groups, microbatch_groups
+from upcycle.train import preemption
 from upcycle.train import state as states
 from upcycle.train.carried import require_match
 from upcycle.train.run import Run
@@ -62,6 +63,7 @@ def train(run: Run, name: str = 'train') -> TrainState:
 
     Raises:
       UserError: the configuration, data or checkpoint does not fit; nothing has been written then.
+      Preempted: the process got SIGTERM, and the state is saved.
     """
     mesh = check(run)
     with partitioning.use(mesh):
@@ -98,6 +100,8 @@ class _Trainer:
         self.ledger = Ledger()
         self.window = Window()
         self.receipt: dict[str, Any] | None = None
+        # What was due at the newest checkpoint's step when the run was asked to stop.
+        self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
         self.eval_step = validation.compiled(run.model)
@@ -127,7 +131,9 @@ class _Trainer:
             if self.receipt is not None and jax.process_index() == 0:
                 with open(os.path.join(run.model_dir, 'receipt.json'), 'w', encoding='utf-8') as file:
                     json.dump(self.receipt, file, indent=1)
-        log = MetricsLog(run.model_dir, newest) if jax.process_index() == 0 else None
+        log = None
+        if jax.process_index() == 0:
+            log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
         try:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                 if newest is None and run.eval_data is not None:
@@ -167,6 +173,7 @@ class _Trainer:
         self.ledger = Ledger(**metadata['cost'])
         self.window = Window(metadata['window'])
         self.receipt = metadata.get('receipt')
+        self.unfinished = metadata.get('unfinished', [])
         if self.receipt is not None:
             require_match(f'{self.run.model_dir}/checkpoints/{step}', self.receipt, self.layout.flat())
         return TrainState(**tree)
@@ -179,36 +186,54 @@ class _Trainer:
         step_fn = self.step
         progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
         batches = self._batches(run.train_data, first)
-        timer = _Timer(self.ledger, first)
-        for step in range(first + 1, run.total_steps + 1):
-            state, metrics = step_fn(state, next(batches))
-            self.window.add(metrics)
-            self.ledger.flops += self.step_flops
-            last = step == run.total_steps
-            if step % run.log_period == 0 or last:
-                means = self.window.close()
-                timer.stop()
-                self._write(log, step, 'train', means | {'steps_per_second': timer.rate(step)})
-                progress.show(step, {'loss': means['loss'], 'accuracy': means['accuracy']})
-                timer.start()
-            evaluates = run.eval_data is not None and (step % run.eval_period == 0 or last)
-            probes = run.few_shot is not None and (step % (run.few_shot.period or run.total_steps) == 0 or last)
-            looks = run.diversity_period is not None and (step % run.diversity_period == 0 or last)
-            if evaluates or probes or looks or step % run.checkpoint_period == 0 or last:
-                self.window.settle()
-                timer.stop()
-                if evaluates:
-                    self._evaluate(state, step, log)
-                if probes:
-                    self._probe(state, step, log)
-                if looks:
-                    self._look(state, step, log)
-                if step % run.checkpoint_period == 0 or last:
-                    self._save(manager, step, state)
-                timer.start()
+        with preemption.watch() as asked_to_stop:
+            self._take_stock(self.unfinished, state, first, log)
+            timer = _Timer(self.ledger, first)
+            for step in range(first + 1, run.total_steps + 1):
+                state, metrics = step_fn(state, next(batches))
+                self.window.add(metrics)
+                self.ledger.flops += self.step_flops
+                last = step == run.total_steps
+                if step % run.log_period == 0 or last:
+                    means = self.window.close()
+                    timer.stop()
+                    self._write(log, step, 'train', means | {'steps_per_second': timer.rate(step)})
+                    progress.show(step, {'loss': means['loss'], 'accuracy': means['accuracy']})
+                    timer.start()
+                # The last step ends as it would: a checkpoint of it says that the run is finished.
+                stop = asked_to_stop(step) and not last
+                due = [
+                    name for name, period in self.periods.items() if period is not None and (step % period == 0 or last)
+                ]
+                saves = stop or last or step % run.checkpoint_period == 0
+                if due or saves:
+                    self.window.settle()
+                    timer.stop()
+                    # Evaluating could take longer than whoever asked will wait.
+                    self._take_stock([] if stop else due, state, step, log)
+                    if saves:
+                        self._save(manager, step, state, unfinished=due if stop else [])
+                    timer.start()
+                if stop:
+                    manager.wait()
+                    progress.end()
+                    raise Preempted(f'asked to stop, and saved step {step}; the same command goes on from there.')
         progress.end()
         manager.wait()
         return state
+
+    @functools.cached_property
+    def periods(self) -> dict[str, int | None]:
+        """Steps between looks at the model, by kind; None: it is not looked at so. All are due at the last step."""
+        run = self.run
+        probing = None if run.few_shot is None else run.few_shot.period or run.total_steps
+        evaluating = None if run.eval_data is None else run.eval_period
+        return {'evaluate': evaluating, 'probe': probing, 'look': run.diversity_period}
+
+    def _take_stock(self, kinds: Sequence[str], state: TrainState, step: int, log: MetricsLog | None) -> None:
+        looks = {'evaluate': self._evaluate, 'probe': self._probe, 'look': self._look}
+        for kind in kinds:
+            looks[kind](state, step, log)
 
     def _evaluate(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
         """Means over the whole evaluation split (or EVAL_STEPS batches of it)."""
@@ -232,13 +257,14 @@ class _Trainer:
                 ledger['percent_of_sunk_flops'] = 100.0 * self.ledger.flops / self.ledger.sunk_flops
             log.write(step, split, {**metrics, **ledger})
 
-    def _save(self, manager: CheckpointManager, step: int, state: TrainState) -> None:
+    def _save(self, manager: CheckpointManager, step: int, state: TrainState, unfinished: list[str]) -> None:
         metadata = {
             'family': self.run.model.family,
             'model': self.run.model.describe(),
             'cost': dataclasses.asdict(self.ledger),
             'window': self.window.values,
             'receipt': self.receipt,
+            **({'unfinished': unfinished} if unfinished else {}),
         }
         data = {'next_batch': step, 'fingerprint': self.data_identity}
         manager.save(step, states.as_dict(state), data, metadata)

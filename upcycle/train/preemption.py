@@ -1,0 +1,32 @@
+"""Being asked to stop: SIGTERM, which is how schedulers and clouds announce that a machine will be taken away."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Callable[[int], bool]]:
+    """Listens for a request to stop.
+
+    Yields:
+      A function of the step just taken, to be called after every step: whether to save and stop now. Of several processes
+      one that is asked is enough: JAX's preemption service finds a step that none of them has passed, and all stop there.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    if threading.current_thread() is not threading.main_thread():
+        # Signals are the main thread's.
+        yield lambda step: False
+        return
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
