@@ -11,8 +11,9 @@ _CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'jax'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
-if 'xla_llvm_disable_expensive_passes' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
+for _flag, _value in {'xla_llvm_disable_expensive_passes': 'true', 'xla_backend_optimization_level': '0'}.items():
+    if _flag not in os.environ.get('XLA_FLAGS', ''):
+        os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{_flag}={_value}'
 
 
 @pytest.fixture(scope='session')

@@ -20,10 +20,20 @@ def test_equal_flops_and_the_same_batches(family):
     assert {branch.bindings['DATA_SEED'] for branch in (dense, continuation, upcycled, scratch)} == {'3'}
 
 
+ONE_LAYER = {
+    'language': (
+        *(f'NUM_{stack}_LAYERS = 1' for stack in ('ENCODER', 'DECODER')),
+        *(f'{stack}_MOE_LAYERS = (0,)' for stack in ('ENCODER', 'DECODER')),
+    ),
+    'vision': ('NUM_LAYERS = 1', "MOE_LAYERS = 'last_1'"),
+}
+
+
 @pytest.mark.parametrize('family', quick.FAMILIES)
 def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypatch):
     out, small, job = tmp_path / 'out', tmp_path / 'small.gin', quick.FAMILIES[family]
-    small.write_text(f"include '{job.settings}'\nEVAL_STEPS = 1\nNUM_EXPERTS = 4\nSTEP_0_CAPACITY_FACTORS = (2.0,)\n")
+    bindings = ['EVAL_STEPS = 1', 'NUM_EXPERTS = 4', 'STEP_0_CAPACITY_FACTORS = (2.0,)', *ONE_LAYER[family]]
+    small.write_text('\n'.join([f"include '{job.settings}'", *bindings, '']))
     monkeypatch.setitem(quick.FAMILIES, family, dataclasses.replace(job, settings=str(small)))
     page = quick.quickstart(str(out), family=family, budget=0.002)
     assert 'validation loss' in capsys.readouterr().out
