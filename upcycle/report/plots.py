@@ -490,8 +490,8 @@ def step_zero_plot(reports: Sequence[Report]) -> list[Plot]:
             'step_0',
             'Before any training',
             'The upcycled model as surgery made it, at other capacity factors: with combine weights normalised, a token that '
-            'some expert took starts with the dense output; raw, with a part of it. On the first batches of the evaluation split; '
-            f'dashed: the dense model on all of it.{first}',
+            'some expert took starts with the dense output; raw, with a part of it. On the first batches of the evaluation '
+            f'split; dashed: the dense model on all of it.{first}',
             tuple(_step_zero_panel(run, base, metric, words) for metric, words in panels),
         )
     ]
