@@ -16,7 +16,9 @@ if not (ROOT / 'gin' / 'tasks').is_dir():
     ROOT = pathlib.Path(upcycle.__file__).parent
 TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
 # photographs.gin is no task, but included by some.
-IMAGE_TASKS = sorted({*(ROOT / 'gin' / 'tasks').glob('*.gin')} - {*TASKS, ROOT / 'gin' / 'tasks' / 'photographs.gin'})
+SYNTHETIC = sorted((ROOT / 'gin' / 'tasks').glob('synthetic_*.gin'))
+NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, ROOT / 'gin' / 'tasks' / 'photographs.gin'}
+IMAGE_TASKS = sorted({*(ROOT / 'gin' / 'tasks').glob('*.gin')} - NO_IMAGE_TASKS)
 gin.add_config_file_search_path(str(ROOT / 'gin'))
 
 RUN = """
@@ -98,6 +100,14 @@ def test_an_image_task_file_builds_and_its_operative_config_too(path, tmp_path):
     else:
         with pytest.raises(UserError, match=f'{path.stem}.* prepared in {tmp_path}'):
             train.batches()
+
+
+@pytest.mark.parametrize('path', SYNTHETIC, ids=lambda path: path.stem)
+def test_a_synthetic_task_file_builds_and_its_operative_config_too(path):
+    (train, evaluation), operative, batch_size = build(f"include '{path}'\n{RUN}", 'BATCH_SIZE')
+    assert (train.batch_size, train.seed, train.num_batches) == (batch_size, 3, None)
+    assert (evaluation.batch_size, evaluation.num_batches, evaluation.seed) == (8, 2, 42)
+    assert build(operative, 'BATCH_SIZE')[0] == (train, evaluation)
 
 
 def image_folder(folder):
