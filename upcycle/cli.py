@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     quickstart = add(
-        'quickstart', _quickstart, 'the main job on real data that needs no download, 20 to 40 minutes on 2 cores'
+        'quickstart', _quickstart, 'the main job on real data that needs no download, 20 to 50 minutes on 2 cores'
     )
     quickstart.add_argument('--family', default='language', help='language (T5 on text) or vision (ViT on images)')
     quickstart.add_argument('--out', help='folder for the runs and the report (runs/quickstart_FAMILY)')

@@ -16,7 +16,7 @@ class Preempted(Exception):  # noqa: N818  it is no error
     """The run was asked to stop, and has saved its state. The command line exits with `PREEMPTED`."""
 
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on. Launchers try it again.
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on. See docs/launching.md.
 PREEMPTED = 75
 
 Member = TypeVar('Member', bound=enum.StrEnum)

@@ -94,7 +94,7 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     if family not in FAMILIES:
         raise UserError(f'--family={family} is not one of {", ".join(FAMILIES)}.')
     if not budget > 0:
-        raise UserError(f'--budget={budget:g} must be above 0; 1 is 20 minutes on two cores, 40 for vision.')
+        raise UserError(f'--budget={budget:g} must be above 0; 1 is 20 to 50 minutes.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
     _claim(out, {'family': family, 'budget': budget})

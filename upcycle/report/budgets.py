@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from upcycle.report.claims import WINDOW
 from upcycle.report.compare import Report, half_width, interpolate
 from upcycle.report.runs import Axis
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
-# A single evaluation moves by more than branches differ, so the last part of each budget counts.
-WINDOW = 0.05
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,7 +92,7 @@ def _difference(claim: Claim, runs: Mapping[str, Run]) -> float | None:
     if claim.better not in runs or claim.worse not in runs:
         return None
     pair = [runs[name] for name in (claim.better, claim.worse)]
-    curves = [curve_of(run, claim.metric) for run in pair]
+    curves = [curve_of(run, claim.metric, Axis.FLOPS) for run in pair]
     if not all(len(x) for x, _ in curves):
         return None
     if claim.at == 0:
@@ -105,10 +105,10 @@ def _difference(claim: Claim, runs: Mapping[str, Run]) -> float | None:
     return None if None in values else values[0] - values[1]
 
 
-def curve_of(run: Run, metric: str) -> Curve:
-    """(own FLOPs, metric) of a run; the metric of validation, or 'SPLIT/NAME'."""
+def curve_of(run: Run, metric: str, axis: Axis) -> Curve:
+    """(own cost, metric) of a run; the metric of validation, or 'SPLIT/NAME'."""
     split, slash, name = metric.partition('/')
-    return run.curve(name, Axis.FLOPS, split) if slash else run.curve(metric, Axis.FLOPS)
+    return run.curve(name, axis, split) if slash else run.curve(metric, axis)
 
 
 def mean_before(curve: Curve, cost: float) -> float | None:

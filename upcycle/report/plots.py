@@ -13,6 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, MaxNLocator, PercentFormatter
 
+from upcycle.report.claims import curve_of
 from upcycle.report.compare import Report, half_width
 from upcycle.report.runs import Axis, Curve, Role, Run, is_number
 
@@ -555,8 +556,7 @@ def final_plot(final: Final, seeds: Sequence[Mapping[str, Run]], key: str) -> Pl
 
 def _final_panel(final: Final, seeds: Sequence[Mapping[str, Run]], metric: str) -> Panel:
     def value(run: Run) -> float | None:
-        split, slash, name = metric.partition('/')
-        _, y = run.curve(name, Axis.STEPS, split) if slash else run.curve(metric, Axis.STEPS)
+        _, y = curve_of(run, metric, Axis.STEPS)
         return float(y[0 if final.at_start else -1]) if len(y) else None
 
     def draw(ax: Axes) -> None:

@@ -35,7 +35,7 @@ def sweep(
       axes: of `--grid`.
       bindings: of every point.
       where: a name in `LAUNCHERS`, or 'print'.
-      jobs: runs at once.
+      jobs: runs at once; programs are compiled one after the other.
       cluster: options of a launcher that takes some.
       out: the sweep's folder; None: runs/NAME.
       environment: of the runs.
@@ -55,7 +55,7 @@ def sweep(
     what = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
     out = os.path.join('runs', what.name) if out is None else out
     if what.get('compile'):
-        return compile_all(what, out, where, environment, gin_files, bindings)
+        return compile_all(what, out, where, environment, cluster, gin_files, bindings)
     points = grid.resolve(what, out, gin_files if config is not None else (), bindings)
     if where == PRINT:
         conduct.check(points, checkpoints=False)

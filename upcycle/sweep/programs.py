@@ -21,16 +21,18 @@ def compile_all(
     out: str,
     where: str,
     environment: Mapping[str, str],
+    cluster: Mapping[str, Any],
     gin_files: Sequence[str] = (),
     bindings: Mapping[str, str] | None = None,
 ) -> int:
-    """Compiles what has not been compiled yet, and writes `compiled.md`.
+    """Compiles what has not been compiled yet, and writes `NAME_compiled.md`.
 
     Args:
       what: an experiment with `compile`.
       out: its folder; programs that another experiment compiled there are not compiled again.
       where: a name in `LAUNCHERS`, or 'print'.
       environment: of the compilers.
+      cluster: options of a launcher that takes some.
       gin_files: put before those of each program.
       bindings: of every program.
 
@@ -61,7 +63,7 @@ def compile_all(
         return 0
     failed = []
     with conduct.lock(out) as held:
-        launcher = launchers.make(where, environment, held, 1, {})
+        launcher = launchers.make(where, environment, held, 1, cluster)
         for number, (name, arguments) in enumerate(commands.items(), 1):
             if os.path.exists(_path(out, name)):
                 continue
