@@ -11,6 +11,7 @@ from typing import Any
 import gin
 from upcycle.errors import UserError
 from upcycle.evaluate.few_shot import FewShot
+from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.train.run import Run
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -19,6 +20,7 @@ MAY_CHANGE = (
     'model_dir',
     'total_steps',
     'few_shot',
+    'task_metrics',
     'eval_period',
     'diversity_period',
     'checkpoint_period',
@@ -140,9 +142,8 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
 
 def _may_change(name: str) -> bool:
     selector, parameter = name.rsplit('.', 1)
-    return selector.startswith(('validation/', f'{FewShot.__module__}.')) or (
-        selector == _ROOT and parameter in MAY_CHANGE
-    )
+    looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics))
+    return selector.startswith(('validation/', *looks)) or (selector == _ROOT and parameter in MAY_CHANGE)
 
 
 def _read_config(path: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ import jax
 from upcycle import configuration, cost, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
 from upcycle.errors import UserError
-from upcycle.evaluate import few_shot, validation
+from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
 from upcycle.train import loop
@@ -21,6 +21,7 @@ from upcycle.train.state import Layout, check_start, layout, make_plan, params_f
 from upcycle.train.step import TrainState
 
 FEW_SHOT = 'runs/few_shot.gin'
+TASK_METRICS = 'runs/task_metrics.gin'
 
 
 def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train') -> TrainState:
@@ -79,7 +80,7 @@ def evaluate(
     as_json: bool = False,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """`upcycle eval`: metrics of a checkpoint on the evaluation data, and its probes where FEW_SHOT is set.
+    """`upcycle eval`: metrics of a checkpoint on the evaluation data, with FEW_SHOT its probes, with TASK_METRICS its answers.
 
     Args:
       gin_files: none: the configuration of the run whose folder `checkpoint` is, or lies in.
@@ -96,7 +97,7 @@ def evaluate(
     """
     reader = open_checkpoint(checkpoint)
     config = None
-    if all(file == FEW_SHOT for file in gin_files):
+    if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
         config = _config_of(checkpoint)
         gin_files = [config, *gin_files]
     named = dict(bindings)
@@ -119,6 +120,9 @@ def evaluate(
         if run.few_shot is not None:
             features = few_shot.compiled(run.model)
             metrics['few_shot'] = few_shot.evaluate(run.few_shot, features, params, run.eval_data, sharding, counted)
+        if run.task_metrics is not None:
+            evaluator = tasks.TaskEvaluator(run.task_metrics, run.model, run.eval_data, sharding)
+            metrics['tasks'] = evaluator.evaluate(params)
     result = {
         'checkpoint': str(reader.path),
         'format': reader.format,
@@ -155,7 +159,7 @@ def _metrics_table(result: Mapping[str, Any]) -> str:
     lines = [f'{result["checkpoint"]}  format: {result["format"]}  step: {result["step"]}']
     for split, metrics in result['metrics'].items():
         for name, value in metrics.items():
-            if not isinstance(value, list) and name.count('/') < 2:
+            if not isinstance(value, list) and (split == 'tasks' or name.count('/') < 2):
                 lines.append(f'{split:<12}{name:<32}{value:.6g}')
     return '\n'.join(lines)
 

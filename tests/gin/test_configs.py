@@ -11,10 +11,12 @@ from upcycle.sweep import conduct, grid
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 B16 = ('models/vit_b16.gin', 'moe/vit.gin')
+BASE = ('models/t5_1_1_base.gin', 'moe/t5.gin')
 # Experiment and scale: gin files and bindings that its header asks for, and its points.
 SCALES = {
     ('finetune_imagenet', 'full'): (B16, {'INITIAL_CHECKPOINT_PATH': '/nowhere'}, 12),
     ('finetune_imagenet', 'mini'): ((), {}, 14),
+    ('finetune_superglue', 'full'): (BASE, {'INITIAL_CHECKPOINT_PATH': '/nowhere'}, 3),
     ('operators', 'operators'): ((), {}, 100),
     ('operators', 'recipes'): ((), {}, 75),
     ('operators', 'mini'): ((), {}, 33),
@@ -43,7 +45,11 @@ def test_no_config_is_left_out():
 
 @pytest.mark.parametrize(('name', 'scale'), SCALES)
 def test_every_point_is_built(name, scale, tfds_data_dir):
-    data = {'TFDS_DATA_DIR': tfds_data_dir} if scale == 'full' else {}
+    data = {}
+    if name == 'finetune_imagenet' and scale == 'full':
+        data = {'TFDS_DATA_DIR': tfds_data_dir}
+    if name == 'finetune_superglue':  # in the same format, without the `t5` package
+        data = {'MIXTURE_OR_TASK_NAME': 'small_glue', 'MIXTURE_OR_TASK_MODULE': 'tests.evaluate.small_tasks'}
     entries = conduct.check(points_of(name, scale, **data), checkpoints=False)
     assert all(entry.total_steps > 0 and entry.step_flops > 0 for entry in entries)
 

@@ -99,6 +99,10 @@ class EncoderDecoderModel:
         moe_loss += self.router_z_loss_factor * metrics['experts/router_z_loss']
         return sums, moe_loss, metrics
 
+    def logits(self, params: Any, batch: Batch) -> jax.Array:
+        """Logits of every target (B, L, V), at evaluation."""
+        return self.module().apply({'params': params}, **_inputs(batch), training=False)
+
     def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
         """FLOPs of one forward pass over a batch of `batch_spec`, by component; see `models.Model`."""
         c = self.config

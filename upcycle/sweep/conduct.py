@@ -246,7 +246,8 @@ def table_of(entries: Sequence[Entry]) -> Table:
     if left and counts[Status.FINISHED] != len(entries):
         title += f'; {clock(left)} left'
     logged = {name for entry in entries for name in entry.progress.metrics}
-    columns = [*COLUMNS, *sorted(name for name in logged if name.startswith('few_shot/') and name.endswith('shot'))]
+    few_shot = sorted(name for name in logged if name.startswith('few_shot/') and name.endswith('shot'))
+    columns = [*COLUMNS, *few_shot, *sorted(logged & {'tasks/average'})]
     table = Table('point', 'status', 'step', *columns, title=title, box=None, pad_edge=False, title_justify='left')
     for entry in entries:
         values = [entry.progress.metrics.get(name) for name in columns]

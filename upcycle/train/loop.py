@@ -15,7 +15,7 @@ from upcycle import cost, partitioning
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.errors import Preempted, UserError
-from upcycle.evaluate import diversity, few_shot, validation
+from upcycle.evaluate import diversity, few_shot, tasks, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress
 from upcycle.moe.config import check_groups, microbatch_groups
@@ -116,6 +116,11 @@ class _Trainer:
     def cosines(self) -> diversity.Diversity:
         """Of experts and of routers, by the parameters."""
         return diversity.compiled(self.run.model.moe_layers())
+
+    @functools.cached_property
+    def tasks(self) -> tasks.TaskEvaluator:
+        """Measures the model on seqio's tasks."""
+        return tasks.TaskEvaluator(self.run.task_metrics, self.run.model, self.run.eval_data, self.batch_sharding)
 
     def train(self) -> TrainState:
         run = self.run
@@ -227,11 +232,12 @@ class _Trainer:
         """Steps between looks at the model, by kind; None: it is not looked at so. All are due at the last step."""
         run = self.run
         probing = None if run.few_shot is None else run.few_shot.period or run.total_steps
+        measuring = None if run.task_metrics is None else run.task_metrics.period or run.total_steps
         evaluating = None if run.eval_data is None else run.eval_period
-        return {'evaluate': evaluating, 'probe': probing, 'look': run.diversity_period}
+        return {'evaluate': evaluating, 'probe': probing, 'measure': measuring, 'look': run.diversity_period}
 
     def _take_stock(self, kinds: Sequence[str], state: TrainState, step: int, log: MetricsLog | None) -> None:
-        looks = {'evaluate': self._evaluate, 'probe': self._probe, 'look': self._look}
+        looks = {'evaluate': self._evaluate, 'probe': self._probe, 'measure': self._measure, 'look': self._look}
         for kind in kinds:
             looks[kind](state, step, log)
 
@@ -249,6 +255,10 @@ class _Trainer:
         run = self.run
         metrics = few_shot.evaluate(run.few_shot, self.features, state.params, run.eval_data, self.batch_sharding)
         self._write(log, step, 'few_shot', metrics)
+
+    def _measure(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
+        """Answers to seqio's tasks."""
+        self._write(log, step, 'tasks', self.tasks.evaluate(state.params))
 
     def _write(self, log: MetricsLog | None, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         if log is not None:

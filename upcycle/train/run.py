@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from upcycle.data import DataSource
 from upcycle.errors import UserError
 from upcycle.evaluate.few_shot import FewShot
+from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.models import Model
 from upcycle.surgery.plan import Surgery
 from upcycle.train.optimizer import Optimizer
@@ -32,6 +33,7 @@ class Run:
       step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
         `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
       few_shot: linear probes of an image classifier's features [FEW_SHOT]; None: none.
+      task_metrics: predictions and scores of a language model on seqio's tasks [TASK_METRICS]; None: none.
       diversity_period: steps between looks at how far experts have come apart [DIVERSITY_PERIOD]; None: none.
       eval_period: steps between evaluations [EVAL_PERIOD].
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
@@ -56,6 +58,7 @@ class Run:
     dense_step: int | None = None
     step_0_factors: Sequence[float] = ()
     few_shot: FewShot | None = None
+    task_metrics: TaskMetrics | None = None
     diversity_period: int | None = None
     eval_period: int = 1000
     checkpoint_period: int = 1000
@@ -98,6 +101,8 @@ class Run:
         self.model.check_data(self.train_data)
         if self.few_shot is not None:
             self.few_shot.check(self.model, self.eval_data)
+        if self.task_metrics is not None:
+            self.task_metrics.check(self.model, self.eval_data)
 
     @property
     def num_experts(self) -> int | None:

@@ -1,0 +1,182 @@
+"""What seqio's tasks measure of a language model: predictions and scores, through `seqio.Evaluator` and the tasks' own metrics.
+
+SuperGLUE as in the paper (arXiv 2212.05055): `gin/tasks/superglue.gin` and `gin/runs/task_metrics.gin`.
+Shape suffixes: `B` rows of a batch, `L` length in tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upcycle import partitioning
+from upcycle.data import rows_per_host, tensorflow_quiet
+from upcycle.errors import UserError
+from upcycle.models import Model, Params
+from upcycle.models.decoding import generate
+from upcycle.models.losses import cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMetrics:
+    """Which tasks, and how they are answered. Gin macros in brackets. Lengths and batch size are those of EVAL_DATASET.
+
+    Attributes:
+      mixture_or_task_name: None: that of EVAL_DATASET. Tasks without the split or without metrics are passed over
+        [TASK_METRICS_OF].
+      split: all of it is answered [TASK_METRICS_SPLIT].
+      num_examples: of each task, from its beginning; None: all [TASK_METRICS_EXAMPLES].
+      num_decodes: 1: greedy; more: the best of a beam search of that width [TASK_METRICS_DECODES].
+      alpha: exponent of the beam search's brevity penalty [TASK_METRICS_ALPHA].
+      period: of a training run, steps between evaluations; None: after the last step only [TASK_METRICS_PERIOD].
+    """
+
+    mixture_or_task_name: str | None = None
+    split: str = 'validation'
+    num_examples: int | None = None
+    num_decodes: int = 1
+    alpha: float = 0.6
+    period: int | None = None
+
+    def __post_init__(self):
+        for binding, value, optional in (
+            ('TASK_METRICS_EXAMPLES', self.num_examples, True),
+            ('TASK_METRICS_DECODES', self.num_decodes, False),
+            ('TASK_METRICS_PERIOD', self.period, True),
+        ):
+            if (value is not None or not optional) and (not isinstance(value, int) or value < 1):
+                raise UserError(
+                    f'{binding} = {value!r} must be a whole number of at least 1{", or None" if optional else ""}.'
+                )
+
+    def check(self, model: Model, eval_data: Any) -> None:
+        """Raises UserError unless the model writes text and the data says how it is to be read."""
+        if model.family != 't5':
+            raise UserError(
+                f'TASK_METRICS is for models that write text, and this one is of the family {model.family}: leave it out.'
+            )
+        if eval_data is None or not hasattr(eval_data, 'task_feature_lengths'):
+            raise UserError('TASK_METRICS needs a text task in EVAL_DATASET, such as that of tasks/superglue.gin.')
+
+
+class TaskEvaluator:
+    """Measures a model again and again as it trains: examples are read once and programs compiled once.
+
+    Args:
+      spec: which tasks.
+      model: a T5; dense or sparse.
+      eval_data: a `data.text.DatasetConfig`: task, lengths, global batch size.
+      sharding: of batches, on the mesh in use.
+
+    Raises:
+      UserError: no task of that name has the split and a metric, or the data cannot be read.
+    """
+
+    def __init__(self, spec: TaskMetrics, model: Model, eval_data: Any, sharding: jax.sharding.NamedSharding):
+        spec.check(model, eval_data)
+        self._spec, self._sharding = spec, sharding
+        # Every host takes every example, and gives its devices their rows.
+        self._rows = rows_per_host(eval_data.batch_size, jax.process_count())
+        self._batch_size = eval_data.batch_size
+        other = spec.mixture_or_task_name
+        data = eval_data if other is None else dataclasses.replace(eval_data, mixture_or_task_name=other, source=None)
+        self._evaluator = _evaluator(data, spec)
+        whole = partitioning.replicated(sharding.mesh)
+        length = eval_data.task_feature_lengths['targets']
+        self._predict = jax.jit(functools.partial(predict, model=model, spec=spec, length=length), out_shardings=whole)
+        self._score = jax.jit(functools.partial(log_likelihood, model=model), out_shardings=whole)
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """`TASK/METRIC` for every number that a task's metrics give, and `average`: over tasks, of the mean of a task's numbers.
+
+        The same on every host.
+        """
+
+        def answers(step: Any, dataset: Any) -> list[tuple[int, Any]]:
+            found: list[tuple[int, Any]] = []
+            for numbers, batch in self._batches(dataset):
+                # The rows that only fill up the batch come last.
+                found += zip(numbers, jax.device_get(step(params, batch)).tolist(), strict=False)
+            return found
+
+        metrics, _ = self._evaluator.evaluate(
+            compute_metrics=True,
+            predict_fn=functools.partial(answers, self._predict),
+            score_fn=functools.partial(answers, self._score),
+        )
+        return summarize(metrics.result())
+
+    def _batches(self, dataset: Any) -> Iterator[tuple[list[int], dict[str, jax.Array]]]:
+        """The numbers of the examples, and the global batch that they begin."""
+        first = jax.process_index() * self._rows
+        for numbers, examples in dataset.batch(self._batch_size).as_numpy_iterator():
+            batch = {}
+            for name, value in examples.items():
+                filled = np.zeros((self._batch_size, *value.shape[1:]), value.dtype)
+                filled[: len(value)] = value
+                batch[name] = filled[first : first + self._rows]
+            yield numbers.tolist(), partitioning.put_batch(batch, self._sharding)
+
+
+def predict(
+    params: Params, batch: Mapping[str, jax.Array], *, model: Model, spec: TaskMetrics, length: int
+) -> jax.Array:
+    """The model's answers: tokens (B, L), padding after the end."""
+    tokens_BxNxL, _ = generate(
+        model.module(),
+        params,
+        batch['encoder_input_tokens'],
+        max_length=length,
+        num_decodes=spec.num_decodes,
+        alpha=spec.alpha,
+    )
+    return tokens_BxNxL[:, 0]
+
+
+def log_likelihood(params: Params, batch: Mapping[str, jax.Array], *, model: Model) -> jax.Array:
+    """Log-probability of each row's targets, its end included (B,), as T5X's `score_batch`."""
+    logits_BxLxV = model.logits(params, batch)
+    loss_BxL, _ = cross_entropy(logits_BxLxV, batch['decoder_target_tokens'])
+    return -(loss_BxL * batch['decoder_loss_weights'].astype(jnp.float32)).sum(axis=-1)
+
+
+def summarize(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """See `TaskEvaluator.evaluate`; what is no number (texts, histograms) is left out."""
+    found: dict[str, float] = {}
+    means = []
+    for task, values in metrics.items():
+        numbers = {name: getattr(value, 'value', value) for name, value in values.items()}
+        numbers = {
+            name: float(value) for name, value in numbers.items() if np.isscalar(value) and not isinstance(value, str)
+        }
+        found |= {f'{task}/{name}': value for name, value in numbers.items()}
+        if numbers:
+            means.append(np.mean(list(numbers.values())))
+    return {**found, 'average': float(np.mean(means))} if means else found
+
+
+def _evaluator(data: Any, spec: TaskMetrics) -> Any:
+    seqio = tensorflow_quiet.seqio()
+    # Looking the task up says what is wrong with its name.
+    subtasks = seqio.get_subtasks(data.task)
+    name = data.mixture_or_task_name
+    measured = [task for task in subtasks if spec.split in task.splits and task.metric_objs]
+    if not measured:
+        raise UserError(
+            f'{name} has no task with metrics and a split {spec.split!r}: name one that has in TASK_METRICS_OF, or another '
+            'TASK_METRICS_SPLIT.'
+        )
+    with tensorflow_quiet.reading(name):
+        return seqio.Evaluator(
+            name,
+            seqio.EncDecFeatureConverter(pack=False),
+            eval_split=spec.split,
+            use_cached=data.use_cached,
+            sequence_length=dict(data.task_feature_lengths),
+            num_examples=spec.num_examples,
+            async_compute_metrics=False,
+        )
