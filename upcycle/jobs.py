@@ -4,12 +4,14 @@ import json
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
-from upcycle import configuration, cost, partitioning
+from upcycle import configuration, cost, files, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot, tasks, validation
@@ -36,7 +38,7 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     mesh = loop.check(run)
     where = layout(run, mesh)
     # A run that has a checkpoint of its own needs the dense one no longer.
-    if run.initial_checkpoint_path is not None and not os.path.isdir(os.path.join(run.model_dir, 'checkpoints')):
+    if run.initial_checkpoint_path is not None and not (files.absolute(run.model_dir) / 'checkpoints').is_dir():
         reader = open_checkpoints(run.initial_checkpoint_path)
         make_plan(run, where, reader)
         check_start(run, reader.step if run.dense_step is None else run.dense_step)
@@ -144,14 +146,23 @@ def evaluate(
 
 def _config_of(checkpoint: str) -> str:
     """The `config.gin` of the run that a checkpoint's path belongs to."""
-    path = os.path.abspath(checkpoint)
-    for folder in (path, os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
-        if os.path.isfile(os.path.join(folder, 'config.gin')):
-            return os.path.join(folder, 'config.gin')
+    path = files.absolute(checkpoint)
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / 'config.gin').is_file():
+            return _local(folder / 'config.gin')
     raise UserError(
         f'{checkpoint} lies in no run folder of ours, so say what model and data it is of: --gin_file=models/..., '
         '--gin_file=tasks/..., --gin_file=runs/eval.gin.'
     )
+
+
+def _local(path: epath.Path) -> str:
+    """A file that gin can read, which knows no buckets."""
+    if not files.is_remote(path):
+        return os.fspath(path)
+    with tempfile.NamedTemporaryFile('w', suffix='.gin', delete=False, encoding='utf-8') as file:
+        file.write(path.read_text())
+    return file.name
 
 
 def _metrics_table(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from upcycle import files
+
 Batch = TypeVar('Batch')
+# Seconds: a bucket takes whole objects only, so that each copy sends all that the run has logged.
+COPY_PERIOD = 60.0
 
 
 class MetricsLog:
@@ -24,49 +28,59 @@ class MetricsLog:
     def __init__(self, model_dir: str, last_step: int | None, *, only_training_at_it: bool = False):
         from upcycle.data import tensorflow_quiet
 
-        self._path = os.path.join(model_dir, 'metrics.jsonl')
-        kept = [] if last_step is None else [line for line in read_metrics(self._path) if line['step'] <= last_step]
+        self._mirror = files.Mirror(model_dir)
+        path = self._mirror.path / 'metrics.jsonl'
+        earlier = [] if last_step is None else read_metrics(files.absolute(model_dir) / 'metrics.jsonl')
+        kept = [line for line in earlier if line['step'] <= last_step]
         if only_training_at_it:
             kept = [line for line in kept if line['step'] < last_step or line['split'] == 'train']
-        temporary = self._path + '.new'
-        with open(temporary, 'w', encoding='utf-8') as file:
-            file.writelines(json.dumps(line) + '\n' for line in kept)
-        os.replace(temporary, self._path)
-        self._file = open(self._path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
+        files.replace_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
+        self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
         self._tf = tensorflow_quiet.tensorflow()
         self._writers: dict[str, Any] = {}
-        self._model_dir = model_dir
+        self._copied = time.monotonic()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns; lists (such as the load of each expert) go into the line only."""
+        """One line, on disk when this returns (of a bucket: within a minute); lists, such as the load of each expert, go into the
+        line only."""
         line = {'step': step, 'split': split} | {name: plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line) + '\n')
         self._file.flush()
         if split not in self._writers:
-            self._writers[split] = self._tf.summary.create_file_writer(os.path.join(self._model_dir, split))
+            self._writers[split] = self._tf.summary.create_file_writer(str(self._mirror.path / split))
         with self._writers[split].as_default(step=step):
             for name, value in line.items():
                 if isinstance(value, int | float) and name != 'step':
                     self._tf.summary.scalar(name, value)
+        if time.monotonic() - self._copied > COPY_PERIOD:
+            self.copy()
+
+    def copy(self) -> None:
+        """Where the run's folder is in a bucket, sends there what has been written."""
+        for writer in self._writers.values():
+            writer.flush()
+        self._mirror.copy()
+        self._copied = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes every file."""
         self._file.close()
         for writer in self._writers.values():
             writer.close()
+        self._mirror.close()
 
 
-def read_metrics(path: str) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Lines of a `metrics.jsonl`; [] where there is none. A last line that was cut off is left out."""
-    if not os.path.exists(path):
+    file = files.absolute(path)
+    if not file.exists():
         return []
     lines = []
-    with open(path, encoding='utf-8') as file:
-        for text in file:
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+    for text in file.read_text(encoding='utf-8').splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
     return lines
 
 

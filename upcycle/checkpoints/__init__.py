@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from upcycle import files
 from upcycle.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,11 +92,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     Raises:
         UserError: nothing is there, it holds no checkpoint, or only a save that never finished.
     """
-    from upcycle.checkpoints import arrays
-
-    folder, part = arrays.absolute(path), ''
+    folder, part = files.absolute(path), ''
     if match := _PART.fullmatch(os.fspath(folder)):
-        folder, part = arrays.absolute(match[1]), match[2]
+        folder, part = files.absolute(match[1]), match[2]
     if not folder.exists():
         raise UserError(f'{folder} does not exist: name a checkpoint, or a folder that holds one.')
     if folder.name == 'checkpoint' and folder.is_file():
@@ -146,9 +145,9 @@ def create_checkpoint(
     Raises:
         UserError: something is there already, a leaf has no counterpart in the format, or the space does not suffice.
     """
-    from upcycle.checkpoints import arrays, flax_npz, huggingface, native, t5x, writing
+    from upcycle.checkpoints import flax_npz, huggingface, native, t5x, writing
 
-    target = arrays.absolute(path)
+    target = files.absolute(path)
     if format == 'vit_npz':
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':

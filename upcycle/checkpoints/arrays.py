@@ -22,6 +22,7 @@ import tensorstore as ts
 from etils import epath
 
 from upcycle.errors import UserError
+from upcycle.files import is_remote
 
 ORBAX_INDEX = '_METADATA'
 _COMMITTED = 'commit_success.txt'
@@ -92,24 +93,9 @@ def token_position_into_token(cls: Lazy, table: Lazy) -> tuple[Derived, Derived]
     return patches, Derived((1, 1, width), cls.dtype, (cls, table), lambda cls, table: cls + table[:, :1])
 
 
-def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are.
-
-    Raises:
-        UserError: an address of a kind that we do not read.
-    """
-    name = os.fspath(path)
-    if '://' not in name:
-        return epath.Path(os.path.abspath(os.path.expanduser(name)))
-    scheme = name.partition('://')[0]
-    if scheme not in _STORES:
-        raise UserError(f'{name} cannot be read: checkpoints are local, or in buckets (gs:// or s3://).')
-    return epath.Path(name)
-
-
 def is_finished(folder: epath.Path) -> bool:
     """Whether Orbax has committed this step: by its name, or in an object store, which cannot rename, by a file."""
-    return '://' not in os.fspath(folder) or (folder / _COMMITTED).exists()
+    return not is_remote(folder) or (folder / _COMMITTED).exists()
 
 
 def require_finite(path: str, name: str, value: np.ndarray) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from upcycle import files
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
@@ -114,7 +115,7 @@ class CheckpointManager:
             if value is not None and value < 1:
                 raise UserError(f'{name} is {value}: it is at least 1, or None.')
         kept = [_policies.LatestN(keep), *([_policies.EveryNSteps(keep_period)] if keep_period else [])]
-        self._folder = arrays.absolute(model_dir) / 'checkpoints'
+        self._folder = files.absolute(model_dir) / 'checkpoints'
         # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
         # have begun a save yet: they all wait for the first one there.
         if jax.process_index() == 0:

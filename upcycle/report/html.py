@@ -12,6 +12,7 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
+from etils import epath
 
 from upcycle.errors import UserError
 from upcycle.report.claims import Verdict
@@ -330,8 +331,8 @@ def report_main(run_dirs: Sequence[str], out: str) -> pathlib.Path:
     Returns:
       The path of `report.html`.
     """
-    folders: dict[pathlib.Path, None] = {}
-    for given in map(pathlib.Path, run_dirs):
+    folders: dict[epath.Path, None] = {}
+    for given in map(epath.Path, run_dirs):
         found = (
             [given] if (given / 'metrics.jsonl').is_file() else sorted(p.parent for p in given.rglob('metrics.jsonl'))
         )

@@ -5,12 +5,13 @@ import enum
 import functools
 import json
 import math
-import pathlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from upcycle.errors import UserError
 
@@ -45,7 +46,7 @@ class Run:
     """One run folder, read. `records` are in order of writing; `receipt` is None unless the run was upcycled."""
 
     name: str
-    path: pathlib.Path
+    path: epath.Path
     role: Role
     records: tuple[Record, ...] = dataclasses.field(default=(), repr=False)
     receipt: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
@@ -94,7 +95,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def load_run(path: str | pathlib.Path, role: Role | None = None, name: str | None = None) -> Run:
+def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str | None = None) -> Run:
     """Reads a run folder.
 
     Args:
@@ -105,12 +106,12 @@ def load_run(path: str | pathlib.Path, role: Role | None = None, name: str | Non
     Raises:
       UserError: no metrics, no complete line in them, or a broken line that is not the last.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     metrics = path / 'metrics.jsonl'
     if not metrics.is_file():
         raise UserError(f'{path} is not a run folder: it has no metrics.jsonl; give the MODEL_DIR of a run.')
     # A run in progress may be caught in the middle of a line, even in the middle of a character.
-    lines = metrics.read_text(encoding='utf-8', errors='replace').splitlines()
+    lines = metrics.read_bytes().decode(errors='replace').splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -128,7 +129,7 @@ def load_run(path: str | pathlib.Path, role: Role | None = None, name: str | Non
     receipt = None
     if (path / 'receipt.json').is_file():
         try:
-            receipt = json.loads((path / 'receipt.json').read_text(encoding='utf-8'))
+            receipt = json.loads((path / 'receipt.json').read_text())
         except ValueError as error:
             raise UserError(f'{path / "receipt.json"} is not JSON ({error}); remove it or convert again.') from error
     run = Run(name or path.resolve().name.replace('_', ' '), path, role or Role.OTHER, tuple(records), receipt)

@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_collections
 
+from upcycle import files
 from upcycle.errors import UserError
 from upcycle.sweep import conduct, grid, launchers
 from upcycle.sweep.launchers import Launcher
@@ -37,7 +38,7 @@ def sweep(
       where: a name in `LAUNCHERS`, or 'print'.
       jobs: runs at once; programs are compiled one after the other.
       cluster: options of a launcher that takes some.
-      out: the sweep's folder; None: runs/NAME.
+      out: the sweep's folder; None: runs/NAME. In a bucket there are the runs alone, and the rest in runs/NAME.
       environment: of the runs.
 
     Returns:
@@ -63,6 +64,8 @@ def sweep(
             print(point.command)
         return 0
     entries = conduct.check(points)
+    # What a sweep writes about itself stays here; its runs may lie in a bucket.
+    out = os.path.join('runs', what.name) if files.is_remote(out) else out
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
         launcher = launchers.make(where, environment, held, jobs, cluster)

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from upcycle import files
+from upcycle.checkpoints.arrays import is_finished
 from upcycle.metrics import read_metrics
 
 
@@ -60,7 +62,8 @@ class Point:
 
     def finished(self, total_steps: int) -> bool:
         """Whether its last checkpoint is there, which is written after everything else."""
-        return os.path.isdir(os.path.join(self.model_dir, 'checkpoints', str(total_steps)))
+        folder = files.absolute(self.model_dir) / 'checkpoints' / str(total_steps)
+        return folder.is_dir() and is_finished(folder)
 
 
 @dataclasses.dataclass(frozen=True)

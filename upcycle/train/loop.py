@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from upcycle import cost, partitioning
+from upcycle import cost, files, partitioning
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.errors import Preempted, UserError
@@ -125,17 +124,17 @@ class _Trainer:
     def train(self) -> TrainState:
         run = self.run
         newest = None
-        if os.path.isdir(os.path.join(run.model_dir, 'checkpoints')):
+        folder = files.absolute(run.model_dir)
+        if (folder / 'checkpoints').is_dir():
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                 newest = manager.latest_step()
                 if newest is not None:
                     state = self._restore(manager, newest)
         if newest is None:
             state = self._first_state()
-            os.makedirs(run.model_dir, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             if self.receipt is not None and jax.process_index() == 0:
-                with open(os.path.join(run.model_dir, 'receipt.json'), 'w', encoding='utf-8') as file:
-                    json.dump(self.receipt, file, indent=1)
+                files.replace_text(folder / 'receipt.json', json.dumps(self.receipt, indent=1))
         log = None
         if jax.process_index() == 0:
             log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
@@ -217,6 +216,8 @@ class _Trainer:
                     # Evaluating could take longer than whoever asked will wait.
                     self._take_stock([] if stop else due, state, step, log)
                     if saves:
+                        if log is not None:
+                            log.copy()
                         self._save(manager, step, state, unfinished=due if stop else [])
                     timer.start()
                 if stop:

@@ -1,0 +1,65 @@
+"""Run by test_buckets.py: commands whose run folders lie in a bucket of a stand-in for Google's storage, on loopback.
+
+python -m tests.on_a_bucket FOLDER
+
+TensorFlow knows Google's own address only, so paths are read by gcsfs here.
+"""
+
+import os
+import sys
+
+HOST = '127.0.0.1'
+
+
+def serve() -> None:
+    """Starts the stand-in, and points every client of this process at it."""
+    from gcp_storage_emulator.handlers import objects
+
+    download = objects.download
+
+    def with_generation(request, response, storage, *rest, **named):
+        # Google's storage says which version of an object it sends, and TensorStore insists.
+        found = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
+        response['x-goog-generation'] = found['generation']
+        return download(request, response, storage, *rest, **named)
+
+    objects.download = with_generation
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server(HOST, 0, in_memory=True, default_bucket='bucket')
+    server.start()
+    address = f'http://{HOST}:{server._api._httpd.server_port}'
+    os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+
+
+def main(folder: str) -> None:
+    """A dense run, an upcycled one in two legs, an evaluation and a report; the same on disk, for comparison."""
+    serve()
+    from tests import runs
+    from upcycle import cli
+
+    def call(*arguments: str) -> None:
+        try:
+            cli.main(arguments)
+        except SystemExit as end:
+            assert not end.code, (end.code, arguments)
+
+    def train(kind: str, model_dir: str, steps: int, **more: object) -> None:
+        named = runs.bindings(kind, model_dir, steps, **more)
+        files = [f'--gin_file={file}' for file in runs.FILES[kind]]
+        call('train', *files, *(f'--gin.{name}={value}' for name, value in named.items()))
+
+    for name, root in (('local', folder), ('remote', 'gs://bucket/runs')):
+        train('dense', f'{root}/dense', 4)
+        for steps in (6, 8):
+            train('upcycle', f'{root}/upcycled', steps, INITIAL_CHECKPOINT_PATH=f'{root}/dense')
+        call('eval', f'--from={root}/upcycled', '--json', f'--out={folder}/{name}.json')
+        call('report', f'{root}/dense', f'{root}/upcycled', f'--out={folder}/report_{name}')
+    from etils import epath
+
+    for path in epath.Path('gs://bucket/runs/upcycled').iterdir():
+        print('in the bucket:', path.name)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
