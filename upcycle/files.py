@@ -1,6 +1,7 @@
 """Files of a run, in a local folder or in a bucket."""
 
 import os
+import pathlib
 import tempfile
 
 from etils import epath
@@ -50,7 +51,7 @@ class Mirror:
     def __init__(self, folder: str | os.PathLike[str]):
         self._folder = absolute(folder)
         self._local = tempfile.TemporaryDirectory() if is_remote(folder) else None
-        self._copied: dict[epath.Path, int] = {}
+        self._copied: dict[pathlib.Path, int] = {}
 
     @property
     def path(self) -> epath.Path:
@@ -61,9 +62,10 @@ class Mirror:
         """Sends what has grown since the last time; nothing where the folder is local."""
         if self._local is None:
             return
-        for file in self.path.rglob('*'):
-            if file.is_file() and self._copied.get(file) != (size := file.stat().length):
-                target = self._folder / file.relative_to(self.path)
+        local = pathlib.Path(self._local.name)
+        for file in local.rglob('*'):
+            if file.is_file() and self._copied.get(file) != (size := file.stat().st_size):
+                target = self._folder / file.relative_to(local).as_posix()
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
                 self._copied[file] = size

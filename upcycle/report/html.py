@@ -333,9 +333,10 @@ def report_main(run_dirs: Sequence[str], out: str) -> pathlib.Path:
     """
     folders: dict[epath.Path, None] = {}
     for given in map(epath.Path, run_dirs):
-        found = (
-            [given] if (given / 'metrics.jsonl').is_file() else sorted(p.parent for p in given.rglob('metrics.jsonl'))
-        )
+        if (given / 'metrics.jsonl').is_file():
+            found = [given]
+        else:
+            found = sorted(folder for folder, _, names in given.walk() if 'metrics.jsonl' in names)
         if not found:
             raise UserError(f'{given} holds no metrics.jsonl; give the MODEL_DIR of a run or a folder of such.')
         folders |= dict.fromkeys(found)
