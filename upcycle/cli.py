@@ -158,15 +158,16 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         '--where',
         default='local',
-        choices=('local', 'slurm', 'print'),
-        help='this machine, jobs of a Slurm cluster, or only the commands (%(default)s)',
+        choices=('local', 'slurm', 'gke', 'print'),
+        help='this machine, jobs of a Slurm cluster, workloads of a GKE cluster, or only the commands (%(default)s)',
     )
     sweep.add_argument(
         '--cluster',
         action='append',
         default=[],
         metavar='NAME=VALUE',
-        help="repeatable, with --where=slurm: submitit's options, such as slurm_partition, timeout_min, gpus_per_node, nodes",
+        help="repeatable; --where=slurm: submitit's options, such as slurm_partition, timeout_min, gpus_per_node, nodes; "
+        "--where=gke: xpk's, such as cluster, tpu-type, docker-image",
     )
     sweep.add_argument(
         '--jobs',

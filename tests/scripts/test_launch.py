@@ -119,6 +119,7 @@ def test_xpk_gets_the_command_and_the_image(stand_in, tmp_path):
     (call,) = calls(log)
     assert call[:2] == ['workload', 'create']
     assert {'--workload=mine', '--cluster=cluster', '--tpu-type=v4-128', '--num-slices=2'} <= set(call)
+    assert '--restart-on-exit-codes=75' in call
     assert call[-1].startswith('--command=upcycle train --gin_file=a.gin ') and call[-1].endswith(' --distributed')
 
 

@@ -325,10 +325,43 @@ def test_points_are_jobs_of_a_cluster(tmp_path, monkeypatch):
     assert conduct.run_to_end(slurm, ['train'], str(tmp_path / 'logs' / 'b.txt')) == 1
 
 
+XPK = """#!/usr/bin/env bash
+printf '%s\\n' "$@" -- >> {folder}/calls.txt
+case "$*" in *--wait-for-job-completion=*) exit $(cat {folder}/status) ;; esac
+"""
+
+
+def test_points_are_workloads_of_a_gke_cluster(tmp_path, monkeypatch):
+    """A program that notes its arguments stands in for xpk."""
+    (tmp_path / 'xpk').write_text(XPK.format(folder=tmp_path))
+    (tmp_path / 'xpk').chmod(0o755)
+    options = {'cluster': 'c', 'tpu-type': 'v4-128', 'docker-image': 'i', 'zone': 'z'}
+    with pytest.raises(UserError, match='needs xpk'):
+        launchers.make('gke', {}, 0, 1, options)
+    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+    with pytest.raises(UserError, match='--cluster tpu-type='):
+        launchers.make('gke', {}, 0, 1, {'cluster': 'c'})
+    gke = launchers.make('gke', dict(os.environ), 0, 2, options)
+    names = []
+    for status in (0, 125):
+        (tmp_path / 'status').write_text(str(status))
+        (tmp_path / 'calls.txt').write_text('')
+        log = str(tmp_path / 'logs' / 'a.txt')
+        assert conduct.run_to_end(gke, ['train', '--gin.NAME=a b'], log) == status
+        create, watch, *rest = [c.strip().split('\n') for c in (tmp_path / 'calls.txt').read_text().split('--\n') if c]
+        assert {'--tpu-type=v4-128', '--restart-on-exit-codes=75', '--zone=z'} <= set(create)
+        assert create[-1] == "--command=upcycle train '--gin.NAME=a b' --distributed"
+        assert watch[:4] == ['workload', 'list', '--cluster=c', '--zone=z']
+        # A workload that failed makes room for the next try.
+        assert [call[:2] for call in rest] == ([['workload', 'delete']] if status else [])
+        names.append(create[2])
+    assert names[0] == names[1] and len(names[0]) < 45
+
+
 @pytest.mark.parametrize(
     ('options', 'match'),
     [
-        (['--cluster', 'a=1'], '--cluster a=... goes with --where=slurm'),
+        (['--cluster', 'a=1'], '--cluster a=... goes with --where=slurm or gke'),
         (['--cluster', 'a'], 'options look like'),
         (['--jobs=0'], '--jobs=0'),
     ],

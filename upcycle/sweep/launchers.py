@@ -1,13 +1,16 @@
 """Where a sweep's runs are carried out: a registry by the name that `--where` takes."""
 
 import contextlib
+import hashlib
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from upcycle.errors import UserError
+from upcycle.errors import PREEMPTED, UserError
 
 
 class Job(Protocol):
@@ -174,8 +177,79 @@ class Slurm:
         return SubmittedJob(job, log)
 
 
-# Arguments as those of Local; of Slurm also its options.
-LAUNCHERS: dict[str, Callable[..., Launcher]] = {'local': Local, 'slurm': Slurm}
+class GkeJob(LocalJob):
+    """The xpk that watches a workload; stopping it takes the workload off its cluster."""
+
+    def __init__(self, process: subprocess.Popen, delete: Sequence[str]):
+        super().__init__(process)
+        self._delete = list(delete)
+
+    def stop(self) -> None:
+        """Ends the workload, and waits for xpk."""
+        going = self.poll() is None
+        super().stop()
+        if going:
+            subprocess.run(self._delete, check=False, stdout=subprocess.DEVNULL)
+
+
+class Gke:
+    """TPU slices of a Google Kubernetes Engine cluster, by xpk: each run is a workload.
+
+    A workload outlives a sweep that is killed; the next one finds it by its name and goes on watching it. One that failed is
+    deleted, so that the sweep can try again.
+
+    Args:
+      environment: of xpk.
+      keep_open: unused: a workload does not hold the sweep's lock.
+      slots: workloads that may wait or run at once.
+      options: of `xpk workload create`, without dashes: `cluster`, `tpu-type`, `docker-image`, and any other.
+
+    Raises:
+      UserError: xpk is not installed, or an option that it needs is missing.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        keep_open: int,
+        slots: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ):
+        self.slots, self._environment, self._options = slots, dict(environment), dict(options or {})
+        if shutil.which('xpk') is None:
+            raise UserError('--where=gke needs xpk, and it is not on the PATH: pip install xpk.')
+        for name in ('cluster', 'tpu-type', 'docker-image'):
+            if name not in self._options:
+                raise UserError(f'--where=gke needs --cluster {name}=..., an option of `xpk workload create`.')
+
+    def start(self, arguments: Sequence[str], log: str) -> GkeJob:
+        """Creates the workload `upcycle ARGUMENTS`, and watches it."""
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        # Names of workloads are short, and the same for the same run.
+        name = f'upcycle-{hashlib.sha256(shlex.join(arguments).encode()).hexdigest()[:16]}'
+        where = [f'--{key}={self._options[key]}' for key in ('cluster', 'project', 'zone') if key in self._options]
+        # As scripts/launch/gke.sh.
+        options = {'num-slices': 1, 'max-restarts': 100, 'restart-on-exit-codes': PREEMPTED, **self._options}
+        create = ['xpk', 'workload', 'create', f'--workload={name}']
+        create += [f'--{key}={value}' for key, value in options.items()]
+        create.append(f'--command=upcycle {shlex.join(arguments)} --distributed')
+        watch = ['xpk', 'workload', 'list', *where, f'--wait-for-job-completion={name}']
+        delete = ['xpk', 'workload', 'delete', *where, f'--workload={name}', '--force']
+        # Creating fails where the workload is there already, and then it is watched all the same.
+        script = f'{shlex.join(create)}\n{shlex.join(watch)} || {{ code=$?; {shlex.join(delete)}; exit $code; }}\n'
+        with open(log, 'a', encoding='utf-8') as file:
+            process = subprocess.Popen(
+                ['bash', '-c', script],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+            )
+        return GkeJob(process, delete)
+
+
+# Arguments as those of Local; of clusters also their options.
+LAUNCHERS: dict[str, Callable[..., Launcher]] = {'local': Local, 'slurm': Slurm, 'gke': Gke}
 
 
 def make(
@@ -186,6 +260,6 @@ def make(
     Raises:
       UserError: it takes no options, and there are some.
     """
-    if where != 'slurm' and options:
-        raise UserError(f'--cluster {next(iter(options))}=... goes with --where=slurm.')
+    if where == 'local' and options:
+        raise UserError(f'--cluster {next(iter(options))}=... goes with --where=slurm or gke.')
     return LAUNCHERS[where](environment, keep_open, slots, **({'options': options} if options else {}))
