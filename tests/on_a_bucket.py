@@ -5,36 +5,39 @@ python -m tests.on_a_bucket FOLDER
 TensorFlow knows Google's own address only, so paths are read by gcsfs here.
 """
 
+import contextlib
 import os
 import sys
 
 HOST = '127.0.0.1'
 
 
-def serve() -> None:
-    """Starts the stand-in, and points every client of this process at it."""
+@contextlib.contextmanager
+def served():
+    """Runs the stand-in, and points every client of this process at it."""
+    from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
 
     download = objects.download
 
     def with_generation(request, response, storage, *rest, **named):
         # Google's storage says which version of an object it sends, and TensorStore insists.
-        found = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
-        response['x-goog-generation'] = found['generation']
+        with contextlib.suppress(NotFound):
+            found = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
+            response['x-goog-generation'] = found['generation']
         return download(request, response, storage, *rest, **named)
 
     objects.download = with_generation
     from gcp_storage_emulator.server import create_server
 
-    server = create_server(HOST, 0, in_memory=True, default_bucket='bucket')
-    server.start()
-    address = f'http://{HOST}:{server._api._httpd.server_port}'
-    os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+    with create_server(HOST, 0, in_memory=True, default_bucket='bucket') as server:
+        address = f'http://{HOST}:{server._api._httpd.server_port}'
+        os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+        yield
 
 
 def main(folder: str) -> None:
     """A dense run, an upcycled one in two legs, an evaluation and a report; the same on disk, for comparison."""
-    serve()
     from tests import runs
     from upcycle import cli
 
@@ -62,4 +65,5 @@ def main(folder: str) -> None:
 
 
 if __name__ == '__main__':
-    main(*sys.argv[1:])
+    with served():
+        main(*sys.argv[1:])
