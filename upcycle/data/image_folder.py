@@ -36,9 +36,9 @@ class ImageFolder:
 
     Class ids are the places of the folders' names in alphabetical order.
 
-    train_folder: of the folders.
-    validation_folder: likewise, of the same classes; where None, about 5% of the train images, chosen by the hashes of their
-        names.
+    train_folder: holds a folder of images for each class [TRAIN_FOLDER].
+    validation_folder: the same for validation, of the same classes; where None, about 5% of the train images, chosen by the
+        hashes of their names [VALIDATION_FOLDER].
     """
 
     train_folder: str | None

@@ -74,7 +74,7 @@ class DatasetConfig:
 
     source: where the images come from.
     preprocessing: what makes them the model's input; a frozen dataclass, whose fields go into the fingerprint.
-    split: 'train', 'validation', ...
+    split: 'train', 'validation', ..., or what TFDS calls a part, such as 'train[:99%]'.
     batch_size: rows of a global batch.
     seed: of the order and of the augmentation.
     shuffle: a new order in every epoch; bind False for validation.

@@ -84,7 +84,7 @@ def _scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 class ScanAugmentation:
     """Random distortions of small scans, in this order; with strength 0 the scans stay as they are.
 
-    strength: multiplies every amount below.
+    strength: multiplies every amount of distortion below [AUGMENT_STRENGTH].
     max_shift: pixels, along each axis.
     max_rotation: degrees, either way.
     max_shear: of x by y, either way.

@@ -46,7 +46,7 @@ class _Endless:
 class SyntheticText(_Endless):
     """Rows of random tokens without padding, as an encoder-decoder reads them. It is a `DataSource`.
 
-    task_feature_lengths: TASK_FEATURE_LENGTHS: tokens of 'inputs' and 'targets' in a row.
+    task_feature_lengths: tokens of 'inputs' and 'targets' in a row [TASK_FEATURE_LENGTHS].
     vocabulary_size: tokens are below this, and above 0.
     batch_size: rows of a global batch.
     seed: of the tokens.

@@ -33,11 +33,11 @@ __all__ = ['DatasetConfig', 'TextFiles']
 class DatasetConfig:
     """A split of a seqio task or mixture, as batches for an encoder-decoder. It is a `DataSource`.
 
-    mixture_or_task_name: MIXTURE_OR_TASK_NAME.
-    task_feature_lengths: TASK_FEATURE_LENGTHS: tokens of 'inputs' and 'targets' in a row.
+    mixture_or_task_name: as seqio knows it [MIXTURE_OR_TASK_NAME].
+    task_feature_lengths: tokens of 'inputs' and 'targets' in a row [TASK_FEATURE_LENGTHS].
     split: 'train', 'validation', ...
     batch_size: rows of a global batch.
-    seed: of shuffling and of corruption.
+    seed: seed of shuffling and of corruption.
     pack: several examples in a row, with segment ids and positions, as T5X.
     shuffle: bind False for validation, which then is in corpus order.
     use_cached: read what `seqio_cache_tasks` wrote; for streamed tasks only.

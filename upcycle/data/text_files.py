@@ -20,7 +20,7 @@ class TextFiles:
     """UTF-8 text files, one document a file, as the task `text_files_span_corruption`.
 
     train_files: a glob or several (`**` for any depth; `gs://` and the like too, without `**`).
-    validation_files: likewise; where None, about 5% of the train files, chosen by the hashes of their names.
+    validation_files: the same for validation; where None, about 5% of the train files, chosen by the hashes of their names.
     vocabulary: path of a SentencePiece model (pad 0, EOS 1, as T5's); where None, bytes.
     extra_ids: sentinels that are added at the top of the vocabulary.
     """

@@ -35,11 +35,11 @@ class EncoderDecoderModel:
     Attributes:
       config: sizes and MoE layers.
       z_loss: weight of the logits z-loss [Z_LOSS].
-      label_smoothing: [LABEL_SMOOTHING]
+      label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
       loss_normalizing_factor: the summed loss is divided by it: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
         [LOSS_NORMALIZING_FACTOR]. Adafactor does not see it; the balance with the auxiliary losses does.
       aux_loss_factor: weight of the load-balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
-      router_z_loss_factor: [ROUTER_Z_LOSS_FACTOR]
+      router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """
 
     config: T5Config

@@ -42,7 +42,7 @@ class ImageClassifier:
       mixup: in training each image and its labels are mixed with the next row's, at a share drawn for the batch from
         Beta(mixup, mixup) (Zhang et al. 2018, in the form of big_vision); 0: not [MIXUP].
       aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
-      router_z_loss_factor: [ROUTER_Z_LOSS_FACTOR]
+      router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """
 
     config: ViTConfig

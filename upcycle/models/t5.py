@@ -32,24 +32,25 @@ class T5Config:
 
     Attributes:
       vocab_size: rows of the embedding [NUM_EMBEDDINGS].
-      emb_dim: D [EMBED_DIM].
-      num_heads: H [NUM_HEADS].
-      head_dim: width of a head [HEAD_DIM].
-      mlp_dim: F [MLP_DIM].
-      num_encoder_layers: [NUM_ENCODER_LAYERS]
-      num_decoder_layers: [NUM_DECODER_LAYERS]
+      emb_dim: D, the width of a token [EMBED_DIM].
+      num_heads: H, attention heads [NUM_HEADS].
+      head_dim: width of an attention head [HEAD_DIM].
+      mlp_dim: F, the width of a dense MLP [MLP_DIM].
+      num_encoder_layers: layers of the encoder [NUM_ENCODER_LAYERS].
+      num_decoder_layers: layers of the decoder [NUM_DECODER_LAYERS].
       mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
       logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0.
-      dtype: of activations [ACTIVATION_DTYPE]; parameters are float32.
-      dropout_rate: [DROPOUT_RATE]
-      expert_dropout_rate: inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
+      dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
+      dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
+      expert_dropout_rate: that probability inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
       float32_attention_logits: compute attention logits in float32.
       remat: what the backward pass computes again, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block of each stack and loop over it, for deep models [SCAN_LAYERS].
       zero_padded_activations: multiply activations at padding by 0 before attention and MLP: flaxformer does, T5X does not
         [ZERO_PADDED_ACTIVATIONS].
       encoder_moe, decoder_moe: the stacks' MoE layers; None: a dense stack.
-      encoder_moe_layers, decoder_moe_layers: which layers, see `moe.config.sparse_layers` [ENCODER_MOE_LAYERS, ...].
+      encoder_moe_layers, decoder_moe_layers: which layers: 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or
+        a list of indices [ENCODER_MOE_LAYERS, DECODER_MOE_LAYERS].
     """
 
     vocab_size: int

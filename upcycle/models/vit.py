@@ -57,9 +57,9 @@ class ViTConfig:
       image_size: height and width in pixels [IMAGE_SIZE].
       image_channels: 3, or 1 for grey images [IMAGE_CHANNELS].
       patch_size: height and width of a patch in pixels [PATCH_SIZE].
-      emb_dim: D [EMBED_DIM].
-      num_heads: H [NUM_HEADS].
-      mlp_dim: F [MLP_DIM].
+      emb_dim: D, the width of a token [EMBED_DIM].
+      num_heads: H, attention heads [NUM_HEADS].
+      mlp_dim: F, the width of a dense MLP [MLP_DIM].
       num_layers: encoder blocks [NUM_LAYERS].
       pooling: see `Pooling` [POOLING].
       positions: see `Positions` [POSITIONS].
@@ -67,16 +67,16 @@ class ViTConfig:
         layer [REPRESENTATION_SIZE].
       head_bias_init: where the head's biases start; very negative for a sigmoid loss over many classes [HEAD_BIAS_INIT].
       gelu: see `Gelu` [GELU].
-      norm_epsilon: of layer norms [NORM_EPSILON].
-      dtype: of activations [ACTIVATION_DTYPE]; parameters are float32.
-      dropout_rate: [DROPOUT_RATE]
-      expert_dropout_rate: inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
+      norm_epsilon: what layer norms add to the variance [NORM_EPSILON].
+      dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
+      dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
+      expert_dropout_rate: that probability inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
       stochastic_depth: probability that an image skips a residual branch of the last block, growing linearly from 0 at the first
         (Huang et al. 2016) [STOCHASTIC_DEPTH]. It makes all blocks differ, so that `scan_layers` has nothing to loop over.
       remat: what the backward pass computes again, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block and loop over it, for deep models [SCAN_LAYERS].
       moe: the MoE layers; None: a dense model.
-      moe_layers: which blocks, see `moe.config.sparse_layers` [MOE_LAYERS].
+      moe_layers: which blocks: 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or a list of indices [MOE_LAYERS].
       group_images: images whose tokens compete for the same slots, at most [GROUP_IMAGES]; overrides the MoE's group size.
     """
 

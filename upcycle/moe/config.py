@@ -63,9 +63,9 @@ class AdaptiveBalance:
     a <- decay * a + (1 - decay) * min(rate * d, largest), where d is the share of choices that found no slot; a starts at 0.
 
     Attributes:
-      rate: xi.
-      largest: a_max.
-      decay: beta.
+      rate: xi, by which the share of dropped choices is multiplied.
+      largest: a_max, the most that the weight moves towards.
+      decay: beta, of the running mean.
     """
 
     rate: float = 0.2
@@ -86,27 +86,28 @@ class MoEConfig:
     """One stack's MoE layers. Gin macros in brackets.
 
     Attributes:
-      num_experts: E [NUM_EXPERTS].
-      router: who chooses.
-      train_capacity_factor: [TRAIN_EXPERT_CAPACITY_FACTOR]
-      eval_capacity_factor: [EVAL_EXPERT_CAPACITY_FACTOR]
-      num_selected_experts: K, for Top-K only [NUM_SELECTED_EXPERTS].
-      group_size: the most tokens in a group [GROUP_SIZE].
-      groups_multiple_of: the number of groups is a multiple of this [GROUPS_MULTIPLE_OF]. Neither is read from the mesh, so
-        that a mesh never changes the maths.
-      capacity_rule: [CAPACITY_RULE]
+      num_experts: E, experts in every MoE layer [NUM_EXPERTS].
+      router: see `RouterType`.
+      train_capacity_factor: slots of an expert in training, as a multiple of an even share of the tokens
+        [TRAIN_EXPERT_CAPACITY_FACTOR].
+      eval_capacity_factor: slots of an expert at evaluation, likewise [EVAL_EXPERT_CAPACITY_FACTOR].
+      num_selected_experts: K, experts that a token takes, for Top-K only [NUM_SELECTED_EXPERTS].
+      group_size: the most tokens in a group, which compete for the same slots [GROUP_SIZE].
+      groups_multiple_of: the number of groups in a batch is a multiple of this [GROUPS_MULTIPLE_OF]: of data x expert shards of
+        the mesh. Neither is read from the mesh, so that a mesh never changes the maths.
+      capacity_rule: see `CapacityRule` [CAPACITY_RULE].
       normalize_combine_weights: divide a token's weights by their sum [NORMALIZE_COMBINE_WEIGHTS].
       granularity: a dense MLP is so many times wider than an expert [EXPERT_GRANULARITY].
       num_shared_experts: experts that every token goes to, besides those that it is routed to; one MLP of their joint width
         [NUM_SHARED_EXPERTS].
       shared_weights: see `SharedWeights` [SHARED_WEIGHTS].
-      fill_order: for Top-K only [FILL_ORDER].
-      route_padding: [ROUTE_PADDING]
-      dispatch: [DISPATCH]
+      fill_order: see `FillOrder`; for Top-K only [FILL_ORDER].
+      route_padding: see `RoutePadding` [ROUTE_PADDING].
+      dispatch: see `Dispatch` [DISPATCH].
       network_dtype: type in which activations cross the network between expert shards; None: that of the activations
         [NETWORK_DTYPE].
       jitter_noise: the router's input is multiplied by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
-      balance_loss: for Top-K only [BALANCE_LOSS].
+      balance_loss: see `BalanceLoss`; for Top-K only [BALANCE_LOSS].
       balance_bias_rate: for Top-K only: experts are chosen by their probability plus a bias, which rises or falls by this much a
         step where an expert has fewer or more tokens than the mean; 0: none (DeepSeek-V3: 0.001) [BALANCE_BIAS_RATE].
       adaptive_balance: for Top-K with slots: the balance loss of a layer is multiplied by a weight that follows what it drops;
@@ -114,7 +115,7 @@ class MoEConfig:
       default_output_decay: for Top-K with slots: an expert that does not take a token answers with the mean of its outputs, which
         is averaged over steps with this decay, so that the router has a gradient for every expert; None: it does not answer
         [DEFAULT_OUTPUT_DECAY].
-      slots_per_expert: of the router 'soft', in a group [SLOTS_PER_EXPERT].
+      slots_per_expert: slots of an expert in a group, of the router 'soft' [SLOTS_PER_EXPERT].
       merged_shared_weight: of the router 'merged', the share of shared experts in the mean [AVERAGE_SHARED_WEIGHT].
       inference_threshold: of the router 'dense': at inference experts of a higher probability take a token; None: Top-K does
         [INFERENCE_THRESHOLD].
@@ -122,7 +123,7 @@ class MoEConfig:
         None: not (Skywork-MoE: 1) [ROUTER_LOGIT_NORMALIZATION].
       gate_noise: normal noise of this standard deviation over E is added to the logits in training, for Top-K only (V-MoE: 1)
         [GATE_NOISE].
-      router_init_stddev: of the router's normal initialisation when a model starts from scratch.
+      router_init_stddev: standard deviation of the router's initialisation [ROUTER_INIT_STDDEV].
       min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
       causal: the layer sits in an auto-regressive stack, where no router may look at later tokens.
       num_microbatches: the trainer sets it, so that groups are those of the whole batch.

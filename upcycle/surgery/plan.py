@@ -48,13 +48,14 @@ class Surgery:
     Attributes:
       operator: how experts are made: an operator, or the name of one with its default options, see
         `surgery.operators.EXPERT_OPERATORS` [EXPERT_OPERATOR]; None: no MLP is expanded, the model goes on as it is.
-      dense_operator: how the leaves of a dense model are made, likewise of `DENSE_OPERATORS` [DENSE_OPERATOR]; None: kept.
+      dense_operator: how the leaves of a dense model are made: an operator, or the name of one, see
+        `surgery.operators.DENSE_OPERATORS` [DENSE_OPERATOR]; None: they are kept.
       router_init: see `surgery.router_init.RouterInit` [ROUTER_INIT].
       router_stddev: of the routers' initialisation [ROUTER_INIT_STDDEV].
       router_noise: on the columns that new experts copy, as a share of the router's own deviation [ROUTER_NOISE].
       optimizer_state: see `OptimizerState` [OPTIMIZER_STATE].
       new_head: the model's head starts afresh, for other classes, and the checkpoint's is dropped [NEW_HEAD].
-      seed: of everything random in the surgery [UPCYCLE_SEED].
+      seed: seed of everything random in the surgery [UPCYCLE_SEED].
     """
 
     operator: Operator | str | None = 'copy'

@@ -19,15 +19,15 @@ class Run:
     """A training run: pretraining, dense continuation, upcycling, MoE from scratch or fine-tuning, all by bindings.
 
     Attributes:
-      model_dir: where everything is written [MODEL_DIR].
-      model: [MODEL]
-      train_data: [TRAIN_DATASET]
-      optimizer: [OPTIMIZER]
+      model_dir: the folder where everything is written [MODEL_DIR].
+      model: what is trained [MODEL].
+      train_data: what it is trained on [TRAIN_DATASET].
+      optimizer: what turns gradients into updates [OPTIMIZER].
       learning_rate: its schedule runs over all steps, those of the dense run included.
       total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
-      eval_data: [EVAL_DATASET]; None: no evaluation.
-      initial_checkpoint_path: of the dense model; None: from scratch; several for EXPERT_OPERATOR = 'branches'
-        [INITIAL_CHECKPOINT_PATH].
+      eval_data: what it is evaluated on [EVAL_DATASET]; None: no evaluation.
+      initial_checkpoint_path: the checkpoint to start from, such as that of the dense model; None: from scratch; several for
+        EXPERT_OPERATOR = 'branches' [INITIAL_CHECKPOINT_PATH].
       surgery: what becomes of that checkpoint [SURGERY].
       dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
       step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
@@ -39,11 +39,11 @@ class Run:
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
       checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
       log_period: steps between lines of the log [LOG_PERIOD].
-      num_microbatches: [NUM_MICROBATCHES]
+      num_microbatches: parts of a batch, one after the other; the gradient stays the same [NUM_MICROBATCHES].
       mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
       trainable: which parameters are trained.
       parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].
-      seed: of initialisation and dropout [RANDOM_SEED].
+      seed: seed of initialisation and dropout [RANDOM_SEED].
     """
 
     model_dir: str

@@ -31,13 +31,15 @@ class LearningRate:
     cooldown_steps). In vmoe's copy of the last two `rsqrt` stands still during the cooldown; in big_vision it does not.
 
     Attributes:
-      factors: names joined by '*' [LEARNING_RATE_FACTORS].
-      base_learning_rate: of the factor `constant` [BASE_LEARNING_RATE].
-      warmup_steps: [WARMUP_STEPS]. With the defaults the rate is 0.01 for 10,000 steps and 0.001 at a million.
-      timescale: of `rsqrt`, in steps [TIMESCALE].
-      cooldown_steps: of `linear_cooldown`; 0: none [COOLDOWN_STEPS].
+      factors: of the rate, names joined by '*': `constant`, `linear_warmup`, `rsqrt_decay`, `rsqrt_normalized_decay`,
+        `cosine_decay`, `rsqrt`, `linear_cooldown` [LEARNING_RATE_FACTORS].
+      base_learning_rate: the factor `constant` [BASE_LEARNING_RATE].
+      warmup_steps: steps of warm-up, or until a decay begins [WARMUP_STEPS]. With the defaults the rate is 0.01 for
+        10,000 steps and 0.001 at a million.
+      timescale: of the factor `rsqrt`, in steps [TIMESCALE].
+      cooldown_steps: last steps over which the factor `linear_cooldown` falls to 0; 0: none [COOLDOWN_STEPS].
       policy: see `Policy` [LEARNING_RATE_POLICY].
-      restart_warmup_steps: of 'restart', from 0 to the peak [RESTART_WARMUP_STEPS].
+      restart_warmup_steps: steps of 'restart' from 0 to the peak [RESTART_WARMUP_STEPS].
       peak_learning_rate: of 'restart'; None: the factors' product at warmup_steps, their own peak [PEAK_LEARNING_RATE].
       min_learning_rate: where 'restart' ends and 'minimum' stays; None: the factors' product at the step at which the run
         starts [MIN_LEARNING_RATE].

@@ -31,8 +31,8 @@ class Noise(Operator):
     s = 0.02), whose released code draws whole neurons, in each matrix on their own, instead of single weights.
 
     Attributes:
-      stddev: s [NOISE_STDDEV].
-      fraction: r [NOISE_FRACTION].
+      stddev: s, the standard deviation of the noise [NOISE_STDDEV].
+      fraction: r, the share of the weights that get noise [NOISE_FRACTION].
     """
 
     name = 'noise'
@@ -108,7 +108,7 @@ class Drop(Operator):
     upcycling. The released code also permutes an expert's neurons, which changes nothing that the expert computes.
 
     Attributes:
-      ratio: r; 0.5 is the paper's best [DROP_RATIO].
+      ratio: r, the share of an expert's neurons that start anew; 0.5 is the paper's best [DROP_RATIO].
       indices: see `DropIndices` [DROP_INDICES].
     """
 

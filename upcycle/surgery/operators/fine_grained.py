@@ -103,7 +103,7 @@ class Partial(Granular):
     have. With ratio 0 it is `Granular`, the neurons in another order.
 
     Attributes:
-      ratio: of an expert's neurons; a half by later accounts of Qwen's [PARTIAL_RATIO].
+      ratio: share of an expert's neurons that start anew; a half by later accounts of Qwen's [PARTIAL_RATIO].
     """
 
     name = 'partial'

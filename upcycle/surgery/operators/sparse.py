@@ -103,7 +103,7 @@ class Merge(Operator):
     is the pair's mean here: with p = 0 the new expert is the mean, with p = 0.5 each weight is that of one parent or the mean.
 
     Attributes:
-      drop: p [MERGE_DROP].
+      drop: p, the share of the difference between two parents that is dropped; 0: their mean [MERGE_DROP].
     """
 
     name = 'merge'

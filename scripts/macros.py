@@ -1,0 +1,221 @@
+"""Writes docs/macros.md: every macro of gin/, its default, its values and what the code says of it.
+
+  python scripts/macros.py
+
+A macro's meaning stands in one place: the docstring of the field that it is bound to, or the comment behind it in its gin file.
+"""
+
+import dataclasses
+import enum
+import importlib
+import inspect
+import pathlib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+
+from gin import config_parser
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGE = ROOT / 'docs' / 'macros.md'
+# In the order in which a run names them, so that the first folder with a macro has its default.
+FOLDERS = {
+    'models': 'Sizes and everything that a dense model has. `models/t5_1_1.gin` and `models/vit.gin` are the bases of the sizes.',
+    'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`. Leave the file out for a dense model.",
+    'optimizers': 'Other optimizers than the Adafactor that models bring along.',
+    'tasks': 'The data. A task also says how large the vocabulary or the images are.',
+    'runs': 'What to do. All of them include `runs/pretrain.gin`.',
+    'surgery': 'How experts, or another dense model, are made: [operators](operators.md).',
+    'recipes': 'What the field does in training: [recipes](recipes.md).',
+}
+HEADER = """\
+# Every macro
+
+A macro is set on the command line with `--gin.NAME=VALUE`, without quotes around a string, or in a gin file of your own with
+`NAME = VALUE`. Files come in the order models, moe, optimizers, tasks, runs, surgery, recipes, and a later one overrides an
+earlier one; the command line overrides all. A name that nothing in the run uses is an error.
+
+`scripts/macros.py` writes this page from `gin/` and the code. *Elsewhere* are files that set another value.
+"""
+
+
+# Of these every other file of the folder overrides something.
+BASES = ('models/t5_1_1.gin', 'models/vit.gin', 'runs/pretrain.gin')
+
+
+class Reference(str):
+    """A gin reference, `%NAME` or `@name()`, which prints as it is written."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class _Delegate(config_parser.ParserDelegate):
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        return Reference(f'@{scoped_configurable_name}' + ('()' if evaluate else ''))
+
+    def macro(self, macro_name: str) -> Reference:
+        return Reference(f'%{macro_name}')
+
+
+@dataclasses.dataclass
+class Macro:
+    """One name, wherever it is set and read.
+
+    Attributes:
+      values: by the gin file that sets it, as gin shows them.
+      comments: by the gin file, where one stands behind the value.
+      fields: (class, field) that it is bound to.
+    """
+
+    values: dict[str, str] = dataclasses.field(default_factory=dict)
+    comments: dict[str, str] = dataclasses.field(default_factory=dict)
+    fields: list[tuple[type, str]] = dataclasses.field(default_factory=list)
+
+    def home(self) -> str:
+        """The folder whose value is the default."""
+        folders = {file.split('/')[0] for file in self.values}
+        return next(folder for folder in FOLDERS if folder in folders)
+
+    def default(self) -> dict[str, str]:
+        """The values of the files that come first, by file; all others override them."""
+        bases = {file: value for file, value in self.values.items() if file in BASES}
+        return bases or {file: value for file, value in self.values.items() if file.startswith(self.home() + '/')}
+
+    def meaning(self) -> str:
+        """What its first documented field says, else the comment behind its default; '' where neither says anything."""
+        said = [_documented(kind, field) for kind, field in self.fields]
+        said += [self.comments[file] for file in self.default() if file in self.comments]
+        return next(filter(None, said), '')
+
+    def kinds(self) -> str:
+        """The values that it takes, from the fields' annotations."""
+        parts = [part for kind, field in self.fields for part in _kind(_annotation(kind, field)).split(' or ')]
+        return ' or '.join(dict.fromkeys(parts))
+
+
+def macros() -> dict[str, Macro]:
+    """Every macro of gin/, but for T5X's own."""
+    found: dict[str, Macro] = {}
+    for folder in FOLDERS:
+        for path in sorted((ROOT / 'gin' / folder).glob('*.gin')):
+            _read(path, found)
+    return {name: macro for name, macro in sorted(found.items()) if macro.values}
+
+
+def page() -> str:
+    """The page, as text."""
+    sections: dict[str, list[str]] = {folder: [] for folder in FOLDERS}
+    said: dict[str, str] = {}
+    for name, macro in macros().items():
+        meaning = macro.meaning()
+        first = said.setdefault(meaning, name)
+        # A list of values stands once.
+        sections[macro.home()].append(
+            _row(name, macro, f'as `{first}`' if '<br>' in meaning and first != name else meaning)
+        )
+    parts = [HEADER]
+    for folder, rows in filter(lambda section: section[1], sections.items()):
+        table = ['| macro | default | values | meaning | elsewhere |', '|---|---|---|---|---|', *rows]
+        parts.append('\n'.join([f'## {folder}', '', FOLDERS[folder], '', *table, '']))
+    return '\n'.join(parts)
+
+
+def _read(path: pathlib.Path, found: dict[str, Macro]) -> None:
+    """Adds what one file sets and binds."""
+    file, text = str(path.relative_to(ROOT / 'gin')), path.read_text(encoding='utf-8')
+    lines, modules = text.splitlines(), {}
+    for statement in _statements(text):
+        if isinstance(statement, config_parser.ImportStatement):
+            modules[statement.bound_name()] = statement.module
+        if not isinstance(statement, config_parser.BindingStatement):
+            continue
+        if not statement.arg_name:
+            macro = found.setdefault(statement.selector, Macro())
+            macro.values[file] = repr(statement.value)
+            if comment := re.search(r'  # (.*)$', lines[statement.location.line_num - 1]):
+                macro.comments[file] = comment[1]
+        elif isinstance(statement.value, Reference) and statement.value.startswith('%'):
+            module, _, kind = statement.selector.partition('.')
+            field = (getattr(importlib.import_module(modules[module]), kind), statement.arg_name)
+            fields = found.setdefault(statement.value[1:], Macro()).fields
+            if field not in fields:
+                fields.append(field)
+
+
+def _statements(text: str) -> Iterator[typing.Any]:
+    parser = config_parser.ConfigParser(text, _Delegate())
+    while (statement := parser.parse_statement()) is not None:
+        yield statement
+
+
+def _annotation(kind: type, field: str) -> typing.Any:
+    return typing.get_type_hints(kind)[field]
+
+
+def _documented(kind: type, field: str) -> str:
+    """What a dataclass's docstring says of a field, without the macro's name; of an enum, what its members mean."""
+    for _, names, text in re.findall(
+        r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', inspect.getdoc(kind) or '', re.MULTILINE
+    ):
+        if field in names.split(', '):
+            plain = re.sub(r'\s*\[[A-Z_0-9, ]+\]', '', ' '.join(text.split())).strip(' .')
+            break
+    else:
+        plain = ''
+    values = _annotation(kind, field)
+    if isinstance(values, type) and issubclass(values, enum.Enum):
+        title = (inspect.getdoc(values) or '').split('\n')[0].rstrip('.')
+        said = re.sub(r'^.*see `[\w.]+`;? ?', '', plain)
+        members = re.findall(r"^ +\w+ = ('\w+')(?:  # (.*))?$", inspect.getsource(values), re.MULTILINE)
+        lines = [f'`{name}`: {text}' if text else f'`{name}`' for name, text in members]
+        return '<br>'.join([f'{title} ({said})' if said else title, *lines])
+    return plain
+
+
+def _kind(annotation: typing.Any) -> str:
+    """A type in words."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return ' or '.join(dict.fromkeys(_kind(part) for part in typing.get_args(annotation)))
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return 'one of'
+    if origin := typing.get_origin(annotation):
+        inner = [_kind(part) for part in typing.get_args(annotation) if part is not Ellipsis]
+        return f'map of {" to ".join(inner)}' if issubclass(origin, Mapping) else f'list of {" or ".join(inner)}'
+    names = {bool: 'true or false', int: 'whole number', float: 'number', str: 'string', type(None): 'None'}
+    return names.get(annotation, f'`{annotation.__name__}`')
+
+
+def _row(name: str, macro: Macro, meaning: str) -> str:
+    default, rest = macro.default(), {}
+    for file, value in macro.values.items():
+        if file not in default and value not in default.values():
+            rest[file] = value
+    if len(set(default.values())) > 3:
+        shown = 'each file its own'
+    elif len(set(default.values())) == 1:
+        shown = _value(next(iter(default.values())))
+    else:
+        shown = _by_value(default)
+    cells = (f'`{name}`', shown, macro.kinds(), meaning, _by_value(rest))
+    return '| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |'
+
+
+def _by_value(values: Mapping[str, str]) -> str:
+    """`value` with the files that set it, for every value."""
+    files: dict[str, list[str]] = {}
+    for file, value in values.items():
+        files.setdefault(value, []).append(file.removesuffix('.gin'))
+    if len(files) > 6:
+        return 'files of their own'
+    return '; '.join(f'{_value(value)} in {", ".join(names)}' for value, names in files.items())
+
+
+def _value(value: str) -> str:
+    return 'required' if value == '%gin.REQUIRED' else f'`{value}`'
+
+
+if __name__ == '__main__':
+    PAGE.write_text(page(), encoding='utf-8')
+    print(f'wrote {PAGE}')
