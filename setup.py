@@ -65,7 +65,10 @@ setuptools.setup(
             # Runs in buckets are tried on a stand-in for Google's storage.
             'gcsfs',
             'gcp-storage-emulator',
+            'mkdocs>=1.6,<2',
         ],
+        # `make docs`.
+        'docs': ['mkdocs>=1.6,<2'],
         # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
         # Tests against the transformers library's own models; the CPU build of torch is enough.

@@ -85,9 +85,23 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
     }
     complete = carried.Carried('there', paper).complete(model, {}, batch, None)
     if 'undescribed' in operator:
-        assert complete == paper and 'does not describe its model' in capsys.readouterr().err
+        assert complete['function_check']['whole_model'].startswith('not compared: the metadata of here')
+        assert 'does not describe its model' in capsys.readouterr().err
+        # What a run trains from here on is not what the surgery made, and later runs must not expect it to be.
+        assert not carried.Carried('there', complete).untouched
         return
     ((of, source_params, _, _, compared),) = seen
     assert of is model and complete['function_check'] == {'whole_model': {}}
     assert compared == (model.dense() if operator == 'copy' else four)
     assert leaves_of(source_params).keys() == source.leaves().keys()
+
+
+def test_a_new_head_is_not_compared(capsys):
+    model, _ = model_of('t5', num_experts=4)
+    paper = {**first_receipt(), 'function_check': {'whole_model': 'pending', 'layers': {'m': {}}}}
+    complete = carried.Carried('there', paper).complete(model, {}, {}, None, new_head=True)
+    assert complete['function_check'] == {
+        'whole_model': 'not compared: NEW_HEAD = True gives it another task.',
+        'layers': {'m': {}},
+    }
+    assert 'not compared' in capsys.readouterr().err

@@ -198,7 +198,8 @@ def from_checkpoint(
     if not upcycles:
         if carried is None:
             return state, None, reader
-        paper = carried.complete(run.model, state.params, batch, leaves['step'].sharding)
+        whole = leaves['step'].sharding
+        paper = carried.complete(run.model, state.params, batch, whole, new_head=run.surgery.new_head)
         return state, carried_on(paper, what), reader
     paper = receipt(what, source=source_of(reader, int(state.step)), hashes=hashes or _metadata_hashes(reader))
     if source.model is not None:

@@ -1,0 +1,174 @@
+"""Every command of the docs runs as it is written, in a folder that holds what it names; only sizes and steps are small."""
+
+import os
+import re
+import signal
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from tests import runs, vision
+from tests.checkpoints import trees
+from tests.docs.pages import ROOT, commands, languages, pages
+from tests.test_cli import call
+from upcycle import configuration, jobs
+from upcycle.models import identify
+from upcycle.transfer import transfer
+
+OURS = [command for command in commands() if command.words[0] == 'upcycle']
+# Commands of others: they install, or need the internet.
+OTHERS = {'pip', 'python3', '.', 'hf', 'curl'}
+# These are only built: what they would run takes too long, and is run at a small size elsewhere.
+BUILT_ONLY = {
+    'compile': 'a program for 64 chips takes minutes: tests/test_compile.py compiles for 8',
+    'sweep': 'a grid takes hours, so its points are built and printed: tests/sweep runs small ones',
+}
+# Training and evaluation of these pages are carried out to the end; of the others to the first step, when all is checked.
+CARRIED_OUT = ('getting_started.md', 'your_checkpoint.md')
+# What the reader has, and where a small one of the kind lies in the folder.
+THEIRS = {
+    'gs://t5-data/pretrained_models/t5x/t5_1_1_base/checkpoint_1000000': 't5x',
+    '/path/to/dense_vit': 'dense_vit',
+    '/path/to/dense': 'dense',
+}
+# What cannot be had here: by its shapes, and by something small that can be trained on.
+TASKS = {
+    'tasks/c4_span_corruption.gin': ('tasks/synthetic_text.gin', runs.TASK),
+    'tasks/imagenet2012.gin': ('tasks/synthetic_images.gin', vision.TASK),
+}
+SMALL_VALUES = {'DENSE_STEP=1000000': '4', 'REPRESENTATION_SIZE=768': '16', 'NUM_CLASSES=21843': '10'}
+SMALL_TEXT = {**runs.SMALL_STEPS, 'EVAL_BATCH_SIZE': '4', 'NUM_EMBEDDINGS': '384'}
+SMALL_IMAGES = {**vision.TINY, 'IMAGE_SIZE': '28', 'IMAGE_CHANNELS': '1', 'RESIZE_SMALL': '32'}
+
+
+class Built(Exception):  # noqa: N818  it is no error
+    """A run was built from a command's files and bindings."""
+
+
+@pytest.fixture(scope='module')
+def inputs(dense, dense_vit, tmp_path_factory):
+    """A folder with what the commands start from, under the names that they use."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp('inputs')
+    os.symlink(dense, folder / 'dense')
+    os.symlink(dense_vit, folder / 'dense_vit')
+    transfer(dense, str(folder / 't5x'), 't5x_legacy')
+    transfer(dense, str(folder / 'flan-t5-base'), 'huggingface', optimizer_state='none')
+    with_token = runs.build('vit dense', folder / 'unused', 1, POOLING='token', REPRESENTATION_SIZE=16)
+    tree = {name: np.zeros(shape, np.float32) for name, shape in identify.shapes(with_token.model).items()}
+    trees.write(folder / 'ViT-B_16.npz', 'vit_npz', tree)
+    (folder / 'corpus').mkdir()
+    for i in range(30):
+        text = f'Every expert starts as a copy of the dense model, {i} of them.\n' * 40
+        (folder / 'corpus' / f'{i}.txt').write_text(text)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / 'corpus' / '0.txt'),
+        model_prefix=str(folder / 'flan-t5-base' / 'spiece'),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+    )
+    for name in ('cat', 'dog', 'bird'):
+        (folder / 'photos' / name).mkdir(parents=True)
+        for i in range(30):
+            PIL.Image.new('L', (30, 40), i).save(folder / 'photos' / name / f'{i}.jpg')
+    return folder
+
+
+@pytest.fixture
+def small(inputs, tmp_path, monkeypatch):
+    """Goes into a folder with the inputs, where every run is built as it is written, and then small.
+
+    Yields what builds it as it is written and no more.
+    """
+    for entry in os.listdir(inputs):
+        os.symlink(inputs / entry, tmp_path / entry)
+    settings = {'t5': SMALL_TEXT, 'vit': SMALL_IMAGES}
+    for family, macros in settings.items():
+        lines = [f'{name} = {configuration._literal(value)}' for name, value in {**macros, 'NUM_EXPERTS': '4'}.items()]
+        (tmp_path / f'small_{family}.gin').write_text('\n'.join([*lines, '']))
+    load = configuration.load
+
+    def as_written(files, bindings):
+        return load([TASKS[file][0] if file in TASKS else file for file in files], bindings)
+
+    def load_small(files, bindings):
+        run = as_written(files, bindings)
+        family = next((name for name in settings if any(file.startswith(f'models/{name}_') for file in files)), None)
+        if family is None:
+            return run
+        model = {'t5': runs.TINY, 'vit': vision.MODEL}[family]
+        files = [model if file.startswith('models/') else TASKS[file][1] if file in TASKS else file for file in files]
+        steps = {'TRAIN_STEPS': '6' if 'INITIAL_CHECKPOINT_PATH' in bindings else '4'}
+        dropped = {*settings[family], 'NUM_EXPERTS'}
+        kept = {
+            name: SMALL_VALUES.get(f'{name}={value}', value) for name, value in bindings.items() if name not in dropped
+        }
+        return load([*files, f'small_{family}.gin'], kept | steps)
+
+    monkeypatch.setattr(configuration, 'load', load_small)
+    monkeypatch.chdir(tmp_path)
+    old = signal.getsignal(signal.SIGTERM)
+    yield as_written
+    signal.signal(signal.SIGTERM, old)
+
+
+def arguments_of(command):
+    found = []
+    for word in command.words[1:]:
+        for theirs, here in THEIRS.items():
+            word = word.replace(theirs, here)
+        found.append(word)
+    return [*found, '--where=print'] if found[0] == 'sweep' else found
+
+
+@pytest.mark.parametrize('page', dict.fromkeys(command.page for command in OURS))
+def test_commands_of_a_page(page, small, capsys, monkeypatch):
+    if page not in CARRIED_OUT:
+        monkeypatch.setattr(jobs.loop, 'train', lambda *arguments: None)
+        monkeypatch.setattr(jobs.validation, 'evaluate', lambda *arguments: {})
+        monkeypatch.setattr(jobs.few_shot, 'evaluate', lambda *arguments: {})
+
+    def stop(files, bindings):
+        small(files, bindings)
+        raise Built
+
+    for command in OURS:
+        if command.page != page:
+            continue
+        arguments = arguments_of(command)
+        with monkeypatch.context() as patch:
+            if arguments[0] in BUILT_ONLY:
+                patch.setattr(configuration, 'load', stop if arguments[0] == 'compile' else small)
+            try:
+                code, _, error = call(arguments, capsys)
+            except Built:
+                continue
+        assert code == 0, f'{command}\n{error}'
+
+
+def test_every_fence_is_one_that_is_looked_at():
+    for page in pages():
+        assert set(languages(page)) <= {'bash'}, page.name
+    assert len(OURS) > 20
+
+
+def test_commands_are_complete():
+    for command in commands():
+        assert '...' not in ' '.join(command.words), command
+        assert command.words[0] in {'upcycle', 'make', *OTHERS} or command.words[0].startswith('scripts/'), command
+
+
+def test_what_is_built_only_is_in_the_docs():
+    assert set(BUILT_ONLY) <= {command.words[1] for command in OURS}
+
+
+def test_make_has_these_targets():
+    targets = set(re.findall(r'^(\w+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
+    wanted = {command.words[1] for command in commands() if command.words[0] == 'make'}
+    assert {'quickstart', 'test', 'docs'} <= wanted <= targets
