@@ -30,7 +30,9 @@ def test_it_runs(cells, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # The cells' own files and steps, of a size for tests.
     lines = [f'{name} = {configuration._literal(value)}' for name, value in runs.SMALL_STEPS.items()]
-    more = ['EVAL_BATCH_SIZE = 4', 'NUM_EXPERTS = 4', 'NORMALIZE_COMBINE_WEIGHTS = True']
+    more = ['EVAL_BATCH_SIZE = 4', 'NUM_EXPERTS = 2', 'NORMALIZE_COMBINE_WEIGHTS = True']
+    more += [f'NUM_{stack}_LAYERS = 1' for stack in ('ENCODER', 'DECODER')]
+    more += [f'{stack}_MOE_LAYERS = (0,)' for stack in ('ENCODER', 'DECODER')]
     (tmp_path / 'small.gin').write_text('\n'.join([*lines, *more, '']))
     names = {}
     for cell in cells:
@@ -42,6 +44,6 @@ def test_it_runs(cells, tmp_path, monkeypatch, capsys):
     assert drawn == ['dense', 'continued', 'upcycled']
     for name in ('continued', 'upcycled'):
         assert read_metrics(str(tmp_path / 'runs' / name / 'metrics.jsonl'))[-1]['step'] == 4
-    assert 'encoder/layers_1/mlp' in capsys.readouterr().out
+    assert 'encoder/layers_0/mlp' in capsys.readouterr().out
     for check in names['receipt']['function_check']['layers'].values():
         assert check['max_abs_difference_covered'] < 1e-5 * max(1.0, check['dense_rms'])
