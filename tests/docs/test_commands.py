@@ -141,6 +141,7 @@ def test_commands_of_a_page(page, small, capsys, monkeypatch):
     if page not in dict(TRAINED):
         monkeypatch.setattr(jobs.validation, 'evaluate', lambda *arguments: {})
         monkeypatch.setattr(jobs.few_shot, 'evaluate', lambda *arguments: {})
+        monkeypatch.setattr(jobs.tasks.TaskEvaluator, 'evaluate', lambda *arguments: {})
 
     def stop(files, bindings):
         small(files, bindings)
