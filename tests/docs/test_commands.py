@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import types
 
 import numpy as np
 import PIL.Image
@@ -35,6 +36,7 @@ TRAINED = {
 THEIRS = {
     'gs://t5-data/pretrained_models/t5x/t5_1_1_base/checkpoint_1000000': 't5x',
     '/path/to/dense_vit': 'dense_vit',
+    '/path/to/finetuned': 'dense',
     '/path/to/dense': 'dense',
 }
 # What cannot be had here: by its shapes, and by something small that can be trained on.
@@ -141,7 +143,8 @@ def test_commands_of_a_page(page, small, capsys, monkeypatch):
     if page not in dict(TRAINED):
         monkeypatch.setattr(jobs.validation, 'evaluate', lambda *arguments: {})
         monkeypatch.setattr(jobs.few_shot, 'evaluate', lambda *arguments: {})
-        monkeypatch.setattr(jobs.tasks.TaskEvaluator, 'evaluate', lambda *arguments: {})
+        idle = types.SimpleNamespace(evaluate=lambda params: {})
+        monkeypatch.setattr(jobs.tasks, 'TaskEvaluator', lambda *arguments: idle)
 
     def stop(files, bindings):
         small(files, bindings)
