@@ -11,7 +11,7 @@ import jax
 
 from upcycle import configuration, cost, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
-from upcycle.errors import UserError
+from upcycle.errors import UserError, writing_to
 from upcycle.evaluate import few_shot, validation
 from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
@@ -46,7 +46,8 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     run.train_data.fingerprint()
     if jax.process_index() == 0:
         print(describe(run, where, mesh), flush=True)
-        configuration.claim(run, identity)
+        with writing_to(run.model_dir):
+            configuration.claim(run, identity)
     return loop.train(run, name)
 
 
