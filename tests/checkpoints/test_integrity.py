@@ -118,7 +118,9 @@ def test_of_several_damaged_steps_each_is_named(run, capsys):
 def test_where_no_step_is_whole_the_run_is_refused_and_left_as_it_is(run):
     for step in ('2', '4', '6'):
         flip(largest(run / 'checkpoints' / step))
-    with pytest.raises(UserError, match=r'no step .* is whole \(step 6: .*; step 4: .*; step 2: bytes of state/') as caught:
+    with pytest.raises(
+        UserError, match=r'no step .* is whole \(step 6: .*; step 4: .*; step 2: bytes of state/'
+    ) as caught:
         integrity.newest_whole_step(run)
     assert '\n' not in str(caught.value)
     assert sorted(os.listdir(run / 'checkpoints')) == ['2', '4', '6']
@@ -145,7 +147,9 @@ def test_the_checkpoint_to_start_from_is_refused(run):
     step = run / 'checkpoints' / '6'
     integrity.require_whole(str(step))
     flip(largest(step))
-    with pytest.raises(UserError, match=r'6 is damaged \(bytes of state/\S+ are not .*: copy it again, or name an earlier'):
+    with pytest.raises(
+        UserError, match=r'6 is damaged \(bytes of state/\S+ are not .*: copy it again, or name an earlier'
+    ):
         integrity.require_whole(open_checkpoint(run).path)
 
 
