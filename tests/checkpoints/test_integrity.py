@@ -181,11 +181,13 @@ def full_disk():
 
 
 def test_a_full_disk_leaves_the_steps_before_whole(run, full_disk, caplog):
-    with pytest.raises(UserError, match=r'step 8 cannot be saved to \S+/checkpoints \(File too large\)') as caught:
-        with native.CheckpointManager(run, keep=1) as manager:
-            manager.save(8, state(8, rows=10_000), {}, {})
-            full_disk(100_000)
-            manager.wait()
+    manager = native.CheckpointManager(run, keep=1)
+    full_disk(100_000)
+    with (
+        pytest.raises(UserError, match=r'step 8 cannot be saved to \S+/checkpoints \(File too large\)') as caught,
+        manager,
+    ):
+        manager.save(8, state(8, rows=10_000), {}, {})
     assert '\n' not in str(caught.value)
     assert not [record for record in caplog.records if record.exc_info], 'tracebacks'
     full_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
@@ -198,8 +200,8 @@ def test_a_full_disk_leaves_the_steps_before_whole(run, full_disk, caplog):
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / 'file').write_text('')
     for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
-        with pytest.raises(UserError, match=rf'{folder} cannot be written \((File exists|Not a directory)\)'):
-            with writing_to(folder):
-                folder.mkdir()
+        sentence = rf'{folder} cannot be written \((File exists|Not a directory)\)'
+        with pytest.raises(UserError, match=sentence), writing_to(folder):
+            folder.mkdir()
     with pytest.raises(FileNotFoundError), writing_to(tmp_path):
         (tmp_path / 'none').read_text()

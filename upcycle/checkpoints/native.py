@@ -28,6 +28,8 @@ from upcycle.errors import UserError, writing_to
 # Hides the latency of object stores; each costs the host memory of a leaf.
 _LEAVES_IN_FLIGHT = 8
 _policies = ocp.checkpoint_managers
+# Where Orbax's failures are logged.
+_LOGGERS = ('absl', 'asyncio')
 # How TensorStore names the system's reason.
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -120,7 +122,8 @@ class CheckpointManager:
                 raise UserError(f'{name} is {value}: it is at least 1, or None.')
         kept = [_policies.LatestN(keep), *([_policies.EveryNSteps(keep_period)] if keep_period else [])]
         self._folder = arrays.absolute(model_dir) / 'checkpoints'
-        logging.getLogger('absl').addFilter(_is_no_failed_save)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_is_no_failed_save)
         # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
         # have begun a save yet: they all wait for the first one there.
         if jax.process_index() == 0:
@@ -207,7 +210,8 @@ class CheckpointManager:
         """Waits, then lets go of the threads. The manager is not used again."""
         with self._failed_saves():
             self._manager.close()
-        logging.getLogger('absl').removeFilter(_is_no_failed_save)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(_is_no_failed_save)
 
     def _seal(self) -> None:
         """Reads back the step that is about to get its name: it has the leaves that were saved, and its files get checksums."""
@@ -241,7 +245,7 @@ class CheckpointManager:
 
 def _is_no_failed_save(record: logging.LogRecord) -> bool:
     """Orbax logs a failed save several times, each with a traceback, and then raises it."""
-    return record.exc_info is None or 'orbax' not in record.pathname
+    return record.exc_info is None or 'orbax' not in record.pathname + record.getMessage()
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
