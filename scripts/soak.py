@@ -53,7 +53,7 @@ DAMAGE = ('truncated', 'deleted', 'flipped', 'half-written')
 SHARE_DAMAGED = 0.3
 POLL_SECONDS = 0.002
 LINE_BYTES = 20_000  # more than two lines of the metrics
-LONGEST_SECONDS = 600
+LONGEST_SECONDS = 1800  # of a start
 # From the first sign of it to the kill, at most.
 SURGERY_SECONDS, SAVE_SECONDS = 1.5, 0.02
 MOST_STARTS = 1000
@@ -156,6 +156,12 @@ class Leg:
             time.sleep(0.01)
         self.end()
         return alive
+
+    def __enter__(self) -> 'Leg':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def end(self) -> None:
         """Ends what still runs."""
@@ -277,7 +283,6 @@ def watch(leg: Leg, is_time: Callable[[], bool]) -> bool:
         if any(code is not None for code in codes):
             return False
         if time.monotonic() > end:
-            leg.end()
             raise SoakError(f'hangs: {leg.said()[-2000:]}')
         time.sleep(POLL_SECONDS)
     return True
@@ -289,9 +294,10 @@ def finish(leg: Leg) -> None:
     Raises:
       SoakError: it does not end well.
     """
-    for process in leg.processes:
-        process.wait(LONGEST_SECONDS)
-    if any(leg.codes()):
+    end = time.monotonic() + LONGEST_SECONDS
+    while None in leg.codes() and not any(leg.codes()) and time.monotonic() < end:
+        time.sleep(0.05)
+    if any(code != 0 for code in leg.codes()):
         raise SoakError(f'ended with {leg.codes()}: {leg.said()[-3000:]}')
 
 
@@ -318,10 +324,10 @@ def soak(case: Case, kills: int, steps: int, seed: int, folder: pathlib.Path, de
             )
     total = open_checkpoint(dense).step + steps
     whole = folder / f'{case.family}_{case.processes}_whole'
-    leg = Leg(case, whole, dense, total)
-    finish(leg)
-    # The first start has compiled, so that others are quicker.
-    typical_seconds = time.monotonic() - leg.began
+    with Leg(case, whole, dense, total) as leg:
+        finish(leg)
+        # The first start has compiled, so that others are quicker.
+        typical_seconds = time.monotonic() - leg.began
     while account.kills < kills:
         run = folder / f'{case.family}_{case.processes}_{account.runs}'
         disturb(case, run, dense, total, kills, account, chance, typical_seconds)
@@ -346,20 +352,20 @@ def disturb(
     expected: int | None = None
     reached, damaged = 0, False
     for number in range(MOST_STARTS):
-        leg = Leg(case, run, dense, total)
         account.starts += 1
         # The beginning of a run is where it upcycles.
         aim = 'upcycle' if number < 2 else chance.choice(AIMS)
         sent = chance.choice((signal.SIGKILL, signal.SIGTERM)) if account.kills < kills else None
-        if sent is None:
-            finish(leg)
-        elif watch(leg, moments(leg, aim, chance, typical_seconds)):
-            time.sleep(chance.uniform(0, SURGERY_SECONDS if aim == 'upcycle' else SAVE_SECONDS))
-            phase = leg.phase()
-            if leg.hit(sent, chance.randrange(case.processes)):
-                account.signals[sent.name] += 1
-                # What was killed stands still.
-                account.phases[leg.phase() if sent is signal.SIGKILL else phase] += 1
+        with Leg(case, run, dense, total) as leg:
+            if sent is None or not watch(leg, moments(leg, aim, chance, typical_seconds)):
+                finish(leg)
+            else:
+                time.sleep(chance.uniform(0, SURGERY_SECONDS if aim == 'upcycle' else SAVE_SECONDS))
+                phase = leg.phase()
+                if leg.hit(sent, chance.randrange(case.processes)):
+                    account.signals[sent.name] += 1
+                    # What was killed stands still.
+                    account.phases[leg.phase() if sent is signal.SIGKILL else phase] += 1
         went_on_from = leg.went_on_from()
         check_end(leg, sent)
         if leg.logs():
@@ -462,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         'failures': failures,
         'seed': options.seed,
         'seconds': round(time.monotonic() - began),
-        'cases': {name: dataclasses.asdict(account) for name, account in accounts.items()},
+        'cases': {name: vars(account) for name, account in accounts.items()},
     }
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + '\n')
