@@ -229,7 +229,8 @@ class CheckpointManager:
             yield
         except (OSError, ValueError) as error:
             code = _OS_ERROR.search(str(error))
-            reason = os.strerror(int(code[1])) if code else ' '.join(str(error).split())
+            number = int(code[1]) if code else getattr(error, 'errno', None)
+            reason = os.strerror(number) if number else ' '.join(str(error).split())
             step = self._saving[0] if self._saving else None
             raise UserError(
                 f'step {step} cannot be saved to {self._folder} ({reason}): the steps before it are as they were, and the same '
