@@ -51,7 +51,7 @@ def train(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: obje
 
 @functools.cache
 def dense_checkpoint(folder: str, kind: str = 'dense') -> str:
-    """A dense run of four steps, made once for each folder."""
+    """A dense run of four steps that keeps two of them, made once for each folder."""
     path = os.path.join(folder, kind)
-    train(kind, path, 4)
+    train(kind, path, 4, CHECKPOINT_KEEP=2)
     return path

@@ -1,6 +1,10 @@
 """What ends a command early: a user's mistake, or a request to stop."""
 
+import contextlib
 import enum
+import errno
+import os
+from collections.abc import Iterator
 from typing import TypeVar
 
 
@@ -19,6 +23,12 @@ class Preempted(Exception):  # noqa: N818  it is no error
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on. See docs/launching.md.
 PREEMPTED = 75
 
+# By which the system refuses to write, whatever is written.
+_REFUSALS = {
+    getattr(errno, name)
+    for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EACCES', 'EPERM', 'ENOTDIR', 'EISDIR', 'EEXIST')
+}
+
 Member = TypeVar('Member', bound=enum.StrEnum)
 
 
@@ -31,3 +41,23 @@ def one_of(kind: type[Member], value: str, binding: str) -> Member:
     if value not in set(kind):
         raise UserError(f'{binding} = {value!r} is not one of {", ".join(kind)}.')
     return kind(value)
+
+
+@contextlib.contextmanager
+def writing_to(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Around whatever writes to a folder.
+
+    Raises:
+      UserError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = os.path.abspath(folder)
+        file = where if error.filename is None else os.path.abspath(error.filename)
+        if error.errno not in _REFUSALS or os.path.commonpath([where, file]) != where:
+            raise
+        raise UserError(
+            f'{file} cannot be written ({error.strerror}): make room or mend its permissions, and give the same command '
+            'again, or name another MODEL_DIR.'
+        ) from error

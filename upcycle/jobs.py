@@ -13,7 +13,7 @@ from etils import epath
 
 from upcycle import configuration, cost, files, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
-from upcycle.errors import UserError
+from upcycle.errors import UserError, writing_to
 from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
@@ -49,7 +49,8 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     run.train_data.fingerprint()
     if jax.process_index() == 0:
         print(describe(run, where, mesh), flush=True)
-        configuration.claim(run, identity)
+        with writing_to(run.model_dir):
+            configuration.claim(run, identity)
     return loop.train(run, name)
 
 

@@ -4,7 +4,8 @@
 #   scripts/launch/processes.sh [--dry_run] NUMBER train --gin_file=... --gin.MODEL_DIR=...
 #
 # Process i prints to LOGS/i.txt (LOGS: processes). Ends when all have ended, or with the first status that is not 0, and then, or when
-# it is stopped itself, stops the others. PORT is the coordinator's (any free one if not set).
+# it is stopped itself, stops the others. Processes that were told to stop and have saved (status 75) are started again, TRIES times at
+# most (100). PORT is the coordinator's (any free one if not set).
 set -euo pipefail
 
 dry_run=false
@@ -15,33 +16,47 @@ if [[ $# -lt 2 || ! "$1" =~ ^[1-9][0-9]*$ ]]; then
 fi
 number=$1
 shift
-port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 logs=${LOGS:-processes}
 pids=()
 
 trap 'kill "${pids[@]}" 2> /dev/null || true' EXIT
 
-for ((i = 0; i < number; i++)); do
-  command=(upcycle "$@" "--coordinator_address=127.0.0.1:$port" "--process_count=$number" "--process_index=$i")
-  if $dry_run; then
-    printf '%q ' "${command[@]}"
-    echo
-    continue
-  fi
-  mkdir -p "$logs"
-  "${command[@]}" > "$logs/$i.txt" 2>&1 &
-  pids+=($!)
-done
-$dry_run && exit 0
+start() {
+  local port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+  pids=()
+  for ((i = 0; i < number; i++)); do
+    command=(upcycle "$@" "--coordinator_address=127.0.0.1:$port" "--process_count=$number" "--process_index=$i")
+    if $dry_run; then
+      printf '%q ' "${command[@]}"
+      echo
+      continue
+    fi
+    mkdir -p "$logs"
+    "${command[@]}" >> "$logs/$i.txt" 2>&1 &
+    pids+=($!)
+  done
+}
 
-status=0
-for ((i = 0; i < number; i++)); do
-  code=0
-  wait -n "${pids[@]}" || code=$?
-  if [[ $code -ne 0 ]]; then
-    status=$code
-    break
-  fi
+# The first status that is not 0, or 0 when all have ended.
+first_bad() {
+  local code=0
+  for ((i = 0; i < number; i++)); do
+    wait -n || code=$?
+    [[ $code -eq 0 ]] || break
+  done
+  return "$code"
+}
+
+for ((i = 0; i < number; i++)); do $dry_run || rm -f "$logs/$i.txt"; done
+for ((try = 1; try <= ${TRIES:-100}; try++)); do
+  start "$@"
+  $dry_run && exit 0
+  status=0
+  first_bad || status=$?
+  [[ $status -eq 75 ]] || break
+  # All of them stop at the same step.
+  wait
+  echo "told to stop, and saved: the same again" >&2
 done
 [[ $status -eq 0 ]] || echo "a process ended with status $status: see $logs" >&2
 exit "$status"

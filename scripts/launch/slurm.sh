@@ -4,8 +4,8 @@
 #   scripts/launch/slurm.sh [--dry_run] NODES GPUS_A_NODE train --gin_file=... --gin.MODEL_DIR=/shared/...
 #
 # Environment: SBATCH_ARGS, more options of sbatch such as '--partition=a100 --time=24:00:00'; VENV, an environment to activate on the
-# nodes. The job goes back into the queue when it is preempted or reaches its time limit, and goes on from its last checkpoint; a
-# user's mistake (status 2) is not tried again. Output: slurm-JOB.out.
+# nodes. The job goes back into the queue when it is preempted, reaches its time limit, or was told to stop and has saved (status 75),
+# and goes on from its last checkpoint; a user's mistake (status 2) is not tried again. Output: slurm-JOB.out.
 # Written from Slurm's documentation, and run against a stand-in for sbatch only.
 set -euo pipefail
 
@@ -32,7 +32,11 @@ ${VENV:+source $(printf '%q' "$VENV")/bin/activate}
 # Two minutes before the end of its time the job is told: back into the queue.
 trap 'scontrol requeue "\$SLURM_JOB_ID"' TERM
 srun --kill-on-bad-exit=1 upcycle $(printf '%q ' "$@")--distributed &
-wait \$!
+code=0
+wait \$! || code=\$?
+# Told to stop by something else, such as the cloud that takes a node away, and saved.
+if [[ \$code -eq 75 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+exit "\$code"
 END
 )
 read -ra more <<< "${SBATCH_ARGS:-}"

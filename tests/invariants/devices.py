@@ -20,9 +20,9 @@ def run(arguments: list[str], devices: int) -> str:
     return done.stdout
 
 
-def run_together(commands: list[list[str]], devices: int) -> None:
-    """Runs several `python ARGUMENTS` at once, each with that many devices."""
-    processes = [
+def start_together(commands: list[list[str]], devices: int) -> list[subprocess.Popen]:
+    """Starts several `python ARGUMENTS`, each with that many devices."""
+    return [
         subprocess.Popen(
             [sys.executable, *arguments],
             env=environment(devices),
@@ -32,5 +32,10 @@ def run_together(commands: list[list[str]], devices: int) -> None:
         )
         for arguments in commands
     ]
+
+
+def run_together(commands: list[list[str]], devices: int) -> None:
+    """Runs several `python ARGUMENTS` at once, each with that many devices, to their end."""
+    processes = start_together(commands, devices)
     outputs = [process.communicate()[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), '\n'.join(outputs)

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests import vision
+from upcycle.errors import PREEMPTED
 from upcycle.metrics import read_metrics
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'launch'
@@ -66,8 +67,9 @@ case "$*" in
 esac"""
 
 
-def test_a_tpu_slice_is_asked_for_and_the_run_tried_until_it_ends(stand_in, tmp_path):
-    log = stand_in('gcloud', GCLOUD.format(log=tmp_path / 'gcloud.txt', good=3, status=1))
+@pytest.mark.parametrize('status', [1, PREEMPTED])
+def test_a_tpu_slice_is_asked_for_and_the_run_tried_until_it_ends(status, stand_in, tmp_path):
+    log = stand_in('gcloud', GCLOUD.format(log=tmp_path / 'gcloud.txt', good=3, status=status))
     result = launch('tpu_pod.sh', 'mine', 'v4-128', 'here', *TRAIN, folder=tmp_path, PACKAGE='upcycle==0.1', SPOT='1')
     assert result.returncode == 0, result.stderr
     made = calls(log)
@@ -110,6 +112,13 @@ def test_slurm_gets_a_script_that_starts_a_process_for_each_gpu(stand_in, tmp_pa
     path = f'{tmp_path / "bin"}{os.pathsep}{os.environ["PATH"]}'
     subprocess.run(['bash', script], check=True, env={**os.environ, 'PATH': path}, stdin=subprocess.DEVNULL)
     assert calls(srun) == [['--kill-on-bad-exit=1', 'upcycle', *TRAIN, '--distributed']]
+    # A run that was told to stop and has saved goes back into the queue, and no other.
+    scontrol = stand_in('scontrol')
+    for status in (1, 2, PREEMPTED):
+        stand_in('srun', f'exit {status}')
+        job = {**os.environ, 'PATH': path, 'SLURM_JOB_ID': f'10{status}'}
+        assert subprocess.run(['bash', script], env=job, stdin=subprocess.DEVNULL).returncode == status
+    assert calls(scontrol) == [['requeue', f'10{PREEMPTED}']]
 
 
 def test_xpk_gets_the_command_and_the_image(stand_in, tmp_path):
@@ -157,3 +166,16 @@ def test_when_one_process_fails_the_others_are_stopped(stand_in, tmp_path):
     stand_in('upcycle', 'case "$*" in *process_index=1*) exit 3 ;; *) exec sleep 600 ;; esac')
     result = launch('processes.sh', 2, *TRAIN, folder=tmp_path)
     assert result.returncode == 3 and 'status 3: see processes' in result.stderr
+
+
+def test_processes_that_were_told_to_stop_are_started_again(stand_in, tmp_path):
+    log = stand_in(
+        'upcycle', f'sleep 0.2; [[ -e {tmp_path}/stopped ]] && exit 0; sleep 0.2; touch {tmp_path}/stopped; exit 75'
+    )
+    result = launch('processes.sh', 2, *TRAIN, folder=tmp_path)
+    assert result.returncode == 0 and result.stderr == 'told to stop, and saved: the same again\n'
+    assert len(calls(log)) == 4
+    (tmp_path / 'stopped').unlink()
+    stand_in('upcycle', 'exit 75')
+    result = launch('processes.sh', 1, *TRAIN, folder=tmp_path, TRIES='3')
+    assert result.returncode == 75 and 'status 75' in result.stderr

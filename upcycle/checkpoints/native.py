@@ -8,10 +8,13 @@ would silently shift them), and random keys as raw `uint32` data (`jax.random.ke
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import json
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,12 +23,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from upcycle import files
-from upcycle.checkpoints import arrays, writing
-from upcycle.errors import UserError
+from upcycle.checkpoints import arrays, integrity, writing
+from upcycle.errors import UserError, writing_to
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
 _LEAVES_IN_FLIGHT = 8
 _policies = ocp.checkpoint_managers
+# Where Orbax's failures are logged.
+_LOGGERS = ('absl', 'asyncio')
+# How TensorStore names the system's reason.
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class NativeReader(arrays.ArrayReader):
@@ -116,20 +123,27 @@ class CheckpointManager:
                 raise UserError(f'{name} is {value}: it is at least 1, or None.')
         kept = [_policies.LatestN(keep), *([_policies.EveryNSteps(keep_period)] if keep_period else [])]
         self._folder = files.absolute(model_dir) / 'checkpoints'
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_is_no_failed_save)
         # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
         # have begun a save yet: they all wait for the first one there.
         if jax.process_index() == 0:
-            for interrupted in ocp.utils.tmp_checkpoints(self._folder):
-                interrupted.get().rmtree()
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=_policies.AnyPreservationPolicy(kept)),
-            item_handlers={
-                'state': ocp.StandardCheckpointHandler(),
-                'data': ocp.JsonCheckpointHandler(),
-                'metadata': ocp.JsonCheckpointHandler(),
-            },
+            with writing_to(self._folder):
+                for interrupted in ocp.utils.tmp_checkpoints(self._folder):
+                    interrupted.get().rmtree()
+        self._saving: tuple[int, dict[str, Any]] | None = None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_policies.AnyPreservationPolicy(kept),
+            # By process 0, when everything is written, and before the step gets its name and older ones are removed.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
+        handlers = {
+            'state': ocp.StandardCheckpointHandler(),
+            'data': ocp.JsonCheckpointHandler(),
+            'metadata': ocp.JsonCheckpointHandler(),
+        }
+        with writing_to(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Mapping[str, Any], data: dict, metadata: dict) -> None:
         """Copies `state` to the host and returns; the writing goes on behind, and the step appears whole or not at all.
@@ -137,10 +151,10 @@ class CheckpointManager:
         A failure of the writing is raised by the next call.
 
         Raises:
-            UserError: `step` is not past the newest saved one.
+            UserError: `step` is not past the newest saved one, or the folder cannot be written.
             TypeError: `state` is not a plain nested dict of arrays.
         """
-        flatten(state)
+        leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(state).items()}
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise UserError(
@@ -150,7 +164,10 @@ class CheckpointManager:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), metadata=ocp.args.JsonSave(metadata)
         )
-        self._manager.save(step, args=items, force=True)
+        self.wait()
+        self._saving = step, leaves
+        with self._failed_saves():
+            self._manager.save(step, args=items, force=True)
 
     def latest_step(self) -> int | None:
         """The newest finished step (or the one being written), None where there is none."""
@@ -182,18 +199,55 @@ class CheckpointManager:
         return _nest(abstract_state, read), dict(reader.data), dict(reader.metadata)
 
     def wait(self) -> None:
-        """Returns when the save that is under way is finished, and raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Returns when the save that is under way is finished.
+
+        Raises:
+            UserError: it could not be written; the steps before it are untouched.
+        """
+        with self._failed_saves():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of the threads. The manager is not used again."""
-        self._manager.close()
+        with self._failed_saves():
+            self._manager.close()
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(_is_no_failed_save)
+
+    def _seal(self) -> None:
+        """Reads back the step that is about to get its name: it has the leaves that were saved, and its files get checksums."""
+        step, leaves = self._saving
+        unfinished = [path for path in ocp.utils.tmp_checkpoints(self._folder) if path.get_final().name == str(step)]
+        folder = unfinished[0].get()
+        if NativeReader(folder).leaves() != leaves:
+            raise OSError(f'{folder} does not hold the leaves that were saved')
+        integrity.write_record(folder)
+
+    @contextlib.contextmanager
+    def _failed_saves(self) -> Iterator[None]:
+        """TensorStore and the system say that a disk is full by exceptions of their own."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            code = _OS_ERROR.search(str(error))
+            number = int(code[1]) if code else getattr(error, 'errno', None)
+            reason = os.strerror(number) if number else ' '.join(str(error).split())
+            step = self._saving[0] if self._saving else None
+            raise UserError(
+                f'step {step} cannot be saved to {self._folder} ({reason}): the steps before it are as they were, and the same '
+                'command goes on from the newest when the folder can be written again.'
+            ) from error
 
     def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_no_failed_save(record: logging.LogRecord) -> bool:
+    """Orbax logs a failed save several times, each with a traceback, and then raises it."""
+    return record.exc_info is None or 'orbax' not in record.pathname + record.getMessage()
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ import jax
 import numpy as np
 
 from upcycle import cost, files, partitioning
+from upcycle.checkpoints import integrity
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
-from upcycle.errors import Preempted, UserError
+from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate import diversity, few_shot, tasks, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress
@@ -61,11 +63,12 @@ def train(run: Run, name: str = 'train') -> TrainState:
       The last state.
 
     Raises:
-      UserError: the configuration, data or checkpoint does not fit; nothing has been written then.
+      UserError: the configuration, data or checkpoint does not fit, and nothing has been written then; or the folder cannot be
+        written any more.
       Preempted: the process got SIGTERM, and the state is saved.
     """
     mesh = check(run)
-    with partitioning.use(mesh):
+    with partitioning.use(mesh), writing_to(run.model_dir):
         return _Trainer(run, mesh, name).train()
 
 
@@ -123,14 +126,14 @@ class _Trainer:
 
     def train(self) -> TrainState:
         run = self.run
-        newest = None
         folder = files.absolute(run.model_dir)
-        if (folder / 'checkpoints').is_dir():
+        newest = integrity.newest_whole_step(run.model_dir)
+        if newest is not None:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
-                newest = manager.latest_step()
-                if newest is not None:
-                    state = self._restore(manager, newest)
-        if newest is None:
+                state = self._restore(manager, newest)
+            if jax.process_index() == 0:
+                print(f'{self.name}  goes on from step {newest}', file=sys.stderr, flush=True)
+        else:
             state = self._first_state()
             folder.mkdir(parents=True, exist_ok=True)
             if self.receipt is not None and jax.process_index() == 0:

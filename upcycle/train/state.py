@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.errors import UserError
 from upcycle.models import BatchSpec, Model, identify
@@ -162,6 +163,8 @@ def from_checkpoint(
     """
     reader = open_checkpoints(run.initial_checkpoint_path)
     what = make_plan(run, where, reader)
+    for part in readers_of(reader):
+        require_whole(part.path)
     carried = Carried.of(reader)
     upcycles = run.surgery.made_by is not None
     leaves = where.flat()

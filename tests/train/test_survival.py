@@ -1,0 +1,89 @@
+"""Runs that are killed, damaged or cannot write: they go on from the newest whole step, or say in a sentence why not."""
+
+import importlib.util
+import os
+import pathlib
+import resource
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from tests import runs
+from upcycle.checkpoints import open_checkpoint
+from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
+
+SOAK = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'soak.py'
+
+
+@pytest.fixture
+def run(dense, tmp_path):
+    """Four steps, with checkpoints of the second and the fourth."""
+    return shutil.copytree(dense, tmp_path / 'run')
+
+
+def lines_of(run):
+    lines = read_metrics(str(pathlib.Path(run) / 'metrics.jsonl'))
+    return [{name: value for name, value in line.items() if 'second' not in name} for line in lines]
+
+
+def flip(step):
+    """A bit of the weights."""
+    file = max((path for path in (step / 'state').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_goes_on_from_the_step_before_a_damaged_one(run, dense, capsys):
+    """And ends as it would have: metrics are cut back, steps are taken again, the step is saved again."""
+    flip(run / 'checkpoints' / '4')
+    runs.train('dense', run, 4, CHECKPOINT_KEEP=2)
+    said = capsys.readouterr().err
+    assert '4 is damaged (bytes of state/' in said and 'goes on from step 2' in said
+    assert lines_of(run) == lines_of(dense)
+    assert sorted(os.listdir(run / 'checkpoints')) == ['2', '4', '4.damaged']
+    ours, undisturbed = open_checkpoint(run), open_checkpoint(dense)
+    for name in undisturbed.leaves():
+        np.testing.assert_array_equal(ours.read(name), undisturbed.read(name), err_msg=name)
+
+
+def test_a_run_without_a_whole_step_is_refused_and_so_is_a_start_from_it(run, tmp_path):
+    for step in ('2', '4'):
+        flip(run / 'checkpoints' / step)
+    before = lines_of(run)
+    with pytest.raises(UserError, match='no step in .* is whole'):
+        runs.train('dense', run, 6, CHECKPOINT_KEEP=2)
+    assert lines_of(run) == before and sorted(os.listdir(run / 'checkpoints')) == ['2', '4']
+    with pytest.raises(UserError, match='4 is damaged .*: copy it again, or name an earlier step'):
+        runs.train('upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=run)
+    assert not (tmp_path / 'up' / 'checkpoints').exists()
+
+
+def test_a_run_that_cannot_write_says_so_and_loses_nothing(run, tmp_path, capsys):
+    """A file in the folder's place, and a disk without space, for which a limit on the size of files stands in."""
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'file\S* cannot be written \((File exists|Not a directory)\)'):
+        runs.train('dense', tmp_path / 'file', 4)
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(UserError, match=r'cannot be written \(File too large\)') as caught:
+            runs.train('dense', run, 6, CHECKPOINT_KEEP=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert '\n' not in str(caught.value)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_five_kills_and_nothing_is_lost(dense, tmp_path):
+    """The rest by the same script: docs/reliability.md."""
+    spec = importlib.util.spec_from_file_location('soak', SOAK)
+    soak = sys.modules['soak'] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+    account = soak.soak(soak.Case('language', 1), kills=5, steps=24, seed=0, folder=tmp_path, dense=dense)
+    assert account.kills >= 5 and account.runs >= 1 and account.phases['upcycling'] >= 1
+    assert account.most <= 2 * soak.PERIODS['CHECKPOINT_PERIOD']

@@ -1,0 +1,191 @@
+"""Checksums of a step's files: written before the step gets its name, compared before anything is read from it.
+
+`checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written when every other
+file is, and before Orbax gives the step its name: a step that can be seen has one. Steps by older versions of `upcycle train`,
+and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have none.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from upcycle import files
+from upcycle.checkpoints import arrays
+from upcycle.errors import UserError
+
+RECORD = 'checksums.json'
+
+_BLOCK_BYTES = 4 << 20
+# Hashing lets go of the interpreter, and object stores answer late.
+_FILES_AT_ONCE = 8
+_NO_STEP, _REFUSED = -1, -2
+
+
+def write_record(folder: epath.Path) -> None:
+    """Reads every file of a step back and writes its checksums; no file of its items may change any more."""
+    names = list(_files(folder))
+    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        found = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
+    (folder / RECORD).write_text(json.dumps({'files': found}, indent=1))
+
+
+def has_record(folder: epath.Path) -> bool:
+    """Whether a step's files can be compared with what was saved."""
+    return (folder / RECORD).exists()
+
+
+def damage(folder: epath.Path) -> str | None:
+    """What is wrong with which file of a step that has a record; None where every file is as it was saved."""
+    try:
+        saved = json.loads((folder / RECORD).read_text())['files']
+        expected = {name: (file['bytes'], file['sha256']) for name, file in saved.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f'{RECORD} cannot be read ({error})'
+
+    def compare(name: str) -> str | None:
+        size, digest = expected[name]
+        try:
+            found = _describe(folder / name)
+        except FileNotFoundError:
+            return f'{name} is missing'
+        except OSError as error:
+            return f'{name} cannot be read ({error.strerror or error})'
+        if found['bytes'] != size:
+            return f'{name} has {found["bytes"]} bytes and was saved with {size}'
+        return None if found['sha256'] == digest else f'bytes of {name} are not those that were saved'
+
+    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        return next(filter(None, pool.map(compare, sorted(expected))), None)
+
+
+def require_whole(path: str) -> None:
+    """Raises UserError where a step has a record and its files differ from it; process 0 looks for all."""
+    folder = epath.Path(path)
+
+    def look() -> int:
+        if has_record(folder) and (wrong := damage(folder)):
+            raise UserError(f'{folder} is damaged ({wrong}): copy it again, or name an earlier step.')
+        return 0
+
+    _by_process_0(look, f'{folder} is damaged: process 0 says how.')
+
+
+def newest_whole_step(model_dir: str) -> int | None:
+    """The step that a run goes on from. Newer ones that are damaged are renamed to `STEP.damaged`, which is said.
+
+    Process 0 looks and renames, and all processes return the same; to be called before the folder is opened for writing.
+
+    Args:
+        model_dir: the run's folder.
+
+    Returns:
+        The newest step whose files are those that were saved; None where nothing was ever saved.
+
+    Raises:
+        UserError: there are steps, and none is whole; nothing is renamed then.
+    """
+    folder = files.absolute(model_dir) / 'checkpoints'
+    step = _by_process_0(lambda: _set_aside_damaged(folder), f'no step in {folder} is whole: process 0 says why.')
+    return None if step == _NO_STEP else step
+
+
+def _set_aside_damaged(folder: epath.Path) -> int:
+    steps = _steps(folder)
+    recorded = [step for step in steps if has_record(folder / str(step))]
+    damaged: dict[int, str] = {}
+    whole = _NO_STEP
+    for step in sorted(steps, reverse=True):
+        wrong = _damage_among(folder, step, recorded)
+        if wrong is None:
+            whole = step
+            break
+        damaged[step] = wrong
+    if damaged and whole == _NO_STEP:
+        each = '; '.join(f'step {step}: {wrong}' for step, wrong in damaged.items())
+        raise UserError(
+            f'no step in {folder} is whole ({each}): bring the files back, or delete the folder to start the run again.'
+        )
+    for step, wrong in damaged.items():
+        aside = _rename_aside(folder / str(step))
+        print(
+            f'{folder / str(step)} is damaged ({wrong}): it is now {aside.name}, and step {whole} is the newest whole one.',
+            file=sys.stderr,
+            flush=True,
+        )
+    return whole
+
+
+def _damage_among(folder: epath.Path, step: int, recorded: list[int]) -> str | None:
+    if step in recorded:
+        return damage(folder / str(step))
+    # Once a run records its steps, it does so with every one.
+    if any(older < step for older in recorded):
+        return f'{RECORD} is missing'
+    print(
+        f'{folder / str(step)} has no {RECORD}, as it was saved by an older version: only what its format checks is checked.',
+        file=sys.stderr,
+        flush=True,
+    )
+    return None
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    """The finished steps."""
+    if not folder.exists():
+        return []
+    return [int(child.name) for child in folder.iterdir() if child.name.isdigit() and arrays.is_finished(child)]
+
+
+def _rename_aside(step: epath.Path) -> epath.Path:
+    name, count = f'{step.name}.damaged', 1
+    while (step.parent / name).exists():
+        count += 1
+        name = f'{step.name}.damaged-{count}'
+    return step.rename(step.parent / name)
+
+
+def _files(folder: epath.Path, below: str = '') -> Iterator[str]:
+    """Files of the items. What lies beside the items is Orbax's note of the save, which it finishes last."""
+    for child in sorted(folder.iterdir(), key=lambda child: child.name):
+        name = f'{below}{child.name}'
+        if child.is_dir():
+            yield from _files(child, name + '/')
+        elif below:
+            yield name
+
+
+def _describe(file: epath.Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with file.open('rb') as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {'bytes': size, 'sha256': digest.hexdigest()}
+
+
+def _by_process_0(look: Any, refusal: str) -> int:
+    """What process 0 finds, on all; its UserError there, and one that says `refusal` elsewhere."""
+    if jax.process_count() == 1:
+        return look()
+    found, error = _REFUSED, None
+    if jax.process_index() == 0:
+        try:
+            found = look()
+        except UserError as raised:
+            error = raised
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if error is not None:
+        raise error
+    if found == _REFUSED:
+        raise UserError(refusal)
+    return found
