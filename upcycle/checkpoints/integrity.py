@@ -1,6 +1,6 @@
 """Checksums of a step's files: written before the step gets its name, compared before anything is read from it.
 
-`checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written when every other
+`checksums.json` in a step's folder (not in a bucket, whose store has checksums of its own) holds the size and the SHA-256 of every file of its items. It is written when every other
 file is, and before Orbax gives the step its name: a step that can be seen has one. Steps by older versions of `upcycle train`,
 and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have none.
 """
@@ -128,6 +128,8 @@ def _set_aside_damaged(folder: epath.Path) -> int:
 def _damage_among(folder: epath.Path, step: int, recorded: list[int]) -> str | None:
     if step in recorded:
         return damage(folder / str(step))
+    if files.is_remote(folder):
+        return None
     # Once a run records its steps, it does so with every one.
     if any(older < step for older in recorded):
         return f'{RECORD} is missing'

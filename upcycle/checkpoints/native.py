@@ -216,6 +216,9 @@ class CheckpointManager:
 
     def _seal(self) -> None:
         """Reads back the step that is about to get its name: it has the leaves that were saved, and its files get checksums."""
+        if files.is_remote(self._folder):
+            # Stores check what they are sent, and reading it all back takes as long as writing it.
+            return
         step, leaves = self._saving
         unfinished = [path for path in ocp.utils.tmp_checkpoints(self._folder) if path.get_final().name == str(step)]
         folder = unfinished[0].get()
