@@ -17,6 +17,7 @@ from upcycle.models import known_fields
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, moe_metrics
+from upcycle.schema import Natural
 
 Batch = Mapping[str, jax.Array]
 
@@ -49,8 +50,8 @@ class ImageClassifier:
     loss: ClassLoss = ClassLoss.SOFTMAX
     label_smoothing: float = 0.0
     mixup: float = 0.0
-    aux_loss_factor: float = 0.0
-    router_z_loss_factor: float = 0.0
+    aux_loss_factor: Natural = 0.0
+    router_z_loss_factor: Natural = 0.0
 
     family = 'vit'
     head = ('head', 'pre_logits')
