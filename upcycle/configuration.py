@@ -1,6 +1,5 @@
 """gin: from files and command-line bindings to one checked `Run`, and back to a text that says what was resolved."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -4,6 +4,7 @@ import contextlib
 import enum
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -45,6 +46,11 @@ def refuse(mistakes: Iterable[str]) -> None:
 def mistakes_of(error: UserError) -> tuple[str, ...]:
     """Its sentences."""
     return error.mistakes if isinstance(error, UserErrors) else (str(error),)
+
+
+def without_password(text: str) -> str:
+    """A text with the user names and passwords taken out of its addresses, so that it can be shown."""
+    return re.sub(r'(?<=://)[^/@\s]+@', '***@', text)
 
 
 class Preempted(Exception):  # noqa: N818  it is no error

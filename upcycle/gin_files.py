@@ -19,12 +19,13 @@ from typing import Any
 
 import gin
 from gin import config_parser
-from upcycle.errors import UserError
+from upcycle.errors import UserError, without_password
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # A reference that could not be resolved, of which a mistake already tells.
 UNKNOWN = object()
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
+_OUR_MODULE = re.compile(r'upcycle(\.[a-z]\w*)+')
 _MACRO = re.compile(r'%([A-Za-z_]\w*)')
 
 
@@ -66,6 +67,11 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
         reader.file(file, f'--gin_file={file}', ())
     for name, value in bindings.items():
         label = f'--gin.{name}={value}'
+        if without_password(value) != value:
+            reader.found.mistakes.append(
+                f'{without_password(label)} holds a password, which would be written into config.gin: keep it in the environment.'
+            )
+            continue
         before = len(reader.found.mistakes)
         with gin.config._parse_scope() as context:
             reader.statements(f'{name} = {_literal(value)}', label, context, ())
@@ -136,7 +142,7 @@ def require_data(path: str) -> None:
 def _more_than_data(statement: Any, selectors: list[str]) -> str | None:
     """Why a statement may do more than describe, None where it may not. `selectors`: references so far; they are taken."""
     if isinstance(statement, config_parser.ImportStatement):
-        ours = statement.module.startswith('upcycle.') and not statement.alias
+        ours = _OUR_MODULE.fullmatch(statement.module) and not statement.alias
         return None if ours or statement.module.startswith('__gin__.') else f'it imports {statement.module}'
     if isinstance(statement, config_parser.IncludeStatement):
         return f'it includes {statement.filename}'
@@ -160,7 +166,7 @@ def _more_than_data(statement: Any, selectors: list[str]) -> str | None:
 
 def _is_our_dataclass(selector: str) -> bool:
     module, _, name = selector.rpartition('.')
-    if not re.fullmatch(r'upcycle(\.\w+)+', module):
+    if not _OUR_MODULE.fullmatch(module):
         return False
     try:
         kind = getattr(importlib.import_module(module), name, None)

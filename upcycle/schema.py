@@ -94,7 +94,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and math.isfinite(_as_float(value))
     if inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
         return isinstance(value, str) and value in set(hint)
-    return inspect.isclass(hint) and isinstance(value, hint)
+    return inspect.isclass(hint) and not _is_protocol(hint) and isinstance(value, hint)
 
 
 def in_words(hint: Any) -> str:
@@ -141,11 +141,15 @@ def _is_a(value: Made, hint: Any) -> bool:
         return True
     if not inspect.isclass(hint):
         return False
-    if not getattr(hint, '_is_protocol', False):
+    if not _is_protocol(hint):
         return issubclass(value.kind, hint)
     wanted = {name for name in (*vars(hint), *getattr(hint, '__annotations__', {})) if not name.startswith('_')}
     has = {*dir(value.kind), *getattr(value.kind, '__dataclass_fields__', {})}
     return wanted <= has
+
+
+def _is_protocol(hint: Any) -> bool:
+    return getattr(hint, '_is_protocol', False)  # typing.is_protocol, from Python 3.13 on
 
 
 def _as_float(value: float) -> float:
