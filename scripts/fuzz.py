@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -338,14 +339,19 @@ class Configurations:
 
     def __init__(self, folder: pathlib.Path):
         self._file = folder / 'fuzz.gin'
-        self._names = sorted(gin_files.macros_of(gin_files.shipped().values()) - {'gin'})
-        self._identities: dict[int, dict[str, str]] = {}
+        self._shipped = gin_files.shipped()
+        self._names = sorted(gin_files.macros_of(self._shipped.values()) - {'gin'})
+        self._identities = []
+        for files, more in RUNS:
+            configuration.load(files, {**SMALL, **more})
+            self._identities.append(configuration.resolved())
 
     def __call__(self, rng: random.Random) -> Case:
         number = rng.randrange(len(RUNS))
         files, more = list(RUNS[number][0]), RUNS[number][1]
         bindings = {**SMALL, **more}
-        kinds = [rng.choice((self._value, self._value, self._name, self._files, self._text, self._flags))]
+        ways = [self._value] * 6 + [self._files] * 3 + [self._text] * 5 + [self._name] * 2 + [self._flags]
+        kinds = [rng.choice(ways)]
         kinds += [rng.choice((self._value, self._text)) for _ in range(rng.choice((0, 0, 1, 3)))]
         extra: list[str] = []
         for kind in kinds:
@@ -357,10 +363,6 @@ class Configurations:
         return Case(kinds[0].__name__.strip('_'), shown, lambda: self._run(number, arguments, bindings))
 
     def _run(self, number: int, arguments: list[str], bindings: Mapping[str, str]) -> str:
-        if number not in self._identities:
-            files, more = RUNS[number]
-            configuration.load(files, {**SMALL, **more})
-            self._identities[number] = configuration.resolved()
         found = []
         old, jobs.train = jobs.train, lambda files, named: found.append(configuration.load(files, named))
         try:
@@ -387,13 +389,19 @@ class Configurations:
 
     def _value(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
         name = rng.choice([*bindings, *rng.sample(self._used(files), 12), *rng.sample(self._names, 3)])
-        bindings[name] = rng.choice(rng.choice((NUMBERS, NUMBERS, WORDS, ODD)))
+        plausible = self._plausible(name)
+        bindings[name] = rng.choice(rng.choice((NUMBERS, WORDS, ODD, plausible, plausible, plausible)))
 
     def _used(self, files: Sequence[str]) -> list[str]:
         """Macros that the files mention, which a run of them mostly uses."""
-        return sorted(
-            gin_files.macros_of(text for name, text in gin_files.shipped().items() if name in files) | {*SMALL}
-        )
+        return sorted(gin_files.macros_of(text for name, text in self._shipped.items() if name in files) | {*SMALL})
+
+    def _plausible(self, name: str) -> list[str]:
+        """What our own files set a macro to, and numbers near that."""
+        found = [re.findall(rf'^{name} = ([^#\n]*)', text, re.MULTILINE) for text in self._shipped.values()]
+        values = [value.strip() for values in found for value in values]
+        near = [str(int(value) + more) for value in values if value.isdigit() for more in (-1, 1, int(value))]
+        return values + near or ['4']
 
     def _name(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
         name = rng.choice(
@@ -407,18 +415,16 @@ class Configurations:
             case 0:
                 del files[at]
             case 1:
-                files.insert(rng.randrange(len(files) + 1), rng.choice(list(gin_files.shipped())))
+                files.insert(rng.randrange(len(files) + 1), rng.choice(list(self._shipped)))
             case 2:
                 files[at] = _misspelt(rng, files[at])
             case 3:
                 rng.shuffle(files)
             case _:
-                files[at] = rng.choice(
-                    ['', '.', '/', os.sep * 2, 'gin', '/dev/null', 'a\0b', '~', *gin_files.shipped()]
-                )
+                files[at] = rng.choice(['', '.', '/', os.sep * 2, 'gin', '/dev/null', 'a\0b', '~', *self._shipped])
 
     def _text(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
-        shipped = gin_files.shipped()
+        shipped = self._shipped
         at = rng.randrange(len(files))
         if str(self._file) in files:
             return

@@ -195,7 +195,9 @@ class EncoderDecoderModel:
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task's vocabulary does not fit into the embedding."""
+        """Raises UserError when the task is no text, or its vocabulary does not fit into the embedding."""
+        if not {*_INPUTS[:3]} <= data.batch_spec().keys():
+            raise UserError('the model is a T5, and TRAIN_DATASET or EVAL_DATASET holds no text: name a task of text.')
         size = getattr(data, 'vocabulary_size', None)
         if size is not None and size > self.config.vocab_size:
             raise UserError(

@@ -214,7 +214,11 @@ class ImageClassifier:
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task has other images than the model reads, or more classes than the head has."""
+        """Raises UserError when the task has no images, or others than the model reads, or more classes than the head has."""
+        if 'image' not in data.batch_spec():
+            raise UserError(
+                'the model is a ViT, and TRAIN_DATASET or EVAL_DATASET holds no images: name a task of images.'
+            )
         c = self.config
         shape = getattr(data, 'image_shape', None)
         if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):

@@ -22,7 +22,7 @@ class Run:
     Attributes:
       model_dir: the folder where everything is written [MODEL_DIR].
       model: what is trained [MODEL].
-      train_data: what it is trained on [TRAIN_DATASET].
+      train_data: what it is trained on [TRAIN_DATASET]; None: nothing, as in a conversion.
       optimizer: what turns gradients into updates [OPTIMIZER].
       learning_rate: its schedule runs over all steps, those of the dense run included.
       total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
@@ -49,7 +49,7 @@ class Run:
 
     model_dir: str
     model: Model
-    train_data: DataSource
+    train_data: DataSource | None
     optimizer: Optimizer
     learning_rate: LearningRate
     total_steps: Count
@@ -73,7 +73,8 @@ class Run:
 
     def __post_init__(self):
         refuse(self._nonsense())
-        self.model.check_data(self.train_data)
+        for data in filter(None, (self.train_data, self.eval_data)):
+            self.model.check_data(data)
         if self.few_shot is not None:
             self.few_shot.check(self.model, self.eval_data)
         if self.task_metrics is not None:
