@@ -7,10 +7,11 @@
 A case is made by its seed and number alone. Configurations are checked as every command checks them, and those that pass are
 laid out abstractly, as `upcycle plan` does; checkpoints are opened, identified and read whole. Allowed is a `UserError`, the same
 result as without the damage, or another valid configuration or checkpoint that says what it is. Everything else is written to a
-file, one case a line. The exit code is 1 when a case failed.
+file, one case a line. The exit code is 1 when a case failed. Interrupted, it says how far it has come.
 """
 
 import argparse
+import ast
 import collections
 import contextlib
 import copy
@@ -48,7 +49,8 @@ from upcycle.train import loop
 from upcycle.train.optimizer import Adafactor
 from upcycle.train.state import layout
 
-SECONDS = 60  # of a case, before it counts as hanging
+SECONDS = 60  # of processor time for a case, before it counts as hanging
+PATIENCE = 600  # seconds for a case that waits, on a machine that may be busy
 GIGABYTES = 8  # of addresses that a case may take more than the program before it
 LARGE = 200_000_000  # parameters, above which a valid configuration is not laid out
 
@@ -104,14 +106,17 @@ def _carry_out(whats: Sequence[tuple[str, int, int]], folder: pathlib.Path, *, s
     makers: dict[str, Callable[[random.Random], Case]] = {}
     table: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failures = []
-    start, slowest = time.monotonic(), 0.0
-    for done, (what, seed, number) in enumerate(whats):
+    start, slowest, done = time.monotonic(), 0.0, 0
+    for what, seed, number in whats:
         if what not in makers:
             makers[what] = {'configurations': Configurations, 'checkpoints': Checkpoints}[what](folder)
             start = time.monotonic()
         case = makers[what](random.Random(f'{seed}/{what}/{number}'))
         began = time.monotonic()
-        outcome, detail = _outcome(case)
+        try:
+            outcome, detail = _outcome(case)
+        except KeyboardInterrupt:
+            break
         slowest = max(slowest, time.monotonic() - began)
         table[case.kind][outcome] += 1
         if outcome in FAILURES:
@@ -121,11 +126,12 @@ def _carry_out(whats: Sequence[tuple[str, int, int]], folder: pathlib.Path, *, s
             )
         if show_each or outcome in FAILURES:
             print(f'{what} {seed}/{number}: {outcome}\n  {case.description}\n  {detail}', flush=True)
-        if done % 500 == 499:
+        done += 1
+        if done % 500 == 0:
             jax.clear_caches()
-            print(f'{done + 1} cases in {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
+            print(f'{done} cases in {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
     _print_table(table)
-    print(f'{len(whats)} cases in {time.monotonic() - start:.0f} s, the slowest {slowest:.1f} s')
+    print(f'{done} cases in {time.monotonic() - start:.0f} s, the slowest {slowest:.1f} s')
     return failures
 
 
@@ -133,8 +139,9 @@ def _outcome(case: Case) -> tuple[str, str]:
     def too_long(*_: Any) -> None:
         raise Hang
 
-    old = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS)
+    old = {number: signal.signal(number, too_long) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.alarm(PATIENCE)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     output = io.StringIO()
     try:
         with _bounded_memory(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -148,7 +155,9 @@ def _outcome(case: Case) -> tuple[str, str]:
         return TRACEBACK, traceback.format_exc(limit=-6)
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -385,7 +394,7 @@ class Configurations:
     def _said(self, name: str, value: str, number: int) -> bool:
         """Whether a binding asks for something that the undamaged configuration does not have under the same name."""
         known = {**SMALL, **RUNS[number][1]}
-        return name in known and value.strip() != known[name] and not _equal(value, known[name])
+        return name in known and not _equal(value, known[name])
 
     def _value(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
         name = rng.choice([*bindings, *rng.sample(self._used(files), 12), *rng.sample(self._names, 3)])
@@ -480,9 +489,13 @@ def _guess(run: Any) -> list[float]:
 
 
 def _equal(text: str, other: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return float(text) == float(other)
-    return False
+    values = []
+    for value in (text, other):
+        try:
+            values.append(ast.literal_eval(value.strip()))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            values.append(value)
+    return values[0] == values[1]
 
 
 def _misspelt(rng: random.Random, text: str) -> str:
