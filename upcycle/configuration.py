@@ -320,9 +320,11 @@ def _is_required(value: Any) -> bool:
 
 def _not_set(macro: str) -> str:
     """Where a missing macro could come from: a misspelt one, or a file of ours that sets it."""
-    if similar := nearest(macro, _set_macros()):
-        return f'{macro} is not set{similar}: mend the name, or give --gin.{macro}=...'
     files = gin_files.definers(macro)
+    # A name that our files know is what was meant, and a similar one may be a macro of its own.
+    own = gin_files.macros_of(gin_files.shipped().values()) if files else set()
+    if similar := nearest(macro, _set_macros() - own):
+        return f'{macro} is not set{similar}: mend the name, or give --gin.{macro}=...'
     if not files:
         return f'{macro} is not set: give --gin.{macro}=...'
     more = f' or another of {len(files)}' if len(files) > 1 else ''
@@ -335,17 +337,10 @@ def _set_macros() -> set[str]:
 
 def _unknown_macros(found: gin_files.Found) -> Iterator[str]:
     """Macros of the user's files that nothing uses, here or in any run of ours: most likely misspelt."""
-    used = {
-        macro
-        for bindings in gin.config._CONFIG.values()
-        for value in bindings.values()
-        for reference in _references(value)
-        if (macro := _macro(reference))
-    }
-    if suspects := found.macros.keys() - used:
+    if suspects := found.macros.keys() - found.used:
         known = gin_files.macros_of(gin_files.shipped().values())
         for macro in sorted(suspects - known):
-            hint = nearest(macro, used | known)
+            hint = nearest(macro, found.used | known)
             yield f'{found.macros[macro]}: {macro} is used by nothing{hint}: mend the name or leave it out.'
 
 

@@ -38,12 +38,14 @@ class Found:
       files: the files, with those that they include, by the names they were called by.
       bound: names on the command line that were understood.
       macros: where each macro of a file was last set.
+      used: macros that something refers to, even where that was overridden later.
     """
 
     mistakes: list[str] = dataclasses.field(default_factory=list)
     files: list[str] = dataclasses.field(default_factory=list)
     bound: list[str] = dataclasses.field(default_factory=list)
     macros: dict[str, str] = dataclasses.field(default_factory=dict)
+    used: set[str] = dataclasses.field(default_factory=set)
 
 
 def search_paths() -> list[str]:
@@ -91,7 +93,7 @@ def definers(macro: str) -> list[str]:
     return [
         name
         for name, text in shipped().items()
-        if re.search(rf'^{re.escape(macro)} = (?!%gin.REQUIRED)', text, re.MULTILINE)
+        if re.search(rf'^{re.escape(macro)} = (?!%gin.REQUIRED|None)', text, re.MULTILINE)
     ]
 
 
@@ -198,7 +200,12 @@ class _Delegate(gin.config.ParserDelegate):
         super().__init__()
         self._reader = reader
 
+    def macro(self, name: str) -> Any:
+        self._reader.found.used.add(name)
+        return super().macro(name)
+
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
+        self._reader.look_at_token()
         if self._reader.configurable(scoped_selector.rpartition('/')[2]) is None:
             return UNKNOWN
         return super().configurable_reference(scoped_selector, evaluate)
@@ -209,7 +216,9 @@ class _Reader:
 
     def __init__(self) -> None:
         self.found = Found()
-        self._place = ''
+        self._label = self._place = ''
+        self._in_file = False
+        self._parser: Any = None
         self._context: Any = None
 
     def file(self, name: str, label: str, within: tuple[str, ...]) -> None:
@@ -234,23 +243,27 @@ class _Reader:
 
     def statements(self, text: str, label: str, context: Any, within: tuple[str, ...]) -> None:
         """A text's statements; `label`: what to call it in messages."""
-        outer = self._place, self._context
-        self._context, self._place = context, label
+        outer = self._label, self._place, self._in_file, self._parser, self._context
+        self._label, self._place, self._in_file, self._context = label, label, bool(within), context
         unknown: set[str] = set()
         for statement in self._parsed(text, label):
-            in_file = f'{label}, line {statement.location.line_num}' if within else label
-            self._place = in_file
+            self._place = f'{label}, line {statement.location.line_num}' if within else label
             if isinstance(statement, config_parser.ImportStatement):
                 self._import(statement)
             elif isinstance(statement, config_parser.IncludeStatement):
-                self.file(statement.filename, f'{in_file}: {statement.filename}', within)
+                self.file(statement.filename, f'{self._place}: {statement.filename}', within)
             elif statement.selector not in unknown:
                 is_macro = isinstance(statement, config_parser.BindingStatement) and not statement.arg_name
                 if not is_macro and self.configurable(statement.selector) is None:
                     unknown.add(statement.selector)
                 elif isinstance(statement, config_parser.BindingStatement):
-                    self._bind(statement, in_file if within else None)
-        self._place, self._context = outer
+                    self._bind(statement)
+        self._label, self._place, self._in_file, self._parser, self._context = outer
+
+    def look_at_token(self) -> None:
+        """Notes the line of what is being parsed: gin parses all of a block before it gives its first statement."""
+        if self._in_file:
+            self._place = f'{self._label}, line {self._parser._current_location().line_num}'
 
     def configurable(self, selector: str) -> Any:
         """What a selector stands for in the file that is being read, None where it stands for nothing."""
@@ -265,7 +278,8 @@ class _Reader:
 
     def _parsed(self, text: str, label: str) -> Iterator[Any]:
         try:
-            yield from config_parser.ConfigParser(io.StringIO(text), _Delegate(self))
+            self._parser = config_parser.ConfigParser(io.StringIO(text), _Delegate(self))
+            yield from self._parser
         except Exception as error:  # from the parser and from Python's tokenizer alike
             line = getattr(error, 'lineno', None)
             where = f'{label}, line {line}' if line and '\n' in text else label
@@ -279,13 +293,13 @@ class _Reader:
             hint = nearest(statement.module, (name for name in sys.modules if name.startswith('upcycle.')))
             self._note(f'{self._place}: {statement.module} cannot be imported{hint}: {_one_line(error)}.')
 
-    def _bind(self, statement: config_parser.BindingStatement, file: str | None) -> None:
+    def _bind(self, statement: config_parser.BindingStatement) -> None:
         scope, selector, name, value, _ = statement
         if not name:
             macro = f'{scope}/{selector}' if scope else selector
             gin.bind_parameter((macro, 'gin.macro', 'value'), value)
-            if file is not None:
-                self.found.macros[macro] = file
+            if self._in_file:
+                self.found.macros[macro] = self._place
             return
         try:
             gin.bind_parameter((scope, selector, name), value)
