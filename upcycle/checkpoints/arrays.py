@@ -115,8 +115,10 @@ def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | 
     """
     try:
         found = json.loads(file.read_text(), object_pairs_hook=pairs)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{file} is missing or damaged ({error}): copy the checkpoint again.') from error
+    except OSError as error:
+        raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{file} is damaged ({error}): copy the checkpoint again.') from error
     if not isinstance(found, dict):
         raise UserError(
             f'{file} is damaged (it holds {schema.shown(found)} and no JSON object): copy the checkpoint again.'
