@@ -397,7 +397,7 @@ class Configurations:
         return name in known and not _equal(value, known[name])
 
     def _value(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
-        name = rng.choice([*bindings, *rng.sample(self._used(files), 12), *rng.sample(self._names, 3)])
+        name = rng.choice([*bindings, *rng.choices(self._used(files), k=12), *rng.choices(self._names, k=3)])
         plausible = self._plausible(name)
         bindings[name] = rng.choice(rng.choice((NUMBERS, WORDS, ODD, plausible, plausible, plausible)))
 

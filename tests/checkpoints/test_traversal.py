@@ -129,3 +129,19 @@ def test_archives_of_any_size(tmp_path, size, how):
         archive.infolist()[0].file_size += size
     with pytest.raises(UserError, match='claims|cannot be read|damaged|missing'):
         open_checkpoint(file).read('params/cls')
+
+
+@SETTINGS
+@given(st.integers(2**20, 2**62))
+def test_chunks_of_any_size(written, size):
+    """TensorStore would make room for a whole chunk, and end the process where there is none."""
+    header = next((written['upcycle'] / 'state').glob('*embedding/zarr.json'))
+    before = header.read_text()
+    tree = json.loads(before)
+    tree['chunk_grid']['configuration']['chunk_shape'] = [size, 16]
+    header.write_text(json.dumps(tree))
+    try:
+        with pytest.raises(UserError, match='has chunks of|cannot be read'):
+            open_checkpoint(written['upcycle']).read('params/token_embedder/embedding')
+    finally:
+        header.write_text(before)

@@ -329,8 +329,19 @@ class ArrayReader:
         return {name: self._stored(name) if leaf is None else leaf for name, leaf in told.items()}
 
     def _stored(self, name: str) -> jax.ShapeDtypeStruct:
-        array = self._wait(name, self._begin_open(name).result)
+        array = self._array(name)
         return jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+
+    def _array(self, name: str) -> ts.TensorStore:
+        """A zarr array, after a look at its chunks, each of which TensorStore makes room for as a whole."""
+        array = self._wait(name, self._begin_open(name).result)
+        chunk = array.chunk_layout.read_chunk.shape or ()  # a scalar has none
+        if math.prod(chunk) > max(math.prod(array.shape), 1):
+            raise UserError(
+                f'{name} of {self.path} has chunks of {list(chunk)}, and is itself {list(array.shape)}: its header is damaged, '
+                'copy the checkpoint again.'
+            )
+        return array
 
     def _is_fresh(self, name: str) -> bool:
         return not isinstance(self._sources[name], np.ndarray)
@@ -341,8 +352,10 @@ class ArrayReader:
         if isinstance(source, np.ndarray):
             return lambda: source[region]
         if isinstance(source, dict):
-            array = self._wait(name, self._begin_open(name).result)
-            return functools.partial(self._wait, name, array[region].read().result)
+            part = self._array(name)[region]
+            # Where memory does not suffice, NumPy says so, and TensorStore ends the process.
+            self._wait(name, functools.partial(np.empty, part.shape, part.dtype.numpy_dtype))
+            return functools.partial(self._wait, name, part.read().result)
         return functools.cache(functools.partial(self._wait, name, functools.partial(source.read, region)))
 
     def _begin_open(self, name: str) -> ts.Future:
