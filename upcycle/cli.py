@@ -9,7 +9,7 @@ from typing import Any
 
 import upcycle
 from upcycle.checkpoints import FORMATS
-from upcycle.errors import PREEMPTED, Preempted, UserError
+from upcycle.errors import PREEMPTED, Preempted, UserError, without_password
 
 DESCRIPTION = """\
 Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run(arguments)
     except UserError as error:
-        print(f'upcycle: {error}', file=sys.stderr)
+        print(f'upcycle: {without_password(str(error))}', file=sys.stderr)
         code = 2
     except Preempted as notice:
         print(f'upcycle: {notice}', file=sys.stderr)

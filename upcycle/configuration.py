@@ -1,23 +1,18 @@
 """gin: from files and command-line bindings to one checked `Run`, and back to a text that says what was resolved."""
 
-import ast
-import difflib
-import logging
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 import gin
-from upcycle import files
-from upcycle.errors import UserError
+from upcycle import files, gin_files, schema
+from upcycle.errors import UserError, mistakes_of, refuse
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
+from upcycle.gin_files import UNKNOWN, nearest
 from upcycle.train.run import Run
 
-PACKAGE = pathlib.Path(__file__).resolve().parent
 # These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
 MAY_CHANGE = (
     'model_dir',
@@ -34,63 +29,38 @@ MAY_CHANGE = (
     'remat',
     'scan_layers',
 )
-_SEARCHED: list[str] = []
+_UNSET = object()
 _ROOT = f'{Run.__module__}.{Run.__name__}'
 
 
-def search_paths() -> list[str]:
-    """Where gin files are looked for: here, then the checkout or the installed package, with and without `gin/` in front."""
-    # In a wheel our files are inside the package; beside an installed package, `gin` is gin-config's own code.
-    gin_folder = PACKAGE / 'gin' if (PACKAGE / 'gin').is_dir() else PACKAGE.parent / 'gin'
-    return [os.getcwd(), str(gin_folder.parent), str(gin_folder)]
-
-
-def load(gin_files: Sequence[str], bindings: Mapping[str, str]) -> Run:
-    """Builds the run that the files and bindings describe.
+def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
+    """Builds the run that gin files and bindings describe. Nothing is allocated, and no device is looked for.
 
     Args:
-      gin_files: in the order models, moe, tasks, runs; a later one overrides an earlier one.
+      names: of gin files, in the order models, moe, tasks, runs; a later one overrides an earlier one.
       bindings: of the command line, as text. A value that is no Python literal and no gin reference is a string, so that
         `--gin.MODEL_DIR=/tmp/run` needs no quotes.
 
     Raises:
-      UserError: a file is missing or does not parse, a binding is unknown, unused, missing or nonsense.
+      UserError: a file is missing or does not parse, a binding is unknown, unused, missing, of another type or nonsense.
+      UserErrors: several are; all of them are said.
     """
-    if not gin_files:
+    if not names:
         raise UserError('No configuration: name one with --gin_file, such as --gin_file=models/t5_1_1_base.gin.')
-    gin.clear_config(clear_constants=True)
-    for path in search_paths():
-        if path not in _SEARCHED:
-            gin.add_config_file_search_path(path)
-            _SEARCHED.append(path)
-    for file in gin_files:
-        if not any(os.path.isfile(os.path.join(path, file)) for path in search_paths()):
-            raise UserError(f'--gin_file={file} does not exist: looked in {", ".join(dict.fromkeys(search_paths()))}.')
-    # gin logs an error for every folder in which a file is not.
-    logging.getLogger().disabled = True
-    # Its second reader takes `runs/x.gin` for a file in a Python package `runs`, and trips over a plain folder of that name.
-    readers, gin.config._FILE_READERS = gin.config._FILE_READERS, gin.config._FILE_READERS[:1]
+    found = gin_files.read(names, bindings)
     try:
-        gin.parse_config_files_and_bindings(
-            list(gin_files), [f'{name} = {_literal(value)}' for name, value in bindings.items()]
+        has_run = bool(gin.get_bindings(Run, resolve_references=False))
+    except ValueError:  # gin has never met it
+        has_run = False
+    if not has_run:
+        refuse(
+            [*found.mistakes, 'No run: end the list of files with one of runs/, such as --gin_file=runs/pretrain.gin.']
         )
-    except Exception as error:  # gin raises nearly every built-in type; all of them are mistakes in the configuration
-        raise UserError(f'The configuration does not parse: {_one_line(error)}') from error
-    finally:
-        logging.getLogger().disabled = False
-        gin.config._FILE_READERS = readers
-    _refuse_unused(bindings)
-    try:
-        if not gin.get_bindings(Run, resolve_references=False):
-            raise UserError('No run: end the list of files with one of runs/, such as --gin_file=runs/pretrain.gin.')
-        return gin.get_configurable(Run)()
-    except Exception as error:
-        if isinstance(error, UserError):
-            # gin appends where it was when it built the object; the sentence already names the binding.
-            raise UserError(str(error).split('\n  In call to configurable')[0]) from None
-        if isinstance(error, TypeError | ValueError | RuntimeError | KeyError):
-            raise UserError(f'The configuration is not complete or does not fit: {_one_line(error)}') from error
-        raise
+    builder = _Builder()
+    run = builder.make((), Run)
+    others = [*found.mistakes, *builder.mistakes]
+    refuse([*found.mistakes, *_unused(found, bindings, whole=not others), *_unknown_macros(found), *builder.mistakes])
+    return run
 
 
 def resolved() -> dict[str, str]:
@@ -153,17 +123,6 @@ def _read_config(path: epath.Path) -> dict[str, str]:
     return dict(line.split(' = ', 1) for line in lines if ' = ' in line)
 
 
-def _literal(text: str) -> str:
-    """A command-line value as gin source."""
-    if text.startswith(('@', '%')):
-        return text
-    try:
-        ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return repr(text)
-    return text
-
-
 def _is_reference(value: Any) -> bool:
     return isinstance(value, gin.config.ConfigurableReference)
 
@@ -175,30 +134,32 @@ def _macro(value: Any) -> str | None:
     return None
 
 
-def _bindings_of(reference: Any) -> dict[str, Any]:
-    """Bindings of a reference's target in its scope, those of the outer scopes included."""
-    with gin.config_scope('/'.join(reference.scopes) or None):
-        return dict(gin.get_bindings(reference.configurable.wrapped, resolve_references=False))
+def _bindings_of(scopes: Sequence[str], target: Any) -> dict[str, Any]:
+    """Bindings of a configurable in a scope, those of the outer scopes included."""
+    with gin.config_scope('/'.join(scopes) or None):
+        return dict(gin.get_bindings(target, resolve_references=False))
 
 
-def _references(value: Any) -> Iterator[Any]:
-    """The references inside a value, looked for through containers and macros."""
+def _references(value: Any, within: tuple[str, ...] = ()) -> Iterator[Any]:
+    """The references inside a value, looked for through containers and macros; `within`: the macros around it."""
     if macro := _macro(value):
         yield value
-        yield from _references(_macro_value(macro))
+        if macro not in within:
+            yield from _references(_macro_value(macro), (*within, macro))
     elif _is_reference(value):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _references(key)
-            yield from _references(item)
+            yield from _references(key, within)
+            yield from _references(item, within)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _references(item)
+            yield from _references(item, within)
 
 
 def _macro_value(name: str) -> Any:
-    return gin.get_bindings(f'{name}/gin.macro', resolve_references=False).get('value')
+    """What a macro is set to, or `_UNSET`."""
+    return gin.get_bindings(f'{name}/gin.macro', resolve_references=False).get('value', _UNSET)
 
 
 def _reachable() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -212,21 +173,20 @@ def _reachable() -> Iterator[tuple[str, dict[str, Any]]]:
         if _macro(reference) or reference.scoped_selector in seen:
             continue
         seen.add(reference.scoped_selector)
-        bindings = _bindings_of(reference)
-        yield _full_name(reference), bindings
+        bindings = _bindings_of(reference.scopes, reference.configurable.wrapped)
+        yield _full_name(reference.scopes, reference.configurable.wrapped), bindings
         waiting += [value for item in bindings.values() for value in _references(item)]
 
 
-def _full_name(reference: Any) -> str:
-    target = reference.configurable.wrapped
-    return '/'.join([*reference.scopes, f'{target.__module__}.{target.__qualname__}'])
+def _full_name(scopes: Sequence[str], target: Any) -> str:
+    return '/'.join([*scopes, f'{target.__module__}.{target.__qualname__}'])
 
 
 def _show(value: Any) -> str:
     if macro := _macro(value):
         return _show(_macro_value(macro))
     if _is_reference(value):
-        return f'@{_full_name(value)}' + ('()' if value.evaluate else '')
+        return f'@{_full_name(value.scopes, value.configurable.wrapped)}' + ('()' if value.evaluate else '')
     if isinstance(value, Mapping):
         return '{' + ', '.join(f'{_show(key)}: {_show(item)}' for key, item in value.items()) + '}'
     if isinstance(value, list | tuple):
@@ -235,30 +195,183 @@ def _show(value: Any) -> str:
     return repr(value)
 
 
-def _refuse_unused(bindings: Mapping[str, str]) -> None:
-    """A binding of the command line that nothing uses is a mistake; unused macros in files are fine."""
+class _Builder:
+    """Makes what the bindings describe, from the leaves up, and goes on where something is wrong, so that every mistake is found.
+
+    Attributes:
+      mistakes: a sentence each.
+    """
+
+    def __init__(self) -> None:
+        self.mistakes: list[str] = []
+        self._made: dict[str, Any] = {}
+        self._under_way: list[str] = []
+
+    def make(self, scopes: Sequence[str], target: Any) -> Any:
+        """What a configurable makes of its bindings, once for each scope; `UNKNOWN` where a mistake is in the way."""
+        name = _full_name(scopes, target)
+        if name in self._under_way:
+            return self._mistake(f'@{name} needs itself: bind something else.')
+        if name not in self._made:
+            self._under_way.append(name)
+            self._made[name] = self._make(scopes, target)
+            self._under_way.pop()
+        return self._made[name]
+
+    def _make(self, scopes: Sequence[str], target: Any) -> Any:
+        before = len(self.mistakes)
+        name = '/'.join([*scopes, target.__qualname__])
+        bindings = _bindings_of(scopes, target)
+        arguments = {key: self._argument(f'{name}.{key}', value, target, key) for key, value in bindings.items()}
+        for key in schema.required(target):
+            if key not in arguments:
+                self._mistake(f'{name}.{key} is not set: bind it.')
+        broken = len(self.mistakes) > before or any(value is UNKNOWN for value in arguments.values())
+        for value in bindings.values():
+            self._refuse_inherited(scopes, value)
+        if broken:
+            return UNKNOWN
+        try:
+            with gin.config_scope('/'.join(scopes) or None):
+                return target(**arguments)
+        except UserError as error:
+            self.mistakes += mistakes_of(error)
+        except Exception as error:
+            if target.__module__.startswith('upcycle.'):
+                raise
+            self._mistake(f'@{name} cannot be made: {" ".join(str(error).split()) or type(error).__name__}.')
+        return UNKNOWN
+
+    def _argument(self, name: str, value: Any, target: Any, key: str) -> Any:
+        """A parameter's value, its references made. A mistake names the macro that was set, where there is one."""
+        if (macro := self._innermost(value)) is not None:
+            name, value = macro, _macro_value(macro)
+        if not self._is_set(name, value):
+            return UNKNOWN
+        hint = schema.parameters(target)[key].annotation if key in schema.parameters(target) else Any
+        outline = self._each(value, self._outline)
+        if outline is UNKNOWN:
+            return UNKNOWN
+        if not schema.fits(outline, hint):
+            return self._mistake(f'{name} = {schema.shown(outline)} must be {schema.in_words(hint)}.')
+        return self._each(value, self._call)
+
+    def _innermost(self, value: Any) -> str | None:
+        """The macro that a chain of them ends in; None where the value is no macro."""
+        chain: list[str] = []
+        while (macro := _macro(value)) and macro not in chain:
+            chain.append(macro)
+            value = _macro_value(macro)
+        return chain[-1] if chain else None
+
+    def _is_set(self, name: str, value: Any) -> bool:
+        if _macro(value):
+            self._mistake(f'{name} is set to itself: give it a value.')
+        elif value is _UNSET:
+            self._mistake(_not_set(name))
+        elif _is_required(value):
+            self._mistake(f'{name} is not set: this run needs it, so give it with --gin.{name}=...')
+        else:
+            return value is not UNKNOWN  # of which a mistake tells already
+        return False
+
+    def _each(self, value: Any, of_reference: Any) -> Any:
+        """A value with its references replaced; `UNKNOWN` where one of them is."""
+        if _is_reference(value):
+            return of_reference(value)
+        if isinstance(value, Mapping):
+            items = [(self._each(key, of_reference), self._each(item, of_reference)) for key, item in value.items()]
+            return UNKNOWN if any(UNKNOWN in (key, item) for key, item in items) else dict(items)
+        if isinstance(value, list | tuple):
+            made = [self._each(item, of_reference) for item in value]
+            return UNKNOWN if any(item is UNKNOWN for item in made) else type(value)(made)
+        return value
+
+    def _outline(self, reference: Any) -> Any:
+        """A reference as a type sees it, nothing made."""
+        if _macro(reference):
+            macro = self._innermost(reference)
+            value = _macro_value(macro)
+            return self._each(value, self._outline) if self._is_set(macro, value) else UNKNOWN
+        return schema.Made(reference.configurable.wrapped, reference.evaluate)
+
+    def _call(self, reference: Any) -> Any:
+        if macro := self._innermost(reference):
+            return self._each(_macro_value(macro), self._call)
+        target = reference.configurable.wrapped
+        return self.make(reference.scopes, target) if reference.evaluate else reference.scoped_configurable_fn
+
+    def _refuse_inherited(self, scopes: Sequence[str], value: Any) -> None:
+        """gin would let a reference without a scope inherit that of whoever calls it, which `resolved` would not show."""
+        for reference in _references(value):
+            target = None if _macro(reference) or reference.scopes else reference.configurable.wrapped
+            if target and scopes and _bindings_of(scopes, target) != _bindings_of((), target):
+                inner = f'{"/".join(scopes)}/{target.__qualname__}'
+                self._mistake(f'@{target.__qualname__}() has bindings as {inner}: write @{inner}() where it is used.')
+
+    def _mistake(self, sentence: str) -> Any:
+        self.mistakes.append(sentence)
+        return UNKNOWN
+
+
+def _is_required(value: Any) -> bool:
+    return _is_reference(value) and value.scoped_selector == 'gin.REQUIRED/gin.constant'
+
+
+def _not_set(macro: str) -> str:
+    """Where a missing macro could come from: a misspelt one, or a file of ours that sets it."""
+    files = gin_files.definers(macro)
+    # A name that our files know is what was meant, and a similar one may be a macro of its own.
+    own = gin_files.macros_of(gin_files.shipped().values()) if files else set()
+    if similar := nearest(macro, _set_macros() - own):
+        return f'{macro} is not set{similar}: mend the name, or give --gin.{macro}=...'
+    if not files:
+        return f'{macro} is not set: give --gin.{macro}=...'
+    more = f' or another of {len(files)}' if len(files) > 1 else ''
+    return f'{macro} is not set: add --gin_file={files[0]}{more}, or give --gin.{macro}=...'
+
+
+def _set_macros() -> set[str]:
+    return {scope for scope, selector in gin.config._CONFIG if selector == 'gin.macro'}
+
+
+def _unknown_macros(found: gin_files.Found) -> Iterator[str]:
+    """Macros of the user's files that nothing uses, here or in any run of ours: most likely misspelt."""
+    if suspects := found.macros.keys() - found.used:
+        known = gin_files.macros_of(gin_files.shipped().values())
+        for macro in sorted(suspects - known):
+            hint = nearest(macro, found.used | known)
+            yield f'{found.macros[macro]}: {macro} is used by nothing{hint}: mend the name or leave it out.'
+
+
+def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool) -> Iterator[str]:
+    """Bindings of the command line that nothing uses; unused macros of ours in files are fine.
+
+    Args:
+      found: what was read.
+      bindings: of the command line.
+      whole: False: a part of the run is missing, which may be what uses a macro that our files know.
+    """
+    ours = set() if whole else gin_files.macros_of(gin_files.shipped().values())
     used_macros: set[str] = set()
     used_parameters: set[str] = set()
     for selector, values in _reachable():
         used_parameters |= {f'{selector}.{name}' for name in values}
         for value in values.values():
             used_macros |= {macro for reference in _references(value) if (macro := _macro(reference))}
-    for name in bindings:
+    for name in found.bound:
         if '.' in name:
             *scopes, selector = name.split('/')
             wanted = '/'.join([*scopes, _full_parameter(selector)])
             if any(parameter == wanted or parameter.endswith('/' + wanted) for parameter in used_parameters):
                 continue
-            known = sorted(used_parameters)
-        elif name in used_macros:
+            known = used_parameters
+        elif name in used_macros or name in ours:
             continue
         else:
-            known = sorted(used_macros)
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f' (did you mean {close[0]}?)' if close else ''
-        raise UserError(
-            f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: mend the name or leave it out.'
-        )
+            known = used_macros | ours
+        hint = nearest(name, known)
+        yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: mend the name or leave it out.'
 
 
 def _full_parameter(selector_and_parameter: str) -> str:
@@ -266,7 +379,3 @@ def _full_parameter(selector_and_parameter: str) -> str:
     configurable = gin.get_configurable(selector)
     target = getattr(configurable, '__wrapped__', configurable)
     return f'{target.__module__}.{target.__qualname__}.{parameter}'
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split())

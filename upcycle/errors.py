@@ -4,7 +4,8 @@ import contextlib
 import enum
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 
@@ -14,6 +15,42 @@ class UserError(Exception):
     The message is one sentence that names the binding, path or leaf and the way out. The command line prints it without a
     traceback and exits with 2.
     """
+
+
+class UserErrors(UserError):  # noqa: N818  it is several
+    """Several mistakes at once, each of them one sentence.
+
+    Attributes:
+      mistakes: the sentences, none of them twice.
+    """
+
+    def __init__(self, mistakes: Iterable[str]):
+        self.mistakes = tuple(dict.fromkeys(mistakes))
+        super().__init__('\n  '.join([f'{len(self.mistakes)} mistakes:', *self.mistakes]))
+
+
+def refuse(mistakes: Iterable[str]) -> None:
+    """Raises what is wrong, all of it, where anything is.
+
+    Raises:
+      UserError: of one mistake.
+      UserErrors: of several.
+    """
+    found = tuple(dict.fromkeys(mistakes))
+    if len(found) > 1:
+        raise UserErrors(found)
+    if found:
+        raise UserError(found[0])
+
+
+def mistakes_of(error: UserError) -> tuple[str, ...]:
+    """Its sentences."""
+    return error.mistakes if isinstance(error, UserErrors) else (str(error),)
+
+
+def without_password(text: str) -> str:
+    """A text with the user names and passwords taken out of its addresses, so that it can be shown."""
+    return re.sub(r'(?<=://)[^/@\s]+@', '***@', text)
 
 
 class Preempted(Exception):  # noqa: N818  it is no error

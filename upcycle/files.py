@@ -6,7 +6,7 @@ import tempfile
 
 from etils import epath
 
-from upcycle.errors import UserError
+from upcycle.errors import UserError, without_password
 
 STORES = ('gs', 's3')
 
@@ -21,8 +21,11 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     if not is_remote(name):
         return epath.Path(os.path.abspath(os.path.expanduser(name)))
     scheme = name.partition('://')[0]
-    if scheme not in STORES:
-        raise UserError(f'{name} cannot be used: paths are local, or in buckets (gs:// or s3://).')
+    if scheme not in STORES or without_password(name) != name:
+        raise UserError(
+            f'{without_password(name)} cannot be used: paths are local, or in buckets (gs:// or s3://), whose keys come from the '
+            'environment and never from the address.'
+        )
     return epath.Path(name)
 
 

@@ -15,6 +15,7 @@ from upcycle import configuration, cost, files, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
 from upcycle.errors import UserError, writing_to
 from upcycle.evaluate import few_shot, tasks, validation
+from upcycle.gin_files import require_data
 from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
 from upcycle.train import loop
@@ -24,6 +25,7 @@ from upcycle.train.step import TrainState
 
 FEW_SHOT = 'runs/few_shot.gin'
 TASK_METRICS = 'runs/task_metrics.gin'
+CONFIG = 'config.gin'
 
 
 def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train') -> TrainState:
@@ -86,7 +88,8 @@ def evaluate(
     """`upcycle eval`: metrics of a checkpoint on the evaluation data, with FEW_SHOT its probes, with TASK_METRICS its answers.
 
     Args:
-      gin_files: none: the configuration of the run whose folder `checkpoint` is, or lies in.
+      gin_files: none: the configuration of the run whose folder `checkpoint` is, or lies in, where that is no program. Whoever
+        trusts one that is, names it first.
       bindings: of the command line.
       checkpoint: any that `open_checkpoint` reads.
       as_json: print JSON and no table.
@@ -102,7 +105,10 @@ def evaluate(
     config = None
     if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
         config = _config_of(checkpoint)
+        require_data(config)
         gin_files = [config, *gin_files]
+    elif os.path.basename(gin_files[0]) == CONFIG:
+        config = gin_files[0]
     named = dict(bindings)
     if config is None:
         # Neither says anything about the weights, and a run needs both.
@@ -146,11 +152,11 @@ def evaluate(
 
 
 def _config_of(checkpoint: str) -> str:
-    """The `config.gin` of the run that a checkpoint's path belongs to."""
+    """The configuration of the run that a checkpoint's path belongs to."""
     path = files.absolute(checkpoint)
     for folder in (path, path.parent, path.parent.parent):
-        if (folder / 'config.gin').is_file():
-            return _local(folder / 'config.gin')
+        if (folder / CONFIG).is_file():
+            return _local(folder / CONFIG)
     raise UserError(
         f'{checkpoint} lies in no run folder of ours, so say what model and data it is of: --gin_file=models/..., '
         '--gin_file=tasks/..., --gin_file=runs/eval.gin.'

@@ -138,7 +138,7 @@ DAMAGE = {
     ),
     'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'do not lie beside it'),
     'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'looks for extra'),
-    'no configuration': (lambda f: (f / 'config.json').unlink(), 'config.json is missing'),
+    'no configuration': (lambda f: (f / 'config.json').unlink(), 'config.json cannot be read'),
     'another model': (change_config(model_type='bert'), 'type bert: only T5 and ViT'),
     'another activation': (change_config(feed_forward_proj='gated-tanh'), 'gated-tanh'),
     'another norm': (change_config(layer_norm_epsilon=1e-5), 'layer_norm_epsilon is 1e-05'),

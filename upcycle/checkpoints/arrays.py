@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from upcycle import schema
 from upcycle.errors import UserError
 from upcycle.files import is_remote
 
@@ -29,7 +31,19 @@ _COMMITTED = 'commit_success.txt'
 # What weights and moments are stored in.
 WEIGHT_DTYPES = ('float32', 'bfloat16', 'float16')
 # Of a damaged file, by TensorStore, NumPy and zipfile; RuntimeError is an encrypted zip.
-DAMAGE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+# A damaged header may ask for any size. The largest leaves that we know of are tens of gigabytes.
+_LARGEST_LEAF = 1 << 40
+# What our metadata holds, where it is there.
+_METADATA = {
+    'family': str,
+    'facts': Mapping[str, Any],
+    'model': Mapping[str, Any],
+    'cost': Mapping[str, float],
+    'not_read': Mapping[str, str],
+    'receipt': Mapping[str, Any] | None,
+    'unfinished': Sequence[str],
+}
 
 # TensorStore's drivers by the scheme of an address.
 _STORES = {'gs': 'gcs', 's3': 's3'}
@@ -93,6 +107,46 @@ def token_position_into_token(cls: Lazy, table: Lazy) -> tuple[Derived, Derived]
     return patches, Derived((1, 1, width), cls.dtype, (cls, table), lambda cls, table: cls + table[:, :1])
 
 
+def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file; `pairs`: see `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text(), object_pairs_hook=pairs)
+    except OSError as error:
+        raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{file} is damaged ({error}): copy the checkpoint again.') from error
+    if not isinstance(found, dict):
+        raise UserError(
+            f'{file} is damaged (it holds {schema.shown(found)} and no JSON object): copy the checkpoint again.'
+        )
+    return found
+
+
+def checked_metadata(file: str, metadata: Any) -> dict[str, Any]:
+    """Metadata of ours, after a look at what it is made of.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not isinstance(metadata, dict):
+        raise UserError(f'{file} is damaged (its metadata is no JSON object): copy the checkpoint again.')
+    for name, kind in _METADATA.items():
+        if name in metadata and not schema.fits(metadata[name], kind):
+            raise UserError(
+                f'{file} is damaged (its {name} is {schema.shown(metadata[name])}): copy the checkpoint again.'
+            )
+    return metadata
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether an index names something that lies beside it: no path, and nothing above."""
+    return isinstance(name, str) and name not in ('', '.', '..') and not {'/', '\\', '\0'} & {*name}
+
+
 def is_finished(folder: epath.Path) -> bool:
     """Whether Orbax has committed this step: by its name, or in an object store, which cannot rename, by a file."""
     return not is_remote(folder) or (folder / _COMMITTED).exists()
@@ -150,8 +204,8 @@ def orbax_arrays(item: epath.Path) -> dict[tuple[str, ...], Source]:
     Raises:
         UserError: the item's index is damaged.
     """
+    index = read_json(item / ORBAX_INDEX)
     try:
-        index = json.loads((item / ORBAX_INDEX).read_text())
         leaves = [
             tuple(str(key['key']) for key in leaf['key_metadata'])
             for leaf in index['tree_metadata'].values()
@@ -160,6 +214,10 @@ def orbax_arrays(item: epath.Path) -> dict[tuple[str, ...], Source]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{item / ORBAX_INDEX} is damaged ({error!r}): copy the checkpoint again.') from error
+    if strange := [keys for keys in leaves if not all(map(is_plain_name, keys)) or not is_plain_name('.'.join(keys))]:
+        raise UserError(
+            f'{item / ORBAX_INDEX} names arrays that do not lie beside it ({strange[0]!r}): it is not read.'
+        )
     store = kvstore(item)
     if (item / 'manifest.ocdbt').exists():
         store = {'driver': 'ocdbt', 'base': store, 'cache_pool': 'cache_pool#index'}
@@ -245,6 +303,12 @@ class ArrayReader:
     @functools.cached_property
     def _leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         leaves = self._abstract()
+        for name, leaf in leaves.items():
+            if math.prod(leaf.shape) * leaf.dtype.itemsize > _LARGEST_LEAF:
+                raise UserError(
+                    f'{name} of {self.path} would be {leaf.dtype}{list(leaf.shape)}, which no model has: its index is damaged, '
+                    'copy the checkpoint again.'
+                )
         wrong = [
             f'{name} is {leaf.dtype}'
             for name, leaf in leaves.items()
@@ -265,8 +329,19 @@ class ArrayReader:
         return {name: self._stored(name) if leaf is None else leaf for name, leaf in told.items()}
 
     def _stored(self, name: str) -> jax.ShapeDtypeStruct:
-        array = self._wait(name, self._begin_open(name).result)
+        array = self._array(name)
         return jax.ShapeDtypeStruct(array.shape, array.dtype.numpy_dtype)
+
+    def _array(self, name: str) -> ts.TensorStore:
+        """A zarr array, after a look at its chunks, each of which TensorStore makes room for as a whole."""
+        array = self._wait(name, self._begin_open(name).result)
+        chunk = array.chunk_layout.read_chunk.shape or ()  # a scalar has none
+        if math.prod(chunk) > max(math.prod(array.shape), 1):
+            raise UserError(
+                f'{name} of {self.path} has chunks of {list(chunk)}, and is itself {list(array.shape)}: its header is damaged, '
+                'copy the checkpoint again.'
+            )
+        return array
 
     def _is_fresh(self, name: str) -> bool:
         return not isinstance(self._sources[name], np.ndarray)
@@ -277,8 +352,10 @@ class ArrayReader:
         if isinstance(source, np.ndarray):
             return lambda: source[region]
         if isinstance(source, dict):
-            array = self._wait(name, self._begin_open(name).result)
-            return functools.partial(self._wait, name, array[region].read().result)
+            part = self._array(name)[region]
+            # Where memory does not suffice, NumPy says so, and TensorStore ends the process.
+            self._wait(name, functools.partial(np.empty, part.shape, part.dtype.numpy_dtype))
+            return functools.partial(self._wait, name, part.read().result)
         return functools.cache(functools.partial(self._wait, name, functools.partial(source.read, region)))
 
     def _begin_open(self, name: str) -> ts.Future:

@@ -27,6 +27,9 @@ from upcycle.errors import UserError
 
 METADATA = 'metadata.json'  # a member of ours beside the arrays; those who read parameters only never look at it
 
+# No deflated byte stands for more.
+_MOST_COMPRESSION = 1032
+
 _BLOCK = 'Transformer/encoderblock_'
 _STACK = 'Transformer/encoderblock/'
 # Where programs have put the class token's and the patches' position embeddings, newest first.
@@ -150,15 +153,20 @@ def _members(file: epath.Path) -> tuple[dict[str, _Member], dict[str, Any] | Non
     metadata = None
     try:
         archive = zipfile.ZipFile(file.open('rb'))
+        size = file.stat().length
         for info in archive.infolist():
+            if info.compress_size > size or info.file_size > _MOST_COMPRESSION * (info.compress_size + 1):
+                raise UserError(
+                    f'{info.filename} of {file} claims {info.file_size} bytes, and the file has {size}: copy the file again.'
+                )
             name = info.filename.removesuffix('.npy')
             if name in members:
                 raise UserError(f'{file} holds two arrays named {name}.')
             if name == METADATA:
-                metadata = json.loads(archive.read(info))
+                metadata = arrays.checked_metadata(str(file), json.loads(archive.read(info)))
             else:
                 members[name] = _header(file, archive, info)
-    except arrays.DAMAGE as error:
+    except (*arrays.DAMAGE, RecursionError) as error:
         raise UserError(
             f'{file} is not a zip archive of arrays (.npz), or is damaged ({error}); nothing in it was unpickled.'
         ) from error

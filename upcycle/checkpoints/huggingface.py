@@ -7,6 +7,7 @@ Layouts matched: transformers' modeling_t5.py, modeling_mt5.py, modeling_vit.py;
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from upcycle import schema
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
@@ -38,6 +40,15 @@ _DTYPES = {
     'BOOL': np.dtype('bool'),
 }
 _MAX_HEADER = 100 << 20
+# What we read of a configuration; null is as good as nothing.
+_CONFIG_TYPES = {
+    'model_type': str,
+    **dict.fromkeys(('num_layers', 'num_decoder_layers', 'num_hidden_layers'), schema.Depth),
+    **dict.fromkeys(('num_heads', 'num_attention_heads', 'd_kv', 'relative_attention_max_distance'), schema.Count),
+    **dict.fromkeys(('layer_norm_epsilon', 'layer_norm_eps'), schema.Positive),
+    **dict.fromkeys(('feed_forward_proj', 'hidden_act'), str),
+    **dict.fromkeys(('tie_word_embeddings', 'scale_decoder_outputs'), bool),
+}
 _SHARD_BYTES = 5 << 30
 
 # T5's feed-forward layers. `gated-gelu` is the tanh approximation in transformers (gelu_new), as in T5X.
@@ -197,14 +208,13 @@ class _Tensor:
 
 
 def _read_config(folder: epath.Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    try:
-        config = json.loads(file.read_text())
-        config.get('model_type')
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f'{file} is missing or damaged ({error}): it says what the arrays do not, copy it too.'
-        ) from error
+    """What the arrays do not say."""
+    config = arrays.read_json(folder / CONFIG)
+    for name, kind in _CONFIG_TYPES.items():
+        if config.get(name) is not None and not schema.fits(config[name], kind):
+            raise UserError(
+                f'{folder / CONFIG}: {name} is {schema.shown(config[name])}, which is not {schema.in_words(kind)}.'
+            )
     return config
 
 
@@ -214,10 +224,10 @@ def _read_files(folder: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]
     if not index.exists():
         return _read_header(folder / SINGLE)
     try:
-        where = json.loads(index.read_text(), object_pairs_hook=_refuse_twice)['weight_map']
+        where = arrays.read_json(index, _refuse_twice)['weight_map']
         files = sorted(set(where.values()))
-        plain = all('/' not in file and file not in ('.', '..') for file in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        plain = all(map(arrays.is_plain_name, files))
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{index} is damaged ({error}): copy it again.') from error
     if not plain:
         raise UserError(f'{index} names files that do not lie beside it.')
@@ -242,11 +252,11 @@ def _read_files(folder: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
-    if twice:
-        raise ValueError(f'{min(twice)} is there twice')
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f'{min(name for name, count in counts.items() if count > 1)} is there twice')
+    return found
 
 
 def _read_header(file: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:

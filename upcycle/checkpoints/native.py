@@ -48,7 +48,7 @@ class NativeReader(arrays.ArrayReader):
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
         """The JSON item: family, configuration, sunk cost, receipt."""
-        return self._json('metadata')
+        return arrays.checked_metadata(f'{self.path}/metadata', self._json('metadata'))
 
     @functools.cached_property
     def data(self) -> Mapping[str, Any]:
@@ -56,11 +56,7 @@ class NativeReader(arrays.ArrayReader):
         return self._json('data')
 
     def _json(self, item: str) -> Mapping[str, Any]:
-        file = epath.Path(self.path) / item / 'metadata'
-        try:
-            return json.loads(file.read_text())
-        except (ValueError, OSError) as error:
-            raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+        return arrays.read_json(epath.Path(self.path) / item / 'metadata')
 
 
 class NativeLayout:

@@ -63,10 +63,7 @@ class _T5XReader(arrays.ArrayReader):
     @functools.cached_property
     def _notes(self) -> dict[str, Any]:
         file = epath.Path(self.path) / METADATA
-        try:
-            return dict(json.loads(file.read_text())) if file.exists() else {}
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+        return arrays.checked_metadata(str(file), arrays.read_json(file)) if file.exists() else {}
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         every = super()._abstract()
@@ -162,15 +159,24 @@ def _names(keys: tuple[str, ...]) -> tuple[str, ...]:
 def _legacy_arrays(folder: epath.Path) -> dict[tuple[str, ...], arrays.Source]:
     """What a legacy checkpoint's msgpack index holds, specs made absolute. Nothing in it is ever unpickled."""
     index = folder / 'checkpoint'
-    encoded = index.read_bytes()
     try:
+        encoded = index.read_bytes()
         tree = msgpack.unpackb(encoded, raw=False, strict_map_key=True, ext_hook=_flax_array)
         # The first version of the format had neither the number nor the wrapper around the optimizer.
         version = tree.pop('version', 0)
         tree = tree['optimizer'] if version else tree
         sources: dict[tuple[str, ...], arrays.Source] = {}
         _collect(folder, tree, (), sources)
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        msgpack.UnpackException,
+    ) as error:
         raise UserError(
             f'{index} is not a T5X checkpoint index, or is damaged ({error}): copy the checkpoint again.'
         ) from error
@@ -193,7 +199,7 @@ def _zarr(folder: epath.Path, spec: dict[str, Any]) -> arrays.Source:
     """The spec of an array beside the index, wherever it was written. Its chunks and compressor are in the folder."""
     # TensorStore before 0.1.14 wrote the path at the top.
     name = (spec['kvstore'].get('path') or spec['path']).rstrip('/')
-    if not name or '/' in name or name in ('.', '..'):
+    if not arrays.is_plain_name(name):
         raise ValueError(f'it names the folder {name!r}, which is not one beside it')
     return {
         'driver': 'zarr',

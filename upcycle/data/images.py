@@ -23,6 +23,7 @@ from upcycle.data.mnist import Mnist5k, ScanAugmentation
 from upcycle.data.photographs import CentralCropPreprocessing, InceptionPreprocessing
 from upcycle.data.tfds_images import TfdsImages
 from upcycle.errors import UserError
+from upcycle.schema import Count, Whole
 
 __all__ = [
     'CentralCropPreprocessing',
@@ -85,10 +86,10 @@ class DatasetConfig:
     source: ImageSource
     preprocessing: Preprocessing
     split: str
-    batch_size: int
-    seed: int = 0
+    batch_size: Count
+    seed: Whole = 0
     shuffle: bool = True
-    num_batches: int | None = None
+    num_batches: Count | None = None
     repeat: bool = True
 
     def __post_init__(self):

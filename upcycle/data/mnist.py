@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from upcycle.data import draws
 from upcycle.errors import UserError
+from upcycle.schema import Natural, Share
 
 _VALIDATION_PER_CLASS = 100
 
@@ -96,16 +96,16 @@ class ScanAugmentation:
     value_range: what black and white become.
     """
 
-    strength: float = 1.0
-    max_shift: float = 2.5
-    max_rotation: float = 20.0
-    max_shear: float = 0.15
-    max_zoom: float = 0.18
-    max_fading: float = 0.35
-    inversion: float = 0.25
-    cutout: float = 6.0
-    noise: float = 0.15
-    value_range: Sequence[float] = (-1.0, 1.0)
+    strength: Natural = 1.0
+    max_shift: Natural = 2.5
+    max_rotation: Natural = 20.0
+    max_shear: Natural = 0.15
+    max_zoom: Natural = 0.18
+    max_fading: Share = 0.35
+    inversion: Share = 0.25
+    cutout: Natural = 6.0
+    noise: Natural = 0.15
+    value_range: tuple[float, float] = (-1.0, 1.0)
 
     encoded = False
     image_shape = (28, 28, 1)

@@ -21,6 +21,7 @@ from PIL import Image
 from upcycle.data import draws
 from upcycle.data.rand_augment import DRAWS_PER_LAYER, rand_augment
 from upcycle.errors import UserError
+from upcycle.schema import Count, Natural, Positive, Share, Whole
 
 _CROP_ATTEMPTS = 10
 _DRAWS_PER_ATTEMPT = 4
@@ -74,9 +75,9 @@ class Photographs:
     value_range: what black and white become.
     """
 
-    image_size: int = 224
+    image_size: Count = 224
     image_channels: int = 3
-    value_range: Sequence[float] = (-1.0, 1.0)
+    value_range: tuple[float, float] = (-1.0, 1.0)
 
     encoded = True
 
@@ -136,11 +137,11 @@ class InceptionPreprocessing(Photographs):
     randaugment_magnitude: 10 is RandAugment's full strength; may be above.
     """
 
-    area_range: Sequence[float] = (0.05, 1.0)
-    aspect_ratio_range: Sequence[float] = (0.75, 1.33)
-    flip: float = 0.5
-    randaugment_layers: int = 0
-    randaugment_magnitude: float = 10.0
+    area_range: tuple[Share, Share] = (0.05, 1.0)
+    aspect_ratio_range: tuple[Positive, Positive] = (0.75, 1.33)
+    flip: Share = 0.5
+    randaugment_layers: Whole = 0
+    randaugment_magnitude: Natural = 10.0
 
     @property
     def num_draws(self) -> int:
@@ -167,7 +168,7 @@ class CentralCropPreprocessing(Photographs):
         as vision_transformer evaluates fine-tuned models and as suits images that are square already.
     """
 
-    resize_small: int | None = 256
+    resize_small: Count | None = 256
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from upcycle.data import JSON, draws, rows_per_host
+from upcycle.schema import Count, Whole
 
 Batch = dict[str, np.ndarray]
 
@@ -53,11 +54,11 @@ class SyntheticText(_Endless):
     num_batches: batches at most; None: endless.
     """
 
-    task_feature_lengths: Mapping[str, int]
-    vocabulary_size: int
-    batch_size: int
-    seed: int = 0
-    num_batches: int | None = None
+    task_feature_lengths: Mapping[str, Count]
+    vocabulary_size: Count
+    batch_size: Count
+    seed: Whole = 0
+    num_batches: Count | None = None
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names, unpacked."""
@@ -93,12 +94,12 @@ class SyntheticImages(_Endless):
     num_batches: batches at most; None: endless.
     """
 
-    image_size: int
-    image_channels: int
-    num_classes: int
-    batch_size: int
-    seed: int = 0
-    num_batches: int | None = None
+    image_size: Count
+    image_channels: Count
+    num_classes: Count
+    batch_size: Count
+    seed: Whole = 0
+    num_batches: Count | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ import numpy as np
 from upcycle.data import JSON, rows_per_host, tensorflow_quiet
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import UserError
+from upcycle.schema import Count, Whole
 
 if TYPE_CHECKING:
     import seqio
@@ -48,15 +49,15 @@ class DatasetConfig:
     """
 
     mixture_or_task_name: str
-    task_feature_lengths: Mapping[str, int]
+    task_feature_lengths: Mapping[str, Count]
     split: str
-    batch_size: int
-    seed: int = 0
+    batch_size: Count
+    seed: Whole = 0
     pack: bool = True
     shuffle: bool = True
     use_cached: bool = False
     module: str | None = None
-    num_batches: int | None = None
+    num_batches: Count | None = None
     repeat: bool = True
     source: TextFiles | None = None
 

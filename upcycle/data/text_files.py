@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle.data import corpus, tensorflow_quiet
 from upcycle.errors import UserError
+from upcycle.schema import Whole
 
 if TYPE_CHECKING:
     import seqio
@@ -28,7 +29,7 @@ class TextFiles:
     train_files: str | Sequence[str] | None
     validation_files: str | Sequence[str] | None = None
     vocabulary: str | None = None
-    extra_ids: int = 100
+    extra_ids: Whole = 100
 
     def task(self) -> seqio.Task:
         """The seqio task; the files are read and tokenised, in memory, when its first example is asked for.

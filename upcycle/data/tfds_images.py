@@ -19,6 +19,7 @@ import numpy as np
 from upcycle.data import JSON, tensorflow_quiet
 from upcycle.data.photographs import Encoded
 from upcycle.errors import UserError
+from upcycle.schema import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,8 @@ class TfdsImages:
     data_dir: str | None = None
     image_feature: str = 'image'
     label_feature: str = 'label'
-    max_labels: int = 1
-    shuffle_buffer: int = 10_000
+    max_labels: Count = 1
+    shuffle_buffer: Count = 10_000
 
     encoded = True
 

@@ -1,8 +1,10 @@
 """Model families. The trainer, the surgery and the command line know a model only by this protocol."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
+
+from upcycle import schema
+from upcycle.errors import UserError
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -72,6 +74,17 @@ class Model(Protocol):
 
 
 def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
+    """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows.
+
+    Raises:
+      UserError: a value is of another type than its field.
+    """
+    fields = schema.parameters(kind)
+    known = {name: value for name, value in values.items() if name in fields}
+    for name, value in known.items():
+        # Of a configuration within a configuration JSON tells the fields.
+        if not isinstance(value, dict) and not schema.fits(value, fields[name].annotation):
+            raise UserError(
+                f'the checkpoint says {name} = {schema.shown(value)} of its model: its metadata is damaged.'
+            )
+    return known

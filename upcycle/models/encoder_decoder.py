@@ -17,6 +17,7 @@ from upcycle.models.losses import cross_entropy
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, moe_metrics
+from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
 _INPUTS = (
@@ -43,11 +44,11 @@ class EncoderDecoderModel:
     """
 
     config: T5Config
-    z_loss: float = 1e-4
-    label_smoothing: float = 0.0
+    z_loss: Natural = 1e-4
+    label_smoothing: Rate = 0.0
     loss_normalizing_factor: float | str | None = 'NUM_REAL_TARGET_TOKENS'
-    aux_loss_factor: float = 0.01
-    router_z_loss_factor: float = 0.0
+    aux_loss_factor: Natural = 0.01
+    router_z_loss_factor: Natural = 0.0
 
     family = 't5'
     head = ('decoder/logits_dense',)
@@ -194,7 +195,9 @@ class EncoderDecoderModel:
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task's vocabulary does not fit into the embedding."""
+        """Raises UserError when the task is no text, or its vocabulary does not fit into the embedding."""
+        if not {*_INPUTS[:3]} <= data.batch_spec().keys():
+            raise UserError('the model is a T5, and TRAIN_DATASET or EVAL_DATASET holds no text: name a task of text.')
         size = getattr(data, 'vocabulary_size', None)
         if size is not None and size > self.config.vocab_size:
             raise UserError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from upcycle import partitioning
+from upcycle import partitioning, schema
 from upcycle.errors import UserError
 from upcycle.models import BatchSpec, Model
 
@@ -33,6 +33,8 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if 'facts' in metadata:
         return dict(metadata['facts'])
     config = metadata.get('model', {}).get('config', {})
+    if not isinstance(config, Mapping):
+        raise UserError(f'the metadata of the checkpoint is damaged: its model is {schema.shown(config)}.')
     return {name: config[name] for name in FACTS if name in config}
 
 
@@ -65,7 +67,7 @@ def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = Non
         raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
     try:
         return build(found, dict(facts or {}))
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
 
 
@@ -135,7 +137,7 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
         'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
         'dtype': 'float32',
     }
-    told = {name: facts[name] for name in ('mlp_activations',) if name in facts}
+    told = _told(T5Config, facts, ('mlp_activations',))
     return EncoderDecoderModel(T5Config(**config | told))
 
 
@@ -163,8 +165,17 @@ def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mod
         'representation_size': shapes.get('pre_logits/kernel', (0, None))[1],
         'dtype': 'float32',
     }
-    told = {name: facts[name] for name in ('gelu', 'norm_epsilon') if name in facts}
+    told = _told(ViTConfig, facts, ('gelu', 'norm_epsilon'))
     return ImageClassifier(ViTConfig(**config | told))
+
+
+def _told(config: type, facts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What the facts say of these fields of a configuration."""
+    told = {name: facts[name] for name in names if name in facts}
+    for name, value in told.items():
+        if not schema.fits(value, schema.parameters(config)[name].annotation):
+            raise ValueError(f'{name} = {schema.shown(value)}, of what it says of itself,')
+    return told
 
 
 def _mlp_width(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
@@ -174,7 +185,12 @@ def _mlp_width(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
+    """How many layers there are, of which each has a parameter."""
+    found = {match[1] for name in shapes if (match := re.match(pattern, name))}
+    expected = {str(i) for i in range(len(found))}
+    if found != expected:
+        raise ValueError(f'a layer between 0 and {max(found - expected, key=len)}')
+    return len(found)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

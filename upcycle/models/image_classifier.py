@@ -17,6 +17,7 @@ from upcycle.models import known_fields
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, moe_metrics
+from upcycle.schema import Natural
 
 Batch = Mapping[str, jax.Array]
 
@@ -49,8 +50,8 @@ class ImageClassifier:
     loss: ClassLoss = ClassLoss.SOFTMAX
     label_smoothing: float = 0.0
     mixup: float = 0.0
-    aux_loss_factor: float = 0.0
-    router_z_loss_factor: float = 0.0
+    aux_loss_factor: Natural = 0.0
+    router_z_loss_factor: Natural = 0.0
 
     family = 'vit'
     head = ('head', 'pre_logits')
@@ -213,7 +214,11 @@ class ImageClassifier:
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task has other images than the model reads, or more classes than the head has."""
+        """Raises UserError when the task has no images, or others than the model reads, or more classes than the head has."""
+        if 'image' not in data.batch_spec():
+            raise UserError(
+                'the model is a ViT, and TRAIN_DATASET or EVAL_DATASET holds no images: name a task of images.'
+            )
         c = self.config
         shape = getattr(data, 'image_shape', None)
         if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):

@@ -24,6 +24,7 @@ from upcycle.models.layers import (
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
+from upcycle.schema import Count, Depth, Rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +54,18 @@ class T5Config:
         a list of indices [ENCODER_MOE_LAYERS, DECODER_MOE_LAYERS].
     """
 
-    vocab_size: int
-    emb_dim: int
-    num_heads: int
-    head_dim: int
-    mlp_dim: int
-    num_encoder_layers: int
-    num_decoder_layers: int
+    vocab_size: Count
+    emb_dim: Count
+    num_heads: Count
+    head_dim: Count
+    mlp_dim: Count
+    num_encoder_layers: Depth
+    num_decoder_layers: Depth
     mlp_activations: Sequence[str] = ('gelu', 'linear')
     logits_via_embedding: bool = False
     dtype: str = 'bfloat16'
-    dropout_rate: float = 0.0
-    expert_dropout_rate: float | None = None
+    dropout_rate: Rate = 0.0
+    expert_dropout_rate: Rate | None = None
     float32_attention_logits: bool = False
     zero_padded_activations: bool = False
     remat: Remat = Remat.NONE

@@ -9,7 +9,7 @@ Parameter names are big_vision's: `embedding`, `pos_embedding`, `cls`, `Transfor
 import dataclasses
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle.errors import UserError, one_of
+from upcycle.errors import one_of, refuse
 from upcycle.models.layers import Dense, Dropout, attend
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
+from upcycle.schema import Count, Depth, Positive, Rate
 
 _xavier_init = nn.initializers.xavier_uniform()
 
@@ -80,23 +81,23 @@ class ViTConfig:
       group_images: images whose tokens compete for the same slots, at most [GROUP_IMAGES]; overrides the MoE's group size.
     """
 
-    num_classes: int
-    image_size: int
-    patch_size: int
-    emb_dim: int
-    num_heads: int
-    mlp_dim: int
-    num_layers: int
-    image_channels: int = 3
+    num_classes: Count
+    image_size: Count
+    patch_size: Count
+    emb_dim: Count
+    num_heads: Count
+    mlp_dim: Count
+    num_layers: Depth
+    image_channels: Count = 3
     pooling: Pooling = Pooling.GAP
     positions: Positions = Positions.LEARNED
-    representation_size: int | None = None
+    representation_size: Count | None = None
     head_bias_init: float = 0.0
     gelu: Gelu = Gelu.TANH
-    norm_epsilon: float = 1e-6
+    norm_epsilon: Positive = 1e-6
     dtype: str = 'bfloat16'
-    dropout_rate: float = 0.0
-    expert_dropout_rate: float | None = None
+    dropout_rate: Rate = 0.0
+    expert_dropout_rate: Rate | None = None
     stochastic_depth: float = 0.0
     remat: Remat = Remat.NONE
     scan_layers: bool = False
@@ -114,23 +115,27 @@ class ViTConfig:
             object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
         if not isinstance(self.moe_layers, str):
             object.__setattr__(self, 'moe_layers', tuple(self.moe_layers))
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f'IMAGE_SIZE = {self.image_size} is not a multiple of PATCH_SIZE = {self.patch_size}: change one of them.'
-            )
-        if self.emb_dim % self.num_heads:
-            raise UserError(f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}.')
-        if self.positions is Positions.SINCOS and self.emb_dim % 4:
-            raise UserError(f"POSITIONS = 'sincos2d' needs an EMBED_DIM that 4 divides, not {self.emb_dim}.")
-        if not 0 <= self.stochastic_depth < 1:
-            raise UserError(f'STOCHASTIC_DEPTH = {self.stochastic_depth!r} must lie in [0, 1).')
-        if not isinstance(self.group_images, int) or self.group_images < 1:
-            raise UserError(f'GROUP_IMAGES = {self.group_images!r} must be a whole number of at least 1.')
-        if self.dtype not in ('float32', 'bfloat16', 'float16'):
-            raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
+        refuse(self._nonsense())
         for moe in self.layer_moe():
             if moe is not None:
                 moe.expert_width(self.mlp_dim)
+
+    def _nonsense(self) -> Iterator[str]:
+        """What is wrong, a sentence each."""
+        if self.image_size % self.patch_size:
+            yield (
+                f'IMAGE_SIZE = {self.image_size} is not a multiple of PATCH_SIZE = {self.patch_size}: change one of them.'
+            )
+        if self.emb_dim % self.num_heads:
+            yield f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}.'
+        if self.positions is Positions.SINCOS and self.emb_dim % 4:
+            yield f"POSITIONS = 'sincos2d' needs an EMBED_DIM that 4 divides, not {self.emb_dim}."
+        if not 0 <= self.stochastic_depth < 1:
+            yield f'STOCHASTIC_DEPTH = {self.stochastic_depth!r} must lie in [0, 1).'
+        if not isinstance(self.group_images, int) or self.group_images < 1:
+            yield f'GROUP_IMAGES = {self.group_images!r} must be a whole number of at least 1.'
+        if self.dtype not in ('float32', 'bfloat16', 'float16'):
+            yield f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.'
 
     @property
     def grid(self) -> int:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import enum
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from upcycle.errors import UserError, one_of
+from upcycle.errors import UserError, one_of, refuse
+from upcycle.schema import Count, Natural
 
 
 class RouterType(enum.StrEnum):
@@ -155,8 +157,8 @@ class MoEConfig:
     inference_threshold: float | None = None
     logit_normalization: float | None = None
     gate_noise: float = 0.0
-    router_init_stddev: float = 0.02
-    min_capacity: int = 4
+    router_init_stddev: Natural = 0.02
+    min_capacity: Count = 4
     causal: bool = False
     num_microbatches: int = 1
 
@@ -195,9 +197,10 @@ class MoEConfig:
         if isinstance(self.adaptive_balance, Mapping):
             # As a checkpoint's JSON tells it.
             object.__setattr__(self, 'adaptive_balance', AdaptiveBalance(**self.adaptive_balance))
-        self._refuse_nonsense()
+        refuse(self._nonsense())
 
-    def _refuse_nonsense(self) -> None:
+    def _nonsense(self) -> Iterator[str]:
+        """What is wrong, a sentence each."""
         for binding, value in (
             ('NUM_EXPERTS', self.num_experts),
             ('GROUP_SIZE', self.group_size),
@@ -206,112 +209,108 @@ class MoEConfig:
             ('SLOTS_PER_EXPERT', self.slots_per_expert),
         ):
             if not isinstance(value, int) or value < 1:
-                raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
+                yield f'{binding} = {value!r} must be a whole number of at least 1.'
         for binding, value in (
             ('TRAIN_EXPERT_CAPACITY_FACTOR', self.train_capacity_factor),
             ('EVAL_EXPERT_CAPACITY_FACTOR', self.eval_capacity_factor),
         ):
             if not value > 0:
-                raise UserError(f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).')
+                yield f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).'
         if not isinstance(self.num_shared_experts, int) or self.num_shared_experts < 0:
-            raise UserError(f'NUM_SHARED_EXPERTS = {self.num_shared_experts!r} must be a number of experts, 0 or more.')
+            yield f'NUM_SHARED_EXPERTS = {self.num_shared_experts!r} must be a number of experts, 0 or more.'
         if self.shared_weights is SharedWeights.XFT and not self.num_shared_experts:
-            raise UserError("SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS.")
+            yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
         if self.shared_weights is SharedWeights.XFT and self.normalize_combine_weights:
-            raise UserError(
+            yield (
                 "SHARED_WEIGHTS = 'xft' leaves the shared experts what the routed ones do not take, and "
                 'NORMALIZE_COMBINE_WEIGHTS gives the routed ones all: turn it off.'
             )
         if not 0 <= self.jitter_noise < 1:
-            raise UserError(f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).')
+            yield f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).'
         if not self.gate_noise >= 0:
-            raise UserError(f'GATE_NOISE = {self.gate_noise!r} must be at least 0.')
+            yield f'GATE_NOISE = {self.gate_noise!r} must be at least 0.'
         if not self.balance_bias_rate >= 0:
-            raise UserError(f'BALANCE_BIAS_RATE = {self.balance_bias_rate!r} must be at least 0.')
+            yield f'BALANCE_BIAS_RATE = {self.balance_bias_rate!r} must be at least 0.'
         if self.logit_normalization is not None and not self.logit_normalization > 0:
-            raise UserError(f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.')
+            yield f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.'
         if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
-            raise UserError(f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.')
+            yield f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.'
         if self.router is RouterType.MERGED:
             if self.dispatch is Dispatch.RAGGED:
-                raise UserError(
-                    "DISPATCH = 'ragged' is dropless Top-K, and the router 'merged' routes nothing: use 'gather'."
-                )
+                yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'merged' routes nothing: use 'gather'.")
             if self.granularity > 1:
-                raise UserError(
+                yield (
                     f'EXPERT_GRANULARITY = {self.granularity} makes experts that are parts of an MLP, whose mean is none: the '
                     "router 'merged' needs whole ones."
                 )
             if not 0 <= self.merged_shared_weight <= 1:
-                raise UserError(f'AVERAGE_SHARED_WEIGHT = {self.merged_shared_weight!r} must lie in [0, 1].')
+                yield f'AVERAGE_SHARED_WEIGHT = {self.merged_shared_weight!r} must lie in [0, 1].'
             return
         if self.router is RouterType.SOFT:
             if self.causal:
-                raise UserError(
+                yield (
                     "DECODER_ROUTER = 'soft' mixes every token with later ones, which leaks the future in a decoder: use 'top_k'."
                 )
             if self.dispatch is Dispatch.RAGGED:
-                raise UserError("DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'.")
+                yield "DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'."
             if self.shared_weights is SharedWeights.XFT:
-                raise UserError(
+                yield (
                     "SHARED_WEIGHTS = 'xft' shares out what a router leaves, and the router 'soft' leaves nothing: use 'one'."
                 )
             return
         if self.router is RouterType.EXPERT_CHOICE:
             if self.gate_noise:
-                raise UserError(
+                yield (
                     'GATE_NOISE balances Top-K, and Expert Choice is balanced by construction: set it to 0, or use the router '
                     "'top_k'."
                 )
             if self.dispatch is Dispatch.RAGGED:
-                raise UserError(
+                yield (
                     "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
                     "the router 'top_k'."
                 )
             if self.causal:
-                raise UserError(
+                yield (
                     "DECODER_ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the "
                     "future in a decoder: use 'top_k'."
                 )
             return
         if not 1 <= self.num_selected_experts <= self.num_experts:
-            raise UserError(
+            yield (
                 f'NUM_SELECTED_EXPERTS = {self.num_selected_experts!r} must lie between 1 and NUM_EXPERTS = '
                 f'{self.num_experts}.'
             )
         if self.num_selected_experts == 1 and self.normalize_combine_weights:
-            raise UserError(
+            yield (
                 'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
                 'gradient: turn it off, or select at least 2 experts.'
             )
         if self.router is RouterType.DENSE and self.dispatch is Dispatch.RAGGED:
-            raise UserError(
-                "DISPATCH = 'ragged' is dropless Top-K, and the router 'dense' trains every expert: use 'gather'."
-            )
+            yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'dense' trains every expert: use 'gather'.")
         if self.inference_threshold is not None and not 0 < self.inference_threshold < 1:
-            raise UserError(f'INFERENCE_THRESHOLD = {self.inference_threshold!r} must lie between 0 and 1, or be None.')
+            yield f'INFERENCE_THRESHOLD = {self.inference_threshold!r} must lie between 0 and 1, or be None.'
         if self.default_output_decay is not None:
-            self._check_default_output()
+            yield from self._nonsense_of_default_output()
         if self.adaptive_balance is not None and self.dispatch is Dispatch.RAGGED:
-            raise UserError(
+            yield (
                 "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
                 "'gather'."
             )
         if self.causal and self.fill_order is FillOrder.PRIORITY:
-            raise UserError(
+            yield (
                 "FILL_ORDER = 'priority' lets later tokens push earlier ones out of a decoder's buffers: use 'token_major'."
             )
 
-    def _check_default_output(self) -> None:
+    def _nonsense_of_default_output(self) -> Iterator[str]:
         if not 0 <= self.default_output_decay < 1:
-            raise UserError(f'DEFAULT_OUTPUT_DECAY = {self.default_output_decay!r} must lie in [0, 1), or be None.')
+            yield f'DEFAULT_OUTPUT_DECAY = {self.default_output_decay!r} must lie in [0, 1), or be None.'
         if self.normalize_combine_weights or self.shared_weights is SharedWeights.XFT:
-            raise UserError(
+            yield (
                 'DEFAULT_OUTPUT_DECAY lets experts that are not chosen answer with their own probabilities, which is all of the '
                 "weight: turn NORMALIZE_COMBINE_WEIGHTS and SHARED_WEIGHTS = 'xft' off."
             )
         if self.dispatch is Dispatch.RAGGED:
-            raise UserError(
+            yield (
                 "DEFAULT_OUTPUT_DECAY averages experts' outputs, which DISPATCH = 'ragged' does not keep: use 'gather'."
             )
 
@@ -370,7 +369,8 @@ def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
         )
     per_multiple = num_tokens // multiple_of
     at_least = -(-num_tokens // (group_size * multiple_of))
-    return multiple_of * next(n for n in range(at_least, per_multiple + 1) if per_multiple % n == 0)
+    small = [n for n in range(1, math.isqrt(per_multiple) + 1) if per_multiple % n == 0]
+    return multiple_of * min(n for n in (*small, *(per_multiple // n for n in small)) if n >= at_least)
 
 
 def microbatch_groups(config: MoEConfig, num_tokens: int) -> int:

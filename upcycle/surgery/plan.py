@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from upcycle.errors import UserError, one_of
+from upcycle.schema import Natural, Whole
 from upcycle.surgery.operators import (
     DENSE_OPERATORS,
     EXPERT_OPERATORS,
@@ -61,11 +62,11 @@ class Surgery:
     operator: Operator | str | None = 'copy'
     dense_operator: DenseOperator | str | None = None
     router_init: RouterInit = RouterInit.NORMAL
-    router_stddev: float = 0.02
-    router_noise: float = 0.01
+    router_stddev: Natural = 0.02
+    router_noise: Natural = 0.01
     optimizer_state: OptimizerState = OptimizerState.FRESH
     new_head: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self):
         if isinstance(self.operator, str):

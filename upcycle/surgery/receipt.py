@@ -62,7 +62,10 @@ def carried_on(paper: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 def mismatches(paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
     """How a checkpoint's parameters differ from those that its receipt says were made: names and shapes."""
-    made = {row['target']: tuple(row['shape']) for row in paper['plan'] if row['target'].startswith('params/')}
+    try:
+        made = {row['target']: tuple(row['shape']) for row in paper['plan'] if row['target'].startswith('params/')}
+    except (KeyError, TypeError, AttributeError) as error:
+        return [f'the receipt is damaged ({error!r})']
     stored = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')}
     return [
         *(f'{name} {made[name]} is in the receipt only' for name in made if name not in stored),

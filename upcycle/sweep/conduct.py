@@ -15,7 +15,7 @@ from rich.table import Table
 
 from upcycle import configuration, cost
 from upcycle.checkpoints import open_checkpoint
-from upcycle.errors import UserError
+from upcycle.errors import UserError, mistakes_of, refuse
 from upcycle.metrics import clock
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
@@ -71,21 +71,27 @@ def check(points: Sequence[Point], *, checkpoints: bool = True) -> list[Entry]:
 
     Raises:
       UserError: a point's configuration, folder or checkpoint does not fit; it names the point.
+      UserErrors: several do not.
     """
     entries: dict[str, Entry] = {}
     seen: dict[str, int] = {}
+    mistakes: list[str] = []
     for point in points:
+        if not set(point.after) <= entries.keys():
+            continue  # what it comes after has a mistake
         try:
             run = configuration.load(point.gin_files, point.bindings)
             configuration.claim(run, configuration.resolved(), write=False)
             finished = point.finished(run.total_steps)
             start = 0 if finished or not checkpoints else _start(run, point, entries, seen)
         except UserError as error:
-            raise UserError(f'{point.name}: {error}') from error
+            mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
+            continue
         flops = cost.step_flops(run.model, run.train_data.batch_spec())
         entry = Entry(point, run.total_steps, start, flops, Status.FINISHED if finished else Status.WAITING)
         entry.look()
         entries[point.name] = entry
+    refuse(mistakes)
     return list(entries.values())
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import ml_collections
 
-from upcycle import configuration
+from upcycle import gin_files
 from upcycle.errors import UserError
 from upcycle.sweep.points import Point
 
@@ -133,7 +133,7 @@ def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
     Raises:
       UserError: there is no such file, it is no config, or has no such scale.
     """
-    places = [pathlib.Path(folder) / path for folder in configuration.search_paths()]
+    places = [pathlib.Path(folder) / path for folder in gin_files.search_paths()]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(f'--config={path} does not exist: looked in {", ".join(str(p.parent) for p in places)}.')

@@ -81,7 +81,7 @@ def check(run: Run) -> jax.sharding.Mesh:
 
 def check_batches(run: Run, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError unless the run's batches, and their routing groups, divide among the devices."""
-    batches = [('BATCH_SIZE', run.train_data, run.num_microbatches)]
+    batches = [('BATCH_SIZE', states.data_of(run), run.num_microbatches)]
     if run.eval_data is not None:
         batches.append(('EVAL_BATCH_SIZE', run.eval_data, 1))
     layers = run.model.moe_layers()

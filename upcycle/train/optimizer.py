@@ -8,7 +8,7 @@ Of AdamW `m` and `v`, of SGD `m`.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
+
+from upcycle.schema import Count, Natural, Positive, Rate, Share
 
 Params = Mapping[str, Any]
 State = dict[str, Any]
@@ -61,20 +63,20 @@ class Adafactor:
       epsilon2: floor of the parameter scale.
     """
 
-    decay_rate: float = 0.8
-    decay_cap: float | None = None
+    decay_rate: Positive = 0.8
+    decay_cap: Share | None = None
     step_offset: int = 0
-    clipping_threshold: float | None = 1.0
+    clipping_threshold: Positive | None = 1.0
     multiply_by_parameter_scale: bool = True
-    min_dim_size_to_factor: int = 128
-    expert_min_dim_size_to_factor: int | None = None
-    beta1: float | None = None
-    momentum_dtype: str = 'float32'
-    weight_decay_rate: float | Mapping[str, float] | None = None
+    min_dim_size_to_factor: Count = 128
+    expert_min_dim_size_to_factor: Count | None = None
+    beta1: Rate | None = None
+    momentum_dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'
+    weight_decay_rate: Natural | Mapping[str, Natural] | None = None
     weight_decay_names: str = ''
-    clip_global_norm: float | None = None
-    epsilon1: float = 1e-30
-    epsilon2: float = 1e-3
+    clip_global_norm: Positive | None = None
+    epsilon1: Positive = 1e-30
+    epsilon2: Positive = 1e-3
 
     def init(self, params: Params, batch_axes: Params) -> State:
         """Zeros of the right shapes; `params` may be abstract under `jax.eval_shape`."""
@@ -205,12 +207,12 @@ class AdamW:
       clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay_rate: float = 0.0
+    beta1: Rate = 0.9
+    beta2: Rate = 0.999
+    epsilon: Positive = 1e-8
+    weight_decay_rate: Natural = 0.0
     weight_decay_names: str = 'kernel'
-    clip_global_norm: float | None = None
+    clip_global_norm: Positive | None = None
 
     def init(self, params: Params, batch_axes: Params) -> State:
         """Zeros."""
@@ -243,11 +245,11 @@ class Sgd:
       clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
     """
 
-    momentum: float = 0.9
+    momentum: Rate = 0.9
     nesterov: bool = False
-    weight_decay_rate: float = 0.0
+    weight_decay_rate: Natural = 0.0
     weight_decay_names: str = 'kernel'
-    clip_global_norm: float | None = None
+    clip_global_norm: Positive | None = None
 
     def init(self, params: Params, batch_axes: Params) -> State:
         """Zeros."""

@@ -1,13 +1,14 @@
 """One run, as the gin files describe it. Every command that needs a configuration builds one of these."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from upcycle.data import DataSource
-from upcycle.errors import UserError
+from upcycle.errors import UserError, refuse
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.models import Model
+from upcycle.schema import Count, Whole
 from upcycle.surgery.plan import Surgery
 from upcycle.train.optimizer import Optimizer
 from upcycle.train.schedule import LearningRate, Policy
@@ -21,7 +22,7 @@ class Run:
     Attributes:
       model_dir: the folder where everything is written [MODEL_DIR].
       model: what is trained [MODEL].
-      train_data: what it is trained on [TRAIN_DATASET].
+      train_data: what it is trained on [TRAIN_DATASET]; None: nothing, as in a conversion.
       optimizer: what turns gradients into updates [OPTIMIZER].
       learning_rate: its schedule runs over all steps, those of the dense run included.
       total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
@@ -48,29 +49,39 @@ class Run:
 
     model_dir: str
     model: Model
-    train_data: DataSource
+    train_data: DataSource | None
     optimizer: Optimizer
     learning_rate: LearningRate
-    total_steps: int
+    total_steps: Count
     eval_data: DataSource | None = None
     initial_checkpoint_path: str | Sequence[str] | None = None
     surgery: Surgery | None = None
-    dense_step: int | None = None
+    dense_step: Whole | None = None
     step_0_factors: Sequence[float] = ()
     few_shot: FewShot | None = None
     task_metrics: TaskMetrics | None = None
-    diversity_period: int | None = None
-    eval_period: int = 1000
-    checkpoint_period: int = 1000
-    checkpoint_keep: int | None = 1
-    log_period: int = 100
-    num_microbatches: int = 1
-    mesh_shape: str | Sequence[int] = 'auto'
+    diversity_period: Count | None = None
+    eval_period: Count = 1000
+    checkpoint_period: Count = 1000
+    checkpoint_keep: Count | None = 1
+    log_period: Count = 100
+    num_microbatches: Count = 1
+    mesh_shape: str | Sequence[Count] = 'auto'
     trainable: Trainable = Trainable()
     parameters_over_data: bool = False
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self):
+        refuse(self._nonsense())
+        for data in filter(None, (self.train_data, self.eval_data)):
+            self.model.check_data(data)
+        if self.few_shot is not None:
+            self.few_shot.check(self.model, self.eval_data)
+        if self.task_metrics is not None:
+            self.task_metrics.check(self.model, self.eval_data)
+
+    def _nonsense(self) -> Iterator[str]:
+        """What is wrong, a sentence each."""
         for binding, value in (
             ('TRAIN_STEPS', self.total_steps),
             ('EVAL_PERIOD', self.eval_period),
@@ -79,30 +90,23 @@ class Run:
             ('NUM_MICROBATCHES', self.num_microbatches),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f'{binding} = {value!r} must be a whole number of at least 1.')
+                yield f'{binding} = {value!r} must be a whole number of at least 1.'
         if not all(isinstance(factor, int | float) and factor > 0 for factor in self.step_0_factors):
-            raise UserError(f'STEP_0_CAPACITY_FACTORS = {self.step_0_factors!r} must be numbers above 0.')
+            yield f'STEP_0_CAPACITY_FACTORS = {self.step_0_factors!r} must be numbers above 0.'
         if self.diversity_period is not None:
             if not isinstance(self.diversity_period, int) or self.diversity_period < 1:
-                raise UserError(
-                    f'DIVERSITY_PERIOD = {self.diversity_period!r} must be a whole number of at least 1, or None.'
-                )
+                yield (f'DIVERSITY_PERIOD = {self.diversity_period!r} must be a whole number of at least 1, or None.')
             if not self.model.moe_layers():
-                raise UserError('DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.')
+                yield 'DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.'
         if not isinstance(self.model_dir, str) or not self.model_dir:
-            raise UserError(f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.')
+            yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
         if self.surgery is not None and self.initial_checkpoint_path is None:
-            raise UserError('INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.')
+            yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.'
         if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:
-            raise UserError(
+            yield (
                 f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' says how a dense run's schedule is left, and this run "
                 "starts from scratch: leave it at 'continue', or set INITIAL_CHECKPOINT_PATH."
             )
-        self.model.check_data(self.train_data)
-        if self.few_shot is not None:
-            self.few_shot.check(self.model, self.eval_data)
-        if self.task_metrics is not None:
-            self.task_metrics.check(self.model, self.eval_data)
 
     @property
     def num_experts(self) -> int | None:

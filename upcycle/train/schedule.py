@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.errors import UserError, one_of
+from upcycle.schema import Natural, Positive, Whole
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -46,14 +47,14 @@ class LearningRate:
     """
 
     factors: str = 'constant * rsqrt_decay'
-    base_learning_rate: float = 1.0
+    base_learning_rate: Natural = 1.0
     warmup_steps: int = 10_000
     timescale: int = 10_000
     cooldown_steps: int = 0
     policy: Policy = Policy.CONTINUE
-    restart_warmup_steps: int = 0
-    peak_learning_rate: float | None = None
-    min_learning_rate: float | None = None
+    restart_warmup_steps: Whole = 0
+    peak_learning_rate: Positive | None = None
+    min_learning_rate: Natural | None = None
 
     def __post_init__(self):
         object.__setattr__(self, 'policy', one_of(Policy, self.policy, 'LEARNING_RATE_POLICY'))

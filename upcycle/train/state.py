@@ -16,6 +16,7 @@ from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
+from upcycle.data import DataSource
 from upcycle.errors import UserError
 from upcycle.models import BatchSpec, Model, identify
 from upcycle.moe import state as moe_state
@@ -53,9 +54,20 @@ class Layout:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
 
+def data_of(run: Run) -> DataSource:
+    """What a run trains on.
+
+    Raises:
+      UserError: nothing.
+    """
+    if run.train_data is None:
+        raise UserError('TRAIN_DATASET is None: name a task, such as --gin_file=tasks/stdlib_span_corruption.gin.')
+    return run.train_data
+
+
 def layout(run: Run, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
-    spec = run.train_data.batch_spec() if batch_spec is None else batch_spec
+    spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
     boxed = jax.eval_shape(lambda key: run.model.init(key, spec), jax.random.key(0))
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)

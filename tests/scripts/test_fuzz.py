@@ -1,0 +1,66 @@
+"""scripts/fuzz.py at a small size, and that it sees what it is there to see."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+from upcycle import configuration
+from upcycle.checkpoints import arrays
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'fuzz.py'
+
+
+@pytest.fixture(scope='module')
+def fuzz():
+    spec = importlib.util.spec_from_file_location('fuzz', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize('what', ['configurations', 'checkpoints'])
+def test_fifty_cases(what, fuzz, tmp_path, capsys):
+    assert fuzz.main(['--what', what, '--cases', '50', '--out', str(tmp_path / 'failed')]) == 0, capsys.readouterr().out
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('| all'))
+    assert total.endswith('| 0 | 0 | 0 | 50 |')
+    assert not (tmp_path / 'failed').exists()
+
+
+def test_a_traceback_is_seen_and_replayed(fuzz, tmp_path, monkeypatch, capsys):
+    healthy, sabotaged = configuration.load, []
+
+    def load(files, bindings):
+        sabotaged.append(files)
+        if len(sabotaged) > len(fuzz.RUNS):
+            raise KeyError('a bug')
+        return healthy(files, bindings)
+
+    monkeypatch.setattr(fuzz.configuration, 'load', load)
+    out = tmp_path / 'failed'
+    assert fuzz.main(['--cases', '8', '--out', str(out)]) == 1
+    cases = [json.loads(line) for line in out.read_text().splitlines()]
+    assert cases and {case['outcome'] for case in cases} == {fuzz.TRACEBACK} and 'a bug' in cases[0]['detail']
+    monkeypatch.setattr(fuzz.configuration, 'load', healthy)
+    capsys.readouterr()
+    assert fuzz.main(['--replay', str(out)]) == 0
+    assert f'{len(cases)} cases in' in capsys.readouterr().out
+
+
+def test_wrong_weights_are_seen(fuzz, tmp_path, monkeypatch, capsys):
+    honest_read, honest_outcome, under_way = arrays.ArrayReader.read, fuzz._outcome, []
+
+    def read(self, name, *more):
+        value = honest_read(self, name, *more)
+        return value + 1 if under_way and name.endswith('_norm/scale') else value
+
+    def outcome(case):
+        under_way.append(case)
+        return honest_outcome(case)
+
+    # The first reading of each checkpoint, before any case, is what the others are compared with.
+    monkeypatch.setattr(arrays.ArrayReader, 'read', read)
+    monkeypatch.setattr(fuzz, '_outcome', outcome)
+    assert fuzz.main(['--what', 'checkpoints', '--cases', '30', '--out', str(tmp_path / 'failed')]) == 1
+    assert fuzz.SILENT in capsys.readouterr().out

@@ -1,0 +1,212 @@
+"""The check of the whole configuration: what is wrong is said at once, by its name, before anything is built."""
+
+import inspect
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import gin
+from tests import runs
+from upcycle import configuration, gin_files, schema
+from upcycle.errors import UserError, UserErrors, mistakes_of
+
+
+def mistakes(files, bindings):
+    with pytest.raises(UserError) as error:
+        configuration.load(files, bindings)
+    return mistakes_of(error.value)
+
+
+def wrong(kind, **more):
+    return mistakes(runs.FILES[kind], runs.bindings(kind, '/nowhere', 6, **more))
+
+
+def test_all_mistakes_at_once():
+    more = {
+        'BATCH_SIZ': 8,
+        'TRAIN_STEPS': 'many',
+        'EVAL_PERIOD': -1,
+        'TASK_FEATURE_LENGTHS': "{'inputs': 'x'}",
+        'NUM_HEADS': 0,
+        'REMAT': 'some',
+        'NUM_EXPERTS': 2.5,
+        'OPTIMIZER': '@upcycle.train.optimizer.Adafacto()',
+        'MODEL_DIR': '[1, 2]',
+    }
+    found = wrong('scratch', **more)
+    assert len(found) == len(more)
+    for name in more:
+        assert sum(name in sentence for sentence in found) == 1, name
+    assert all('\n' not in sentence for sentence in found)
+    text = '\n'.join(found)
+    for words in (
+        'did you mean BATCH_SIZE?',
+        "TRAIN_STEPS = 'many' must be a whole number of at least 1.",
+        'NUM_EXPERTS = 2.5 must be a whole number',
+        "REMAT = 'some' must be one of none, minimal, exchange, full.",
+        'did you mean upcycle.train.optimizer.Adafactor?',
+        'MODEL_DIR = [1, 2] must be a text.',
+    ):
+        assert words in text
+
+
+def test_impossible_combinations_are_all_said():
+    more = {'ENCODER_ROUTER': 'top_k', 'NUM_SELECTED_EXPERTS': 9, 'JITTER_NOISE': 1.5, 'SHARED_WEIGHTS': 'xft'}
+    found = wrong('scratch', **more)
+    assert [sentence.split(' ')[0] for sentence in found] == ['SHARED_WEIGHTS', 'JITTER_NOISE', 'NUM_SELECTED_EXPERTS']
+
+
+@pytest.mark.parametrize(
+    ('more', 'words'),
+    [
+        ({'MODEL': '@upcycle.train.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
+        (
+            {'OPTIMIZER': '@upcycle.train.optimizer.Adafactor'},
+            'OPTIMIZER = @Adafactor must be a Optimizer, written @NAME()',
+        ),
+        ({'DATA_SEED': '%RANDOM_SED'}, 'RANDOM_SED is not set (did you mean RANDOM_SEED?)'),
+        ({'DATA_SEED': '%DATA_SEED'}, 'DATA_SEED is set to itself'),
+        ({'DATA_SEED': True}, 'DATA_SEED = True must be a whole number of at least 0'),
+        ({'DATA_SEED': 2**31}, 'DATA_SEED = 2147483648 must be'),
+        ({'BASE_LEARNING_RATE': '1e999'}, 'BASE_LEARNING_RATE = inf must be a number'),
+        ({'DROPOUT_RATE': 1}, 'DROPOUT_RATE = 1 must be a number in [0, 1)'),
+        ({'SCAN_LAYERS': 1}, 'SCAN_LAYERS = 1 must be True or False'),
+        ({'upcycle.train.run.Run.sed': 1}, 'upcycle.train.run.Run has no parameter sed (did you mean seed?)'),
+        ({'upcycle.train.rum.Run.seed': 1}, 'upcycle.train.rum.Run is not known (did you mean upcycle.train.run.Run?)'),
+    ],
+)
+def test_one_mistake(more, words):
+    found = wrong('dense', **more)
+    assert any(words in sentence for sentence in found), found
+
+
+def test_a_missing_file_names_the_nearest_and_what_it_would_have_set():
+    found = mistakes((runs.TINY, 'tasks/stdlib_span_coruption.gin', 'runs/pretrain.gin'), {'MODEL_DIR': 'x'})
+    text = '\n'.join(found)
+    assert 'did you mean tasks/stdlib_span_corruption.gin?' in text
+    assert 'TRAIN_STEPS is not set: this run needs it' in text
+    assert 'TRAIN_DATASET is not set: add --gin_file=tasks/' in text
+
+
+def test_mistakes_in_a_file_name_its_lines(tmp_path):
+    path = tmp_path / 'mine.gin'
+    path.write_text(
+        'from __gin__ import dynamic_registration\n'
+        'from upcycle.train import optimiser\n'
+        'from upcycle.moe import config as moe\n'
+        'BATCH_SIZ = 8\n'
+        'MY_OWN = 4\n'
+        'EVAL_STEPS = %MY_OWN\n'
+        'moe.MoEConfg.num_experts = 3\n'
+        'moe.MoEConfig:\n'
+        '  num_expert = 3\n'
+        '  router = @moe.nothing()\n'
+        "include 'runs/pretrian.gin'\n"
+        f"include '{path}'\n"
+        'NUM_EXPERTS = [1,\n'
+    )
+    found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
+    for line, words in (
+        (2, 'upcycle.train.optimiser cannot be imported (did you mean upcycle.train.optimizer?)'),
+        (4, 'BATCH_SIZ is used by nothing (did you mean BATCH_SIZE?)'),
+        (7, 'moe.MoEConfg is not known (did you mean moe.MoEConfig?)'),
+        (9, 'moe.MoEConfig has no parameter num_expert (did you mean num_experts?)'),
+        (10, 'moe.nothing is not known'),
+        (11, 'runs/pretrian.gin does not exist (did you mean runs/pretrain.gin?)'),
+        (12, 'includes itself'),
+    ):
+        assert any(f'mine.gin, line {line}: ' in sentence and words in sentence for sentence in found), (line, found)
+    assert any('mine.gin' in sentence and 'does not parse' in sentence for sentence in found)
+    assert len(found) == 8
+
+
+def endless(inner):
+    """A function for gin, of which nobody knows what it makes."""
+    return inner
+
+
+def test_what_needs_itself(tmp_path):
+    path = tmp_path / 'mine.gin'
+    lines = ['from __gin__ import dynamic_registration', 'from tests import test_configuration']
+    lines += [
+        'test_configuration.endless.inner = @test_configuration.endless()',
+        'MODEL = @test_configuration.endless()',
+    ]
+    path.write_text('\n'.join(lines))
+    found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
+    assert found == ('@tests.test_configuration.endless needs itself: bind something else.',)
+
+
+def test_a_scope_that_would_be_inherited_is_asked_for(tmp_path):
+    path = tmp_path / 'mine.gin'
+    path.write_text(
+        'from __gin__ import dynamic_registration\nfrom upcycle.data import images\ntrain/images.Mnist5k.x = 3\n'
+        'train/images.InceptionPreprocessing.flip = 0.3\n'
+    )
+    files = ('models/vit_mini.gin', 'tasks/image_folder.gin', 'runs/pretrain.gin', str(path))
+    small = {'MODEL_DIR': 'x', 'TRAIN_STEPS': '1', 'NUM_CLASSES': '3', 'TRAIN_FOLDER': '/nowhere', 'PATCH_SIZE': '14'}
+    found = '\n'.join(mistakes(files, small))
+    assert 'images.Mnist5k has no parameter x.' in found
+    assert 'write @train/InceptionPreprocessing() where it is used' in found
+
+
+def test_nothing_looks_for_a_device():
+    """JAX is told of a platform that does not exist, and would say so."""
+    arguments = [
+        'train',
+        *(f'--gin_file={file}' for file in runs.FILES['dense']),
+        '--gin.TRAIN_STEPS=0',
+        '--gin.EVAL_STEPS=0',
+    ]
+    done = subprocess.run(
+        [sys.executable, '-m', 'upcycle', *arguments],
+        env={**os.environ, 'JAX_PLATFORMS': 'nowhere'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    for name in ('MODEL_DIR is not set', 'TRAIN_STEPS = 0', 'EVAL_STEPS = 0'):
+        assert name in done.stderr
+    assert 'Traceback' not in done.stderr and '3 mistakes' in done.stderr
+
+
+def test_every_configurable_of_ours_has_types(tmp_path):
+    """An annotation that cannot be evaluated would check nothing."""
+    for name in gin_files.shipped():
+        if not name.startswith('t5x/'):
+            gin_files.read([name], {})
+            for _, selector in gin.config._CONFIG:
+                target = gin.config._REGISTRY[selector].wrapped
+                if target.__module__.startswith('upcycle.'):
+                    hints = {p.annotation for p in schema.parameters(target).values()}
+                    assert Any not in hints and not any(isinstance(hint, str) for hint in hints), selector
+
+
+@pytest.mark.parametrize(
+    ('value', 'hint', 'expected'),
+    [
+        (1, int, True),
+        (True, int, False),
+        (1.0, int, False),
+        (1, float, True),
+        (float('nan'), float, False),
+        (10**400, float, False),
+        (0, schema.Count, False),
+        ('x', schema.Count, False),
+        (None, schema.Count | None, True),
+        ([1, 2], tuple[int, int], True),
+        ([1], tuple[int, int], False),
+        ('ab', tuple[str, ...], False),
+        ({'a': 1}, dict[str, int], True),
+        ({1: 1}, dict[str, int], False),
+        (schema.Made(UserErrors), UserError, True),
+        (schema.Made(UserError), UserErrors, False),
+        (schema.Made(UserError, called=False), UserError, False),
+        (schema.Made(inspect.signature), UserError, True),
+    ],
+)
+def test_types(value, hint, expected):
+    assert schema.fits(value, hint) is expected

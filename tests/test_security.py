@@ -1,0 +1,124 @@
+"""SECURITY.md, as far as it can be checked: nothing executes what it reads, and no password is shown."""
+
+import ast
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from upcycle import cli, gin_files, jobs
+from upcycle.checkpoints import open_checkpoint
+from upcycle.errors import UserError, without_password
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SOURCES = [path for folder in ('upcycle', 'scripts', 'configs') for path in sorted((ROOT / folder).rglob('*.py'))]
+MODULES = {'pickle', 'cPickle', '_pickle', 'cloudpickle', 'dill', 'joblib', 'marshal', 'shelve', 'yaml', 'torch', 'xml'}
+CALLS = {'eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen', 'pty.spawn'}
+# Files that the user names are programs (configs/*.py), and what scripts make themselves may be anything.
+ALLOWED = {'scripts/fuzz.py': {'allow_pickle'}, 'scripts/bench/peers': {'torch'}}
+
+
+def name_of(node):
+    """'os.system' of its syntax tree, '' of something that is no dotted name."""
+    if isinstance(node, ast.Attribute):
+        inner = name_of(node.value)
+        return f'{inner}.{node.attr}' if inner else ''
+    return node.id if isinstance(node, ast.Name) else ''
+
+
+def dangers(source):
+    """What in a program executes what it reads."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from {alias.name.split('.')[0] for alias in node.names} & MODULES
+        elif isinstance(node, ast.ImportFrom):
+            yield from {(node.module or '').split('.')[0]} & MODULES
+        elif isinstance(node, ast.Call):
+            yield from {name_of(node.func)} & CALLS
+            for keyword in node.keywords:
+                if keyword.arg in ('shell', 'allow_pickle') and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                ):
+                    yield keyword.arg
+            if name_of(node.func) in ('np.load', 'numpy.load') and not any(
+                k.arg == 'allow_pickle' for k in node.keywords
+            ):
+                yield 'np.load without allow_pickle=False'
+
+
+@pytest.mark.parametrize(
+    ('source', 'found'),
+    [
+        ('import pickle', {'pickle'}),
+        ('from torch.serialization import load', {'torch'}),
+        ('eval(x)', {'eval'}),
+        ('import os\nos.system(x)', {'os.system'}),
+        ('subprocess.run(x, shell=True)', {'shell'}),
+        ('subprocess.run(x, shell=flag)', {'shell'}),
+        ('np.load(x)', {'np.load without allow_pickle=False'}),
+        ('np.load(x, allow_pickle=True)', {'allow_pickle'}),
+        ('np.load(x, allow_pickle=False)\nast.literal_eval(x)\nre.compile(x)\nrun(shell=False)', set()),
+    ],
+)
+def test_the_dangers_are_seen(source, found):
+    assert set(dangers(source)) == found
+
+
+def test_nothing_executes_what_it_reads():
+    found = {}
+    for path in SOURCES:
+        name = str(path.relative_to(ROOT))
+        allowed = {word for place, words in ALLOWED.items() if name.startswith(place) for word in words}
+        if more := set(dangers(path.read_text('utf-8'))) - allowed:
+            found[name] = more
+    assert SOURCES and not found
+
+
+PROGRAMS = {
+    'another module': 'import os\nA = @os.getcwd()\n',
+    'a module of a module of ours': 'import upcycle.jobs\nupcycle.jobs.os.getcwd.x = 1\n',
+    'a function of ours': 'import upcycle.jobs\nupcycle.train.run.Run.seed = @upcycle.jobs.train()\n',
+    'another module for tasks': "import upcycle.data.text\nupcycle.data.text.DatasetConfig.module = 'evil'\n",
+    'another file': "include '/etc/passwd'\n",
+    'an alias': 'from upcycle import jobs as run\nrun.train.name = 3\n',
+    'no gin': 'import os; os.getcwd()\n',
+}
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_a_program_beside_a_checkpoint_is_not_run(program, tmp_path, capsys, monkeypatch):
+    (tmp_path / 'config.gin').write_text('from __gin__ import dynamic_registration\n' + PROGRAMS[program])
+    monkeypatch.setattr(jobs, 'open_checkpoint', lambda path: None)
+    monkeypatch.setattr(jobs.configuration, 'load', lambda *_: pytest.fail('it was read'))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['eval', f'--from={tmp_path}'])
+    assert stop.value.code == 2
+    assert f'--gin_file={tmp_path}/config.gin' in capsys.readouterr().err
+
+
+def test_the_configuration_of_a_run_is_data(upcycled):
+    gin_files.require_data(f'{upcycled}/config.gin')
+
+
+def test_passwords_are_neither_shown_nor_kept(capsys, tmp_path):
+    address = 'https://me:secret@host/model'
+    assert without_password(f'{address} of s3://key:secret@bucket.') == 'https://***@host/model of s3://***@bucket.'
+    for plain in ('gs://bucket/run@2', 'me@host', 'https://host/@x'):
+        assert without_password(plain) == plain
+    arguments = ['train', '--gin_file=models/t5_1_1_tiny.gin', f'--gin.INITIAL_CHECKPOINT_PATH={address}']
+    for command in (arguments, ['inspect', address], ['inspect', address.replace('https', 's3')]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(command)
+        out = ''.join(capsys.readouterr())
+        assert stop.value.code == 2 and 'secret' not in out and '***@host' in out
+
+
+def test_an_index_that_claims_too_much_is_refused_before_it_is_believed(dense, tmp_path):
+    step = pathlib.Path(shutil.copytree(f'{dense}/checkpoints/4', tmp_path / '4'))
+    index = json.loads((step / 'state' / '_METADATA').read_text())
+    entry = next(iter(index['tree_metadata'].values()))
+    entry['key_metadata'][-1]['key'] = '../../../elsewhere'
+    (step / 'state' / '_METADATA').write_text(json.dumps(index))
+    with pytest.raises(UserError, match='do not lie beside it'):
+        open_checkpoint(step)

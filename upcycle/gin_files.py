@@ -1,0 +1,323 @@
+"""Reading gin files and bindings of the command line: statement by statement, so that one mistake does not hide the next.
+
+gin's own parser and registry do the work. A gin file may import and call any Python function: it is as much a program as a
+script, and only files that the user names are read so. What lies beside a checkpoint has to pass `require_data` first.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+from gin import config_parser
+from upcycle.errors import UserError, without_password
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+# A reference that could not be resolved, of which a mistake already tells.
+UNKNOWN = object()
+_DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
+_OUR_MODULE = re.compile(r'upcycle(\.[a-z]\w*)+')
+_MACRO = re.compile(r'%([A-Za-z_]\w*)')
+
+
+@dataclasses.dataclass
+class Found:
+    """What reading has brought up.
+
+    Attributes:
+      mistakes: a sentence each.
+      files: the files, with those that they include, by the names they were called by.
+      bound: names on the command line that were understood.
+      macros: where each macro of a file was last set.
+      used: macros that something refers to, even where that was overridden later.
+    """
+
+    mistakes: list[str] = dataclasses.field(default_factory=list)
+    files: list[str] = dataclasses.field(default_factory=list)
+    bound: list[str] = dataclasses.field(default_factory=list)
+    macros: dict[str, str] = dataclasses.field(default_factory=dict)
+    used: set[str] = dataclasses.field(default_factory=set)
+
+
+def search_paths() -> list[str]:
+    """Where gin files are looked for: here, then the checkout or the installed package, with and without `gin/` in front."""
+    return [os.getcwd(), str(_gin_folder().parent), str(_gin_folder())]
+
+
+def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
+    """Puts files and then bindings into gin's configuration, in place of what it held.
+
+    Args:
+      files: a later one overrides an earlier one.
+      bindings: of the command line, as text. A value that is no Python literal and no gin reference is a string.
+
+    Returns:
+      What went wrong, and what was read. Everything that could be understood is in gin's configuration.
+    """
+    gin.clear_config(clear_constants=True)
+    reader = _Reader()
+    for file in files:
+        reader.file(file, f'--gin_file={file}', ())
+    for name, value in bindings.items():
+        label = f'--gin.{name}={value}'
+        if without_password(value) != value:
+            reader.found.mistakes.append(
+                f'{without_password(label)} holds a password, which would be written into config.gin: keep it in the environment.'
+            )
+            continue
+        before = len(reader.found.mistakes)
+        with gin.config._parse_scope() as context:
+            reader.statements(f'{name} = {_literal(value)}', label, context, ())
+        if len(reader.found.mistakes) == before:
+            reader.found.bound.append(name)
+    return reader.found
+
+
+def shipped() -> dict[str, str]:
+    """Our own gin files: their text by their names below gin/."""
+    folder = _gin_folder()
+    return {str(path.relative_to(folder)): path.read_text('utf-8') for path in sorted(folder.rglob('*.gin'))}
+
+
+def definers(macro: str) -> list[str]:
+    """Which of our files set a macro to something."""
+    return [
+        name
+        for name, text in shipped().items()
+        if re.search(rf'^{re.escape(macro)} = (?!%gin.REQUIRED|None)', text, re.MULTILINE)
+    ]
+
+
+def macros_of(texts: Iterable[str]) -> set[str]:
+    """The macros that texts set or use."""
+    return {name for text in texts for pattern in (_DEFINITION, _MACRO) for name in pattern.findall(text)}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)', or nothing where no known name is similar."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def require_data(path: str) -> None:
+    """Makes sure that a gin file does nothing but describe a run of ours, before it is read as one.
+
+    A `config.gin` lies beside weights that may come from anywhere, and nobody has asked to run it. So it may import our own
+    modules only, call our own dataclasses only, and name modules of tasks of ours, of t5 and of seqio only.
+
+    Raises:
+      UserError: it could do something else.
+    """
+
+    class Names(config_parser.ParserDelegate):
+        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+            selectors.append(scoped_configurable_name.rpartition('/')[2])
+            return scoped_configurable_name
+
+        def macro(self, macro_name: str) -> str:
+            return macro_name
+
+    selectors: list[str] = []
+    reason = None
+    try:
+        with open(path, encoding='utf-8') as file:
+            for statement in config_parser.ConfigParser(file, Names()):
+                reason = reason or _more_than_data(statement, selectors)
+    except Exception as error:  # gin's parser and Python's tokenizer raise nearly every built-in type
+        reason = _one_line(error)
+    if reason is not None:
+        raise UserError(
+            f'{path} is not read unasked, because it is more than the description of a run ({reason}): look at it, and if you '
+            f'trust whoever wrote it, name it with --gin_file={path}.'
+        )
+
+
+def _more_than_data(statement: Any, selectors: list[str]) -> str | None:
+    """Why a statement may do more than describe, None where it may not. `selectors`: references so far; they are taken."""
+    if isinstance(statement, config_parser.ImportStatement):
+        ours = _OUR_MODULE.fullmatch(statement.module) and not statement.alias
+        return None if ours or statement.module.startswith('__gin__.') else f'it imports {statement.module}'
+    if isinstance(statement, config_parser.IncludeStatement):
+        return f'it includes {statement.filename}'
+    if isinstance(statement, config_parser.BindingStatement):
+        if not statement.arg_name:
+            return f'it sets the macro {statement.selector}'
+        selectors.append(statement.selector)
+        if statement.arg_name == 'module' and str(statement.value).split('.')[0] not in (
+            'upcycle',
+            't5',
+            'seqio',
+            'None',
+        ):
+            return f'it imports {statement.value}'
+    else:
+        selectors.append(statement.selector)
+    foreign = next((selector for selector in selectors if not _is_our_dataclass(selector)), None)
+    selectors.clear()
+    return None if foreign is None else f'it names {foreign}'
+
+
+def _is_our_dataclass(selector: str) -> bool:
+    module, _, name = selector.rpartition('.')
+    if not _OUR_MODULE.fullmatch(module):
+        return False
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return inspect.isclass(kind) and dataclasses.is_dataclass(kind) and kind.__module__.startswith('upcycle.')
+
+
+def _gin_folder() -> pathlib.Path:
+    # In a wheel our files are inside the package; beside an installed package, `gin` is gin-config's own code.
+    return PACKAGE / 'gin' if (PACKAGE / 'gin').is_dir() else PACKAGE.parent / 'gin'
+
+
+def _literal(text: str) -> str:
+    """A command-line value as gin source."""
+    if text.startswith(('@', '%')):
+        return text
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return repr(text)
+    return text
+
+
+class _Delegate(gin.config.ParserDelegate):
+    """References become gin's own, or `UNKNOWN`."""
+
+    def __init__(self, reader: '_Reader'):
+        super().__init__()
+        self._reader = reader
+
+    def macro(self, name: str) -> Any:
+        self._reader.found.used.add(name)
+        return super().macro(name)
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
+        self._reader.look_at_token()
+        if self._reader.configurable(scoped_selector.rpartition('/')[2]) is None:
+            return UNKNOWN
+        return super().configurable_reference(scoped_selector, evaluate)
+
+
+class _Reader:
+    """Reads one statement after the other and notes what is wrong with each."""
+
+    def __init__(self) -> None:
+        self.found = Found()
+        self._label = self._place = ''
+        self._in_file = False
+        self._parser: Any = None
+        self._context: Any = None
+
+    def file(self, name: str, label: str, within: tuple[str, ...]) -> None:
+        """A file and what it includes; `within`: the files that it is included by."""
+        path = next((p for p in (os.path.join(folder, name) for folder in search_paths()) if os.path.isfile(p)), None)
+        if path is None:
+            looked = ', '.join(dict.fromkeys(search_paths()))
+            self._note(f'{label} does not exist{nearest(name, shipped())}: looked in {looked}.')
+            return
+        if path in within:
+            self._note(f'{label} includes itself.')
+            return
+        self.found.files.append(name)
+        try:
+            with open(path, encoding='utf-8') as file:
+                text = file.read()
+        except (OSError, ValueError) as error:
+            self._note(f'{label} cannot be read: {_one_line(error)}.')
+            return
+        with gin.config._parse_scope() as context:
+            self.statements(text, name, context, (*within, path))
+
+    def statements(self, text: str, label: str, context: Any, within: tuple[str, ...]) -> None:
+        """A text's statements; `label`: what to call it in messages."""
+        outer = self._label, self._place, self._in_file, self._parser, self._context
+        self._label, self._place, self._in_file, self._context = label, label, bool(within), context
+        unknown: set[str] = set()
+        for statement in self._parsed(text, label):
+            self._place = f'{label}, line {statement.location.line_num}' if within else label
+            if isinstance(statement, config_parser.ImportStatement):
+                self._import(statement)
+            elif isinstance(statement, config_parser.IncludeStatement):
+                self.file(statement.filename, f'{self._place}: {statement.filename}', within)
+            elif statement.selector not in unknown:
+                is_macro = isinstance(statement, config_parser.BindingStatement) and not statement.arg_name
+                if not is_macro and self.configurable(statement.selector) is None:
+                    unknown.add(statement.selector)
+                elif isinstance(statement, config_parser.BindingStatement):
+                    self._bind(statement)
+        self._label, self._place, self._in_file, self._parser, self._context = outer
+
+    def look_at_token(self) -> None:
+        """Notes the line of what is being parsed: gin parses all of a block before it gives its first statement."""
+        if self._in_file:
+            self._place = f'{self._label}, line {self._parser._current_location().line_num}'
+
+    def configurable(self, selector: str) -> Any:
+        """What a selector stands for in the file that is being read, None where it stands for nothing."""
+        try:
+            if found := self._context.get_configurable(selector):
+                return found
+        except Exception:  # noqa: S110 gin raises nearly every built-in type, for names and for what they name
+            pass
+        known = {name.rpartition('/')[2] for _, name in gin.config._CONFIG} | set(self._names_here())
+        self._note(f'{self._place}: {selector} is not known{nearest(selector, known)}.')
+        return None
+
+    def _parsed(self, text: str, label: str) -> Iterator[Any]:
+        try:
+            self._parser = config_parser.ConfigParser(io.StringIO(text), _Delegate(self))
+            yield from self._parser
+        except Exception as error:  # from the parser and from Python's tokenizer alike
+            line = getattr(error, 'lineno', None)
+            where = f'{label}, line {line}' if line and '\n' in text else label
+            reason = getattr(error, 'msg', None) or _one_line(error)
+            self._note(f'{where} does not parse: {reason}.')
+
+    def _import(self, statement: config_parser.ImportStatement) -> None:
+        try:
+            self._context.process_import(statement)
+        except Exception as error:  # whatever the module raises
+            hint = nearest(statement.module, (name for name in sys.modules if name.startswith('upcycle.')))
+            self._note(f'{self._place}: {statement.module} cannot be imported{hint}: {_one_line(error)}.')
+
+    def _bind(self, statement: config_parser.BindingStatement) -> None:
+        scope, selector, name, value, _ = statement
+        if not name:
+            macro = f'{scope}/{selector}' if scope else selector
+            gin.bind_parameter((macro, 'gin.macro', 'value'), value)
+            if self._in_file:
+                self.found.macros[macro] = self._place
+            return
+        try:
+            gin.bind_parameter((scope, selector, name), value)
+        except ValueError:
+            target = self._context.get_configurable(selector).wrapped
+            known = inspect.signature(target).parameters
+            self._note(f'{self._place}: {selector} has no parameter {name}{nearest(name, known)}.')
+
+    def _names_here(self) -> Iterator[str]:
+        """The classes that the file's imports bring, as it may call them."""
+        for alias, module in self._context._symbol_table.items():
+            for name, value in vars(module).items():
+                if inspect.isclass(value) and value.__module__.startswith('upcycle.'):
+                    yield f'{alias}.{name}'
+
+    def _note(self, mistake: str) -> None:
+        self.found.mistakes.append(mistake)
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__
