@@ -15,6 +15,7 @@ from upcycle import files
 from upcycle.errors import UserError
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
+from upcycle.train.health import Limits
 from upcycle.train.run import Run
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
@@ -29,6 +30,8 @@ MAY_CHANGE = (
     'checkpoint_period',
     'checkpoint_keep',
     'log_period',
+    'limits',
+    'leaf_gradient_norms',
     'mesh_shape',
     'parameters_over_data',
     'remat',
@@ -144,7 +147,7 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
 
 def _may_change(name: str) -> bool:
     selector, parameter = name.rsplit('.', 1)
-    looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics))
+    looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics, Limits))
     return selector.startswith(('validation/', *looks)) or (selector == _ROOT and parameter in MAY_CHANGE)
 
 
