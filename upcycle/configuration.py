@@ -147,6 +147,8 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
 
 def _may_change(name: str) -> bool:
     selector, parameter = name.rsplit('.', 1)
+    if parameter == 'max_bad_records':
+        return True
     looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics, Limits))
     return selector.startswith(('validation/', *looks)) or (selector == _ROOT and parameter in MAY_CHANGE)
 

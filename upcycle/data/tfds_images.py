@@ -69,9 +69,23 @@ class TfdsImages:
         return self._split(split).num_examples
 
     def read(self, split: str, places: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
-        """The images, undecoded, and int32 labels [n, max_labels]."""
+        """The images, undecoded, and int32 labels [n, max_labels].
+
+        Raises:
+            UserError: if a file is missing or damaged.
+        """
         with tensorflow_quiet.reading(self.name):
-            examples = _data_source(self, split).__getitems__(places.tolist())
+            try:
+                examples = _data_source(self, split).__getitems__(places.tolist())
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+            ) as error:  # of the reader, for a missing, cut-off or damaged file
+                raise UserError(
+                    f'{self.name}, {split}, cannot be read ({_one_line(error)}): look for a missing or damaged file in '
+                    f'{_folder(self.data_dir)}, or prepare it again.'
+                ) from error
         names = [f'{self.name}, {split}, example {place}' for place in places]
         return self._undecoded(names, examples)
 
@@ -107,6 +121,10 @@ class TfdsImages:
         while True:
             with tensorflow_quiet.reading(self.name):
                 examples = list(itertools.islice(iterator, rows))
+            if not examples and repeat:
+                raise UserError(
+                    f'{self.name}, {split}, has no example for host {process_index} of {process_count}: use fewer hosts.'
+                )
             if not examples:
                 return
             yield self._undecoded([f'{self.name}, {example["tfds_id"].decode()}' for example in examples], examples)
