@@ -143,10 +143,11 @@ class Formula:
             r'overflows, .* is 1e\+30, in params/layers_0/w$',
         ),
         (
-            lambda layers: jnp.log(-sum(layers)),
+            lambda layers: jnp.sqrt(-sum(layers)),
             (1.0, 7.0, 1.0),
-            'loss is nan and no leaf .* is 7, in params/layers_1/w$',
+            'loss is nan and no leaf .* is 7, in params/layers_1/w',
         ),
+        (lambda layers: jnp.log(-sum(layers)), (1.0, 7.0, 1.0), 'loss is nan and every leaf .* finite, .* is 7, in'),
         (lambda layers: sum(layers), (1.0, math.inf, 1.0), 'parameters hold NaN or infinity in params/layers_1/w$'),
     ],
 )

@@ -108,6 +108,12 @@ class TfdsImages:
         # Without this, TFDS reads shuffled files in whatever order is fastest.
         config.options.deterministic = True
         share = tfds.even_splits(split, process_count)[process_index]
+        if not self._split(share).num_examples:
+            if repeat:
+                raise UserError(
+                    f'{self.name}, {split}, has no example for host {process_index} of {process_count}: use fewer hosts.'
+                )
+            return
         with tensorflow_quiet.reading(self.name):
             dataset = self._builder.as_dataset(
                 split=share, shuffle_files=shuffle, read_config=config, decoders=self._decoders
@@ -121,10 +127,6 @@ class TfdsImages:
         while True:
             with tensorflow_quiet.reading(self.name):
                 examples = list(itertools.islice(iterator, rows))
-            if not examples and repeat:
-                raise UserError(
-                    f'{self.name}, {split}, has no example for host {process_index} of {process_count}: use fewer hosts.'
-                )
             if not examples:
                 return
             yield self._undecoded([f'{self.name}, {example["tfds_id"].decode()}' for example in examples], examples)

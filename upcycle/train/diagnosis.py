@@ -33,16 +33,17 @@ def diagnose(state: TrainState, batch: Batch, *, model: Model, num_microbatches:
     loss = f'the loss is {found["loss"]:.4g}'
     gradients, largest = found['gradient'], found['largest']
     names = [name for name, count in gradients.items() if count]
-    if len(names) == len(gradients):
-        name = max(found['params_largest'], key=found['params_largest'].get)
-        return (
-            f'{loss} and no leaf of the gradient is finite, with a finite batch and finite parameters, whose largest number is '
-            f'{found["params_largest"][name]:.4g}, in {name}'
-        )
-    if names:
+    if 0 < len(names) < len(gradients):
         return (
             f'{loss} and {len(names)} of {len(gradients)} leaves of the gradient hold NaN or infinity, nearest to the loss '
             f'{max(names, key=_depth)}'
+        )
+    if names or not np.isfinite(found['loss']):
+        weights = found['params_largest']
+        name = max(weights, key=weights.get)
+        return (
+            f'{loss} and {"no" if names else "every"} leaf of the gradient is finite, with a finite batch and finite parameters, '
+            f'whose largest number is {weights[name]:.4g}, in {name}'
         )
     name = max(largest, key=largest.get)
     return f'{loss} and the norm of the gradient overflows, whose largest number is {largest[name]:.4g}, in {name}'
