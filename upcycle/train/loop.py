@@ -122,8 +122,6 @@ class _Trainer:
         self._watch()
         # The last step before a rollback, and what was known then.
         self.before: tuple[int, Ledger, Health] | None = None
-        # Of the state that this leg began with.
-        self.leg_flops = 0.0
         # After the newest step, for a diagnosis.
         self.state: TrainState | None = None
         self.receipt: dict[str, Any] | None = None
@@ -166,7 +164,6 @@ class _Trainer:
         self.health.step = int(state.step)
         if self.before is not None:
             self._leave_out(int(state.step))
-        self.leg_flops = self.ledger.flops
         log = None
         if jax.process_index() == 0:
             log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
@@ -339,9 +336,12 @@ class _Trainer:
 
     def _leave_out(self, step: int) -> None:
         """After going back to `step`: what was spent stays spent, and the batches since are not used again."""
-        last, self.ledger, health = self.before
+        last, ledger, health = self.before
         self.before = None
-        self.ledger.flops = self.leg_flops + (last - step) * self.step_flops
+        # Earlier rollbacks to the same step included.
+        wasted = last - step + health.values['batches_left_out'] - self.health.values['batches_left_out']
+        ledger.flops = self.ledger.flops + wasted * self.step_flops
+        self.ledger = ledger
         self.health.leave_out(health.values, last - step)
 
     def _watch(self, health: dict[str, Any] | None = None, window: dict[str, Any] | None = None) -> None:
