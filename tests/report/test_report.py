@@ -116,7 +116,7 @@ def test_where_the_time_went(tmp_path, runs, capsys):
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     print_table(Report.compare([load_run(folder)]), console)
     out = capsys.readouterr().out.split('Where the time went')[1]
-    assert re.search(r'timed +1\.67 min +60\.0% +20\.0% +15\.0% +5\.0%', out), out
+    assert re.search(r'timed +100 seconds +60\.0% +20\.0% +15\.0% +5\.0%', out), out
 
 
 def test_scratch_is_charged_its_whole_budget(runs):
