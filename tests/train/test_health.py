@@ -11,6 +11,7 @@ import pytest
 
 from tests import runs
 from tests.train.test_loop import killed_at, leaves_of, lines_of
+from upcycle import configuration
 from upcycle.errors import UserError
 from upcycle.train import health, loop
 from upcycle.train.diagnosis import diagnose
@@ -110,6 +111,7 @@ def test_past_the_bound_it_stops_with_a_diagnosis_and_goes_on_with_a_higher_one(
             'MAX_SKIPPED_STEPS = 2',
             'at step 4, the batch holds NaN or infinity in image',
             'step 3 was the last good one',
+            'is of step 4: mend the data',
         ):
             assert part in str(stop.value)
     assert capsys.readouterr().err.count('step 4: loss nan, gradient norm nan: not finite') == 1
@@ -285,6 +287,20 @@ def test_a_real_router_saturates_and_leaves_have_norms(tmp_path, capsys):
         name for name in leaves_of(tmp_path) if name.startswith('params/')
     }
     assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(lines[-1]['gradient_norm'], rel=1e-5)
+
+
+def test_what_is_put_up_with_may_change_between_legs(tmp_path):
+    more = {'MAX_ROLLBACKS': 2, 'MAX_SKIPPED_STEPS': 0, 'LEAF_GRADIENT_NORMS': True}
+    for changed in ({}, more):
+        run = runs.build('dense', tmp_path, 4, **changed)
+        configuration.claim(run, configuration.resolved())
+    # A folder of a version that had no limits.
+    config = tmp_path / 'config.gin'
+    lines = config.read_text().splitlines(keepends=True)
+    old = [line for line in lines if 'health' not in line and 'leaf_gradient_norms' not in line]
+    assert len(old) < len(lines)
+    config.write_text(''.join(old))
+    configuration.claim(run, configuration.resolved())
 
 
 @pytest.mark.parametrize(

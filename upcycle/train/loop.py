@@ -360,10 +360,12 @@ class _Trainer:
             num_microbatches=run.num_microbatches,
             frozen=run.trainable.frozen(self.layout.abstract.params, run.model.moe_layers(), self.ledger.start_step),
         )
+        with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
+            newest = manager.latest_step()
         return (
             f'steps {found.first} to {found.last} were not finite and changed nothing, more in a row than MAX_SKIPPED_STEPS = '
-            f'{run.limits.max_skipped_steps}: at step {found.first}, {what}; step {first} was the last good one, and '
-            f'{run.model_dir} keeps its newest checkpoint, so mend the data, start another run from that checkpoint with a lower '
+            f'{run.limits.max_skipped_steps}: at step {found.first}, {what}; step {first} was the last good one, and the newest '
+            f'checkpoint in {run.model_dir} is of step {newest}: mend the data, start another run from there with a lower '
             'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and go on.'
         )
 
