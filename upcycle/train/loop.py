@@ -115,7 +115,7 @@ class _Trainer:
 
     def __init__(self, run: Run, mesh: jax.sharding.Mesh, name: str, profile_steps: range):
         self.run, self.mesh, self.name = run, mesh, name
-        self.profile = Profile(profile_steps, os.path.join(run.model_dir, 'profile'))
+        self.profile = Profile(profile_steps, str(files.absolute(run.model_dir) / 'profile'))
         self.layout = states.layout(run, mesh)
         self.batch_sharding = partitioning.batch_sharding(mesh)
         self.ledger = Ledger()
