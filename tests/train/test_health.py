@@ -162,7 +162,6 @@ def test_a_diagnosis_names_the_leaf(formula, params, said):
 
 
 LEAPING = {
-    'LOSS_NORMALIZING_FACTOR': 100.0,
     'SPIKE_WINDOW': 2,
     'CHECKPOINT_PERIOD': 4,
     'EVAL_PERIOD': 3,
@@ -171,19 +170,24 @@ LEAPING = {
 
 
 def leaps(*batches):
-    return lambda data: Poisoned(data, 'decoder_loss_weights', 100, set(batches))
+    return lambda data: Poisoned(light(data), 'weights', 100, set(batches))
 
 
 def without(*batches):
-    return lambda data: Without(data, None, None, set(batches))
+    return lambda data: Without(light(data), None, None, set(batches))
+
+
+def light(data):
+    """Images that weigh less than one together, by which their loss is divided then: whatever weighs more leaps."""
+    return Poisoned(data, 'weights', 0.01, range(1000))
 
 
 def test_a_run_goes_back_at_a_spike_and_leaves_the_batches_out(tmp_path, monkeypatch, capsys):
     """Twice to the checkpoint of step 4; what it becomes is a run that never saw the batches, wherever it is cut."""
     more = LEAPING | {'MAX_ROLLBACKS': 2}
     # Step 6 leaps, and the batches of steps 5 and 6 are left out; then step 5 leaps, on the batch after them.
-    train('dense', tmp_path / 'run', 8, leaps(5, 6), **more)
-    train('dense', tmp_path / 'clean', 8, without(4, 5, 6), **more)
+    train('vit dense', tmp_path / 'run', 8, leaps(5, 6), **more)
+    train('vit dense', tmp_path / 'clean', 8, without(4, 5, 6), **more)
     run, clean = leaves_of(tmp_path / 'run'), leaves_of(tmp_path / 'clean')
     for name, leaf in clean.items():
         np.testing.assert_array_equal(run[name], leaf, err_msg=name)
@@ -204,14 +208,14 @@ def test_a_run_goes_back_at_a_spike_and_leaves_the_batches_out(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         killed_at(patch, 11)  # at step 6, after both
         with pytest.raises(KeyboardInterrupt):
-            train('dense', tmp_path / 'cut', 8, leaps(5, 6), **more)
-    train('dense', tmp_path / 'cut', 8, leaps(5, 6), **more)
+            train('vit dense', tmp_path / 'cut', 8, leaps(5, 6), **more)
+    train('vit dense', tmp_path / 'cut', 8, leaps(5, 6), **more)
     assert_same_run(tmp_path / 'cut', tmp_path / 'run')
 
 
-def test_before_its_first_checkpoint_a_run_goes_back_to_its_start(tmp_path, dense):
-    more = LEAPING | {'MAX_ROLLBACKS': 1, 'INITIAL_CHECKPOINT_PATH': dense}
-    train('continue', tmp_path / 'run', 8, lambda data: Poisoned(data, 'decoder_loss_weights', 100, {6}), **more)
+def test_before_its_first_checkpoint_a_run_goes_back_to_its_start(tmp_path, dense_vit):
+    more = LEAPING | {'MAX_ROLLBACKS': 1, 'INITIAL_CHECKPOINT_PATH': dense_vit}
+    train('vit continue', tmp_path / 'run', 8, leaps(6), **more)
     lines = lines_of(tmp_path / 'run')
     assert [line['step'] for line in lines if line['split'] == 'train'] == [5, 6, 7, 8]
     # The first step that stands is the fourth that was paid for.
