@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
 
     train = add('train', _train, 'one training run', gin=True)
+    train.add_argument(
+        '--profile_steps', metavar='FIRST:LAST', help='steps to trace into MODEL_DIR/profile, such as 10:15'
+    )
     _add_hosts(train)
 
     several = "the dense checkpoint (INITIAL_CHECKPOINT_PATH); several times for EXPERT_OPERATOR = 'branches'"
@@ -230,8 +233,10 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     _join_hosts(options)
     from upcycle import jobs
+    from upcycle.train import profile
 
-    jobs.train(options.gin_file, bindings)
+    steps = range(0) if options.profile_steps is None else profile.parse(options.profile_steps)
+    jobs.train(options.gin_file, bindings, profile_steps=steps)
 
 
 def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:

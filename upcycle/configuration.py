@@ -11,6 +11,7 @@ from upcycle.errors import UserError, mistakes_of, refuse
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.gin_files import UNKNOWN, nearest
+from upcycle.train.health import Limits
 from upcycle.train.run import Run
 
 # These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
@@ -24,6 +25,8 @@ MAY_CHANGE = (
     'checkpoint_period',
     'checkpoint_keep',
     'log_period',
+    'limits',
+    'leaf_gradient_norms',
     'mesh_shape',
     'parameters_over_data',
     'remat',
@@ -114,7 +117,9 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
 
 def _may_change(name: str) -> bool:
     selector, parameter = name.rsplit('.', 1)
-    looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics))
+    if parameter == 'max_bad_records':
+        return True
+    looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics, Limits))
     return selector.startswith(('validation/', *looks)) or (selector == _ROOT and parameter in MAY_CHANGE)
 
 

@@ -28,8 +28,10 @@ TASK_METRICS = 'runs/task_metrics.gin'
 CONFIG = 'config.gin'
 
 
-def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train') -> TrainState:
-    """`upcycle train`: says what was resolved, then trains.
+def train(
+    gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train', profile_steps: range = loop.NO_STEPS
+) -> TrainState:
+    """`upcycle train`: says what was resolved, then trains; see `loop.train`.
 
     Raises:
       UserError: before anything is written, where the configuration, the folder or the checkpoint do not fit.
@@ -37,6 +39,10 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
     run = configuration.load(gin_files, bindings)
     identity = configuration.resolved()
     configuration.claim(run, identity, write=False)
+    if profile_steps and profile_steps[-1] > run.total_steps:
+        raise UserError(
+            f'--profile_steps ends at step {profile_steps[-1]}, after TRAIN_STEPS = {run.total_steps}: name earlier ones.'
+        )
     mesh = loop.check(run)
     where = layout(run, mesh)
     # A run that has a checkpoint of its own needs the dense one no longer.
@@ -53,7 +59,7 @@ def train(gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'tr
         print(describe(run, where, mesh), flush=True)
         with writing_to(run.model_dir):
             configuration.claim(run, identity)
-    return loop.train(run, name)
+    return loop.train(run, name, profile_steps)
 
 
 def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:

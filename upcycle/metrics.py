@@ -124,6 +124,12 @@ class Progress:
             print(file=sys.stderr)
 
 
+def warn(text: str) -> None:
+    """A line on standard error, below the progress line that may stand there."""
+    start = '\n' if sys.stderr.isatty() else ''
+    print(f'{start}warning: {text}', file=sys.stderr, flush=True)
+
+
 def counted(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
     """The batches, and every ten seconds a line on standard error that says how many there have been."""
     start = last = time.monotonic()

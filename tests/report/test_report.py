@@ -106,6 +106,19 @@ def test_table_at_the_end_and_at_equal_cost(runs):
     assert dense.loss_at_budget == dense.loss
 
 
+def test_where_the_time_went(tmp_path, runs, capsys):
+    console = rich.console.Console(width=200)
+    print_table(Report.compare(runs), console)
+    assert 'Where the time went' not in capsys.readouterr().out
+    folder = write_run(tmp_path / 'timed', 0, 100, 1e12, 1.0, lambda k: 1.0)
+    spent = {'seconds': 80.0, 'data_seconds': 20.0, 'evaluation_seconds': 15.0, 'checkpoint_seconds': 5.0}
+    lines = [json.loads(line) | spent for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    print_table(Report.compare([load_run(folder)]), console)
+    out = capsys.readouterr().out.split('Where the time went')[1]
+    assert re.search(r'timed +100 seconds +60\.0% +20\.0% +15\.0% +5\.0%', out), out
+
+
 def test_scratch_is_charged_its_whole_budget(runs):
     report = Report.compare(runs)
     row = next(row for row in report.rows if row.role is Role.SCRATCH)

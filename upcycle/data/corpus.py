@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from upcycle.data.bad_records import BadRecordError, BadRecords
 from upcycle.errors import UserError
 
 VALIDATION_SHARE = 0.05
@@ -51,27 +52,44 @@ def relative_names(paths: Sequence[str]) -> list[str]:
     return ['/'.join(path.split('/')[shared:]) for path in paths]
 
 
-def read_utf8(path: str, read: Callable[[str], bytes]) -> bytes:
-    """The bytes of a text file, checked to be UTF-8.
+def read_utf8(path: str, read: Callable[[str], bytes], bad_records: BadRecords) -> bytes:
+    """The bytes of a text file, without the lines that are not UTF-8.
 
     Args:
         path: for messages.
         read: a function that returns the bytes of `path`.
+        bad_records: counts these lines.
 
     Raises:
-        UserError: if the file cannot be read, or with the line of the first byte that is not UTF-8.
+        UserError: if the file cannot be read, or naming a line that is one too many.
     """
     try:
         content = read(path)
-        content.decode()
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b'\n') + 1
-        raise UserError(f'{path}, line {line} is not UTF-8: convert the file, or leave it out of the glob.') from None
     except Exception as error:  # local files raise OSError, remote ones TensorFlow's own errors
         raise UserError(
             f'{path} cannot be read ({type(error).__name__}): mend it, or leave it out of the glob.'
         ) from None
-    return content
+    if _is_utf8(content):
+        return content
+    lines = []
+    for number, line in enumerate(content.split(b'\n'), 1):
+        if _is_utf8(line):
+            lines.append(line)
+        else:
+            bad_records.leave_out(
+                BadRecordError(
+                    f'{path}, line {number} is not UTF-8: convert the file, leave it out of the glob, or raise MAX_BAD_RECORDS.'
+                )
+            )
+    return b'\n'.join(lines)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _tokenise(content: bytes, vocabulary: Any) -> np.ndarray:

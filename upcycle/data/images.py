@@ -8,6 +8,7 @@ gin files import.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from upcycle.data import JSON, draws, rows_per_host
+from upcycle.data.bad_records import BadRecordError, BadRecords, checked_bound
 from upcycle.data.image_folder import ImageFolder
 from upcycle.data.mnist import Mnist5k, ScanAugmentation
 from upcycle.data.photographs import CentralCropPreprocessing, InceptionPreprocessing
@@ -66,7 +68,11 @@ class Preprocessing(Protocol):
     encoded: bool  # which kind of image it takes
 
     def __call__(self, images: Sequence[Any], seed: int, first: int) -> np.ndarray:
-        """float32 [n, H, W, C] of consecutive examples that begin at index `first`; random by (seed, index) only."""
+        """float32 [n, H, W, C] of consecutive examples that begin at index `first`; random by (seed, index) only.
+
+        Raises:
+            BadRecordError: naming an image that is broken.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,7 @@ class DatasetConfig:
     shuffle: a new order in every epoch; bind False for validation.
     num_batches: batches at most, as in a bounded evaluation.
     repeat: endless where True; else one pass, whose last batch is filled up with rows of weight 0.
+    max_bad_records: so many images that cannot be decoded may be met, by each host; their rows weigh 0 [MAX_BAD_RECORDS].
     """
 
     source: ImageSource
@@ -91,8 +98,10 @@ class DatasetConfig:
     shuffle: bool = True
     num_batches: Count | None = None
     repeat: bool = True
+    max_bad_records: int = 0
 
     def __post_init__(self):
+        checked_bound(self.max_bad_records)
         if self.source.encoded != self.preprocessing.encoded:
             names = type(self.source).__name__, type(self.preprocessing).__name__
             raise UserError(
@@ -188,10 +197,29 @@ class DatasetConfig:
         batch = {name: np.zeros((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec().items()}
         batch['labels'] -= 1
         if real := len(images):
-            batch['image'][:real] = self.preprocessing(images, self.seed, first)
-            batch['labels'][:real] = labels
-            batch['weights'][:real] = 1
+            batch['image'][:real], good = self._preprocessed(images, first)
+            batch['labels'][:real][good] = labels[good]
+            batch['weights'][:real] = good
         return batch
+
+    def _preprocessed(self, images: Sequence[Any], first: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the model sees of the images, zeros of the broken ones, and which are not broken."""
+        good = np.ones(len(images), bool)
+        with contextlib.suppress(BadRecordError):
+            return self.preprocessing(images, self.seed, first), good
+        # One by one: each is a function of itself, the seed and its index only.
+        out = np.zeros((len(images), *self.image_shape), np.float32)
+        for i, image in enumerate(images):
+            try:
+                out[i] = self.preprocessing([image], self.seed, first + i)[0]
+            except BadRecordError as record:
+                self._bad_records.leave_out(record)
+                good[i] = False
+        return out, good
+
+    @functools.cached_property
+    def _bad_records(self) -> BadRecords:
+        return BadRecords(self.max_bad_records)
 
     def _places(self, index: np.ndarray, size: int) -> np.ndarray:
         """Places in the split of examples of the sequence."""

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from upcycle.data import draws
+from upcycle.data.bad_records import BadRecordError
 from upcycle.data.rand_augment import DRAWS_PER_LAYER, rand_augment
 from upcycle.errors import UserError
 from upcycle.schema import Count, Natural, Positive, Share, Whole
@@ -44,14 +45,16 @@ def decode(encoded: Encoded, channels: int) -> Image.Image:
     """An 8-bit image of 1 (grey) or 3 (RGB) channels.
 
     Raises:
-        UserError: if Pillow cannot decode it, or it has more than 8 bits a channel.
+        BadRecordError: if Pillow cannot decode it.
+        UserError: if it has more than 8 bits a channel.
     """
     try:
         image = Image.open(io.BytesIO(encoded.content))
         image.load()
     except Exception as error:  # OSError, SyntaxError, zlib's, ...: whatever the format's decoder raises
-        raise UserError(
-            f'{encoded.name} cannot be decoded ({_one_line(error, encoded)}): mend the image, or take it out.'
+        raise BadRecordError(
+            f'{encoded.name} cannot be decoded ({_one_line(error, encoded)}): mend the image, take it out, or raise '
+            'MAX_BAD_RECORDS.'
         ) from None
     if image.mode.startswith(('I', 'F')):
         raise UserError(f'{encoded.name} has more than 8 bits a channel (mode {image.mode}): save it with 8.')
@@ -102,7 +105,7 @@ class Photographs:
             float32 [n, H, W, C] within `value_range`.
 
         Raises:
-            UserError: naming an image that cannot be decoded.
+            BadRecordError: naming an image that cannot be decoded.
         """
         u_NxK = draws.uniform(seed, draws.AUGMENT, first, len(images), self.num_draws)
         out_NxHxWxC = np.empty((len(images), *self.image_shape), np.float32)

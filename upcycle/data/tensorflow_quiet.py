@@ -80,7 +80,8 @@ def reading(name: str) -> Iterator[None]:
     try:
         yield
     except tensorflow().errors.OpError as error:
-        reason = error.message.splitlines()[0]
+        # Without the names of operations around it.
+        reason = re.sub(r'^{{.*?}} | \[Op:.*', '', error.message.splitlines()[0])
         raise UserError(
             f'{name} cannot be read ({reason}): check the network, the credentials, and that TFDS_DATA_DIR holds the data.'
         ) from error

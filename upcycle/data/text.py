@@ -257,7 +257,8 @@ class DatasetConfig:
         spec = self.batch_spec()
         number = start
         while stop is None or number < stop:
-            batch = next(batches, None)
+            with tensorflow_quiet.reading(self.mixture_or_task_name):
+                batch = next(batches, None)
             if batch is None and may_end:
                 return
             batch = batch or {}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from upcycle.data import corpus, tensorflow_quiet
+from upcycle.data.bad_records import BadRecords, checked_bound
 from upcycle.errors import UserError
 from upcycle.schema import Whole
 
@@ -24,12 +25,17 @@ class TextFiles:
     validation_files: the same for validation; where None, about 5% of the train files, chosen by the hashes of their names.
     vocabulary: path of a SentencePiece model (pad 0, EOS 1, as T5's); where None, bytes.
     extra_ids: sentinels that are added at the top of the vocabulary.
+    max_bad_records: so many lines that are not UTF-8 are left out [MAX_BAD_RECORDS].
     """
 
     train_files: str | Sequence[str] | None
     validation_files: str | Sequence[str] | None = None
     vocabulary: str | None = None
     extra_ids: Whole = 100
+    max_bad_records: Whole = 0
+
+    def __post_init__(self):
+        checked_bound(self.max_bad_records)
 
     def task(self) -> seqio.Task:
         """The seqio task; the files are read and tokenised, in memory, when its first example is asked for.
@@ -40,7 +46,8 @@ class TextFiles:
         Raises:
             UserError: if a glob matches nothing, a file is in both splits, or the vocabulary cannot be used.
         """
-        return _task(_patterns(self.train_files), _patterns(self.validation_files), self.vocabulary, self.extra_ids)
+        files = _patterns(self.train_files), _patterns(self.validation_files)
+        return _task(*files, self.vocabulary, self.extra_ids, self.max_bad_records)
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -49,7 +56,11 @@ def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 @functools.cache
 def _task(
-    train: tuple[str, ...] | None, validation: tuple[str, ...] | None, model: str | None, extra_ids: int
+    train: tuple[str, ...] | None,
+    validation: tuple[str, ...] | None,
+    model: str | None,
+    extra_ids: int,
+    max_bad_records: int,
 ) -> seqio.Task:
     """One task, and one copy of its tokens, for equal `TextFiles`."""
     from upcycle.data import random_access
@@ -61,7 +72,8 @@ def _task(
         raise UserError(f'{path} is matched by TRAIN_FILES and by VALIDATION_FILES: take it out of one of them.')
 
     def read() -> corpus.Corpus:
-        return corpus.build_corpus(_documents(train_paths, validation_paths), vocabulary)
+        documents = _documents(train_paths, validation_paths, BadRecords(max_bad_records))
+        return corpus.build_corpus(documents, vocabulary)
 
     return random_access.span_corruption_task('text_files_span_corruption', read, vocabulary)
 
@@ -102,7 +114,7 @@ def _find_files(patterns: Sequence[str] | None, binding: str) -> list[str]:
     return sorted(found)
 
 
-def _documents(train: Sequence[str], validation: Sequence[str]) -> list[corpus.Document]:
+def _documents(train: Sequence[str], validation: Sequence[str], bad_records: BadRecords) -> list[corpus.Document]:
     """All files, named relative to the folder they share, so that a moved folder is still the same corpus."""
     gfile = tensorflow_quiet.tensorflow().io.gfile
     paths = [*train, *validation]
@@ -115,4 +127,6 @@ def _documents(train: Sequence[str], validation: Sequence[str]) -> list[corpus.D
         with gfile.GFile(path, 'rb') as file:
             return file.read()
 
-    return [corpus.Document(name, splits[name], corpus.read_utf8(path, read)) for path, name in names.items()]
+    return [
+        corpus.Document(name, splits[name], corpus.read_utf8(path, read, bad_records)) for path, name in names.items()
+    ]

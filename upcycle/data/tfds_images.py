@@ -70,9 +70,23 @@ class TfdsImages:
         return self._split(split).num_examples
 
     def read(self, split: str, places: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
-        """The images, undecoded, and int32 labels [n, max_labels]."""
+        """The images, undecoded, and int32 labels [n, max_labels].
+
+        Raises:
+            UserError: if a file is missing or damaged.
+        """
         with tensorflow_quiet.reading(self.name):
-            examples = _data_source(self, split).__getitems__(places.tolist())
+            try:
+                examples = _data_source(self, split).__getitems__(places.tolist())
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+            ) as error:  # of the reader, for a missing, cut-off or damaged file
+                raise UserError(
+                    f'{self.name}, {split}, cannot be read ({_one_line(error)}): look for a missing or damaged file in '
+                    f'{_folder(self.data_dir)}, or prepare it again.'
+                ) from error
         names = [f'{self.name}, {split}, example {place}' for place in places]
         return self._undecoded(names, examples)
 
@@ -95,6 +109,12 @@ class TfdsImages:
         # Without this, TFDS reads shuffled files in whatever order is fastest.
         config.options.deterministic = True
         share = tfds.even_splits(split, process_count)[process_index]
+        if not self._split(share).num_examples:
+            if repeat:
+                raise UserError(
+                    f'{self.name}, {split}, has no example for host {process_index} of {process_count}: use fewer hosts.'
+                )
+            return
         with tensorflow_quiet.reading(self.name):
             dataset = self._builder.as_dataset(
                 split=share, shuffle_files=shuffle, read_config=config, decoders=self._decoders

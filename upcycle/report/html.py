@@ -189,7 +189,23 @@ def _tables(reports: Sequence[Report]) -> dict[str, Table]:
         seeds = [f'seed {i}' for i in range(1, len(reports) + 1)] if len(reports) > 1 else []
         head = ['branch', 'at equal', 'budget', 'metric', *seeds, 'difference']
         tables['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
+    if times := [row for run in reports[0].runs if (row := _times(run))]:
+        head = ['branch', 'time', 'steps', 'waiting for data', 'evaluations', 'checkpoints']
+        tables[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
     return tables
+
+
+def _times(run: Run) -> list[str] | None:
+    """The time in a run's loop and its shares; None where they were not logged."""
+    last = next((record for record in reversed(run.records) if 'data_seconds' in record), None)
+    if last is None:
+        return None
+    parts = [
+        last['seconds'] - last['data_seconds'],
+        *(last[f'{name}_seconds'] for name in ('data', 'evaluation', 'checkpoint')),
+    ]
+    total = sum(parts)
+    return [run.name, _quantity(total, Axis.SECONDS), *(f'{part / total:.1%}' if total else '–' for part in parts)]
 
 
 def _difference(reports: Sequence[Report], p: Paired) -> list[str]:

@@ -1,5 +1,6 @@
 """The loop around the training step: state in, batches through, metrics and checkpoints out."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -18,13 +19,20 @@ from upcycle.data import DataSource
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate import diversity, few_shot, tasks, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
-from upcycle.metrics import MetricsLog, Progress
+from upcycle.metrics import MetricsLog, Progress, warn
 from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import preemption
 from upcycle.train import state as states
 from upcycle.train.carried import require_match
+from upcycle.train.diagnosis import diagnose
+from upcycle.train.health import Health, NotFiniteError, Rollback
+from upcycle.train.profile import Profile
 from upcycle.train.run import Run
 from upcycle.train.step import TrainState, train_step
+
+NO_STEPS = range(0)
+# The devices always have one to go on with.
+_STEPS_UNDER_WAY = 2
 
 
 @dataclasses.dataclass
@@ -33,7 +41,10 @@ class Ledger:
 
     Attributes:
       start_step: step of the first state.
-      seconds: spent in training steps of this run (not compiling, evaluating or saving).
+      seconds: spent in training steps of this run, waiting for their data included (not compiling, evaluating or saving).
+      data_seconds: of these, until the next batch was on the devices; they may have been at work meanwhile.
+      evaluation_seconds: between steps, in evaluations and other looks at the model.
+      checkpoint_seconds: between steps, until a save let the run go on.
       flops: of this run's training steps, by `cost.py`.
       sunk_seconds, sunk_flops: of the checkpoint it started from; 0 when unknown or from scratch.
     """
@@ -43,6 +54,9 @@ class Ledger:
     flops: float = 0.0
     sunk_seconds: float = 0.0
     sunk_flops: float = 0.0
+    data_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
 
     def start_from(self, step: int, metadata: Mapping[str, Any]) -> None:
         """Books a dense checkpoint's whole cost as sunk."""
@@ -52,24 +66,30 @@ class Ledger:
         self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0)
 
 
-def train(run: Run, name: str = 'train') -> TrainState:
+def train(run: Run, name: str = 'train', profile_steps: range = NO_STEPS) -> TrainState:
     """Trains until `run.total_steps`; picks up where an earlier leg of the same run stopped.
 
     Args:
       run: what to do.
       name: shown on the progress line.
+      profile_steps: to be traced into `MODEL_DIR/profile`.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: the configuration, data or checkpoint does not fit, and nothing has been written then; or the folder cannot be
-        written any more.
+      UserError: the configuration, data or checkpoint does not fit, and nothing has been written; or the data broke off, too
+        many steps were not finite, or the folder cannot be written any more.
       Preempted: the process got SIGTERM, and the state is saved.
     """
     mesh = check(run)
     with partitioning.use(mesh), writing_to(run.model_dir):
-        return _Trainer(run, mesh, name).train()
+        trainer = _Trainer(run, mesh, name, profile_steps)
+        while True:
+            try:
+                return trainer.train()
+            except Rollback as rollback:
+                trainer.go_back(rollback)
 
 
 def check(run: Run) -> jax.sharding.Mesh:
@@ -95,12 +115,17 @@ def check_batches(run: Run, mesh: jax.sharding.Mesh) -> None:
 class _Trainer:
     """The moving parts of one call of `train`."""
 
-    def __init__(self, run: Run, mesh: jax.sharding.Mesh, name: str):
+    def __init__(self, run: Run, mesh: jax.sharding.Mesh, name: str, profile_steps: range):
         self.run, self.mesh, self.name = run, mesh, name
+        self.profile = Profile(profile_steps, str(files.absolute(run.model_dir) / 'profile'))
         self.layout = states.layout(run, mesh)
         self.batch_sharding = partitioning.batch_sharding(mesh)
         self.ledger = Ledger()
-        self.window = Window()
+        self._watch()
+        # The last step before a rollback, and what was known then.
+        self.before: tuple[int, Ledger, Health] | None = None
+        # After the newest step, for a diagnosis.
+        self.state: TrainState | None = None
         self.receipt: dict[str, Any] | None = None
         # What was due at the newest checkpoint's step when the run was asked to stop.
         self.unfinished: list[str] = []
@@ -138,6 +163,9 @@ class _Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             if self.receipt is not None and jax.process_index() == 0:
                 files.replace_text(folder / 'receipt.json', json.dumps(self.receipt, indent=1))
+        self.health.step = int(state.step)
+        if self.before is not None:
+            self._leave_out(int(state.step))
         log = None
         if jax.process_index() == 0:
             log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
@@ -148,7 +176,10 @@ class _Trainer:
                 if newest is None and run.diversity_period is not None:
                     self._look(state, int(state.step), log)
                 return self._loop(state, manager, log)
+        except NotFiniteError as found:
+            raise UserError(self._diagnosis(found)) from None
         finally:
+            self.profile.close()
             if log is not None:
                 log.close()
 
@@ -177,8 +208,11 @@ class _Trainer:
                 f'MODEL_DIR = {self.run.model_dir!r} was trained on other data ({", ".join(changed)} differ): bring the '
                 'data back, or name another MODEL_DIR.'
             )
+        hosts = data.get('process_count', jax.process_count())
+        if hosts != jax.process_count() and jax.process_index() == 0:
+            warn(f'{hosts} processes became {jax.process_count()} at step {step}. {self.run.train_data.promise()}')
         self.ledger = Ledger(**metadata['cost'])
-        self.window = Window(metadata['window'])
+        self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
         self.unfinished = metadata.get('unfinished', [])
         if self.receipt is not None:
@@ -192,21 +226,27 @@ class _Trainer:
             return state
         step_fn = self.step
         progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
-        batches = self._batches(run.train_data, first)
+        batches = self._endless(first + self.health.values['batches_left_out'])
         with preemption.watch() as asked_to_stop:
             self._take_stock(self.unfinished, state, first, log)
             timer = _Timer(self.ledger, first)
             for step in range(first + 1, run.total_steps + 1):
-                state, metrics = step_fn(state, next(batches))
+                self.profile.before(step)
+                batch = next(batches)
+                timer.book('seconds', 'data_seconds')
+                state, metrics = step_fn(state, batch)
+                self.profile.after(step, metrics)
+                self.state = state
                 self.window.add(metrics)
                 self.ledger.flops += self.step_flops
                 last = step == run.total_steps
                 if step % run.log_period == 0 or last:
                     means = self.window.close()
-                    timer.stop()
-                    self._write(log, step, 'train', means | {'steps_per_second': timer.rate(step)})
-                    progress.show(step, {'loss': means['loss'], 'accuracy': means['accuracy']})
-                    timer.start()
+                    timer.book('seconds')
+                    found = self.health.look_at_routing(means) | self.health.counts
+                    self._write(log, step, 'train', means | found | {'steps_per_second': timer.rate(step)})
+                    progress.show(step, {name: means[name] for name in ('loss', 'accuracy') if name in means})
+                    timer.book()
                 # The last step ends as it would: a checkpoint of it says that the run is finished.
                 stop = asked_to_stop(step) and not last
                 due = [
@@ -215,14 +255,15 @@ class _Trainer:
                 saves = stop or last or step % run.checkpoint_period == 0
                 if due or saves:
                     self.window.settle()
-                    timer.stop()
+                    timer.book('seconds')
                     # Evaluating could take longer than whoever asked will wait.
                     self._take_stock([] if stop else due, state, step, log)
+                    timer.book('evaluation_seconds')
                     if saves:
                         if log is not None:
                             log.copy()
                         self._save(manager, step, state, unfinished=due if stop else [])
-                    timer.start()
+                    timer.book('checkpoint_seconds')
                 if stop:
                     manager.wait()
                     progress.end()
@@ -277,11 +318,73 @@ class _Trainer:
             'model': self.run.model.describe(),
             'cost': dataclasses.asdict(self.ledger),
             'window': self.window.values,
+            'health': self.health.values,
             'receipt': self.receipt,
             **({'unfinished': unfinished} if unfinished else {}),
         }
-        data = {'next_batch': step, 'fingerprint': self.data_identity}
+        left_out = self.health.values['batches_left_out']
+        data = {
+            'next_batch': step + left_out,
+            'fingerprint': self.data_identity,
+            'process_count': jax.process_count(),
+        }
         manager.save(step, states.as_dict(state), data, metadata)
+
+    def go_back(self, rollback: Rollback) -> None:
+        """Makes ready for another call of `train`, which goes on from the newest checkpoint, or starts again."""
+        self.before = rollback.step, self.ledger, self.health
+        self.ledger = Ledger()
+        self._watch()
+
+    def _leave_out(self, step: int) -> None:
+        """After going back to `step`: what was spent stays spent, and the batches since are not used again."""
+        last, ledger, health = self.before
+        self.before = None
+        # Earlier rollbacks to the same step included.
+        wasted = last - step + health.values['batches_left_out'] - self.health.values['batches_left_out']
+        ledger.flops = self.ledger.flops + wasted * self.step_flops
+        self.ledger = ledger
+        self.health.leave_out(health.values, last - step)
+
+    def _watch(self, health: dict[str, Any] | None = None, window: dict[str, Any] | None = None) -> None:
+        """Begins to take note of steps, or goes on with what was saved."""
+        self.health = Health(self.run.limits, health, quiet=jax.process_index() > 0)
+        self.window = Window(self.health, window)
+
+    def _diagnosis(self, found: NotFiniteError) -> str:
+        """Of the first of the steps that were not finite; since then the state has not changed."""
+        run, first = self.run, found.first - 1
+        batch = next(self._batches(run.train_data, first + self.health.values['batches_left_out']))
+        what = diagnose(
+            self.state.replace(step=jax.device_put(np.int32(first), self.state.step.sharding)),
+            batch,
+            model=run.model,
+            num_microbatches=run.num_microbatches,
+            frozen=run.trainable.frozen(self.layout.abstract.params, run.model.moe_layers(), self.ledger.start_step),
+        )
+        with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
+            newest = manager.latest_step()
+        return (
+            f'steps {found.first} to {found.last} were not finite and changed nothing, more in a row than MAX_SKIPPED_STEPS = '
+            f'{run.limits.max_skipped_steps}: at step {found.first}, {what}; step {first} was the last good one, and the newest '
+            f'checkpoint in {run.model_dir} is of step {newest}: mend the data, start another run from there with a lower '
+            'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and go on.'
+        )
+
+    def _endless(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        """Training batches from `start` on.
+
+        Raises:
+          UserError: instead of an end.
+        """
+        count = start
+        for batch in self._batches(self.run.train_data, start):
+            yield batch
+            count += 1
+        raise UserError(
+            f'TRAIN_DATASET ends after {count} batches, and TRAIN_STEPS = {self.run.total_steps} asks for more: look for empty '
+            'or missing files, let it repeat, or lower TRAIN_STEPS.'
+        )
 
     def _batches(self, data: DataSource, start: int) -> Iterator[dict[str, jax.Array]]:
         return partitioning.batches(data, start, self.batch_sharding)
@@ -300,6 +403,7 @@ def lower_step(
             batch_axes=where.batch_axes,
             num_microbatches=run.num_microbatches,
             frozen=run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step),
+            leaf_norms=run.leaf_gradient_norms,
         ),
         out_shardings=(where.shardings, None),
         donate_argnums=0,
@@ -312,53 +416,67 @@ def lower_step(
 
 
 class Window:
-    """Means of the training metrics since the last line of the log.
+    """Means of the training metrics since the last line of the log, over the steps that were not skipped.
 
-    What has been added stays on the devices until somebody asks, so that steps are not held up; it is then added up in order on
-    the host, and saved with a checkpoint, so that a resumed run's lines are those of an uninterrupted one.
+    What has been added is fetched two steps later, so that steps are not held up; it is added up in order on the host, and saved
+    with a checkpoint, so that a resumed run's lines are those of an uninterrupted one.
+
+    Args:
+      health: sees every step.
+      values: as saved; None: a window begins.
     """
 
-    def __init__(self, values: dict[str, Any] | None = None):
+    def __init__(self, health: Health, values: dict[str, Any] | None = None):
         self.values: dict[str, Any] = values or {'count': 0, 'sums': {}}
-        self._pending: list[Any] = []
+        self._health = health
+        self._pending: collections.deque[Any] = collections.deque()
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes one step's metrics, without waiting for them."""
+        """Takes one step's metrics, without waiting for them, but for those of earlier steps.
+
+        Raises:
+          NotFiniteError, Rollback: see `Health.see`.
+        """
         self._pending.append(metrics)
+        self._settle(_STEPS_UNDER_WAY)
 
     def settle(self) -> None:
-        """Waits for the steps added so far."""
-        for metrics in jax.device_get(self._pending):
-            sums = self.values['sums']
-            for name, value in metrics.items():
-                new = np.asarray(value, np.float64) + np.asarray(sums.get(name, 0.0))
-                sums[name] = new.tolist()
-            self.values['count'] += 1
-        self._pending = []
+        """Waits for the steps added so far; raises as `add` does."""
+        self._settle(0)
 
     def close(self) -> dict[str, Any]:
-        """The means; the window starts again."""
+        """The means, none where every step was skipped; the window starts again."""
         self.settle()
         count = self.values['count']
         means = {name: (np.asarray(value) / count).tolist() for name, value in self.values['sums'].items()}
         self.values = {'count': 0, 'sums': {}}
         return means
 
+    def _settle(self, under_way: int) -> None:
+        while len(self._pending) > under_way:
+            metrics = jax.device_get(self._pending.popleft())
+            if not self._health.see(metrics):
+                continue
+            sums = self.values['sums']
+            for name, value in metrics.items():
+                new = np.asarray(value, np.float64) + np.asarray(sums.get(name, 0.0))
+                sums[name] = new.tolist()
+            self.values['count'] += 1
+
 
 class _Timer:
-    """Adds the time spent in steps to the ledger; stopped while the run evaluates or saves."""
+    """Books the time between its calls in the ledger."""
 
     def __init__(self, ledger: Ledger, step: int):
         self._ledger = ledger
         self._seconds, self._step = ledger.seconds, step
-        self.start()
-
-    def start(self) -> None:
         self._since = time.monotonic()
 
-    def stop(self) -> None:
+    def book(self, *accounts: str) -> None:
+        """The time since the last call, in each of these fields of the ledger; in none, it is forgotten."""
         now = time.monotonic()
-        self._ledger.seconds += now - self._since
+        for account in accounts:
+            setattr(self._ledger, account, getattr(self._ledger, account) + now - self._since)
         self._since = now
 
     def rate(self, step: int) -> float:

@@ -10,6 +10,7 @@ from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.models import Model
 from upcycle.schema import Count, Whole
 from upcycle.surgery.plan import Surgery
+from upcycle.train.health import Limits
 from upcycle.train.optimizer import Optimizer
 from upcycle.train.schedule import LearningRate, Policy
 from upcycle.train.trainable import Trainable
@@ -44,6 +45,8 @@ class Run:
       mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
       trainable: which parameters are trained.
       parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].
+      limits: what the run puts up with before it stops, or goes back.
+      leaf_gradient_norms: log the norm of every leaf of the gradient [LEAF_GRADIENT_NORMS].
       seed: seed of initialisation and dropout [RANDOM_SEED].
     """
 
@@ -69,6 +72,8 @@ class Run:
     mesh_shape: str | Sequence[Count] = 'auto'
     trainable: Trainable = Trainable()
     parameters_over_data: bool = False
+    limits: Limits = Limits()
+    leaf_gradient_norms: bool = False
     seed: Whole = 0
 
     def __post_init__(self):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from upcycle.models import Model
 from upcycle.models.losses import summarize
@@ -45,8 +46,9 @@ def train_step(
     batch_axes: Any,
     num_microbatches: int = 1,
     frozen: Frozen = NOTHING,
+    leaf_norms: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """One update. Pure; the trainer jits it.
+    """One update, or none where the loss or the gradient is not finite. Pure; the trainer jits it.
 
     The loss is (sum over targets of their loss) / (the whole batch's normaliser) + the auxiliary losses of the MoE layers, so
     that cutting the batch into microbatches leaves the gradient as it is.
@@ -60,10 +62,38 @@ def train_step(
       batch_axes: leading axes of each parameter that the optimizer maps over.
       num_microbatches: the batch is cut into this many equal parts, one after the other.
       frozen: parameters that are held still.
+      leaf_norms: also give the norm of every leaf of the gradient.
 
     Returns:
-      The state after the step, and metrics: the loss's parts, accuracy, learning rate, norms, routing.
+      The state after the step, and metrics: the loss's parts, accuracy, learning rate, norms, routing, and `skipped`: 1 for a
+      step that left parameters and optimizer state as they were, else 0.
     """
+    grads, sums = gradient(state, batch, model=model, num_microbatches=num_microbatches)
+    grads = frozen.stop(moe_state.split(grads)[0], state.step)
+    rate = learning_rate(state.step)
+    old, router_state = moe_state.split(state.params)
+    params, opt_state = optimizer.update(grads, state.opt_state, old, rate, batch_axes)
+    params = frozen.restore(old, params, state.step)
+    opt_state = frozen.restore(state.opt_state, opt_state, state.step)
+    params = moe_state.follow(params, router_state, sums['moe'], model.moe_layers())
+    metrics = summarize({**sums, 'moe': moe_state.for_the_log(sums['moe'])}, model.loss_normalizer(batch))
+    metrics |= {
+        'learning_rate': rate,
+        'gradient_norm': global_norm(grads),
+        'parameter_norm': global_norm(params),
+    }
+    if leaf_norms:
+        metrics |= {f'gradient_norm/{name}': global_norm(leaf) for name, leaf in flatten_dict(grads, sep='/').items()}
+    finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
+    params, opt_state = jax.tree.map(
+        lambda new, before: jnp.where(finite, new, before), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics['skipped'] = 1.0 - finite
+    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+
+def gradient(state: TrainState, batch: Batch, *, model: Model, num_microbatches: int = 1) -> tuple[Any, Metrics]:
+    """Of the loss by all parameters; and the loss's parts, summed over the batch."""
     normalizer = model.loss_normalizer(batch)
     step_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
@@ -76,24 +106,8 @@ def train_step(
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
-        grads, sums = grad_fn(state.params, batch, step_rng)
-    else:
-        grads, sums = _accumulate(grad_fn, state.params, batch, step_rng, num_microbatches)
-
-    grads = frozen.stop(moe_state.split(grads)[0], state.step)
-    rate = learning_rate(state.step)
-    old, router_state = moe_state.split(state.params)
-    params, opt_state = optimizer.update(grads, state.opt_state, old, rate, batch_axes)
-    params = frozen.restore(old, params, state.step)
-    opt_state = frozen.restore(state.opt_state, opt_state, state.step)
-    params = moe_state.follow(params, router_state, sums['moe'], model.moe_layers())
-    metrics = summarize({**sums, 'moe': moe_state.for_the_log(sums['moe'])}, normalizer)
-    metrics |= {
-        'learning_rate': rate,
-        'gradient_norm': global_norm(grads),
-        'parameter_norm': global_norm(params),
-    }
-    return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        return grad_fn(state.params, batch, step_rng)
+    return _accumulate(grad_fn, state.params, batch, step_rng, num_microbatches)
 
 
 def global_norm(tree: Any) -> jax.Array:
