@@ -123,7 +123,7 @@ def test_sentences_of_errors_are_those_of_the_code():
     quoted = [sentence for sentence in quoted if sentence != 'it says']
     assert len(quoted) > 40
     for sentence in quoted:
-        assert len(sentence.replace(UNKNOWN, '')) > 20, sentence
+        assert len(sentence.replace(UNKNOWN, '')) > 15, sentence
         assert any(sentence in known for known in sentences()), sentence
 
 
