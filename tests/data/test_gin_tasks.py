@@ -17,7 +17,8 @@ if not (ROOT / 'gin' / 'tasks').is_dir():
 TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
 # photographs.gin is no task, but included by some.
 SYNTHETIC = sorted((ROOT / 'gin' / 'tasks').glob('synthetic_*.gin'))
-NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, ROOT / 'gin' / 'tasks' / 'photographs.gin'}
+OTHERS = [ROOT / 'gin' / 'tasks' / f'{name}.gin' for name in ('photographs', 'superglue')]
+NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, *OTHERS}
 IMAGE_TASKS = sorted({*(ROOT / 'gin' / 'tasks').glob('*.gin')} - NO_IMAGE_TASKS)
 gin.add_config_file_search_path(str(ROOT / 'gin'))
 
