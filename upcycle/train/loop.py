@@ -227,7 +227,7 @@ class _Trainer:
         step_fn = self.step
         progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
         batches = self._endless(first + self.health.values['batches_left_out'])
-        with preemption.watch() as asked_to_stop:
+        with preemption.watch(first) as asked_to_stop:
             self._take_stock(self.unfinished, state, first, log)
             timer = _Timer(self.ledger, first)
             for step in range(first + 1, run.total_steps + 1):

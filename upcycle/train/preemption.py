@@ -10,15 +10,22 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Callable[[int], bool]]:
+def watch(first: int) -> Iterator[Callable[[int], bool]]:
     """Listens for a request to stop.
+
+    Args:
+      first: the step that the run starts or goes on from.
 
     Yields:
       A function of the step just taken, to be called after every step: whether to save and stop now. Of several processes
       one that is asked is enough: JAX's preemption service finds a step that none of them has passed, and all stop there.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        reached = multihost_utils.reached_preemption_sync_point
+        # A notice asks for a stop at one more than the furthest number that a process has called with, which is 0 at first: a
+        # request that came before would wait for number 1 for ever, so none is left out.
+        before = any(reached(step) for step in range(1, first + 1))
+        yield lambda step: reached(step) or before
         return
     if threading.current_thread() is not threading.main_thread():
         # Signals are the main thread's.
