@@ -588,8 +588,8 @@ class Checkpoints:
             return BLIND
         # A reshaped or renamed leaf is another checkpoint, which a plan compares with the model; other numbers are wrong weights.
         if any(n != 'step' and found[n].shape == whole[n].shape and found[n].dtype == whole[n].dtype for n in changed):
-            # T5X writes no checksums but gzip's; a file's own checksum says nothing about where it lies; an archive that was written
-            # anew has the right ones.
+            # T5X writes no checksums but gzip's; a file's own checksum says nothing about where it lies; an archive that was
+            # written anew has the right ones.
             rewritten = name == 'npz' and kind == SEMANTIC
             blind = (
                 kind == 'files' or rewritten or name == 'by_t5x_orbax' or (name == 'by_t5x_legacy' and _is_index(file))

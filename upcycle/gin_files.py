@@ -284,7 +284,7 @@ class _Reader:
             line = getattr(error, 'lineno', None)
             where = f'{label}, line {line}' if line and '\n' in text else label
             reason = getattr(error, 'msg', None) or _one_line(error)
-            self._note(f'{where} does not parse: {reason}.')
+            self._note(f'{where} does not parse ({reason}): mend what is written there.')
 
     def _import(self, statement: config_parser.ImportStatement) -> None:
         try:
