@@ -182,7 +182,11 @@ def _kind(annotation: typing.Any) -> str:
         return 'one of'
     if origin := typing.get_origin(annotation):
         inner = [_kind(part) for part in typing.get_args(annotation) if part is not Ellipsis]
-        return f'map of {" to ".join(inner)}' if issubclass(origin, Mapping) else f'list of {" or ".join(inner)}'
+        return (
+            f'map of {" to ".join(inner)}'
+            if issubclass(origin, Mapping)
+            else f'list of {" or ".join(dict.fromkeys(inner))}'
+        )
     names = {bool: 'true or false', int: 'whole number', float: 'number', str: 'string', type(None): 'None'}
     return names.get(annotation, f'`{annotation.__name__}`')
 

@@ -76,7 +76,7 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
             continue
         before = len(reader.found.mistakes)
         with gin.config._parse_scope() as context:
-            reader.statements(f'{name} = {_literal(value)}', label, context, ())
+            reader.statements(f'{name} = {literal(value)}', label, context, ())
         if len(reader.found.mistakes) == before:
             reader.found.bound.append(name)
     return reader.found
@@ -182,7 +182,7 @@ def _gin_folder() -> pathlib.Path:
     return PACKAGE / 'gin' if (PACKAGE / 'gin').is_dir() else PACKAGE.parent / 'gin'
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A command-line value as gin source."""
     if text.startswith(('@', '%')):
         return text
@@ -284,7 +284,7 @@ class _Reader:
             line = getattr(error, 'lineno', None)
             where = f'{label}, line {line}' if line and '\n' in text else label
             reason = getattr(error, 'msg', None) or _one_line(error)
-            self._note(f'{where} does not parse: {reason}.')
+            self._note(f'{where} does not parse ({reason}): mend what is written there.')
 
     def _import(self, statement: config_parser.ImportStatement) -> None:
         try:

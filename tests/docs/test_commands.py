@@ -13,7 +13,7 @@ from tests import runs, vision
 from tests.checkpoints import trees
 from tests.docs.pages import ROOT, commands, languages, pages
 from tests.test_cli import call
-from upcycle import configuration, jobs
+from upcycle import configuration, gin_files, jobs
 from upcycle.models import identify
 from upcycle.transfer import transfer
 
@@ -97,7 +97,7 @@ def small(inputs, tmp_path, monkeypatch):
         os.symlink(inputs / entry, tmp_path / entry)
     settings = {'t5': SMALL_TEXT, 'vit': SMALL_IMAGES}
     for family, macros in settings.items():
-        lines = [f'{name} = {configuration._literal(value)}' for name, value in {**macros, 'NUM_EXPERTS': '4'}.items()]
+        lines = [f'{name} = {gin_files.literal(value)}' for name, value in {**macros, 'NUM_EXPERTS': '4'}.items()]
         (tmp_path / f'small_{family}.gin').write_text('\n'.join([*lines, '']))
     load = configuration.load
 

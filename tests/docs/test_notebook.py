@@ -7,7 +7,7 @@ import pytest
 
 from tests import runs
 from tests.docs.pages import DOCS
-from upcycle import configuration
+from upcycle import gin_files
 from upcycle.metrics import read_metrics
 
 
@@ -29,7 +29,7 @@ def test_it_runs(cells, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plt, 'show', lambda: drawn.extend(line.get_label() for line in plt.gca().get_lines()))
     monkeypatch.chdir(tmp_path)
     # The cells' own files and steps, of a size for tests.
-    lines = [f'{name} = {configuration._literal(value)}' for name, value in runs.SMALL_STEPS.items()]
+    lines = [f'{name} = {gin_files.literal(value)}' for name, value in runs.SMALL_STEPS.items()]
     more = ['EVAL_BATCH_SIZE = 4', 'NUM_EXPERTS = 2', 'NORMALIZE_COMBINE_WEIGHTS = True']
     more += [f'NUM_{stack}_LAYERS = 1' for stack in ('ENCODER', 'DECODER')]
     more += [f'{stack}_MOE_LAYERS = (0,)' for stack in ('ENCODER', 'DECODER')]

@@ -40,7 +40,7 @@ _DTYPES = {
     'BOOL': np.dtype('bool'),
 }
 _MAX_HEADER = 100 << 20
-# What we read of a configuration; null is as good as nothing.
+# What we read of a configuration.
 _CONFIG_TYPES = {
     'model_type': str,
     **dict.fromkeys(('num_layers', 'num_decoder_layers', 'num_hidden_layers'), schema.Depth),
@@ -208,10 +208,10 @@ class _Tensor:
 
 
 def _read_config(folder: epath.Path) -> dict[str, Any]:
-    """What the arrays do not say."""
-    config = arrays.read_json(folder / CONFIG)
+    """What the arrays do not say, nulls left out."""
+    config = {name: value for name, value in arrays.read_json(folder / CONFIG).items() if value is not None}
     for name, kind in _CONFIG_TYPES.items():
-        if config.get(name) is not None and not schema.fits(config[name], kind):
+        if name in config and not schema.fits(config[name], kind):
             raise UserError(
                 f'{folder / CONFIG}: {name} is {schema.shown(config[name])}, which is not {schema.in_words(kind)}.'
             )
