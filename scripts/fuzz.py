@@ -42,6 +42,7 @@ from flax.traverse_util import unflatten_dict
 
 from upcycle import cli, configuration, gin_files, inspection, jobs, partitioning
 from upcycle.checkpoints import create_checkpoint, open_checkpoint
+from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.errors import UserError
 from upcycle.models import identify
@@ -743,6 +744,7 @@ def _restored(path: pathlib.Path) -> Iterator[None]:
 def _contents(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Every leaf, after what import, export and conversion look at first; and what else the checkpoint says."""
     reader = open_checkpoint(path)
+    require_whole(reader.path)
     leaves = reader.leaves()
     facts = identify.facts_of(reader.metadata)
     identify.check(str(path), leaves, facts)

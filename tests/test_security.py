@@ -4,6 +4,7 @@ import ast
 import json
 import pathlib
 import shutil
+import types
 
 import pytest
 
@@ -89,7 +90,8 @@ PROGRAMS = {
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_a_program_beside_a_checkpoint_is_not_run(program, tmp_path, capsys, monkeypatch):
     (tmp_path / 'config.gin').write_text('from __gin__ import dynamic_registration\n' + PROGRAMS[program])
-    monkeypatch.setattr(jobs, 'open_checkpoint', lambda path: None)
+    monkeypatch.setattr(jobs, 'open_checkpoint', lambda path: types.SimpleNamespace(path=path))
+    monkeypatch.setattr(jobs, 'require_whole', lambda path: None)
     monkeypatch.setattr(jobs.configuration, 'load', lambda *_: pytest.fail('it was read'))
     with pytest.raises(SystemExit) as stop:
         cli.main(['eval', f'--from={tmp_path}'])

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,3 +242,15 @@ def test_the_journal_waits_for_the_disk(tmp_path, monkeypatch):
     assert sorted(json.loads(line)[0] for line in noted) == sorted(tree)
     assert synced and max(synced) == len(tree)
     trees.assert_same(open_checkpoint(path), tree)
+
+
+def test_a_trained_step_with_a_changed_byte_is_refused(dense, tmp_path):
+    """Orbax's own files have no checksum of their numbers; what the run left beside them has."""
+    step = pathlib.Path(shutil.copytree(f'{dense}/checkpoints/4', tmp_path / '4'))
+    file = max((path for path in step.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match='are not those that were saved'):
+        transfer(str(step), str(tmp_path / 'out'), 't5x_legacy')
+    assert not (tmp_path / 'out').exists()

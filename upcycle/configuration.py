@@ -332,8 +332,8 @@ def _not_set(macro: str) -> str:
         return f'{macro} is not set{similar}: mend the name, or give --gin.{macro}=...'
     if not files:
         return f'{macro} is not set: give --gin.{macro}=...'
-    more = f' or another of {len(files)}' if len(files) > 1 else ''
-    return f'{macro} is not set: add --gin_file={files[0]}{more}, or give --gin.{macro}=...'
+    choice = files[0] if len(files) == 1 else f'{files[0]} or another of {len(files)}'
+    return f'{macro} is not set: add --gin_file={choice}, or give --gin.{macro}=...'
 
 
 def _set_macros() -> set[str]:

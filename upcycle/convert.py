@@ -18,6 +18,7 @@ import numpy as np
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoints
 from upcycle.checkpoints.arrays import require_finite
+from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
@@ -75,6 +76,7 @@ def convert(
         raise UserError(NEEDS_DATA)
     reader = open_checkpoints(run.initial_checkpoint_path)
     for part in readers_of(reader):
+        require_whole(part.path)
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
     where = layout(run, mesh, identify.smallest_batch(run.model))

@@ -13,6 +13,7 @@ from etils import epath
 
 from upcycle import configuration, cost, files, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
+from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError, writing_to
 from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.gin_files import require_data
@@ -108,6 +109,7 @@ def evaluate(
       UserError: the configuration or the checkpoint do not fit.
     """
     reader = open_checkpoint(checkpoint)
+    require_whole(reader.path)
     config = None
     if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
         config = _config_of(checkpoint)

@@ -16,6 +16,7 @@ import numpy as np
 
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
+from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.errors import UserError
 from upcycle.models import identify
@@ -55,6 +56,7 @@ def transfer(
         finished.
     """
     reader = open_checkpoint(source)
+    require_whole(reader.path)
     if source_format is not None and reader.format != source_format:
         raise UserError(f'{reader.path} is a checkpoint of the format {reader.format}, not {source_format}.')
     metadata = {name: value for name, value in reader.metadata.items() if name not in ('not_read', 'window')}
