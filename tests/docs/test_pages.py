@@ -23,6 +23,7 @@ OTHER_NAMES = {
     'PYTHONPATH',
     'RESTARTS',
     'TRIES',
+    'UPCYCLE_FIXTURES',
 }
 # Files of a run's folder, and of flaxformer.
 ELSEWHERE = {'config.gin', 'experts_choose_base.gin'}
