@@ -374,7 +374,7 @@ class Configurations:
 
     def _run(self, number: int, arguments: list[str], bindings: Mapping[str, str]) -> str:
         found = []
-        old, jobs.train = jobs.train, lambda files, named: found.append(configuration.load(files, named))
+        old, jobs.train = jobs.train, lambda files, named, **_: found.append(configuration.load(files, named))
         try:
             cli.run(arguments)
         except SystemExit as stop:  # argparse has said what is wrong

@@ -40,7 +40,8 @@ MESHES = {
     '2x2x2': (2, 2, 2),
     '1x4x2': (1, 4, 2),
 }
-T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
+# One dense layer, and a sparse one in each stack: what is compiled six times for each case is small.
+T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16, num_decoder_layers=1, decoder_moe_layers=(0,))
 
 
 def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
@@ -55,7 +56,7 @@ def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
 
 
 def _vit(fields: dict, **moe) -> ImageClassifier:
-    config = small_vit(emb_dim=32, mlp_dim=64, num_heads=2, pooling='map')
+    config = small_vit(emb_dim=32, mlp_dim=64, num_heads=2, pooling='map', num_layers=4 if 'scan_layers' in fields else 2)
     moe = vit_moe(**{'groups_multiple_of': 8, **moe})
     config = dataclasses.replace(config, moe=moe, group_images=2, **fields)
     return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
