@@ -40,8 +40,7 @@ MESHES = {
     '2x2x2': (2, 2, 2),
     '1x4x2': (1, 4, 2),
 }
-# One dense layer, and a sparse one in each stack: what is compiled six times for each case is small.
-T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16, num_decoder_layers=1, decoder_moe_layers=(0,))
+T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
 
 
 def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
