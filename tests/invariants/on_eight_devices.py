@@ -55,7 +55,9 @@ def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
 
 
 def _vit(fields: dict, **moe) -> ImageClassifier:
-    config = small_vit(emb_dim=32, mlp_dim=64, num_heads=2, pooling='map', num_layers=4 if 'scan_layers' in fields else 2)
+    config = small_vit(
+        emb_dim=32, mlp_dim=64, num_heads=2, pooling='map', num_layers=4 if 'scan_layers' in fields else 2
+    )
     moe = vit_moe(**{'groups_multiple_of': 8, **moe})
     config = dataclasses.replace(config, moe=moe, group_images=2, **fields)
     return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
