@@ -8,7 +8,8 @@ from etils import epath
 
 from upcycle.errors import UserError, without_password
 
-STORES = ('gs', 's3')
+# TensorStore's drivers by the scheme of an address.
+STORES = {'gs': 'gcs', 's3': 's3'}
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:

@@ -24,7 +24,7 @@ from etils import epath
 
 from upcycle import schema
 from upcycle.errors import UserError
-from upcycle.files import is_remote
+from upcycle.files import STORES, is_remote
 
 ORBAX_INDEX = '_METADATA'
 _COMMITTED = 'commit_success.txt'
@@ -45,8 +45,6 @@ _METADATA = {
     'unfinished': Sequence[str],
 }
 
-# TensorStore's drivers by the scheme of an address.
-_STORES = {'gs': 'gcs', 's3': 's3'}
 
 Region = tuple[slice, ...]
 
@@ -177,7 +175,7 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
     if not separator:
         return {'driver': 'file', 'path': scheme + '/'}
     bucket, _, key = rest.partition('/')
-    return {'driver': _STORES[scheme], 'bucket': bucket, 'path': key + '/'}
+    return {'driver': STORES[scheme], 'bucket': bucket, 'path': key + '/'}
 
 
 def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]], *, zarr3: bool) -> str:

@@ -19,6 +19,7 @@ from upcycle.errors import UserError
 from upcycle.models import Model, Params
 from upcycle.models.decoding import generate
 from upcycle.models.losses import cross_entropy
+from upcycle.schema import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +38,10 @@ class TaskMetrics:
 
     mixture_or_task_name: str | None = None
     split: str = 'validation'
-    num_examples: int | None = None
-    num_decodes: int = 1
+    num_examples: Count | None = None
+    num_decodes: Count = 1
     alpha: float = 0.6
-    period: int | None = None
-
-    def __post_init__(self):
-        for binding, value, optional in (
-            ('TASK_METRICS_EXAMPLES', self.num_examples, True),
-            ('TASK_METRICS_DECODES', self.num_decodes, False),
-            ('TASK_METRICS_PERIOD', self.period, True),
-        ):
-            if (value is not None or not optional) and (not isinstance(value, int) or value < 1):
-                raise UserError(
-                    f'{binding} = {value!r} must be a whole number of at least 1{", or None" if optional else ""}.'
-                )
+    period: Count | None = None
 
     def check(self, model: Model, eval_data: Any) -> None:
         """Raises UserError unless the model writes text and the data says how it is to be read."""
