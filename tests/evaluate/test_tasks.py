@@ -97,11 +97,12 @@ def test_the_trainer_measures_as_it_goes(learnt):
     assert lines[-1]['small_boolq/accuracy'] == lines[-1]['average'] == pytest.approx(100 * right / 6)
 
 
-def test_a_run_folder_needs_no_files(learnt, capsys):
-    """Beam search, of the first examples, and of another task than the run's."""
+def test_a_run_folder_needs_no_other_files(learnt, capsys):
+    """Beam search, of the first examples, and of another task than the run's; its config.gin imports tasks, so it is named."""
     more = ['--gin.TASK_METRICS_EXAMPLES=2', '--gin.TASK_METRICS_DECODES=2', '--gin.TASK_METRICS_OF=small_glue']
-    code, out, _ = call(['eval', f'--gin_file={METRICS}', f'--from={learnt}', '--json', *more], capsys)
-    assert code == 0
+    files = [f'--gin_file={learnt}/config.gin', f'--gin_file={METRICS}']
+    code, out, err = call(['eval', *files, f'--from={learnt}', '--json', *more], capsys)
+    assert code == 0, err
     found = json.loads(out)['metrics']['tasks']
     assert found['small_copa/answers'] == 2
     targets, answers = small_tasks.ANSWERS[-1]
