@@ -7,11 +7,14 @@ from tests import vision
 from upcycle import configuration, jobs
 from upcycle.train.run import Run
 
-TASK = 'tasks/stdlib_span_corruption.gin'
+# Random tokens: building and tracing seqio's pipelines costs more than the steps of a tiny model. What is about text takes TEXT.
+TASK = 'tasks/synthetic_text.gin'
+TEXT = 'tasks/stdlib_span_corruption.gin'
 TINY = 'models/t5_1_1_tiny.gin'
 SMALL_STEPS = {
     'ACTIVATION_DTYPE': 'float32',
     'BATCH_SIZE': '4',
+    'NUM_EMBEDDINGS': '384',
     'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 9}",
     'EVAL_STEPS': '2',
     'EVAL_PERIOD': '3',
@@ -24,6 +27,8 @@ FILES = {
     'scratch': (TINY, 'moe/t5.gin', TASK, 'runs/scratch.gin'),
     'continue': (TINY, TASK, 'runs/continue_dense.gin'),
     'upcycle': (TINY, 'moe/t5.gin', TASK, 'runs/upcycle.gin'),
+    'text dense': (TINY, TEXT, 'runs/pretrain.gin'),
+    'text upcycle': (TINY, 'moe/t5.gin', TEXT, 'runs/upcycle.gin'),
     'vit dense': (vision.MODEL, vision.TASK, 'runs/pretrain.gin'),
     'vit scratch': (vision.MODEL, vision.MOE, vision.TASK, 'runs/scratch.gin'),
     'vit continue': (vision.MODEL, vision.TASK, 'runs/continue_dense.gin'),

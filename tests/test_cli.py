@@ -47,14 +47,14 @@ MISTAKES = {
     'microbatches cut groups': ('scratch', {'NUM_MICROBATCHES': 2}, ['NUM_MICROBATCHES = 2', 'GROUPS_MULTIPLE_OF']),
     'too many chosen': ('scratch', {'NUM_SELECTED_EXPERTS': 9}, ['NUM_SELECTED_EXPERTS']),
     'steps': ('dense', {'TRAIN_STEPS': 'many'}, ['TRAIN_STEPS']),
-    'vocabulary': ('dense', {'NUM_EMBEDDINGS': 128}, ['NUM_EMBEDDINGS', '359']),
+    'vocabulary': ('text dense', {'NUM_EMBEDDINGS': 128}, ['NUM_EMBEDDINGS', '359']),
     'dtype': ('dense', {'ACTIVATION_DTYPE': 'float8'}, ['ACTIVATION_DTYPE']),
     'task': (
-        'dense',
+        'text dense',
         {'MIXTURE_OR_TASK_NAME': 'stdlib_span_corruptio'},
         ['MIXTURE_OR_TASK_NAME', 'stdlib_span_corruption'],
     ),
-    'lengths': ('dense', {'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 3}"}, ['TASK_FEATURE_LENGTHS']),
+    'lengths': ('text dense', {'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 3}"}, ['TASK_FEATURE_LENGTHS']),
     'schedule': ('dense', {'LEARNING_RATE_FACTORS': 'constant * nothing'}, ['LEARNING_RATE_FACTORS', 'nothing']),
     'operator': ('upcycle', {'EXPERT_OPERATOR': 'clone', 'INITIAL_CHECKPOINT_PATH': '/x'}, ['EXPERT_OPERATOR', 'copy']),
 }

@@ -37,7 +37,10 @@ def test_a_checkpoint_without_its_folder_needs_the_files(dense, tmp_path, capsys
     shutil.copytree(os.path.join(dense, 'checkpoints'), tmp_path / 'moved')
     code, _, error = call(['eval', f'--from={tmp_path}/moved'], capsys)
     assert code == 2 and 'runs/eval.gin' in error
-    small = {name: runs.SMALL_STEPS[name] for name in ('ACTIVATION_DTYPE', 'BATCH_SIZE', 'TASK_FEATURE_LENGTHS')}
+    small = {
+        name: runs.SMALL_STEPS[name]
+        for name in ('ACTIVATION_DTYPE', 'BATCH_SIZE', 'NUM_EMBEDDINGS', 'TASK_FEATURE_LENGTHS')
+    }
     files = options((runs.TINY, runs.TASK, 'runs/eval.gin'), {**small, 'EVAL_STEPS': 2})
     code, out, _ = call(['eval', f'--from={tmp_path}/moved', *files], capsys)
     assert code == 0
@@ -96,7 +99,7 @@ MISTAKES = {
         ['is dense and the model is not', 'runs/upcycle.gin'],
     ),
     'another architecture': (
-        options((runs.TINY, runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4, 'MLP_DIM': 8}),
+        options((runs.TINY, runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4, 'NUM_EMBEDDINGS': 384, 'MLP_DIM': 8}),
         ['another architecture', 'params/encoder/layers_0/mlp/wi_0/kernel'],
     ),
     'unused binding': (

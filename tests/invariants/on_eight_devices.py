@@ -40,6 +40,8 @@ MESHES = {
     '2x2x2': (2, 2, 2),
     '1x4x2': (1, 4, 2),
 }
+# Forms of the program are compared where all that splits is split; routers and dispatches on every mesh.
+MESHES_OF_FORMS = ('one device', '2x4x1', '2x2x2')
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
 
 
@@ -96,6 +98,12 @@ CASES = {
         True,
     ),
 }
+FORMS = {'microbatches over split parameters', 'scanned and rematerialised', 'vit, top 2'}
+
+
+def meshes_of(case: str) -> list[str]:
+    """The names of the meshes that a case is run on, one device first."""
+    return list(MESHES_OF_FORMS if case in FORMS else MESHES)
 
 
 class Gradients:
@@ -110,7 +118,8 @@ def main(out: str, names: list[str]) -> None:
     for name in names:
         model, microbatches, over_data = CASES[name]
         batch, params = _inputs_with_margins(model)
-        for mesh_name, shape in MESHES.items():
+        for mesh_name in meshes_of(name):
+            shape = MESHES[mesh_name]
             devices = jax.devices()[: int(np.prod(shape))]
             mesh = partitioning.make_mesh(shape, 8, devices)
             with partitioning.use(mesh):

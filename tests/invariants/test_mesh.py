@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.invariants.devices import run
-from tests.invariants.on_eight_devices import CASES, MESHES
+from tests.invariants.on_eight_devices import CASES, meshes_of
 
 
 @functools.cache
@@ -27,8 +27,9 @@ def of(arrays, case, mesh, kind):
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize('mesh', [mesh for mesh in MESHES if mesh != 'one device'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    ('case', 'mesh'), [(case, mesh) for case in CASES for mesh in meshes_of(case) if mesh != 'one device']
+)
 def test_a_mesh_equals_one_device(case, mesh, folder):
     arrays = steps(case, folder)
     expected, actual = (of(arrays, case, name, 'gradient') for name in ('one device', mesh))
