@@ -40,7 +40,7 @@ MESHES = {
     '2x2x2': (2, 2, 2),
     '1x4x2': (1, 4, 2),
 }
-# Forms of the program are compared where all that splits is split; routers and dispatches on every mesh.
+# Forms of the program are compared on these, the last of which splits all that splits; routers and dispatches on every mesh.
 MESHES_OF_FORMS = ('one device', '2x4x1', '2x2x2')
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
 

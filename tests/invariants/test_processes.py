@@ -49,7 +49,7 @@ def two_processes(*arguments):
 def whole(dense, tmp_path_factory):
     """Upcycling, steps 5 to 10, by one process with eight devices."""
     path = tmp_path_factory.mktemp('whole') / 'run'
-    run(command('upcycle', path, 10, dense), devices=8)
+    run(command('text upcycle', path, 10, dense), devices=8)
     return read_metrics(path / 'metrics.jsonl')
 
 
@@ -65,7 +65,7 @@ def test_two_processes_upcycle_and_train_as_one(dense, whole, tmp_path):
     """Though they are stopped on the way: one of them is told, both save the same step, and go on from there."""
     path = tmp_path / 'run'
     log = path / 'metrics.jsonl'
-    endless = ('upcycle', path, 10**6, dense)
+    endless = ('text upcycle', path, 10**6, dense)
     processes = start_together(two(*endless, CHECKPOINT_PERIOD=10**6), devices=4)
     while all(process.poll() is None for process in processes) and not read_metrics(log):
         time.sleep(0.01)
@@ -75,7 +75,7 @@ def test_two_processes_upcycle_and_train_as_one(dense, whole, tmp_path):
     step = read_metrics(log)[-1]['step']
     assert all(f'asked to stop, and saved step {step};' in output for output in outputs)
     assert open_checkpoint(path).step == step
-    two_processes('upcycle', path, max(step + 2, 10), dense)
+    two_processes('text upcycle', path, max(step + 2, 10), dense)
     lines = read_metrics(log)
     trained = [line['step'] for line in lines if line['split'] == 'train']
     assert trained == list(range(5, max(step + 2, 10) + 1))
@@ -85,7 +85,7 @@ def test_two_processes_upcycle_and_train_as_one(dense, whole, tmp_path):
 
 def test_a_checkpoint_moves_from_eight_devices_to_one_to_two_processes(dense, whole, tmp_path):
     path = tmp_path / 'run'
-    run(command('upcycle', path, 6, dense), devices=8)
-    run(command('upcycle', path, 8, dense), devices=1)
-    two_processes('upcycle', path, 10, dense)
+    run(command('text upcycle', path, 6, dense), devices=8)
+    run(command('text upcycle', path, 8, dense), devices=1)
+    two_processes('text upcycle', path, 10, dense)
     assert_same(read_metrics(path / 'metrics.jsonl'), whole)

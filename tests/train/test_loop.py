@@ -39,7 +39,7 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(loop.Window, 'add', add_or_die)
 
 
-@pytest.mark.parametrize('kind', ['dense', 'upcycle', 'vit upcycle'])
+@pytest.mark.parametrize('kind', ['dense', 'text upcycle', 'vit upcycle'])
 def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
     """Killed between two checkpoints and in the middle of a log window: same lines, same state, bit for bit."""
     first, more = 0, {'DROPOUT_RATE': 0.1}
