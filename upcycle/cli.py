@@ -90,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         '--profile_steps', metavar='FIRST:LAST', help='steps to trace into MODEL_DIR/profile, such as 10:15'
     )
+    train.add_argument(
+        '--preemption_notice',
+        metavar='PLATFORM',
+        help='gce or aws: ask its metadata server, too, whether the machine is about to be taken away',
+    )
     _add_hosts(train)
 
     several = "the dense checkpoint (INITIAL_CHECKPOINT_PATH); several times for EXPERT_OPERATOR = 'branches'"
@@ -233,10 +238,11 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     _join_hosts(options)
     from upcycle import jobs
-    from upcycle.train import profile
+    from upcycle.train import notice, profile
 
     steps = range(0) if options.profile_steps is None else profile.parse(options.profile_steps)
-    jobs.train(options.gin_file, bindings, profile_steps=steps)
+    with notice.listen(options.preemption_notice):
+        jobs.train(options.gin_file, bindings, profile_steps=steps)
 
 
 def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """ViT `.npz` files of every layout give one tree, lazily, and a bad file gives one sentence."""
 
+import concurrent.futures
 import pickle
 import zipfile
 
@@ -7,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.checkpoints import vits
 from tests.checkpoints.trees import assert_same
@@ -33,6 +35,22 @@ def test_vision_transformer(tmp_path, pre_linen, compressed):
         'facts': {'gelu': 'tanh', 'norm_epsilon': 1e-6},
         'not_read': {},
     }
+
+
+def test_many_threads_read_what_is_there(tmp_path):
+    """Whole leaves and parts at once, which one `ZipFile` of Python 3.12.1 does not survive."""
+    tree = {**vits.ours(), 'params/stack': np.random.default_rng(0).normal(size=(50, 30, 20)).astype('f')}
+    tree = {f'params/{i}/{name}': value for i in range(3) for name, value in tree.items()}
+    np.savez(tmp_path / 'any.npz', **tree)
+    members, _ = flax_npz._members(epath.Path(tmp_path / 'any.npz'))
+
+    def read(number):
+        name = list(tree)[number % len(tree)]
+        region = (slice(10, 20),) if 'stack' in name else ()
+        return np.array_equal(members[name].read(region), tree[name][region] if region else tree[name])
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(3000)))
 
 
 @pytest.mark.parametrize('pooling', ['gap', 'token', 'map'])

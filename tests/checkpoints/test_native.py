@@ -1,9 +1,11 @@
+import json
 import logging
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,26 @@ def test_round_trip_is_exact(run):
     jax.tree.map(assert_same_bits, restored, state)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
     assert data == {'position': 3} and metadata == {'family': 't5', 'receipt': None}
+
+
+def test_what_is_counted_on_while_a_save_is_under_way_is_not_in_it(tmp_path, monkeypatch):
+    """Orbax makes the JSON behind: here not before the counting has gone on."""
+    dumps, counted = json.dumps, threading.Event()
+
+    def late_dumps(*arguments, **options):
+        if threading.current_thread() is not threading.main_thread():
+            counted.wait(60)
+        return dumps(*arguments, **options)
+
+    monkeypatch.setattr(json, 'dumps', late_dumps)
+    metadata = {'window': {'count': 0, 'sums': {}}}
+    with native.CheckpointManager(tmp_path) as manager:
+        manager.save(7, make_state(), {'position': 3}, metadata)
+        metadata['window']['count'] = 1
+        metadata['window']['sums']['loss'] = 2.0
+        counted.set()
+        manager.wait()
+        assert manager.restore(7, abstract(make_state()))[2] == {'window': {'count': 0, 'sums': {}}}
 
 
 def test_lazy_reads_equal_orbax_restore(run):

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
@@ -52,9 +53,11 @@ def calls(path):
 
 @pytest.mark.parametrize('name', sorted(path.name for path in LAUNCH.glob('*.sh')))
 def test_they_are_clean_and_say_how_they_are_called(name, tmp_path):
-    if shutil.which('shellcheck') is None:
+    # Beside this Python, whose environment need not be active.
+    shellcheck = shutil.which('shellcheck', path=f'{sysconfig.get_path("scripts")}{os.pathsep}{os.environ["PATH"]}')
+    if shellcheck is None:
         pytest.skip('shellcheck is not installed (pip install upcycle[test])')
-    subprocess.run(['shellcheck', LAUNCH / name], check=True)
+    subprocess.run([shellcheck, LAUNCH / name], check=True)
     result = launch(name, folder=tmp_path)
     assert result.returncode == 2 and result.stderr.startswith('usage: ')
 

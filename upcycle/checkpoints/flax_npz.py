@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -91,11 +92,27 @@ class NpzReader(arrays.ArrayReader):
         return self._metadata or {'family': 'vit', 'facts': FACTS, 'not_read': self._left_out}
 
 
+class _Archive:
+    """A zip file, opened once in each thread: members of one `ZipFile` disturb each other where threads open or seek them (in
+    Python 3.12.1, whose `_SharedFile.seek` goes on from wherever another left the file)."""
+
+    def __init__(self, file: epath.Path):
+        self._file = file
+        self._local = threading.local()
+
+    @property
+    def zip(self) -> zipfile.ZipFile:
+        """This thread's."""
+        if not hasattr(self._local, 'zip'):
+            self._local.zip = zipfile.ZipFile(self._file.open('rb'))
+        return self._local.zip
+
+
 @dataclasses.dataclass(frozen=True)
 class _Member:
     """One `.npy` file of the archive, a `Lazy` array."""
 
-    archive: zipfile.ZipFile
+    archive: _Archive
     info: zipfile.ZipInfo
     shape: tuple[int, ...]
     stored_dtype: np.dtype
@@ -123,7 +140,7 @@ class _Member:
         view, done = memoryview(out), 0
         if count < self._size:
             self._check()
-        with self.archive.open(self.info) as file:
+        with self.archive.zip.open(self.info) as file:
             # Read and not sought, because zipfile compares a checksum only for a member that is read from end to end.
             file.read(self.header_bytes)
             if start:
@@ -142,7 +159,7 @@ class _Member:
     @functools.cache  # noqa: B019 the members live as long as the reader
     def _check(self) -> None:
         """Reads the whole member once, for its checksum, before parts of it are believed."""
-        with self.archive.open(self.info) as file:
+        with self.archive.zip.open(self.info) as file:
             while file.read(1 << 20):
                 pass
 
@@ -152,9 +169,9 @@ def _members(file: epath.Path) -> tuple[dict[str, _Member], dict[str, Any] | Non
     members: dict[str, _Member] = {}
     metadata = None
     try:
-        archive = zipfile.ZipFile(file.open('rb'))
+        archive = _Archive(file)
         size = file.stat().length
-        for info in archive.infolist():
+        for info in archive.zip.infolist():
             if info.compress_size > size or info.file_size > _MOST_COMPRESSION * (info.compress_size + 1):
                 raise UserError(
                     f'{info.filename} of {file} claims {info.file_size} bytes, and the file has {size}: copy the file again.'
@@ -163,7 +180,7 @@ def _members(file: epath.Path) -> tuple[dict[str, _Member], dict[str, Any] | Non
             if name in members:
                 raise UserError(f'{file} holds two arrays named {name}.')
             if name == METADATA:
-                metadata = arrays.checked_metadata(str(file), json.loads(archive.read(info)))
+                metadata = arrays.checked_metadata(str(file), json.loads(archive.zip.read(info)))
             else:
                 members[name] = _header(file, archive, info)
     except (*arrays.DAMAGE, RecursionError) as error:
@@ -173,10 +190,10 @@ def _members(file: epath.Path) -> tuple[dict[str, _Member], dict[str, Any] | Non
     return members, metadata
 
 
-def _header(file: epath.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+def _header(file: epath.Path, archive: _Archive, info: zipfile.ZipInfo) -> _Member:
     name = info.filename.removesuffix('.npy')
     try:
-        with archive.open(info) as stream:
+        with archive.zip.open(info) as stream:
             version = np.lib.format.read_magic(stream)
             parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = parse(stream)

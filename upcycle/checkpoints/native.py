@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -157,6 +158,8 @@ class CheckpointManager:
                 f'step {step} cannot be saved: {self._folder} already holds step {newest}, '
                 'so name another MODEL_DIR or delete the later steps.'
             )
+        # Orbax turns JSON into text behind the training, which goes on counting in what it was given.
+        data, metadata = copy.deepcopy((data, metadata))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), metadata=ocp.args.JsonSave(metadata)
         )

@@ -242,7 +242,8 @@ class FolderWriter:
 
     def discard(self) -> None:
         """See `Writer`."""
-        for _, _, _, future in self._in_flight:
+        # Arrays that were made ahead too: they would put files into folders that are being removed.
+        for future in [*self._opened.values(), *(future for _, _, _, future in self._in_flight)]:
             future.exception()
         self._in_flight.clear()
         self._written.clear()
