@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-# Everything that counts, sizes or seeds is an int32 somewhere.
+# JAX makes an int32 of a whole number, where a float is wanted too; everything that counts, sizes or seeds is one somewhere.
 _LARGEST = 2**31 - 1
 
 
@@ -88,10 +88,10 @@ def fits(value: Any, hint: Any) -> bool:
         return _is_a(value, hint)
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
-    if hint is int:
-        return isinstance(value, int) and abs(value) <= _LARGEST
+    if hint in (int, float) and isinstance(value, int):
+        return abs(value) <= _LARGEST
     if hint is float:
-        return isinstance(value, int | float) and math.isfinite(_as_float(value))
+        return isinstance(value, float) and math.isfinite(value)
     if inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
         return isinstance(value, str) and value in set(hint)
     return inspect.isclass(hint) and not _is_protocol(hint) and isinstance(value, hint)
@@ -126,8 +126,9 @@ def shown(value: Any) -> str:
         text = f'[{", ".join(map(shown, value))}]' if isinstance(value, list) else f'({", ".join(map(shown, value))})'
     elif isinstance(value, Mapping):
         text = '{' + ', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items()) + '}'
-    elif isinstance(value, int) and abs(value) > 10**100:
-        text = hex(value)  # which has no largest length
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        text = hex(value) if abs(value) > 10**100 else repr(value)  # hex has no largest length
+        return f'{text if len(text) <= 120 else text[:117] + "..."} (beyond {_LARGEST}, the largest whole number)'
     else:
         text = repr(value)
     return text if len(text) <= 120 else text[:117] + '...'
@@ -150,10 +151,3 @@ def _is_a(value: Made, hint: Any) -> bool:
 
 def _is_protocol(hint: Any) -> bool:
     return getattr(hint, '_is_protocol', False)  # typing.is_protocol, from Python 3.13 on
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
