@@ -408,7 +408,7 @@ class Configurations:
 
     def _plausible(self, name: str) -> list[str]:
         """What our own files set a macro to, and numbers near that."""
-        found = [re.findall(rf'^{name} = ([^#\n]*)', text, re.MULTILINE) for text in self._shipped.values()]
+        found = [re.findall(rf'^{re.escape(name)} = ([^#\n]*)', text, re.MULTILINE) for text in self._shipped.values()]
         values = [value.strip() for values in found for value in values]
         near = [str(int(value) + more) for value in values if value.isdigit() for more in (-1, 1, int(value))]
         return values + near or ['4']
