@@ -108,6 +108,11 @@ def write_index(weight_map, file='model-00001-of-00001.safetensors'):
     return change
 
 
+def note_a_list(folder):
+    header, data = header_of(folder / 'model.safetensors')
+    save(folder / 'model.safetensors', {**header, '__metadata__': {'step': [0]}}, data)
+
+
 def cut(folder):
     file = folder / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-7])
@@ -131,6 +136,7 @@ DAMAGE = {
     'twice': (twice, 'shared.weight is there twice'),
     'header too long': (lambda f: (f / 'model.safetensors').write_bytes(b'\xff' * 40), 'its header would be'),
     'no header': (lambda f: save(f / 'model.safetensors', b'[1]', b''), 'is not a safetensors file'),
+    'notes that are no texts': (note_a_list, 'its metadata is no dictionary of texts'),
     'empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'is not a safetensors file'),
     'index names a missing file': (
         write_index({'shared.weight': 'model-00002.safetensors'}),

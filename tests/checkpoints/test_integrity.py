@@ -1,5 +1,6 @@
 """A damaged step is noticed, named and set aside; a step that cannot be written leaves the others as they were."""
 
+import json
 import os
 import re
 import resource
@@ -63,6 +64,17 @@ def half_copied(step):
     (step / integrity.RECORD).unlink()
 
 
+def names_what_is_elsewhere(step):
+    record = json.loads((step / integrity.RECORD).read_text())
+    record['files']['state/../../../secret'] = record['files'].popitem()[1]
+    (step / integrity.RECORD).write_text(json.dumps(record))
+
+
+def names_no_file(step):
+    path = step / integrity.RECORD
+    path.write_text(path.read_text().replace('_METADATA', '\\u0000', 1))
+
+
 DAMAGE = {
     'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ are not those'),
     'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes and was saved with \d+'),
@@ -74,6 +86,8 @@ DAMAGE = {
     ),
     'missing item': (lambda step: shutil.rmtree(step / 'metadata'), r'metadata/\S+ is missing'),
     'truncated record': (lambda step: truncate(step / integrity.RECORD), 'checksums.json cannot be read'),
+    'record of another folder': (names_what_is_elsewhere, r"checksums.json names 'state/\.\./\.\./\.\./secret'"),
+    'record of nothing': (names_no_file, r"checksums.json names 'state/\\x00'"),
     'missing record': (lambda step: (step / integrity.RECORD).unlink(), 'checksums.json is missing'),
     'half of a copy': (half_copied, 'checksums.json is missing'),
     'nothing in it': (lambda step: [shutil.rmtree(step), step.mkdir()], 'checksums.json is missing'),

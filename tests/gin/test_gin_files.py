@@ -38,6 +38,8 @@ RECIPES = (
 # A third of the compile time of what runs once.
 IN_A_HURRY = {'xla_backend_optimization_level': 0}
 FULL_SIZES = ('small', 'base', 'large', 'xl')
+DEEP = ('large', 'xl', 'l32', 'l16', 'h14')
+SCANNED = {'SCAN_LAYERS': 'True'}  # as such stacks are trained: one block is traced, not 24 or 32
 VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 
 
@@ -318,6 +320,7 @@ def test_full_sizes_step_abstractly(size, sparse):
         files.insert(1, 'moe/t5.gin')
     lengths = "{'inputs': 512, 'targets': 114}"
     bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '32128', 'TASK_FEATURE_LENGTHS': lengths}
+    bindings |= SCANNED if size in DEEP else {}
     params = step_abstractly(configuration.load(files, bindings))
     if size in COUNTS:
         assert cost.num_parameters(params) == pytest.approx(COUNTS[size][sparse], rel=1e-3)
@@ -344,6 +347,7 @@ def test_full_vits_step_abstractly(size, sparse, tmp_path):
         files.insert(1, 'moe/vit.gin')
     bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'TRAIN_FOLDER': str(tmp_path), 'NUM_CLASSES': '1000'}
     bindings |= {'IMAGE_SIZE': '224', 'EVAL_STEPS': '1', 'BATCH_SIZE': '8'}
+    bindings |= SCANNED if size in DEEP else {}
     params = step_abstractly(configuration.load(files, bindings))
     if size in VIT_COUNTS:
         assert cost.num_parameters(params) == pytest.approx(VIT_COUNTS[size][sparse], rel=1e-3)

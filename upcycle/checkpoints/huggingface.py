@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -160,7 +161,7 @@ class HuggingFaceReader(arrays.ArrayReader):
         sources, self._facts = read(folder, self._config, stored)
         step = self._notes.get('step', '')
         named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in sources.items()}
-        if step.isdigit():
+        if re.fullmatch('[0-9]{1,10}', step) and int(step) < 2**31:
             named['step'] = np.asarray(int(step), np.int32)
         super().__init__(folder, named)
 
@@ -268,6 +269,8 @@ def _read_header(file: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
                 raise ValueError(f'its header would be {length} bytes long')
             header = json.loads(stream.read(length), object_pairs_hook=_refuse_twice)
         notes = header.pop('__metadata__', {})
+        if not schema.fits(notes, dict[str, str]):
+            raise ValueError('its metadata is no dictionary of texts')
         found = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
     except UserError:
         raise

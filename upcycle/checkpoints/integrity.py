@@ -52,6 +52,9 @@ def damage(folder: epath.Path) -> str | None:
         expected = {name: (file['bytes'], file['sha256']) for name, file in saved.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'{RECORD} cannot be read ({error})'
+    for name in expected:
+        if not all(map(arrays.is_plain_name, name.split('/'))):
+            return f'{RECORD} names {name!r}, which is no file of the step'
 
     def compare(name: str) -> str | None:
         size, digest = expected[name]
