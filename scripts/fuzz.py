@@ -384,7 +384,7 @@ class Configurations:
         (run,) = found
         identity = configuration.resolved()
         same = identity == self._identities[number]
-        if same and any(self._said(name, value, number) for name, value in bindings.items()):
+        if same and any(self._said(name, bindings, number) for name in bindings):
             return SILENT
         mesh = loop.check(run)
         if jax.tree.reduce(lambda a, b: a + b, _guess(run)) < LARGE:
@@ -392,9 +392,13 @@ class Configurations:
                 layout(run, mesh)
         return SAME if same else ANOTHER
 
-    def _said(self, name: str, value: str, number: int) -> bool:
+    def _said(self, name: str, bindings: Mapping[str, str], number: int) -> bool:
         """Whether a binding asks for something that the undamaged configuration does not have under the same name."""
         known = {**SMALL, **RUNS[number][1]}
+        value = bindings[name]
+        if value.startswith('%'):
+            # What a macro of a file stands for is not known here.
+            value = bindings.get(value[1:], known.get(name))
         return name in known and not _equal(value, known[name])
 
     def _value(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
