@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from tests.checkpoints import trees
 from tests.test_cli import call
-from upcycle.checkpoints import open_checkpoint, writing
+from upcycle.checkpoints import create_checkpoint, open_checkpoint, writing
 from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
@@ -254,3 +255,14 @@ def test_a_trained_step_with_a_changed_byte_is_refused(dense, tmp_path):
     with pytest.raises(UserError, match='are not those that were saved'):
         transfer(str(step), str(tmp_path / 'out'), 't5x_legacy')
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_is_discarded_stays_away(tmp_path):
+    """Though arrays that come next are being made behind: a race, so it is run some times."""
+    leaves = {f'params/layers_{i}/kernel': jax.ShapeDtypeStruct((4, 4), np.float32) for i in range(64)}
+    for _ in range(20):
+        writer = create_checkpoint(tmp_path / 'new', 'upcycle', leaves, step=1, identity={})
+        writer.write('params/layers_0/kernel', (), np.zeros((4, 4), np.float32))
+        writer.discard()
+        writer.close()
+        assert list(tmp_path.iterdir()) == []

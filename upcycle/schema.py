@@ -120,6 +120,7 @@ def in_words(hint: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value as it was written, shortened where it is long."""
+    why = ''
     if isinstance(value, Made):
         return f'@{value.kind.__name__}' + '()' * value.called
     if isinstance(value, list | tuple):
@@ -128,10 +129,10 @@ def shown(value: Any) -> str:
         text = '{' + ', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items()) + '}'
     elif isinstance(value, int) and abs(value) > _LARGEST:
         text = hex(value) if abs(value) > 10**100 else repr(value)  # hex has no largest length
-        return f'{text if len(text) <= 120 else text[:117] + "..."} (beyond {_LARGEST}, the largest whole number)'
+        why = f' (beyond {_LARGEST}, the largest whole number)'
     else:
         text = repr(value)
-    return text if len(text) <= 120 else text[:117] + '...'
+    return (text if len(text) <= 120 else text[:117] + '...') + why
 
 
 def _is_a(value: Made, hint: Any) -> bool:

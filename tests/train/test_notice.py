@@ -126,5 +126,11 @@ def test_what_cannot_be_asked_is_refused(monkeypatch, server):
     no_answer = '--preemption_notice=gce: the metadata server of this platform does not answer'
     with pytest.raises(UserError, match=no_answer), notice.listen('gce'):
         pass
+    monkeypatch.setenv('AWS_EC2_METADATA_SERVICE_ENDPOINT', 'localhost')
+    with (
+        pytest.raises(UserError, match="aws: the metadata server .* unknown url type: 'localhost/"),
+        notice.listen('aws'),
+    ):
+        pass
     with notice.listen(None):
         pass

@@ -35,8 +35,9 @@ def _ask(url: str, headers: Mapping[str, str], method: str = 'GET') -> str | Non
         if error.code == 404:
             return None
         raise
-    except http.client.HTTPException as error:
-        raise OSError(f'it answers no HTTP ({type(error).__name__})') from error
+    except (http.client.HTTPException, ValueError) as error:
+        # An answer that is no HTTP, or an address from the environment that is none.
+        raise OSError(f'{url}: {error or type(error).__name__}') from error
 
 
 def _gce() -> bool:
