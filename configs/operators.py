@@ -2,7 +2,7 @@
 
 A T5 of the quickstart's settings is trained on the standard library's source; every branch then spends what 2,000 steps of plain
 upcycling cost. Seeds are paired: branches of one seed see the same batches in the same order. Ends in one table
-(report/budgets.md: the validation loss less that of `copy`, at 10, 25, 50 and 100% of the budget) and one report with its plots.
+(report/SCALE/budgets.md: the validation loss less that of `copy`, at 10, 25, 50 and 100% of the budget), one report, its plots.
 
   upcycle sweep --config=configs/operators.py --scale=operators --out=runs/operators
   upcycle sweep --config=configs/operators.py --scale=recipes --out=runs/operators
@@ -144,6 +144,7 @@ def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
     roles |= dict.fromkeys(BASELINES.keys() - roles.keys(), 'other')
     config.reports = [
         {
+            'name': scale,
             'title': 'Ways to make experts' if scale != 'recipes' else 'Training-time recipes',
             'base': 'copy',
             'groups': groups,

@@ -315,7 +315,8 @@ def experiment(name: str, scale: Scale | str, panels: Sequence[Panel], seeds: It
         roles = {label: branch.role.value for label, branch in panel.branches.items()} | {'dense': Role.DENSE.value}
         config.reports.append(
             {
-                'name': panel.setting.name if len(panels) == 1 else f'{number + 1}_{panel.setting.name}',
+                # Experiments share --out.
+                'name': name if len(panels) == 1 else f'{name}/{number + 1}_{panel.setting.name}',
                 'title': panel.title,
                 'groups': groups,
                 'roles': roles,
