@@ -166,6 +166,8 @@ class DatasetConfig:
                 f'{self.split!r} split ends: bind EVAL_STEPS to a number.'
             )
         batches = self._pipeline(start, process_index, process_count).as_numpy_iterator()
+        if self._random_access is not None:
+            batches = map(self._features, batches)
         # One host may stop where its stream ends; many must stop together.
         return self._filled(batches, rows, start, stop, may_end=stop is None or process_count == 1)
 
@@ -180,9 +182,10 @@ class DatasetConfig:
     def _first_examples_sha256(self) -> str:
         """Changes with anything that changes the batches, such as another TensorFlow's random numbers."""
         digest = hashlib.sha256()
-        for example in self._examples(0, 1).take(8).as_numpy_iterator():
-            for name in sorted(example):
-                digest.update(np.ascontiguousarray(example[name], '<i4').tobytes())
+        for examples in self._examples(0, 1).batch(1).take(8).as_numpy_iterator():
+            features = self._features(examples)
+            for name in sorted(features):
+                digest.update(np.ascontiguousarray(features[name], '<i4').tobytes())
         return digest.hexdigest()
 
     def _number_of_batches(self) -> int | None:
@@ -216,11 +219,7 @@ class DatasetConfig:
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def _examples(self, first: int, block: int) -> tf.data.Dataset:
-        """The random-access examples of one host, block by block, as unpacked model features.
-
-        An example fills its row, so packing has nothing to do but to write `segment_ids` and `positions`.
-        """
-        seqio = tensorflow_quiet.seqio()
+        """The random-access examples of one host, block by block: 'inputs' and 'targets' that end in EOS."""
         self._chunks_per_epoch()
         request = self._random_access.request(
             self.split,
@@ -231,8 +230,23 @@ class DatasetConfig:
             stride=self.batch_size,
             endless=self.repeat,
         )
-        examples = self.task.preprocess_postcache(request, sequence_length=self.task_feature_lengths)
-        return seqio.EncDecFeatureConverter(pack=False)(examples, self.task_feature_lengths)
+        return self.task.preprocess_postcache(request, sequence_length=self.task_feature_lengths)
+
+    def _features(self, examples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What `seqio.EncDecFeatureConverter(pack=False)` makes of rows of examples, which takes a third of their time.
+
+        An example fills its row, so packing has nothing to do but to write `segment_ids` and `positions`.
+        """
+        inputs, targets = (
+            np.pad(examples[name], ((0, 0), (0, self.task_feature_lengths[name] - examples[name].shape[1])))
+            for name in ('inputs', 'targets')
+        )
+        return {
+            'encoder_input_tokens': inputs,
+            'decoder_target_tokens': targets,
+            'decoder_input_tokens': np.pad(targets[:, :-1], ((0, 0), (1, 0))),
+            'decoder_loss_weights': (targets != 0).astype(np.int32),
+        }
 
     def _stream(self, process_index: int, process_count: int) -> tf.data.Dataset:
         """The rows of one host of any other seqio task or mixture, from their beginning."""

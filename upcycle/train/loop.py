@@ -16,6 +16,7 @@ from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
+from upcycle.data.kept import Kept
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate import diversity, few_shot, tasks, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
@@ -131,6 +132,7 @@ class _Trainer:
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
+        self.eval_data = Kept(run.eval_data) if run.eval_data is not None else None
         self.eval_step = validation.compiled(run.model)
         self.features = None if run.few_shot is None else few_shot.compiled(run.model)
 
@@ -195,7 +197,7 @@ class _Trainer:
         fresh = self.receipt is not None and 'step_0' not in self.receipt
         if fresh and run.eval_data is not None and run.step_0_factors:
             self.receipt['step_0'] = quality_at_step_0(
-                run.model, state.params, lambda: self._batches(run.eval_data, 0), run.step_0_factors
+                run.model, state.params, lambda: self._batches(self.eval_data, 0), run.step_0_factors
             )
         return state
 
@@ -288,7 +290,7 @@ class _Trainer:
 
     def _evaluate(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
         """Means over the whole evaluation split (or EVAL_STEPS batches of it)."""
-        means = validation.evaluate(self.eval_step, state.params, self._batches(self.run.eval_data, 0))
+        means = validation.evaluate(self.eval_step, state.params, self._batches(self.eval_data, 0))
         self._write(log, step, 'validation', means)
 
     def _look(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
@@ -386,7 +388,7 @@ class _Trainer:
             'or missing files, let it repeat, or lower TRAIN_STEPS.'
         )
 
-    def _batches(self, data: DataSource, start: int) -> Iterator[dict[str, jax.Array]]:
+    def _batches(self, data: DataSource | Kept, start: int) -> Iterator[dict[str, jax.Array]]:
         return partitioning.batches(data, start, self.batch_sharding)
 
 
