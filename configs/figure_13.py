@@ -22,7 +22,9 @@ def get_config(scale: str = 'mini') -> Any:
     ablation, plain = paper.ablation(at)
     counts = (4, 16, 32) if at is paper.Scale.MINI else (8, 32, 128)
     copied = {n: paper.of_experts(n, plain, setting) for n in counts}
-    random = {n: f'random experts, {label}' for n, label in copied.items()}
+    # Without an ablation of its own the middle one is figure 7's run.
+    random_plain = 'random experts' if not ablation else f'random experts, {plain}'
+    random = {n: paper.of_experts(n, random_plain, setting) for n in counts}
     half = f'half of the experts copied, {plain}'
     branches = {label: paper.upcycled(**paper.experts(n, setting), **ablation) for n, label in copied.items()}
     branches |= {
