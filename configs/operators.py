@@ -6,11 +6,14 @@ upcycling cost. Seeds are paired: branches of one seed see the same batches in t
 
   upcycle sweep --config=configs/operators.py --scale=operators --out=runs/operators
   upcycle sweep --config=configs/operators.py --scale=recipes --out=runs/operators
+  upcycle sweep --config=configs/operators.py --scale=to_dense --out=runs/operators
 
 --scale=operators: the operators, the dense baselines and MoE from scratch, 20 runs a seed. --scale=recipes: the recipes on top of
-`copy`, 15 runs a seed. Five seeds each; a step of plain upcycling takes what the quickstart's does (docs/quickstart.md). Both
-share the dense runs of one --out. --scale=mini is all of it for 16 steps and one seed, and shows that the machinery works. The
-other two have not been run yet.
+`copy`, 15 runs a seed. --scale=to_dense: what upcycling leaves when the experts are merged into a dense model again, which then
+trains for 500 steps more, beside as many more of the dense continuation; 9 runs a seed, of which 4 are those of `operators`. Five
+seeds each; a step of plain upcycling takes what the quickstart's does (docs/quickstart.md). All share the runs of one --out.
+--scale=mini is operators and recipes for 16 steps and one seed, and shows that the machinery works. The others have not been
+run yet.
 
 What is equal: the dense checkpoint, the batches, the extra FLOPs (by cost.py, so that a branch with dearer steps takes fewer).
 `branches` takes four checkpoints of the dense run itself; `grow` and `merge` spend half of the budget on half of the experts.
@@ -30,7 +33,8 @@ MODEL, MOE, TASK, SETTINGS = (
     'runs/quickstart.gin',
 )
 DENSE_STEPS, UPCYCLE_STEPS = 2000, 2000
-SEEDS = {'operators': (0, 1, 2, 3, 4), 'recipes': (0, 1, 2, 3, 4), 'mini': (0,)}
+SEEDS = {'operators': (0, 1, 2, 3, 4), 'recipes': (0, 1, 2, 3, 4), 'to_dense': (0, 1, 2, 3, 4), 'mini': (0,)}
+TITLES = {'recipes': 'Training-time recipes', 'to_dense': 'Back to a dense model'}
 
 # Branch: gin files after the settings, and bindings.
 OPERATORS = {
@@ -72,19 +76,37 @@ BASELINES = {
     'depth tiling': ('continue_dense', ('surgery/depth.gin',), {'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4}),
     'width tiling': ('continue_dense', ('surgery/width.gin',), {'EMBED_DIM': 64, 'MLP_DIM': 64, 'NUM_HEADS': 4}),
 }
+# Legs on the way back to a dense model: where a leg starts, its files (with moe/ or without), bindings, and steps.
+_MERGED = ('optimizers/adamw.gin', 'recipes/shared_experts.gin', 'recipes/merged.gin')
+LEGS = {
+    'dense continuation, more': ('dense continuation', (), {}, 500),
+    'mean of copies': ('copy', ('surgery/average.gin',), {}, 500),
+    'mean with shared': ('shared expert', ('surgery/average.gin',), {}, 500),
+    'learned coefficients': ('shared expert', _MERGED, {}, 100),
+    'mean by coefficients': (
+        'learned coefficients',
+        ('surgery/average.gin',),
+        {'OPTIMIZER_STATE': 'fresh_clock'},
+        400,
+    ),
+}
 
 
 def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
-    """Points and report of one of three scales."""
+    """Points and report of one of its scales."""
     grid.one_of_scales(scale, *SEEDS)
     divide = 125 if scale == 'mini' else 1
     dense_steps, upcycle_steps = DENSE_STEPS // divide, UPCYCLE_STEPS // divide
     # Of the budget's last third there are enough evaluations to average over.
     periods = {'EVAL_PERIOD': max(upcycle_steps // 32, 1), 'LOG_PERIOD': max(upcycle_steps // 40, 1)}
-    chosen = {'operators': OPERATORS, 'recipes': {'copy': OPERATORS['copy'], **RECIPES}, 'mini': OPERATORS | RECIPES}[
-        scale
-    ]
-    with_baselines = scale != 'recipes'
+    chosen = {
+        'operators': OPERATORS,
+        'recipes': {'copy': OPERATORS['copy'], **RECIPES},
+        'to_dense': {branch: OPERATORS[branch] for branch in ('copy', 'shared expert')},
+        'mini': OPERATORS | RECIPES,
+    }[scale]
+    with_growth = scale in ('operators', 'mini')
+    baselines = {'recipes': (), 'to_dense': ('dense continuation',)}.get(scale, BASELINES)
     points, groups = [], []
     for seed in SEEDS[scale]:
         same = {**periods, 'RANDOM_SEED': seed, 'DATA_SEED': seed}
@@ -117,7 +139,11 @@ def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
             steps = round(budget / _step_flops('upcycle', files, bindings, True))
             several = last_four if branch == 'branches' else ()
             add(branch, 'upcycle', files, {**sparse, **bindings}, dense_steps + steps, 'dense', several)
-        if with_baselines:
+        for branch in baselines:
+            run, files, bindings = BASELINES[branch]
+            steps = round(budget / _step_flops(run, files, bindings, False))
+            add(branch, run, files, {**same, **bindings}, dense_steps + steps, 'dense', moe=False)
+        if with_growth:
             few = add(
                 'half of the experts',
                 'upcycle',
@@ -131,22 +157,29 @@ def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
                 start = few.removeprefix(f'{folder}/')
                 add(branch, 'upcycle', (file,), sparse, dense_steps + upcycle_steps, start)
                 group[branch] = [few, *group[branch]]
-            for branch, (run, files, bindings) in BASELINES.items():
-                steps = round(budget / _step_flops(run, files, bindings, False))
-                add(branch, run, files, {**same, **bindings}, dense_steps + steps, 'dense', moe=False)
             scratch = _step_flops('scratch', (), {}, True)
             whole = dense_steps * _step_flops('pretrain', (), {}, False) + budget
             add('MoE from scratch', 'scratch', (), same, round(whole / scratch))
+        if scale == 'to_dense':
+            ends = {point['name']: point['bindings']['TRAIN_STEPS'] for point in points}
+            for branch, (start, files, bindings, steps) in LEGS.items():
+                earlier = group.pop(start) if start == 'learned coefficients' else group[start]
+                steps += ends[earlier[-1]]
+                moe = 'recipes/merged.gin' in files
+                start = earlier[-1].removeprefix(f'{folder}/')
+                name = add(branch, 'continue_dense', files, {**same, **bindings}, steps, start, moe=moe)
+                ends[name] = steps
+                group[branch] = [*earlier, name]
         groups.append(group)
     config = ml_collections.ConfigDict({'name': 'operators'})
     config.points = points
     roles = {'dense': 'dense', 'MoE from scratch': 'MoE from scratch', 'dense continuation': 'dense continuation'}
-    roles |= dict.fromkeys(BASELINES.keys() - roles.keys(), 'other')
+    roles |= dict.fromkeys((BASELINES.keys() | LEGS.keys()) - roles.keys(), 'other')
     config.reports = [
         {
             'name': scale,
-            'title': 'Ways to make experts' if scale != 'recipes' else 'Training-time recipes',
-            'base': 'copy',
+            'title': TITLES.get(scale, 'Ways to make experts'),
+            'base': 'copy' if scale != 'to_dense' else 'dense continuation, more',
             'groups': groups,
             'roles': roles,
         }

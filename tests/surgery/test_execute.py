@@ -23,7 +23,7 @@ from tests.small import (
     vit_moe,
     with_moe,
 )
-from tests.surgery.test_plan import DENSE, SPARSE
+from tests.surgery.test_plan import DENSE, SPARSE, leaves_of
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.surgery.execute import execute, sha256_of
@@ -74,6 +74,21 @@ def test_copies_experts_and_keeps_the_rest(state):
     assert target['step'] == source['step']
     assert target['opt_state/count'] == (source['opt_state/count'] if state == 'tile' else source['step'])
     assert len(read) - len(set(read)) == (0 if state == 'tile' else 1)  # the step is also the clock
+
+
+@pytest.mark.parametrize('router', ['expert_choice', 'merged'])
+def test_the_optimizer_state_of_an_average_is_the_experts_sum(router):
+    of_moe = leaves_of(with_moe(small_t5(), num_experts=4, num_shared_experts=1, router=router))
+    what = plan(of_moe, DENSE, Surgery(operator=None, dense_operator='average', optimizer_state='tile'))
+    assert all('/router/' in name or '/mixing' in name or name == 'rng' for name in what.dropped)
+    source = filled(of_moe)
+    made = execute(what, lambda name, sharding: source[name], dict.fromkeys(DENSE, ONE), new={'rng': source['rng']})
+    mlp, leaf = 'opt_state/param_states/encoder/layers_1/mlp', 'wo/kernel/v_row'
+    expected = source[f'{mlp}/expert/{leaf}'].sum(axis=0) + source[f'{mlp}/shared/{leaf}']
+    np.testing.assert_allclose(made[f'{mlp}/{leaf}'], expected, rtol=1e-6)
+    kept = 'opt_state/param_states/encoder/layers_0/mlp/wo/kernel/v_row'
+    np.testing.assert_array_equal(made[kept], source[kept])
+    assert made['opt_state/count'] == source['opt_state/count']
 
 
 def test_routers_depend_on_seed_and_name_only():

@@ -96,7 +96,9 @@ def test_every_claim_names_runs_of_every_seed(name):
 
 
 def test_no_two_reports_of_one_out_share_a_folder():
-    names = [(name, 'mini') for name in EXPERIMENTS] + [('operators', scale) for scale in ('operators', 'recipes')]
+    names = [(name, 'mini') for name in EXPERIMENTS] + [
+        ('operators', scale) for scale in ('operators', 'recipes', 'to_dense')
+    ]
     reports = [report for name, scale in names for report in grid.load(f'configs/{name}.py', scale).reports]
     folders = [report['name'] for report in reports]
     assert len(set(folders)) == len(folders) > len(EXPERIMENTS)

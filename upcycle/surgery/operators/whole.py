@@ -17,6 +17,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _NUMBERED = re.compile(r'(.*)_(\d+)')
 # Segments of an MoE layer that a dense MLP's names do not have.
 _MOE_SEGMENTS = ('expert', 'shared')
+_STATE = 'opt_state/'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +197,15 @@ class Average(DenseOperator):
     XFT's merge (Ding et al. 2024, arXiv 2404.15247, section 3.2): lambda * shared + (1 - lambda) * sum_e a_e W_e, with lambda = 0
     where no expert is shared. The a_e are 1 / E, or those that a run with the router 'merged' has learned. Routers are dropped.
 
+    Optimizer state that is carried over is the experts' sum: the gradient of a dense MLP is the sum of what its tokens give to
+    equal experts. Exact for a momentum; for second moments as if experts' gradients were independent.
+
     Attributes:
       shared_weight: lambda, where there are shared experts [AVERAGE_SHARED_WEIGHT].
     """
 
     name = 'average'
+    keeps_shape = True
 
     shared_weight: float = 0.75
 
@@ -209,11 +214,16 @@ class Average(DenseOperator):
 
     def sources(self, stored: Shapes, wanted: Shapes) -> Callable[[str], tuple[str, ...]]:
         def of(target: str) -> tuple[str, ...]:
-            *mlp, module, leaf = target.split('/')
-            if target in stored or not mlp:
+            is_state = target.startswith(_STATE)
+            segments = target.split('/')
+            # A module and its leaf, and of a state its statistic.
+            at = len(segments) - (3 if is_state else 2)
+            if target in stored or at < 1:
                 return (target,)
-            experts, shared = ('/'.join([*mlp, segment, module, leaf]) for segment in _MOE_SEGMENTS)
-            return (experts, *(name for name in (shared, '/'.join([*mlp, 'mixing'])) if name in stored))
+            mlp, rest = segments[:at], segments[at:]
+            experts, shared = ('/'.join([*mlp, segment, *rest]) for segment in _MOE_SEGMENTS)
+            others = (shared,) if is_state else (shared, '/'.join([*mlp, 'mixing']))
+            return (experts, *(name for name in others if name in stored))
 
         return of
 
@@ -224,7 +234,10 @@ class Average(DenseOperator):
         return experts[1:] == tuple(shape) and all(old in (tuple(shape), experts[:1]) for old in others)
 
     def drops(self, source: str) -> str | None:
-        return 'a dense model has no routers' if 'router' in source.split('/') else None
+        segments = source.split('/')
+        if source.startswith(_STATE) and 'mixing' in segments:
+            return 'a dense model has no coefficients'
+        return 'a dense model has no routers' if 'router' in segments else None
 
     def make(
         self,
@@ -237,6 +250,8 @@ class Average(DenseOperator):
         first, *others = (jnp.asarray(leaf) for leaf in sources)
         if first.ndim == len(shape):
             return first
+        if name.startswith(_STATE):
+            return sum(others, first.sum(axis=0))
         shared = [leaf for leaf in others if leaf.shape == tuple(shape)]
         mixing = [leaf for leaf in others if leaf.shape != tuple(shape)]
         share_E = jax.nn.softmax(mixing[0]) if mixing else jnp.full(first.shape[0], 1 / first.shape[0])
