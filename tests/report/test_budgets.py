@@ -55,6 +55,12 @@ def test_differences_at_equal_flops():
     assert not any(branch == 'copy' for branch, _ in rows)
 
 
+def test_a_branch_whose_last_step_ends_a_little_earlier_has_spent_the_budget():
+    runs = {'copy': run('copy', lambda x: 2 - 0.01 * x), 'less': run('less', lambda x: 2.0, step_flops=0.995)}
+    rows = {row.share: row for row in at_budgets(compare_seeds([runs]), 'copy')}
+    assert rows[1.0].mean == pytest.approx(0.01 * 97.5 * 0.995)
+
+
 def test_the_table_is_in_order_of_the_end():
     lines = as_markdown(at_budgets(compare_seeds(seeds(0.05, 0.07)), 'copy'), 'copy').splitlines()
     assert lines[2] == '| branch | 10% | 25% | 50% | 100% |'

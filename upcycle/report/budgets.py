@@ -1,6 +1,7 @@
 """Branches against one of them at several budgets: who is ahead early, and who late?"""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from upcycle.report.compare import Report, half_width, interpolate
 from upcycle.report.runs import Axis
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
+# Whole numbers of steps of different cost end this close together.
+_ROUNDING = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +57,11 @@ def _difference(report: Report, branch: str, base: str, share: float) -> float |
     if branch not in runs or base not in runs:
         return None
     ours, theirs = (report.curve(runs[name], 'loss', Axis.FLOPS) for name in (branch, base))
-    if not len(theirs[0]):
+    if not len(ours[0]) or not len(theirs[0]):
         return None
     budget = theirs[0][-1]
+    if math.isclose(ours[0][-1], budget, rel_tol=_ROUNDING):
+        budget = min(ours[0][-1], budget)
     places = np.linspace((share - WINDOW) * budget, share * budget, 5)
     gaps = [(interpolate(ours, x), interpolate(theirs, x)) for x in places]
     if any(value is None for gap in gaps for value in gap):
