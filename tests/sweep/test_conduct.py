@@ -193,6 +193,29 @@ def test_a_grid_from_the_command_line(tmp_path, capsys):
     assert [point['settings'] for point in record['points']] == [{'LABEL_SMOOTHING': 0.1}, {'LABEL_SMOOTHING': 0.2}]
 
 
+@pytest.mark.parametrize('chosen', [None, '/elsewhere'])
+def test_runs_of_a_grid_share_their_programs(chosen, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+    if chosen is not None:
+        monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', chosen)
+
+    class Refusing:
+        slots = 1
+
+        def start(self, arguments, log):
+            raise UserError('enough')
+
+    def make(environment, held, slots):
+        seen.append(environment['JAX_COMPILATION_CACHE_DIR'])
+        return Refusing()
+
+    monkeypatch.setitem(launchers.LAUNCHERS, 'local', make)
+    code, _, error = call([*sweep_command(tmp_path), '--grid=RANDOM_SEED=1,2'], capsys)
+    assert code == 2 and 'enough' in error
+    assert seen == [chosen or f'{tmp_path}/programs']
+
+
 def test_print_prints_the_commands(tmp_path, capsys):
     code, out, _ = call([*sweep_command(tmp_path / 'x'), '--grid=RANDOM_SEED=1,2', '--where=print'], capsys)
     assert code == 0

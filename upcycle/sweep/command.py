@@ -66,6 +66,8 @@ def sweep(
     entries = conduct.check(points)
     # What a sweep writes about itself stays here; its runs may lie in a bucket.
     out = os.path.join('runs', what.name) if files.is_remote(out) else out
+    # Seeds of one setting are one program.
+    environment = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath(os.path.join(out, 'programs')), **environment}
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
         launcher = launchers.make(where, environment, held, jobs, cluster)
