@@ -21,6 +21,8 @@ from upcycle import configuration, cost
 from upcycle.report.runs import Role
 from upcycle.sweep import grid
 
+# What the other branches of a panel are compared with at several budgets, where it is there.
+_BASES = ('dense continuation', 'upcycled', 'cf=1')
 NUM_CHECKPOINTS = 10  # of a dense run, evenly spaced: where branches can start
 
 
@@ -321,6 +323,7 @@ def experiment(name: str, scale: Scale | str, panels: Sequence[Panel], seeds: It
                 'groups': groups,
                 'roles': roles,
                 'curves': None if panel.curves is None else ['dense', *panel.curves],
+                'base': next((label for label in _BASES if label in panel.branches), None),
                 'claims': panel.claims,
                 'finals': panel.finals,
             }
