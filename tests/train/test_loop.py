@@ -1,5 +1,6 @@
 """The loop: exact resume, the four kinds of run, the ledger, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -169,6 +170,26 @@ def test_validation_lines_hold_routing_metrics(tmp_path):
         'fraction_dropped',
     ):
         assert 0 <= last[f'experts/{name}'] <= np.log(4) + 1e-6
+
+
+def test_evaluation_batches_are_made_once(tmp_path):
+    asked = []
+
+    class Counted:
+        def __init__(self, source):
+            self._source = source
+
+        def __getattr__(self, name):
+            return getattr(self._source, name)
+
+        def batches(self, *args, **hosts):
+            asked.append(args)
+            return self._source.batches(*args, **hosts)
+
+    run = runs.build('dense', tmp_path, 3, EVAL_PERIOD=1)
+    loop.train(dataclasses.replace(run, eval_data=Counted(run.eval_data)))
+    assert [line['step'] for line in lines_of(tmp_path) if line['split'] == 'validation'] == [0, 1, 2, 3]
+    assert len(asked) == 1
 
 
 def test_microbatches_take_the_same_step(tmp_path):
