@@ -26,7 +26,7 @@ class DenseOperator:
 
     Class attributes:
       name: in the registry, in receipts and in messages.
-      keeps_shape: a leaf has the shape of its source, so that its optimizer state can follow it.
+      keeps_shape: a leaf has the shape of its source, or of one expert of it, so that its optimizer state can follow it.
       changes: fields of the model's configuration that change with it, and that the shapes do not tell.
     """
 
