@@ -54,8 +54,8 @@ for ((try = 1; try <= ${TRIES:-100}; try++)); do
   status=0
   first_bad || status=$?
   [[ $status -eq 75 ]] || break
-  # All of them stop at the same step.
-  wait
+  # All of them stop at the same step. By name: a bare `wait` leaves the status of one that has ended already to the next `wait -n`.
+  for pid in "${pids[@]}"; do wait "$pid" || true; done
   echo "told to stop, and saved: the same again" >&2
 done
 [[ $status -eq 0 ]] || echo "a process ended with status $status: see $logs" >&2
