@@ -59,6 +59,20 @@ def test_the_cost_of_the_comparison():
     assert judge(Claim('', 'ours', 'nowhere'), steep).word == 'undecided'
 
 
+def test_a_run_from_nothing_may_spend_the_dense_cost_too():
+    # Of 600 FLOPs; the branch starts when 500 are spent, and ends 80 later.
+    pair = [
+        {
+            'scratch': run('scratch', lambda x: 4 - 0.005 * x, Role.SCRATCH, range(0, 601, 2), start_step=0, sunk=0.0),
+            'theirs': run('theirs', lambda x: 2 - 0.01 * x, steps=range(0, 81, 2)),
+        }
+    ]
+    middle = 0.975 * 80
+    assert judge(Claim('', 'scratch', 'theirs'), pair).mean == pytest.approx(2 + 0.005 * middle)
+    whole = judge(Claim('', 'scratch', 'theirs', whole=True), pair).mean
+    assert whole == pytest.approx(4 - 0.005 * (500 + middle) - (2 - 0.01 * middle))
+
+
 def test_the_table():
     lines = as_markdown([judge(CLAIM, seeds(0.1, 0.12, 0.11))]).splitlines()
     assert lines[2].startswith('| Ours ends ahead. | loss, ours less theirs | -0.1100 ± 0.0248 | 3 | holds (+19.1 ')

@@ -26,6 +26,7 @@ class Claim:
       metric: 'loss', or one of which more is better; of validation, or 'SPLIT/NAME'.
       at: FLOPs of each branch's own at which they are compared, as a share of the dense run's; 0: the first evaluation; None:
         where the shorter ends.
+      whole: a run from nothing spends the dense run's FLOPs first, uncounted, as a branch has.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Claim:
     paper: str = ''
     metric: str = 'loss'
     at: float | None = None
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +97,15 @@ def _difference(claim: Claim, runs: Mapping[str, Run]) -> float | None:
     curves = [curve_of(run, claim.metric, Axis.FLOPS) for run in pair]
     if not all(len(x) for x, _ in curves):
         return None
+    sunk = next((run.start[Axis.FLOPS] for run in pair if run.start[Axis.FLOPS]), math.nan)
+    if claim.whole:
+        curves = [(x + run.start[Axis.FLOPS] - sunk, y) for run, (x, y) in zip(pair, curves, strict=True)]
     if claim.at == 0:
         values = [float(y[0]) for _, y in curves]
     else:
         cost = min(float(x[-1]) for x, _ in curves)
         if claim.at is not None:
-            cost = claim.at * next((run.start[Axis.FLOPS] for run in pair if run.start[Axis.FLOPS]), math.nan)
+            cost = claim.at * sunk
         values = [mean_before(curve, cost) for curve in curves]
     return None if None in values else values[0] - values[1]
 

@@ -251,7 +251,15 @@ class Panel:
     finals: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def claim(
-        self, text: str, better: str, worse: str, *, paper: str = '', metric: str = 'loss', at: float | None = None
+        self,
+        text: str,
+        better: str,
+        worse: str,
+        *,
+        paper: str = '',
+        metric: str = 'loss',
+        at: float | None = None,
+        whole: bool = False,
     ) -> None:
         """A statement of the paper that these runs can contradict.
 
@@ -262,10 +270,20 @@ class Panel:
           metric: 'loss' (lower is better), or one of which more is better, such as 'accuracy'.
           at: the cost of both at which they are compared, as a share of the dense run's; 0: before training. None: where the
             shorter ends.
+          whole: a run from nothing spends the dense run's cost first, uncounted, as a branch has.
         """
         missing = {better, worse} - self.branches.keys()
         assert not missing, missing
-        self.claims.append({'text': text, 'better': better, 'worse': worse, 'paper': paper, 'metric': metric, 'at': at})
+        claim = {
+            'text': text,
+            'better': better,
+            'worse': worse,
+            'paper': paper,
+            'metric': metric,
+            'at': at,
+            'whole': whole,
+        }
+        self.claims.append(claim)
 
     def final(
         self,
