@@ -207,11 +207,11 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     write = writing.FolderWriter.write
     cut = []
 
-    def fail(self, name, region, value, like=None):
+    def fail(self, name, region, value):
         cut.append((name, region))
         if name.endswith('mlp/expert/wi_1/kernel') and region[0].start == 2:
             raise KeyboardInterrupt
-        write(self, name, region, value, like)
+        write(self, name, region, value)
 
     monkeypatch.setattr(writing.FolderWriter, 'write', fail)
     with pytest.raises(KeyboardInterrupt):
@@ -220,9 +220,7 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(
         writing.FolderWriter,
         'write',
-        lambda self, name, region, value, like=None: (
-            again.append((name, region)) or write(self, name, region, value, like)
-        ),
+        lambda self, name, region, value: again.append((name, region)) or write(self, name, region, value),
     )
     other = run_of(dense, tmp_path, UPCYCLE_SEED=1)
     with pytest.raises(UserError, match='is the beginning of another write .*surgery is'):
@@ -234,12 +232,45 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     assert open_checkpoint(path).metadata['receipt'] == open_checkpoint(whole).metadata['receipt']
 
 
-def test_killed_while_it_writes(dense, tmp_path, capsys):
+def chunks_of(path, leaf):
+    return sorted(path.glob(f'**/*{leaf}/*.*.*'))
+
+
+def test_copied_experts_are_one_file_with_several_names(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, '_SMALL_BYTES', 0)  # an expert a chunk, however small
+    run = run_of(dense, tmp_path, OPTIMIZER_STATE='tile')
+    leaves = first_state(run)[0]
+    # Room for two copies of an expert, where there will be four.
+    size = sum(leaf.nbytes for leaf in leaves.values()) - sum(leaf.nbytes for leaf in experts_of(leaves).values()) // 2
+    usage = type('Usage', (), {'free': writing._SPARE_BYTES + size})
+    monkeypatch.setattr(writing.shutil, 'disk_usage', lambda folder: usage)
+    linked = offline.convert(run, str(tmp_path / 'linked'), 'upcycle', verify=True)
+    for leaf in ('params.decoder.layers_1.mlp.expert.wo.kernel', 'opt_state.*decoder.layers_1.mlp.expert.wo.kernel.v'):
+        chunks = chunks_of(tmp_path / 'linked', leaf)
+        assert len(chunks) == 4 and len({chunk.stat().st_ino for chunk in chunks}) == 1, leaf
+
+    def refuse(*paths):
+        raise OSError('no links here')
+
+    monkeypatch.setattr(os, 'link', refuse)
+    with pytest.raises(UserError, match='GB are needed'):
+        offline.convert(run, str(tmp_path / 'copied'), 'upcycle')
+    monkeypatch.undo()
+    monkeypatch.setattr(writing, '_SMALL_BYTES', 0)
+    monkeypatch.setattr(os, 'link', refuse)
+    copied = offline.convert(run, str(tmp_path / 'copied'), 'upcycle', verify=True)
+    assert {chunk.stat().st_nlink for chunk in (tmp_path / 'copied').rglob('*.*.*') if chunk.is_file()} == {1}
+    assert_equal(contents(linked), contents(copied))
+
+
+def test_killed_while_it_writes(dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(writing, '_SMALL_BYTES', 0)  # an expert a chunk, however small
     command = arguments(dense, tmp_path / 'out')
     code = f"""
 import os, signal
 from upcycle import cli
 from upcycle.checkpoints import writing
+writing._SMALL_BYTES = 0
 write, count = writing.FolderWriter.write, [0]
 def die(self, *arguments):
     count[0] += 1
@@ -256,6 +287,8 @@ cli.main({command!r})
     assert call(command, capsys)[0] == 0
     assert call(arguments(dense, tmp_path / 'whole'), capsys)[0] == 0
     assert_equal(contents(tmp_path / 'out'), contents(tmp_path / 'whole'))
+    files = [sorted(file.name for file in (tmp_path / name).rglob('*')) for name in ('out', 'whole')]
+    assert files[0] == files[1]
 
 
 def test_verification_notices_a_disk_that_lies(dense, tmp_path, monkeypatch):

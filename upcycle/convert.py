@@ -97,7 +97,8 @@ def convert(
         'optimizer_state': optimizer_state,
         'leaves': fingerprint(leaves),
     }
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity)
+    alike = {row.target for row in what.rows if _is_alike(what, row)}
+    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
     with discarded_if_refused(writer):
         _check_clock(what, writer, format)
         work = _Conversion(run.model if check_functions else None, what, reader, writer, step, verify)
@@ -115,6 +116,10 @@ def _metadata(run: Run, reader: Reader, paper: Mapping[str, Any]) -> dict[str, A
     kept = {name: reader.metadata[name] for name in ('cost', 'optimizer') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
     return {**kept, 'family': run.model.family, 'model': model, 'receipt': dict(paper)}
+
+
+def _is_alike(what: Plan, row: Row) -> bool:
+    return row.action in (Action.EXPERTS, Action.TILE) and what.alike(row)
 
 
 def _check_clock(what: Plan, writer: Writer, format: str) -> None:
@@ -151,7 +156,7 @@ class _Conversion:
             for start, value in self._parts(row):
                 region = WHOLE if start is None else (slice(start, start + len(value)),)
                 if region in self._todo.get(row.target, ()):
-                    self._writer.write(row.target, region, value, self._like(row, region))
+                    self._writer.write(row.target, region, value)
                     progress.add(row.target, value.nbytes)
         self._wait_for_checks()
         progress.end()
@@ -232,15 +237,9 @@ class _Conversion:
     def _made(self, row: Row, region: tuple[slice, ...], value: np.ndarray) -> tuple[int | None, np.ndarray]:
         start = region[0].start if region else None
         if self._verify:
-            alike = self._like(row, region) is not None
-            self._made_hashes[row.target, start or 0] = self._made_hashes[row.target, 0] if alike else _sha256(value)
+            copied = bool(start) and _is_alike(self._plan, row)
+            self._made_hashes[row.target, start or 0] = self._made_hashes[row.target, 0] if copied else _sha256(value)
         return start, value
-
-    def _like(self, row: Row, region: tuple[slice, ...]) -> tuple[slice, ...] | None:
-        """The part with the first expert, where the others are its copies."""
-        if row.action not in (Action.EXPERTS, Action.TILE) or not self._plan.alike(row):
-            return None
-        return (slice(0, 1),) if region and region[0].start and region[0].stop - region[0].start == 1 else None
 
 
 class _LayerCheck:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from upcycle import files
@@ -132,6 +132,7 @@ def create_checkpoint(
     *,
     step: int | None,
     identity: Mapping[str, Any],
+    alike: Collection[str] = (),
 ) -> Writer:
     """Begins a checkpoint, or goes on with one that was cut off.
 
@@ -141,6 +142,7 @@ def create_checkpoint(
         leaves: everything that will be written, by our names.
         step: training steps taken, None where that is not known.
         identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+        alike: leaves whose rows are all the same, such as experts that are copies.
 
     Raises:
         UserError: something is there already, a leaf has no counterpart in the format, or the space does not suffice.
@@ -154,7 +156,7 @@ def create_checkpoint(
         return huggingface.HuggingFaceWriter(target, leaves)
     layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
     layout = {layout.format: layout for layout in layouts}[format]()
-    return writing.FolderWriter(layout, target, leaves, step, identity)
+    return writing.FolderWriter(layout, target, leaves, step, identity, alike)
 
 
 def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:

@@ -352,7 +352,7 @@ class NpzWriter:
         """See `writing.Writer`; parts come in this order."""
         return {name: writing.parts(name, leaf) for name, leaf in self._leaves.items()}
 
-    def write(self, name: str, region: arrays.Region, value: np.ndarray, like: arrays.Region | None = None) -> None:
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
         leaf = self._leaves[name]
         # As NumPy itself writes bfloat16.

@@ -405,7 +405,7 @@ class HuggingFaceWriter:
         """See `writing.Writer`: every array is turned whole."""
         return {name: [writing.WHOLE] for name in self._leaves}
 
-    def write(self, name: str, region: arrays.Region, value: np.ndarray, like: arrays.Region | None = None) -> None:
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
         if name == 'step':
             self._step = int(value)

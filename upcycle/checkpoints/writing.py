@@ -14,9 +14,11 @@ import functools
 import json
 import math
 import os
+import pathlib
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -84,8 +86,8 @@ class Writer(Protocol):
         """The parts of each leaf that are still to be written, leaves in an order that suits the format."""
         ...
 
-    def write(self, name: str, region: arrays.Region, value: np.ndarray, like: arrays.Region | None = None) -> None:
-        """Begins to write one part, and waits while too much is on its way; `like` is an earlier part with the same numbers."""
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
+        """Begins to write one part, and waits while too much is on its way."""
         ...
 
     def finish(self, metadata: Mapping[str, Any], check: Check = lambda reader: None) -> None:
@@ -150,16 +152,26 @@ class FolderWriter:
         leaves: everything that will be written.
         step: of the checkpoint, None where it is unknown.
         identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+        alike: leaves whose rows are all the same. On a disk, the files of their parts are one file with several names.
 
     Raises:
         UserError: the target exists, a leaf has no counterpart, there is too little space, or what lies there is the beginning of
             another write.
     """
 
-    def __init__(self, layout: Layout, path: epath.Path, leaves: Leaves, step: int | None, identity: Mapping[str, Any]):
+    def __init__(
+        self,
+        layout: Layout,
+        path: epath.Path,
+        leaves: Leaves,
+        step: int | None,
+        identity: Mapping[str, Any],
+        alike: Collection[str] = (),
+    ):
         self._layout = layout
         self.keys, self.left_out = layout.place(leaves)
         self.leaves = {name: leaves[name] for name in self.keys}
+        self._alike = frozenset(alike)
         self._final = layout.final(path, step)
         self.path = os.fspath(self._final)
         refuse_existing(self._final)
@@ -189,8 +201,8 @@ class FolderWriter:
         }
         return {name: regions for name, regions in left.items() if regions}
 
-    def write(self, name: str, region: arrays.Region, value: np.ndarray, like: arrays.Region | None = None) -> None:
-        """See `Writer`. The file of a part like another is a copy of its file, which costs a fraction of writing it."""
+    def write(self, name: str, region: arrays.Region, value: np.ndarray) -> None:
+        """See `Writer`."""
         leaf = self.leaves[name]
         shape = leaf.shape if region == WHOLE else (region[0].stop - region[0].start, *leaf.shape[1:])
         if value.shape != shape or value.dtype != leaf.dtype:
@@ -200,13 +212,14 @@ class FolderWriter:
             return
         while self._in_flight and self._bytes_in_flight + value.nbytes > _BYTES_IN_FLIGHT:
             self._settle_one()
-        if like is None or self._journal is None:
-            array = self._open(name)
-            future: Any = (array if region == WHOLE else array[region]).write(value)
-        else:
-            while (name, _start(like)) not in self._done:
+        if self._journal is not None and self._is_like_first(name, region):
+            first = parts(name, leaf)[0]
+            while (name, _start(first)) not in self._done:
                 self._settle_one()
-            future = self._copies.submit(_copy, self._chunk(name, like), self._chunk(name, region))
+            future: Any = self._copies.submit(_link_or_copy, self._chunk(name, first), self._chunk(name, region))
+        else:
+            array = self._open(name)
+            future = (array if region == WHOLE else array[region]).write(value)
         self._in_flight.append((name, region, value.nbytes, future))
         self._bytes_in_flight += value.nbytes
 
@@ -267,9 +280,12 @@ class FolderWriter:
             self._done = {(name, start) for name, start in read[1:]}
         else:
             read = []
+        linked = _has_links(self._final.parent)
         needed = sum(
-            math.prod(chunk_shape(name, self.leaves[name])) * self.leaves[name].dtype.itemsize * len(regions)
+            math.prod(chunk_shape(name, self.leaves[name])) * self.leaves[name].dtype.itemsize
             for name, regions in self.todo().items()
+            for region in regions
+            if not (linked and self._is_like_first(name, region))
         )
         check_space(self._final.parent, needed)
         self._made = make_folders(self._final.parent)
@@ -277,6 +293,9 @@ class FolderWriter:
         with journal.open('w') as file:
             file.write(''.join(json.dumps(line) + '\n' for line in [identity, *sorted(self._done)]))
         return journal.open('a')
+
+    def _is_like_first(self, name: str, region: arrays.Region) -> bool:
+        return name in self._alike and _start(region) > 0
 
     def _open(self, name: str) -> ts.TensorStore:
         # The arrays that come next are made behind: a file's creation waits for what else the disk has to do.
@@ -341,9 +360,33 @@ class FolderWriter:
         self._synced = time.monotonic()
 
 
-def _copy(source: str, target: str) -> None:
-    shutil.copyfile(source, target + '.tmp')
-    os.replace(target + '.tmp', target)
+def _link_or_copy(source: str, target: str) -> None:
+    """Nobody writes into a chunk's file (TensorStore and we replace it), so that several may share one."""
+    # Of a write that was cut off. Renaming one name of a file to another of its names would do nothing.
+    pathlib.Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # this disk has no links, or no more for this file
+        shutil.copyfile(source, target + '.tmp')
+        os.replace(target + '.tmp', target)
+
+
+def _has_links(folder: epath.Path) -> bool:
+    """Whether the disk that holds, or will hold, a local folder lets a file have several names."""
+    try:
+        with tempfile.TemporaryDirectory(dir=_nearest(folder)) as place:
+            file = pathlib.Path(place, 'one')
+            file.touch()
+            os.link(file, file.with_name('two'))
+    except OSError:
+        return False
+    return True
+
+
+def _nearest(folder: epath.Path) -> epath.Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def make_folders(folder: epath.Path) -> list[epath.Path]:
@@ -365,8 +408,7 @@ def refuse_existing(path: epath.Path) -> None:
 
 def check_space(folder: epath.Path, needed: int) -> None:
     """Raises UserError unless the disk that holds, or will hold, a local folder has that many bytes free."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = _nearest(folder)
     free = shutil.disk_usage(folder).free
     if free < needed + _SPARE_BYTES:
         raise UserError(
