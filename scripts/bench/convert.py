@@ -96,9 +96,12 @@ def measure(options: argparse.Namespace) -> None:
         command += [f'--gin_file={file}' for file in files[:2]]
         command += [f'--gin.NUM_EXPERTS={options.experts}', f'--optimizer_state={options.optimizer_state}']
         command += [f'--format={options.format}', *([f'--dtype={options.dtype}'] if options.dtype else [])]
+        command += [f'--operator={options.operators.partition(",")[0]}']
         before = disk_rate(folder, options.disk_bytes)
         seconds, resident = peak(command)
-        written = sum(file.stat().st_size for file in (folder / 'moe').rglob('*') if file.is_file())
+        files_made = [file.stat() for file in (folder / 'moe').rglob('*') if file.is_file()]
+        written = sum(file.st_size for file in files_made)
+        on_disk = sum({file.st_ino: file.st_size for file in files_made}.values())
         shutil.rmtree(folder / 'moe')
         after = disk_rate(folder, options.disk_bytes)
         found = {
@@ -106,12 +109,14 @@ def measure(options: argparse.Namespace) -> None:
             'experts': options.experts,
             'format': options.format,
             'dense GB': round(sum(f.stat().st_size for f in (folder / 'dense').rglob('*') if f.is_file()) / 1e9, 2),
-            'written GB': round(written / 1e9, 2),
+            'operator': options.operators.partition(',')[0],
+            'checkpoint GB': round(written / 1e9, 2),
+            'of it on the disk GB': round(on_disk / 1e9, 2),
             'seconds': round(seconds, 1),
             'MB/s': round(written / seconds / 1e6),
             'disk MB/s before': round(before / 1e6),
             'disk MB/s after': round(after / 1e6),
-            'share of the disk': round(written / seconds / ((before + after) / 2), 2),
+            "share of the disk's rate": round(written / seconds / ((before + after) / 2), 2),
             'peak GB': round(resident / 1e9, 2),
             'interpreter GB': round(interpreter / 1e9, 2),
         }
@@ -173,7 +178,7 @@ def main() -> None:
     parser.add_argument('--folder', default='.', help='on the disk to be measured')
     parser.add_argument('--disk_bytes', type=int, default=4 << 30, help='of the sequential file')
     parser.add_argument('--pure', action='store_true', help='no disk')
-    parser.add_argument('--operators', default='copy,noise,drop')
+    parser.add_argument('--operators', default='copy,noise,drop', help='with a disk, the first of them')
     options = parser.parse_args()
     (pure if options.pure else measure)(options)
 
