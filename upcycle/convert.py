@@ -277,8 +277,9 @@ class _LayerCheck:
                 stack = self._memory[within_mlp(row.target)] = _aligned(row.shape, row.dtype)
             np.copyto(stack, params[row.target])
             params[row.target] = stack
-        inside = {name.removeprefix(f'params/{self.path}/'): jax.numpy.asarray(value) for name, value in params.items()}
-        dense = {within_mlp(name): jax.numpy.asarray(value) for name, value in self._dense.items()}
+        # Not jax.numpy.asarray, which copies.
+        inside = {name.removeprefix(f'params/{self.path}/'): jax.device_put(value) for name, value in params.items()}
+        dense = {within_mlp(name): jax.device_put(value) for name, value in self._dense.items()}
         return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
 
 
