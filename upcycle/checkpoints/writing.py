@@ -362,7 +362,7 @@ class FolderWriter:
 
 def _link_or_copy(source: str, target: str) -> None:
     """Nobody writes into a chunk's file (TensorStore and we replace it), so that several may share one."""
-    # Of a write that was cut off. Renaming one name of a file to another of its names would do nothing.
+    # Of a write that was cut off: a link does not replace what is there.
     pathlib.Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
