@@ -39,6 +39,9 @@ TITLES = {'recipes': 'Training-time recipes', 'to_dense': 'Back to a dense model
 # Branch: gin files after the settings, and bindings.
 OPERATORS = {
     'copy': ((), {}),
+    # What some of the others leave behind as well, on its own.
+    'copy, fresh state': ((), {'OPTIMIZER_STATE': 'fresh'}),
+    'copy, raw weights': ((), {'NORMALIZE_COMBINE_WEIGHTS': False}),
     'noise': (('surgery/noise.gin',), {}),
     'random': (('surgery/random.gin',), {}),
     'drop': (('surgery/drop.gin',), {}),
@@ -51,7 +54,11 @@ OPERATORS = {
     'hidden router': ((), {'ROUTER_INIT': 'hidden'}),
 }
 # These go on from a model with half of the experts.
-GROWTH = {'grow': 'surgery/grow.gin', 'merge': 'surgery/merge.gin'}
+GROWTH = {
+    'grow': ('surgery/grow.gin', {}),
+    'grow, gradient': ('surgery/grow.gin', {'GROW_UTILITY': 'gradient'}),
+    'merge': ('surgery/merge.gin', {}),
+}
 # Recipes on top of `copy`. Factors of losses are for the mean over four layers.
 RECIPES = {
     'default output': (('recipes/default_output.gin',), {}),
@@ -65,14 +72,15 @@ RECIPES = {
     'router z-loss': (('recipes/router_z_loss.gin',), {}),
     'jitter': (('recipes/jitter.gin',), {}),
     'routers first': (('recipes/routers_first.gin',), {'TRAINABLE_STEPS': 100}),
-    'moe layers only': ((), {'TRAINABLE': 'moe_layers'}),
-    'restarted rate': ((), {'LEARNING_RATE_POLICY': 'restart'}),
-    'constant minimum rate': ((), {'LEARNING_RATE_POLICY': 'minimum'}),
+    'moe layers only': (('recipes/moe_layers_only.gin',), {}),
+    'restarted rate': (('recipes/restarted_rate.gin',), {'RESTART_WARMUP_STEPS': 100}),
+    'constant minimum rate': (('recipes/constant_minimum.gin',), {}),
 }
 # Dense models from the dense model, and a model from nothing: run, files, bindings, role.
 BASELINES = {
     'dense continuation': ('continue_dense', (), {}),
-    'warm start': ('warm_start', (), {}),
+    # The settings of all runs say 'tile'.
+    'warm start': ('warm_start', (), {'OPTIMIZER_STATE': 'fresh_clock', 'RESTART_WARMUP_STEPS': 100}),
     'depth tiling': ('continue_dense', ('surgery/depth.gin',), {'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4}),
     'width tiling': ('continue_dense', ('surgery/width.gin',), {'EMBED_DIM': 64, 'MLP_DIM': 64, 'NUM_HEADS': 4}),
 }
@@ -106,11 +114,11 @@ def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
         'mini': OPERATORS | RECIPES,
     }[scale]
     with_growth = scale in ('operators', 'mini')
-    baselines = {'recipes': (), 'to_dense': ('dense continuation',)}.get(scale, BASELINES)
+    baselines = dict.fromkeys(('recipes', 'to_dense'), ('dense continuation',)).get(scale, BASELINES)
     points, groups = [], []
     for seed in SEEDS[scale]:
         same = {**periods, 'RANDOM_SEED': seed, 'DATA_SEED': seed}
-        sparse = {**same, 'UPCYCLE_SEED': seed}
+        sparse = {**same, 'UPCYCLE_SEED': seed, 'DIVERSITY_PERIOD': max(upcycle_steps // 8, 1)}
         folder = f'seed_{seed}'
         group = {}
 
@@ -153,9 +161,9 @@ def get_config(scale: str = 'operators') -> ml_collections.ConfigDict:
                 'dense',
             )
             del group['half of the experts']
-            for branch, file in GROWTH.items():
+            for branch, (file, bindings) in GROWTH.items():
                 start = few.removeprefix(f'{folder}/')
-                add(branch, 'upcycle', (file,), sparse, dense_steps + upcycle_steps, start)
+                add(branch, 'upcycle', (file,), {**sparse, **bindings}, dense_steps + upcycle_steps, start)
                 group[branch] = [few, *group[branch]]
             scratch = _step_flops('scratch', (), {}, True)
             whole = dense_steps * _step_flops('pretrain', (), {}, False) + budget

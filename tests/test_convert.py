@@ -91,10 +91,30 @@ def test_is_what_the_trainer_starts_from(online, converted):
         assert layer['max_abs_on_uncovered'] == 0
 
 
-def test_an_operator_and_tiled_state(dense, tmp_path):
-    run = run_of(dense, tmp_path, EXPERT_OPERATOR='drop', OPTIMIZER_STATE='tile', UPCYCLE_SEED=3)
+@pytest.mark.parametrize('operator', ['drop', 'noise', 'random'])
+def test_an_operator_and_tiled_state(operator, dense, tmp_path):
+    run = run_of(dense, tmp_path, EXPERT_OPERATOR=operator, OPTIMIZER_STATE='tile', UPCYCLE_SEED=3)
     path = offline.convert(run, str(tmp_path / 'offline'), 'upcycle', verify=True)
     assert_equal(contents(path), first_state(run)[0])
+
+
+@pytest.mark.parametrize('operator', ['granular', 'partial'])
+def test_narrower_experts(operator, dense, tmp_path):
+    narrow = {'EXPERT_GRANULARITY': 2, 'NORMALIZE_COMBINE_WEIGHTS': True, 'NUM_SELECTED_EXPERTS': 2}
+    run = run_of(dense, tmp_path, EXPERT_OPERATOR=operator, UPCYCLE_SEED=3, **narrow)
+    path = offline.convert(run, str(tmp_path / 'offline'), 'upcycle', verify=True)
+    assert_equal(contents(path), first_state(run)[0])
+
+
+@pytest.mark.parametrize('operator', ['copy', 'drop'])
+def test_soft_moe_has_several_columns_for_an_expert(operator, dense, tmp_path):
+    soft = {'ENCODER_ROUTER': 'soft', 'SLOTS_PER_EXPERT': 2, 'GROUP_SIZE': 32}
+    run = run_of(dense, tmp_path, EXPERT_OPERATOR=operator, UPCYCLE_SEED=3, **soft)
+    path = offline.convert(run, str(tmp_path / 'offline'), 'upcycle', verify=True)
+    made = contents(path)
+    assert_equal(made, first_state(run)[0])
+    kernel = made['params/encoder/layers_1/mlp/router/router_weights/w/kernel']
+    assert kernel.shape[1] == 2 * 4 and len(np.unique(kernel, axis=1).T) == 8
 
 
 def test_the_same_seed_gives_the_same_bytes(dense, tmp_path, capsys):

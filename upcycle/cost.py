@@ -99,8 +99,8 @@ def all_to_all_bytes(
       itemsize: bytes of a number on the network.
       repeated: the forward ones happen again in the backward pass, as with REMAT = 'full'.
     """
-    if mesh['expert'] == 1:
-        return 0.0
+    if mesh['expert'] == 1 or config.router is RouterType.MERGED or config.dispatch is Dispatch.RAGGED:
+        return 0.0  # `ragged` goes around a ring instead
     share = mesh['data'] * mesh['expert'] * (mesh['model'] if width % mesh['model'] == 0 else 1)
     return (6 if repeated else 4) * slots(config, tokens, training=True) * width * itemsize / share
 

@@ -40,8 +40,8 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     """The device mesh.
 
     Args:
-      shape: (data, expert, model) [MESH_SHAPE], or 'auto': as many expert shards as divide both the devices and the experts,
-        the rest data.
+      shape: (data, expert, model) [MESH_SHAPE], or 'auto': as many expert shards as divide both the devices of a slice and the
+        experts, the rest data.
       num_experts: E, or None for a dense model.
       devices: to use; None: all.
 
@@ -50,8 +50,9 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if shape == 'auto':
-        expert = math.gcd(count, num_experts) if num_experts else 1
+        expert = math.gcd(count // slices, num_experts) if num_experts else 1
         shape = (count // expert, expert, 1)
     shape = tuple(shape)
     if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
@@ -63,7 +64,6 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
             f'NUM_EXPERTS = {num_experts} does not divide among the {shape[1]} shards of the expert axis of '
             f'MESH_SHAPE = {shape!r}: change one of them.'
         )
-    slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if shape[0] % slices:
         raise UserError(
             f'MESH_SHAPE = {shape!r}: the data axis alone crosses the network between slices, so its size must be a multiple '

@@ -17,10 +17,10 @@ SCALES = {
     ('finetune_imagenet', 'full'): (B16, {'INITIAL_CHECKPOINT_PATH': '/nowhere'}, 12),
     ('finetune_imagenet', 'mini'): ((), {}, 14),
     ('finetune_superglue', 'full'): (BASE, {'INITIAL_CHECKPOINT_PATH': '/nowhere'}, 3),
-    ('operators', 'operators'): ((), {}, 100),
-    ('operators', 'recipes'): ((), {}, 75),
+    ('operators', 'operators'): ((), {}, 115),
+    ('operators', 'recipes'): ((), {}, 80),
     ('operators', 'to_dense'): ((), {}, 45),
-    ('operators', 'mini'): ((), {}, 33),
+    ('operators', 'mini'): ((), {}, 36),
 }
 
 
@@ -80,13 +80,20 @@ def test_every_operator_and_recipe_has_its_branches():
     assert all_files - here == {'surgery/copy.gin'}
 
 
+def test_a_warm_start_keeps_the_weights_alone():
+    (point,) = (p for p in points_of('operators', 'operators') if p.name == 'seed_0/warm_start')
+    run = configuration.load(point.gin_files, point.bindings)
+    assert run.surgery.optimizer_state == 'fresh_clock' and run.learning_rate.policy == 'restart'
+    assert run.learning_rate.restart_warmup_steps == 100
+
+
 def test_branches_of_one_seed_cost_the_same():
     points = [p for p in points_of('operators', 'operators') if p.name.startswith('seed_3/')]
     entries = {e.point.name.split('/')[1]: e for e in conduct.check(points, checkpoints=False)}
     dense = entries['dense']
     budget = 2000 * entries['copy'].step_flops
     for name, entry in entries.items():
-        if name not in ('dense', 'half_of_the_experts', 'grow', 'merge', 'MoE_from_scratch'):
+        if name not in ('dense', 'half_of_the_experts', 'grow', 'grow_gradient', 'merge', 'MoE_from_scratch'):
             spent = (entry.total_steps - dense.total_steps) * entry.step_flops
             assert spent == pytest.approx(budget, rel=1e-3), name
     grown = [entries['half_of_the_experts'], entries['grow']]

@@ -32,9 +32,11 @@ RECIPES = (
     'router_z_loss',
     'jitter',
     'routers_first',
+    'moe_layers_only',
     'shared_experts',
     'merged',
 )
+RATES = ('restarted_rate', 'constant_minimum')
 # A third of the compile time of what runs once.
 IN_A_HURRY = {'xla_backend_optimization_level': 0}
 FULL_SIZES = ('small', 'base', 'large', 'xl')
@@ -55,7 +57,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
     covered |= {f'surgery/{name}.gin' for name in (*EXPERT_OPERATORS, *DENSE_OPERATORS)} | {'runs/warm_start.gin'}
-    covered |= {f'recipes/{name}.gin' for name in RECIPES}
+    covered |= {f'recipes/{name}.gin' for name in (*RECIPES, *RATES)}
     covered |= {'t5x/continue_upcycled.gin'}  # for T5X
     # Stepped in tests of their own.
     covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'task_metrics', 'finetune', 'finetune_vit')}
@@ -172,6 +174,8 @@ def test_recipes_step(name, tmp_path):
         'ENCODER_MOE_LAYERS': '(0,)',
         'DECODER_MOE_LAYERS': '(0,)',
     }
+    if name == 'soft_moe':
+        small['GROUP_SIZE'] = '32'  # of the task's sequences
     bindings = runs.bindings('scratch', tmp_path / 'run', 2, **small)
     run = configuration.load((*runs.FILES['scratch'], f'recipes/{name}.gin'), bindings)
     plain = configuration.load(runs.FILES['scratch'], bindings)
@@ -188,6 +192,15 @@ def test_recipes_step(name, tmp_path):
         step = int(state.step)
         state, metrics = loop.lower_step(run, where, sharding).compile(IN_A_HURRY)(state, batch)
     assert int(state.step) == step + 1 and np.isfinite(metrics['loss'])
+
+
+@pytest.mark.parametrize('name', RATES)
+def test_recipes_of_the_learning_rate_step(name, tmp_path, dense):
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
+    files = (*runs.FILES['upcycle'], f'recipes/{name}.gin')
+    assert configuration.load(files, bindings).learning_rate.policy != 'continue'
+    _, state = first_step(files, bindings)
+    assert int(state.step) == 5
 
 
 def test_warm_start_steps(tmp_path, dense):

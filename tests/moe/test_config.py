@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UserError
-from upcycle.moe.config import MoEConfig, capacity, num_groups, sparse_layers
+from upcycle.moe.config import MoEConfig, capacity, check_mixing, check_readers, num_groups, sparse_layers
 
 
 class TestGroups:
@@ -171,6 +171,12 @@ class TestSparseLayers:
         ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts that are parts'),
         ({'router': 'merged', 'merged_shared_weight': 2}, 'AVERAGE_SHARED_WEIGHT = 2 must lie'),
         ({'router': 'dense', 'dispatch': 'ragged'}, "the router 'dense' trains every expert"),
+        ({'router': 'dense', 'balance_bias_rate': 0.1}, "BALANCE_BIAS_RATE follows what Top-K chooses .* 'dense'"),
+        ({'router': 'dense', 'default_output_decay': 0.9}, 'DEFAULT_OUTPUT_DECAY follows what Top-K'),
+        ({'router': 'dense', 'adaptive_balance': {}}, 'ADAPTIVE_BALANCE follows what Top-K'),
+        ({'router': 'top_k', 'adaptive_balance': {'decay': 1.5}}, 'ADAPTIVE_BALANCE_DECAY = 1.5 must lie in'),
+        ({'router': 'soft', 'logit_normalization': 1.0}, "the router 'soft' has none"),
+        ({'router': 'top_k', 'logit_normalization': 1.0, 'gate_noise': 1.0}, "GATE_NOISE has the logits' own scale"),
         ({'router': 'dense', 'inference_threshold': 1.0}, 'INFERENCE_THRESHOLD = 1.0 must lie between'),
         ({'num_shared_experts': -1}, 'NUM_SHARED_EXPERTS = -1 must be'),
         ({'shared_weights': 'half'}, "SHARED_WEIGHTS = 'half' is not one of one, xft"),
@@ -195,6 +201,32 @@ class TestSparseLayers:
 def test_refusals_name_the_binding(fields, message):
     with pytest.raises(UserError, match=message):
         MoEConfig(**({'num_experts': 8} | fields))
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'balance_bias_rate': 0.1},
+        {'adaptive_balance': {}},
+        {'default_output_decay': 0.9},
+        {'balance_loss': 'mutual_information'},
+        {'inference_threshold': 0.1},
+    ],
+)
+def test_what_no_layer_reads_is_refused(fields):
+    layer = MoEConfig(8, **fields)
+    (mistake,) = check_readers([layer])
+    assert mistake.startswith(next(iter(fields)).upper()) and 'the MoE layers have expert_choice' in mistake
+    reader = MoEConfig(8, router='dense' if 'inference_threshold' in fields else 'top_k', **fields)
+    assert not list(check_readers([layer, reader])) and not list(check_readers([]))
+
+
+def test_soft_moe_mixes_no_two_examples():
+    soft = MoEConfig(8, router='soft', group_size=512)
+    check_mixing(soft, num_tokens=8 * 512, length=512)
+    check_mixing(MoEConfig(8), num_tokens=8 * 32, length=32)
+    with pytest.raises(UserError, match='groups are of 256 tokens, an example has 32. Set GROUP_SIZE = 32'):
+        check_mixing(soft, num_tokens=8 * 32, length=32)
 
 
 def test_an_expert_is_so_many_times_narrower():

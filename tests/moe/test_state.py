@@ -70,14 +70,23 @@ class TestBias:
 
     @pytest.mark.parametrize('dispatch', ['gather', 'ragged'])
     @pytest.mark.parametrize('microbatches', [1, 2])
-    def test_it_follows_the_load(self, dispatch, microbatches):
-        moe = {'balance_bias_rate': 0.01, 'groups_multiple_of': 2, 'dispatch': dispatch}
+    def test_it_follows_the_load_where_nothing_is_dropped(self, dispatch, microbatches):
+        moe = {'balance_bias_rate': 0.01, 'groups_multiple_of': 2, 'dispatch': dispatch, 'train_capacity_factor': 4.0}
         before, after, metrics, opt_state = stepped(model_of(**moe), microbatches=microbatches)
         expected = 0.01 * np.sign(np.round(1 / E - np.asarray(metrics[f'{SEEN}/load']), 6))
         assert expected.any()
         np.testing.assert_allclose(after[BIAS], expected, atol=1e-7)
         assert not any('router_state' in name for name in flatten_dict(opt_state, sep='/'))
         assert not np.asarray(before[BIAS]).any()
+
+    def test_what_finds_no_slot_counts_too(self):
+        """Full experts look alike by their slots; what was asked of them differs."""
+        follows = {'balance_bias_rate': 0.01, 'min_capacity': 1, 'train_capacity_factor': 0.25}
+        _, full, metrics, _ = stepped(model_of(**follows))
+        _, dropless, _, _ = stepped(model_of(**follows, dispatch='ragged'))
+        assert float(metrics[f'{SEEN}/fraction_dropped']) > 0.5 and float(metrics[f'{SEEN}/load_cv']) < 1e-6
+        assert np.asarray(full[BIAS]).any()
+        np.testing.assert_array_equal(full[BIAS], dropless[BIAS])
 
     def test_it_evens_the_load(self):
         model = model_of(balance_bias_rate=0.05, num_selected_experts=1, train_capacity_factor=4.0)

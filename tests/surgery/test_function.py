@@ -94,8 +94,7 @@ def test_a_shared_expert_with_xfts_weights_keeps_the_function_for_every_token(fa
     for layer in layers(family, Surgery(operator=operator), granularity=granularity, eval_capacity_factor=1.0, **moe):
         assert layer['covered'] < 1
         # Where raw weights of whole shards add up to s, routed experts give s of the MLP and the shared one the rest.
-        if granularity == 1:
-            assert layer['gap'] < 1e-5
+        assert layer['gap'] < 1e-5
 
 
 def test_a_shared_expert_of_weight_1_is_added():

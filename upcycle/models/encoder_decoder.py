@@ -15,7 +15,7 @@ from upcycle.errors import UserError
 from upcycle.models import known_fields
 from upcycle.models.losses import cross_entropy
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
-from upcycle.moe.config import MoEConfig
+from upcycle.moe.config import MoEConfig, check_mixing
 from upcycle.moe.layer import METRICS, moe_metrics
 from upcycle.schema import Natural, Rate
 
@@ -195,9 +195,13 @@ class EncoderDecoderModel:
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task is no text, or its vocabulary does not fit into the embedding."""
+        """Raises UserError when the task is no text, its vocabulary does not fit into the embedding, or Soft MoE would mix its
+        examples."""
         if not {*_INPUTS[:3]} <= data.batch_spec().keys():
             raise UserError('the model is a T5, and TRAIN_DATASET or EVAL_DATASET holds no text: name a task of text.')
+        for moe in filter(None, self.config.layer_moe('encoder')):
+            batch, length = data.batch_spec()['encoder_input_tokens'][0]
+            check_mixing(moe, batch * length, length)
         size = getattr(data, 'vocabulary_size', None)
         if size is not None and size > self.config.vocab_size:
             raise UserError(

@@ -15,7 +15,7 @@ from upcycle import cost
 from upcycle.errors import UserError, one_of
 from upcycle.models import known_fields
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
-from upcycle.moe.config import MoEConfig
+from upcycle.moe.config import MoEConfig, check_mixing
 from upcycle.moe.layer import METRICS, moe_metrics
 from upcycle.schema import Natural
 
@@ -214,12 +214,15 @@ class ImageClassifier:
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task has no images, or others than the model reads, or more classes than the head has."""
+        """Raises UserError when the task has no images, others than the model reads, or more classes than the head, or Soft MoE
+        would mix images."""
         if 'image' not in data.batch_spec():
             raise UserError(
                 'the model is a ViT, and TRAIN_DATASET or EVAL_DATASET holds no images: name a task of images.'
             )
         c = self.config
+        for moe in self.moe_layers().values():
+            check_mixing(moe, data.batch_spec()['image'][0][0] * c.num_tokens, c.num_tokens)
         shape = getattr(data, 'image_shape', None)
         if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):
             raise UserError(

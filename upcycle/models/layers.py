@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 DType = Any
 NEGATIVE = -1e10  # T5X's mask value; -inf would turn a fully masked row into nan
@@ -28,6 +29,10 @@ def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
         'linear': lambda x: x,
     }
     return named[name]
+
+
+# Names products with weights for `stack.Remat`: those of all experts are batched, and so unlike any other to JAX's own policies.
+PRODUCT = 'product_with_weights'
 
 
 class Dense(nn.Module):
@@ -57,11 +62,13 @@ class Dense(nn.Module):
             init = nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:])
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
         if group_sizes is not None:
-            y = jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes)
+            y = checkpoint_name(
+                jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes), PRODUCT
+            )
             return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
         # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = rows @ kernel.astype(self.dtype)
+        y = checkpoint_name(rows @ kernel.astype(self.dtype), PRODUCT)
         return (y if bias is None else y + bias).reshape(*x.shape[:-1], self.features)
 
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from upcycle.models.layers import PRODUCT
 from upcycle.moe.exchange import CROSSED
 from upcycle.moe.layer import METRICS
 
@@ -32,7 +33,9 @@ def _policy(remat: Remat):
     policies = jax.checkpoint_policies
     crossed = policies.save_only_these_names(CROSSED)
     return {
-        Remat.MINIMAL: policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, crossed),
+        Remat.MINIMAL: policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(CROSSED, PRODUCT)
+        ),
         Remat.EXCHANGE: crossed,
         Remat.FULL: policies.nothing_saveable,
     }[remat]

@@ -293,7 +293,8 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding.astype(self.config.dtype), tokens_BxL, axis=0)
+        # Rows first, then their type: the gradient of a frequent token is a sum of many, which adds up in float32.
+        return jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.config.dtype)
 
     def attend(self, x_BxLxD: jax.Array) -> jax.Array:
         """Logits (B, L, V) in float32: similarity to every embedding."""

@@ -74,6 +74,16 @@ class AdaptiveBalance:
     largest: float = 0.01
     decay: float = 0.99
 
+    def __post_init__(self):
+        refuse(self._nonsense())
+
+    def _nonsense(self) -> Iterator[str]:
+        for binding, value in (('RATE', self.rate), ('LARGEST', self.largest)):
+            if not value >= 0:
+                yield f'ADAPTIVE_BALANCE_{binding} = {value!r} must be at least 0.'
+        if not 0 <= self.decay < 1:
+            yield f'ADAPTIVE_BALANCE_DECAY = {self.decay!r} must lie in [0, 1).'
+
 
 class Dispatch(enum.StrEnum):
     """How tokens reach their experts."""
@@ -235,6 +245,11 @@ class MoEConfig:
             yield f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.'
         if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
             yield f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.'
+        if self.router in (RouterType.SOFT, RouterType.MERGED) and self.logit_normalization is not None:
+            yield (
+                f"ROUTER_LOGIT_NORMALIZATION is of logits over experts, and the router '{self.router}' has none: set it to "
+                'None.'
+            )
         if self.router is RouterType.MERGED:
             if self.dispatch is Dispatch.RAGGED:
                 yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'merged' routes nothing: use 'gather'.")
@@ -285,6 +300,21 @@ class MoEConfig:
                 'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
                 'gradient: turn it off, or select at least 2 experts.'
             )
+        if self.router is RouterType.DENSE:
+            for binding, value in (
+                ('BALANCE_BIAS_RATE', self.balance_bias_rate),
+                ('ADAPTIVE_BALANCE', self.adaptive_balance),
+                ('DEFAULT_OUTPUT_DECAY', self.default_output_decay),
+            ):
+                if value:
+                    yield (
+                        f"{binding} follows what Top-K chooses in training, where the router 'dense' trains every expert: "
+                        'unset it.'
+                    )
+        if self.logit_normalization is not None and self.gate_noise:
+            yield (
+                "GATE_NOISE has the logits' own scale, which ROUTER_LOGIT_NORMALIZATION takes away: set one of them only."
+            )
         if self.router is RouterType.DENSE and self.dispatch is Dispatch.RAGGED:
             yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'dense' trains every expert: use 'gather'.")
         if self.inference_threshold is not None and not 0 < self.inference_threshold < 1:
@@ -312,6 +342,51 @@ class MoEConfig:
         if self.dispatch is Dispatch.RAGGED:
             yield (
                 "DEFAULT_OUTPUT_DECAY averages experts' outputs, which DISPATCH = 'ragged' does not keep: use 'gather'."
+            )
+
+
+def check_mixing(config: MoEConfig, num_tokens: int, length: int) -> None:
+    """Refuses Soft MoE whose groups hold parts of several sequences or images: a slot is a mean over all tokens of its group, so
+    that an output would depend on what else is in the batch.
+
+    Args:
+      config: of the layer.
+      num_tokens: of a batch.
+      length: of a sequence or an image, in tokens.
+
+    Raises:
+      UserError: they do.
+    """
+    if config.router is not RouterType.SOFT:
+        return
+    size = num_tokens // num_groups(num_tokens, config.group_size, config.groups_multiple_of)
+    if length % size:
+        raise UserError(
+            f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
+            f'GROUP_SIZE = {length} (of a ViT: GROUP_IMAGES = 1).'
+        )
+
+
+def check_readers(layers: Sequence[MoEConfig]) -> Iterator[str]:
+    """What is set for a kind of router that no layer of a model has, a sentence each."""
+    routers = {layer.router for layer in layers}
+    for binding, is_set, readers in (
+        ('BALANCE_BIAS_RATE', any(c.balance_bias_rate for c in layers), {RouterType.TOP_K}),
+        ('ADAPTIVE_BALANCE', any(c.adaptive_balance is not None for c in layers), {RouterType.TOP_K}),
+        ('DEFAULT_OUTPUT_DECAY', any(c.default_output_decay is not None for c in layers), {RouterType.TOP_K}),
+        (
+            "BALANCE_LOSS = 'mutual_information'",
+            any(c.balance_loss is BalanceLoss.MUTUAL_INFORMATION for c in layers),
+            {RouterType.TOP_K, RouterType.DENSE},
+        ),
+        ('INFERENCE_THRESHOLD', any(c.inference_threshold is not None for c in layers), {RouterType.DENSE}),
+    ):
+        if is_set and not routers & readers:
+            wanted = ' or '.join(f"'{router}'" for router in sorted(readers))
+            have = ', '.join(sorted(routers))
+            yield (
+                f'{binding} is read by the router {wanted} only, and the MoE layers have {have}: leave it out, or change the '
+                'router.'
             )
 
 

@@ -24,7 +24,16 @@ from upcycle.moe.config import (
     check_groups,
     microbatch_groups,
 )
-from upcycle.moe.router import Choices, Mixing, Routing, importance_load_loss, probabilities, route_dropless, token_sums
+from upcycle.moe.router import (
+    CHOSEN,
+    Choices,
+    Mixing,
+    Routing,
+    importance_load_loss,
+    probabilities,
+    route_dropless,
+    token_sums,
+)
 from upcycle.moe.state import NAME as STATE
 from upcycle.moe.state import OUTPUT_COUNT, OUTPUT_SUM, RouterState
 from upcycle.moe.state import shapes as state_shapes
@@ -34,7 +43,10 @@ METRICS = 'moe_metrics'
 
 
 class RouterWeights(nn.Module):
-    """Logits of a linear router in float32, without bias; named as in flaxformer. `unit`: they are cosines."""
+    """Logits of a linear router in float32, without bias; named as in flaxformer. `unit`: they are cosines.
+
+    On a TPU a product of float32 numbers is one of bfloat16 unless it is asked for otherwise.
+    """
 
     num_logits: int
     init_stddev: float
@@ -45,7 +57,10 @@ class RouterWeights(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
         if self.unit:
             return _Cosines(self.num_logits, init, name='w')(x_BxLxD)
-        return nn.Dense(self.num_logits, use_bias=False, dtype=jnp.float32, kernel_init=init, name='w')(x_BxLxD)
+        dense = nn.Dense(
+            self.num_logits, use_bias=False, dtype=jnp.float32, precision='highest', kernel_init=init, name='w'
+        )
+        return dense(x_BxLxD)
 
 
 class _Cosines(nn.Module):
@@ -61,7 +76,7 @@ class _Cosines(nn.Module):
         def unit(v: jax.Array, axis: int) -> jax.Array:
             return v * jax.lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-12)
 
-        return unit(x_BxLxD, -1) @ unit(kernel_DxN, 0)
+        return jnp.matmul(unit(x_BxLxD, -1), unit(kernel_DxN, 0), precision='highest')
 
 
 class Router(nn.Module):
@@ -293,7 +308,7 @@ def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
         by_layer.setdefault(name, {})['/'.join(layer)] = value
     metrics = {}
     for name, layers in by_layer.items():
-        if name not in ('load', OUTPUT_SUM, OUTPUT_COUNT):
+        if name not in ('load', OUTPUT_SUM, OUTPUT_COUNT, CHOSEN):
             metrics[f'experts/{name}'] = sum(layers.values()) / len(layers)
         metrics |= {f'experts/{layer}/{name}': value for layer, value in layers.items()}
     return metrics

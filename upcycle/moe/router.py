@@ -51,6 +51,9 @@ class Mixing(NamedTuple):
 
 Across = Callable[[jax.Array], jax.Array]
 
+# A metric of routers with a bias: the share of the choices that fell on each expert.
+CHOSEN = 'chosen'
+
 
 def here(x: jax.Array) -> jax.Array:
     """The sum over devices, where all groups are on this one."""
@@ -105,7 +108,10 @@ def route(
         routing = _leave_the_rest(routing, num_tokens=S)
 
     used_GxExC = routing.token_GxExC < S
-    metrics = _metrics(
+    followed = {}
+    if config.router is RouterType.TOP_K and bias_E is not None:
+        followed = {CHOSEN: _share_of_choices(expert_GxSxK, tokens.may_route_GxS, config.num_experts, across)}
+    metrics = followed | _metrics(
         tokens,
         across,
         used_E=used_GxExC.sum(axis=(0, 2)),
@@ -144,6 +150,8 @@ def route_dropless(
         covered=tokens.may_route_GxS.sum(),
         weight=weight_GxSxK.sum(),
     )
+    if bias_E is not None:
+        metrics[CHOSEN] = metrics['load']
     return Choices(expert_GxSxK, weight_GxSxK), metrics | {
         'auxiliary_loss': auxiliary_loss,
         'fraction_dropped': jnp.zeros(()),
@@ -194,12 +202,7 @@ class _Tokens(NamedTuple):
 
 
 def _prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) -> _Tokens:
-    logits_GxSxE = logits_GxSxE.astype(jnp.float32)
-    if config.logit_normalization is not None:
-        centred_GxSxE = logits_GxSxE - logits_GxSxE.mean(axis=-1, keepdims=True)
-        # Equal logits, as of padding that is zeros, stay equal; the floor keeps their gradient finite.
-        variance_GxSx1 = jnp.square(centred_GxSxE).mean(axis=-1, keepdims=True)
-        logits_GxSxE = config.logit_normalization * centred_GxSxE * jax.lax.rsqrt(variance_GxSx1 + 1e-12)
+    logits_GxSxE = _normalized_logits(logits_GxSxE.astype(jnp.float32), config)
     probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
     everything_GxS = jnp.ones_like(real_GxS)
     if config.route_padding is RoutePadding.DOWN_WEIGHT:
@@ -211,6 +214,16 @@ def _prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) ->
         may_route_GxS=everything_GxS if config.route_padding is RoutePadding.ROUTE else real_GxS,
         in_loss_GxS=real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS,
     )
+
+
+def _normalized_logits(logits_GxSxE: jax.Array, config: MoEConfig) -> jax.Array:
+    """Centred and divided by their deviation, where that is asked for (Wei et al. 2024, arXiv 2406.06563, section 3.1)."""
+    if config.logit_normalization is None:
+        return logits_GxSxE
+    centred_GxSxE = logits_GxSxE - logits_GxSxE.mean(axis=-1, keepdims=True)
+    # Equal logits, as of padding that is zeros, stay equal; the floor keeps their gradient finite.
+    variance_GxSx1 = jnp.square(centred_GxSxE).mean(axis=-1, keepdims=True)
+    return config.logit_normalization * centred_GxSxE * jax.lax.rsqrt(variance_GxSx1 + 1e-12)
 
 
 def probabilities(logits_BxLxE: jax.Array, real_BxL: jax.Array, config: MoEConfig) -> jax.Array:
@@ -236,6 +249,13 @@ def _choose(probs_GxSxE: jax.Array, bias_E: jax.Array | None, config: MoEConfig)
     """The K experts of each token, (G, S, K)."""
     score_GxSxE = probs_GxSxE if bias_E is None else probs_GxSxE + jax.lax.stop_gradient(bias_E)
     return jax.lax.top_k(score_GxSxE, config.num_selected_experts)[1]
+
+
+def _share_of_choices(expert_GxSxK: jax.Array, may_route_GxS: jax.Array, num_experts: int, across: Across) -> jax.Array:
+    """Of all choices those of each expert, found a slot or not."""
+    expert_GxSxK = jnp.where(may_route_GxS[..., None], expert_GxSxK, num_experts)
+    count_E = across(jnp.zeros(num_experts, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop'))
+    return count_E / jnp.maximum(count_E.sum(), 1)
 
 
 def _expert_choice(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: int) -> Routing:
@@ -394,7 +414,7 @@ def importance_load_loss(
     the probability that new noise would lift its logit above the K-th largest noisy one; without noise there is none. Computed
     as `NoisyTopExpertsPerItemRouter` of vmoe does.
     """
-    probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
+    probs_GxSxE = jax.nn.softmax(_normalized_logits(logits_GxSxE, config), axis=-1)
     if config.route_padding is not RoutePadding.SKIP:
         real_GxS = jnp.ones_like(real_GxS)
 

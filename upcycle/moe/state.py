@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from upcycle.moe.config import MoEConfig, RouterType
+from upcycle.moe.router import CHOSEN
 
 NAME = 'router_state'
 # Metrics that are only there to be followed: each expert's outputs added up, and how many they are.
@@ -74,8 +75,9 @@ def follow(
         config = layers['/'.join(layer)]
         seen = '/'.join(['experts', *layer[:-1]])
         if name == 'bias':
-            # Loss-free balancing (Wang et al. 2024, arXiv 2408.15664). An even share is even despite rounding.
-            missing_E = 1.0 / config.num_experts - metrics[f'{seen}/load']
+            # Loss-free balancing (Wang et al. 2024, arXiv 2408.15664) counts what chose an expert, in a full one too. An even
+            # share is even despite rounding.
+            missing_E = 1.0 / config.num_experts - metrics[f'{seen}/{CHOSEN}']
             missing_E = jnp.where(jnp.abs(missing_E) < 1e-6, 0.0, missing_E)
             flat[path] = old + config.balance_bias_rate * jnp.sign(missing_E)
         elif name == 'loss_weight':
@@ -92,4 +94,4 @@ def follow(
 
 def for_the_log(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Metrics without those that are only there to be followed."""
-    return {name: value for name, value in metrics.items() if not name.endswith((OUTPUT_SUM, OUTPUT_COUNT))}
+    return {name: value for name, value in metrics.items() if not name.endswith((OUTPUT_SUM, OUTPUT_COUNT, CHOSEN))}

@@ -1,7 +1,9 @@
 """The paper's statements, checked: is one branch better than another, seed by seed, at equal cost?"""
 
+import csv
 import dataclasses
 import math
+import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -27,6 +29,9 @@ class Claim:
       at: FLOPs of each branch's own at which they are compared, as a share of the dense run's; 0: the first evaluation; None:
         where the shorter ends.
       whole: a run from nothing spends the dense run's FLOPs first, uncounted, as a branch has.
+      per_step: compared are equal steps and not equal FLOPs.
+      than: two more branches; what is said of the difference between `better` and `worse` is said of it less theirs.
+      within: the claim is that there is no difference as large as this, either way.
     """
 
     text: str
@@ -36,6 +41,14 @@ class Claim:
     metric: str = 'loss'
     at: float | None = None
     whole: bool = False
+    per_step: bool = False
+    than: tuple[str, str] | None = None
+    within: float | None = None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What is compared: the second pair's difference is taken from the first's."""
+        return [(self.better, self.worse), *([tuple(self.than)] if self.than else [])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +77,24 @@ class Verdict:
 
     @property
     def standard_errors(self) -> float | None:
-        """How many of them the mean is away from zero; positive where it is on the claim's side."""
+        """How many of them the mean is away from zero; positive where it is on the claim's side, or where that has no side."""
         if len(self.known) < 2 or not (deviation := statistics.stdev(self.known)):
             return None
-        sign = -1.0 if self.claim.metric in LOWER_IS_BETTER else 1.0
+        lower = self.claim.metric in LOWER_IS_BETTER
+        sign = math.copysign(1.0, self.mean) if self.claim.within is not None else -1.0 if lower else 1.0
         return sign * self.mean * math.sqrt(len(self.known)) / deviation
 
     @property
     def word(self) -> str:
-        """'holds' or 'does not hold' where the interval excludes zero, else 'undecided'."""
-        if self.half_width is None or self.half_width >= abs(self.mean):
+        """'holds' or 'does not hold' where the interval excludes zero (of a claim of no difference: lies inside `within`, or
+        outside), else 'undecided'."""
+        if self.half_width is None:
+            return 'undecided'
+        if self.claim.within is not None:
+            if abs(self.mean) + self.half_width < self.claim.within:
+                return 'holds'
+            return 'does not hold' if abs(self.mean) - self.half_width > self.claim.within else 'undecided'
+        if self.half_width >= abs(self.mean):
             return 'undecided'
         lower = self.claim.metric in LOWER_IS_BETTER
         return 'holds' if (self.mean < 0) == lower else 'does not hold'
@@ -91,15 +112,21 @@ def judge(claim: Claim, seeds: Sequence[Mapping[str, Run]]) -> Verdict:
 
 
 def _difference(claim: Claim, runs: Mapping[str, Run]) -> float | None:
-    if claim.better not in runs or claim.worse not in runs:
+    gaps = [_gap(claim, runs, pair) for pair in claim.pairs]
+    return None if None in gaps else gaps[0] - sum(gaps[1:])
+
+
+def _gap(claim: Claim, runs: Mapping[str, Run], branches: tuple[str, str]) -> float | None:
+    if not runs.keys() >= set(branches):
         return None
-    pair = [runs[name] for name in (claim.better, claim.worse)]
-    curves = [curve_of(run, claim.metric, Axis.FLOPS) for run in pair]
+    axis = Axis.STEPS if claim.per_step else Axis.FLOPS
+    pair = [runs[name] for name in branches]
+    curves = [curve_of(run, claim.metric, axis) for run in pair]
     if not all(len(x) for x, _ in curves):
         return None
-    sunk = next((run.start[Axis.FLOPS] for run in pair if run.start[Axis.FLOPS]), math.nan)
+    sunk = next((run.start[axis] for run in pair if run.start[axis]), math.nan)
     if claim.whole:
-        curves = [(x + run.start[Axis.FLOPS] - sunk, y) for run, (x, y) in zip(pair, curves, strict=True)]
+        curves = [(x + run.start[axis] - sunk, y) for run, (x, y) in zip(pair, curves, strict=True)]
     if claim.at == 0:
         values = [float(y[0]) for _, y in curves]
     else:
@@ -135,12 +162,24 @@ def as_markdown(verdicts: Sequence[Verdict]) -> str:
     return '\n'.join([*lines, ''])
 
 
+def write_csv(verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
+    """All of them unrounded, a line a claim, with a column a seed."""
+    seeds = max((len(v.differences) for v in verdicts), default=0)
+    columns = ['mean', 'half_width', 'standard_errors', 'verdict', 'paper', *(f'seed_{i + 1}' for i in range(seeds))]
+    with path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        writer.writerow(['claim', 'compared', *columns])
+        for v in verdicts:
+            numbers = [v.mean, v.half_width, v.standard_errors]
+            writer.writerow([v.claim.text, _compared(v.claim), *numbers, v.word, v.claim.paper, *v.differences])
+
+
 def rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """The table's cells."""
     return [
         [
             v.claim.text,
-            f'{v.claim.metric}, {v.claim.better} less {v.claim.worse}',
+            _compared(v.claim),
             _interval(v),
             str(len(v.known)),
             v.word + ('' if v.standard_errors is None else f' ({v.standard_errors:+.1f} standard errors)'),
@@ -148,6 +187,13 @@ def rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
         ]
         for v in verdicts
     ]
+
+
+def _compared(claim: Claim) -> str:
+    names = [f'{better} less {worse}' for better, worse in claim.pairs]
+    between = names[0] if claim.than is None else f'({names[0]}) less ({names[1]})'
+    within = '' if claim.within is None else f', within {claim.within:g}'
+    return f'{claim.metric}{", step by step" if claim.per_step else ""}, {between}{within}'
 
 
 def _interval(v: Verdict) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import pathlib
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import rich.box
@@ -17,7 +18,7 @@ from etils import epath
 from upcycle.errors import UserError
 from upcycle.report.claims import Verdict
 from upcycle.report.claims import rows as claim_rows
-from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, reaches
+from upcycle.report.compare import Paired, Report, Row, half_width, mean_rows, paired, reaches
 from upcycle.report.plots import Plot, main_plots, other_plots, unit
 from upcycle.report.runs import Axis, Role, Run, load_run
 
@@ -55,6 +56,7 @@ def write_report(
     notes: Mapping[str, str] | None = None,
     verdicts: Sequence[Verdict] = (),
     first: Sequence[Plot] = (),
+    beside: Mapping[str, Table] | None = None,
 ) -> pathlib.Path:
     """Writes `report.html` (whole in itself), `report.csv` and one PNG per figure.
 
@@ -65,6 +67,7 @@ def write_report(
       notes: how to reproduce, shown as given; `evaluated_on` also goes into the captions.
       verdicts: of the claims that the comparison was made to check.
       first: plots to be shown before those of every report.
+      beside: more tables, by title, after the verdicts.
 
     Returns:
       The path of `report.html`.
@@ -77,7 +80,7 @@ def write_report(
     for plot in [*main, *others]:
         (out / f'{plot.key}.png').write_bytes(plot.png())
     _write_csv(reports, out / 'report.csv')
-    page = '\n'.join(_page(reports, title, notes, main, others, verdicts))
+    page = '\n'.join(_page(reports, title, notes, main, others, verdicts, beside or {}))
     path = out / 'report.html'
     path.write_text(page, encoding='utf-8')
     return path
@@ -114,7 +117,6 @@ def headlines(reports: Sequence[Report]) -> list[str]:
     report, lines = reports[0], []
     sunk, base = report.sunk[Axis.FLOPS], report.find(Role.DENSE_CONTINUATION)
     rows = {row.branch: row for row in mean_rows(reports)}
-    first = ' (first seed)' if len(reports) > 1 else ''
     for gap in paired(reports):
         run = next((r for r in report.runs if r.name == gap.branch and r.role is Role.UPCYCLED), None)
         if run is None or gap.axis is not Axis.FLOPS or gap.metric != 'loss':
@@ -130,16 +132,42 @@ def headlines(reports: Sequence[Report]) -> list[str]:
             f'At equal extra FLOPs, {_extra(report.budget[Axis.FLOPS], sunk)}, the validation loss of {run.name} is '
             f'{abs(gap.mean):.4f} {verdict} than that of {base.name}{values}{interval}.'
         )
-        passes = report.passes(run, base)
-        where = f'stays below {base.name} from {_extra(passes, sunk)} on' if passes is not None else ''
-        where = where or f'is not below {base.name} where the shorter of the two ends'
-        lines.append(f'{run.name} {where}{first}.')
-        scratch, target = report.find(Role.SCRATCH), run.curve('loss', Axis.FLOPS)[1]
-        if scratch and sunk and len(target):
-            cost = reaches(scratch.curve('loss', Axis.FLOPS), target[-1])
-            done = f"needs {cost / sunk:.0%} of the dense checkpoint's cost" if cost else 'has not come down'
-            lines.append(f'{scratch.name} {done} to the last loss of {run.name}{first}.')
+        lines += [_passing(reports, run.name, base.name), *_catching_up(reports, run.name)]
     return [line[0].upper() + line[1:] for line in lines]
+
+
+def _passing(reports: Sequence[Report], name: str, base: str) -> str:
+    """From where on a branch stays below another: the mean over the seeds in which it ends below."""
+    runs = [{run.name: run for run in report.runs} for report in reports]
+    found = [r.passes(by[name], by[base]) for r, by in zip(reports, runs, strict=True) if {name, base} <= by.keys()]
+    passed = [cost for cost in found if cost is not None]
+    if not passed:
+        return f'{name} is not below {base} where the shorter of the two ends.'
+    of = f', in {len(passed)} of {len(found)} seeds' if len(found) > 1 else ''
+    mean = ' (mean)' if len(passed) > 1 else ''
+    return (
+        f'{name} stays below {base} from {_extra(statistics.fmean(passed), reports[0].sunk[Axis.FLOPS])}{mean} on{of}.'
+    )
+
+
+def _catching_up(reports: Sequence[Report], name: str) -> Iterable[str]:
+    """What a model from nothing needs to come to where a branch ends, of the dense checkpoint's cost: mean over seeds."""
+    costs = []
+    for report in reports:
+        scratch, sunk = report.find(Role.SCRATCH), report.sunk[Axis.FLOPS]
+        run = next((run for run in report.runs if run.name == name), None)
+        if scratch and sunk and run and len(target := run.curve('loss', Axis.FLOPS)[1]):
+            cost = reaches(scratch.curve('loss', Axis.FLOPS), target[-1])
+            costs.append(None if cost is None else cost / sunk)
+    known = [cost for cost in costs if cost is not None]
+    if costs and not known:
+        yield f'{reports[0].find(Role.SCRATCH).name} has not come down to the last loss of {name}.'
+    elif costs:
+        width = half_width(known)
+        spread = '' if width is None else f' ± {width:.0%}'
+        of = f' ({len(known)} of {len(costs)} seeds)' if len(costs) > 1 else ''
+        share = f"{statistics.fmean(known):.0%}{spread} of the dense checkpoint's cost"
+        yield f'{reports[0].find(Role.SCRATCH).name} needs {share} to the last loss of {name}{of}.'
 
 
 def _warnings(reports: Sequence[Report]) -> list[str]:
@@ -245,6 +273,7 @@ def _page(
     main: Sequence[Plot],
     others: Sequence[Plot],
     verdicts: Sequence[Verdict],
+    beside: Mapping[str, Table],
 ) -> Iterable[str]:
     e = html.escape
     yield '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
@@ -257,8 +286,11 @@ def _page(
         yield f'<h2>Claims of the paper</h2>{_html_table((head, claim_rows(verdicts)))}'
         yield (
             '<p>Branches are compared where each has spent the same FLOPs of its own, over the last twentieth before it. A claim '
-            'holds, or does not, where the 95% t-interval of the mean difference, paired by seed, excludes zero.</p>'
+            'holds, or does not, where the 95% t-interval of the mean difference, paired by seed, excludes zero; a claim of no '
+            'difference where that interval lies within the bounds it names, or outside.</p>'
         )
+    for name, table in beside.items():
+        yield f'<h2>{e(name)}</h2>{_html_table(table)}'
     yield '<h2>Quality against extra cost</h2>'
     for plot in main:
         yield from _figure(plot)

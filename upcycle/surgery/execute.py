@@ -103,7 +103,10 @@ class Maker:
 
         The sources of the row last asked for are kept, so ask for one row's experts after the other.
         """
-        parents = [self._parent(row, i) for i in self.lineage(row)[index]]
+        made_of = self.lineage(row)[index]
+        if row.action is Action.TILE and self.plan.alike(row):
+            made_of = (0,)  # the dense MLP's state, though the expert may start from scratch
+        parents = [self._parent(row, i) for i in made_of]
         if row.action is Action.TILE or self.plan.spec.operator.identical:
             return _mean(parents, row.dtype)
         mlp, name = mlp_of(row.target), within_mlp(row.target)
@@ -142,7 +145,10 @@ class Maker:
             return jnp.ones((), row.dtype)
         key = key_of(spec.seed, row.target)
         lineage = self.lineage(row)
-        columns = spec.operator.router_columns(len(lineage))
+        # Soft MoE has several columns an expert, side by side.
+        slots = row.shape[1] // len(lineage)
+        columns = [slots * e + c for e in spec.operator.router_columns(len(lineage)) for c in range(slots)]
+        lineage = tuple(tuple(slots * i + c for i in made_of) for made_of in lineage for c in range(slots))
         shape = (row.shape[0], 1 + max(columns))
         if spec.router_init in INHERITED:
             old = jnp.asarray(self.source(row.sources[0]), jnp.float32)
@@ -159,8 +165,9 @@ class Maker:
 
     def lineage(self, row: Row) -> Lineage:
         """For each expert of a row, which MLPs it is made of."""
-        plan, mlp, num_experts = self.plan, mlp_of(row.target), row.shape[row.action is Action.ROUTER]
+        plan, mlp = self.plan, mlp_of(row.target)
         if mlp not in self._lineages:
+            num_experts = next(iter(plan.mlps[mlp].values())).num_experts
             measured = None
             for name, size in plan.measured.get(mlp, ()):
                 found = plan.spec.operator.measure(name, np.asarray(self._read(name, None)), size)

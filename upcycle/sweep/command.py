@@ -1,6 +1,7 @@
 """`upcycle sweep`: from the command line's options to a grid that is carried out or printed."""
 
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def sweep(
 
 def _report(report: Mapping[str, Any], entries: list[conduct.Entry], folder: str, out: str) -> None:
     """A comparison that the experiment is for: its page, its claims, and a table at several budgets."""
-    from upcycle.report import claims, plots
+    from upcycle.report import claims, numbers, plots
     from upcycle.report.budgets import as_markdown, at_budgets
     from upcycle.report.html import compare_seeds, write_report
     from upcycle.report.runs import Role, chain, load_run
@@ -112,15 +113,24 @@ def _report(report: Mapping[str, Any], entries: list[conduct.Entry], folder: str
         plots.final_plot(plots.Final(**final), seeds, f'ends_{number + 1}')
         for number, final in enumerate(report.get('finals', ()))
     ]
-    page = write_report(groups, folder, report['title'], {'seeds': str(len(groups)), **first}, verdicts, finals)
-    tables = {}
+    notes = {'seeds': str(len(groups)), **first}
+    tables, beside = {}, {}
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if verdicts:
         tables['claims'] = claims.as_markdown(verdicts)
+        claims.write_csv(verdicts, folder / 'claims.csv')
+    if report.get('numbers'):
+        table = numbers.Numbers(**report['numbers'])
+        found = numbers.ends(table, seeds)
+        tables['numbers'] = numbers.as_markdown(table, found)
+        beside["Beside the paper's numbers"] = numbers.as_table(table, found)
+        numbers.write_csv(found, folder / 'numbers.csv')
+    page = write_report(groups, folder, report['title'], notes, verdicts, finals, beside)
     if report.get('base'):
         tables['budgets'] = as_markdown(at_budgets(compare_seeds(groups), report['base']), report['base'])
     for name, table in tables.items():
-        with open(os.path.join(folder, f'{name}.md'), 'w', encoding='utf-8') as file:
-            file.write(table)
+        (folder / f'{name}.md').write_text(table, encoding='utf-8')
         print(table)
     print(f'report: {page}')
 

@@ -241,6 +241,7 @@ class Panel:
       curves: labels whose curves are drawn; None: all.
       claims: see `claim`.
       finals: see `final`.
+      numbers: see `table`.
     """
 
     setting: Setting
@@ -249,6 +250,7 @@ class Panel:
     curves: Sequence[str] | None = None
     claims: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     finals: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    numbers: dict[str, Any] | None = None
 
     def claim(
         self,
@@ -260,6 +262,9 @@ class Panel:
         metric: str = 'loss',
         at: float | None = None,
         whole: bool = False,
+        per_step: bool = False,
+        than: tuple[str, str] | None = None,
+        within: float | None = None,
     ) -> None:
         """A statement of the paper that these runs can contradict.
 
@@ -271,8 +276,11 @@ class Panel:
           at: the cost of both at which they are compared, as a share of the dense run's; 0: before training. None: where the
             shorter ends.
           whole: a run from nothing spends the dense run's cost first, uncounted, as a branch has.
+          per_step: compared are equal steps and not equal cost.
+          than: two more labels; the statement is of the difference between the first two less theirs.
+          within: the statement is that there is no difference as large as this.
         """
-        missing = {better, worse} - self.branches.keys()
+        missing = {better, worse, *(than or ())} - self.branches.keys()
         assert not missing, missing
         claim = {
             'text': text,
@@ -282,6 +290,9 @@ class Panel:
             'metric': metric,
             'at': at,
             'whole': whole,
+            'per_step': per_step,
+            'than': than,
+            'within': within,
         }
         self.claims.append(claim)
 
@@ -309,6 +320,17 @@ class Panel:
         self.finals.append(
             {'xlabel': xlabel, 'series': rows, 'log': log, 'metrics': list(metrics), 'at_start': at_start}
         )
+
+    def table(self, rows: Mapping[str, Sequence[float]], metrics: Sequence[str]) -> None:
+        """The paper's table, to be shown beside where these runs end.
+
+        Args:
+          rows: label: the paper's numbers, in per cent, one for each metric.
+          metrics: of a run's end.
+        """
+        missing = rows.keys() - self.branches.keys()
+        assert not missing, missing
+        self.numbers = {'metrics': list(metrics), 'rows': [[label, list(values)] for label, values in rows.items()]}
 
 
 def experiment(name: str, scale: Scale | str, panels: Sequence[Panel], seeds: Iterable[int] = (0, 1, 2)) -> Any:
@@ -344,6 +366,7 @@ def experiment(name: str, scale: Scale | str, panels: Sequence[Panel], seeds: It
                 'base': next((label for label in _BASES if label in panel.branches), None),
                 'claims': panel.claims,
                 'finals': panel.finals,
+                'numbers': panel.numbers,
             }
         )
     config.points = list(points.values())

@@ -8,6 +8,7 @@ from upcycle.errors import UserError, refuse
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.models import Model
+from upcycle.moe.config import check_readers
 from upcycle.schema import Count, Whole
 from upcycle.surgery.plan import Surgery
 from upcycle.train.health import Limits
@@ -103,6 +104,7 @@ class Run:
                 yield (f'DIVERSITY_PERIOD = {self.diversity_period!r} must be a whole number of at least 1, or None.')
             if not self.model.moe_layers():
                 yield 'DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.'
+        yield from check_readers(tuple(self.model.moe_layers().values()))
         if not isinstance(self.model_dir, str) or not self.model_dir:
             yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
         if self.surgery is not None and self.initial_checkpoint_path is None:

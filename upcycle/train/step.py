@@ -76,7 +76,7 @@ def train_step(
     params = frozen.restore(old, params, state.step)
     opt_state = frozen.restore(state.opt_state, opt_state, state.step)
     params = moe_state.follow(params, router_state, sums['moe'], model.moe_layers())
-    metrics = summarize({**sums, 'moe': moe_state.for_the_log(sums['moe'])}, model.loss_normalizer(batch))
+    metrics = summarize(sums, model.loss_normalizer(batch))
     metrics |= {
         'learning_rate': rate,
         'gradient_norm': global_norm(grads),

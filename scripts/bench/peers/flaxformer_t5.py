@@ -101,7 +101,7 @@ def ours(factor: float | None, batch: dict[str, jax.Array]):
         **moe,
     )
     ours = Step(config, batch, None if factor is None else EXPERTS)
-    # Theirs measures no norms of gradients and parameters.
+    # Theirs measures no norm of the parameters. That of the gradient stays in ours, since the update depends on it.
     step = jax.jit(lambda *given: ours.train_step(*given)[0]).lower(ours.state, ours.batch).compile()
     parts = ours.parts()
     return {
