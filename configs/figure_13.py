@@ -36,6 +36,13 @@ def get_config(scale: str = 'mini') -> Any:
     panel = paper.Panel(setting, 'Figure 13: load experts', branches)
     for n in counts:
         panel.claim(f'With {n} experts, copies end ahead of random ones.', copied[n], random[n])
+    few, many = counts[0], counts[-1]
+    panel.claim(
+        f'With {many} experts random ones end further behind copies than with {few}.',
+        copied[many],
+        random[many],
+        than=(copied[few], random[few]),
+    )
     panel.claim('Copying all experts ends ahead of copying half.', plain, half)
     panel.final('experts', {'copied': copied, 'random': random}, log=True)
     return paper.experiment('figure_13', at, [panel])

@@ -20,10 +20,15 @@ def get_config(scale: str = 'mini') -> Any:
     at = paper.scale_of(scale)
     panels = []
     for setting in (paper.vision(at), paper.language(at)):
-        random = paper.upcycled('surgery/random.gin')
-        branches = {'dense continuation': paper.CONTINUATION, 'upcycled': paper.UPCYCLED, 'random experts': random}
+        ablation, copied = paper.ablation(at) if 'vision' in setting.name else ({}, 'upcycled')
+        random = 'random experts' if not ablation else f'random experts, {copied}'  # as figure 13 calls them
+        branches = {
+            'dense continuation': paper.CONTINUATION,
+            copied: paper.upcycled(**ablation),
+            random: paper.upcycled('surgery/random.gin', **ablation),
+        }
         panel = paper.Panel(setting, f'Figure 7: {setting.name}, experts copied and random', branches)
-        panel.claim('Copied experts end ahead of random ones.', 'upcycled', 'random experts')
-        panel.claim('Copied experts start ahead of random ones.', 'upcycled', 'random experts', at=0.0)
+        panel.claim('Copied experts end ahead of random ones.', copied, random)
+        panel.claim('Copied experts start ahead of random ones.', copied, random, at=0.0)
         panels.append(panel)
     return paper.experiment('figure_7', at, panels)

@@ -19,7 +19,8 @@ def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
-    for setting, factors in ((paper.vision(at), (1.0, 2.0, 3.0, 5.0)), (paper.language(at), (1.0, 2.0, 3.0))):
+    of_vision = (1.0, 2.0, 3.0, 5.0) if at is paper.Scale.MINI else (1.0, 2.0, 3.0, 4.0, 5.0)
+    for setting, factors in ((paper.vision(at), of_vision), (paper.language(at), (1.0, 2.0, 3.0))):
         labels = {factor: 'upcycled' if factor == 2 else f'cf={factor:g}' for factor in factors}
         branches = {
             label: paper.upcycled(**paper.capacity(f)) if f != 2 else paper.UPCYCLED for f, label in labels.items()
@@ -29,6 +30,9 @@ def get_config(scale: str = 'mini') -> Any:
         for factor, label in labels.items():
             if factor != 2 and (factor != 3 or 'language' in setting.name):
                 panel.claim(f'Factor 2 ends ahead of factor {factor:g}.', 'upcycled', label)
+        if 'vision' in setting.name:
+            for factor in (1.0, 5.0):
+                panel.claim(f'Factor 3 ends ahead of factor {factor:g}.', labels[3.0], labels[factor])
         panel.final('capacity factor', {'upcycled': labels})
         panels.append(panel)
     return paper.experiment('figure_9', at, panels)

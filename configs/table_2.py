@@ -14,6 +14,7 @@ The paper gives all the same epochs; here all have the same FLOPs.
 Never run at full scale by this project.
 """
 
+import dataclasses
 from typing import Any
 
 from upcycle.sweep import paper
@@ -23,6 +24,9 @@ def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.vision(at, 'l32')
+    if at is not paper.Scale.MINI:
+        # Seven epochs here, where the other figures start after fourteen.
+        setting = dataclasses.replace(setting, name='vision_l32_7_epochs', dense_steps=setting.dense_steps // 2)
     # With one expert a token, a normalised weight would be 1 and give the router no gradient.
     top_1 = paper.upcycled(
         ROUTER='top_k', NUM_SELECTED_EXPERTS=1, NORMALIZE_COMBINE_WEIGHTS=False, **paper.capacity(1.05)
@@ -34,23 +38,45 @@ def get_config(scale: str = 'mini') -> Any:
         'upcycled': paper.UPCYCLED,
         'Top-2': paper.upcycled(ROUTER='top_k', NUM_SELECTED_EXPERTS=2, **paper.capacity(1.05)),
         'scratch': paper.SCRATCH,
+        'scratch, cf=1': dataclasses.replace(paper.SCRATCH, bindings=paper.capacity(1.0)),
     }
     panel = paper.Panel(setting, 'Table 2: routers', branches)
     numbers = {
         ('upcycled', 'dense continuation'): '52.80 to 49.60',
+        ('Top-2', 'dense continuation'): '52.88 to 49.60',
+        ('cf=1', 'dense continuation'): '51.91 to 49.60',
+        ('Top-1', 'dense continuation'): '51.51 to 49.60',
         ('upcycled', 'cf=1'): '52.80 to 51.91',
         ('cf=1', 'Top-1'): '51.91 to 51.51',
-        ('Top-2', 'upcycled'): '52.88 to 52.80',
+        ('Top-2', 'Top-1'): '52.88 to 51.51',
         ('upcycled', 'scratch'): '52.80 to 51.28, 7 epochs each',
     }
     for (better, worse), found in numbers.items():
         panel.claim(f'{better} ends ahead of {worse}.', better, worse, paper=found, metric='accuracy')
-    panel.claim(
-        "scratch, given the dense model's cost as well, ends ahead of upcycled.",
-        'scratch',
-        'upcycled',
-        paper='55.46 to 52.80, 14 epochs to 7 + 7',
-        metric='accuracy',
-        whole=True,
+    text = 'Expert Choice and Top-2 end within half a point of each other.'
+    panel.claim(text, 'upcycled', 'Top-2', paper='52.80 to 52.88', metric='accuracy', within=0.005)
+    for scratch, upcycled, found in (
+        ('scratch', 'upcycled', '55.46 to 52.80'),
+        ('scratch, cf=1', 'cf=1', '54.84 to 51.91'),
+    ):
+        panel.claim(
+            f"{scratch}, given the dense model's cost as well, ends ahead of {upcycled}.",
+            scratch,
+            upcycled,
+            paper=f'{found}, 14 epochs to 7 + 7',
+            metric='accuracy',
+            whole=True,
+        )
+    panel.table(
+        {
+            'dense continuation': (49.60, 73.59),
+            'cf=1': (51.91, 74.04),
+            'Top-1': (51.51, 74.40),
+            'upcycled': (52.80, 74.83),
+            'Top-2': (52.88, 74.91),
+            'scratch, cf=1': (54.84, 75.02),
+            'scratch': (55.46, 75.75),
+        },
+        ('accuracy', 'few_shot/10shot'),
     )
     return paper.experiment('table_2', at, [panel])

@@ -184,12 +184,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar='N',
         help='runs at once; on this machine each has its share of the cores (%(default)s)',
     )
+    sweep.add_argument(
+        '--only',
+        metavar='PATTERN',
+        help="of its runs those with such names, as 'language_xl/*', and what they start from",
+    )
     sweep.add_argument('--out', help='folder of the runs (runs/NAME)')
 
-    report = add('report', _report, 'tables and plots from run folders')
-    report.add_argument('runs', nargs='+', metavar='MODEL_DIR')
+    report = add('report', _report, 'tables and plots from run folders, or of an experiment')
+    report.add_argument('runs', nargs='*', metavar='MODEL_DIR')
     report.add_argument(
-        '--out', default='report', help='folder for report.html, report.csv and the plots (%(default)s)'
+        '--config', metavar='FILE', help="instead of run folders: a sweep's experiment, as far as it has come"
+    )
+    report.add_argument('--scale', help='of the experiment')
+    report.add_argument(
+        '--out',
+        help='folder for report.html, report.csv and the plots (report); with --config that of the sweep (runs/NAME)',
     )
     return parser
 
@@ -372,10 +382,18 @@ def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
         cluster=dict(map(parse_option, options.cluster)),
         out=options.out,
         environment=environment,
+        only=options.only,
     )
 
 
 def _report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    if options.config is not None and not options.runs:
+        from upcycle.sweep.command import report_experiment
+
+        report_experiment(config=options.config, scale=options.scale, out=options.out)
+        return
+    if options.config is not None or options.scale is not None or not options.runs:
+        raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
     from upcycle.report.html import report_main
 
-    report_main(options.runs, options.out)
+    report_main(options.runs, options.out or 'report')

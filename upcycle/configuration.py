@@ -7,7 +7,7 @@ from etils import epath
 
 import gin
 from upcycle import files, gin_files, schema
-from upcycle.errors import UserError, mistakes_of, refuse
+from upcycle.errors import MissingData, UserError, mistakes_of, refuse
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.gin_files import UNKNOWN, nearest
@@ -47,6 +47,7 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
     Raises:
       UserError: a file is missing or does not parse, a binding is unknown, unused, missing, of another type or nonsense.
       UserErrors: several are; all of them are said.
+      MissingData: nothing is wrong but that.
     """
     if not names:
         raise UserError('No configuration: name one with --gin_file, such as --gin_file=models/t5_1_1_base.gin.')
@@ -62,7 +63,15 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
     builder = _Builder()
     run = builder.make((), Run)
     others = [*found.mistakes, *builder.mistakes]
-    refuse([*found.mistakes, *_unused(found, bindings, whole=not others), *_unknown_macros(found), *builder.mistakes])
+    mistakes = [
+        *found.mistakes,
+        *_unused(found, bindings, whole=not others),
+        *_unknown_macros(found),
+        *builder.mistakes,
+    ]
+    if mistakes and set(mistakes) == set(builder.missing_data):
+        raise MissingData(mistakes[0])
+    refuse(mistakes)
     return run
 
 
@@ -209,6 +218,7 @@ class _Builder:
 
     def __init__(self) -> None:
         self.mistakes: list[str] = []
+        self.missing_data: list[str] = []  # of these, those of data that is not here
         self._made: dict[str, Any] = {}
         self._under_way: list[str] = []
 
@@ -241,6 +251,8 @@ class _Builder:
                 return target(**arguments)
         except UserError as error:
             self.mistakes += mistakes_of(error)
+            if isinstance(error, MissingData):
+                self.missing_data.append(str(error))
         except Exception as error:
             if target.__module__.startswith('upcycle.'):
                 raise

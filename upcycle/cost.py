@@ -105,6 +105,11 @@ def all_to_all_bytes(
     return (6 if repeated else 4) * slots(config, tokens, training=True) * width * itemsize / share
 
 
+# Peak of a core of TPU v4, FLOP/s in bfloat16, and the share of it that estimates assume: the paper counts in days of such cores.
+TPU_V4_CORE = 137.5e12
+UTILIZATION = 0.4
+
+
 def core_days(flops: float, core_flops_per_second: float, utilization: float) -> float:
     """Core-days of that many FLOPs at a share of a core's peak."""
     return flops / (core_flops_per_second * utilization) / 86400

@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class MissingData(UserError):  # noqa: N818  it is a kind of mistake
+    """The data is not on this machine, or not the package that knows it; everything else may be right."""
+
+
 class UserErrors(UserError):  # noqa: N818  it is several
     """Several mistakes at once, each of them one sentence.
 

@@ -51,7 +51,7 @@ def test_every_point_is_built(name, scale, tfds_data_dir):
         data = {'TFDS_DATA_DIR': tfds_data_dir}
     if name == 'finetune_superglue':  # in the same format, without the `t5` package
         data = {'MIXTURE_OR_TASK_NAME': 'small_glue', 'MIXTURE_OR_TASK_MODULE': 'tests.evaluate.small_tasks'}
-    entries = conduct.check(points_of(name, scale, **data), checkpoints=False)
+    entries = conduct.check(points_of(name, scale, **data), here=False)
     assert all(entry.total_steps > 0 and entry.step_flops > 0 for entry in entries)
 
 
@@ -89,7 +89,7 @@ def test_a_warm_start_keeps_the_weights_alone():
 
 def test_branches_of_one_seed_cost_the_same():
     points = [p for p in points_of('operators', 'operators') if p.name.startswith('seed_3/')]
-    entries = {e.point.name.split('/')[1]: e for e in conduct.check(points, checkpoints=False)}
+    entries = {e.point.name.split('/')[1]: e for e in conduct.check(points, here=False)}
     dense = entries['dense']
     budget = 2000 * entries['copy'].step_flops
     for name, entry in entries.items():

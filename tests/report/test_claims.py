@@ -4,6 +4,8 @@ import pytest
 
 from tests.report.test_budgets import run
 from upcycle.report.claims import Claim, as_markdown, judge
+from upcycle.report.numbers import Numbers, ends, write_csv
+from upcycle.report.numbers import as_markdown as numbers_as_markdown
 from upcycle.report.plots import Final, final_plot
 from upcycle.report.runs import Role
 
@@ -71,6 +73,51 @@ def test_a_run_from_nothing_may_spend_the_dense_cost_too():
     assert judge(Claim('', 'scratch', 'theirs'), pair).mean == pytest.approx(2 + 0.005 * middle)
     whole = judge(Claim('', 'scratch', 'theirs', whole=True), pair).mean
     assert whole == pytest.approx(4 - 0.005 * (500 + middle) - (2 - 0.01 * middle))
+
+
+def test_a_claim_of_no_difference_needs_an_interval_within_its_bounds():
+    def word(within, *gaps):
+        return judge(Claim('', 'ours', 'theirs', within=within), seeds(*gaps)).word
+
+    assert word(0.05, 0.01, -0.01, 0.0) == 'holds'
+    assert word(0.02, 0.01, -0.01, 0.0) == 'undecided'  # the interval is +- 0.025
+    assert word(0.05, 0.1, 0.12, 0.11) == word(0.05, -0.1, -0.12, -0.11) == 'does not hold'
+    assert word(0.05, 0.01) == 'undecided'
+    assert judge(Claim('', 'ours', 'theirs', within=0.0), seeds(-0.1, -0.12)).standard_errors > 0
+
+
+def test_a_difference_of_differences():
+    """'ours' is ahead of 'theirs' by 0.1 to 0.12, and further by 0.05 than 'other' is."""
+    runs = [
+        {**group, 'other': run('other', lambda x, gap=gap: 2 - 0.01 * x - gap + 0.05)}
+        for group, gap in zip(seeds(0.1, 0.12), (0.1, 0.12), strict=True)
+    ]
+    verdict = judge(Claim('', 'ours', 'theirs', than=('other', 'theirs')), runs)
+    assert verdict.differences == pytest.approx((-0.05, -0.05)) and verdict.word == 'holds'
+    assert judge(Claim('', 'ours', 'theirs', than=('nowhere', 'theirs')), runs).mean is None
+    assert '(ours less theirs) less (other less theirs)' in as_markdown([verdict])
+
+
+def test_step_by_step():
+    """Half as many steps of twice the cost: level at equal FLOPs, ahead at equal steps."""
+    dear = run('dear', lambda x: 2 - 0.01 * x, steps=range(0, 51, 2), step_flops=2.0)
+    pair = [{'dear': dear, 'theirs': run('theirs', lambda x: 2 - 0.01 * x)}]
+    assert judge(Claim('', 'dear', 'theirs'), pair).mean == pytest.approx(0)
+    assert judge(Claim('', 'dear', 'theirs', per_step=True), pair).mean == pytest.approx(-0.01 * 0.975 * 50)
+
+
+def test_the_papers_numbers_stand_beside_ours(tmp_path):
+    table = Numbers(('accuracy', 'few_shot/10shot'), (('ours', (52.8, 74.8)), ('absent', (50.0, 70.0))))
+    found = ends(table, seeds(0.1, 0.2))
+    lines = numbers_as_markdown(table, found).splitlines()
+    assert lines[2] == '| branch | accuracy, % | paper | few_shot/10shot, % | paper |'
+    assert lines[4] == '| ours | 50.00 ± 0.00 | 52.80 | – | 74.80 |'
+    assert lines[5] == '| absent | – | 50.00 | – | 70.00 |'
+    write_csv(found, tmp_path / 'numbers.csv')
+    assert (tmp_path / 'numbers.csv').read_text().splitlines()[1:] == [
+        'ours,accuracy,1,50.0,52.8',
+        'ours,accuracy,2,50.0,52.8',
+    ]
 
 
 def test_the_table():

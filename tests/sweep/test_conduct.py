@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.report.plots import Plot
-from upcycle.sweep import command, conduct, launchers
+from upcycle.sweep import conduct, launchers
 from upcycle.sweep import grid as grids
 from upcycle.sweep.conduct import Entry
 from upcycle.sweep.points import Point, Progress, Status, progress_of
@@ -127,6 +128,8 @@ def test_time_left_goes_by_flops(tmp_path):
     assert conduct.seconds_left(entries) == pytest.approx(35 * 4 / 75)
     entries[0].overhead = 3.0
     assert conduct.seconds_left(entries) == pytest.approx(35 * 4 / 75 + 3)
+    assert conduct.seconds_left(entries, slots=2) == pytest.approx((35 * 4 / 75 + 3) / 2)
+    assert conduct.seconds_left(entries, slots=8) == conduct.seconds_left(entries, slots=2)
 
 
 def test_the_best(tmp_path):
@@ -298,12 +301,40 @@ def test_a_papers_figure_ends_in_verdicts(tmp_path, monkeypatch, capsys):
         os.makedirs(point.model_dir)
         with open(os.path.join(point.model_dir, 'metrics.jsonl'), 'w', encoding='utf-8') as file:
             file.writelines(json.dumps(line) + '\n' for line in lines)
-    entries = [Entry(point, 2, 0, 1.0) for point in points]
-    for report in what.reports:
-        command._report(report, entries, str(tmp_path / 'report'), str(tmp_path))
-    table = (tmp_path / 'report' / 'claims.md').read_text()
-    assert table.count('| holds') == 3 and table in capsys.readouterr().out
-    assert 'Claims of the paper' in (tmp_path / 'report' / 'report.html').read_text()
+    options = ['report', '--config=configs/figure_2_language.py', '--scale=mini', f'--out={tmp_path}']
+    code, out, error = call(options, capsys)
+    assert code == 0, error
+    folder = tmp_path / 'report' / 'figure_2_language'
+    table = (folder / 'claims.md').read_text()
+    assert table.count('| holds') == 3 and table in out
+    assert 'Claims of the paper' in (folder / 'report.html').read_text()
+    assert (folder / 'claims.csv').read_text().count(',holds,') == 3
+    # As far as it has come: without the upcycled runs nothing is decided.
+    for point in points:
+        if point.name.endswith('/upcycled'):
+            shutil.rmtree(point.model_dir)
+    code, out, error = call(options, capsys)
+    assert code == 0 and f'{len(points) * 2 // 3} of {len(points)} runs have begun' in out
+    assert '| holds' not in (folder / 'claims.md').read_text()
+    shutil.rmtree(tmp_path / 'language_mini')
+    code, _, error = call(options, capsys)
+    assert code == 2 and 'no run of the experiment has begun there' in error
+    code, _, error = call([*options, str(tmp_path)], capsys)
+    assert code == 2 and 'name either run folders, or an experiment' in error
+
+
+def test_a_grid_of_data_that_is_not_here_is_printed_and_not_run(tmp_path, capsys):
+    options = ['sweep', '--config=configs/figure_2_vision.py', '--scale=full', f'--out={tmp_path}']
+    code, out, error = call([*options, '--where=print', '--only=vision_b32/seed_1/upcycled'], capsys)
+    assert code == 0, error
+    made = [line.split('--gin.MODEL_DIR=')[1] for line in out.splitlines()]
+    assert made == [f'{tmp_path}/vision_b32/seed_1/{name}' for name in ('dense', 'upcycled')]
+    code, _, error = call([*options, '--only=vision_b32/seed_1/*'], capsys)
+    assert code == 2 and "TFDS_NAME = 'imagenet21k'" in error
+    code, _, error = call([*options, '--where=print', '--gin.BATHC_SIZE=3'], capsys)
+    assert code == 2 and 'did you mean BATCH_SIZE' in error
+    code, _, error = call([*options, '--where=print', '--only=vision_b33*'], capsys)
+    assert code == 2 and '--only=vision_b33*: no run is called that' in error
 
 
 def test_programs_are_compiled_once_and_end_in_a_table(tmp_path, monkeypatch, capsys):

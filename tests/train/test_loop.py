@@ -119,12 +119,22 @@ def test_dense_continuation_is_the_dense_run_going_on(tmp_path, dense):
         np.testing.assert_array_equal(branch[name], leaf, err_msg=name)
 
 
+def test_the_ledger_of_a_line():
+    ledger = loop.Ledger(seconds=10.0, flops=3e18, sunk_flops=1.2e19, tokens=64.0)
+    line = ledger.for_the_log(num_devices=8)
+    assert line['tokens'] == 64 and line['device_seconds'] == 80 and line['percent_of_sunk_flops'] == 25
+    assert line['estimated_core_days'] == pytest.approx(3e18 / (0.4 * 137.5e12 * 86400))
+    assert 'percent_of_sunk_flops' not in loop.Ledger().for_the_log(1)
+
+
 def test_upcycled_run_starts_at_the_dense_step_and_keeps_a_receipt(tmp_path, dense):
     runs.train('upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=dense)
     first = lines_of(tmp_path / 'up')[0]
     assert (first['step'], first['split'], first['start_step'], first['flops']) == (4, 'validation', 4, 0)
     last_dense = lines_of(dense)[-1]
     assert first['sunk_flops'] == last_dense['flops'] > 0
+    assert last_dense['tokens'] == 4 * 4 * (32 + 9) and first['tokens'] == 0
+    assert last_dense['estimated_core_days'] == pytest.approx(last_dense['flops'] / (0.4 * 137.5e12 * 86400))
     receipt = json.loads((tmp_path / 'up' / 'receipt.json').read_text())
     saved = open_checkpoint(str(tmp_path / 'up')).metadata
     assert saved['receipt'] == receipt

@@ -18,7 +18,7 @@ import numpy as np
 
 from upcycle.data import JSON, rows_per_host, tensorflow_quiet
 from upcycle.data.text_files import TextFiles
-from upcycle.errors import UserError
+from upcycle.errors import MissingData, UserError
 from upcycle.schema import Count, Whole
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class DatasetConfig:
         """The seqio task or mixture.
 
         Raises:
-            UserError: if it is unknown, or its module cannot be imported.
+            MissingData: if its module cannot be imported.
+            UserError: if it is unknown.
         """
         if self.source is not None:
             return self.source.task()
@@ -76,7 +77,7 @@ class DatasetConfig:
                 importlib.import_module(self.module)
             except ImportError as error:
                 hint = 'pip install upcycle[t5]' if self.module.split('.')[0] == 't5' else 'install it'
-                raise UserError(
+                raise MissingData(
                     f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported ({error}): {hint}, or bind another.'
                 ) from error
         name = self.mixture_or_task_name

@@ -18,7 +18,7 @@ import numpy as np
 
 from upcycle.data import JSON, tensorflow_quiet
 from upcycle.data.photographs import Encoded
-from upcycle.errors import UserError
+from upcycle.errors import MissingData, UserError
 from upcycle.schema import Count
 
 
@@ -197,7 +197,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
     """The prepared data set.
 
     Raises:
-        UserError: if TFDS knows no such name, or it is not prepared.
+        MissingData: if TFDS knows no such name, or it is not prepared.
+        UserError: if it cannot be loaded.
     """
     tfds = tensorflow_quiet.tfds()
     bare = name.split(':')[0].split('/')[0]
@@ -206,14 +207,14 @@ def _builder(name: str, data_dir: str | None) -> Any:
             builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         close = difflib.get_close_matches(bare, tfds.list_builders(with_community_datasets=False))
-        raise UserError(
+        raise MissingData(
             f'TFDS_NAME = {name!r} is neither known to TFDS (close: {", ".join(close) or "none is similar"}) nor prepared in '
             f'{_folder(data_dir)}: mend the name, or bind TFDS_DATA_DIR to the folder that holds the prepared data.'
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f'TFDS_NAME = {name!r} cannot be loaded ({_one_line(error)}): mend the name.') from None
     if not builder.info.splits:
-        raise UserError(
+        raise MissingData(
             f'{builder.info.full_name} is not prepared in {_folder(data_dir)}: run `tfds build {bare} '
             f'--file_format=array_record --data_dir={_folder(data_dir)}` first, or bind TFDS_DATA_DIR to where it is.'
         )

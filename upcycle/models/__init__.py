@@ -55,6 +55,9 @@ class Model(Protocol):
     def moe_layers(self) -> 'dict[str, MoEConfig]':
         """The MoE layers by the path of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
 
+    def num_tokens(self, batch_spec: BatchSpec) -> int:
+        """Tokens of a batch, padding included: inputs and targets, or patches of images."""
+
     def moe_tokens(self, batch_spec: BatchSpec) -> dict[str, int]:
         """How many tokens of a batch each MoE layer routes, by the same paths."""
 

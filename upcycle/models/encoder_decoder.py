@@ -157,6 +157,10 @@ class EncoderDecoderModel:
             if moe is not None
         }
 
+    def num_tokens(self, batch_spec: Mapping[str, Any]) -> int:
+        """Tokens of a batch, inputs and targets."""
+        return sum(math.prod(batch_spec[f'{stack}_input_tokens'][0]) for stack in ('encoder', 'decoder'))
+
     def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
         """Tokens of a batch at each MoE layer."""
         tokens = {stack: math.prod(batch_spec[f'{stack}_input_tokens'][0]) for stack in ('encoder', 'decoder')}

@@ -179,9 +179,13 @@ class ImageClassifier:
             if moe is not None
         }
 
+    def num_tokens(self, batch_spec: Mapping[str, Any]) -> int:
+        """Tokens of a batch: patches, and the class token where there is one."""
+        return batch_spec['image'][0][0] * self.config.num_tokens
+
     def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
         """Tokens of a batch at each MoE layer."""
-        return dict.fromkeys(self.moe_layers(), batch_spec['image'][0][0] * self.config.num_tokens)
+        return dict.fromkeys(self.moe_layers(), self.num_tokens(batch_spec))
 
     def moe_module(self, path: str) -> nn.Module:
         """One MoE layer on its own."""

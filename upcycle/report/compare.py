@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from upcycle import cost
 from upcycle.errors import UserError
 from upcycle.report.runs import Axis, Curve, Role, Run
 
@@ -17,8 +18,8 @@ METRICS = ('loss', 'accuracy')
 class Row:
     """One branch. Costs count from the dense checkpoint; None is 'not logged' or 'never got that far'.
 
-    `total_flops` includes the sunk cost; `extra_flops_share` is a fraction of it. `*_at_budget` are validation values
-    interpolated at the report's FLOPs budget.
+    `total_flops` includes the sunk cost; `extra_flops_share` is a fraction of it; `extra_core_days` are an estimate (`cost.py`).
+    `*_at_budget` are validation values interpolated at the report's FLOPs budget.
     """
 
     branch: str
@@ -27,6 +28,7 @@ class Row:
     extra_steps: float | None
     extra_flops: float | None
     extra_flops_share: float | None
+    extra_core_days: float | None
     extra_seconds: float | None
     total_flops: float | None
     loss: float | None
@@ -139,6 +141,7 @@ class Report:
             extra_steps=extra[Axis.STEPS],
             extra_flops=extra[Axis.FLOPS],
             extra_flops_share=extra[Axis.FLOPS] / sunk if sunk and extra[Axis.FLOPS] is not None else None,
+            extra_core_days=_core_days(extra[Axis.FLOPS]),
             extra_seconds=extra[Axis.SECONDS],
             total_flops=_finite(own[Axis.FLOPS] + (0.0 if run.from_zero else sunk)),
             loss=value['loss'],
@@ -200,6 +203,10 @@ def _sunk(runs: Sequence[Run], branches: Sequence[Run]) -> dict[Axis, float]:
             value = interpolate((dense.curve('loss', Axis.STEPS)[0], dense.curve('loss', axis)[0]), sunk[Axis.STEPS])
             sunk[axis] = sunk[axis] or value or 0.0
     return sunk
+
+
+def _core_days(flops: float | None) -> float | None:
+    return None if flops is None else cost.core_days(flops, cost.TPU_V4_CORE, cost.UTILIZATION)
 
 
 def _finite(value: float | None) -> float | None:

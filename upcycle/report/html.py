@@ -15,6 +15,7 @@ import rich.markup
 import rich.table
 from etils import epath
 
+from upcycle.cost import UTILIZATION
 from upcycle.errors import UserError
 from upcycle.report.claims import Verdict
 from upcycle.report.claims import rows as claim_rows
@@ -195,7 +196,8 @@ def _tables(reports: Sequence[Report]) -> dict[str, Table]:
     budget = reports[0].budget.get(Axis.FLOPS)
     mean = f', mean over {len(reports)} seeds' if len(reports) > 1 else ''
     at = f'; at equal FLOPs (*): {_extra(budget, reports[0].sunk[Axis.FLOPS])}' if budget is not None else ''
-    head = ['branch', 'step', '+ steps', '+ FLOPs', '% sunk', '+ time', 'loss', 'accuracy', 'loss*', 'accuracy*']
+    costs = ['+ steps', '+ FLOPs', '% sunk', '+ core-days', '+ time']
+    head = ['branch', 'step', *costs, 'loss', 'accuracy', 'loss*', 'accuracy*']
     body = [
         [
             row.branch,
@@ -203,6 +205,7 @@ def _tables(reports: Sequence[Report]) -> dict[str, Table]:
             _quantity(row.extra_steps, Axis.STEPS),
             _quantity(row.extra_flops, Axis.FLOPS),
             '–' if row.extra_flops_share is None else f'{row.extra_flops_share:.1%}',
+            '–' if row.extra_core_days is None else f'{row.extra_core_days:.3g}',
             _quantity(row.extra_seconds, Axis.SECONDS),
             _value(row.loss, 'loss'),
             _value(row.accuracy, 'accuracy'),
@@ -298,7 +301,8 @@ def _page(
         yield f'<h2>{e(name)}</h2>{_html_table(table)}'
     yield (
         '<p>Loss and accuracy are validation values. Costs count from the dense checkpoint (MoE from scratch: its '
-        'whole cost less that of the checkpoint). Values at equal cost are interpolated linearly between evaluations, at '
+        'whole cost less that of the checkpoint). Core-days are what the FLOPs would take on cores of TPU v4 at '
+        f'{UTILIZATION:.0%} of their peak: an estimate. Values at equal cost are interpolated linearly between evaluations, at '
         'the smallest extra cost that the dense continuation and every upcycled run reached (seeds: each its own, '
         'the first shown); an interval is the 95% '
         't-interval of the mean paired difference over seeds. '

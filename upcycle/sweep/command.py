@@ -27,6 +27,7 @@ def sweep(
     cluster: Mapping[str, Any],
     out: str | None,
     environment: Mapping[str, str],
+    only: str | None = None,
 ) -> int:
     """Carries out what is missing of a grid.
 
@@ -41,6 +42,7 @@ def sweep(
       cluster: options of a launcher that takes some.
       out: the sweep's folder; None: runs/NAME. In a bucket there are the runs alone, and the rest in runs/NAME.
       environment: of the runs.
+      only: a pattern of names, such as 'language_xl/*': these points and what they start from, and no report.
 
     Returns:
       0 when every point is finished, 1 when one failed.
@@ -55,12 +57,15 @@ def sweep(
     if scale is not None and config is None:
         raise UserError(f"--scale={scale} is an experiment's: it goes with --config.")
     what = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
+    if only is not None and what.get('compile'):
+        raise UserError('--only chooses runs, and the compiled scale has programs: leave it out.')
     out = os.path.join('runs', what.name) if out is None else out
     if what.get('compile'):
         return compile_all(what, out, where, environment, cluster, gin_files, bindings)
-    points = grid.resolve(what, out, gin_files if config is not None else (), bindings)
+    every = grid.resolve(what, out, gin_files if config is not None else (), bindings)
+    points = every if only is None else grid.only(every, only)
     if where == PRINT:
-        conduct.check(points, checkpoints=False)
+        conduct.check(points, here=False)
         for point in points:
             print(point.command)
         return 0
@@ -72,7 +77,7 @@ def sweep(
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
         launcher = launchers.make(where, environment, held, jobs, cluster)
-        with conduct.Board() as board:
+        with conduct.Board(launcher.slots) as board:
             conduct.conduct(entries, out, launcher, board.show)
         failed = [entry for entry in entries if entry.status is not Status.FINISHED]
         for entry in failed:
@@ -81,20 +86,50 @@ def sweep(
         if failed:
             print('the same command tries again what is not finished.')
             return 1
+        if len(points) < len(every):
+            print(f'--only left out {len(every) - len(points)} of {len(every)} runs: no report.')
+            return 0
         for report in what.get('reports', ()):
-            folder = os.path.join(out, 'report', *([report['name']] if 'name' in report else []))
-            _report(report, entries, folder, out)
+            _report(report, {entry.point.name: entry.point.command for entry in entries}, out)
         return _best(what, entries, out, launcher) if what.get('select') else 0
 
 
-def _report(report: Mapping[str, Any], entries: list[conduct.Entry], folder: str, out: str) -> None:
+def report_experiment(*, config: str, scale: str | None, out: str | None) -> None:
+    """`upcycle report --config`: writes an experiment's reports from the runs that there are, finished or not.
+
+    Args:
+      config: a file of `configs/`.
+      scale: as the sweep's.
+      out: the sweep's folder; None: runs/NAME.
+
+    Raises:
+      UserError: the experiment has no reports, or not a run of it has begun.
+    """
+    what = grid.load(config, scale)
+    out = os.path.join('runs', what.name) if out is None else out
+    if not what.get('reports'):
+        raise UserError(f'--config={config}: this experiment has no report at this scale.')
+    points = grid.resolve(what, out)
+    begun = {point.name for point in points if point.records()}
+    if not begun:
+        raise UserError(f'--out={out}: no run of the experiment has begun there; `upcycle sweep` begins them.')
+    print(f'{len(begun)} of {len(points)} runs have begun.')
+    for report in what.reports:
+        groups = [
+            {branch: names for branch, names in group.items() if begun.issuperset(names)} for group in report['groups']
+        ]
+        if groups := [group for group in groups if group]:
+            _report({**report, 'groups': groups}, {point.name: point.command for point in points}, out)
+
+
+def _report(report: Mapping[str, Any], commands: Mapping[str, str], out: str) -> None:
     """A comparison that the experiment is for: its page, its claims, and a table at several budgets."""
     from upcycle.report import claims, numbers, plots
     from upcycle.report.budgets import as_markdown, at_budgets
     from upcycle.report.html import compare_seeds, write_report
     from upcycle.report.runs import Role, chain, load_run
 
-    commands = {entry.point.name: entry.point.command for entry in entries}
+    folder = pathlib.Path(out, 'report', report.get('name', ''))
     roles = {branch: Role(role) for branch, role in report.get('roles', {}).items()}
     seeds = [
         {
@@ -115,7 +150,6 @@ def _report(report: Mapping[str, Any], entries: list[conduct.Entry], folder: str
     ]
     notes = {'seeds': str(len(groups)), **first}
     tables, beside = {}, {}
-    folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if verdicts:
         tables['claims'] = claims.as_markdown(verdicts)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from upcycle import configuration, cost
 from upcycle.checkpoints import open_checkpoint
-from upcycle.errors import UserError, mistakes_of, refuse
+from upcycle.errors import MissingData, UserError, mistakes_of, refuse
 from upcycle.metrics import clock
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
@@ -62,29 +62,33 @@ class Entry:
         return max(self.total_steps - max(self.progress.step, self.start_step), 0) * self.step_flops
 
 
-def check(points: Sequence[Point], *, checkpoints: bool = True) -> list[Entry]:
+def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
     """Builds every point, so that what is wrong with one is known before any is started.
 
     Args:
       points: in an order in which each comes after those it needs.
-      checkpoints: look at the checkpoints that they start from, too.
+      here: they will be run from here, so that their checkpoints are looked at and their data must be there.
 
     Raises:
       UserError: a point's configuration, folder or checkpoint does not fit; it names the point.
       UserErrors: several do not.
     """
     entries: dict[str, Entry] = {}
+    elsewhere: set[str] = set()
     seen: dict[str, int] = {}
     mistakes: list[str] = []
     for point in points:
-        if not set(point.after) <= entries.keys():
+        if not set(point.after) <= entries.keys() | elsewhere:
             continue  # what it comes after has a mistake
         try:
             run = configuration.load(point.gin_files, point.bindings)
             configuration.claim(run, configuration.resolved(), write=False)
             finished = point.finished(run.total_steps)
-            start = 0 if finished or not checkpoints else _start(run, point, entries, seen)
+            start = 0 if finished or not here else _start(run, point, entries, seen)
         except UserError as error:
+            if isinstance(error, MissingData) and not here:
+                elsewhere.add(point.name)
+                continue
             mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
             continue
         flops = cost.step_flops(run.model, run.train_data.batch_spec())
@@ -210,8 +214,8 @@ def reason_of(log: str, code: int) -> str:
     return (own or lines or [f'exit status {code}'])[-1].removeprefix('upcycle: ')
 
 
-def seconds_left(entries: Sequence[Entry]) -> float | None:
-    """Of runs one after the other, by the FLOPs and seconds in the logs, and what runs took beside; None before there are any."""
+def seconds_left(entries: Sequence[Entry], slots: int = 1) -> float | None:
+    """Of runs so many at once, by the FLOPs and seconds in the logs, and what runs took beside; None before there are any."""
     seconds = sum(entry.progress.seconds for entry in entries)
     flops = sum(entry.progress.flops for entry in entries)
     if not seconds or not flops:
@@ -220,7 +224,8 @@ def seconds_left(entries: Sequence[Entry]) -> float | None:
     running = [entry for entry in entries if entry.status is Status.RUNNING]
     beside = [entry.overhead for entry in entries if entry.overhead is not None and entry.status is Status.FINISHED]
     steps = sum(entry.flops_left for entry in waiting + running) * seconds / flops
-    return steps + (len(waiting) * sum(beside) / len(beside) if beside else 0.0)
+    work = steps + (len(waiting) * sum(beside) / len(beside) if beside else 0.0)
+    return work / max(min(slots, len(waiting) + len(running)), 1)
 
 
 def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry, float]:
@@ -244,11 +249,11 @@ def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry,
     return best, best.progress.metrics[metric]
 
 
-def table_of(entries: Sequence[Entry]) -> Table:
-    """The grid: a line a point."""
+def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:
+    """The grid: a line a point. `slots` run at once."""
     counts = {status: sum(entry.status is status for entry in entries) for status in Status}
     title = ', '.join(f'{count} {status}' for status, count in counts.items() if count)
-    left = seconds_left(entries)
+    left = seconds_left(entries, slots)
     if left and counts[Status.FINISHED] != len(entries):
         title += f'; {clock(left)} left'
     logged = {name for entry in entries for name in entry.progress.metrics}
@@ -267,9 +272,14 @@ def table_of(entries: Sequence[Entry]) -> Table:
 
 
 class Board:
-    """Shows a grid: in place on a terminal; elsewhere a line for every change of a state, and one a minute."""
+    """Shows a grid: in place on a terminal; elsewhere a line for every change of a state, and one a minute.
 
-    def __init__(self) -> None:
+    Args:
+      slots: runs at once.
+    """
+
+    def __init__(self, slots: int = 1) -> None:
+        self._slots = slots
         self._console = Console()
         self._live: Live | None = None
         self._entries: Sequence[Entry] = ()
@@ -286,13 +296,13 @@ class Board:
         if self._live is not None:
             self._live.__exit__(*exception)
         elif self._entries:
-            Console(width=200).print(table_of(self._entries))
+            Console(width=200).print(table_of(self._entries, self._slots))
 
     def show(self, entries: Sequence[Entry]) -> None:
         """Prints where the grid is."""
         self._entries = entries
         if self._live is not None:
-            self._live.update(table_of(entries), refresh=True)
+            self._live.update(table_of(entries, self._slots), refresh=True)
             return
         for entry in entries:
             if entry.status is not self._shown.get(entry.point.name, Status.WAITING):
@@ -306,7 +316,7 @@ class Board:
     def _line(self, entry: Entry, entries: Sequence[Entry]) -> None:
         self._last = time.monotonic()
         done = sum(e.status is Status.FINISHED for e in entries)
-        left = seconds_left(entries)
+        left = seconds_left(entries, self._slots)
         values = [f'{name} {entry.progress.metrics[name]:.4f}' for name in COLUMNS if name in entry.progress.metrics]
         parts = [
             f'{entry.point.name}: {entry.status}',

@@ -7,16 +7,17 @@ A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
             starts from, `checkpoints` the steps of it: one, or several for EXPERT_OPERATOR = 'branches'
   select?   {metric, best, among?}: which point is the best when all are finished, such as 'validation/accuracy' and 'max',
             of those whose name begins with `among`
-  reports?  a list of {title, groups, roles, name?, base?, curves?, claims?, finals?}: comparisons, written when all points are
-            finished, into report/NAME. A group is a seed: {branch: names of the points that make it, one after the other}; roles
-            are of branches, 'upcycled' where none is said; `base` is the branch with which the others are compared at several
-            budgets; curves are drawn of all branches, or of those in `curves`; `claims` are `report.claims.Claim`s, `finals`
-            `report.plots.Final`s
+  reports?  a list of {title, groups, roles, name?, base?, curves?, claims?, finals?, numbers?}: comparisons, written when all
+            points are finished, into report/NAME. A group is a seed: {branch: names of the points that make it, one after the
+            other}; roles are of branches, 'upcycled' where none is said; `base` is the branch with which the others are
+            compared at several budgets; curves are drawn of all branches, or of those in `curves`; `claims` are
+            `report.claims.Claim`s, `finals` `report.plots.Final`s, `numbers` a `report.numbers.Numbers`
   compile?  instead of points: a list of {name, gin_files, bindings, topology}, programs to compile and not to run
   test?     bindings with which the best point is evaluated once more, such as a split that chose nothing
 """
 
 import ast
+import fnmatch
 import importlib.util
 import itertools
 import os
@@ -202,6 +203,21 @@ def resolve(
                 settings=point.get('settings', {}),
             )
     return list(made.values())
+
+
+def only(points: Sequence[Point], pattern: str) -> list[Point]:
+    """The points with names like a pattern of the shell, and those that they start from.
+
+    Raises:
+      UserError: there are none.
+    """
+    wanted = set(fnmatch.filter((point.name for point in points), pattern))
+    if not wanted:
+        raise UserError(f'--only={pattern}: no run is called that; there are {points[0].name}, {points[-1].name}, ...')
+    for point in reversed(points):  # each comes after those it needs
+        if point.name in wanted:
+            wanted |= set(point.after)
+    return [point for point in points if point.name in wanted]
 
 
 def _checkpoints(model_dir: str, steps: Sequence[int]) -> str:

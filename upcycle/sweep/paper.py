@@ -48,7 +48,7 @@ class Setting:
       name: the folder of its runs.
       model, moe, task: gin files.
       settings: gin files after that of the run.
-      bindings: of every run.
+      bindings: of every run. (Of the dense run all checkpoints are kept, `NUM_CHECKPOINTS` of them.)
       sparse: more bindings, of runs with MoE layers.
       dense_steps: of the shared dense run.
       extra_steps: of plain upcycling at a budget of 1; that of every other branch follows from equal FLOPs.
@@ -107,7 +107,7 @@ def language(scale: Scale, size: str | None = None) -> Setting:
         'moe/t5.gin',
         task,
         (),
-        {'BATCH_SIZE': 2048, 'EVAL_PERIOD': 5000, 'CHECKPOINT_PERIOD': 5000, 'CHECKPOINT_KEEP': None, **dense, **deep},
+        {'BATCH_SIZE': 2048, 'EVAL_PERIOD': 5000, 'CHECKPOINT_PERIOD': 5000, 'CHECKPOINT_KEEP': 2, **dense, **deep},
         sparse,
         dense_steps=1_000_000,
         extra_steps=500_000,
@@ -146,7 +146,7 @@ def vision(scale: Scale, size: str | None = None) -> Setting:
         'moe/vit.gin',
         task,
         (),
-        {'BATCH_SIZE': 4096, 'EVAL_PERIOD': 5000, 'CHECKPOINT_PERIOD': 5000, 'CHECKPOINT_KEEP': None, **dense, **deep},
+        {'BATCH_SIZE': 4096, 'EVAL_PERIOD': 5000, 'CHECKPOINT_PERIOD': 5000, 'CHECKPOINT_KEEP': 2, **dense, **deep},
         sparse,
         dense_steps=1_040_000,
         extra_steps=520_000,

@@ -47,6 +47,7 @@ class Ledger:
       evaluation_seconds: between steps, in evaluations and other looks at the model.
       checkpoint_seconds: between steps, until a save let the run go on.
       flops: of this run's training steps, by `cost.py`.
+      tokens: in the batches of these steps, padding included; of images their patches.
       sunk_seconds, sunk_flops: of the checkpoint it started from; 0 when unknown or from scratch.
     """
 
@@ -58,6 +59,17 @@ class Ledger:
     data_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
+    tokens: float = 0.0
+
+    def for_the_log(self, num_devices: int) -> dict[str, float]:
+        """What every line of the log says of the cost. Core-days are an estimate: what its FLOPs would take on TPU v4."""
+        derived = {
+            'device_seconds': self.seconds * num_devices,
+            'estimated_core_days': cost.core_days(self.flops, cost.TPU_V4_CORE, cost.UTILIZATION),
+        }
+        if self.sunk_flops:
+            derived['percent_of_sunk_flops'] = 100.0 * self.flops / self.sunk_flops
+        return dataclasses.asdict(self) | derived
 
     def start_from(self, step: int, metadata: Mapping[str, Any]) -> None:
         """Books a dense checkpoint's whole cost as sunk."""
@@ -132,6 +144,7 @@ class _Trainer:
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
+        self.step_tokens = run.model.num_tokens(run.train_data.batch_spec())
         self.eval_data = Kept(run.eval_data) if run.eval_data is not None else None
         self.eval_step = validation.compiled(run.model)
         self.features = None if run.few_shot is None else few_shot.compiled(run.model)
@@ -241,6 +254,7 @@ class _Trainer:
                 self.state = state
                 self.window.add(metrics)
                 self.ledger.flops += self.step_flops
+                self.ledger.tokens += self.step_tokens
                 last = step == run.total_steps
                 if step % run.log_period == 0 or last:
                     means = self.window.close()
@@ -309,10 +323,7 @@ class _Trainer:
 
     def _write(self, log: MetricsLog | None, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         if log is not None:
-            ledger = dataclasses.asdict(self.ledger)
-            if self.ledger.sunk_flops:
-                ledger['percent_of_sunk_flops'] = 100.0 * self.ledger.flops / self.ledger.sunk_flops
-            log.write(step, split, {**metrics, **ledger})
+            log.write(step, split, {**metrics, **self.ledger.for_the_log(self.mesh.size)})
 
     def _save(self, manager: CheckpointManager, step: int, state: TrainState, unfinished: list[str]) -> None:
         metadata = {
@@ -345,6 +356,7 @@ class _Trainer:
         # Earlier rollbacks to the same step included.
         wasted = last - step + health.values['batches_left_out'] - self.health.values['batches_left_out']
         ledger.flops = self.ledger.flops + wasted * self.step_flops
+        ledger.tokens = self.ledger.tokens + wasted * self.step_tokens
         self.ledger = ledger
         self.health.leave_out(health.values, last - step)
 
