@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from tests.invariants import optimizers_on_eight_devices as optimizers
 from tests.invariants.devices import run
 from tests.invariants.on_eight_devices import CASES, meshes_of
 
@@ -51,3 +52,28 @@ def test_einsum_equals_gather(folder):
     gather, einsum = (of(steps(case, folder), case, 'one device', 'gradient') for case in ('gather', 'einsum'))
     for path, gradient in gather.items():
         assert np.abs(einsum[path] - gradient).max() <= 1e-5 * np.abs(gradient).max(), path
+
+
+@pytest.fixture(scope='module')
+def updates(folder):
+    """Parameters and state after updates by every optimizer, by optimizer, mesh, and whether parameters are split over data."""
+    out = folder / 'optimizers.npz'
+    run(['-m', 'tests.invariants.optimizers_on_eight_devices', str(out)], devices=8)
+    found = {}
+    for name, array in np.load(out).items():
+        *which, path = name.split('|')
+        found.setdefault(tuple(which), {})[path] = array
+    return found
+
+
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_an_update_on_a_mesh_equals_that_on_one_device(name, updates):
+    """Of one gradient, at sizes that Adafactor factors: means over split axes, clipping, norms over all leaves."""
+    expected = updates[name, 'one device', 'False']
+    assert ('state/param_states/expert/wi/kernel/v_row' in expected) == name.startswith('adafactor')
+    others = [key for key in updates if key[0] == name and key[1:] != ('one device', 'False')]
+    assert len(others) == 7
+    for key in others:
+        assert updates[key].keys() == expected.keys()
+        for path, leaf in expected.items():
+            np.testing.assert_allclose(updates[key][path], leaf, rtol=1e-5, atol=1e-7, err_msg=f'{key} {path}')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -374,6 +375,63 @@ class TestSharedExperts:
             'shared/wo/kernel',
         }
         assert shared_params()['shared']['wo']['kernel'].shape == (2 * F, D)
+
+
+@pytest.mark.parametrize('padding', [0, 4])
+@pytest.mark.parametrize('normalize', [False, True])
+def test_dispatches_agree_about_experts_that_differ(padding, normalize):
+    """Where nothing is dropped: each row reaches its own expert, and each gradient the expert that made it."""
+    roomy = dataclasses.replace(TOP_2, eval_capacity_factor=float(E), normalize_combine_weights=normalize)
+    real_BxL = REAL.at[1:, L - padding :].set(False)
+
+    def step(dispatch):
+        config = dataclasses.replace(roomy, dispatch=dispatch)
+
+        def loss(params, x_BxLxD):
+            y_BxLxD, _ = layer(config).apply({'params': params}, x_BxLxD, real_BxL, training=False, mutable=[METRICS])
+            return (y_BxLxD * tokens(seed=1)).sum(), y_BxLxD
+
+        return jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(random_experts(), tokens())
+
+    reference = step('einsum')
+    assert np.abs(reference[1]).max() > 0.1
+    for dispatch in ('gather', 'ragged'):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), step(dispatch), reference)
+
+
+@pytest.mark.parametrize('router', ['expert_choice', 'top_k'])
+def test_only_einsum_makes_arrays_of_tokens_by_slots(router):
+    """No term of tokens x experts x capacity in the default dispatch, forward or backward."""
+
+    def largest(dispatch, tokens):
+        config = MoEConfig(
+            num_experts=16, router=router, train_capacity_factor=4.0, group_size=tokens, dispatch=dispatch
+        )
+        module = layer(config)
+        x_BxLxD = jnp.zeros((16, tokens // 16, 8))
+        real_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
+        params = jax.eval_shape(lambda: module.init(jax.random.key(0), x_BxLxD, real_BxL, training=True))['params']
+
+        def loss(params, x_BxLxD):
+            y_BxLxD, _ = module.apply({'params': params}, x_BxLxD, real_BxL, training=True, mutable=[METRICS])
+            return y_BxLxD.sum()
+
+        program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, x_BxLxD)
+        return max(math.prod(shape) for shape in shapes_of(program.jaxpr))
+
+    assert largest('einsum', 4096) == 4 * largest('einsum', 2048)
+    assert largest('gather', 4096) <= 2.1 * largest('gather', 2048)
+    assert largest('gather', 4096) < largest('einsum', 4096) / 20
+
+
+def shapes_of(jaxpr):
+    """Of all values of a program, those of programs inside it included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
+            inner = getattr(value, 'jaxpr', value)
+            if hasattr(inner, 'eqns'):
+                yield from shapes_of(inner)
 
 
 def test_parameters_are_named_as_flaxformers_and_experts_lead():
