@@ -82,7 +82,7 @@ def test_is_what_the_trainer_starts_from(online, converted):
         assert written[name] == paper[name], name
     # The run's own key is made by the run.
     assert written['plan'] == [row for row in paper['plan'] if row['target'] != 'rng']
-    assert written['function_check']['whole_model'] == 'pending'
+    assert written['function_check']['whole_model'] == 'pending' and 'lineage' not in written
     layers = written['function_check']['layers']
     assert set(layers) == {'encoder/layers_1/mlp', 'decoder/layers_1/mlp'}
     for layer in layers.values():
@@ -141,6 +141,7 @@ def test_out_of_several_checkpoints(dense, converted, tmp_path, capsys):
     made = contents(tmp_path / 'out')
     assert_equal(made, contents(converted))
     paper = open_checkpoint(tmp_path / 'out').metadata['receipt']
+    assert set(map(str, paper['lineage']['params/encoder/layers_1/mlp'])) == {'[0]', '[1]'}
     assert len(paper['source']['path']) == 2 and paper['function_check']['layers'] == {}
 
 
@@ -151,6 +152,9 @@ def test_more_experts_and_back_to_a_dense_model(dense, converted, tmp_path, caps
     grown = contents(tmp_path / 'grown')
     for name, leaf in experts_of(contents(converted)).items():
         np.testing.assert_array_equal(grown[name], np.concatenate([leaf, leaf]))
+    paper = open_checkpoint(tmp_path / 'grown').metadata['receipt']
+    assert paper['lineage']['params/encoder/layers_1/mlp'] == [[0], [1], [2], [3]] * 2
+    assert len(paper['lineage']) == 2 and paper['router_noise'] == 0.01
     files = (runs.TINY, 'surgery/average.gin')
     command = ['convert', *(f'--gin_file={file}' for file in files), '--gin.NUM_EMBEDDINGS=384']
     back = [*command, f'--from={tmp_path}/grown', f'--to={tmp_path}/back', '--optimizer_state=none']

@@ -102,6 +102,11 @@ class Account:
         return self.chip.memory * self.chips / self.devices
 
     @property
+    def has_loops(self) -> bool:
+        """Whether most of its work is in loops, which XLA counts once."""
+        return self.xla_flops < 0.9 * self.matmul_flops
+
+    @property
     def fits(self) -> bool:
         """Whether arguments and temporaries fit into a device's memory."""
         return self.arguments + self.temporaries <= self.usable
@@ -208,7 +213,8 @@ def show(account: Account, run: Run, utilization: float) -> str:
     if not account.collectives:
         lines.append('collectives          none')
     seconds = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in account.seconds().items())
-    lines.append(f'step, ESTIMATED      {seconds}; nothing was run')
+    loops = ' Memory traffic inside loops counts once, so that is too small.' if account.has_loops else ''
+    lines.append(f'step, ESTIMATED      {seconds}; nothing was run.{loops}')
     lines.append(
         f'core-days, ESTIMATED {account.core_days(run.total_steps, utilization):.2f} for {run.total_steps} steps at '
         f'{utilization:.0%} of the peak'

@@ -24,7 +24,7 @@ from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
 from upcycle.models import Model, identify
 from upcycle.surgery.execute import NEEDS_DATA, Maker, sha256_of
-from upcycle.surgery.operators import Start
+from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.receipt import check_layer, receipt
 from upcycle.surgery.router_init import RouterInit
@@ -103,7 +103,8 @@ def convert(
         _check_clock(what, writer, format)
         work = _Conversion(run.model if check_functions else None, what, reader, writer, step, verify)
         work.write()
-        paper = receipt(what, source=source_of(reader, step), hashes=work.source_hashes)
+        started_from = source_of(reader, step)
+        paper = receipt(what, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         paper['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         writer.finish(_metadata(run, reader, paper), work.compare if verify else lambda reader: None)
     for name, reason in writer.left_out.items():
@@ -160,6 +161,13 @@ class _Conversion:
                     progress.add(row.target, value.nbytes)
         self._wait_for_checks()
         progress.end()
+
+    def lineages(self) -> dict[str, Lineage]:
+        """What the experts of each MLP are made of, those included that an earlier call had written."""
+        for row in self._plan.rows:
+            if row.action is Action.EXPERTS:
+                self._maker.lineage(row)
+        return self._maker.lineages
 
     def _wait_for_checks(self) -> None:
         while self._checking:

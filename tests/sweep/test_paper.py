@@ -44,7 +44,7 @@ def test_every_run_is_built_and_has_one_meaning(scale):
             if key not in built:
                 built[key] = build(point.gin_files, point.bindings)
     seeds = {name.split('/')[1] for name in found}
-    assert seeds == {'seed_0', 'seed_1', 'seed_2'}
+    assert {'seed_0', 'seed_1', 'seed_2'} <= seeds <= {f'seed_{i}' for i in range(6)}
     assert len(built) > 40
 
 
@@ -89,7 +89,7 @@ def test_every_program_of_the_compiled_scale_is_built(name):
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_every_claim_names_runs_of_every_seed(name):
     for report in grid.load(f'configs/{name}.py', 'mini').reports:
-        assert report['claims'] and len(report['groups']) == 3
+        assert report['claims'] and len(report['groups']) == (6 if name == 'figure_2_language' else 3)
         for group in report['groups']:
             assert {claim[side] for claim in report['claims'] for side in ('better', 'worse')} <= group.keys()
             assert set(report['curves'] or ()) <= group.keys()

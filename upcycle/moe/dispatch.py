@@ -101,7 +101,7 @@ _add.defvjp(_add_forward, _add_backward)
 
 
 def _sum_of_slots(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_rows: int, longest: int) -> jax.Array:
-    out_TxD = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         y_RxD,
         weight_R,
         row_R,
@@ -109,13 +109,12 @@ def _sum_of_slots(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_r
         tpu=functools.partial(sum_in_blocks, num_rows=num_rows, longest=longest),
         default=functools.partial(sum_scattered, num_rows=num_rows),
     )
-    return out_TxD.astype(y_RxD.dtype)
 
 
 def sum_scattered(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int) -> jax.Array:
-    """Sums of weighted slots by row, float32 (T, D), by scatter-add."""
+    """Sums of weighted slots by row, (T, D), by scatter-add in float32."""
     zeros_TxD = jnp.zeros((num_rows, y_RxD.shape[-1]), jnp.float32)
-    return zeros_TxD.at[row_R].add(y_RxD.astype(jnp.float32) * weight_R[:, None], mode='drop')
+    return zeros_TxD.at[row_R].add(y_RxD.astype(jnp.float32) * weight_R[:, None], mode='drop').astype(y_RxD.dtype)
 
 
 def sum_in_blocks(
@@ -151,7 +150,7 @@ def sum_in_blocks(
         z_NxWxD.astype(y_RxD.dtype),
         preferred_element_type=jnp.float32,
         precision='highest',
-    )
+    ).astype(y_RxD.dtype)
     # A search would sort twice more, which costs a TPU's compiler minutes in a deep model.
     nowhere = R + padding
     first_T = jnp.full(num_rows, nowhere).at[jnp.where(starts_R, row_R, num_rows)].set(position_R, mode='drop')

@@ -37,6 +37,7 @@ def execute(
     on_source: OnSource = lambda name, leaf: None,
     hidden: Callable[[Mapping[str, jax.Array], str], jax.Array] | None = None,
     progress: Progress | None = None,
+    lineages: dict[str, Lineage] | None = None,
 ) -> dict[str, jax.Array]:
     """Makes every leaf of the target.
 
@@ -51,6 +52,7 @@ def execute(
       on_source: called with every leaf that was read, before it is freed.
       hidden: for ROUTER_INIT = 'hidden': the states that the MLP of a path reads, from the target's leaves, routers missing.
       progress: called with (target, leaves done, leaves in all).
+      lineages: filled with what each MLP's experts were made of.
 
     Returns:
       The target, flat.
@@ -62,6 +64,8 @@ def execute(
         target[row.target] = _place(maker, row, shardings[row.target])
         if progress is not None:
             progress(row.target, len(target), len(plan.rows))
+    if lineages is not None:
+        lineages.update(maker.lineages)
     return {row.target: target[row.target] for row in plan.rows}
 
 
@@ -76,6 +80,9 @@ class Maker:
       new: leaves whose action is NEW.
       on_source: called with every leaf that was read.
       hidden: for ROUTER_INIT = 'hidden'.
+
+    Attributes:
+      lineages: of each MLP that was come to, for each of its experts, the MLPs that it is made of.
     """
 
     def __init__(
@@ -90,7 +97,7 @@ class Maker:
         self.plan, self.new, self.hidden = plan, new, hidden
         self._read, self._on_source = read, on_source
         self._held: dict[str, jax.Array | np.ndarray] = {}
-        self._lineages: dict[str, Lineage] = {}
+        self.lineages: dict[str, Lineage] = {}
 
     def source(self, name: str, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
         """Reads a leaf of the source."""
@@ -166,14 +173,14 @@ class Maker:
     def lineage(self, row: Row) -> Lineage:
         """For each expert of a row, which MLPs it is made of."""
         plan, mlp = self.plan, mlp_of(row.target)
-        if mlp not in self._lineages:
+        if mlp not in self.lineages:
             num_experts = next(iter(plan.mlps[mlp].values())).num_experts
             measured = None
             for name, size in plan.measured.get(mlp, ()):
                 found = plan.spec.operator.measure(name, np.asarray(self._read(name, None)), size)
                 measured = found if measured is None else measured + found
-            self._lineages[mlp] = plan.spec.operator.lineage(num_experts, plan.num_mlps, measured)
-        return self._lineages[mlp]
+            self.lineages[mlp] = plan.spec.operator.lineage(num_experts, plan.num_mlps, measured)
+        return self.lineages[mlp]
 
     def _parent(self, row: Row, index: int) -> jax.Array | np.ndarray:
         """The row's leaf of one MLP."""

@@ -13,26 +13,39 @@ from flax.traverse_util import unflatten_dict
 import upcycle
 from upcycle.models import Model, Params
 from upcycle.moe.router import covered_tokens
+from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, Plan, Row
+from upcycle.surgery.router_init import INHERITED
 
 
-def receipt(plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str]) -> dict[str, Any]:
+def receipt(
+    plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str], lineages: Mapping[str, Lineage]
+) -> dict[str, Any]:
     """The receipt before the function check.
 
     Args:
       plan: that was carried out.
       source: path, format and step of the dense checkpoint.
       hashes: sha256 of each leaf that was read.
+      lineages: of each MLP, what its experts were made of; said where they differ in that.
     """
     spec = plan.spec
+    several = spec.operator is not None and spec.operator.starts_from is not Start.DENSE
+    from_router = {'router_noise': spec.router_noise} if spec.router_init in INHERITED else {}
     return {
         'tool': f'upcycle {upcycle.__version__}',
         'source': dict(source),
         'operator': spec.made_by.name,
         'operator_options': dataclasses.asdict(spec.made_by),
         'router_init': f'{spec.router_init}({spec.router_stddev})',
+        **from_router,
         'optimizer_state': str(spec.optimizer_state),
         'seed': spec.seed,
+        **(
+            {'lineage': {mlp: [list(made_of) for made_of in lineage] for mlp, lineage in lineages.items()}}
+            if several
+            else {}
+        ),
         'plan': [_as_json(row) for row in plan.rows],
         'dropped': dict(plan.dropped),
         'sha256': dict(hashes),

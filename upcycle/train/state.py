@@ -21,6 +21,7 @@ from upcycle.errors import UserError
 from upcycle.models import BatchSpec, Model, identify
 from upcycle.moe import state as moe_state
 from upcycle.surgery.execute import execute, print_progress
+from upcycle.surgery.operators import Lineage
 from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
 from upcycle.surgery.receipt import carried_on, check_function, receipt
 from upcycle.train.carried import Carried, source_of
@@ -198,6 +199,7 @@ def from_checkpoint(
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
     shardings = {name: leaf.sharding for name, leaf in leaves.items()}
+    lineages: dict[str, Lineage] = {}
     with ReadAhead(read, requests_of(what, shardings)) as reading:
         flat = execute(
             what,
@@ -207,6 +209,7 @@ def from_checkpoint(
             on_source=on_source,
             hidden=functools.partial(source.hidden_states, batch),
             progress=print_progress('upcycling' if upcycles else 'loading'),
+            lineages=lineages,
         )
     hashes = examination.result()
     state = TrainState(**unflatten_dict(flat, sep='/'))
@@ -216,7 +219,8 @@ def from_checkpoint(
         whole = leaves['step'].sharding
         paper = carried.complete(run.model, state.params, batch, whole, new_head=run.surgery.new_head)
         return state, carried_on(paper, what), reader
-    paper = receipt(what, source=source_of(reader, int(state.step)), hashes=hashes or _metadata_hashes(reader))
+    started_from = source_of(reader, int(state.step))
+    paper = receipt(what, source=started_from, hashes=hashes or _metadata_hashes(reader), lineages=lineages)
     if source.model is not None:
         paper['function_check'] = check_function(run.model, source.params(flat), state.params, batch, source.model)
     return state, paper, reader
