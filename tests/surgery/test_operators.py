@@ -106,6 +106,17 @@ def test_noise_has_its_deviation_on_its_fraction():
     assert np.std(noise[noise != 0]) == pytest.approx(0.1, rel=0.1)
 
 
+def test_noise_on_neurons_takes_others_in_each_matrix():
+    made, dense = experts('vit', Noise(fraction=0.5, on='neurons'))
+    for expert in made:
+        found = dropped(expert, dense, 'vit')
+        assert all(which.sum() == F // 2 for which in found.values())
+        assert len({tuple(which) for which in found.values()}) == 3
+        np.testing.assert_array_equal(expert['Dense_1/bias'], dense['Dense_1/bias'])
+    with pytest.raises(UserError, match="NOISE_ON = 'rows' is not one of weights, neurons"):
+        Noise(on='rows')
+
+
 def dropped(expert, dense, family):
     """For each leaf with an F axis, which of its neurons are not the dense MLP's."""
     found = {}
@@ -142,18 +153,29 @@ def test_drop_per_matrix_draws_for_each():
         assert all(which.sum() == F // 2 for which in found.values())
 
 
-def test_drop_takes_the_statistics_of_what_it_drops():
+@pytest.mark.parametrize('ratio', [0.05, 1.0])
+@pytest.mark.parametrize(
+    ('leaf', 'axes'), [('wi/kernel', IN), ('wo/kernel', OUT), ('wi/bias', ('expert', 'expert_mlp'))]
+)
+def test_drop_takes_the_statistics_of_what_it_drops(leaf, axes, ratio):
     # Dropped entries of a leaf whose neurons all differ: their own mean and deviation, not the leaf's.
     rng = np.random.default_rng(0)
-    width, depth = 200, 400
+    width, depth = 400, 600
     w = (np.arange(width) + rng.standard_normal((depth, width)) * 0.1).astype(np.float32)
-    row = Row('m/expert/wi/kernel', ('m/wi/kernel',), Action.EXPERTS, (1, depth, width), jnp.float32, IN)
-    (made,) = make_expert(Drop(ratio=0.05), [row], {'m/wi/kernel': w}, 0).values()
-    which = (np.asarray(made) != w).any(axis=0)
-    assert which.sum() == 10
-    assert np.mean(made[:, which]) == pytest.approx(w[:, which].mean(), abs=4 * w[:, which].std() / np.sqrt(10 * depth))
-    assert np.std(made[:, which]) == pytest.approx(w[:, which].std(), rel=0.05)
-    assert abs(w[:, which].std() - w.std()) > 0.1 * 1  # the test could tell
+    if leaf == 'wi/bias':
+        width = 100_000
+        w = np.arange(width, dtype=np.float32)
+    w = w.T if axes == OUT else w
+    row = Row(f'm/expert/{leaf}', (f'm/{leaf}',), Action.EXPERTS, (1, *w.shape), jnp.float32, axes)
+    (made,) = make_expert(Drop(ratio=ratio), [row], {f'm/{leaf}': w}, 0).values()
+    changed = np.asarray(made) != w
+    which = changed if w.ndim == 1 else changed.any(axis=1 if axes == OUT else 0)
+    assert which.sum() == int(ratio * width + 1e-6)
+    dropped, drawn = (x[which] if w.ndim == 1 or axes == OUT else x[:, which] for x in (w, made))
+    assert np.mean(drawn) == pytest.approx(dropped.mean(), abs=4 * dropped.std() / np.sqrt(drawn.size))
+    assert np.std(drawn) == pytest.approx(dropped.std(), rel=0.05)
+    if w.ndim > 1 and ratio < 1:
+        assert abs(dropped.std() - w.std()) > 0.1  # the test could tell
 
 
 @pytest.mark.parametrize(('initializer', 'variance'), [('lecun_normal', 1 / 300), ('xavier_uniform', 2 / (300 + 200))])

@@ -23,25 +23,35 @@ class Copy(Operator):
         return w
 
 
+class NoiseOn(enum.StrEnum):
+    """What gets noise, or not."""
+
+    WEIGHTS = 'weights'  # each weight on its own, as the papers say
+    NEURONS = 'neurons'  # whole neurons, others in each matrix, as Drop-Upcycling's released code does
+
+
 @dataclasses.dataclass(frozen=True)
 class Noise(Operator):
     """W_e = W + M * N(0, s^2), where M keeps each weight's noise with probability r.
 
     Komatsuzaki et al. 2023, section 5 (r = 1); Drop-Upcycling's baseline "random noise upcycling" (arXiv 2502.19261: r = 0.5,
-    s = 0.02), whose released code draws whole neurons, in each matrix on their own, instead of single weights.
+    s = 0.02).
 
     Attributes:
       stddev: s, the standard deviation of the noise [NOISE_STDDEV].
       fraction: r, the share of the weights that get noise [NOISE_FRACTION].
+      on: see `NoiseOn` [NOISE_ON].
     """
 
     name = 'noise'
 
     stddev: float = 0.02
     fraction: float = 1.0
+    on: NoiseOn = NoiseOn.WEIGHTS
 
     def __post_init__(self):
         check_fraction('NOISE_FRACTION', self.fraction)
+        object.__setattr__(self, 'on', one_of(NoiseOn, self.on, 'NOISE_ON'))
         if not self.stddev >= 0:
             raise UserError(f'NOISE_STDDEV = {self.stddev!r} is a standard deviation: set it to at least 0.')
 
@@ -49,6 +59,13 @@ class Noise(Operator):
         (w,) = parents
         noise_key, where_key = jax.random.split(key_for(jax.random.fold_in(key, index), name))
         noise = self.stddev * jax.random.normal(noise_key, w.shape, jnp.float32)
+        if self.on is NoiseOn.NEURONS:
+            axis = mlp[name].width_axis
+            if axis is None:
+                return w
+            width = w.shape[axis]
+            noisy_F = jax.random.permutation(where_key, width) < _share_of(self.fraction, width)
+            return w + jnp.where(_along(noisy_F, axis, w.ndim), noise, 0.0)
         # uniform < 1 always holds, so a fraction of 1 means every weight.
         return w + jnp.where(jax.random.uniform(where_key, w.shape) < self.fraction, noise, 0.0)
 
@@ -144,11 +161,20 @@ def reinitialise(name: str, w: jax.Array, leaf: Leaf, ratio: float, key: jax.Arr
     which_key, value_key = jax.random.split(key)
     width = w.shape[axis]
     order_F = jax.random.permutation(which_key if shared else key_for(which_key, name), width)
-    # The small term keeps 0.3 * 10 at 3.
-    dropped_F = order_F < int(ratio * width + 1e-6)
-    dropped = jnp.expand_dims(dropped_F, [i for i in range(w.ndim) if i != axis])
+    dropped_F = order_F < _share_of(ratio, width)
+    dropped = _along(dropped_F, axis, w.ndim)
     entries = jnp.maximum(dropped_F.sum() * (w.size // width), 1)
     mean = jnp.where(dropped, w, 0.0).sum() / entries
     stddev = jnp.sqrt(jnp.where(dropped, jnp.square(w - mean), 0.0).sum() / entries)
     drawn = mean + stddev * jax.random.normal(key_for(value_key, name), w.shape, jnp.float32)
     return jnp.where(dropped, drawn, w)
+
+
+def _share_of(ratio: float, width: int) -> int:
+    """floor(ratio * width); the small term keeps 0.3 * 10 at 3."""
+    return int(ratio * width + 1e-6)
+
+
+def _along(x_F: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """A vector that lies along one axis of an array."""
+    return jnp.expand_dims(x_F, [i for i in range(ndim) if i != axis])
