@@ -8,7 +8,7 @@ from upcycle import configuration, cost
 from upcycle.sweep import grid, paper
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
-EXPERIMENTS = sorted(path.stem for pattern in ('figure_*.py', 'table_*.py') for path in CONFIGS.glob(pattern))
+EXPERIMENTS = sorted(path.stem for pattern in ('figure_*.py', 'section_*.py', 'table_*.py') for path in CONFIGS.glob(pattern))
 # The same shapes without the data, which takes preparation.
 STAND_IN = {
     'tasks/c4_span_corruption.gin': 'tasks/synthetic_text.gin',
@@ -29,7 +29,7 @@ def build(files, bindings):
 def test_the_papers_figures_are_here():
     # 3 is fine-tuning, which configs/finetune_imagenet.py does for vision; 10 has 11 and 12 in it; 1 is a diagram.
     figures = {'2_language', '2_vision', *map(str, (4, 5, 6, 7, 8, 9, 10, 13, 14, 15))}
-    assert {f'figure_{n}' for n in figures} | {'table_2', 'table_3'} == set(EXPERIMENTS)
+    assert {f'figure_{n}' for n in figures} | {'section_5', 'table_2', 'table_3'} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize('scale', [paper.Scale.MINI, paper.Scale.FULL])
