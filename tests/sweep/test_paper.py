@@ -8,7 +8,9 @@ from upcycle import configuration, cost
 from upcycle.sweep import grid, paper
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
-EXPERIMENTS = sorted(path.stem for pattern in ('figure_*.py', 'section_*.py', 'table_*.py') for path in CONFIGS.glob(pattern))
+EXPERIMENTS = sorted(
+    path.stem for pattern in ('figure_*.py', 'section_*.py', 'table_*.py') for path in CONFIGS.glob(pattern)
+)
 # The same shapes without the data, which takes preparation.
 STAND_IN = {
     'tasks/c4_span_corruption.gin': 'tasks/synthetic_text.gin',
