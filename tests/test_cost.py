@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.small import init, random_batch, small_t5, spec_of, with_moe
@@ -61,7 +62,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 TPU = """
-HloModule step
+HloModule step, is_scheduled=true, num_partitions=8
 
 %all-reduce-scatter.1 (p: f32[64,128]) -> f32[16,128] {
   %p = f32[64,128]{1,0} parameter(0)
@@ -87,6 +88,7 @@ ENTRY %main (a: f32[64,128]) -> f32[16,128] {
   %a = f32[64,128]{1,0} parameter(0)
   %loop = (s32[], bf16[8,32,16]) while(%a), condition=%condition, body=%body
   %gather = f32[256,128]{1,0} all-gather(%a), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}
+  %everybody = f32[64,128]{1,0} all-reduce(%a), replica_groups={}, to_apply=%add
   ROOT %fusion = f32[16,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
@@ -102,7 +104,9 @@ def test_reads_a_tpu_program():
     assert found['all-to-all'].wire_bytes == pytest.approx(12 * 8 * 32 * 16 * 2 * 3 / 4)
     assert found['all-gather'].result_bytes == 4 * 64 * 128 * 4
     assert found['reduce-scatter'].operand_bytes == 64 * 128 * 4
-    assert 'all-reduce' not in found
+    # No groups: all devices together.
+    assert found['all-reduce'].count == 1
+    assert found['all-reduce'].wire_bytes == pytest.approx(2 * 64 * 128 * 4 * 7 / 8)
 
 
 def test_bytes_of_the_all_to_alls():
@@ -112,6 +116,32 @@ def test_bytes_of_the_all_to_alls():
     assert cost.all_to_all_bytes(config, 512, 128, mesh, 2) == 4 * 1024 * 128 * 2 / 16
     assert cost.all_to_all_bytes(config, 512, 128, mesh, 2, repeated=True) == 6 * 1024 * 128 * 2 / 16
     assert cost.all_to_all_bytes(config, 512, 128, {'data': 8, 'expert': 1, 'model': 1}, 2) == 0
+
+
+def test_what_crosses_no_all_to_all():
+    mesh = {'data': 2, 'expert': 4, 'model': 2}
+    for fields in ({'router': 'top_k', 'dispatch': 'ragged'}, {'router': 'merged'}):
+        assert cost.all_to_all_bytes(MoEConfig(num_experts=8, group_size=64, **fields), 512, 32, mesh, 2) == 0
+
+
+def test_flops_of_a_token():
+    """Forward and backward add up to the step's; sparse layers cost what their slots do."""
+    model, batch = EncoderDecoderModel(CONFIGS['gather']), random_batch()
+    spec = spec_of(batch)
+    parts = cost.flops_per_token(model, spec)
+    total = sum(forward + backward for forward, backward in parts.values())
+    assert total * model.num_tokens(spec) == pytest.approx(cost.step_flops(model, spec))
+    assert all(backward == 2 * forward for forward, backward in parts.values())
+    assert model.num_tokens(spec) == sum(batch[f'{stack}_input_tokens'].size for stack in ('encoder', 'decoder'))
+
+
+def test_active_parameters():
+    """Of 8 experts a token visits cf = 2 on average with Expert Choice, and K = 3 with Top-3."""
+    params = {'a': {'mlp': {'expert': {'wi': np.zeros((8, 4, 6))}, 'router': {'w': np.zeros((4, 8))}}}}
+    for fields, visited in (({}, 2), ({'router': 'top_k', 'num_selected_experts': 3}, 3), ({'router': 'soft'}, 8)):
+        active = cost.num_active_parameters(params, {'a/mlp': MoEConfig(num_experts=8, **fields)})
+        assert active == visited * 24 + 32
+    assert cost.num_parameters(params) == 8 * 24 + 32
 
 
 def test_core_days():

@@ -84,6 +84,13 @@ def step_flops(model: 'Model', batch_spec: 'BatchSpec') -> float:
     return TRAIN_OVER_FORWARD * forward_flops(model, batch_spec, training=True)
 
 
+def flops_per_token(model: 'Model', batch_spec: 'BatchSpec') -> dict[str, tuple[float, float]]:
+    """(forward, backward) FLOPs of a training step by component, over the tokens of a batch (padding included)."""
+    tokens = model.num_tokens(batch_spec)
+    parts = model.forward_flops(batch_spec, training=True)
+    return {name: (flops / tokens, (TRAIN_OVER_FORWARD - 1) * flops / tokens) for name, flops in parts.items()}
+
+
 def all_to_all_bytes(
     config: MoEConfig, tokens: int, width: int, mesh: Mapping[str, int], itemsize: int, *, repeated: bool = False
 ) -> float:

@@ -55,6 +55,8 @@ class Program:
         self._computations: dict[str, list[Operation]] = {}
         self._shapes: dict[str, str] = {}
         self._entry = ''
+        partitions = re.search(r'^HloModule .*num_partitions=(\d+)', text, re.MULTILINE)
+        self._devices = int(partitions[1]) if partitions else 1
         here: list[Operation] = []
         for line in text.splitlines():
             if match := _COMPUTATION.match(line):
@@ -82,7 +84,7 @@ class Program:
                     continue
                 operands = sum(_bytes(self._shapes[name]) for name in _operands(operation))
                 result = operands if operation.kind.endswith('-start') else _bytes(operation.result)
-                group = _group_size(operation)
+                group = _group_size(operation) or self._devices
                 if kind == 'all-reduce' and computation.startswith('all-reduce-scatter'):
                     kind, result = 'reduce-scatter', operands // group
                 if kind == 'all-gather':
@@ -164,7 +166,8 @@ def _bytes(shape: str) -> int:
     )
 
 
-def _group_size(operation: Operation) -> int:
+def _group_size(operation: Operation) -> int | None:
+    """Devices that take part together; None: all."""
     if match := re.search(r'replica_groups=\{\{([\d,]+)\}', operation.rest):
         return len(match[1].split(','))
     if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', operation.rest):
@@ -172,7 +175,7 @@ def _group_size(operation: Operation) -> int:
     if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', operation.rest):
         sizes = dict(axis.split('=') for axis in match[1].split(','))
         return math.prod(int(sizes[axis.split(':')[0]]) for axis in match[2].split(','))
-    return 2
+    return 2 if operation.kind.startswith('collective-permute') else None
 
 
 def _dot_flops(left: list[int], right: list[int], out: list[int], rest: str) -> float:

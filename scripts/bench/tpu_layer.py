@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from timing import table
 
 from upcycle import partitioning
-from upcycle.hlo import Program
+from upcycle.hlo import Collective, Program
 from upcycle.models.layers import MlpBlock
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import MoELayer
@@ -54,7 +54,7 @@ def account(router: str, dispatch: str, mesh: jax.sharding.Mesh) -> list[str]:
     with partitioning.use(mesh):
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).compile()
     program = Program(compiled.as_text())
-    exchanged = program.collectives()['all-to-all']
+    exchanged = program.collectives().get('all-to-all', Collective())  # `ragged` goes around a ring
     return [
         router,
         dispatch,
