@@ -151,6 +151,28 @@ def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
     }
 
 
+@pytest.mark.parametrize('file', ['surgery/random', 'surgery/granular', 'recipes/soft_moe', 'recipes/shared_experts'])
+def test_a_vit_takes_them_too(file, tmp_path, dense_vit):
+    bindings = runs.bindings('vit upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense_vit)
+    if file.startswith('recipes/'):
+        bindings['OPTIMIZER_STATE'] = 'fresh'  # the dense one has none of a shared expert's, or of a scale
+    files = (*runs.FILES['vit upcycle'], f'{file}.gin')
+    if file == 'surgery/random':
+        assert configuration.load(files, bindings).surgery.operator.initializer == 'xavier_uniform'
+    receipt, state = first_step(files, bindings)
+    assert int(state.step) == 5
+    gaps = [layer['gap'] for layer in receipt['function_check']['layers'].values()]
+    # Where there is room for every token.
+    assert gaps and (max(gaps) < 1e-5) == (file in ('surgery/granular', 'recipes/shared_experts'))
+
+
+def test_growing_with_k_as_it_was_says_by_how_much_the_function_changes(tmp_path, sparse):
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=sparse, NUM_EXPERTS=6)
+    receipt, _ = first_step((*runs.FILES['upcycle'], 'surgery/grow.gin'), bindings)
+    layers = receipt['function_check']['layers']
+    assert len(layers) == 2 and all(layer['gap'] > 1e-3 for layer in layers.values())
+
+
 @pytest.mark.parametrize(
     ('name', 'sizes'),
     [('depth', {'NUM_ENCODER_LAYERS': 4}), ('width', {'EMBED_DIM': 128, 'NUM_HEADS': 4}), ('average', {})],
