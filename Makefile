@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test docs format clean
+.PHONY: quickstart test test-all docs format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/upcycle quickstart $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist=loadfile $(ARGS)
+
+# Also steps every program of every experiment.
+test-all: ARGS += -m ""
+test-all: test
 
 # Pages into site/; the page of macros is written first.
 docs: $(VENV)/.installed-docs

@@ -1,11 +1,17 @@
 """The paper's figures: their runs build at every scale, agree between figures, and cost what they should."""
 
+import functools
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
-from upcycle import configuration, cost
+from tests.gin.test_gin_files import step_abstractly
+from upcycle import configuration, cost, partitioning
 from upcycle.sweep import grid, paper
+from upcycle.train import loop
+from upcycle.train.state import layout
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 EXPERIMENTS = sorted(
@@ -34,8 +40,9 @@ def test_the_papers_figures_are_here():
     assert {f'figure_{n}' for n in figures} | {'section_5', 'table_2', 'table_3'} == set(EXPERIMENTS)
 
 
-@pytest.mark.parametrize('scale', [paper.Scale.MINI, paper.Scale.FULL])
-def test_every_run_is_built_and_has_one_meaning(scale):
+@functools.cache
+def runs_of(scale):
+    """The points of all experiments by their names, and of those that differ in more than seeds and steps a run each."""
     found, built = {}, {}
     for name in EXPERIMENTS:
         for point in points(name, scale):
@@ -45,9 +52,51 @@ def test_every_run_is_built_and_has_one_meaning(scale):
             key = point.gin_files, tuple(sorted(program.items()))
             if key not in built:
                 built[key] = build(point.gin_files, point.bindings)
+    return found, tuple(built.values())
+
+
+@pytest.mark.parametrize('scale', [paper.Scale.MINI, paper.Scale.FULL])
+def test_every_run_is_built_and_has_one_meaning(scale):
+    found, built = runs_of(scale)
     seeds = {name.split('/')[1] for name in found}
     assert {'seed_0', 'seed_1', 'seed_2'} <= seeds <= {f'seed_{i}' for i in range(6)}
     assert len(built) > 40
+
+
+def steps_of(scale):
+    """Runs whose training steps differ."""
+    different = {}
+    for run in runs_of(scale)[1]:
+        different.setdefault((repr(run.model), repr(run.optimizer), repr(run.train_data.batch_spec())), run)
+    assert len(different) > 15
+    return different.values()
+
+
+def test_every_program_of_the_mini_scale_steps_abstractly():
+    for run in steps_of(paper.Scale.MINI):
+        step_abstractly(run)
+
+
+@pytest.mark.exhaustive
+def test_every_program_of_the_full_scale_steps_abstractly():
+    for run in steps_of(paper.Scale.FULL):
+        step_abstractly(run)
+
+
+@pytest.mark.exhaustive
+def test_every_program_of_the_mini_scale_steps():
+    for run in steps_of(paper.Scale.MINI):
+        mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
+        with partitioning.use(mesh):
+            where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+            shapes = run.train_data.batch_spec()
+            batch = {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()}
+            state = jax.tree.map(
+                lambda leaf: jax.device_put(np.full(leaf.shape, 0.1, leaf.dtype), leaf.sharding), where.abstract
+            )
+            step = loop.lower_step(run, where, sharding).compile({'xla_backend_optimization_level': 0})
+            state, metrics = step(state, partitioning.put_batch(batch, sharding))
+        assert np.isfinite(metrics['loss'])
 
 
 def test_branches_of_a_figure_spend_the_same():
