@@ -219,6 +219,8 @@ def test_recipes_step(name, tmp_path):
 @pytest.mark.parametrize('name', RATES)
 def test_recipes_of_the_learning_rate_step(name, tmp_path, dense):
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
+    if name == 'restarted_rate':
+        bindings['RESTART_WARMUP_STEPS'] = '1'
     files = (*runs.FILES['upcycle'], f'recipes/{name}.gin')
     assert configuration.load(files, bindings).learning_rate.policy != 'continue'
     _, state = first_step(files, bindings)

@@ -22,7 +22,7 @@ MOE = {'params/m/expert/wi/kernel': (2, 4, 8), 'params/m/router/w/kernel': (4, 2
 
 def first_receipt():
     dense = shaped({'params/m/wi/kernel': (4, 8), 'params/head/kernel': (4, 10)})
-    return receipt(plan(dense, shaped(MOE), Surgery()), source={}, hashes={'params/m/wi/kernel': 'x'})
+    return receipt(plan(dense, shaped(MOE), Surgery()), source={}, hashes={'params/m/wi/kernel': 'x'}, lineages={})
 
 
 def test_a_run_that_changes_leaves_changes_their_rows():
