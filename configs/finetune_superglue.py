@@ -7,9 +7,10 @@ with), come from the command line, and so do the rates, which runs/finetune.gin 
   upcycle sweep --config=configs/finetune_superglue.py --gin_file=models/t5_1_1_base.gin --gin_file=moe/t5.gin \\
     --gin.INITIAL_CHECKPOINT_PATH=... --gin.BASE_LEARNING_RATE=1e-4 --out=runs/superglue_upcycled
 
-How the paper chooses among checkpoints is not known to us; the table shows the last, and metrics.jsonl has all. Expected: Base
-and Large, upcycled for about half of their dense cost, end 1.5 to 2 points above their dense models. Never run at that scale by
-this project; needs `pip install upcycle[t5]` and super_glue of TFDS.
+It ends in the mean of every task's metrics and of their average, with its 95% interval. How the paper chooses among
+checkpoints is not known to us; the table shows the last, and metrics.jsonl has all. Expected: Base and Large, upcycled for
+about half of their dense cost, end 1.5 to 2 points above their dense models. Never run at that scale by this project; needs
+`pip install upcycle[t5]` and super_glue of TFDS.
 """
 
 import ml_collections
@@ -32,4 +33,5 @@ def get_config(scale: str = 'full') -> ml_collections.ConfigDict:
     }
     seeds = grid.product(grid.axis(RANDOM_SEED=SEEDS, DATA_SEED=SEEDS))
     config.points = grid.points(['tasks/superglue.gin', 'runs/finetune.gin', 'runs/task_metrics.gin'], same, seeds)
+    config.mean = 'tasks/'
     return config

@@ -1,5 +1,6 @@
 """`upcycle sweep`: from the command line's options to a grid that is carried out or printed."""
 
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,8 @@ def sweep(
             return 0
         for report in what.get('reports', ()):
             _report(report, {entry.point.name: entry.point.command for entry in entries}, out)
+        if what.get('mean'):
+            _means(what.mean, entries, out)
         return _best(what, entries, out, launcher) if what.get('select') else 0
 
 
@@ -167,6 +170,17 @@ def _report(report: Mapping[str, Any], commands: Mapping[str, str], out: str) ->
         (folder / f'{name}.md').write_text(table, encoding='utf-8')
         print(table)
     print(f'report: {page}')
+
+
+def _means(prefix: str, entries: list[conduct.Entry], out: str) -> None:
+    """Prints and keeps the means over all points, which are seeds of one run."""
+    means = conduct.means_of(entries, prefix)
+    for name, (mean, half) in means.items():
+        print(f'{name}: {mean:.4f}{"" if half is None else f" ± {half:.4f}"}, mean of {len(entries)} runs')
+    path = os.path.join(out, 'means.json')
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump({name: {'mean': mean, 'half_width': half} for name, (mean, half) in means.items()}, file, indent=1)
+    print(f'means: {path}')
 
 
 def _best(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:

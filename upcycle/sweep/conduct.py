@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from upcycle import configuration, cost
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse
 from upcycle.metrics import clock
+from upcycle.report.compare import half_width
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 from upcycle.train.run import Run
@@ -247,6 +249,13 @@ def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry,
     choose = {'max': max, 'min': min}[select['best']]
     best = choose(having, key=lambda entry: entry.progress.metrics[metric])
     return best, best.progress.metrics[metric]
+
+
+def means_of(entries: Sequence[Entry], prefix: str) -> dict[str, tuple[float, float | None]]:
+    """(mean, half of its 95% interval) over the points, of each metric with such a name that all of them have logged last."""
+    having = set.intersection(*({*entry.progress.metrics} for entry in entries))
+    values = {name: [entry.progress.metrics[name] for entry in entries] for name in having if name.startswith(prefix)}
+    return {name: (statistics.fmean(found), half_width(found)) for name, found in sorted(values.items())}
 
 
 def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:

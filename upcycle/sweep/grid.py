@@ -7,6 +7,7 @@ A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
             starts from, `checkpoints` the steps of it: one, or several for EXPERT_OPERATOR = 'branches'
   select?   {metric, best, among?}: which point is the best when all are finished, such as 'validation/accuracy' and 'max',
             of those whose name begins with `among`
+  mean?     the points are seeds: of metrics whose names begin so, the mean over all points is told when they are finished
   reports?  a list of {title, groups, roles, name?, base?, curves?, claims?, finals?, numbers?}: comparisons, written when all
             points are finished, into report/NAME. A group is a seed: {branch: names of the points that make it, one after the
             other}; roles are of branches, 'upcycled' where none is said; `base` is the branch with which the others are
