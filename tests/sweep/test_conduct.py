@@ -11,7 +11,7 @@ from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.report.plots import Plot
-from upcycle.sweep import conduct, launchers
+from upcycle.sweep import command, conduct, launchers
 from upcycle.sweep import grid as grids
 from upcycle.sweep.conduct import Entry
 from upcycle.sweep.points import Point, Progress, Status, progress_of
