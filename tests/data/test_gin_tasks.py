@@ -17,9 +17,10 @@ if not (ROOT / 'gin' / 'tasks').is_dir():
 TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
 # photographs.gin is no task, but included by some.
 SYNTHETIC = sorted((ROOT / 'gin' / 'tasks').glob('synthetic_*.gin'))
-OTHERS = [ROOT / 'gin' / 'tasks' / f'{name}.gin' for name in ('photographs', 'superglue')]
+OTHERS = [ROOT / 'gin' / 'tasks' / f'{name}.gin' for name in ('photographs', 'superglue', 'stdlib_keyword')]
 NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, *OTHERS}
 IMAGE_TASKS = sorted({*(ROOT / 'gin' / 'tasks').glob('*.gin')} - NO_IMAGE_TASKS)
+SCANS = ('mnist5k', 'optdigits')
 gin.add_config_file_search_path(str(ROOT / 'gin'))
 
 RUN = """
@@ -71,6 +72,16 @@ def test_a_task_file_builds_and_its_operative_config_too(path):
     assert len(list(evaluation.batches())) <= 2
 
 
+def test_the_task_of_keywords_builds_and_its_operative_config_too():
+    path = ROOT / 'gin' / 'tasks' / 'stdlib_keyword.gin'
+    (train, evaluation), operative, lengths = build(f"include '{path}'\n{RUN}")
+    assert build(operative)[0] == (train, evaluation)
+    batch = next(train.batches())
+    assert batch['encoder_input_tokens'].shape == (4, lengths['inputs'])
+    assert batch['decoder_target_tokens'].shape == (4, lengths['targets'])
+    assert 0 < len(list(evaluation.batches())) <= 2
+
+
 def test_files_must_be_bound():
     path = next(path for path in TASKS if path.stem.startswith('text_files'))
     (train, _), _, _ = build(f"include '{path}'\n{RUN}")
@@ -83,7 +94,7 @@ def test_an_image_task_file_builds_and_its_operative_config_too(path, tmp_path):
     text = f"include '{path}'\n{RUN}"
     if path.stem == 'image_folder':
         text += f"\nTRAIN_FOLDER = '{image_folder(tmp_path)}'\nNUM_CLASSES = 2"
-    elif path.stem != 'mnist5k':
+    elif path.stem not in SCANS:
         text += f"\nTFDS_DATA_DIR = '{tmp_path}'"
     (train, evaluation), operative, num_classes = build(text, 'NUM_CLASSES')
     _, _, size = build(text, 'IMAGE_SIZE')
@@ -94,7 +105,7 @@ def test_an_image_task_file_builds_and_its_operative_config_too(path, tmp_path):
     assert not evaluation.repeat and train.split != evaluation.split
     assert train.image_shape == evaluation.image_shape == (size, size, channels)
     assert build(operative, 'BATCH_SIZE')[0] == (train, evaluation)
-    if path.stem in ('mnist5k', 'image_folder'):
+    if path.stem in (*SCANS, 'image_folder'):
         assert train.num_classes == evaluation.num_classes == num_classes
         assert next(train.batches())['image'].shape == (4, size, size, channels)
         assert 0 < len(list(evaluation.batches())) <= 2

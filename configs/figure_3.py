@@ -1,0 +1,53 @@
+"""Figure 3: what upcycled models are worth after fine-tuning (arXiv 2212.05055).
+
+x: extra cost of pretraining; y: downstream quality. The paper: upcycled models stay ahead of the dense continuation after
+fine-tuning on SuperGLUE (Base and Large 1.5 to 2 points above their dense models) and on ImageNet; its curves are images.
+
+Here the dense model, its continuation and the upcycled model are fine-tuned alike after half of the extra budget and after all
+of it; compared are equal budgets of pretraining and equal steps of fine-tuning. At the mini scale the language task is to say
+which keyword stood in a gap of the standard library's source, over the six seeds of Figure 2, and the vision task is
+scikit-learn's small scans of digits.
+
+  upcycle sweep --config=configs/figure_3.py --scale=mini --out=runs/paper
+  upcycle sweep --config=configs/figure_3.py --scale=compiled --out=runs/compiled
+  upcycle sweep --config=configs/figure_3.py --scale=full --where=print
+
+At full scale it is T5 Base, three seeds, and of ImageNet one of the paper's twelve runs (configs/finetune_imagenet.py has all).
+Never run at full scale by this project.
+"""
+
+from typing import Any
+
+from upcycle.sweep import paper
+
+
+def get_config(scale: str = 'mini') -> Any:
+    """Runs, and claims about them, at one of three scales."""
+    at = paper.scale_of(scale)
+    branches = {
+        'dense continuation': paper.CONTINUATION,
+        'dense continuation, half': paper.continuation(budget=0.5),
+        'upcycled': paper.UPCYCLED,
+        'upcycled, half': paper.upcycled(budget=0.5),
+    }
+    series = {
+        'upcycled': {0.5: 'upcycled, half', 1.0: 'upcycled'},
+        'dense continuation': {0.0: 'dense', 0.5: 'dense continuation, half', 1.0: 'dense continuation'},
+    }
+    panels = []
+    for setting in (paper.language(at), paper.vision(at)):
+        task = paper.downstream(at, setting)
+        seeds = range(6) if at is paper.Scale.MINI and 'language' in setting.name else None
+        title = f'Figure 3: {setting.name}, fine-tuned'
+        panel = paper.Panel(setting, title, branches, seeds=seeds, downstream=task)
+        numbers = 'SuperGLUE: 1.5 to 2 points' if 'language' in setting.name else ''
+        for better, worse, paper_says in (
+            ('upcycled, half', 'dense continuation, half', ''),
+            ('upcycled', 'dense continuation', ''),
+            ('upcycled', 'dense', numbers),
+        ):
+            text = f'Fine-tuned, {better} is ahead of {worse}.'
+            panel.claim(text, better, worse, metric=task.metric, per_step=True, paper=paper_says)
+        panel.final('extra cost of pretraining, of the whole budget', series, metrics=(task.metric,))
+        panels.append(panel)
+    return paper.experiment('figure_3', at, panels)
