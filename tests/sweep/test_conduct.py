@@ -17,7 +17,7 @@ from upcycle.sweep.conduct import Entry
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 
 
-class Pretend:
+class Pretend(launchers.OneByOne):
     """Runs that take no time: they write what a run writes, or fail."""
 
     def __init__(self, fails=(), slots=1):
@@ -215,7 +215,7 @@ def test_runs_of_a_grid_share_their_programs(chosen, tmp_path, monkeypatch, caps
     if chosen is not None:
         monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', chosen)
 
-    class Refusing:
+    class Refusing(launchers.OneByOne):
         slots = 1
 
         def start(self, arguments, log):
@@ -389,6 +389,37 @@ def test_points_are_jobs_of_a_cluster(tmp_path, monkeypatch):
     assert '-m upcycle train --gin.NAME=a b\n' in (tmp_path / 'logs' / 'a.txt').read_text()
     monkeypatch.setattr(launchers.Slurm, 'python', '/bin/false')
     assert conduct.run_to_end(slurm, ['train'], str(tmp_path / 'logs' / 'b.txt')) == 1
+
+
+SBATCH = """#!/usr/bin/env bash
+cp "${{@: -1}}" {folder}/$(ls {folder} | wc -l).sh
+echo Submitted batch job 42
+"""
+
+
+def test_points_that_start_together_are_an_array_of_slurm(tmp_path, monkeypatch):
+    """Programs that keep the script that they are given stand in for Slurm's."""
+    programs, scripts = tmp_path / 'bin', tmp_path / 'scripts'
+    programs.mkdir()
+    scripts.mkdir()
+    for name, body in {
+        'sbatch': SBATCH.format(folder=scripts),
+        'srun': '#!/bin/sh\n',
+        'scancel': '#!/bin/sh\n',
+    }.items():
+        (programs / name).write_text(body)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv('PATH', f'{programs}{os.pathsep}{os.environ["PATH"]}')
+    slurm = launchers.make('slurm', {}, 0, 8, {'slurm_partition': 'a100', 'timeout_min': 2})
+    logs = [str(tmp_path / 'logs' / f'seed_{i}' / 'run.txt') for i in range(3)]
+    jobs = list(slurm.start_all([(['train', f'--gin.SEED={i}'], log) for i, log in enumerate(logs)]))
+    assert len(jobs) == 3
+    (script,) = scripts.iterdir()
+    assert '#SBATCH --array=0-2%3\n' in script.read_text() and '--partition=a100' in script.read_text()
+    # One alone is a job.
+    slurm.start(['train'], logs[0])
+    assert sum('--array' in script.read_text() for script in scripts.iterdir()) == 1
+    assert len(list(scripts.iterdir())) == 2
 
 
 XPK = """#!/usr/bin/env bash

@@ -151,16 +151,22 @@ def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[
     began: dict[str, tuple[float, float]] = {}
 
     def start_ready() -> None:
+        ready = []
         for entry in entries:
             states = {by_name[name].status for name in entry.point.after}
             if entry.status is not Status.WAITING:
                 continue
             if states & {Status.FAILED, Status.BLOCKED}:
                 entry.status = Status.BLOCKED
-            elif states <= {Status.FINISHED} and len(jobs) < launcher.slots:
-                jobs[entry.point.name] = launcher.start(entry.point.arguments, log_of(out, entry.point.name))
-                began[entry.point.name] = time.monotonic(), entry.progress.seconds
-                entry.status = Status.RUNNING
+            elif states <= {Status.FINISHED} and len(jobs) + len(ready) < launcher.slots:
+                ready.append(entry)
+        if not ready:
+            return
+        commands = [(entry.point.arguments, log_of(out, entry.point.name)) for entry in ready]
+        for entry, job in zip(ready, launcher.start_all(commands), strict=True):
+            jobs[entry.point.name] = job
+            began[entry.point.name] = time.monotonic(), entry.progress.seconds
+            entry.status = Status.RUNNING
 
     def look() -> None:
         for name, job in list(jobs.items()):

@@ -31,6 +31,18 @@ class Launcher(Protocol):
     def start(self, arguments: Sequence[str], log: str) -> Job:
         """Starts `upcycle ARGUMENTS`, what it prints going to the end of the file `log`."""
 
+    def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Job]:
+        """Starts several, each as `start` does."""
+
+
+class OneByOne:
+    """Launchers to which several commands are one after the other."""
+
+    def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Job]:
+        """Starts several, each as `start` does."""
+        for arguments, log in commands:
+            yield self.start(arguments, log)
+
 
 class LocalJob:
     """A process on this machine."""
@@ -49,7 +61,7 @@ class LocalJob:
         self._process.wait()
 
 
-class Local:
+class Local(OneByOne):
     """This machine: one run after the other, or a few at once, each on its share of the cores.
 
     Args:
@@ -122,7 +134,8 @@ class SubmittedJob:
 
 
 class Slurm:
-    """A Slurm cluster that shares its files with this machine: each run is a job, or a part of one that is many processes.
+    """A Slurm cluster that shares its files with this machine: each run is a job, of one process or many, and those that start
+    together are an array.
 
     Args:
       environment: of the runs.
@@ -158,13 +171,18 @@ class Slurm:
 
     def start(self, arguments: Sequence[str], log: str) -> SubmittedJob:
         """Submits `upcycle ARGUMENTS`."""
-        folder = log.removesuffix('.txt')
+        return next(self.start_all([(arguments, log)]))
+
+    def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[SubmittedJob]:
+        """Submits several, as one array of jobs."""
+        logs = [log for _, log in commands]
+        folder = os.path.join(os.path.commonpath([os.path.dirname(log) for log in logs]), 'submitit')
         os.makedirs(folder, exist_ok=True)
         try:
             executor = self._submitit.AutoExecutor(folder=folder, cluster=self._cluster)
-            executor.update_parameters(name='upcycle', **self._options)
-            command = [*self._env, self.python, '-m', 'upcycle', *arguments, *self._more]
-            job = executor.submit(self._submitit.helpers.CommandFunction(command))
+            executor.update_parameters(name='upcycle', slurm_array_parallelism=self.slots, **self._options)
+            with executor.batch():
+                jobs = [executor.submit(self._command(arguments)) for arguments, _ in commands]
         except (
             RuntimeError,
             ValueError,
@@ -174,7 +192,11 @@ class Slurm:
             subprocess.CalledProcessError,
         ) as error:
             raise UserError(f'--where=slurm, --cluster options: {str(error).splitlines()[0]}') from error
-        return SubmittedJob(job, log)
+        yield from (SubmittedJob(job, log) for job, log in zip(jobs, logs, strict=True))
+
+    def _command(self, arguments: Sequence[str]) -> Any:
+        command = [*self._env, self.python, '-m', 'upcycle', *arguments, *self._more]
+        return self._submitit.helpers.CommandFunction(command)
 
 
 class GkeJob(LocalJob):
@@ -192,7 +214,7 @@ class GkeJob(LocalJob):
             subprocess.run(self._delete, check=False, stdout=subprocess.DEVNULL)
 
 
-class Gke:
+class Gke(OneByOne):
     """TPU slices of a Google Kubernetes Engine cluster, by xpk: each run is a workload.
 
     A workload outlives a sweep that is killed; the next one finds it by its name and goes on watching it. One that failed is
