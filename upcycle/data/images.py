@@ -21,8 +21,8 @@ import numpy as np
 from upcycle.data import JSON, draws, rows_per_host
 from upcycle.data.bad_records import BadRecordError, BadRecords, checked_bound
 from upcycle.data.image_folder import ImageFolder
+from upcycle.data.mnist import Mnist5k, Optdigits, ScanAugmentation
 from upcycle.data.photographs import CentralCropPreprocessing, InceptionPreprocessing
-from upcycle.data.scans import Mnist5k, Optdigits, ScanAugmentation
 from upcycle.data.tfds_images import TfdsImages
 from upcycle.errors import UserError
 from upcycle.schema import Count, Whole

@@ -1,4 +1,4 @@
-"""Scans of handwritten digits that need no download, in packages that everyone has, and their augmentation."""
+"""Scans of handwritten digits, MNIST's and others, in packages that everyone has: nothing to download; and their augmentation."""
 
 from __future__ import annotations
 
