@@ -116,6 +116,19 @@ def test_branches_of_a_figure_spend_the_same():
             assert len(values) > 2 and max(values) / min(values) < 1.002, (name, family)
 
 
+def test_the_large_language_models_start_from_the_public_checkpoints():
+    """A million steps, whose FLOPs are the dense ones'."""
+    found = {point.name: point for point in points('figure_2_language', 'full')}
+    assert 'language_base/seed_0/dense' in found and 'language_large/seed_0/dense' not in found
+    for size in ('large', 'xl'):
+        point = found[f'language_{size}/seed_0/upcycled']
+        assert not point.after and f't5_1_1_{size}/checkpoint_1000000' in point.bindings['INITIAL_CHECKPOINT_PATH']
+        run = build(point.gin_files, point.bindings)
+        continued = found[f'language_{size}/seed_0/dense_continuation']
+        dense = build(continued.gin_files, continued.bindings)
+        assert run.dense_flops == pytest.approx(1e6 * cost.step_flops(dense.model, dense.train_data.batch_spec()))
+
+
 def test_branches_start_at_checkpoints_that_the_dense_run_keeps():
     for point in points('figure_6', 'mini'):
         if point.after:

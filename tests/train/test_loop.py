@@ -127,6 +127,16 @@ def test_the_ledger_of_a_line():
     assert 'percent_of_sunk_flops' not in loop.Ledger().for_the_log(1)
 
 
+def test_what_a_checkpoint_had_cost_is_said_where_it_does_not_say():
+    ledger = loop.Ledger()
+    ledger.start_from(7, {}, 3e18)
+    assert (ledger.start_step, ledger.sunk_flops) == (7, 3e18)
+    ledger.start_from(7, {'cost': {'flops': 1e18, 'sunk_flops': 1e18}}, 3e18)
+    assert ledger.sunk_flops == 2e18
+    ledger.start_from(7, {})
+    assert ledger.sunk_flops == 0
+
+
 def test_upcycled_run_starts_at_the_dense_step_and_keeps_a_receipt(tmp_path, dense):
     runs.train('upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=dense)
     first = lines_of(tmp_path / 'up')[0]

@@ -51,6 +51,7 @@ class Setting:
       bindings: of every run. (Of the dense run all checkpoints are kept, `NUM_CHECKPOINTS` of them.)
       sparse: more bindings, of runs with MoE layers.
       dense_steps: of the shared dense run.
+      dense_checkpoint: where branches start from instead, as many steps old; None: the dense run.
       extra_steps: of plain upcycling at a budget of 1; that of every other branch follows from equal FLOPs.
       cooldown_steps: at the end of every branch.
       topology: of the compiled scale.
@@ -70,6 +71,7 @@ class Setting:
     topology: str
     num_experts: int
     num_layers: int
+    dense_checkpoint: str | None = None
 
 
 # Pods of the paper: 64 chips of TPU v4, 256 with 4-way model parallelism for T5 XL.
@@ -77,11 +79,14 @@ _POD = {'MESH_SHAPE': (64, 1, 1)}, {'MESH_SHAPE': (2, 32, 1), 'GROUPS_MULTIPLE_O
 _XL_POD = {'MESH_SHAPE': (64, 1, 4)}, {'MESH_SHAPE': (2, 32, 4), 'GROUPS_MULTIPLE_OF': 64}, 'v4:4x8x8'
 _DEEP = {'SCAN_LAYERS': True, 'REMAT': 'full'}
 LANGUAGE = {'base': (12, _POD, {}), 'large': (24, _POD, _DEEP), 'xl': (24, _XL_POD, _DEEP)}
+# Base was the authors' own; the larger ones were T5X's (arXiv 2212.05055, section 3).
+PUBLIC = {size: f'gs://t5-data/pretrained_models/t5x/t5_1_1_{size}/checkpoint_1000000' for size in ('large', 'xl')}
 VISION = {'b32': (12, _POD, {}), 'b16': (12, _POD, {}), 'l32': (24, _POD, _DEEP), 'l16': (24, _POD, _DEEP)}
 
 
 def language(scale: Scale, size: str | None = None) -> Setting:
-    """T5 1.1. Full: a million dense steps of 2048 sequences on C4, half a million extra (arXiv 2212.05055, section 3)."""
+    """T5 1.1. Full: a million dense steps of 2048 sequences on C4, half a million extra (arXiv 2212.05055, section 3).
+    Large and XL start from the public checkpoints."""
     if scale is Scale.MINI:
         return Setting(
             'language_mini',
@@ -115,6 +120,7 @@ def language(scale: Scale, size: str | None = None) -> Setting:
         topology=topology,
         num_experts=32,
         num_layers=layers,
+        dense_checkpoint=PUBLIC.get(size) if scale is Scale.FULL else None,
     )
 
 
@@ -497,7 +503,7 @@ def _points(panel: Panel, seed: int) -> dict[str, dict[str, Any]]:
         },
         'settings': {'branch': 'dense'},
     }
-    made = {'dense': dense}
+    made = {'dense': dense} if setting.dense_checkpoint is None else {}
     for label, branch in panel.branches.items():
         steps, start = _steps(setting, branch)
         bindings = {**same, **(setting.sparse if branch.moe else {}), **branch.bindings, 'TRAIN_STEPS': steps + start}
@@ -511,7 +517,11 @@ def _points(panel: Panel, seed: int) -> dict[str, dict[str, Any]]:
             'bindings': bindings,
             'settings': {'branch': label},
         }
-        if branch.run != 'scratch':
+        if branch.run != 'scratch' and setting.dense_checkpoint is not None:
+            assert start == setting.dense_steps, f'{label} starts where {setting.dense_checkpoint} is not'
+            bindings['INITIAL_CHECKPOINT_PATH'] = setting.dense_checkpoint
+            bindings['DENSE_FLOPS'] = setting.dense_steps * _step_flops(setting, CONTINUATION)
+        elif branch.run != 'scratch':
             point['start'] = dense['name']
             if start != setting.dense_steps:
                 point['checkpoints'] = [start]

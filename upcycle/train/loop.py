@@ -71,12 +71,12 @@ class Ledger:
             derived['percent_of_sunk_flops'] = 100.0 * self.flops / self.sunk_flops
         return dataclasses.asdict(self) | derived
 
-    def start_from(self, step: int, metadata: Mapping[str, Any]) -> None:
-        """Books a dense checkpoint's whole cost as sunk."""
+    def start_from(self, step: int, metadata: Mapping[str, Any], flops: float | None = None) -> None:
+        """Books a dense checkpoint's whole cost as sunk; `flops`: of one that does not say what it had cost."""
         spent = metadata.get('cost', {})
         self.start_step = step
         self.sunk_seconds = spent.get('seconds', 0.0) + spent.get('sunk_seconds', 0.0)
-        self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0)
+        self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0) or flops or 0.0
 
 
 def train(run: Run, name: str = 'train', profile_steps: range = NO_STEPS) -> TrainState:
@@ -204,7 +204,7 @@ class _Trainer:
             return states.from_scratch(run, self.layout)
         batch = next(self._batches(run.train_data, 0))
         state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
-        self.ledger.start_from(int(state.step), reader.metadata)
+        self.ledger.start_from(int(state.step), reader.metadata, run.dense_flops)
         states.check_start(run, self.ledger.start_step)
         # A model that has trained since its surgery keeps the account of its own step 0.
         fresh = self.receipt is not None and 'step_0' not in self.receipt

@@ -9,7 +9,7 @@ from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.models import Model
 from upcycle.moe.config import check_readers
-from upcycle.schema import Count, Whole
+from upcycle.schema import Count, Natural, Whole
 from upcycle.surgery.plan import Surgery
 from upcycle.train.health import Limits
 from upcycle.train.optimizer import Optimizer
@@ -33,6 +33,7 @@ class Run:
         EXPERT_OPERATOR = 'branches' [INITIAL_CHECKPOINT_PATH].
       surgery: what becomes of that checkpoint [SURGERY].
       dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
+      dense_flops: what a checkpoint that does not say so had cost [DENSE_FLOPS].
       step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
         `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
       few_shot: linear probes of an image classifier's features [FEW_SHOT]; None: none.
@@ -61,6 +62,7 @@ class Run:
     initial_checkpoint_path: str | Sequence[str] | None = None
     surgery: Surgery | None = None
     dense_step: Whole | None = None
+    dense_flops: Natural | None = None
     step_0_factors: Sequence[float] = ()
     few_shot: FewShot | None = None
     task_metrics: TaskMetrics | None = None
