@@ -1,6 +1,7 @@
 """Runs a program of ours in a process with several virtual devices, which this one cannot have any more."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,6 +10,13 @@ def environment(devices: int) -> dict[str, str]:
     """The environment of a process with that many CPU devices."""
     flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'
     return {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return probe.getsockname()[1]
 
 
 def run(arguments: list[str], devices: int) -> str:

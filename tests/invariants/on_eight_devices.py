@@ -1,6 +1,8 @@
 """Run with eight virtual devices: one training step's loss, gradients and metrics on every mesh, into an .npz.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.invariants.on_eight_devices OUT.npz CASE...
+
+Or by two processes with four devices each, of which the first writes: the same with --process=localhost:PORT,INDEX before CASE...
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from tests.moe.quick import jit, random_params
@@ -42,6 +45,8 @@ MESHES = {
 }
 # Forms of the program are compared on these, the last of which splits all that splits; routers and dispatches on every mesh.
 MESHES_OF_FORMS = ('one device', '2x4x1', '2x2x2')
+# Of two processes: experts over both, and all that splits.
+MESHES_OF_PROCESSES = ('1x8x1', '2x2x2')
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
 
 
@@ -117,18 +122,19 @@ def main(out: str, names: list[str]) -> None:
     arrays = {}
     for name in names:
         model, microbatches, over_data = CASES[name]
-        batch, params = _inputs_with_margins(model)
-        for mesh_name in meshes_of(name):
+        batch, params = jax.device_get(_inputs_with_margins(model))
+        for mesh_name in meshes_of(name) if jax.process_count() == 1 else MESHES_OF_PROCESSES:
             shape = MESHES[mesh_name]
             devices = jax.devices()[: int(np.prod(shape))]
             mesh = partitioning.make_mesh(shape, 8, devices)
             with partitioning.use(mesh):
                 state, metrics = _step(model, params, batch, mesh, microbatches, over_data)
-            for path, leaf in flatten_dict(state.params, sep='/').items():
-                arrays[f'{name}|{mesh_name}|gradient|{path}'] = np.asarray(leaf)
-            for metric, value in metrics.items():
-                arrays[f'{name}|{mesh_name}|metric|{metric}'] = np.asarray(value)
-    np.savez(out, **arrays)
+            gradients = flatten_dict(state.params, sep='/')
+            for kind, found in (('gradient', gradients), ('metric', metrics)):
+                for path, value in multihost_utils.process_allgather(dict(found), tiled=True).items():
+                    arrays[f'{name}|{mesh_name}|{kind}|{path}'] = np.asarray(value)
+    if jax.process_index() == 0:
+        np.savez(out, **arrays)
 
 
 def _step(model, params, batch, mesh, microbatches, over_data):
@@ -208,4 +214,8 @@ def _margin(moe, logits_BxLxE, real_BxL, bias_E):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1], sys.argv[2:] or list(CASES))
+    path, *cases = sys.argv[1:]
+    if cases and cases[0].startswith('--process='):
+        coordinator, index = cases.pop(0).removeprefix('--process=').split(',')
+        jax.distributed.initialize(coordinator, 2, int(index))
+    main(path, cases or list(CASES))

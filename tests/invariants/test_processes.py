@@ -1,14 +1,13 @@
 """Runs of several processes, and checkpoints that move between meshes: one program, eight devices, however they are dealt."""
 
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
 
 from tests import runs
-from tests.invariants.devices import run, run_together, start_together
+from tests.invariants.devices import free_port, run, run_together, start_together
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import PREEMPTED
 from upcycle.metrics import read_metrics
@@ -28,12 +27,6 @@ def command(kind, model_dir, steps, dense, *options, **more):
     bindings = runs.bindings(kind, model_dir, steps, INITIAL_CHECKPOINT_PATH=dense, **SETTINGS, **more)
     files = [f'--gin_file={file}' for file in runs.FILES[kind]]
     return ['-m', 'upcycle', 'train', *files, *(f'--gin.{name}={value}' for name, value in bindings.items()), *options]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
 
 
 def two(*arguments, **more):

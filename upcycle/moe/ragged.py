@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from upcycle.moe.config import MoEConfig
-from upcycle.moe.exchange import BATCH, EXPERT
+from upcycle.moe.exchange import BATCH, DATA, EXPERT
 from upcycle.moe.router import Choices
 
 # (expert parameters, rows sorted by expert, rows of each expert) -> rows; the rows after the last run are garbage.
@@ -39,6 +39,10 @@ def apply_experts(
 
     def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
         D, K = x_BxLxD.shape[-1], expert_BxLxK.shape[-1]
+        if mesh is not None:
+            # Said of the parameters themselves, their gradients are summed over `data` as they are, and not in the activations'
+            # type (in which XLA:CPU cannot sum them at all).
+            params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, DATA, to='varying'), params)
         x_NxD, expert_NxK, weight_NxK = (
             x_BxLxD.reshape(-1, D),
             expert_BxLxK.reshape(-1, K),
