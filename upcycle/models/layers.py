@@ -136,6 +136,20 @@ class MlpBlock(nn.Module):
         return wo(product, group_sizes)
 
 
+@jax.custom_jvp
+def softmax(logits: jax.Array) -> jax.Array:
+    """Over the last axis. The backward pass keeps the result and nothing else: of attention weights, the largest arrays of a
+    step, one instead of two. JAX's own keeps the exponentials too (unless `jax_softmax_custom_jvp` is set), and XLA then keeps
+    the logits, to compute the result again."""
+    return jax.lax.optimization_barrier(jax.nn.softmax(logits))
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    weights, (change,) = softmax(*primals), tangents
+    return weights, weights * (change - (weights * change).sum(axis=-1, keepdims=True))
+
+
 def attend(
     query_BxQxHxN: jax.Array,
     key_BxKxHxN: jax.Array,
@@ -152,7 +166,7 @@ def attend(
     logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
     if bias_BxHxQxK is not None:
         logits_BxHxQxK += bias_BxHxQxK.astype(logits_BxHxQxK.dtype)
-    weights_BxHxQxK = drop(jax.nn.softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype))
+    weights_BxHxQxK = drop(softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype))
     return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
 
 
