@@ -81,15 +81,15 @@ def test_metrics_are_given_the_models_answers_in_order(files):
 def learnt(tmp_path_factory):
     """A tiny model that has learnt what answers look like, and not which is right."""
     path = tmp_path_factory.mktemp('learnt') / 'run'
-    steps = {'TRAIN_STEPS': 80, 'EVAL_PERIOD': 80, 'CHECKPOINT_PERIOD': 80, 'LOG_PERIOD': 20, 'BATCH_SIZE': 8}
-    more = {'TASK_METRICS_PERIOD': 40, 'WARMUP_STEPS': 20, 'MIXTURE_OR_TASK_NAME': 'small_boolq', **steps}
+    steps = {'TRAIN_STEPS': 160, 'EVAL_PERIOD': 160, 'CHECKPOINT_PERIOD': 160, 'LOG_PERIOD': 20, 'BATCH_SIZE': 8}
+    more = {'TASK_METRICS_PERIOD': 80, 'WARMUP_STEPS': 20, 'MIXTURE_OR_TASK_NAME': 'small_boolq', **steps}
     jobs.train([*FILES, METRICS], bindings(path, **more))
     return path
 
 
 def test_the_trainer_measures_as_it_goes(learnt):
     lines = [line for line in read_metrics(learnt / 'metrics.jsonl') if line['split'] == 'tasks']
-    assert [line['step'] for line in lines] == [40, 80]
+    assert [line['step'] for line in lines] == [80, 160]
     targets, answers = small_tasks.ANSWERS[-1]
     assert set(answers) <= {'True', 'False'}
     right = sum(a == b for a, b in zip(targets, answers, strict=True))
