@@ -45,7 +45,7 @@ def _layer(types: str, router: str) -> MoELayer:
 
 def main(out: str) -> None:
     arrays = {}
-    # Few numbers, so that the router's input is the same in either type, and its logits to rounding.
+    # Numbers that bfloat16 holds, so that the router's input is the same in either type, and its logits to rounding.
     x_BxLxD = np.random.default_rng(0).normal(size=(B, L, D)).astype(jnp.bfloat16).astype(np.float32)
     towards_BxLxD = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
     real_BxL = np.ones((B, L), bool)
