@@ -1,10 +1,14 @@
 """Branches at several budgets, and runs in several legs."""
 
+import dataclasses
 import pathlib
+import struct
 
+import matplotlib.figure
 import pytest
 
-from upcycle.report.budgets import as_markdown, at_budgets
+from upcycle.report import plots
+from upcycle.report.budgets import as_markdown, as_plot, at_budgets
 from upcycle.report.html import compare_seeds
 from upcycle.report.runs import Axis, Role, Run, chain
 
@@ -65,6 +69,35 @@ def test_the_table_is_in_order_of_the_end():
     lines = as_markdown(at_budgets(compare_seeds(seeds(0.05, 0.07)), 'copy'), 'copy').splitlines()
     assert lines[2] == '| branch | 10% | 25% | 50% | 100% |'
     assert lines[4].startswith('| drop | +0.0450 ± 0.1271 |') and lines[5].endswith('| - | - |')
+
+
+def _size(png: bytes) -> tuple[int, ...]:
+    assert png[:4] == b'\x89PNG'
+    return struct.unpack('>II', png[16:24])
+
+
+def test_the_plot_has_a_panel_a_budget_two_in_a_row():
+    plot = as_plot(at_budgets(compare_seeds(seeds(0.05, 0.07)), 'copy'), 'copy')
+    assert len(plot.panels) == len(plot.svg()) == 4
+    width, height = _size(plot.png())
+    one = dataclasses.replace(plot, panels=plot.panels[:1])
+    assert (width, height) == tuple(2 * side for side in _size(one.png()))
+    # Seeds, mean and interval of `drop`, then the two seeds of `short`, which got as far as 25%.
+    figure = matplotlib.figure.Figure()
+    for panel, branches in zip(plot.panels, (2, 2, 1, 1), strict=True):
+        ax = figure.add_subplot()
+        panel(ax)
+        assert [text.get_text() for text in ax.get_yticklabels()] == ['drop', 'short']
+        assert len(ax.containers) == branches
+
+
+def test_names_stay_beside_the_axis_however_many_they_are():
+    ax = matplotlib.figure.Figure().add_subplot()
+    for number in (3, 30):
+        ax.clear()
+        plots._label(ax, [(0.99, f'line {i}', 'black') for i in range(number)])
+        at = sorted(text.xyann[1] for text in ax.texts)
+        assert len(at) == number and at[0] > -0.01 and at[-1] < 1.06
 
 
 def test_a_single_seed_has_no_interval():

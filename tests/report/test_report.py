@@ -5,14 +5,17 @@ import json
 import math
 import re
 
+import matplotlib.figure
+import numpy as np
 import pytest
 import rich.console
 
 from upcycle.errors import UserError
+from upcycle.report import plots
 from upcycle.report.compare import Report, interpolate, mean_rows, paired, reaches
 from upcycle.report.html import print_table, report_main, write_report
 from upcycle.report.plots import Plot, unit
-from upcycle.report.runs import Axis, Role, load_run
+from upcycle.report.runs import Axis, Role, Run, load_run
 
 START, SUNK_FLOPS, SUNK_SECONDS = 1000, 1000 * 3e12, 1000 / 8.0
 LAYERS = ('encoder/layers_1', 'decoder/layers_1')
@@ -213,8 +216,23 @@ def test_without_experts_metrics_or_other_branches(tmp_path, no_png):
     write_branches(tmp_path / 'runs', experts=False)
     assert report_main([str(tmp_path / 'runs')], str(tmp_path / 'out')).is_file()
     assert not (tmp_path / 'out' / 'expert_load.png').exists()
+    assert not (tmp_path / 'out' / 'expert_load_over_steps.png').exists()
     path = report_main([str(tmp_path / 'runs' / 'dense')], str(tmp_path / 'alone'))
     assert 'nothing logged yet' not in path.read_text()
+
+
+def test_load_over_time_is_that_of_the_least_even_layer_and_of_the_last_number_of_experts(tmp_path):
+    even, last = [0.25] * 4, [0.4, 0.3, 0.3, 0.0]
+    records = [
+        {'split': 'train', 'step': step, f'experts/{LAYERS[0]}/load': even, f'experts/{LAYERS[1]}/load': load}
+        for step, load in ((10, [0.5, 0.5]), (20, [0.3, 0.3, 0.2, 0.2]), (40, last))
+    ]
+    ax = matplotlib.figure.Figure().add_subplot()
+    plots._load_over_steps_panel(Run('grow', tmp_path, Role.UPCYCLED, tuple(records)))(ax)
+    assert ax.get_title().startswith('grow: ')
+    (drawn,) = ax.collections
+    np.testing.assert_allclose(drawn.get_array(), np.array([[0.3, 0.3, 0.2, 0.2], last]).T * 4)
+    assert ax.get_xlim() == (19.5, 40.5)
 
 
 def test_seeds_are_paired(tmp_path, no_png):

@@ -6,10 +6,12 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from upcycle.report.claims import WINDOW
 from upcycle.report.compare import Report, half_width, interpolate
-from upcycle.report.runs import Axis
+from upcycle.report.plots import INK, ROLE_COLOURS, SOFT, Panel, Plot
+from upcycle.report.runs import Axis, Role
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
 # Whole numbers of steps of different cost end this close together.
@@ -69,22 +71,68 @@ def _difference(report: Report, branch: str, base: str, share: float) -> float |
     return statistics.fmean(a - b for a, b in gaps)
 
 
-def as_markdown(rows: Sequence[AtBudget], base: str) -> str:
-    """A table: a line a branch, best at the end of the budget first."""
+def _sorted(rows: Sequence[AtBudget]) -> tuple[list[float], dict[str, dict[float, AtBudget]]]:
+    """Shares, and rows by branch and share, the branch that is best at the largest share first."""
     shares = sorted({row.share for row in rows})
     by_branch: dict[str, dict[float, AtBudget]] = {}
     for row in rows:
         by_branch.setdefault(row.branch, {})[row.share] = row
     last = shares[-1] if shares else 1.0
-    order = sorted(by_branch, key=lambda b: by_branch[b][last].mean if last in by_branch[b] else float('inf'))
+    order = sorted(by_branch, key=lambda b: by_branch[b][last].mean if last in by_branch[b] else math.inf)
+    return shares, {branch: by_branch[branch] for branch in order}
+
+
+def as_plot(rows: Sequence[AtBudget], base: str) -> Plot:
+    """The table to look at: a panel a budget, a line a branch in the same order in all."""
+    shares, by_branch = _sorted(rows)
+    bars = (
+        ' Dots: seeds; bars: the 95% interval of their mean.' if any(len(row.differences) > 1 for row in rows) else ''
+    )
+    return Plot(
+        'budgets',
+        'Who is ahead early, and who late?',
+        f'Validation loss less that of {base} after so much of its extra FLOPs: left of the line is better.{bars} Coloured: the '
+        'interval leaves the line out. One in twenty such intervals would by chance.',
+        tuple(_forest(by_branch, share, base) for share in shares),
+        columns=2,
+        height=1.0 + 0.17 * len(by_branch),
+    )
+
+
+def _forest(by_branch: dict[str, dict[float, AtBudget]], share: float, base: str) -> Panel:
+    def draw(ax: Axes) -> None:
+        for place, at in enumerate(by_branch.values()):
+            row = at.get(share)
+            if row is None:
+                continue
+            colour = SOFT
+            if row.half_width is not None and abs(row.mean) > row.half_width:
+                colour = ROLE_COLOURS[Role.SCRATCH if row.mean < 0 else Role.UPCYCLED]
+            ax.plot(row.differences, [place] * len(row.differences), 'o', color=colour, markersize=2.5, alpha=0.4)
+            ax.errorbar(
+                row.mean, place, xerr=row.half_width, fmt='o', color=colour, markersize=4, capsize=2, linewidth=1.3
+            )
+        ax.axvline(0, color=INK, linewidth=0.9)
+        ax.set(xlabel=f'loss less that of {base} (nats)', title=f'after {share:.0%} of the extra FLOPs')
+        ax.title.set(size=9, color=INK)
+        ax.set_yticks(range(len(by_branch)), by_branch)
+        ax.set_ylim(len(by_branch) - 0.5, -0.5)
+        ax.grid(axis='x', color='#e5e7eb', linewidth=0.7)
+
+    return draw
+
+
+def as_markdown(rows: Sequence[AtBudget], base: str) -> str:
+    """A table: a line a branch, best at the end of the budget first."""
+    shares, by_branch = _sorted(rows)
     lines = [
         f'Validation loss (nats) less that of `{base}`, at shares of its extra FLOPs; mean over seeds, 95% interval.',
         '',
         '| branch | ' + ' | '.join(f'{share:.0%}' for share in shares) + ' |',
         '|---' * (len(shares) + 1) + '|',
     ]
-    for branch in order:
-        cells = [_cell(by_branch[branch].get(share)) for share in shares]
+    for branch, at in by_branch.items():
+        cells = [_cell(at.get(share)) for share in shares]
         lines.append(f'| {branch} | ' + ' | '.join(cells) + ' |')
     return '\n'.join([*lines, ''])
 

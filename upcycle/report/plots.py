@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -33,6 +34,7 @@ WORDS = {
     'accuracy': 'accuracy',
     'experts/router_entropy': 'router entropy (nats)',
     'experts/router_confidence': 'router confidence',
+    'experts/load_cv': 'spread of the load',
     'experts/expert_cosine': 'cosine of two experts',
     'experts/router_cosine': 'cosine of two router columns',
 }
@@ -41,27 +43,43 @@ INK, SOFT = '#374151', '#6b7280'
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure of one or more panels: shown apart on a web page, side by side in the PNG called `key`."""
+    """A figure of one or more panels: shown apart on a web page, together in the PNG called `key`.
+
+    Attributes:
+      key: the file's name.
+      title: above it.
+      caption: below it.
+      panels: what draws each.
+      columns: panels in a row of the PNG, at most.
+      height: of a panel, in inches.
+    """
 
     key: str
     title: str
     caption: str
     panels: tuple[Panel, ...]
+    columns: int = 4
+    height: float = 3.35
 
     def svg(self) -> list[bytes]:
         """One SVG per panel, its text drawn as outlines so that it looks the same on every machine."""
-        return [_save([panel], 'svg') for panel in self.panels]
+        return [_save([panel], 1, self.height, 'svg') for panel in self.panels]
 
     def png(self) -> bytes:
-        """All panels side by side."""
-        return _save(self.panels, 'png')
+        """All panels, row by row."""
+        return _save(self.panels, self.columns, self.height, 'png')
 
 
-def _save(panels: Sequence[Panel], suffix: str) -> bytes:
-    figure = Figure(figsize=(4.9 * len(panels), 3.35), layout='constrained', facecolor='white')
+def _save(panels: Sequence[Panel], columns: int, height: float, suffix: str) -> bytes:
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.9 * columns, height * rows), layout='constrained', facecolor='white')
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(wspace=0.06)
-    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for ax in places[len(panels) :]:
+        ax.remove()
+    for ax, panel in zip(places[: len(panels)], panels, strict=True):
         ax.spines[['top', 'right']].set_visible(False)
         ax.spines[['left', 'bottom']].set_color('#9ca3af')
         ax.tick_params(which='both', colors=INK, labelsize=8, length=3)
@@ -259,6 +277,9 @@ def _frame(ax: Axes, bundles: Sequence[_Bundle], largest: float, levels: Sequenc
 
 def _label(ax: Axes, labels: Sequence[Label], gap: float = 0.068) -> None:
     """Names lines at the right edge, at their last values, pushed apart so that no two names overlap."""
+    # More names than the axis is high for are set smaller, within 1.05 of it.
+    size = 8 if len(labels) * gap <= 1.05 else 6.5
+    gap = min(gap, 1.05 / max(len(labels), 1))
     place = ax.transData + ax.transAxes.inverted()
     middle = ax.get_xlim()[1]
     order = sorted((min(max(place.transform((middle, y))[1], 0.0), 1.0), text, colour) for y, text, colour in labels)
@@ -268,7 +289,8 @@ def _label(ax: Axes, labels: Sequence[Label], gap: float = 0.068) -> None:
             push = (gap - (at[i] - at[i - 1])) / 2
             if push > 0:
                 at[i], at[i - 1] = at[i] + push, at[i - 1] - push
-    lift = max(0.0, 0.01 - at[0]) if at else 0.0
+    # Many names at one end push each other past it.
+    lift = max(0.01 - at[0], min(0.0, 1.05 - at[-1])) if at else 0.0
     line = {'arrowstyle': '-', 'linewidth': 0.5, 'shrinkA': 0, 'shrinkB': 0, 'relpos': (0, 0.5)}
     for y, (true, text, colour) in zip((y + lift for y in at), order, strict=True):
         ax.annotate(
@@ -277,7 +299,7 @@ def _label(ax: Axes, labels: Sequence[Label], gap: float = 0.068) -> None:
             (1.035, y),
             xycoords='axes fraction',
             va='center',
-            size=8,
+            size=size,
             color=colour,
             annotation_clip=False,
             arrowprops={**line, 'color': colour} if abs(y - true) > 0.02 else None,
@@ -369,7 +391,7 @@ def _over_steps(
         labels = []
         for i, bundle in enumerate(bundles):
             # Branches may lie on each other exactly (one schedule): wide under narrow shows both.
-            width = 1.3 if median else 1.2 + 0.9 * (len(bundles) - 1 - i)
+            width = 1.3 if median else 1.2 + min(0.9, 3.6 / len(bundles)) * (len(bundles) - 1 - i)
             for x, y in bundle.curves:
                 if median:
                     ax.plot(x, y, color=bundle.colour, linewidth=0.5, alpha=0.25)
@@ -445,14 +467,20 @@ def _layers_panel(run: Run, metric: str, ylabel: str) -> Panel:
     return draw
 
 
+def _loads(run: Run) -> dict[str, dict[float, np.ndarray]]:
+    """Of each layer, by step: experts' tokens as multiples of an even share, of the split that has more of them."""
+    loads: dict[str, dict[float, np.ndarray]] = {}
+    for record in max(run.split('train'), run.split('validation'), key=len):
+        for layer in run.routed_layers:
+            load = record.get(f'experts/{layer}/load')
+            if isinstance(load, list) and load and all(map(is_number, load)):
+                loads.setdefault(layer, {})[record['step']] = np.array(load, float) * len(load)
+    return {layer: dict(sorted(at.items())) for layer, at in loads.items()}
+
+
 def _load_panel(run: Run) -> Panel:
     def draw(ax: Axes) -> None:
-        loads = {}
-        for record in run.split('train') + run.split('validation'):
-            for layer in run.routed_layers:
-                load = record.get(f'experts/{layer}/load')
-                if isinstance(load, list) and load and all(map(is_number, load)):
-                    loads[layer] = np.array(load, float) * len(load)
+        loads = {layer: list(at.values())[-1] for layer, at in _loads(run).items()}
         experts = max(map(len, loads.values()), default=0)
         if not experts:
             _empty(ax)
@@ -460,22 +488,49 @@ def _load_panel(run: Run) -> Panel:
         grid = np.full((len(loads), experts), np.nan)
         for row, load in zip(grid, loads.values(), strict=True):
             row[: len(load)] = load
-        norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(grid))))
-        image = ax.pcolormesh(grid, cmap='RdBu_r', norm=norm, edgecolors='#e5e7eb', linewidth=0.4)
-        ax.set(xlabel='expert', title=run.name, yticks=np.arange(len(loads)) + 0.5)
+        _heat_map(ax, np.arange(experts + 1), grid, run.name)
+        ax.set(xlabel='expert', yticks=np.arange(len(loads)) + 0.5)
         ax.set_yticklabels([_short(layer) for layer in loads])
-        ax.invert_yaxis()
-        ax.title.set(size=9, color=INK)
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
         step = -(-experts // 8)
         ax.set_xticks(np.arange(0, experts, step) + 0.5, range(0, experts, step))
-        bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
-        bar.ax.tick_params(labelsize=7, colors=INK, length=2)
-        bar.set_label('load, 1 = an even share', size=8, color=INK)
-        bar.outline.set_visible(False)
 
     return draw
+
+
+def _load_over_steps_panel(run: Run) -> Panel:
+    def draw(ax: Axes) -> None:
+        loads = _loads(run)
+        # Under Expert Choice the loads of a layer do not move.
+        layer = max(loads, key=lambda layer: np.mean([np.std(load) for load in loads[layer].values()]), default=None)
+        if layer is None:
+            _empty(ax)
+            return
+        experts = len(list(loads[layer].values())[-1])
+        # A run in several legs may have begun with fewer experts.
+        at = {step: load for step, load in loads[layer].items() if len(load) == experts}
+        steps, grid = np.array(list(at)), np.array(list(at.values())).T
+        edges = np.concatenate([steps[:1] - 0.5, (steps[1:] + steps[:-1]) / 2, steps[-1:] + 0.5])
+        _heat_map(ax, edges, grid, f'{run.name}: {_short(layer)}')
+        ax.set(xlabel='step', ylabel='expert')
+        step = -(-len(grid) // 8)
+        ax.set_yticks(np.arange(0, len(grid), step) + 0.5, range(0, len(grid), step))
+        _ticks(ax.xaxis)
+
+    return draw
+
+
+def _heat_map(ax: Axes, edges: np.ndarray, grid: np.ndarray, title: str) -> None:
+    norm = TwoSlopeNorm(1.0, 0.0, max(2.0, float(np.nanmax(grid))))
+    # As vectors the cells of a page would weigh more than everything else on it.
+    image = ax.pcolormesh(edges, np.arange(len(grid) + 1), grid, cmap='RdBu_r', norm=norm, rasterized=True)
+    ax.invert_yaxis()
+    ax.set_title(title, size=9, color=INK)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.03)
+    bar.ax.tick_params(labelsize=7, colors=INK, length=2)
+    bar.set_label('load, 1 = an even share', size=8, color=INK)
+    bar.outline.set_visible(False)
 
 
 def step_zero_plot(reports: Sequence[Report]) -> list[Plot]:
@@ -617,10 +672,11 @@ def other_plots(reports: Sequence[Report]) -> list[Plot]:
                 'router',
                 'How decided the routers are',
                 'Means over MoE layers. Entropy of the router distribution per token (with E experts at most ln E); '
-                'confidence: the mean combine weight of a token that an expert took.',
+                'confidence: the mean combine weight of a token that an expert took; spread of the load: standard '
+                'deviation of the tokens of an expert over their mean (0 under Expert Choice).',
                 tuple(
                     _over_steps(reports, f'experts/{key}', WORDS[f'experts/{key}'], dense=False)
-                    for key in ('router_entropy', 'router_confidence')
+                    for key in ('router_entropy', 'router_confidence', 'load_cv')
                 ),
             ),
             *diversity_plot(reports),
@@ -630,6 +686,13 @@ def other_plots(reports: Sequence[Report]) -> list[Plot]:
                 'Routed tokens per expert, as a multiple of an even share, at the last logged step. Expert Choice '
                 f'fills every expert alike by construction, so its rows are even.{first}',
                 tuple(_load_panel(run) for run in moe),
+            ),
+            Plot(
+                'expert_load_over_steps',
+                'Load of each expert over time',
+                'Routed tokens per expert, as a multiple of an even share, in the layer of each model whose experts differ most. '
+                f'An expert that stays blue is starved.{first}',
+                tuple(_load_over_steps_panel(run) for run in moe),
             ),
         ]
     plots.append(

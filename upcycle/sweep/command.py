@@ -127,8 +127,7 @@ def report_experiment(*, config: str, scale: str | None, out: str | None) -> Non
 
 def _report(report: Mapping[str, Any], commands: Mapping[str, str], out: str) -> None:
     """A comparison that the experiment is for: its page, its claims, and a table at several budgets."""
-    from upcycle.report import claims, numbers, plots
-    from upcycle.report.budgets import as_markdown, at_budgets
+    from upcycle.report import budgets, claims, numbers, plots
     from upcycle.report.html import compare_seeds, write_report
     from upcycle.report.runs import Role, chain, load_run
 
@@ -163,9 +162,11 @@ def _report(report: Mapping[str, Any], commands: Mapping[str, str], out: str) ->
         tables['numbers'] = numbers.as_markdown(table, found)
         beside["Beside the paper's numbers"] = numbers.as_table(table, found)
         numbers.write_csv(found, folder / 'numbers.csv')
+    if base := report.get('base'):
+        rows = budgets.at_budgets(compare_seeds(groups), base)
+        tables['budgets'] = budgets.as_markdown(rows, base)
+        finals += [budgets.as_plot(rows, base)] if rows else []
     page = write_report(groups, folder, report['title'], notes, verdicts, finals, beside)
-    if report.get('base'):
-        tables['budgets'] = as_markdown(at_budgets(compare_seeds(groups), report['base']), report['base'])
     for name, table in tables.items():
         (folder / f'{name}.md').write_text(table, encoding='utf-8')
         print(table)
