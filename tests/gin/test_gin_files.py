@@ -1,6 +1,7 @@
 """Every gin file: built, and stepped twice; full sizes abstractly."""
 
 import functools
+import math
 import pathlib
 import re
 
@@ -132,6 +133,9 @@ def test_experts_come_apart(sparse):
     before, after = (line['experts/expert_cosine'] for line in lines)
     assert before == pytest.approx(1, abs=1e-5) and after < before
     assert 'experts/decoder/layers_1/router_cosine' in lines[0]
+    assert 0 <= lines[0]['experts/token_information'] <= math.log(3)
+    typical = lines[1]['experts/decoder/layers_1/typical_tokens']
+    assert len(typical) == 3 and all(isinstance(text, str) and text for tokens in typical for text in tokens)
 
 
 @pytest.mark.parametrize('name', EXPERT_OPERATORS)

@@ -29,6 +29,7 @@ from tests.small import (
     with_moe,
 )
 from upcycle import partitioning
+from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.moe.config import AdaptiveBalance, RouterType, capacity, num_groups
@@ -103,6 +104,8 @@ CASES = {
         True,
     ),
 }
+# Of these also what each expert reads: with slots, and without.
+LOOKED_AT = {'gather', 'ragged'}
 FORMS = {'microbatches over split parameters', 'scanned and rematerialised', 'vit, top 2'}
 
 
@@ -128,7 +131,7 @@ def main(out: str, names: list[str]) -> None:
             devices = jax.devices()[: int(np.prod(shape))]
             mesh = partitioning.make_mesh(shape, 8, devices)
             with partitioning.use(mesh):
-                state, metrics = _step(model, params, batch, mesh, microbatches, over_data)
+                state, metrics = _step(model, params, batch, mesh, microbatches, over_data, look=name in LOOKED_AT)
             gradients = flatten_dict(state.params, sep='/')
             for kind, found in (('gradient', gradients), ('metric', metrics)):
                 for path, value in multihost_utils.process_allgather(dict(found), tiled=True).items():
@@ -137,7 +140,7 @@ def main(out: str, names: list[str]) -> None:
         np.savez(out, **arrays)
 
 
-def _step(model, params, batch, mesh, microbatches, over_data):
+def _step(model, params, batch, mesh, microbatches, over_data, look):
     boxed = jax.eval_shape(lambda key: model.init(key, spec_of(batch)), jax.random.key(0))
     specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
     params = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs)
@@ -157,7 +160,8 @@ def _step(model, params, batch, mesh, microbatches, over_data):
         batch_axes=None,
         num_microbatches=microbatches,
     )
-    return jit(step)(state, batch)
+    state, metrics = jit(step)(state, batch)
+    return state, metrics | (token_statistics.compiled(model)(params, batch) if look else {})
 
 
 def _inputs_with_margins(model):

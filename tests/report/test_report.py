@@ -1,6 +1,7 @@
 """The numbers of the report on runs whose curves are straight lines, and what a user may have done to the folders."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -233,6 +234,23 @@ def test_load_over_time_is_that_of_the_least_even_layer_and_of_the_last_number_o
     (drawn,) = ax.collections
     np.testing.assert_allclose(drawn.get_array(), np.array([[0.3, 0.3, 0.2, 0.2], last]).T * 4)
     assert ax.get_xlim() == (19.5, 40.5)
+
+
+def test_what_experts_read_is_of_the_layer_that_says_most_at_the_last_look(tmp_path, runs, no_png):
+    def look(step, value):
+        found = {'experts/token_information': value}
+        for layer, share, word in zip(LAYERS, (1.0, 3.0), ('<of>', 'def'), strict=True):
+            found[f'experts/{layer}/token_information'] = share * value
+            found[f'experts/{layer}/token_kinds'] = [2.5, 1.0]
+            found[f'experts/{layer}/typical_tokens'] = [[word], []]
+        return found | {'split': 'diversity', 'step': step}
+
+    looked = dataclasses.replace(runs[-1], records=(*runs[-1].records, look(1100, 0.25), look(1200, 0.5)))
+    page = write_report([*runs[:-1], looked], tmp_path / 'out', 'looked').read_text()
+    assert f'<summary>{looked.name}, {LAYERS[1]}: 1.500 nats</summary>' in page
+    assert '<td>0</td><td>2.5</td><td>&#x27;def&#x27;</td>' in page and '<td>1</td><td>1</td><td>–</td>' in page
+    assert '&lt;of&gt;' not in page
+    assert 'What each expert reads' not in write_report(runs, tmp_path / 'none', 'not looked').read_text()
 
 
 def test_seeds_are_paired(tmp_path, no_png):

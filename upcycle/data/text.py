@@ -101,6 +101,12 @@ class DatasetConfig:
         with tensorflow_quiet.reading(self.mixture_or_task_name):
             return max(feature.vocabulary.vocab_size for feature in self.task.output_features.values())
 
+    def token_text(self, token: int) -> str:
+        """A token as people read it: its piece, or byte; of sentinels and the like `<ID>`."""
+        if hasattr(self.vocabulary, 'sp_model'):
+            return self.vocabulary.tokenizer.id_to_piece(token)
+        return self.vocabulary.decode([token]) or f'<{token}>'
+
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names."""
         lengths = {

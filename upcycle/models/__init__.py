@@ -69,6 +69,9 @@ class Model(Protocol):
     ) -> 'dict[str, tuple[jax.Array, jax.Array, jax.Array]]':
         """For each path, what the MLP or MoE layer there reads and writes: (input, output, which tokens are real)."""
 
+    def token_kinds(self, batch: Mapping[str, 'jax.Array']) -> 'dict[str, tuple[jax.Array, int]]':
+        """What tells the tokens of each MoE layer apart, by its path: (int32 kinds (B, L), how many kinds there are)."""
+
     def check_data(self, data: Any) -> None:
         """Refuses data that the model cannot read, such as a larger vocabulary."""
 

@@ -198,6 +198,12 @@ class EncoderDecoderModel:
             for path in paths
         }
 
+    def token_kinds(self, batch: Batch) -> dict[str, tuple[jax.Array, int]]:
+        """The ids of the tokens that a layer's stack reads; see `models.Model`."""
+        return {
+            path: (batch[f'{path.split("/")[0]}_input_tokens'], self.config.vocab_size) for path in self.moe_layers()
+        }
+
     def check_data(self, data: Any) -> None:
         """Raises UserError when the task is no text, its vocabulary does not fit into the embedding, or Soft MoE would mix its
         examples."""

@@ -217,6 +217,13 @@ class ImageClassifier:
             for path in paths
         }
 
+    def token_kinds(self, batch: Batch) -> dict[str, tuple[jax.Array, int]]:
+        """The first label of a patch's image; see `models.Model`."""
+        c = self.config
+        label_Bx1 = jnp.where(batch['labels'][:, :1] < 0, c.num_classes, batch['labels'][:, :1])
+        kind_BxL = jnp.broadcast_to(label_Bx1, (label_Bx1.shape[0], c.num_tokens))
+        return dict.fromkeys(self.moe_layers(), (kind_BxL, c.num_classes))
+
     def check_data(self, data: Any) -> None:
         """Raises UserError when the task has no images, others than the model reads, or more classes than the head, or Soft MoE
         would mix images."""

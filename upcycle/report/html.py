@@ -310,6 +310,7 @@ def _page(
     )
     for plot in others:
         yield from _figure(plot)
+    yield from _what_experts_read(reports)
     for seed, report in enumerate(reports, 1):
         for run in (run for run in report.runs if run.receipt):
             yield from _receipt(run, f', seed {seed}' if len(reports) > 1 else '')
@@ -366,6 +367,30 @@ def _receipt(run: Run, seed: str) -> Iterable[str]:
         }
         body = [[name, *(_fact(part(layers, name).get(key)) for key in words)] for name in layers]
         yield _html_table((['layer', *words.values()], body))
+
+
+def _what_experts_read(reports: Sequence[Report]) -> Iterable[str]:
+    """Of every run with DIVERSITY_PERIOD the layer whose experts say most of their tokens, at the last look."""
+    tables = {}
+    for run in reports[0].runs:
+        look = next((r for r in reversed(run.split('diversity')) if 'experts/token_information' in r), {})
+        layers = [key.rpartition('/')[0] for key in look if key.endswith('/typical_tokens')]
+        if layers:
+            layer = max(layers, key=lambda layer: look[f'{layer}/token_information'])
+            kinds, tokens = look[f'{layer}/token_kinds'], look[f'{layer}/typical_tokens']
+            title = f'{run.name}, {layer.removeprefix("experts/")}: {look[f"{layer}/token_information"]:.3f} nats'
+            tables[title] = [
+                [str(i), f'{kinds[i]:.3g}', '   '.join(map(repr, words)) or '–'] for i, words in enumerate(tokens)
+            ]
+    if not tables:
+        return
+    many = ' Of several seeds, the first.' if len(reports) > 1 else ''
+    yield '<h3>What each expert reads</h3><p>In the layer whose experts say most of their tokens, at the last look: how '
+    yield 'many kinds of token an expert reads in effect, and those that set it apart from the rest, the strongest first '
+    yield f'(numbers: labels of images).{many}</p>'
+    for title, body in tables.items():
+        head = ['expert', 'kinds of token', 'typical']
+        yield f'<details><summary>{html.escape(title)}</summary>{_html_table((head, body))}</details>'
 
 
 def _fact(value: object) -> str:

@@ -35,6 +35,7 @@ WORDS = {
     'experts/router_entropy': 'router entropy (nats)',
     'experts/router_confidence': 'router confidence',
     'experts/load_cv': 'spread of the load',
+    'experts/token_information': 'information on tokens (nats)',
     'experts/expert_cosine': 'cosine of two experts',
     'experts/router_cosine': 'cosine of two router columns',
 }
@@ -646,10 +647,12 @@ def diversity_plot(reports: Sequence[Report]) -> Iterator[Plot]:
         yield Plot(
             'diversity',
             'How far experts have come apart',
-            'Means over pairs of experts, and over MoE layers. All parameters of an expert are one vector; copies start at 1.',
+            'Means over pairs of experts, and over MoE layers. All parameters of an expert are one vector; copies start at 1. '
+            'Information: how much it says of a token (its id; of a patch, the label of its image) which expert took it, '
+            'on the first evaluation batch; 0 where experts read alike, at most ln E.',
             tuple(
                 _over_steps(reports, f'experts/{key}', WORDS[f'experts/{key}'], 'diversity', dense=False)
-                for key in ('expert_cosine', 'router_cosine')
+                for key in ('expert_cosine', 'router_cosine', 'token_information')
             ),
         )
 

@@ -18,7 +18,7 @@ from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
 from upcycle.data.kept import Kept
 from upcycle.errors import Preempted, UserError, writing_to
-from upcycle.evaluate import diversity, few_shot, tasks, validation
+from upcycle.evaluate import diversity, few_shot, tasks, token_statistics, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress, warn
 from upcycle.moe.config import check_groups, microbatch_groups
@@ -158,6 +158,11 @@ class _Trainer:
     def cosines(self) -> diversity.Diversity:
         """Of experts and of routers, by the parameters."""
         return diversity.compiled(self.run.model.moe_layers())
+
+    @functools.cached_property
+    def token_statistics(self):
+        """`evaluate.token_statistics`, compiled."""
+        return token_statistics.compiled(self.run.model)
 
     @functools.cached_property
     def tasks(self) -> tasks.TaskEvaluator:
@@ -308,8 +313,13 @@ class _Trainer:
         self._write(log, step, 'validation', means)
 
     def _look(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
-        """How far the experts have come apart."""
-        self._write(log, step, 'diversity', jax.device_get(self.cosines(state.params)))
+        """How far the experts have come apart, and what each of them reads of the first evaluation batch."""
+        found = jax.device_get(self.cosines(state.params))
+        if self.run.eval_data is not None and token_statistics.layers_of(self.run.model):
+            batch = next(self._batches(self.eval_data, 0))
+            read = jax.device_get(self.token_statistics(state.params, batch))
+            found |= token_statistics.in_words(read, self.run.eval_data)
+        self._write(log, step, 'diversity', found)
 
     def _probe(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
         """Linear probes of the features."""
