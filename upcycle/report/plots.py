@@ -643,7 +643,10 @@ def _final_panel(final: Final, seeds: Sequence[Mapping[str, Run]], metric: str) 
 
 def diversity_plot(reports: Sequence[Report]) -> Iterator[Plot]:
     """Of runs with DIVERSITY_PERIOD."""
-    if any(run.split('diversity') for run in reports[0].runs):
+    logged = {key for run in reports[0].runs for record in run.split('diversity') for key in record}
+    # Routers that give every token to every expert have no information to log, and earlier versions logged none.
+    keys = [key for key in ('expert_cosine', 'router_cosine', 'token_information') if f'experts/{key}' in logged]
+    if keys:
         yield Plot(
             'diversity',
             'How far experts have come apart',
@@ -652,7 +655,7 @@ def diversity_plot(reports: Sequence[Report]) -> Iterator[Plot]:
             'on the first evaluation batch; 0 where experts read alike, at most ln E.',
             tuple(
                 _over_steps(reports, f'experts/{key}', WORDS[f'experts/{key}'], 'diversity', dense=False)
-                for key in ('expert_cosine', 'router_cosine', 'token_information')
+                for key in keys
             ),
         )
 
