@@ -39,6 +39,8 @@ WORDS = {
     'experts/expert_cosine': 'cosine of two experts',
     'experts/router_cosine': 'cosine of two router columns',
 }
+# From more branches than this on their means alone are drawn: the lines of all seeds would hide them.
+MANY = 8
 INK, SOFT = '#374151', '#6b7280'
 
 
@@ -117,7 +119,10 @@ def colours(reports: Sequence[Report]) -> dict[str, str]:
 def main_plots(reports: Sequence[Report], evaluated_on: str | None = None) -> list[Plot]:
     """Validation loss and accuracy against extra cost (the paper's figure 2): FLOPs, steps, seconds."""
     n = f' Evaluated on {evaluated_on}.' if evaluated_on else ''
-    many = f' Thin lines: {len(reports)} seeds; bold: their mean.' if len(reports) > 1 else ''
+    many = ''
+    if len(reports) > 1:
+        few = len(reports[0].branches) <= MANY
+        many = f' Thin lines: {len(reports)} seeds; bold: their mean.' if few else f' Means over {len(reports)} seeds.'
     sunk = any(report.sunk[Axis.FLOPS] for report in reports)
     scratch = any(report.find(Role.SCRATCH) for report in reports) and sunk
     whole = (
@@ -208,7 +213,7 @@ def _lines(ax: Axes, bundles: Sequence[_Bundle], size: float, high: float) -> li
     labels = []
     for bundle in bundles:
         curves = [c for c in (_cut(curve, 0, high) for curve in bundle.curves) if len(c[0])]
-        for x, y in curves if len(curves) > 1 else ():
+        for x, y in curves if len(curves) > 1 and len(bundles) <= MANY else ():
             ax.plot(x / size, y, color=bundle.colour, linewidth=0.7, alpha=0.4)
         x, y = _mean(curves) if curves else ((), ())
         if len(x):
