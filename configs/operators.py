@@ -13,7 +13,7 @@ of `copy`, 16 runs a seed, of which 3 are those of `operators`. --scale=to_dense
 merged into a dense model again, which then trains for 500 steps more, beside as many more of the dense continuation; 9 runs a
 seed, 4 of them those of `operators`. Five seeds each; a step of plain upcycling takes what the quickstart's does
 (docs/quickstart.md). All share the runs of one --out. --scale=mini is operators and recipes for 16 steps and one seed, and
-shows that the machinery works. All were run, in about three hours on two cores: docs/operators.md has the tables.
+shows that the machinery works. All were run: docs/operators.md has the tables, and what they took.
 
 What is equal: the dense checkpoint, the batches, the extra FLOPs (by cost.py, so that a branch with dearer steps takes fewer).
 `branches` takes four checkpoints of the dense run itself; `grow` and `merge` spend half of the budget on half of the experts.

@@ -82,7 +82,7 @@ def test_the_plot_has_a_panel_a_budget_two_in_a_row():
     width, height = _size(plot.png())
     one = dataclasses.replace(plot, panels=plot.panels[:1])
     assert (width, height) == tuple(2 * side for side in _size(one.png()))
-    # Seeds, mean and interval of `drop`, then the two seeds of `short`, which got as far as 25%.
+    # An interval for each branch that got so far: `short` got to 25%.
     figure = matplotlib.figure.Figure()
     for panel, branches in zip(plot.panels, (2, 2, 1, 1), strict=True):
         ax = figure.add_subplot()
