@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests.moe.quick import jit, random_params
-from tests.small import FEATURES, close_to_largest, random_batch, small_t5, with_moe
+from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.stack import Remat, apply_layers, segments
 from upcycle.models.stack import _stack as stack_layers
 
@@ -163,3 +165,28 @@ def test_routers_stay_in_float32_in_a_loop():
     for path, leaf in flatten_dict(stack_layers(layers, jnp.bfloat16), sep='/').items():
         assert leaf.dtype == (jnp.float32 if '/router/' in path else jnp.bfloat16), path
         assert leaf.shape[0] == 2
+
+
+@pytest.mark.parametrize('family', ['t5', 'vit'])
+def test_the_gradient_of_a_deep_stack_reads_no_more_of_each_layer(family):
+    """XLA:CPU may fuse the sum of residual branches across layers: each layer would add up all of them again."""
+    if family == 't5':
+        config, build = model().config, EncoderDecoderModel
+        fields, batch = ('num_encoder_layers', 'num_decoder_layers'), random_batch()
+    else:
+        config, build = small_vit(moe=vit_moe(), moe_layers='every_other'), ImageClassifier
+        fields, batch = ('num_layers',), image_batch(config)
+
+    def operands(depth):
+        """Of all fused operations."""
+        deep = build(dataclasses.replace(config, **dict.fromkeys(fields, depth)))
+        spec = {name: (array.shape, array.dtype) for name, array in batch.items()}
+        params = nn.unbox(jax.eval_shape(lambda key: deep.init(key, spec), jax.random.key(0)))
+
+        def loss(params):
+            return deep.forward(params, batch, None, training=True)[0]['loss']
+
+        text = jit(jax.grad(loss)).lower(params).compile().as_text()
+        return sum(fusion.count('%') for fusion in re.findall(r' fusion\((.*?)\), kind', text))
+
+    assert operands(8) < 2.1 * operands(4)

@@ -184,9 +184,14 @@ class MlpBlock(nn.Module):
             Dense, dtype=self.dtype, kernel_init=_xavier_init, bias_init=nn.initializers.normal(1e-6)
         )
         h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
-        h = jax.nn.gelu(h, approximate=self.gelu is Gelu.TANH)
-        h = Dropout(self.dropout_rate, broadcast_axis=None)(h, training)
-        return dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')(h, group_sizes)
+
+        def output(_: nn.Module, h: jax.Array) -> jax.Array:
+            h = jax.nn.gelu(h, approximate=self.gelu is Gelu.TANH)
+            h = Dropout(self.dropout_rate, broadcast_axis=None)(h, training)
+            return dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')(h, group_sizes)
+
+        # As in T5's: the backward pass keeps what the GELU was given, and computes it again.
+        return nn.remat(output)(self, h)
 
 
 class ProjectHeads(nn.Module):
@@ -416,15 +421,54 @@ def sincos2d(grid: int, width: int, temperature: float = 10_000.0) -> np.ndarray
     return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None].astype(np.float32)
 
 
-def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        config.norm_epsilon,
-        config.dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)),
-        use_fast_variance=False,
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """Centred layer norm with biases, in float32; flax's by parameters and numbers (`use_fast_variance=False`)."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones, zeros = (
+            nn.with_logical_partitioning(init, ('embed',)) for init in (nn.initializers.ones, nn.initializers.zeros)
+        )
+        scale = self.param('scale', ones, x.shape[-1:], jnp.float32)
+        bias = self.param('bias', zeros, x.shape[-1:], jnp.float32)
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
+    """Standardised over the last axis, then scaled and shifted, in float32.
+
+    Its gradient with respect to x is one array. Derived from the definition it is a sum that ends in a term broadcast from rows,
+    which XLA:CPU never stores: it adds all residual branches so far up again in every layer, in time quadratic in the depth.
+    """
+    return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale_D, bias_D, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
+    return (wide - mean) * (inverse * scale_D) + bias_D, (x, mean, inverse, scale_D)
+
+
+def _layer_norm_backward(epsilon, kept, dy):
+    x, mean, inverse, scale_D = kept
+    standard = (x.astype(jnp.float32) - mean) * inverse
+    rows = tuple(range(x.ndim - 1))
+    change = dy * scale_D
+    along = (change * standard).mean(axis=-1, keepdims=True)
+    dx = inverse * (change - change.mean(axis=-1, keepdims=True) - standard * along)
+    return dx.astype(x.dtype), (dy * standard).sum(axis=rows), dy.sum(axis=rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+def _norm(config: ViTConfig, name: str) -> LayerNorm:
+    return LayerNorm(config.norm_epsilon, config.dtype, name=name)
 
 
 def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
