@@ -4,6 +4,7 @@
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,19 +122,25 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
-        product = None
-        for i, name in enumerate(self.activations):
+        parts = []
+        for i in range(len(self.activations)):
             wi = Dense(
                 self.mlp_dim,
                 (self.embed_axis, self.mlp_axis),
                 dtype=self.dtype,
                 name='wi' if len(self.activations) == 1 else f'wi_{i}',
             )
-            part = activation_function(name)(wi(x, group_sizes))
-            product = part if product is None else product * part
-        product = Dropout(self.dropout_rate, self.dropout_broadcast_axis)(product, training)
-        wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
-        return wo(product, group_sizes)
+            parts.append(wi(x, group_sizes))
+
+        def output(_: nn.Module, *parts: jax.Array) -> jax.Array:
+            activated = (activation_function(name)(part) for name, part in zip(self.activations, parts, strict=True))
+            product = functools.reduce(operator.mul, activated)
+            product = Dropout(self.dropout_rate, self.dropout_broadcast_axis)(product, training)
+            wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
+            return wo(product, group_sizes)
+
+        # The backward pass keeps the products with `wi` and computes the activations, which cost little, again.
+        return nn.remat(output)(self, *parts)
 
 
 @jax.custom_jvp
