@@ -54,6 +54,15 @@ def test_the_account_of_a_tiny_run():
 
 
 @requires_libtpu
+def test_a_loop_over_layers_on_a_mesh_with_a_model_axis_sends_nothing_but_tokens():
+    """Gradients of stacked parameters lie as the parameters do: a compiler left to itself moves some by all-to-alls."""
+    layers = {'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4, 'SCAN_LAYERS': True, 'REMAT': "'full'"}
+    code, out, errors = compile_('--json', MESH_SHAPE='(1,2,2)', **layers)
+    assert code == 0, errors
+    assert json.loads(out)['collectives']['all-to-all']['count'] == 6 * 4
+
+
+@requires_libtpu
 def test_an_unknown_topology_is_one_sentence():
     for topology in ('v9:2x2x1', 'v4', 'v4:3x5x7x9'):
         code, out, errors = compile_(topology=topology)

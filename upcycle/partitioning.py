@@ -116,7 +116,9 @@ def batch_axes(boxed: Any) -> Any:
     )
 
 
-def mesh_axes(logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh, *, over_data: bool = False) -> PartitionSpec:
+def mesh_axes(
+    logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, over_data: bool = False
+) -> PartitionSpec:
     """Mesh axes of a parameter. An axis too short to be split evenly stays whole."""
     rules = dict(RULES + (OVER_DATA if over_data else ()))
     spec = []
@@ -135,6 +137,23 @@ def param_specs(boxed: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
         unbox(boxed),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
+
+
+def constrain_stack(stack: jax.Array, logical: PartitionSpec) -> jax.Array:
+    """Lays a stack of parameters, its layers first, along the axes of the mesh in use that split one of them.
+
+    Args:
+      stack: (layers, *shape of the parameter).
+      logical: the parameter's logical axes.
+
+    Other axes are left to the compiler: along them parameters may be split over `data`.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return stack
+    free = PartitionSpec.UNCONSTRAINED
+    spec = [axis or free for axis in mesh_axes(logical, stack.shape[1:], mesh)]
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(free, *spec))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
 
 from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
@@ -162,7 +163,8 @@ def test_routers_stay_in_float32_in_a_loop():
     """Their kernels are stacked as they are, whatever the activations' type."""
     _, params = inputs()
     layers = [params['encoder'][f'layers_{i}'] for i in (1, 3)]
-    for path, leaf in flatten_dict(stack_layers(layers, jnp.bfloat16), sep='/').items():
+    axes = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * leaf.ndim), layers[0])
+    for path, leaf in flatten_dict(stack_layers(layers, axes, jnp.bfloat16), sep='/').items():
         assert leaf.dtype == (jnp.float32 if '/router/' in path else jnp.bfloat16), path
         assert leaf.shape[0] == 2
 

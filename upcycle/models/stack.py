@@ -12,7 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from upcycle import partitioning
 from upcycle.models.layers import PRODUCT
 from upcycle.moe.exchange import CROSSED
 from upcycle.moe.layer import METRICS
@@ -118,11 +120,20 @@ def _loop(
     """`repeats` blocks of layers as a scan over their stacked parameters."""
     params = parent.variables['params']
     period = len(block)
+    keys = {name: parent.make_rng(name) for name in ('dropout', 'jitter') if parent.has_rng(name)}
+
+    def axes(j: int) -> Any:
+        def init() -> Any:
+            return layer(config, block[j], parent=None).init(
+                {'params': jax.random.key(0), **keys}, x_BxLxD, *arrays, *switches
+            )
+
+        return partitioning.logical_axes(jax.eval_shape(init)['params'])
+
     stacked = tuple(
-        _stack([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)], config.dtype)
+        _stack([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)], axes(j), config.dtype)
         for j in range(period)
     )
-    keys = {name: parent.make_rng(name) for name in ('dropout', 'jitter') if parent.has_rng(name)}
 
     def one(j: int):
         def apply(params, x_BxLxD, keys):
@@ -153,11 +164,17 @@ def _loop(
     return x_BxLxD
 
 
-def _stack(layers: Sequence[Any], dtype: Any) -> Any:
-    """Stacked parameters, in the type that they are used in: all but the routers', which stay in float32."""
+def _stack(layers: Sequence[Any], axes: Any, dtype: Any) -> Any:
+    """Stacked parameters, in the type that they are used in: all but the routers', which stay in float32.
 
-    def stack(path: tuple[Any, ...], *leaves: jax.Array) -> jax.Array:
+    A stack lies on the mesh as its parameters do, and so does its gradient, which the compiler would else be free to lay out
+    along another axis, and to move from there in every step.
+    """
+
+    def stack(path: tuple[Any, ...], logical: PartitionSpec, *leaves: jax.Array) -> jax.Array:
         in_router = any(key.key == 'router' for key in path)
-        return jnp.stack([leaf if in_router else leaf.astype(dtype) for leaf in leaves])
+        stacked = jnp.stack([leaf if in_router else leaf.astype(dtype) for leaf in leaves])
+        return partitioning.constrain_stack(stacked, logical)
 
-    return jax.tree_util.tree_map_with_path(stack, *layers)
+    is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(stack, axes, *layers, is_leaf=is_axes)
