@@ -88,6 +88,7 @@ ENTRY %main (a: f32[64,128]) -> f32[16,128] {
   %a = f32[64,128]{1,0} parameter(0)
   %loop = (s32[], bf16[8,32,16]) while(%a), condition=%condition, body=%body
   %gather = f32[256,128]{1,0} all-gather(%a), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}
+  %other = f32[256,128]{1,0} all-gather(%a), replica_groups=mesh['i'=2,'j'=4], device_ids=([4,2]T(1,0)) {'j'}, dimensions={0}
   %everybody = f32[64,128]{1,0} all-reduce(%a), replica_groups={}, to_apply=%add
   ROOT %fusion = f32[16,128]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
@@ -102,7 +103,7 @@ def test_reads_a_tpu_program():
     assert found['all-to-all'].count == 12
     assert found['all-to-all'].operand_bytes == 12 * 8 * 32 * 16 * 2
     assert found['all-to-all'].wire_bytes == pytest.approx(12 * 8 * 32 * 16 * 2 * 3 / 4)
-    assert found['all-gather'].result_bytes == 4 * 64 * 128 * 4
+    assert found['all-gather'].result_bytes == 2 * 4 * 64 * 128 * 4
     assert found['reduce-scatter'].operand_bytes == 64 * 128 * 4
     # No groups: all devices together.
     assert found['all-reduce'].count == 1

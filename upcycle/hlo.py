@@ -172,7 +172,7 @@ def _group_size(operation: Operation) -> int | None:
         return len(match[1].split(','))
     if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', operation.rest):
         return int(match[2])
-    if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', operation.rest):
+    if match := re.search(r'replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}', operation.rest):
         sizes = dict(axis.split('=') for axis in match[1].split(','))
         return math.prod(int(sizes[axis.split(':')[0]]) for axis in match[2].split(','))
     return 2 if operation.kind.startswith('collective-permute') else None
