@@ -108,7 +108,7 @@ class MlpBlock(nn.Module):
     """T5's MLP. With several activations it is gated: their product feeds `wo`. It is also what an expert is; `group_sizes`, the
     rows of each, makes it all experts at once.
 
-    `mlp_axis` and `embed_axis` are the logical axes of its kernels; `output_init` that of `wo`.
+    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
     """
 
     mlp_dim: int
@@ -122,15 +122,9 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
-        parts = []
-        for i in range(len(self.activations)):
-            wi = Dense(
-                self.mlp_dim,
-                (self.embed_axis, self.mlp_axis),
-                dtype=self.dtype,
-                name='wi' if len(self.activations) == 1 else f'wi_{i}',
-            )
-            parts.append(wi(x, group_sizes))
+        names = ['wi'] if len(self.activations) == 1 else [f'wi_{i}' for i in range(len(self.activations))]
+        wi = functools.partial(Dense, self.mlp_dim, (self.embed_axis, self.mlp_axis), dtype=self.dtype)
+        parts = [wi(name=name)(x, group_sizes) for name in names]
 
         def output(_: nn.Module, *parts: jax.Array) -> jax.Array:
             activated = (activation_function(name)(part) for name, part in zip(self.activations, parts, strict=True))
