@@ -24,6 +24,7 @@ OTHER_NAMES = {
     'RESTARTS',
     'TRIES',
     'UPCYCLE_FIXTURES',
+    'XLA_FLAGS',
 }
 # Files of a run's folder, and of flaxformer.
 ELSEWHERE = {'config.gin', 'experts_choose_base.gin'}

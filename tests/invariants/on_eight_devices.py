@@ -91,6 +91,18 @@ CASES = {
         1,
         True,
     ),
+    'scanned, all computed again': (
+        _model(
+            {'groups_multiple_of': 16},
+            {'groups_multiple_of': 16},
+            num_encoder_layers=4,
+            num_decoder_layers=4,
+            scan_layers=True,
+            remat='full',
+        ),
+        2,
+        True,
+    ),
     'vit': (_vit({}), 1, False),
     'vit, top 2': (
         _vit(
@@ -106,7 +118,12 @@ CASES = {
 }
 # Of these also what each expert reads: with slots, and without.
 LOOKED_AT = {'gather', 'ragged'}
-FORMS = {'microbatches over split parameters', 'scanned and rematerialised', 'vit, top 2'}
+FORMS = {
+    'microbatches over split parameters',
+    'scanned and rematerialised',
+    'scanned, all computed again',
+    'vit, top 2',
+}
 
 
 def meshes_of(case: str) -> list[str]:

@@ -6,7 +6,8 @@ other form.
 """
 
 import enum
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +55,7 @@ def apply_layers(
     *,
     remat: Remat,
     scan: bool,
+    last: bool,
     prefix: str = 'layers_',
 ) -> jax.Array:
     """Applies a stack of layers inside the compact method of `parent`.
@@ -68,6 +70,7 @@ def apply_layers(
       switches: the same for every layer, static.
       remat: see `Remat`.
       scan: loop over blocks of equal layers.
+      last: no other stack follows it, so that the backward pass begins with it.
       prefix: of the layers' names, before their number.
 
     Returns:
@@ -81,7 +84,10 @@ def apply_layers(
     for start, period, repeats in segments(kinds):
         if scan and repeats > 1:
             block = kinds[start : start + period]
-            x_BxLxD = _loop(parent, layer, config, block, start, repeats, x_BxLxD, arrays, switches, remat, prefix)
+            ends = last and start + period * repeats == len(kinds)
+            x_BxLxD = _loop(
+                parent, layer, config, block, start, repeats, x_BxLxD, arrays, switches, remat, ends, prefix
+            )
             continue
         for i in range(start, start + period * repeats):
             x_BxLxD = module(config, kinds[i], name=f'{prefix}{i}')(x_BxLxD, *arrays, *switches)
@@ -115,6 +121,7 @@ def _loop(
     arrays: tuple[jax.Array | None, ...],
     switches: tuple[bool, ...],
     remat: Remat,
+    last: bool,
     prefix: str,
 ) -> jax.Array:
     """`repeats` blocks of layers as a scan over their stacked parameters."""
@@ -130,38 +137,149 @@ def _loop(
 
         return partitioning.logical_axes(jax.eval_shape(init)['params'])
 
-    stacked = tuple(
-        _stack([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)], axes(j), config.dtype)
-        for j in range(period)
-    )
+    block_axes = tuple(axes(j) for j in range(period))
+    own = tuple([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)] for j in range(period))
 
-    def one(j: int):
-        def apply(params, x_BxLxD, keys):
-            return layer(config, block[j], parent=None).apply(
-                {'params': params}, x_BxLxD, *arrays, *switches, rngs=keys, mutable=[METRICS]
+    def applied(j: int) -> LayerOfLoop:
+        def apply(params, x_BxLxD, arrays, keys, index):
+            layer_keys = {name: jax.random.fold_in(key, index * period + j) for name, key in keys.items()}
+            x_BxLxD, metrics = layer(config, block[j], parent=None).apply(
+                {'params': params}, x_BxLxD, *arrays, *switches, rngs=layer_keys, mutable=[METRICS]
             )
+            return nn.with_logical_constraint(x_BxLxD, ACTIVATIONS), metrics.get(METRICS, {})
 
-        if remat is Remat.NONE:
+        if remat in (Remat.NONE, Remat.FULL):
             return apply
         return jax.checkpoint(apply, policy=_policy(remat), prevent_cse=False)
 
-    def body(x_BxLxD, xs):
-        index, params = xs
-        written = []
-        for j in range(period):
-            layer_keys = {name: jax.random.fold_in(key, index * period + j) for name, key in keys.items()}
-            x_BxLxD, metrics = one(j)(params[j], x_BxLxD, layer_keys)
-            x_BxLxD = nn.with_logical_constraint(x_BxLxD, ACTIVATIONS)
-            written.append(metrics.get(METRICS, {}))
-        return x_BxLxD, written
-
-    x_BxLxD, written = jax.lax.scan(body, x_BxLxD, (jnp.arange(repeats), stacked))
+    layers = tuple(applied(j) for j in range(period))
+    stack = functools.partial(_stack_block, block_axes=block_axes, dtype=config.dtype)
+    if remat is Remat.FULL:
+        x_BxLxD, written = _replayed(layers, stack, block_axes, own, x_BxLxD, arrays, keys, stack_again=not last)
+    else:
+        x_BxLxD, (_, written) = _scan(layers, stack(own), x_BxLxD, arrays, keys, keep_inputs=False)
     if parent.is_mutable_collection(METRICS):
         for j, metrics in enumerate(written):
             for r in range(repeats if metrics else 0):
                 here = jax.tree.map(lambda leaf, r=r: leaf[r], metrics)
                 parent.put_variable(METRICS, f'{prefix}{start + r * period + j}', here)
     return x_BxLxD
+
+
+# One layer: (parameters, x_BxLxD, arrays, keys, iteration) -> (x_BxLxD, what it wrote into METRICS).
+LayerOfLoop = Callable[[Any, jax.Array, Any, Any, jax.Array], tuple[jax.Array, Any]]
+
+
+def _scan(
+    layers: Sequence[LayerOfLoop], stacked: Any, x_BxLxD: jax.Array, arrays: Any, keys: Any, *, keep_inputs: bool
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """The loop: (B, L, D), and, stacked, each layer's input (where they are to be kept) and what it wrote."""
+
+    def body(x_BxLxD, xs):
+        index, params = xs
+        inputs, written = [], []
+        for layer, own in zip(layers, params, strict=True):
+            if keep_inputs:
+                inputs.append(x_BxLxD)
+            x_BxLxD, metrics = layer(own, x_BxLxD, arrays, keys, index)
+            written.append(metrics)
+        return x_BxLxD, (inputs, written)
+
+    repeats = jax.tree.leaves(stacked)[0].shape[0]
+    return jax.lax.scan(body, x_BxLxD, (jnp.arange(repeats), stacked))
+
+
+def _replayed(
+    layers: Sequence[LayerOfLoop],
+    stack: Callable[[Any], Any],
+    block_axes: Any,
+    params: Any,
+    x_BxLxD: jax.Array,
+    arrays: Any,
+    keys: Any,
+    *,
+    stack_again: bool,
+) -> tuple[jax.Array, Any]:
+    """The loop with `Remat.FULL`, with as few stacks as possible: they are what a loop costs in memory.
+
+    Kept are the layers' inputs. The backward pass writes gradients over the stacked parameters: each of its iterations is the
+    last to read its layers' parameters, whose gradients have the same shapes and types. With `stack_again` it stacks the
+    parameters anew, so that an encoder's stacks are not held while the decoder runs. JAX's own derivative of `_scan` would hold
+    the stacks, and make others for the gradients.
+    """
+    leaves, structure = jax.tree.flatten(arrays)
+    has_gradient = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    floats = [leaf for leaf, yes in zip(leaves, has_gradient, strict=True) if yes]
+    others = [leaf for leaf, yes in zip(leaves, has_gradient, strict=True) if not yes]
+
+    def joined(floats: Sequence[jax.Array], others: Sequence[jax.Array]) -> Any:
+        sources = {True: iter(floats), False: iter(others)}
+        return jax.tree.unflatten(structure, [next(sources[yes]) for yes in has_gradient])
+
+    def forward(params, x_BxLxD, floats, others, keys):
+        # Not before the layers below are done: a compiler is free to stack a decoder's parameters while the encoder runs.
+        params, x_BxLxD = jax.lax.optimization_barrier((params, x_BxLxD))
+        arrays, stacked = joined(floats, others), stack(params)
+        x_BxLxD, (inputs, written) = _scan(layers, stacked, x_BxLxD, arrays, keys, keep_inputs=True)
+        return (x_BxLxD, written), (params, None if stack_again else stacked, inputs, floats, others, keys)
+
+    def backward(kept, cotangents):
+        params, stacked, inputs, floats, others, keys = kept
+        dx_BxLxD, dwritten = cotangents
+        if stack_again:
+            # Without a barrier the compiler would find that it has these stacks already, and hold them.
+            params, dx_BxLxD = jax.lax.optimization_barrier((params, dx_BxLxD))
+        again, unstack = jax.vjp(stack, params)
+        stacked = again if stack_again else stacked
+
+        def body(carry, xs):
+            dx_BxLxD, dfloats, stacks = carry
+            index, inputs, dwritten = xs
+            stacks = list(stacks)
+            for j in reversed(range(len(layers))):
+
+                def layer(params, x_BxLxD, floats, j=j):
+                    return layers[j](params, x_BxLxD, joined(floats, others), keys, index)
+
+                # One layer at a time, its parameters' gradients included: else the compiler computes the layers below again while
+                # this one's activations are held.
+                here = _taken(stacks[j], index), inputs[j], dx_BxLxD
+                params, x_BxLxD, dx_BxLxD = jax.lax.optimization_barrier(here)
+                _, pull_back = jax.vjp(layer, params, x_BxLxD, floats)
+                dparams, dx_BxLxD, more = jax.lax.optimization_barrier(pull_back((dx_BxLxD, dwritten[j])))
+                dfloats = jax.tree.map(jnp.add, dfloats, more)
+                stacks[j] = _put(stacks[j], dparams, index, block_axes[j])
+            return (dx_BxLxD, dfloats, tuple(stacks)), None
+
+        start = (dx_BxLxD, jax.tree.map(jnp.zeros_like, floats), stacked)
+        indices = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+        (dx_BxLxD, dfloats, grads), _ = jax.lax.scan(body, start, (indices, inputs, dwritten), reverse=True)
+        return *unstack(grads), dx_BxLxD, dfloats, None, None
+
+    loop = jax.custom_vjp(lambda *operands: forward(*operands)[0])
+    loop.defvjp(forward, backward)
+    return loop(params, x_BxLxD, floats, others, keys)
+
+
+def _taken(stacks: Any, index: jax.Array) -> Any:
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
+
+
+def _put(stacks: Any, leaves: Any, index: jax.Array, axes: Any) -> Any:
+    """The stacks with one layer's leaves at an index, lying on the mesh as they did."""
+
+    def put(logical: PartitionSpec, stack: jax.Array, leaf: jax.Array) -> jax.Array:
+        return partitioning.constrain_stack(jax.lax.dynamic_update_index_in_dim(stack, leaf, index, axis=0), logical)
+
+    return jax.tree.map(put, axes, stacks, leaves, is_leaf=_is_axes)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _stack_block(params: Sequence[Sequence[Any]], block_axes: Sequence[Any], dtype: Any) -> tuple[Any, ...]:
+    return tuple(_stack(layers, axes, dtype) for layers, axes in zip(params, block_axes, strict=True))
 
 
 def _stack(layers: Sequence[Any], axes: Any, dtype: Any) -> Any:
@@ -176,5 +294,4 @@ def _stack(layers: Sequence[Any], axes: Any, dtype: Any) -> Any:
         stacked = jnp.stack([leaf if in_router else leaf.astype(dtype) for leaf in leaves])
         return partitioning.constrain_stack(stacked, logical)
 
-    is_axes = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(stack, axes, *layers, is_leaf=is_axes)
+    return jax.tree_util.tree_map_with_path(stack, axes, *layers, is_leaf=_is_axes)

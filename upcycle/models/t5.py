@@ -232,6 +232,7 @@ class Encoder(nn.Module):
             (training,),
             remat=config.remat,
             scan=config.scan_layers,
+            last=False,
         )
         x_BxLxD = LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD)
         x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
@@ -270,6 +271,7 @@ class Decoder(nn.Module):
             (training, decoding),
             remat=config.remat,
             scan=config.scan_layers and not decoding,
+            last=True,
         )
         x_BxLxD = LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD)
         x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)

@@ -283,6 +283,7 @@ class Encoder(nn.Module):
             prefix='encoderblock_',
             remat=config.remat,
             scan=config.scan_layers,
+            last=True,
         )
         return _norm(config, 'encoder_norm')(x_BxLxD)
 
