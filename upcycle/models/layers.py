@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,13 +25,39 @@ _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'trunca
 def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
     """T5X's activations by name; its GELU is the tanh approximation."""
     named = {
-        'gelu': lambda x: jax.nn.gelu(x, approximate=True),
+        'gelu': gelu,
         'relu': jax.nn.relu,
         'silu': jax.nn.silu,
         'linear': lambda x: x,
     }
     return named[name]
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh approximation. In float32 its gradient is made from the result, without another tanh."""
+    return _gelu(x) if x.dtype == jnp.float32 else jax.nn.gelu(x, approximate=True)
+
+
+@jax.custom_vjp
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    y = _gelu(x)
+    return y, (x, y)
+
+
+def _gelu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
+    # y = x s(2u) with s the logistic function and u = sqrt(2 / pi) (x + 0.044715 x^3), so that dy/dx = s (1 + 2 (x - y) du/dx).
+    x, y = kept
+    small = jnp.abs(x) < 1e-30
+    s = jnp.where(small, 0.5, y / jnp.where(small, 1.0, x))
+    slope = math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * 0.044715 * jnp.square(x))
+    return (dy * s * (1.0 + (x - y) * slope),)
+
+
+_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 # Names products with weights for `stack.Remat`: those of all experts are batched, and so unlike any other to JAX's own policies.
 PRODUCT = 'product_with_weights'
@@ -50,27 +77,81 @@ class Dense(nn.Module):
     bias_init: Callable[..., jax.Array] | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, group_sizes: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array | Sequence[jax.Array],
+        group_sizes: jax.Array | None = None,
+        activation: Callable[..., jax.Array] | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        parts = (x,) if activation is None else tuple(x)
         experts = () if group_sizes is None else group_sizes.shape
         kernel = self.param(
             'kernel',
             nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
-            (*experts, x.shape[-1], self.features),
+            (*experts, parts[0].shape[-1], self.features),
             jnp.float32,
         )
         bias = None
         if self.bias_init is not None:
             init = nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:])
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
-        if group_sizes is not None:
-            y = checkpoint_name(
-                jax.lax.ragged_dot(x.astype(self.dtype), kernel.astype(self.dtype), group_sizes), PRODUCT
-            )
-            return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
-        # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
-        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = checkpoint_name(rows @ kernel.astype(self.dtype), PRODUCT)
-        return (y if bias is None else y + bias).reshape(*x.shape[:-1], self.features)
+        project = functools.partial(_project, dtype=self.dtype)
+        if activation is None:
+            return project((kernel, bias, group_sizes), x)
+
+        def activate_and_project(rest: Any, parts: tuple[jax.Array, ...]) -> jax.Array:
+            key, *rest = rest
+            return project(rest, activation(*parts, key=key))
+
+        return computed_again(activate_and_project, (key, kernel, bias, group_sizes), parts)
+
+
+def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
+    kernel, bias, group_sizes = rest
+    if group_sizes is not None:
+        y = checkpoint_name(jax.lax.ragged_dot(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
+        return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
+    # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    y = checkpoint_name(rows @ kernel.astype(dtype), PRODUCT)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def computed_again(function: Callable[[Any, Any], jax.Array], rest: Any, xs: Any) -> jax.Array:
+    """`function(rest, xs)`, of which the backward pass keeps the arguments and nothing that was computed from them.
+
+    As `jax.checkpoint`, but for real on CPUs too, see `after`. The result has the rows of `xs`.
+    """
+    run = jax.custom_vjp(function)
+
+    def forward(rest: Any, xs: Any) -> tuple[jax.Array, Any]:
+        return function(rest, xs), (rest, xs)
+
+    def backward(kept: Any, dy: jax.Array) -> Any:
+        rest, xs = kept
+        return jax.vjp(function, rest, after(xs, dy))[1](dy)
+
+    run.defvjp(forward, backward)
+    return run(rest, xs)
+
+
+def after(xs: Any, dy: jax.Array) -> Any:
+    """`xs`, but not before `dy` is known, which has as many rows: what is computed from it is not computed earlier, and not found
+    to be what the forward pass has computed already.
+
+    XLA:CPU drops optimization barriers before it looks for equal computations and decides on an order. There, zeros made
+    from `dy` are added, of which it does not know that they are zeros.
+    """
+
+    def tied(xs: Any, dy: jax.Array) -> Any:
+        zero = jnp.minimum(jnp.abs(dy[..., :1]), 0)
+        return jax.tree.map(lambda x: x + zero.astype(x.dtype), xs)
+
+    def fenced(xs: Any, dy: jax.Array) -> Any:
+        return jax.lax.optimization_barrier((xs, dy))[0]
+
+    return jax.lax.platform_dependent(xs, dy, cpu=tied, default=fenced)
 
 
 class LayerNorm(nn.Module):
@@ -100,8 +181,16 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
-        broadcast = () if self.broadcast_axis is None else (self.broadcast_axis,)
-        return nn.Dropout(self.rate, broadcast_dims=broadcast)(x, deterministic=not training)
+        key = self.make_rng('dropout') if training and self.rate > 0 else None
+        return drop(x, key, self.rate, self.broadcast_axis)
+
+
+def drop(x: jax.Array, key: jax.Array | None, rate: float, broadcast_axis: int | None) -> jax.Array:
+    """Dropout with one mask for all of an axis; without a key there is none."""
+    if key is None:
+        return x
+    broadcast = () if broadcast_axis is None else (broadcast_axis,)
+    return nn.Dropout(rate, broadcast_dims=broadcast).apply({}, x, deterministic=False, rng=key)
 
 
 class MlpBlock(nn.Module):
@@ -126,15 +215,15 @@ class MlpBlock(nn.Module):
         wi = functools.partial(Dense, self.mlp_dim, (self.embed_axis, self.mlp_axis), dtype=self.dtype)
         parts = [wi(name=name)(x, group_sizes) for name in names]
 
-        def output(_: nn.Module, *parts: jax.Array) -> jax.Array:
+        def activate(*parts: jax.Array, key: jax.Array | None) -> jax.Array:
             activated = (activation_function(name)(part) for name, part in zip(self.activations, parts, strict=True))
-            product = functools.reduce(operator.mul, activated)
-            product = Dropout(self.dropout_rate, self.dropout_broadcast_axis)(product, training)
-            wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
-            return wo(product, group_sizes)
+            return drop(functools.reduce(operator.mul, activated), key, self.dropout_rate, self.dropout_broadcast_axis)
 
         # The backward pass keeps the products with `wi` and computes the activations, which cost little, again.
-        return nn.remat(output)(self, *parts)
+        wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
+        return wo(
+            parts, group_sizes, activate, self.make_rng('dropout') if training and self.dropout_rate > 0 else None
+        )
 
 
 @jax.custom_jvp

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle.errors import one_of, refuse
-from upcycle.models.layers import Dense, Dropout, attend
+from upcycle.models.layers import Dense, Dropout, after, attend, drop, gelu
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
@@ -185,13 +185,14 @@ class MlpBlock(nn.Module):
         )
         h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
 
-        def output(_: nn.Module, h: jax.Array) -> jax.Array:
-            h = jax.nn.gelu(h, approximate=self.gelu is Gelu.TANH)
-            h = Dropout(self.dropout_rate, broadcast_axis=None)(h, training)
-            return dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')(h, group_sizes)
+        def activate(h: jax.Array, key: jax.Array | None) -> jax.Array:
+            h = gelu(h) if self.gelu is Gelu.TANH else jax.nn.gelu(h, approximate=False)
+            return drop(h, key, self.dropout_rate, broadcast_axis=None)
 
         # As in T5's: the backward pass keeps what the GELU was given, and computes it again.
-        return nn.remat(output)(self, h)
+        key = self.make_rng('dropout') if training and self.dropout_rate > 0 else None
+        output = dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')
+        return output((h,), group_sizes, activate, key)
 
 
 class ProjectHeads(nn.Module):
@@ -457,6 +458,7 @@ def _layer_norm_forward(x, scale_D, bias_D, epsilon):
 
 def _layer_norm_backward(epsilon, kept, dy):
     x, mean, inverse, scale_D = kept
+    x = after(x, dy)
     standard = (x.astype(jnp.float32) - mean) * inverse
     rows = tuple(range(x.ndim - 1))
     change = dy * scale_D

@@ -1,0 +1,104 @@
+"""What the layers' own derivatives compute, and what they keep for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.moe.quick import jit, random_params
+from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
+from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.image_classifier import ImageClassifier
+from upcycle.models.layers import after, computed_again, gelu
+
+
+def reference_gelu(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gelu_and_its_gradient_are_jax_s(dtype):
+    x = jnp.concatenate(
+        [jnp.linspace(-12, 12, 4001), jnp.array([0.0, -0.0, 1e-38, -1e-31, 1e-12, 50, -50, 1e10, -1e10])]
+    )
+    x = x.astype(dtype)
+    np.testing.assert_array_equal(gelu(x), reference_gelu(x))
+    ours, theirs = (jax.vmap(jax.grad(f))(x).astype(jnp.float32) for f in (gelu, reference_gelu))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
+    """Also of arguments without a gradient, and of none."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (8, 16)), jax.random.normal(keys[1], (16, 4))
+
+    def function(rest, xs):
+        kernel, key, rows, nothing = rest
+        assert nothing is None
+        kept = jax.random.bernoulli(key, 0.5, xs[0].shape) * (jnp.arange(8)[:, None] < rows)
+        return jnp.tanh(xs[0] * xs[1] * kept) @ kernel
+
+    def loss(f, kernel, xs):
+        return jnp.square(f((kernel, keys[2], jnp.int32(6), None), xs)).sum()
+
+    def gradients(f):
+        return jit(jax.grad(lambda kernel, xs: loss(f, kernel, xs), argnums=(0, 1)))(w, (x, x + 1))
+
+    again = gradients(lambda rest, xs: computed_again(function, rest, xs))
+    assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, gradients(function))))
+    stacked = jit(jax.vmap(jax.grad(lambda x: loss(lambda *given: computed_again(function, *given), w, (x, x)))))
+    assert close_to_largest(stacked(x[None])[0], jax.grad(lambda x: loss(function, w, (x, x)))(x))
+
+
+def test_what_comes_after_is_the_same():
+    x, dy = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    np.testing.assert_array_equal(jit(after)({'x': x}, -dy)['x'], x)
+    assert jit(after)(x.astype(jnp.bfloat16), dy).dtype == jnp.bfloat16
+
+
+def bytes_a_layer(model_of, batch, params_of):
+    """What the temporaries of a gradient grow by with each layer."""
+
+    def temporaries(depth):
+        model = model_of(depth)
+
+        def loss(params):
+            return model.forward(params, batch, None, training=True)[0]['loss']
+
+        params = jax.eval_shape(lambda: params_of(model.module()))
+        return jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    return (temporaries(8) - temporaries(4)) / 4
+
+
+@pytest.mark.parametrize('sparse', [False, True])
+def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse):
+    """And nothing else of that size: it could be the activations, their tanh and their product too, 2.2 times as much."""
+    batch = random_batch(inputs=64)
+
+    def model_of(depth):
+        config = small_t5(mlp_dim=4096, emb_dim=32, num_encoder_layers=depth, num_decoder_layers=1)
+        return EncoderDecoderModel(with_moe(config, num_experts=4) if sparse else config)
+
+    def params_of(module):
+        return random_params(module, **{name: batch[name] for name in FEATURES[:3]})
+
+    # Every second layer has two slots a token.
+    products = 2 * 4 * 64 * 4096 * 4 * (1.5 if sparse else 1.0)
+    assert bytes_a_layer(model_of, batch, params_of) < 1.25 * products
+
+
+@pytest.mark.parametrize('sparse', [False, True])
+def test_of_an_mlp_of_a_vit_what_the_gelu_was_given_is_kept(sparse):
+    fields = {'emb_dim': 32, 'num_heads': 2, 'mlp_dim': 4096, 'image_size': 32}
+    batch = image_batch(small_vit(**fields))
+
+    def model_of(depth):
+        moe = {'moe': vit_moe(num_experts=4), 'moe_layers': tuple(range(depth))} if sparse else {}
+        return ImageClassifier(small_vit(**fields, num_layers=depth, **moe))
+
+    def params_of(module):
+        return random_params(module, image=batch['image'])
+
+    products = 4 * 64 * 4096 * 4 * (2.0 if sparse else 1.0)
+    assert bytes_a_layer(model_of, batch, params_of) < 1.25 * products
