@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from timing import medians, table
+from timing import medians, table, updating
 
 from upcycle import cost, partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
@@ -70,7 +70,7 @@ class Step:
                 learning_rate=lambda step: jnp.asarray(1e-3),
                 batch_axes=axes,
             )
-            self.step = jax.jit(self.train_step).lower(self.state, self.batch).compile()
+            self.step = updating(lambda state: self.train_step(state, self.batch), self.state)
 
             def loss(params, batch):
                 sums, moe_loss, _ = self.model.forward(params, batch, None, training=True)
@@ -88,7 +88,7 @@ class Step:
         """What can be timed, by name."""
         params = self.state.params
         return {
-            'step': lambda: self.step(self.state, self.batch),
+            'step': self.step,
             'forward': lambda: self.forward(params, self.batch),
             'forward and backward': lambda: self.gradient(params, self.batch),
             'optimizer': lambda: self.update(self.grads, self.state.opt_state, params),

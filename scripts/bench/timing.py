@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -21,6 +22,22 @@ def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[st
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def updating(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[], Any]:
+    """One update a turn, each of the state that the last one gave: `step` gives up the memory of its argument, as in training.
+
+    `step` returns the state and whatever else it measures.
+    """
+    held = [jax.tree.map(jnp.copy, state)]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, held[0])
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)).lower(held[0]).compile()
+
+    def run() -> Any:
+        held[0], rest = compiled(held[0])
+        return held[0], rest
+
+    return run
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from step import Step, batch_of
 from t5x.models import EncoderDecoderModel
-from timing import medians, table
+from timing import medians, table, updating
 
 import gin
 from upcycle.models.t5 import T5Config
@@ -76,11 +76,14 @@ def theirs(factor: float | None, batch: dict[str, jax.Array]):
         return loss_fn(model, params, batch, rng)[0]
 
     def step(optimizer):
-        return optimizer.apply_gradient(jax.grad(loss)(optimizer.target), learning_rate=1e-3)
+        return optimizer.apply_gradient(jax.grad(loss)(optimizer.target), learning_rate=1e-3), None
 
     forward, gradient = (jax.jit(f).lower(params).compile() for f in (loss, jax.grad(loss)))
-    run = jax.jit(step).lower(optimizer).compile()
-    return {'forward': lambda: forward(params), 'gradient': lambda: gradient(params), 'step': lambda: run(optimizer)}
+    return {
+        'forward': lambda: forward(params),
+        'gradient': lambda: gradient(params),
+        'step': updating(step, optimizer),
+    }
 
 
 def ours(factor: float | None, batch: dict[str, jax.Array]):
@@ -102,12 +105,11 @@ def ours(factor: float | None, batch: dict[str, jax.Array]):
     )
     ours = Step(config, batch, None if factor is None else EXPERTS)
     # Theirs measures no norm of the parameters. That of the gradient stays in ours, since the update depends on it.
-    step = jax.jit(lambda *given: ours.train_step(*given)[0]).lower(ours.state, ours.batch).compile()
     parts = ours.parts()
     return {
         'forward': parts['forward'],
         'gradient': parts['forward and backward'],
-        'step': lambda: step(ours.state, ours.batch),
+        'step': updating(lambda state: (ours.train_step(state, ours.batch)[0], None), ours.state),
     }
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import medians, table
+from timing import medians, table, updating
 from vmoe.nn.vit_moe import VisionTransformerMoe
 
 from upcycle import partitioning
@@ -38,20 +38,18 @@ class Candidate:
 
     def __init__(self, loss, params):
         optimizer = optax.adam(1e-3)
-        state = optimizer.init(params)
 
-        def step(params, state):
-            grads = jax.grad(loss)(params)
-            updates, state = optimizer.update(grads, state)
-            return optax.apply_updates(params, updates), state
+        def step(held):
+            params, state = held
+            updates, state = optimizer.update(jax.grad(loss)(params), state)
+            return (optax.apply_updates(params, updates), state), None
 
         compiled = {
             'forward': jax.jit(loss).lower(params).compile(),
             'gradient': jax.jit(jax.grad(loss)).lower(params).compile(),
         }
         self.parts = {name: lambda run=run: run(params) for name, run in compiled.items()}
-        run = jax.jit(step).lower(params, state).compile()
-        self.parts['step'] = lambda: run(params, state)
+        self.parts['step'] = updating(step, (params, optimizer.init(params)))
 
 
 def cross_entropy(logits, labels):
