@@ -10,6 +10,7 @@ from typing import Any
 import upcycle
 from upcycle.checkpoints import FORMATS
 from upcycle.errors import PREEMPTED, Preempted, UserError, without_password
+from upcycle.host_memory import keep_freed_memory
 
 DESCRIPTION = """\
 Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.
@@ -235,6 +236,7 @@ def _join_hosts(options: argparse.Namespace) -> None:
 
 
 def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    keep_freed_memory()
     from upcycle import quickstart
 
     try:
@@ -246,6 +248,7 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 
 def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    keep_freed_memory()
     _join_hosts(options)
     from upcycle import jobs
     from upcycle.train import notice, profile
@@ -268,6 +271,7 @@ def _one_or_several(paths: list[str]) -> str:
 
 
 def _evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    keep_freed_memory()
     _join_hosts(options)
     from upcycle import jobs
 

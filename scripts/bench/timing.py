@@ -1,13 +1,17 @@
 """Timing side by side: the candidates take turns, so that a noisy machine is noisy for all of them."""
 
+import functools
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+SERVE = '--serve'
 
 
 def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -38,6 +42,75 @@ def updating(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[],
         return held[0], rest
 
     return run
+
+
+class Apart:
+    """Candidates in a process of their own, which is this script called with `--serve WHO`."""
+
+    def __init__(self, who: str):
+        command = [sys.executable, *sys.argv, SERVE, who]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, name: str) -> None:
+        """One turn of a candidate, to its end."""
+        print(name, file=self._process.stdin, flush=True)
+        if self._process.stdout.readline().strip() != name:
+            raise RuntimeError(f'the process of {name} has ended')
+
+
+def served() -> str | None:
+    """Whose candidates this process is to serve; None: it is not such a process."""
+    return sys.argv[-1] if SERVE in sys.argv[:-1] else None
+
+
+def serve(candidates: Mapping[str, Callable[[], Any]]) -> None:
+    """Runs candidates by name, as they are asked for, until nobody asks."""
+    for line in sys.stdin:
+        jax.block_until_ready(candidates[line.strip()]())
+        print(line.strip(), flush=True)
+
+
+def beside(
+    builders: Mapping[str, Callable[[str], Mapping[str, Callable[[], Any]]]],
+    variants: Sequence[str],
+    parts: Sequence[str],
+    rounds: int,
+    *,
+    one_process: bool,
+) -> list[list[str]]:
+    """Rows of a table: theirs and ours in milliseconds, and their ratio.
+
+    Args:
+      builders: two, theirs first: a variant's parts by name.
+      variants: the rows, each with a row for
+      parts: what is timed.
+      rounds: of which the medians are.
+      one_process: both in one, which has one heap for both; else each in its own.
+    """
+
+    def named(who: str) -> dict[str, Callable[[], Any]]:
+        return {f'{v}: {part}': run for v in variants for part, run in builders[who](v).items()}
+
+    if served() is not None:
+        serve(named(served()))
+        sys.exit()
+    candidates = {}
+    for who in builders:
+        if one_process:
+            candidates |= {(who, name): run for name, run in named(who).items()}
+        else:
+            run = Apart(who).run
+            names = [f'{v}: {part}' for v in variants for part in parts]
+            candidates |= {(who, name): functools.partial(run, name) for name in names}
+    # In turns: theirs, ours, theirs, ...
+    order = sorted(candidates, key=lambda key: list(candidates).index((next(iter(builders)), key[1])))
+    seconds = medians({key: candidates[key] for key in order}, rounds)
+    rows = []
+    for v in variants:
+        for part in parts:
+            a, b = (1e3 * seconds[who, f'{v}: {part}'] for who in builders)
+            rows.append([v, part, f'{a:.0f}', f'{b:.0f}', f'{a / b:.2f}'])
+    return rows
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -3,8 +3,9 @@
   PYTHONPATH=/path/to/flaxformer:/path/to/t5x python scripts/bench/peers/flaxformer_t5.py
 
 d=256, F=1024, 4+4 layers of which half are sparse, 8 heads of 32, vocabulary 512, 8 experts, 8 x 128 tokens into encoder and
-decoder each, float32. Both with their own Adafactor; they take turns in one process. Their model comes from flaxformer's
-`experts_choose_base.gin`, resized.
+decoder each, float32. Both with their own Adafactor; they take turns. Each has a process of its own, of which ours keeps freed
+memory as `upcycle train` does; `--one_process` puts both into one, as which theirs runs: nothing is kept. Their model comes
+from flaxformer's `experts_choose_base.gin`, resized.
 """
 
 import argparse
@@ -15,6 +16,12 @@ import sys
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from upcycle.host_memory import keep_freed_memory
+
+if sys.argv[-1] == 'ours':
+    # As `upcycle train` does, before JAX is loaded.
+    keep_freed_memory()
+
 import flax.linen as nn
 import flax.linen.partitioning as partitioning
 import flaxformer
@@ -22,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from step import Step, batch_of
 from t5x.models import EncoderDecoderModel
-from timing import medians, table, updating
+from timing import SERVE, beside, table, updating
 
 import gin
 from upcycle.models.t5 import T5Config
@@ -119,21 +126,18 @@ def main() -> None:
     parser.add_argument('--rows', type=int, default=8)
     parser.add_argument('--length', type=int, default=128)
     parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--one_process', action='store_true')
+    parser.add_argument(SERVE, help=argparse.SUPPRESS)
     parser.add_argument('--only', nargs='*', default=list(VARIANTS), choices=VARIANTS)
     arguments = parser.parse_args()
     batch = batch_of(arguments.rows, arguments.length, arguments.length, VOCABULARY)
     batch = {name: jnp.asarray(array) for name, array in batch.items()}
-    candidates = {}
-    for name in arguments.only:
-        for who, build in (('t5x', theirs), ('ours', ours)):
-            for part, run in build(VARIANTS[name], batch).items():
-                candidates[name, who, part] = run
-    seconds = medians(candidates, arguments.rounds)
-    rows = []
-    for name in arguments.only:
-        for part in ('forward', 'gradient', 'step'):
-            a, b = (1e3 * seconds[name, who, part] for who in ('t5x', 'ours'))
-            rows.append([name, part, f'{a:.0f}', f'{b:.0f}', f'{a / b:.2f}'])
+    builders = {
+        't5x': lambda name: theirs(VARIANTS[name], batch),
+        'ours': lambda name: ours(VARIANTS[name], batch),
+    }
+    parts = ('forward', 'gradient', 'step')
+    rows = beside(builders, arguments.only, parts, arguments.rounds, one_process=arguments.one_process)
     print(f'{arguments.rows} x {arguments.length} tokens, median of {arguments.rounds}, {os.cpu_count()} cores\n')
     print(table(['model', 'part', 't5x + flaxformer, ms', 'ours, ms', 'theirs / ours'], rows))
 

@@ -3,7 +3,8 @@
   PYTHONPATH=/path/to/vmoe:/path/to/vision_transformer python scripts/bench/peers/vmoe_vit.py
 
 Width 192, 12 blocks of which 6 are sparse (1, 3, 5, ...), 8 experts, 64 tokens an image, 32 images, float32. Both have the same
-sizes and the same optimizer (optax Adam), and take turns in one process.
+sizes and the same optimizer (optax Adam), and take turns. Each has a process of its own, of which ours keeps freed memory as
+`upcycle train` does; `--one_process` puts both into one, as which theirs runs: nothing is kept.
 """
 
 import argparse
@@ -14,11 +15,17 @@ import sys
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from upcycle.host_memory import keep_freed_memory
+
+if sys.argv[-1] == 'ours':
+    # As `upcycle train` does, before JAX is loaded.
+    keep_freed_memory()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import medians, table, updating
+from timing import SERVE, beside, table, updating
 from vmoe.nn.vit_moe import VisionTransformerMoe
 
 from upcycle import partitioning
@@ -121,24 +128,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--one_process', action='store_true')
+    parser.add_argument(SERVE, help=argparse.SUPPRESS)
     parser.add_argument('--only', nargs='*', default=list(VARIANTS), choices=VARIANTS)
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     side = PATCH * int(TOKENS**0.5)
     image = jnp.asarray(rng.standard_normal((arguments.images, side, side, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, CLASSES, arguments.images))
-    candidates = {}
-    for name in arguments.only:
-        variant = VARIANTS[name]
-        for who, build in (('vmoe', theirs), ('ours', ours)):
-            for part, run in build(variant, image, labels).parts.items():
-                candidates[name, who, part] = run
-    seconds = medians(candidates, arguments.rounds)
-    rows = []
-    for name in arguments.only:
-        for part in ('forward', 'gradient', 'step'):
-            a, b = (1e3 * seconds[name, who, part] for who in ('vmoe', 'ours'))
-            rows.append([name, part, f'{a:.0f}', f'{b:.0f}', f'{a / b:.2f}'])
+    builders = {
+        'vmoe': lambda name: theirs(VARIANTS[name], image, labels).parts,
+        'ours': lambda name: ours(VARIANTS[name], image, labels).parts,
+    }
+    parts = ('forward', 'gradient', 'step')
+    rows = beside(builders, arguments.only, parts, arguments.rounds, one_process=arguments.one_process)
     print(f'{arguments.images} images, median of {arguments.rounds}, {os.cpu_count()} cores\n')
     print(table(['model', 'part', 'vmoe, ms', 'ours, ms', 'vmoe / ours'], rows))
 
