@@ -1,5 +1,6 @@
 """Timing side by side: the candidates take turns, so that a noisy machine is noisy for all of them."""
 
+import atexit
 import functools
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ class Apart:
     def __init__(self, who: str):
         command = [sys.executable, *sys.argv, SERVE, who]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        atexit.register(self._process.kill)
 
     def run(self, name: str) -> None:
         """One turn of a candidate, to its end."""
