@@ -68,6 +68,9 @@ class Dense(nn.Module):
     `bias_init`, no bias.
 
     With `group_sizes` it is one such layer for each expert, parameters stacked: rows come sorted by expert, that many for each.
+
+    With an `activation` it is a layer of what `activation(*x, key=key)` makes of several arrays of as many rows; the backward
+    pass keeps these arrays, and computes that again.
     """
 
     features: int
@@ -181,8 +184,12 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool) -> jax.Array:
-        key = self.make_rng('dropout') if training and self.rate > 0 else None
-        return drop(x, key, self.rate, self.broadcast_axis)
+        return drop(x, drop_key(self, self.rate, training), self.rate, self.broadcast_axis)
+
+
+def drop_key(module: nn.Module, rate: float, training: bool) -> jax.Array | None:
+    """The key of a module's next mask; None: nothing is dropped."""
+    return module.make_rng('dropout') if training and rate > 0 else None
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float, broadcast_axis: int | None) -> jax.Array:
@@ -221,9 +228,7 @@ class MlpBlock(nn.Module):
 
         # The backward pass keeps the products with `wi` and computes the activations, which cost little, again.
         wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
-        return wo(
-            parts, group_sizes, activate, self.make_rng('dropout') if training and self.dropout_rate > 0 else None
-        )
+        return wo(parts, group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 
 @jax.custom_jvp

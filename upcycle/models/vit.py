@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle.errors import one_of, refuse
-from upcycle.models.layers import Dense, Dropout, after, attend, drop, gelu
+from upcycle.models.layers import Dense, Dropout, after, attend, drop, drop_key, gelu
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
@@ -190,9 +190,8 @@ class MlpBlock(nn.Module):
             return drop(h, key, self.dropout_rate, broadcast_axis=None)
 
         # As in T5's: the backward pass keeps what the GELU was given, and computes it again.
-        key = self.make_rng('dropout') if training and self.dropout_rate > 0 else None
         output = dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')
-        return output((h,), group_sizes, activate, key)
+        return output((h,), group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 
 class ProjectHeads(nn.Module):
