@@ -84,8 +84,8 @@ def beside(
 
     Args:
       builders: two, theirs first: a variant's parts by name.
-      variants: the rows, each with a row for
-      parts: what is timed.
+      variants: what is built.
+      parts: what is timed of each variant, a row each.
       rounds: of which the medians are.
       one_process: both in one, which has one heap for both; else each in its own.
     """
@@ -96,17 +96,12 @@ def beside(
     if served() is not None:
         serve(named(served()))
         sys.exit()
-    candidates = {}
+    names = [f'{v}: {part}' for v in variants for part in parts]
+    sides = {}
     for who in builders:
-        if one_process:
-            candidates |= {(who, name): run for name, run in named(who).items()}
-        else:
-            run = Apart(who).run
-            names = [f'{v}: {part}' for v in variants for part in parts]
-            candidates |= {(who, name): functools.partial(run, name) for name in names}
-    # In turns: theirs, ours, theirs, ...
-    order = sorted(candidates, key=lambda key: list(candidates).index((next(iter(builders)), key[1])))
-    seconds = medians({key: candidates[key] for key in order}, rounds)
+        run = None if one_process else Apart(who).run
+        sides[who] = named(who) if one_process else {name: functools.partial(run, name) for name in names}
+    seconds = medians({(who, name): sides[who][name] for name in names for who in builders}, rounds)
     rows = []
     for v in variants:
         for part in parts:
