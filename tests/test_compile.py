@@ -39,6 +39,7 @@ def test_the_account_of_a_tiny_run():
     assert code == 0, errors
     account = json.loads(out)
     assert account['fits'] and account['devices'] == account['chips'] == 4
+    assert account['peak'] <= account['reserved'] < 2 * account['peak']
     # Out and back, forward and backward, of the encoder's and the decoder's MoE layer; nothing else crosses `expert`.
     exchanged = account['collectives']['all-to-all']
     assert exchanged['count'] == 8

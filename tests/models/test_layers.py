@@ -1,5 +1,7 @@
 """What the layers' own derivatives compute, and what they keep for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.models.layers import after, computed_again, gelu
+from upcycle.models.layers import after, attend, computed_again, drop, gelu
 
 
 def reference_gelu(x):
@@ -54,6 +56,48 @@ def test_what_comes_after_is_the_same():
     x, dy = jax.random.normal(jax.random.key(0), (2, 8, 16))
     np.testing.assert_array_equal(jit(after)({'x': x}, -dy)['x'], x)
     assert jit(after)(x.astype(jnp.bfloat16), dy).dtype == jnp.bfloat16
+
+
+def attentions(depth, keep_weights):
+    """The loss of several attentions, one after the other: 8 heads of 32, 256 queries, 320 keys, dropout."""
+
+    def loss(x_BxQxHxN, given):
+        key_BxKxHxN, value_BxKxHxN, mask_Bx1xQxK, bias_1xHxQxK = given
+        for i in range(depth):
+            x_BxQxHxN += attend(
+                x_BxQxHxN,
+                key_BxKxHxN,
+                value_BxKxHxN,
+                [mask_Bx1xQxK, bias_1xHxQxK],
+                functools.partial(drop, rate=0.1, broadcast_axis=-2),
+                jax.random.key(i),
+                keep_weights=keep_weights,
+            )
+        return jnp.square(x_BxQxHxN).sum()
+
+    return loss
+
+
+def test_attention_weights_that_are_computed_again():
+    """The same gradients, of all arguments, and nothing that grows with the square of the length is kept."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, key, value = (jax.random.normal(k, (2, length, 8, 32)) for k, length in zip(keys, (256, 320, 320), strict=False))
+    mask = jnp.where(jax.random.bernoulli(keys[3], 0.8, (2, 1, 256, 320)), 0.0, -1e10)
+    given = (key, value, mask, jax.random.normal(keys[4], (1, 8, 256, 320)))
+
+    def compiled(depth, keep_weights, argnums):
+        return jit(jax.grad(attentions(depth, keep_weights), argnums)).lower(x, given).compile()
+
+    kept, again = (compiled(3, keep_weights, (0, 1))(x, given) for keep_weights in (True, False))
+    assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, kept)))
+
+    def bytes_each(keep_weights):
+        sizes = [compiled(depth, keep_weights, 0).memory_analysis().temp_size_in_bytes for depth in (4, 8)]
+        return (sizes[1] - sizes[0]) / 4
+
+    weights = 4 * 2 * 8 * 256 * 320
+    assert bytes_each(True) >= weights
+    assert bytes_each(False) < 0.5 * weights
 
 
 def bytes_a_layer(model_of, batch, params_of):

@@ -71,6 +71,9 @@ class Dense(nn.Module):
 
     With an `activation` it is a layer of what `activation(*x, key=key)` makes of several arrays of as many rows; the backward
     pass keeps these arrays, and computes that again.
+
+    With `both_gradients` the backward pass goes on from here only when it has the kernel's gradient too: a compiler would leave
+    that for the end, and hold the output's gradient until then. It pays where that is larger than the kernel's.
     """
 
     features: int
@@ -78,6 +81,7 @@ class Dense(nn.Module):
     dtype: DType = jnp.float32
     kernel_init: Callable[..., jax.Array] = _truncated_normal_init
     bias_init: Callable[..., jax.Array] | None = None
+    both_gradients: bool = False
 
     @nn.compact
     def __call__(
@@ -100,6 +104,8 @@ class Dense(nn.Module):
             init = nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:])
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
         project = functools.partial(_project, dtype=self.dtype)
+        if self.both_gradients:
+            kernel, x = jax.lax.optimization_barrier((kernel, x))
         if activation is None:
             return project((kernel, bias, group_sizes), x)
 
@@ -249,20 +255,31 @@ def attend(
     query_BxQxHxN: jax.Array,
     key_BxKxHxN: jax.Array,
     value_BxKxHxN: jax.Array,
-    bias_BxHxQxK: jax.Array | None = None,
-    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+    biases: Sequence[jax.Array] = (),
+    drop: Callable[[jax.Array, jax.Array | None], jax.Array] = lambda weights, key: weights,
+    key: jax.Array | None = None,
+    *,
+    keep_weights: bool = True,
 ) -> jax.Array:
-    """The average of values (B, Q, H, N) under softmax(query . key + bias), in the values' type; nothing is scaled.
+    """The average of values (B, Q, H, N) under softmax(query . key + biases), in the values' type; nothing is scaled.
 
-    `drop` is dropout of the weights. The bias broadcasts over a batch or over heads.
+    `drop(weights, key)` is dropout of the weights. Biases broadcast to (B, H, Q, K). Unless the backward pass is to keep the
+    weights, it computes them again: they grow with the square of the length.
     """
-    # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
-    query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (x.swapaxes(1, 2) for x in (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN))
-    logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
-    if bias_BxHxQxK is not None:
-        logits_BxHxQxK += bias_BxHxQxK.astype(logits_BxHxQxK.dtype)
-    weights_BxHxQxK = drop(softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype))
-    return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
+
+    def average(rest: Any, query_BxQxHxN: jax.Array) -> jax.Array:
+        key_BxKxHxN, value_BxKxHxN, biases, key = rest
+        # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
+        parts = (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
+        query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (x.swapaxes(1, 2) for x in parts)
+        logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
+        if biases:
+            logits_BxHxQxK += functools.reduce(operator.add, biases).astype(logits_BxHxQxK.dtype)
+        weights_BxHxQxK = drop(softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
+        return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
+
+    rest = (key_BxKxHxN, value_BxKxHxN, tuple(biases), key)
+    return average(rest, query_BxQxHxN) if keep_weights else computed_again(average, rest, query_BxQxHxN)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -278,6 +295,7 @@ class MultiHeadDotProductAttention(nn.Module):
     dropout_rate: float = 0.0
     float32_logits: bool = False
     cross: bool = False
+    keep_weights: bool = True
 
     @nn.compact
     def __call__(
@@ -333,11 +351,18 @@ class MultiHeadDotProductAttention(nn.Module):
         if self.float32_logits:
             query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
             key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
+        biases = [] if bias_1xHxQxK is None else [bias_1xHxQxK]
         if mask_Bx1xQxK is not None:
-            masked_BxHxQxK = jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype)
-            bias_1xHxQxK = masked_BxHxQxK if bias_1xHxQxK is None else masked_BxHxQxK + bias_1xHxQxK
-        drop = functools.partial(Dropout(self.dropout_rate), training=training)
-        out_BxQxHxN = attend(query_BxQxHxN, key_BxKxHxN, value_BxKxHxN, bias_1xHxQxK, drop)
+            biases.insert(0, jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype))
+        out_BxQxHxN = attend(
+            query_BxQxHxN,
+            key_BxKxHxN,
+            value_BxKxHxN,
+            biases,
+            functools.partial(drop, rate=self.dropout_rate, broadcast_axis=-2),
+            drop_key(self, self.dropout_rate, training),
+            keep_weights=self.keep_weights,
+        )
         return Dense(x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out')(
             out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N)
         )

@@ -31,6 +31,11 @@ class Remat(enum.StrEnum):
     EXCHANGE = 'exchange'  # all but what crossed the network between expert shards
     FULL = 'full'  # all, the all-to-alls of expert parallelism included
 
+    @property
+    def keeps_attention_weights(self) -> bool:
+        """While the backward pass is in a layer. They are the largest arrays there that are cheap to compute once more."""
+        return self in (Remat.NONE, Remat.MINIMAL)
+
 
 def _policy(remat: Remat):
     policies = jax.checkpoint_policies

@@ -148,6 +148,7 @@ def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDot
         dropout_rate=config.dropout_rate,
         float32_logits=config.float32_attention_logits,
         cross=cross,
+        keep_weights=config.remat.keeps_attention_weights,
         name=name,
     )
 
@@ -278,7 +279,10 @@ class Decoder(nn.Module):
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training)
         if config.logits_via_embedding:
             return x_BxLxD
-        return Dense(config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32, name='logits_dense')(x_BxLxD)
+        logits = Dense(
+            config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32, both_gradients=True, name='logits_dense'
+        )
+        return logits(x_BxLxD)
 
 
 class Embed(nn.Module):
@@ -300,7 +304,8 @@ class Embed(nn.Module):
 
     def attend(self, x_BxLxD: jax.Array) -> jax.Array:
         """Logits (B, L, V) in float32: similarity to every embedding."""
-        return x_BxLxD.astype(jnp.float32) @ self.embedding.T
+        embedding, x_BxLxD = jax.lax.optimization_barrier((self.embedding, x_BxLxD))  # as `both_gradients` of `Dense`
+        return x_BxLxD.astype(jnp.float32) @ embedding.T
 
 
 class Transformer(nn.Module):

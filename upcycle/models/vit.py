@@ -230,13 +230,15 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: Any
+    keep_weights: bool = True
 
     @nn.compact
     def __call__(self, x_BxQxD: jax.Array, x_BxKxD: jax.Array) -> jax.Array:
         D = x_BxKxD.shape[-1]
         project = functools.partial(ProjectHeads, self.num_heads, D, self.dtype)
         query_BxQxHxN = project(name='query')(x_BxQxD) * (D // self.num_heads) ** -0.5
-        out_BxQxHxN = attend(query_BxQxHxN, project(name='key')(x_BxKxD), project(name='value')(x_BxKxD))
+        key_BxKxHxN, value_BxKxHxN = project(name='key')(x_BxKxD), project(name='value')(x_BxKxD)
+        out_BxQxHxN = attend(query_BxQxHxN, key_BxKxHxN, value_BxKxHxN, keep_weights=self.keep_weights)
         return project(merge=True, name='out')(out_BxQxHxN)
 
 
@@ -254,7 +256,8 @@ class EncoderBlock(nn.Module):
         # One draw for an image: whole branches are skipped.
         skip = nn.Dropout(skipped, broadcast_dims=(1, 2), deterministic=not training)
         y = _norm(config, 'LayerNorm_0')(x_BxLxD)
-        y = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')(y, y)
+        keep_weights = config.remat.keeps_attention_weights
+        y = Attention(config.num_heads, config.dtype, keep_weights, name='MultiHeadDotProductAttention_0')(y, y)
         x_BxLxD = x_BxLxD + skip(dropout(y))
         y = _norm(config, 'LayerNorm_1')(x_BxLxD)
         if moe is None:
