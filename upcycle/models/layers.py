@@ -105,9 +105,9 @@ class Dense(nn.Module):
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
         project = functools.partial(_project, dtype=self.dtype)
         if self.both_gradients:
-            kernel, x = jax.lax.optimization_barrier((kernel, x))
+            kernel, parts = jax.lax.optimization_barrier((kernel, parts))
         if activation is None:
-            return project((kernel, bias, group_sizes), x)
+            return project((kernel, bias, group_sizes), parts[0])
 
         def activate_and_project(rest: Any, parts: tuple[jax.Array, ...]) -> jax.Array:
             key, *rest = rest
