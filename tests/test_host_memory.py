@@ -1,7 +1,9 @@
-"""What is freed on a machine with CPUs only stays with the process."""
+"""What is freed on a machine with CPUs only stays with the process, in large pages."""
 
 import os
+import pathlib
 import platform
+import resource
 import subprocess
 import sys
 
@@ -27,16 +29,40 @@ with ThreadPoolExecutor(1) as pool:
         list(pool.map(touch, range(1)))
     print(kept, faults() - before)
 """
+# Memory in large pages, in kB, once 256 MiB are filled by arrays for which NumPy asks for none itself.
+LARGE_PAGES = """
+import re
+from upcycle.host_memory import keep_freed_memory
+keep_freed_memory()
+import numpy as np
+held = [np.ones(2**16) for _ in range(512)]
+print(re.search(r'AnonHugePages: +(\\d+) kB', open('/proc/self/smaps_rollup').read())[1])
+"""
 ARRAYS, PAGES = 10, 2**26 // os.sysconf('SC_PAGE_SIZE')
 
 
-def run(**variables):
+def printed(program, limits=(), **variables):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_'))}
-    done = subprocess.run(
-        [sys.executable, '-c', PROGRAM], env=environment | variables, capture_output=True, text=True, check=True
-    )
-    kept, faults = done.stdout.split()
+    command = [sys.executable, '-c', program]
+    command = ['sh', '-c', 'ulimit "$1" "$2"; shift 2; exec "$@"', 'sh', *limits, *command] if limits else command
+    return subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=True).stdout
+
+
+def run(**variables):
+    kept, faults = printed(PROGRAM, **variables).split()
     return kept == 'True', int(faults)
+
+
+def _left_to_the_program():
+    """Whether the system asks programs where they want large pages, and addresses are not rationed."""
+    setting = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
+    rationed = pathlib.Path('/proc/sys/vm/overcommit_memory')
+    return (
+        setting.exists()
+        and '[madvise]' in setting.read_text()
+        and rationed.read_text().strip() != '2'
+        and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc is told')
@@ -44,6 +70,13 @@ def test_arrays_take_the_place_of_those_before():
     kept, faults = run(JAX_PLATFORMS='cpu')
     assert kept
     assert faults < PAGES / 4
+
+
+@pytest.mark.skipif(not _left_to_the_program(), reason='large pages are not left to the program here')
+def test_arrays_lie_in_large_pages():
+    assert int(printed(LARGE_PAGES, JAX_PLATFORMS='cpu')) > 2**17
+    # Where addresses are rationed, they are not taken for what may never be used.
+    assert int(printed(LARGE_PAGES, ('-v', str(2**25)), JAX_PLATFORMS='cpu')) < 2**15
 
 
 def test_accelerators_and_those_who_know_better_are_left_alone():
