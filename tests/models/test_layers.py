@@ -9,6 +9,7 @@ import pytest
 
 from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
+from upcycle.models import layers
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.layers import after, attend, computed_again, drop, gelu
@@ -100,6 +101,12 @@ def test_attention_weights_that_are_computed_again():
     assert bytes_each(False) < 0.5 * weights
 
 
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """What is computed again on accelerators alone is so here."""
+    monkeypatch.setattr(layers, 'computed_again', lambda *arguments, on_cpus=True: computed_again(*arguments))
+
+
 def bytes_a_layer(model_of, batch, params_of):
     """What the temporaries of a gradient grow by with each layer."""
 
@@ -116,7 +123,7 @@ def bytes_a_layer(model_of, batch, params_of):
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse):
+def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse, as_on_accelerators):
     """And nothing else of that size: it could be the activations, their tanh and their product too, 2.2 times as much."""
     batch = random_batch(inputs=64)
 
@@ -133,7 +140,7 @@ def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse):
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_of_an_mlp_of_a_vit_what_the_gelu_was_given_is_kept(sparse):
+def test_of_an_mlp_of_a_vit_what_the_gelu_was_given_is_kept(sparse, as_on_accelerators):
     fields = {'emb_dim': 32, 'num_heads': 2, 'mlp_dim': 4096, 'image_size': 32}
     batch = image_batch(small_vit(**fields))
 
