@@ -13,6 +13,7 @@ from upcycle import cli, moe
 # Names in capitals that are no macros of gin/: environment variables, and what stands for a name.
 OTHER_NAMES = {
     'EPATH_USE_TF',
+    'GLIBC_TUNABLES',
     'JAX_COMPILATION_CACHE_DIR',
     'MALLOC_ARENA_MAX',
     'MALLOC_MMAP_MAX_',

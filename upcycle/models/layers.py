@@ -232,7 +232,7 @@ class MlpBlock(nn.Module):
             activated = (activation_function(name)(part) for name, part in zip(self.activations, parts, strict=True))
             return drop(functools.reduce(operator.mul, activated), key, self.dropout_rate, self.dropout_broadcast_axis)
 
-        # The backward pass keeps the products with `wi` and computes the activations, which cost little, again.
+        # Of all this the backward pass need only keep the products with `wi`.
         wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
         return wo(parts, group_sizes, activate, drop_key(self, self.dropout_rate, training))
 

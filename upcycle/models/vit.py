@@ -189,7 +189,7 @@ class MlpBlock(nn.Module):
             h = gelu(h) if self.gelu is Gelu.TANH else jax.nn.gelu(h, approximate=False)
             return drop(h, key, self.dropout_rate, broadcast_axis=None)
 
-        # As in T5's: the backward pass keeps what the GELU was given, and computes it again.
+        # As in T5's: the backward pass need only keep what the GELU was given.
         output = dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')
         return output((h,), group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
