@@ -29,11 +29,13 @@ with ThreadPoolExecutor(1) as pool:
         list(pool.map(touch, range(1)))
     print(kept, faults() - before)
 """
-# Memory in large pages, in kB, once 256 MiB are filled by arrays for which NumPy asks for none itself.
+# Memory in large pages, in kB, once 256 MiB are filled by arrays for which NumPy asks for none itself. Protobuf trims the heap.
 LARGE_PAGES = """
+import ctypes
 import re
 from upcycle.host_memory import keep_freed_memory
 keep_freed_memory()
+ctypes.CDLL(None).malloc_trim(0)
 import numpy as np
 held = [np.ones(2**16) for _ in range(512)]
 print(re.search(r'AnonHugePages: +(\\d+) kB', open('/proc/self/smaps_rollup').read())[1])

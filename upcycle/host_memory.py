@@ -19,6 +19,7 @@ _ACCELERATORS = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel[0-9]*', '/dev/vfio
 _OPTIONS = {'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, -1), 'M_ARENA_MAX': (-8, 1)}
 _HEAP = 0.75  # of the host's memory may be in large pages
 _LARGE_PAGE = 2**21
+_ABOVE = 2**24  # more than is free anywhere else at the start of a process
 _MADV_HUGEPAGE = 14  # Linux's mman.h
 
 
@@ -56,18 +57,19 @@ def _address_space_is_free() -> bool:
 def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
     """Tells Linux to back the heap with large pages, where its setting leaves that to the program (`madvise`, the usual one).
 
-    The heap is grown once to what it may need and stays so, since nothing is given back; memory is only taken where it is used.
+    The heap is grown once to what it may need; memory is only taken where it is used. A block above it, never used, keeps it so:
+    protobuf has the C library give back the heap's end (`malloc_trim`), and what the heap then grows by is not marked.
     """
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = (ctypes.c_size_t,)
     libc.free.argtypes = (ctypes.c_void_p,)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     size = int(_HEAP * os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-    start = libc.malloc(size)
-    if start is not None:
+    start, above = libc.malloc(size), libc.malloc(_ABOVE)
+    if start is not None and above is not None:
         first = -(-start // _LARGE_PAGE) * _LARGE_PAGE
         libc.madvise(first, (start + size - first) // _LARGE_PAGE * _LARGE_PAGE, _MADV_HUGEPAGE)
-        libc.free(start)
+    libc.free(start)
 
 
 def _on_cpus() -> bool:
