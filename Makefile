@@ -13,9 +13,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-# Also steps every program of every experiment.
+# The tests that repeat an invariant at another size or layout, too.
 test-all: ARGS += -m ""
 test-all: test
 

@@ -1,17 +1,13 @@
-"""Set-up that every test shares: the CPU, quick compilation, and a tiny dense checkpoint."""
+"""Set-up that every test shares: the CPU, quick compilation, programs that tests share, and tiny checkpoints."""
 
 import importlib.metadata
 import os
-import pathlib
 
 import pytest
 
+from tests import compilation_cache
+
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Most of a test's time is compiling, and most programs are compiled again by a resumed run or another test.
-_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache' / 'jax'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 _FLAGS = {'xla_llvm_disable_expensive_passes': 'true', 'xla_backend_optimization_level': '0'}
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
     # A fifth of what a test's compilation costs; later versions do not know the flag any more.
@@ -19,6 +15,48 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get('XLA_FLAGS', ''):
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{_flag}={_value}'
+_TEMPORARY = compilation_cache.open_cache()
+
+# The longest files, longest first: what is started first does not keep one worker busy while the other has nothing left.
+LONGEST = ()
+# These share processes with several devices, so one worker runs them all; see `tests/invariants/devices.py`.
+ON_DEVICES = ('tests/invariants/', 'tests/evaluate/test_few_shot.py')
+
+
+def _scope(nodeid: str) -> str:
+    """The tests that one worker runs one after the other: those of a file, or all that share processes."""
+    file = nodeid.partition('::')[0]
+    return 'on several devices' if file.startswith(ON_DEVICES) else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {scope: number for number, scope in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(_scope(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Scopes of tests to whichever worker is free, in the order of the collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
+
+
+def pytest_unconfigure() -> None:
+    compilation_cache.close_cache(_TEMPORARY)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def shared_programs() -> None:
+    """What one test has compiled, the others of its worker need not compile again."""
+    from tests import programs
+
+    programs.share()
 
 
 @pytest.fixture(scope='session')

@@ -38,8 +38,10 @@ def served():
 
 def main(folder: str) -> None:
     """A dense run, an upcycled one in two legs, an evaluation and a report; the same on disk, for comparison."""
-    from tests import runs
+    from tests import programs, runs
     from upcycle import cli
+
+    programs.share()
 
     def call(*arguments: str) -> None:
         try:

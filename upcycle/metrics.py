@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,8 +28,6 @@ class MetricsLog:
     """
 
     def __init__(self, model_dir: str, last_step: int | None, *, only_training_at_it: bool = False):
-        from upcycle.data import tensorflow_quiet
-
         self._mirror = files.Mirror(model_dir)
         path = self._mirror.path / 'metrics.jsonl'
         earlier = [] if last_step is None else read_metrics(files.absolute(model_dir) / 'metrics.jsonl')
@@ -36,8 +36,7 @@ class MetricsLog:
             kept = [line for line in kept if line['step'] < last_step or line['split'] == 'train']
         files.replace_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
-        self._tf = tensorflow_quiet.tensorflow()
-        self._writers: dict[str, Any] = {}
+        self._events: dict[str, EventFile] = {}
         self._copied = time.monotonic()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
@@ -46,28 +45,57 @@ class MetricsLog:
         line = {'step': step, 'split': split} | {name: plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line) + '\n')
         self._file.flush()
-        if split not in self._writers:
-            self._writers[split] = self._tf.summary.create_file_writer(str(self._mirror.path / split))
-        with self._writers[split].as_default(step=step):
-            for name, value in line.items():
-                if isinstance(value, int | float) and name != 'step':
-                    self._tf.summary.scalar(name, value)
+        if split not in self._events:
+            self._events[split] = EventFile(self._mirror.path / split)
+        scalars = {name: value for name, value in line.items() if isinstance(value, int | float) and name != 'step'}
+        self._events[split].write(step, scalars)
         if time.monotonic() - self._copied > COPY_PERIOD:
             self.copy()
 
     def copy(self) -> None:
         """Where the run's folder is in a bucket, sends there what has been written."""
-        for writer in self._writers.values():
-            writer.flush()
         self._mirror.copy()
         self._copied = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes every file."""
         self._file.close()
-        for writer in self._writers.values():
-            writer.close()
+        for events in self._events.values():
+            events.close()
         self._mirror.close()
+
+
+class EventFile:
+    """Scalars for TensorBoard, by its own library: TensorFlow's writers would cost every run seconds of imports.
+
+    Args:
+      folder: where a new event file is made.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        # The name that TensorBoard looks for; unique to this writer.
+        name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}'
+        self._records = RecordWriter(open(folder / name, 'wb'))  # noqa: SIM115  open as long as the run
+        self._write(self._event(wall_time=now, file_version='brain.Event:2'))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One event with all scalars of a step, on disk when this returns."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._records.flush()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

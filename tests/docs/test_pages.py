@@ -25,6 +25,7 @@ OTHER_NAMES = {
     'RESTARTS',
     'TRIES',
     'UPCYCLE_FIXTURES',
+    'UPCYCLE_TEST_CACHE',
     'XLA_FLAGS',
 }
 # Files of a run's folder, and of flaxformer.
@@ -32,9 +33,21 @@ ELSEWHERE = {'config.gin', 'experts_choose_base.gin'}
 UNKNOWN = '…'
 
 
+@functools.cache
+def names_of_files():
+    """Of the checkout, without what lies in folders such as .git and .venv."""
+    found, folders = set(), [ROOT]
+    for folder in folders:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.name.startswith('.'):
+                folders.append(path)
+            found.add(path.name)
+    return found
+
+
 @pytest.mark.parametrize('page', pages(), ids=lambda page: page.name)
 def test_files_are_there(page):
-    names = {path.name for path in ROOT.rglob('*.*') if '.git' not in path.parts}
+    names = names_of_files()
     for words in code(page):
         for word in words.split():
             if not re.fullmatch(r'[\w/.-]+\.(py|gin|sh|md|toml|yml)', word) or re.search(r'\b[A-Z]{3,}\b', word):

@@ -1,15 +1,14 @@
 """The few-shot probe: against scikit-learn's ridge regression, one device against eight, draws, labels and refusals."""
 
 import dataclasses
-import json
-import socket
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from tests.invariants.devices import run, run_together
+from tests.evaluate.probe_on_a_mesh import probe
+from tests.invariants.devices import on_devices, processes
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot
 from upcycle.evaluate.few_shot import Features, FewShot
@@ -116,18 +115,9 @@ def test_rows_that_fill_up_a_batch_do_not_count():
     assert few_shot.accuracy(classifier, whole) == hits.mean()
 
 
-def test_eight_devices_and_two_processes_equal_one_device(tmp_path):
-    program = ['-m', 'tests.evaluate.probe_on_a_mesh']
-    one, eight, two = (tmp_path / name for name in ('one', 'eight', 'two'))
-    run([*program, str(one)], devices=1)
-    run([*program, str(eight)], devices=8)
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        where = f'localhost:{free.getsockname()[1]}'
-    run_together([[*program, str(two), where, '2', str(i)] for i in range(2)], devices=4)
-    expected = json.loads(one.read_text())
-    for other in (eight, two):
-        result = json.loads(other.read_text())
+def test_eight_devices_and_two_processes_equal_one_device():
+    expected = probe()
+    for result in (on_devices(8, probe), processes(2, 4).call(probe)[0]):
         assert result['metrics'] == expected['metrics']
         for name in ('primal', 'dual'):
             scores = np.array(expected[name])

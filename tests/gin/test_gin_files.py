@@ -330,11 +330,16 @@ def test_c4_task_builds_or_says_what_to_install():
 COUNTS = {'base': (247.6e6, 2.003e9), 'large': (783.0e6, 7.220e9), 'xl': (2.850e9, 26.255e9)}
 
 
+def layout_of(run):
+    """The layout of a run of any size on one device."""
+    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts)
+    with partitioning.use(mesh):
+        return layout(run, mesh)
+
+
 def step_abstractly(run):
-    """One step of a run by `jax.eval_shape`, at any size; its parameters."""
-    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts) if jax.device_count() == 1 else None
-    if mesh is None:
-        pytest.skip('needs one device')
+    """One step of a run by `jax.eval_shape`, at any size."""
+    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts)
     with partitioning.use(mesh):
         where = layout(run, mesh)
         batch = {name: jax.ShapeDtypeStruct(*spec) for name, spec in run.train_data.batch_spec().items()}
@@ -350,21 +355,36 @@ def step_abstractly(run):
         lambda x: (x.shape, x.dtype), where.abstract
     )
     assert metrics['loss'].shape == ()
-    return where.abstract.params
 
 
-@pytest.mark.parametrize('size', FULL_SIZES)
-@pytest.mark.parametrize('sparse', [False, True])
-def test_full_sizes_step_abstractly(size, sparse):
+def full_t5(size, sparse):
     files = [f'models/t5_1_1_{size}.gin', runs.TASK, 'runs/scratch.gin' if sparse else 'runs/pretrain.gin']
     if sparse:
         files.insert(1, 'moe/t5.gin')
     lengths = "{'inputs': 512, 'targets': 114}"
     bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '32128', 'TASK_FEATURE_LENGTHS': lengths}
     bindings |= SCANNED if size in DEEP else {}
-    params = step_abstractly(configuration.load(files, bindings))
+    return configuration.load(files, bindings)
+
+
+def in_a_hurry(cases, first):
+    """Parameters of a test, of which all but `first` are left to `make test-all`."""
+    return [pytest.param(*case, marks=() if case == first else pytest.mark.exhaustive) for case in cases]
+
+
+T5_CASES = [(size, sparse) for size in FULL_SIZES for sparse in (False, True)]
+
+
+@pytest.mark.parametrize(('size', 'sparse'), T5_CASES)
+def test_full_sizes_have_their_parameters(size, sparse):
+    params = layout_of(full_t5(size, sparse)).abstract.params
     if size in COUNTS:
         assert cost.num_parameters(params) == pytest.approx(COUNTS[size][sparse], rel=1e-3)
+
+
+@pytest.mark.parametrize(('size', 'sparse'), in_a_hurry(T5_CASES, ('small', True)))
+def test_full_sizes_step_abstractly(size, sparse):
+    step_abstractly(full_t5(size, sparse))
 
 
 # Parameters with a head of 1,000 classes, as computed from the sizes: dense, and with 32 experts in the last half of the blocks.
@@ -377,23 +397,39 @@ VIT_COUNTS = {
 
 
 # A sparse one has dense blocks too; what is counted is taken both ways.
-@pytest.mark.parametrize(
-    ('size', 'sparse'), [(size, True) for size in VIT_SIZES] + [(size, False) for size in VIT_COUNTS]
-)
-def test_full_vits_step_abstractly(size, sparse, tmp_path):
+VIT_CASES = [(size, True) for size in VIT_SIZES] + [(size, False) for size in VIT_COUNTS]
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('photos')
     for name in ('cat', 'dog'):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
         for i in range(20):
-            PIL.Image.new('RGB', (8, 8)).save(tmp_path / name / f'{i}.png')
+            PIL.Image.new('RGB', (8, 8)).save(folder / name / f'{i}.png')
+    return folder
+
+
+def full_vit(size, sparse, photos):
     files = [f'models/vit_{size}.gin', 'tasks/image_folder.gin', 'runs/scratch.gin' if sparse else 'runs/pretrain.gin']
     if sparse:
         files.insert(1, 'moe/vit.gin')
-    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'TRAIN_FOLDER': str(tmp_path), 'NUM_CLASSES': '1000'}
+    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'TRAIN_FOLDER': str(photos), 'NUM_CLASSES': '1000'}
     bindings |= {'IMAGE_SIZE': '224', 'EVAL_STEPS': '1', 'BATCH_SIZE': '8'}
     bindings |= SCANNED if size in DEEP else {}
-    params = step_abstractly(configuration.load(files, bindings))
+    return configuration.load(files, bindings)
+
+
+@pytest.mark.parametrize(('size', 'sparse'), VIT_CASES)
+def test_full_vits_have_their_parameters(size, sparse, photos):
+    params = layout_of(full_vit(size, sparse, photos)).abstract.params
     if size in VIT_COUNTS:
         assert cost.num_parameters(params) == pytest.approx(VIT_COUNTS[size][sparse], rel=1e-3)
+
+
+@pytest.mark.parametrize(('size', 'sparse'), in_a_hurry(VIT_CASES, ('ti32', True)))
+def test_full_vits_step_abstractly(size, sparse, photos):
+    step_abstractly(full_vit(size, sparse, photos))
 
 
 def test_upcycling_differs_from_dense_continuation_in_moe_and_surgery_only(tmp_path, dense):

@@ -1,9 +1,21 @@
-"""Runs a program of ours in a process with several virtual devices, which this one cannot have any more."""
+"""Calls functions in processes with several virtual CPU devices, which the process of the tests cannot have any more.
 
+The processes stay: each layout of processes and devices is started once for all tests that one pytest worker runs on it.
+"""
+
+import atexit
+import functools
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import Any
+
+_SPAWN = multiprocessing.get_context('spawn')
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -19,13 +31,101 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(arguments: list[str], devices: int) -> str:
-    """Runs `python ARGUMENTS` to its end and returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment(devices), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+class Processes:
+    """`count` processes of one JAX program (over gloo where there are several), each with `devices` CPU devices.
+
+    A call fails as soon as one process fails, since the others may wait for it in a collective; they are then started again.
+    """
+
+    def __init__(self, count: int, devices: int):
+        self._count, self._devices = count, devices
+        self._running: list[tuple[Any, connection.Connection]] = []
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
+        """Calls a function of a module in every process, at the same time, and returns what each process returned.
+
+        Raises:
+          AssertionError: with the traceback of the first process that raised or died.
+        """
+        if not self._running:
+            self._start()
+        for _, pipe in self._running:
+            pipe.send((function, arguments, named))
+        results: dict[connection.Connection, Any] = {}
+        waiting = {pipe: process for process, pipe in self._running}
+        while waiting:
+            for pipe in connection.wait(list(waiting)):
+                process = waiting.pop(pipe)
+                try:
+                    results[pipe], error = pipe.recv()
+                except EOFError:
+                    process.join()
+                    error = f'a process with {self._devices} devices died with exit code {process.exitcode}'
+                if error is not None:
+                    self._kill()
+                    raise AssertionError(error)
+        return [results[pipe] for _, pipe in self._running]
+
+    def close(self) -> None:
+        """Ends the processes, so that they run what they registered for their exit."""
+        for _, pipe in self._running:
+            pipe.close()
+        for process, _ in self._running:
+            process.join()
+        self._running = []
+
+    def _start(self) -> None:
+        address = f'localhost:{free_port()}'
+        for index in range(self._count):
+            ours, theirs = _SPAWN.Pipe()
+            hosts = (address, self._count, index)
+            process = _SPAWN.Process(target=_serve, args=(theirs, self._devices, hosts), daemon=True)
+            process.start()
+            # Else the end of the process would not be the end of the pipe.
+            theirs.close()
+            self._running.append((process, ours))
+
+    def _kill(self) -> None:
+        for process, pipe in self._running:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._running = []
+
+
+@functools.cache
+def processes(count: int, devices: int) -> Processes:
+    """The processes of that layout, which this pytest worker keeps until it ends."""
+    kept = Processes(count, devices)
+    atexit.register(kept.close)
+    return kept
+
+
+def on_devices(devices: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a function returns in one process with that many devices."""
+    return processes(1, devices).call(function, *arguments, **named)[0]
+
+
+def _serve(pipe: connection.Connection, devices: int, hosts: tuple[str, int, int]) -> None:
+    """A process: receives calls and sends what they return, and the traceback of what they raise."""
+    os.environ |= environment(devices)
+    import jax
+
+    if hosts[1] > 1:
+        jax.distributed.initialize(*hosts)
+    from tests import programs
+
+    programs.share()
+    while True:
+        try:
+            function, arguments, named = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(*arguments, **named), None
+        except BaseException:  # reported to the caller
+            answer = None, traceback.format_exc()
+        pipe.send(answer)
 
 
 def start_together(commands: list[list[str]], devices: int) -> list[subprocess.Popen]:
@@ -40,10 +140,3 @@ def start_together(commands: list[list[str]], devices: int) -> list[subprocess.P
         )
         for arguments in commands
     ]
-
-
-def run_together(commands: list[list[str]], devices: int) -> None:
-    """Runs several `python ARGUMENTS` at once, each with that many devices, to their end."""
-    processes = start_together(commands, devices)
-    outputs = [process.communicate()[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), '\n'.join(outputs)

@@ -1,13 +1,7 @@
-"""Run with eight virtual devices: one training step's loss, gradients and metrics on every mesh, into an .npz.
-
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.invariants.on_eight_devices OUT.npz CASE...
-
-Or by two processes with four devices each, of which the first writes: the same with --process=localhost:PORT,INDEX before CASE...
-"""
+"""One training step's loss, gradients and metrics on a mesh: called in processes with several devices; see `devices.py`."""
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +38,13 @@ MESHES = {
     '2x2x2': (2, 2, 2),
     '1x4x2': (1, 4, 2),
 }
-# Forms of the program are compared on these, the last of which splits all that splits; routers and dispatches on every mesh.
-MESHES_OF_FORMS = ('one device', '2x4x1', '2x2x2')
-# Of two processes: experts over both, and all that splits.
-MESHES_OF_PROCESSES = ('1x8x1', '2x2x2')
+# What splits in all three ways.
+ALL_AXES = '2x2x2'
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
+# Without dense layers.
+SPARSE = {f'num_{stack}_layers': 1 for stack in ('encoder', 'decoder')} | {
+    f'{stack}_moe_layers': (0,) for stack in ('encoder', 'decoder')
+}
 
 
 def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
@@ -79,10 +75,18 @@ SHARED_XFT = {'num_shared_experts': 2, 'granularity': 2, 'shared_weights': 'xft'
 CASES = {
     'gather': (_model({}, {}), 1, False),
     'einsum': (_model({'dispatch': 'einsum'}, {'dispatch': 'einsum'}), 1, False),
-    'soft, and balanced top 2': (_model({'router': 'soft', 'slots_per_expert': 2}, NORMALIZED | BALANCED), 1, False),
-    'ragged': (_model({'router': 'top_k', 'dispatch': 'ragged'}, {'dispatch': 'ragged'} | NORMALIZED), 1, False),
+    'soft, and balanced top 2': (
+        _model({'router': 'soft', 'slots_per_expert': 2}, NORMALIZED | BALANCED, **SPARSE),
+        1,
+        False,
+    ),
+    'ragged': (
+        _model({'router': 'top_k', 'dispatch': 'ragged'}, {'dispatch': 'ragged'} | NORMALIZED, **SPARSE),
+        1,
+        False,
+    ),
     'microbatches over split parameters': (
-        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16, 'default_output_decay': 0.9}),
+        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16, 'default_output_decay': 0.9}, **SPARSE),
         2,
         True,
     ),
@@ -118,6 +122,7 @@ CASES = {
 }
 # Of these also what each expert reads: with slots, and without.
 LOOKED_AT = {'gather', 'ragged'}
+# Forms of the program, which are compared on two meshes; routers and dispatches on all.
 FORMS = {
     'microbatches over split parameters',
     'scanned and rematerialised',
@@ -127,8 +132,8 @@ FORMS = {
 
 
 def meshes_of(case: str) -> list[str]:
-    """The names of the meshes that a case is run on, one device first."""
-    return list(MESHES_OF_FORMS if case in FORMS else MESHES)
+    """The names of the meshes that a case is compared on with one device."""
+    return ['2x4x1', ALL_AXES] if case in FORMS else [name for name in MESHES if name != 'one device']
 
 
 class Gradients:
@@ -138,28 +143,31 @@ class Gradients:
         return grads, state
 
 
-def main(out: str, names: list[str]) -> None:
-    arrays = {}
-    for name in names:
-        model, microbatches, over_data = CASES[name]
-        batch, params = jax.device_get(_inputs_with_margins(model))
-        for mesh_name in meshes_of(name) if jax.process_count() == 1 else MESHES_OF_PROCESSES:
-            shape = MESHES[mesh_name]
-            devices = jax.devices()[: int(np.prod(shape))]
-            mesh = partitioning.make_mesh(shape, 8, devices)
-            with partitioning.use(mesh):
-                state, metrics = _step(model, params, batch, mesh, microbatches, over_data, look=name in LOOKED_AT)
-            gradients = flatten_dict(state.params, sep='/')
-            for kind, found in (('gradient', gradients), ('metric', metrics)):
-                for path, value in multihost_utils.process_allgather(dict(found), tiled=True).items():
-                    arrays[f'{name}|{mesh_name}|{kind}|{path}'] = np.asarray(value)
-    if jax.process_index() == 0:
-        np.savez(out, **arrays)
+def step(case: str, mesh_name: str) -> dict[str, np.ndarray]:
+    """`gradient|PATH` and `metric|NAME` of a case's step on that mesh of the devices of all processes."""
+    model, microbatches, over_data = CASES[case]
+    batch, params, boxed = _inputs(case)
+    shape = MESHES[mesh_name]
+    mesh = partitioning.make_mesh(shape, 8, jax.devices()[: int(np.prod(shape))])
+    with partitioning.use(mesh):
+        specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
+        state, metrics = _step(model, params, specs, batch, mesh, microbatches, look=case in LOOKED_AT)
+    return {
+        f'{kind}|{path}': np.asarray(value)
+        for kind, found in (('gradient', flatten_dict(state.params, sep='/')), ('metric', metrics))
+        for path, value in multihost_utils.process_allgather(dict(found), tiled=True).items()
+    }
 
 
-def _step(model, params, batch, mesh, microbatches, over_data, look):
-    boxed = jax.eval_shape(lambda key: model.init(key, spec_of(batch)), jax.random.key(0))
-    specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
+@functools.cache
+def _inputs(case: str):
+    """Batch and parameters of a case, and its parameters' shapes with their logical axes."""
+    model = CASES[case][0]
+    batch, params = jax.device_get(_inputs_with_margins(model))
+    return batch, params, jax.eval_shape(lambda key: model.init(key, spec_of(batch)), jax.random.key(0))
+
+
+def _step(model, params, specs, batch, mesh, microbatches, look):
     params = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, specs)
     whole = partitioning.replicated(mesh)
     state = TrainState(
@@ -233,10 +241,3 @@ def _margin(moe, logits_BxLxE, real_BxL, bias_E):
     gaps_GxSxK = sorted_GxSxE[..., : moe.num_selected_experts] - sorted_GxSxE[..., 1 : moe.num_selected_experts + 1]
     return jnp.where(real_GxS[..., None], gaps_GxSxK, 1.0).min()
 
-
-if __name__ == '__main__':
-    path, *cases = sys.argv[1:]
-    if cases and cases[0].startswith('--process='):
-        coordinator, index = cases.pop(0).removeprefix('--process=').split(',')
-        jax.distributed.initialize(coordinator, 2, int(index))
-    main(path, cases or list(CASES))

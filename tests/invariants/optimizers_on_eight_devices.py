@@ -1,10 +1,4 @@
-"""Run with eight virtual devices: two updates by every optimizer, from one fixed gradient, on several meshes, into an .npz.
-
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.invariants.optimizers_on_eight_devices OUT.npz
-"""
-
-import itertools
-import sys
+"""Two updates by every optimizer, from one fixed gradient, on several meshes: called in a process with eight devices."""
 
 import flax.linen as nn
 import jax
@@ -56,30 +50,22 @@ def _put(tree, specs, mesh):
     return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
 
 
-def main(out: str) -> None:
-    arrays = {}
+def update(name: str, mesh_name: str, over_data: bool) -> dict[str, np.ndarray]:
+    """Parameters and state after two updates on that mesh; `over_data`: with parameters split over data, too."""
+    optimizer, shape = OPTIMIZERS[name], MESHES[mesh_name]
     boxed, grads = _trees()
     axes, params = partitioning.batch_axes(boxed), partitioning.unbox(boxed)
-    for (name, optimizer), (mesh_name, shape), over_data in itertools.product(
-        OPTIMIZERS.items(), MESHES.items(), (False, True)
-    ):
-        mesh = partitioning.make_mesh(shape, E, jax.devices()[: int(np.prod(shape))])
-        with partitioning.use(mesh):
-            specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
-            state = optimizer.init(params, axes)
-            state_specs = optimizer.state_specs(params, specs, axes)
+    mesh = partitioning.make_mesh(shape, E, jax.devices()[: int(np.prod(shape))])
+    with partitioning.use(mesh):
+        specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
+        state = optimizer.init(params, axes)
+        state_specs = optimizer.state_specs(params, specs, axes)
 
-            def update(params, state, optimizer=optimizer):
-                for _ in range(2):
-                    params, state = optimizer.update(grads, state, params, jnp.float32(0.01), axes)
-                return params, state
+        def twice(params, state):
+            for _ in range(2):
+                params, state = optimizer.update(grads, state, params, jnp.float32(0.01), axes)
+            return params, state
 
-            made = jit(update)(_put(params, specs, mesh), _put(state, state_specs, mesh))
-        for kind, tree in zip(('params', 'state'), made, strict=True):
-            for path, leaf in flatten_dict(tree, sep='/').items():
-                arrays[f'{name}|{mesh_name}|{over_data}|{kind}/{path}'] = np.asarray(leaf)
-    np.savez(out, **arrays)
-
-
-if __name__ == '__main__':
-    main(sys.argv[1])
+        params, state = jit(twice)(_put(params, specs, mesh), _put(state, state_specs, mesh))
+    leaves = flatten_dict({'params': params, 'state': state}, sep='/')
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}

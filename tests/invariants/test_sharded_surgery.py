@@ -1,8 +1,8 @@
 """Upcycling onto a mesh: the same bytes as on one device, and no device ever holds more than its own experts."""
 
 import dataclasses
-import json
-import sys
+import functools
+import math
 import unittest.mock
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.invariants.devices import run
+from tests.invariants.devices import on_devices
 from tests.small import random_batch, small_t5, with_moe
 from tests.surgery.in_memory import abstract
 from upcycle import partitioning
@@ -47,6 +47,7 @@ def with_states(leaves: dict, value_of) -> dict:
     return leaves | states | {'opt_state/count': np.int32(7)}
 
 
+@functools.cache
 def sources() -> dict[Start, dict[str, np.ndarray]]:
     """What surgeries start from."""
     rng = np.random.default_rng(0)
@@ -65,72 +66,67 @@ def sources() -> dict[Start, dict[str, np.ndarray]]:
     return {Start.DENSE: first, Start.SEVERAL: several, Start.MOE: moe}
 
 
-def main(shape: tuple[int, int, int]) -> None:
-    """Upcycles a small T5 in every way and prints, as JSON, the hash of every leaf and the most bytes that a device held.
+def upcycle(name: str, shape: tuple[int, int, int]) -> dict:
+    """Upcycles a small T5 in that way, on a mesh of that shape: the hash of every leaf and the most bytes that a device held.
 
     On one device also the hashes of what is made one expert after the other, as offline.
     """
-    all_sources = sources()
-    mesh = partitioning.make_mesh(shape, E)
-    found = {}
-    for name, spec in SURGERIES.items():
-        source = all_sources[spec.operator.starts_from]
-        model = model_of(E, granularity=1 if spec.operator.keeps_shape else 2)
-        shapes, axes = abstract(model, random_batch())
-        shapes = with_states(shapes, lambda leaf: leaf)
-        axes = {
-            name: names for name, names in with_states(axes, lambda names: names).items() if name != 'opt_state/count'
-        }
-        shapes['opt_state/count'] = jax.ShapeDtypeStruct((), np.int32)
-        if spec.operator.keeps_shape:
-            spec = dataclasses.replace(spec, optimizer_state='tile')
-        shapes['step'] = jax.ShapeDtypeStruct((), np.int32)
-        shardings = {
-            target: NamedSharding(mesh, partitioning.mesh_axes(PartitionSpec(*axes[target]), leaf.shape, mesh))
-            if target in axes
-            else partitioning.replicated(mesh)
-            for target, leaf in shapes.items()
-        }
-        stored = {leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for leaf, value in source.items()}
-        what = plan(stored, shapes, spec, axes)
-        before, most = held(), [0]
+    spec = SURGERIES[name]
+    source = sources()[spec.operator.starts_from]
+    mesh = partitioning.make_mesh(shape, E, jax.devices()[: math.prod(shape)])
+    model = model_of(E, granularity=1 if spec.operator.keeps_shape else 2)
+    shapes, axes = abstract(model, random_batch())
+    shapes = with_states(shapes, lambda leaf: leaf)
+    axes = {name: names for name, names in with_states(axes, lambda names: names).items() if name != 'opt_state/count'}
+    shapes['opt_state/count'] = jax.ShapeDtypeStruct((), np.int32)
+    if spec.operator.keeps_shape:
+        spec = dataclasses.replace(spec, optimizer_state='tile')
+    shapes['step'] = jax.ShapeDtypeStruct((), np.int32)
+    shardings = {
+        target: NamedSharding(mesh, partitioning.mesh_axes(PartitionSpec(*axes[target]), leaf.shape, mesh))
+        if target in axes
+        else partitioning.replicated(mesh)
+        for target, leaf in shapes.items()
+    }
+    stored = {leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for leaf, value in source.items()}
+    what = plan(stored, shapes, spec, axes)
+    before, most = held(), [0]
 
-        def look(*_, before=before, most=most) -> None:
-            most[0] = max(most[0], held() - before)
+    def look(*_) -> None:
+        most[0] = max(most[0], held() - before)
 
-        # Without a sharding it is wanted on the host.
-        def read(name, sharding, source=source):
-            return source[name] if sharding is None else jax.device_put(source[name], sharding)
+    # Without a sharding it is wanted on the host.
+    def read(name, sharding):
+        return source[name] if sharding is None else jax.device_put(source[name], sharding)
 
-        make = Maker.expert
+    make = Maker.expert
 
-        def expert(maker, row, index, make=make, look=look):
-            made = make(maker, row, index)
-            look()
-            return made
+    def expert(maker, row, index):
+        made = make(maker, row, index)
+        look()
+        return made
 
-        with unittest.mock.patch.object(Maker, 'expert', expert):
-            target = execute(what, read, shardings, new={}, on_source=look, progress=look)
-        experts = [row.target for row in what.rows if row.action is Action.EXPERTS]
-        found[name] = {
-            'hashes': {name: sha256_of(name, np.asarray(leaf)) for name, leaf in target.items()},
-            'most': most[0],
-            'end': held() - before,
-            'largest_source': max(leaf.nbytes for leaf in source.values()),
-            # The experts of a device, before their widths are split.
-            'largest_experts': max(
-                np.asarray(target[name].addressable_shards[0].data).shape[0] * target[name][0].nbytes
-                for name in experts
-            ),
-            'experts_on_a_device': {
-                name: [shard.data.shape[0] for shard in target[name].addressable_shards] for name in experts
-            },
-        }
-        del target
-        if mesh.size == 1:
-            maker = Maker(what, read, new={})
-            found[name]['offline'] = {row.target: sha256_of(row.target, whole(maker, row)) for row in what.in_order()}
-    print(json.dumps(found))
+    with unittest.mock.patch.object(Maker, 'expert', expert):
+        target = execute(what, read, shardings, new={}, on_source=look, progress=look)
+    experts = [row.target for row in what.rows if row.action is Action.EXPERTS]
+    found = {
+        'hashes': {name: sha256_of(name, np.asarray(leaf)) for name, leaf in target.items()},
+        'most': most[0],
+        'end': held() - before,
+        'largest_source': max(leaf.nbytes for leaf in source.values()),
+        # The experts of a device, before their widths are split.
+        'largest_experts': max(
+            np.asarray(target[name].addressable_shards[0].data).shape[0] * target[name][0].nbytes for name in experts
+        ),
+        'experts_on_a_device': {
+            name: [shard.data.shape[0] for shard in target[name].addressable_shards] for name in experts
+        },
+    }
+    del target
+    if mesh.size == 1:
+        maker = Maker(what, read, new={})
+        found['offline'] = {row.target: sha256_of(row.target, whole(maker, row)) for row in what.in_order()}
+    return found
 
 
 def whole(maker: Maker, row: Row) -> np.ndarray:
@@ -148,15 +144,13 @@ def held() -> int:
     return max(totals.values(), default=0)
 
 
-def on(devices: int, shape: str) -> dict:
-    """What `main` prints there, by surgery."""
-    return json.loads(run(['-m', 'tests.invariants.test_sharded_surgery', shape], devices).splitlines()[-1])
+@functools.cache
+def on(shape: tuple[int, int, int], name: str) -> dict:
+    """What `upcycle` returns there."""
+    return on_devices(8, upcycle, name, shape)
 
 
-@pytest.fixture(scope='module')
-def found() -> dict[str, dict]:
-    """By mesh."""
-    return {'one': on(1, '1,1,1'), 'eight': on(8, '1,8,1'), 'split': on(8, '2,2,2')}
+ONE, EIGHT, SPLIT = (1, 1, 1), (1, 8, 1), (2, 2, 2)
 
 
 def test_every_operator_is_here():
@@ -164,22 +158,17 @@ def test_every_operator_is_here():
 
 
 @pytest.mark.parametrize('name', SURGERIES)
-def test_the_same_bytes_on_one_device_and_on_eight(found, name):
-    one, eight, split = (found[mesh][name] for mesh in ('one', 'eight', 'split'))
+def test_the_same_bytes_on_one_device_and_on_eight(name):
+    one, eight, split = (on(shape, name) for shape in (ONE, EIGHT, SPLIT))
     assert one['hashes'] == eight['hashes'] == split['hashes'] == one['offline']
     assert all(counts == [1] * 8 for counts in eight['experts_on_a_device'].values())
     assert all(counts == [4] * 8 for counts in split['experts_on_a_device'].values())
 
 
-def test_memory(found):
-    for on_mesh in found.values():
-        # Beside what it keeps, a device holds at most the dense leaf that is being spread, or sources and one device's experts.
-        for name, surgery in on_mesh.items():
-            beside = 2 * surgery['largest_source']
-            if name != 'copy':
-                beside += surgery['largest_experts']
-            assert surgery['most'] <= surgery['end'] + beside, name
-
-
-if __name__ == '__main__':
-    main(tuple(int(n) for n in sys.argv[1].split(',')))
+@pytest.mark.parametrize('name', SURGERIES)
+@pytest.mark.parametrize('shape', [ONE, EIGHT, SPLIT])
+def test_memory(shape, name):
+    """Beside what it keeps, a device holds at most the dense leaf that is being spread, or sources and one device's experts."""
+    surgery = on(shape, name)
+    beside = 2 * surgery['largest_source'] + (0 if name == 'copy' else surgery['largest_experts'])
+    assert surgery['most'] <= surgery['end'] + beside

@@ -1,11 +1,6 @@
-"""Run with eight virtual devices: one MoE layer of bfloat16 on several meshes, its output and gradients into an .npz.
-
-XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.invariants.types_on_eight_devices OUT.npz
-"""
+"""One MoE layer of bfloat16 on several meshes, its output and gradients: called in a process with eight devices."""
 
 import functools
-import itertools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -43,41 +38,36 @@ def _layer(types: str, router: str) -> MoELayer:
     return MoELayer(config, MlpBlock, {'mlp_dim': F, 'dtype': jnp.dtype(dtype)})
 
 
-def main(out: str) -> None:
-    arrays = {}
+def layer(types: str, router: str, mesh_name: str) -> dict[str, np.ndarray]:
+    """Of one layer on that mesh: its output, gradients and metrics, as float32."""
     # Numbers that bfloat16 holds, so that the router's input is the same in either type, and its logits to rounding.
     x_BxLxD = np.random.default_rng(0).normal(size=(B, L, D)).astype(jnp.bfloat16).astype(np.float32)
     towards_BxLxD = np.random.default_rng(1).normal(size=(B, L, D)).astype(np.float32)
     real_BxL = np.ones((B, L), bool)
-    for types, router in itertools.product(TYPES, ROUTERS):
-        layer = _layer(types, router)
-        dtype = TYPES[types][0]
-        params = jax.device_get(random_params(layer, jnp.asarray(x_BxLxD), jnp.asarray(real_BxL), training=True))
+    layer, dtype = _layer(types, router), TYPES[types][0]
+    params, boxed = _params(types, router)
 
-        def loss(params, x_BxLxD, layer=layer):
-            y_BxLxD, written = layer.apply({'params': params}, x_BxLxD, real_BxL, training=True, mutable=[METRICS])
-            return (y_BxLxD.astype(jnp.float32) * towards_BxLxD).sum(), (y_BxLxD, written[METRICS])
+    def loss(params, x_BxLxD):
+        y_BxLxD, written = layer.apply({'params': params}, x_BxLxD, real_BxL, training=True, mutable=[METRICS])
+        return (y_BxLxD.astype(jnp.float32) * towards_BxLxD).sum(), (y_BxLxD, written[METRICS])
 
-        for name, shape in MESHES.items():
-            mesh = partitioning.make_mesh(shape, E, jax.devices()[: int(np.prod(shape))])
-            boxed = jax.eval_shape(
-                lambda key, layer=layer: layer.init(key, jnp.asarray(x_BxLxD), real_BxL, training=True),
-                jax.random.key(0),
-            )['params']
-            with partitioning.use(mesh):
-                specs = partitioning.param_specs(boxed, mesh)
-                shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-                placed = jax.device_put(params, shardings)
-                x = jax.device_put(x_BxLxD.astype(dtype), partitioning.batch_sharding(mesh))
-                (_, (y, metrics)), grads = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(placed, x)
-            found = {'output': y, 'of the input': grads[1]}
-            found |= {f'of {path}': leaf for path, leaf in flatten_dict(grads[0], sep='/').items()}
-            found |= {f'metric {path}': leaf for path, leaf in flatten_dict(metrics, sep='/').items()}
-            assert y.dtype == dtype and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads[0]))
-            for path, leaf in found.items():
-                arrays[f'{types}|{router}|{name}|{path}'] = np.asarray(leaf, np.float32)
-    np.savez(out, **arrays)
+    shape = MESHES[mesh_name]
+    mesh = partitioning.make_mesh(shape, E, jax.devices()[: int(np.prod(shape))])
+    with partitioning.use(mesh):
+        specs = partitioning.param_specs(boxed, mesh)
+        placed = jax.device_put(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+        x = jax.device_put(x_BxLxD.astype(dtype), partitioning.batch_sharding(mesh))
+        (_, (y, metrics)), grads = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(placed, x)
+    assert y.dtype == dtype and all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads[0]))
+    found = {'output': y, 'of the input': grads[1]}
+    found |= {f'of {path}': leaf for path, leaf in flatten_dict(grads[0], sep='/').items()}
+    found |= {f'metric {path}': leaf for path, leaf in flatten_dict(metrics, sep='/').items()}
+    return {path: np.asarray(leaf, np.float32) for path, leaf in found.items()}
 
 
-if __name__ == '__main__':
-    main(sys.argv[1])
+@functools.cache
+def _params(types: str, router: str):
+    """Parameters, and their shapes with their logical axes."""
+    layer, inputs = _layer(types, router), (jnp.zeros((B, L, D)), jnp.ones((B, L), bool))
+    boxed = jax.eval_shape(functools.partial(layer.init, training=True), jax.random.key(0), *inputs)['params']
+    return jax.device_get(random_params(layer, *inputs, training=True)), boxed

@@ -44,11 +44,25 @@ def _without_startup_noise() -> Iterator[None]:
                     os.write(2, line)
 
 
+@contextlib.contextmanager
+def _keras_when_used() -> Iterator[None]:
+    """Keeps TensorFlow from importing Keras, half of its import time, before something uses `tf.keras`."""
+    name = 'keras.src.optimizers'  # TensorFlow tries to import it, and does without where it is missing
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  how Python marks a module that cannot be imported
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 @functools.cache
 def tensorflow() -> ModuleType:
     """TensorFlow, with accelerators hidden from it."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    with _without_startup_noise():
+    with _without_startup_noise(), _keras_when_used():
         tf = importlib.import_module('tensorflow')
         for kind in ('GPU', 'TPU'):
             # It raises where the program has already started TensorFlow, and then the choice was the program's.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -135,7 +135,21 @@ def check_function(
     Returns:
       {'layers': {path: LayerCheck as a dict}, 'whole_model': {...}}.
     """
-    source = model.dense() if source is None else source
+    losses, layers = function_checks(model, model.dense() if source is None else source)
+    whole = {name: float(value) for name, value in losses(dense_params, sparse_params, batch).items()}
+    whole['loss_gap'] = whole['sparse_loss'] - whole['dense_loss']
+    checked = layers(dense_params, sparse_params, batch) if model.moe_layers() else {}
+    return {
+        'layers': {
+            path: dataclasses.asdict(LayerCheck(*(float(value) for value in values)))
+            for path, values in checked.items()
+        },
+        'whole_model': whole,
+    }
+
+
+def function_checks(model: Model, source: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two programs of `check_function`, compiled: the losses of both models, and the comparison of every MoE layer."""
     paths = tuple(model.moe_layers())
     of_mlp = not source.moe_layers()
 
@@ -155,16 +169,7 @@ def check_function(
             out[f'{name}_loss'] = (sums['loss'] - sums['z_loss']) / jnp.maximum(sums['weight'], 1e-9)
         return out
 
-    whole = {name: float(value) for name, value in losses(dense_params, sparse_params, batch).items()}
-    whole['loss_gap'] = whole['sparse_loss'] - whole['dense_loss']
-    checked = layers(dense_params, sparse_params, batch) if paths else {}
-    return {
-        'layers': {
-            path: dataclasses.asdict(LayerCheck(*(float(value) for value in values)))
-            for path, values in checked.items()
-        },
-        'whole_model': whole,
-    }
+    return losses, layers
 
 
 def check_layer(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def data_of(run: Run) -> DataSource:
 def layout(run: Run, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
     spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
-    boxed = jax.eval_shape(lambda key: run.model.init(key, spec), jax.random.key(0))
+    boxed = _boxed_shapes(run.model, tuple(sorted(spec.items())))
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)
     specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
@@ -95,6 +95,13 @@ def layout(run: Run, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     )
 
 
+@functools.lru_cache(maxsize=16)
+def _boxed_shapes(model: Model, batch_spec: tuple[tuple[str, Any], ...]) -> Any:
+    """Shapes of a model's parameters, boxed with their logical axes. Cached: tracing a deep stack takes seconds, and a run's
+    preflight and its start both need them."""
+    return jax.eval_shape(lambda key: model.init(key, dict(batch_spec)), jax.random.key(0))
+
+
 def as_dict(state: TrainState) -> dict[str, Any]:
     """Plain dicts, as checkpoints want them."""
     return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'rng': state.rng}
@@ -102,6 +109,11 @@ def as_dict(state: TrainState) -> dict[str, Any]:
 
 def from_scratch(run: Run, where: Layout) -> TrainState:
     """Fresh parameters, each written straight onto its devices."""
+    return initializer(run, where)(jax.random.key(run.seed))
+
+
+def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
+    """What makes the first state of a run from scratch from a key, compiled."""
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
@@ -109,7 +121,7 @@ def from_scratch(run: Run, where: Layout) -> TrainState:
         opt_state = run.optimizer.init(moe_state.split(params)[0], where.batch_axes)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
 
-    return jax.jit(init, out_shardings=where.shardings)(jax.random.key(run.seed))
+    return jax.jit(init, out_shardings=where.shardings)
 
 
 def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:

@@ -1,0 +1,70 @@
+"""Programs that a test process traces and compiles once, however many of its tests train, evaluate or check the same model."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from upcycle.evaluate import diversity, few_shot, token_statistics, validation
+from upcycle.surgery import receipt
+from upcycle.train import loop
+from upcycle.train import state as states
+
+
+def share() -> None:
+    """From now on runs share what they compile, where everything that the program depends on is equal."""
+    for module in (validation, few_shot, token_statistics):
+        module.compiled = functools.lru_cache(maxsize=32)(module.compiled)
+    diversity.compiled = _shared(diversity.compiled, lambda layers: repr(layers))
+    receipt.function_checks = functools.lru_cache(maxsize=32)(receipt.function_checks)
+    states.initializer = _shared(states.initializer, lambda run, where: (_shapes(run, where), repr(run.optimizer)))
+    loop.lower_step = _shared(_lower_step(loop.lower_step), _step)
+
+
+def _shared(make: Callable[..., Any], key: Callable[..., Hashable], most: int = 32) -> Callable[..., Any]:
+    """`make`, whose results are kept by what identifies them; of more than `most` the oldest is made again."""
+    kept: dict[Hashable, Any] = {}
+
+    @functools.wraps(make)
+    def shared(*arguments: Any) -> Any:
+        which = key(*arguments)
+        if which not in kept:
+            if len(kept) == most:
+                del kept[next(iter(kept))]
+            kept[which] = make(*arguments)
+        return kept[which]
+
+    return shared
+
+
+def _shapes(run: Any, where: states.Layout) -> Hashable:
+    leaves = tuple((name, leaf.shape, str(leaf.dtype), leaf.sharding) for name, leaf in where.flat().items())
+    return run.model, tuple(sorted(run.train_data.batch_spec().items())), leaves
+
+
+def _step(run: Any, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0) -> Hashable:
+    """What `loop.lower_step` depends on; of the length of a run only what its schedule makes of it."""
+    schedule = run.learning_rate.schedule(start_step, run.total_steps)
+    rate = str(jax.make_jaxpr(schedule)(jnp.zeros((), jnp.int32)))
+    frozen = run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step)
+    rest = (run.num_microbatches, run.leaf_gradient_norms, batch_sharding)
+    return _shapes(run, where), repr(run.optimizer), rate, frozen, rest
+
+
+def _lower_step(lower: Callable[..., jax.stages.Lowered]) -> Callable[..., '_Lowered']:
+    return lambda *arguments: _Lowered(lower(*arguments))
+
+
+class _Lowered:
+    """A lowered program that is compiled once for all who ask."""
+
+    def __init__(self, lowered: jax.stages.Lowered):
+        self._lowered, self._compiled = lowered, {}
+
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:
+        which = repr(compiler_options)
+        if which not in self._compiled:
+            self._compiled[which] = self._lowered.compile(compiler_options)
+        return self._compiled[which]
