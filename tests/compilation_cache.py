@@ -28,7 +28,9 @@ def open_cache() -> pathlib.Path | None:
     if root is None:
         root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'upcycle' / 'tests'
     flags = hashlib.sha256(os.environ.get('XLA_FLAGS', '').encode()).hexdigest()[:8]
-    version = f'jaxlib-{importlib.metadata.version("jaxlib")}-python-{sys.version_info[0]}.{sys.version_info[1]}-{flags}'
+    version = (
+        f'jaxlib-{importlib.metadata.version("jaxlib")}-python-{sys.version_info[0]}.{sys.version_info[1]}-{flags}'
+    )
     trim(pathlib.Path(root), LIMIT)
     os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(root) / version)
     return None

@@ -8,7 +8,11 @@ import pytest
 from tests import compilation_cache
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-_FLAGS = {'xla_llvm_disable_expensive_passes': 'true', 'xla_backend_optimization_level': '0'}
+_FLAGS = {
+    'xla_llvm_disable_expensive_passes': 'true',
+    'xla_backend_optimization_level': '0',
+    'xla_cpu_parallel_codegen_split_count': '1',
+}
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
     # A fifth of what a test's compilation costs; later versions do not know the flag any more.
     _FLAGS['xla_cpu_use_fusion_emitters'] = 'false'
@@ -18,7 +22,18 @@ for _flag, _value in _FLAGS.items():
 _TEMPORARY = compilation_cache.open_cache()
 
 # The longest files, longest first: what is started first does not keep one worker busy while the other has nothing left.
-LONGEST = ()
+LONGEST = (
+    'on several devices',
+    'tests/gin/test_gin_files.py',
+    'tests/train/test_loop.py',
+    'tests/docs/test_commands.py',
+    'tests/models/test_stack.py',
+    'tests/test_compile.py',
+    'tests/train/test_learning_curves.py',
+    'tests/train/test_survival.py',
+    'tests/test_buckets.py',
+    'tests/scripts/test_long_run.py',
+)
 # These share processes with several devices, so one worker runs them all; see `tests/invariants/devices.py`.
 ON_DEVICES = ('tests/invariants/', 'tests/evaluate/test_few_shot.py')
 
@@ -65,6 +80,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests import runs
 
     return runs.dense_checkpoint(str(tmp_path_factory.mktemp('dense')))
+
+
+@pytest.fixture(scope='session')
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same of one layer a stack, for what is upcycled with `runs.ONE_SPARSE_LAYER`."""
+    from tests import runs
+
+    path = tmp_path_factory.mktemp('shallow') / 'run'
+    runs.train('dense', path, 4, **runs.ONE_LAYER)
+    return str(path)
 
 
 @pytest.fixture(scope='session')

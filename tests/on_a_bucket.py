@@ -50,7 +50,8 @@ def main(folder: str) -> None:
             assert not end.code, (end.code, arguments)
 
     def train(kind: str, model_dir: str, steps: int, **more: object) -> None:
-        named = runs.bindings(kind, model_dir, steps, **more)
+        layers = runs.ONE_LAYER if kind == 'dense' else runs.ONE_SPARSE_LAYER
+        named = runs.bindings(kind, model_dir, steps, **layers, **more)
         files = [f'--gin_file={file}' for file in runs.FILES[kind]]
         call('train', *files, *(f'--gin.{name}={value}' for name, value in named.items()))
 

@@ -1,6 +1,7 @@
 """Programs that a test process traces and compiles once, however many of its tests train, evaluate or check the same model."""
 
 import functools
+import gc
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -15,12 +16,20 @@ from upcycle.train import state as states
 
 def share() -> None:
     """From now on runs share what they compile, where everything that the program depends on is equal."""
+    _leave_alone_what_is_imported()
     for module in (validation, few_shot, token_statistics):
         module.compiled = functools.lru_cache(maxsize=32)(module.compiled)
     diversity.compiled = _shared(diversity.compiled, lambda layers: repr(layers))
     receipt.function_checks = functools.lru_cache(maxsize=32)(receipt.function_checks)
     states.initializer = _shared(states.initializer, lambda run, where: (_shapes(run, where), repr(run.optimizer)))
     loop.lower_step = _shared(_lower_step(loop.lower_step), _step)
+
+
+def _leave_alone_what_is_imported() -> None:
+    """The garbage collector would go through the libraries again and again, for a fifth of the time that tracing takes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _shared(make: Callable[..., Any], key: Callable[..., Hashable], most: int = 32) -> Callable[..., Any]:
@@ -47,7 +56,7 @@ def _shapes(run: Any, where: states.Layout) -> Hashable:
 def _step(run: Any, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0) -> Hashable:
     """What `loop.lower_step` depends on; of the length of a run only what its schedule makes of it."""
     schedule = run.learning_rate.schedule(start_step, run.total_steps)
-    rate = str(jax.make_jaxpr(schedule)(jnp.zeros((), jnp.int32)))
+    rate = str(jax.make_jaxpr(schedule)(jax.ShapeDtypeStruct((), jnp.int32)))
     frozen = run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step)
     rest = (run.num_microbatches, run.leaf_gradient_norms, batch_sharding)
     return _shapes(run, where), repr(run.optimizer), rate, frozen, rest

@@ -36,6 +36,11 @@ FILES = {
 }
 
 
+# One layer a stack, where which layers are sparse does not matter.
+ONE_LAYER = {'NUM_ENCODER_LAYERS': '1', 'NUM_DECODER_LAYERS': '1'}
+ONE_SPARSE_LAYER = ONE_LAYER | {'ENCODER_MOE_LAYERS': '(0,)', 'DECODER_MOE_LAYERS': '(0,)'}
+
+
 def bindings(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object) -> dict[str, str]:
     """The command-line bindings of a tiny run."""
     sparse = {'NUM_EXPERTS': '4'} if kind.split()[-1] in ('scratch', 'upcycle') else {}

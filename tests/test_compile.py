@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 
 from tests import runs
+from tests.test_cli import call
 from upcycle import cost
 
 requires_libtpu = pytest.mark.skipif(
@@ -16,26 +19,24 @@ requires_libtpu = pytest.mark.skipif(
 TOPOLOGY = 'v4:2x2x1'
 
 
-def compile_(*options, topology=TOPOLOGY, **bindings):
-    """Exit code, standard output and standard error of `upcycle compile`."""
+def arguments_of(**bindings):
+    """Files and bindings of a tiny sparse run."""
     settings = runs.bindings('scratch', 'unused', 1000, NUM_EXPERTS=8, BATCH_SIZE=16, GROUPS_MULTIPLE_OF=4)
     settings |= {'ACTIVATION_DTYPE': 'bfloat16', 'EMBED_DIM': '128'} | bindings
-    arguments = [
-        *(f'--gin_file={file}' for file in runs.FILES['scratch']),
-        *(f'--gin.{name}={value}' for name, value in settings.items()),
-    ]
-    done = subprocess.run(
-        [sys.executable, '-m', 'upcycle', 'compile', f'--topology={topology}', *arguments, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+    files = [f'--gin_file={file}' for file in runs.FILES['scratch']]
+    return [*files, *(f'--gin.{name}={value}' for name, value in settings.items())]
+
+
+def compile_(capsys, *options, topology=TOPOLOGY, **bindings):
+    """Exit code, standard output and standard error of `upcycle compile`."""
+    # The command chooses the platform by environment variables.
+    with unittest.mock.patch.dict(os.environ):
+        return call(['compile', f'--topology={topology}', *arguments_of(**bindings), *options], capsys)
 
 
 @requires_libtpu
-def test_the_account_of_a_tiny_run():
-    code, out, errors = compile_('--json', MESH_SHAPE='(1,4,1)')
+def test_the_account_of_a_tiny_run(capsys):
+    code, out, errors = compile_(capsys, '--json', MESH_SHAPE='(1,4,1)')
     assert code == 0, errors
     account = json.loads(out)
     assert account['fits'] and account['devices'] == account['chips'] == 4
@@ -55,21 +56,31 @@ def test_the_account_of_a_tiny_run():
 
 
 @requires_libtpu
-def test_a_loop_over_layers_on_a_mesh_with_a_model_axis_sends_nothing_but_tokens():
+@pytest.mark.exhaustive
+def test_a_loop_over_layers_on_a_mesh_with_a_model_axis_sends_nothing_but_tokens(capsys):
     """Gradients of stacked parameters lie as the parameters do: a compiler left to itself moves some by all-to-alls."""
     layers = {'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4, 'SCAN_LAYERS': True, 'REMAT': "'full'"}
-    code, out, errors = compile_('--json', MESH_SHAPE='(1,2,2)', **layers)
+    code, out, errors = compile_(capsys, '--json', MESH_SHAPE='(1,2,2)', **layers)
     assert code == 0, errors
     assert json.loads(out)['collectives']['all-to-all']['count'] == 6 * 4
 
 
 @requires_libtpu
-def test_an_unknown_topology_is_one_sentence():
-    for topology in ('v9:2x2x1', 'v4', 'v4:3x5x7x9'):
-        code, out, errors = compile_(topology=topology)
-        assert (code, out) == (2, '') and errors.startswith('upcycle: --topology=') and 'Traceback' not in errors
+@pytest.mark.parametrize('topology', ['v9:2x2x1', 'v4'])
+def test_an_unknown_topology_is_one_sentence(topology, capsys):
+    code, out, errors = compile_(capsys, topology=topology)
+    assert (code, out) == (2, '') and errors.startswith('upcycle: --topology=') and 'Traceback' not in errors
 
 
-def test_a_utilization_of_nothing_is_refused():
-    code, _, errors = compile_('--utilization=0')
+@requires_libtpu
+def test_what_libtpu_refuses_is_one_sentence_of_a_process():
+    """Nothing else reaches the process's standard error: not even what libraries write below Python."""
+    command = [sys.executable, '-m', 'upcycle', 'compile', '--topology=v4:3x5x7x9', *arguments_of()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith('upcycle: --topology=') and 'Traceback' not in done.stderr
+
+
+def test_a_utilization_of_nothing_is_refused(capsys):
+    code, _, errors = compile_(capsys, '--utilization=0')
     assert code == 2 and '--utilization=0' in errors

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,16 +52,19 @@ def test_metrics_are_given_the_models_answers_in_order(files):
     run = configuration.load([*files, METRICS], bindings(**more))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
-        params = partitioning.unbox(run.model.init(jax.random.key(3), run.eval_data.batch_spec()))
+        params = jax.jit(lambda key: partitioning.unbox(run.model.init(key, run.eval_data.batch_spec())))(
+            jax.random.key(3)
+        )
         evaluator = tasks.TaskEvaluator(run.task_metrics, run.model, run.eval_data, partitioning.batch_sharding(mesh))
         found = evaluator.evaluate(params)
         inputs, _ = examples('boolq')
         batches = [inputs[:4], np.concatenate([inputs[4:], np.zeros_like(inputs[:2])])]
-        expected = [generate(run.model.module(), params, jnp.asarray(x), max_length=8)[0][:, 0] for x in batches]
+        answer = jax.jit(lambda params, x: generate(run.model.module(), params, x, max_length=8)[0][:, 0])
+        expected = [answer(params, x) for x in batches]
         copa = dict(zip(('encoder_input_tokens', 'decoder_target_tokens'), examples('copa'), strict=True))
         copa = {name: np.concatenate([value, np.zeros_like(value[:1])]) for name, value in copa.items()}
         copa['decoder_input_tokens'] = np.pad(copa['decoder_target_tokens'], ((0, 0), (1, 0)))[:, :-1]
-        log_probs = np.asarray(jax.nn.log_softmax(run.model.logits(params, copa)))
+        log_probs = np.asarray(jax.jit(lambda *inputs: jax.nn.log_softmax(run.model.logits(*inputs)))(params, copa))
     targets, answers = small_tasks.ANSWERS[-1]
     assert targets == ['True', 'False'] * 3
     assert answers == [small_tasks.VOCABULARY.decode(row.tolist()) for row in np.concatenate(expected)[:6]]

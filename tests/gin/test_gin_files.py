@@ -38,8 +38,6 @@ RECIPES = (
     'merged',
 )
 RATES = ('restarted_rate', 'constant_minimum')
-# A third of the compile time of what runs once.
-IN_A_HURRY = {'xla_backend_optimization_level': 0}
 FULL_SIZES = ('small', 'base', 'large', 'xl')
 DEEP = ('large', 'xl', 'l32', 'l16', 'h14')
 SCANNED = {'SCAN_LAYERS': 'True'}  # as such stacks are trained: one block is traced, not 24 or 32
@@ -82,31 +80,37 @@ def test_what_t5x_goes_on_with_is_our_recipe():
 
 @pytest.mark.parametrize('name', ['adamw', 'sgd'])
 def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
-    small = runs.bindings('dense', tmp_path / 'dense', 2, BASE_LEARNING_RATE=0.01)
+    small = runs.bindings('dense', tmp_path / 'dense', 2, BASE_LEARNING_RATE=0.01, **runs.ONE_LAYER)
     model, *rest = runs.FILES['dense']
     optimizer = f'optimizers/{name}.gin'
     jobs.train((model, optimizer, *rest), small)
-    upcycle = runs.bindings('upcycle', tmp_path / 'up', 4, BASE_LEARNING_RATE=0.01, OPTIMIZER_STATE='tile')
+    tiled = {'BASE_LEARNING_RATE': 0.01, 'OPTIMIZER_STATE': 'tile', **runs.ONE_SPARSE_LAYER}
+    upcycle = runs.bindings('upcycle', tmp_path / 'up', 4, **tiled)
     model, *rest = runs.FILES['upcycle']
     upcycle['INITIAL_CHECKPOINT_PATH'] = str(tmp_path / 'dense')
     state = jobs.train((model, optimizer, *rest), upcycle)
     assert state.opt_state['count'] == 4
-    moments = state.opt_state['param_states']['encoder']['layers_1']['mlp']['expert']['wo']['kernel']['m']
+    moments = state.opt_state['param_states']['encoder']['layers_0']['mlp']['expert']['wo']['kernel']['m']
     assert moments.shape[0] == 4 and (moments != 0).any()
 
 
 @pytest.mark.parametrize('kind', runs.FILES)
 def test_runs_step_twice(kind, tmp_path, request):
-    dense = 'dense_vit' if kind.startswith('vit') else 'dense'
-    start = {}
+    more = {}
     if kind.endswith(('continue', 'upcycle')):
-        start = {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue(dense)}
-    state = runs.train(kind, tmp_path / kind, 6 if start else 2, **start)
-    assert int(state.step) == (6 if start else 2)
+        dense = 'dense_vit' if kind.startswith('vit') else 'shallow' if kind.startswith('text') else 'dense'
+        more['INITIAL_CHECKPOINT_PATH'] = request.getfixturevalue(dense)
+    steps = 6 if more else 2
+    if kind.startswith('text'):
+        more |= runs.ONE_SPARSE_LAYER if kind.endswith('upcycle') else runs.ONE_LAYER
+    assert int(runs.train(kind, tmp_path / kind, steps, **more).step) == steps
 
 
-def first_step(files, bindings):
-    """The receipt of a run's surgery, and the state after one step on any batch, without data, evaluation and checkpoints."""
+def first_step(files, bindings, *, trained=True):
+    """The receipt of a run's surgery, and the state after one step on any batch, without data, evaluation and checkpoints.
+
+    Without a step where it is not `trained`.
+    """
     run = configuration.load(files, bindings)
     mesh = loop.check(run)
     with partitioning.use(mesh):
@@ -114,8 +118,9 @@ def first_step(files, bindings):
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
         state, receipt, _ = from_checkpoint(run, where, batch)
-        state, metrics = loop.lower_step(run, where, sharding).compile(IN_A_HURRY)(state, batch)
-    assert np.isfinite(metrics['loss'])
+        if trained:
+            state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
+            assert np.isfinite(metrics['loss'])
     return receipt, state
 
 
@@ -172,7 +177,7 @@ def test_a_vit_takes_them_too(file, tmp_path, dense_vit):
 
 def test_growing_with_k_as_it_was_says_by_how_much_the_function_changes(tmp_path, sparse):
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=sparse, NUM_EXPERTS=6)
-    receipt, _ = first_step((*runs.FILES['upcycle'], 'surgery/grow.gin'), bindings)
+    receipt, _ = first_step((*runs.FILES['upcycle'], 'surgery/grow.gin'), bindings, trained=False)
     layers = receipt['function_check']['layers']
     assert len(layers) == 2 and all(layer['gap'] > 1e-3 for layer in layers.values())
 
@@ -193,13 +198,7 @@ def test_dense_surgeries_step(name, sizes, tmp_path, dense, sparse):
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipes_step(name, tmp_path):
-    # One layer a stack, to compile quickly.
-    small = {
-        'NUM_ENCODER_LAYERS': 1,
-        'NUM_DECODER_LAYERS': 1,
-        'ENCODER_MOE_LAYERS': '(0,)',
-        'DECODER_MOE_LAYERS': '(0,)',
-    }
+    small = dict(runs.ONE_SPARSE_LAYER)
     if name == 'soft_moe':
         small['GROUP_SIZE'] = '32'  # of the task's sequences
     bindings = runs.bindings('scratch', tmp_path / 'run', 2, **small)
@@ -216,7 +215,7 @@ def test_recipes_step(name, tmp_path):
             lambda leaf: jax.device_put(np.full(leaf.shape, 0.1, leaf.dtype), leaf.sharding), where.abstract
         )
         step = int(state.step)
-        state, metrics = loop.lower_step(run, where, sharding).compile(IN_A_HURRY)(state, batch)
+        state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
     assert int(state.step) == step + 1 and np.isfinite(metrics['loss'])
 
 
@@ -311,6 +310,7 @@ def test_synthetic_tasks_step_twice(tmp_path):
     more = {'MODEL_DIR': str(tmp_path / 'images'), 'NUM_CLASSES': '7', 'IMAGE_CHANNELS': '1'}
     assert int(jobs.train((VIT, 'tasks/synthetic_images.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
     small = {'TASK_FEATURE_LENGTHS': "{'inputs': 16, 'targets': 8}", 'NUM_EMBEDDINGS': '100', 'BATCH_SIZE': '4'}
+    small |= runs.ONE_LAYER
     more = {'MODEL_DIR': str(tmp_path / 'text'), 'EVAL_STEPS': '1', 'TRAIN_STEPS': '2'}
     files = (runs.TINY, 'tasks/synthetic_text.gin', 'runs/pretrain.gin')
     assert int(jobs.train(files, small | more).step) == 2

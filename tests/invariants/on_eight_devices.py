@@ -240,4 +240,3 @@ def _margin(moe, logits_BxLxE, real_BxL, bias_E):
     sorted_GxSxE = -jnp.sort(-(probs_GxSxE + bias_E), axis=-1)
     gaps_GxSxK = sorted_GxSxE[..., : moe.num_selected_experts] - sorted_GxSxE[..., 1 : moe.num_selected_experts + 1]
     return jnp.where(real_GxS[..., None], gaps_GxSxK, 1.0).min()
-

@@ -11,7 +11,7 @@ from tests.invariants.devices import on_devices, processes
 from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
 
 # With slots and without they are compared on every kind of split; what else differs, on the mesh that splits everything.
-WIDELY = {case: ('8x1x1', '1x8x1', ALL_AXES) for case in ('gather', 'ragged')}
+WIDELY = dict.fromkeys(('gather', 'ragged'), ('8x1x1', '1x8x1', ALL_AXES))
 # Of two processes: experts over both, and all that splits.
 OF_PROCESSES = [(case, mesh) for case in ('gather', 'einsum', 'ragged') for mesh in ('1x8x1', ALL_AXES)]
 OFTEN_OF_PROCESSES = [('gather', '1x8x1'), ('gather', ALL_AXES), ('ragged', ALL_AXES)]
@@ -80,9 +80,7 @@ def updated(name, mesh, over_data):
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
-@pytest.mark.parametrize(
-    ('mesh', 'over_data'), often_and_exhaustive(LAYOUTS, [(ALL_AXES, False), (ALL_AXES, True)])
-)
+@pytest.mark.parametrize(('mesh', 'over_data'), often_and_exhaustive(LAYOUTS, [(ALL_AXES, False), (ALL_AXES, True)]))
 def test_an_update_on_a_mesh_equals_that_on_one_device(name, mesh, over_data):
     """Of one gradient, at sizes that Adafactor factors: means over split axes, clipping, norms over all leaves."""
     expected, actual = updated(name, 'one device', False), updated(name, mesh, over_data)

@@ -14,6 +14,7 @@ from upcycle.metrics import read_metrics
 
 # A small rate: fresh Adafactor turns rounding into whole steps, and at the tiny model's own rate they grow tenfold each.
 SETTINGS = {
+    **runs.ONE_SPARSE_LAYER,
     'NUM_EXPERTS': 8,
     'BASE_LEARNING_RATE': 0.01,
     'BATCH_SIZE': 8,
@@ -23,18 +24,18 @@ SETTINGS = {
 }
 
 
-def more(dense):
-    return {'INITIAL_CHECKPOINT_PATH': dense, **SETTINGS}
+def more(shallow):
+    return {'INITIAL_CHECKPOINT_PATH': shallow, **SETTINGS}
 
 
-def train(kind, model_dir, steps, dense):
+def train(kind, model_dir, steps, shallow):
     """Called in whichever process, or in all of several."""
-    runs.train(kind, model_dir, steps, **more(dense))
+    runs.train(kind, model_dir, steps, **more(shallow))
 
 
-def two_commands(kind, model_dir, steps, dense, **bindings):
+def two_commands(kind, model_dir, steps, shallow, **bindings):
     """`upcycle train` of each of two processes."""
-    bindings = runs.bindings(kind, model_dir, steps, **more(dense), **bindings)
+    bindings = runs.bindings(kind, model_dir, steps, **more(shallow), **bindings)
     files = [f'--gin_file={file}' for file in runs.FILES[kind]]
     run = ['-m', 'upcycle', 'train', *files, *(f'--gin.{name}={value}' for name, value in bindings.items())]
     hosts = (f'--coordinator_address=localhost:{free_port()}', '--process_count=2')
@@ -48,10 +49,10 @@ def kind(request):
 
 
 @pytest.fixture(scope='module')
-def whole(kind, dense, tmp_path_factory):
+def whole(kind, shallow, tmp_path_factory):
     """Upcycling, steps 5 to 10, by one process with eight devices."""
     path = tmp_path_factory.mktemp('whole') / 'run'
-    on_devices(8, train, kind, path, 10, dense)
+    on_devices(8, train, kind, path, 10, shallow)
     return read_metrics(path / 'metrics.jsonl')
 
 
@@ -63,11 +64,11 @@ def assert_same(lines, whole):
                 np.testing.assert_allclose(line[name], expected[name], rtol=1e-4, err_msg=f'{line["step"]} {name}')
 
 
-def test_two_processes_upcycle_and_train_as_one(kind, dense, whole, tmp_path):
+def test_two_processes_upcycle_and_train_as_one(kind, shallow, whole, tmp_path):
     """Though they are stopped on the way: one of them is told, both save the same step, and go on from there."""
     path = tmp_path / 'run'
     log = path / 'metrics.jsonl'
-    running = start_together(two_commands(kind, path, 10**6, dense, CHECKPOINT_PERIOD=10**6), devices=4)
+    running = start_together(two_commands(kind, path, 10**6, shallow, CHECKPOINT_PERIOD=10**6), devices=4)
     while all(process.poll() is None for process in running) and not read_metrics(log):
         time.sleep(0.01)
     running[1].send_signal(signal.SIGTERM)
@@ -76,7 +77,7 @@ def test_two_processes_upcycle_and_train_as_one(kind, dense, whole, tmp_path):
     step = read_metrics(log)[-1]['step']
     assert all(f'asked to stop, and saved step {step};' in output for output in outputs)
     assert open_checkpoint(path).step == step
-    processes(2, 4).call(train, kind, path, max(step + 2, 10), dense)
+    processes(2, 4).call(train, kind, path, max(step + 2, 10), shallow)
     lines = read_metrics(log)
     trained = [line['step'] for line in lines if line['split'] == 'train']
     assert trained == list(range(5, max(step + 2, 10) + 1))
@@ -84,9 +85,9 @@ def test_two_processes_upcycle_and_train_as_one(kind, dense, whole, tmp_path):
     assert (path / 'receipt.json').exists()
 
 
-def test_a_checkpoint_moves_from_eight_devices_to_one_to_two_processes(kind, dense, whole, tmp_path):
+def test_a_checkpoint_moves_from_eight_devices_to_one_to_two_processes(kind, shallow, whole, tmp_path):
     path = tmp_path / 'run'
-    on_devices(8, train, kind, path, 6, dense)
-    train(kind, path, 8, dense)
-    processes(2, 4).call(train, kind, path, 10, dense)
+    on_devices(8, train, kind, path, 6, shallow)
+    train(kind, path, 8, shallow)
+    processes(2, 4).call(train, kind, path, 10, shallow)
     assert_same(read_metrics(path / 'metrics.jsonl'), whole)

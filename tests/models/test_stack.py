@@ -70,7 +70,7 @@ def test_the_form_of_the_program_changes_nothing(fields):
 
 
 def test_a_scanned_stack_is_compiled_once():
-    """The program of eight layers in a loop is hardly longer than that of four."""
+    """The program of eight layers in a loop is as long as that of four."""
     batch, _ = inputs()
 
     def length(depth, scan):
@@ -80,7 +80,7 @@ def test_a_scanned_stack_is_compiled_once():
         return lowered.as_text().count('dot_general')
 
     assert length(8, scan=True) == length(4, scan=True)
-    assert length(8, scan=False) > 1.8 * length(4, scan=False)
+    assert length(4, scan=False) > 1.8 * length(2, scan=False)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_rematerialised_loop_holds_its_parameters_once():
         leaves = jax.tree.leaves((params['encoder'], params['decoder']))
         return np.array([compiled.memory_analysis().temp_size_in_bytes, sum(4 * leaf.size for leaf in leaves)])
 
-    temporaries, parameters = sizes(16) - sizes(8)
+    temporaries, parameters = sizes(8) - sizes(4)
     assert temporaries < 1.9 * parameters
 
 
@@ -189,7 +189,7 @@ def test_routers_stay_in_float32_in_a_loop():
         assert leaf.shape[0] == 2
 
 
-@pytest.mark.parametrize('family', ['t5', 'vit'])
+@pytest.mark.parametrize('family', [pytest.param('t5', marks=pytest.mark.exhaustive), 'vit'])
 def test_the_gradient_of_a_deep_stack_reads_no_more_of_each_layer(family):
     """XLA:CPU may fuse the sum of residual branches across layers: each layer would add up all of them again."""
     if family == 't5':

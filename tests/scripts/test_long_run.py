@@ -39,6 +39,7 @@ def test_what_drift_is(changes, complaint):
     assert long_run.drifts(rows(**changes)) == ([] if complaint is None else [complaint])
 
 
+@pytest.mark.exhaustive
 def test_it_watches_a_run(tmp_path):
     """Sixteen steps; whether so short a run drifts is not asked."""
     result = subprocess.run(

@@ -101,6 +101,7 @@ def test_the_curve_notices_a_wrong_optimizer():
 
 
 @requires_fixtures
+@pytest.mark.exhaustive
 def test_microbatches_follow_the_same_curve():
     model, params, optimizer, state, losses, _ = _case('moe')
     ours, _ = _run(model, params, optimizer, state, num_microbatches=4)

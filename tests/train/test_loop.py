@@ -40,13 +40,14 @@ def killed_at(monkeypatch, step):
     monkeypatch.setattr(loop.Window, 'add', add_or_die)
 
 
-@pytest.mark.parametrize('kind', ['dense', 'text upcycle', 'vit upcycle'])
+@pytest.mark.parametrize('kind', [pytest.param('dense', marks=pytest.mark.exhaustive), 'text upcycle', 'vit upcycle'])
 def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
     """Killed between two checkpoints and in the middle of a log window: same lines, same state, bit for bit."""
     first, more = 0, {'DROPOUT_RATE': 0.1}
-    if kind.endswith('upcycle'):
-        dense = request.getfixturevalue('dense_vit' if kind.startswith('vit') else 'dense')
-        first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': dense}
+    if kind == 'text upcycle':
+        first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue('shallow'), **runs.ONE_SPARSE_LAYER}
+    elif kind == 'vit upcycle':
+        first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue('dense_vit')}
     runs.train(kind, tmp_path / 'whole', first + 7, **more)
     with monkeypatch.context() as patch:
         killed_at(patch, 6)
@@ -214,7 +215,7 @@ def test_evaluation_batches_are_made_once(tmp_path):
 
 def test_microbatches_take_the_same_step(tmp_path):
     """Four microbatches, cut at group boundaries: the gradient of the whole batch."""
-    more = {'GROUPS_MULTIPLE_OF': 4, 'EVAL_PERIOD': 100}
+    more = {'GROUPS_MULTIPLE_OF': 4, 'EVAL_PERIOD': 100, **runs.ONE_SPARSE_LAYER}
     runs.train('scratch', tmp_path / 'one', 2, **more)
     runs.train('scratch', tmp_path / 'four', 2, **more, NUM_MICROBATCHES=4)
     one, four = lines_of(tmp_path / 'one')[1], lines_of(tmp_path / 'four')[1]
