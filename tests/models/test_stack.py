@@ -212,3 +212,22 @@ def test_the_gradient_of_a_deep_stack_reads_no_more_of_each_layer(family):
         return sum(fusion.count('%') for fusion in re.findall(r' fusion\((.*?)\), kind', text))
 
     assert operands(8) < 2.1 * operands(4)
+
+
+@pytest.mark.parametrize('family', ['t5', 'vit'])
+def test_a_rematerialised_loop_takes_bfloat16(family):
+    """Gradients have the types of the stacks that they are written into, also where a layer computes in float32."""
+    form = {'scan_layers': True, 'remat': 'full', 'dtype': 'bfloat16'}
+    if family == 't5':
+        which, batch = model(**form), inputs()[0]
+    else:
+        config = small_vit(moe=vit_moe(), moe_layers='last_half', **form)
+        which, batch = ImageClassifier(config), image_batch(config)
+    spec = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec), jax.random.key(0)))
+
+    def loss(params):
+        return which.forward(params, batch, None, training=True)[0]['loss']
+
+    grads = jax.eval_shape(jax.grad(loss), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype('float32')}

@@ -466,7 +466,9 @@ def _layer_norm_backward(epsilon, kept, dy):
     change = dy * scale_D
     along = (change * standard).mean(axis=-1, keepdims=True)
     dx = inverse * (change - change.mean(axis=-1, keepdims=True) - standard * along)
-    return dx.astype(x.dtype), (dy * standard).sum(axis=rows), dy.sum(axis=rows)
+    dscale_D, dbias_D = (dy * standard).sum(axis=rows), dy.sum(axis=rows)
+    # A loop hands them over in its activations' type.
+    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
