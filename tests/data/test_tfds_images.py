@@ -192,8 +192,11 @@ def test_reading_is_quiet_and_leaves_accelerators_alone(by_place):
 from upcycle.data.images import *
 data = DatasetConfig(TfdsImages('bright', {by_place!r}), InceptionPreprocessing(8), 'train', 8)
 assert next(data.batches())['image'].shape == (8, 8, 8, 3)
+import sys
 import tensorflow as tf
 assert not tf.config.get_visible_devices('GPU') and not tf.config.get_visible_devices('TPU')
+assert 'keras' not in sys.modules
+tf.keras.layers.Dense
 """
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
     result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=environment)

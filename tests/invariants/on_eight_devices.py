@@ -99,7 +99,7 @@ CASES = {
         _model(
             {'groups_multiple_of': 16},
             {'groups_multiple_of': 16},
-            num_encoder_layers=4,
+            num_encoder_layers=2,
             num_decoder_layers=4,
             scan_layers=True,
             remat='full',
