@@ -1,7 +1,9 @@
 """Set-up that every test shares: the CPU, quick compilation, programs that tests share, and tiny checkpoints."""
 
+import gc
 import importlib.metadata
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -72,6 +74,13 @@ def shared_programs() -> None:
     from tests import programs
 
     programs.share()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def nothing_left_over() -> Iterator[None]:
+    """After each module, frees what only cycles of references hold: compiled programs among them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope='session')

@@ -13,14 +13,17 @@ from upcycle.surgery import receipt
 from upcycle.train import loop
 from upcycle.train import state as states
 
+# Of each kind; a compiled training step of a tiny model takes 30 MB.
+KEPT = 12
+
 
 def share() -> None:
     """From now on runs share what they compile, where everything that the program depends on is equal."""
     _leave_alone_what_is_imported()
     for module in (validation, few_shot, token_statistics):
-        module.compiled = functools.lru_cache(maxsize=32)(module.compiled)
+        module.compiled = functools.lru_cache(maxsize=KEPT)(module.compiled)
     diversity.compiled = _shared(diversity.compiled, lambda layers: repr(layers))
-    receipt.function_checks = functools.lru_cache(maxsize=32)(receipt.function_checks)
+    receipt.function_checks = functools.lru_cache(maxsize=KEPT)(receipt.function_checks)
     states.initializer = _shared(states.initializer, lambda run, where: (_shapes(run, where), repr(run.optimizer)))
     loop.lower_step = _shared(_lower_step(loop.lower_step), _step)
 
@@ -32,15 +35,15 @@ def _leave_alone_what_is_imported() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _shared(make: Callable[..., Any], key: Callable[..., Hashable], most: int = 32) -> Callable[..., Any]:
-    """`make`, whose results are kept by what identifies them; of more than `most` the oldest is made again."""
+def _shared(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:
+    """`make`, whose results are kept by what identifies them: the newest `KEPT`."""
     kept: dict[Hashable, Any] = {}
 
     @functools.wraps(make)
     def shared(*arguments: Any) -> Any:
         which = key(*arguments)
         if which not in kept:
-            if len(kept) == most:
+            if len(kept) == KEPT:
                 del kept[next(iter(kept))]
             kept[which] = make(*arguments)
         return kept[which]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.moe.quick import jit
 from upcycle.models.layers import attend, softmax
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32) * 4
@@ -13,13 +14,24 @@ LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float3
 
 def test_softmax_is_jaxs_and_so_are_its_derivatives():
     towards = jnp.asarray(np.random.default_rng(1).normal(size=LOGITS.shape), jnp.float32)
-    np.testing.assert_array_equal(softmax(LOGITS), jax.nn.softmax(LOGITS))
-    ours, theirs = (jax.grad(lambda x, f=f: (f(x) * towards).sum())(LOGITS) for f in (softmax, jax.nn.softmax))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
-    ours, theirs = (jax.jvp(f, (LOGITS,), (towards,))[1] for f in (softmax, jax.nn.softmax))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
-    ours, theirs = (jax.hessian(lambda x, f=f: (f(x) ** 2).sum())(LOGITS[0, 0]) for f in (softmax, jax.nn.softmax))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+    def results(f):
+        return jit(
+            lambda x: (
+                f(x),
+                jax.grad(lambda x: (f(x) * towards).sum())(x),
+                jax.jvp(f, (x,), (towards,))[1],
+                jax.hessian(lambda x: (f(x) ** 2).sum())(x[0, 0]),
+            )
+        )(LOGITS)
+
+    (ours, *ours_derived, ours_second), (theirs, *theirs_derived, theirs_second) = map(
+        results, (softmax, jax.nn.softmax)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    for our, their in zip(ours_derived, theirs_derived, strict=True):
+        np.testing.assert_allclose(our, their, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ours_second, theirs_second, rtol=1e-4, atol=1e-6)
 
 
 def test_a_row_that_is_masked_as_a_whole_has_no_gradient_that_is_not_finite():

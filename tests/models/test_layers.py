@@ -25,8 +25,9 @@ def test_gelu_and_its_gradient_are_jax_s(dtype):
         [jnp.linspace(-12, 12, 4001), jnp.array([0.0, -0.0, 1e-38, -1e-31, 1e-12, 50, -50, 1e10, -1e10])]
     )
     x = x.astype(dtype)
-    np.testing.assert_array_equal(gelu(x), reference_gelu(x))
-    ours, theirs = (jax.vmap(jax.grad(f))(x).astype(jnp.float32) for f in (gelu, reference_gelu))
+    ours, theirs = (jit(lambda x, f=f: (f(x), jax.vmap(jax.grad(f))(x)))(x) for f in (gelu, reference_gelu))
+    np.testing.assert_array_equal(ours[0], theirs[0])
+    ours, theirs = (np.asarray(derivative).astype(np.float32) for _, derivative in (ours, theirs))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
@@ -50,7 +51,7 @@ def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
     again = gradients(lambda rest, xs: computed_again(function, rest, xs))
     assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, gradients(function))))
     stacked = jit(jax.vmap(jax.grad(lambda x: loss(lambda *given: computed_again(function, *given), w, (x, x)))))
-    assert close_to_largest(stacked(x[None])[0], jax.grad(lambda x: loss(function, w, (x, x)))(x))
+    assert close_to_largest(stacked(x[None])[0], jit(jax.grad(lambda x: loss(function, w, (x, x))))(x))
 
 
 def test_what_comes_after_is_the_same():
@@ -93,8 +94,8 @@ def test_attention_weights_that_are_computed_again():
     assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, kept)))
 
     def bytes_each(keep_weights):
-        sizes = [compiled(depth, keep_weights, 0).memory_analysis().temp_size_in_bytes for depth in (4, 8)]
-        return (sizes[1] - sizes[0]) / 4
+        sizes = [compiled(depth, keep_weights, 0).memory_analysis().temp_size_in_bytes for depth in (2, 4)]
+        return (sizes[1] - sizes[0]) / 2
 
     weights = 4 * 2 * 8 * 256 * 320
     assert bytes_each(True) >= weights
@@ -119,7 +120,7 @@ def bytes_a_layer(model_of, batch, params_of):
         params = jax.eval_shape(lambda: params_of(model.module()))
         return jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    return (temporaries(8) - temporaries(4)) / 4
+    return (temporaries(4) - temporaries(2)) / 2
 
 
 @pytest.mark.parametrize('sparse', [False, True])

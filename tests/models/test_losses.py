@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.moe.quick import jit
 from upcycle.models.losses import cross_entropy
 
 
@@ -31,7 +32,7 @@ def test_loss_and_gradient_are_the_definitions(z_loss, label_smoothing):
         def of(logits):
             return sum((w * x).sum() for w, x in zip(weights, function(logits, targets, **options), strict=True))
 
-        return jax.value_and_grad(of)(logits)
+        return jit(jax.value_and_grad(of))(logits)
 
     options = {'z_loss': z_loss, 'label_smoothing': label_smoothing}
     (ours, ours_grad), (theirs, theirs_grad) = total(cross_entropy, **options), total(by_definition, **options)

@@ -26,8 +26,14 @@ SIZES = {'emb_dim': 32, 'mlp_dim': 64, 'num_heads': 2, 'head_dim': 16, 'num_enco
 
 
 def model(**fields):
-    config = with_moe(small_t5(**SIZES, num_decoder_layers=4), num_experts=4)
+    # A loop of pairs in the encoder, of single layers in the decoder.
+    config = with_moe(small_t5(**SIZES, num_decoder_layers=2, decoder_moe_layers=(0, 1)), num_experts=4)
     return EncoderDecoderModel(dataclasses.replace(config, **fields), aux_loss_factor=1.0)
+
+
+def of_depth(depth):
+    """Every other layer of both stacks is sparse."""
+    return {'num_encoder_layers': depth, 'num_decoder_layers': depth, 'decoder_moe_layers': 'every_other'}
 
 
 @functools.cache
@@ -74,7 +80,7 @@ def test_a_scanned_stack_is_compiled_once():
     batch, _ = inputs()
 
     def length(depth, scan):
-        deep = model(num_encoder_layers=depth, num_decoder_layers=depth, scan_layers=scan)
+        deep = model(**of_depth(depth), scan_layers=scan)
         params = jax.eval_shape(lambda: random_params(deep.module(), **{name: batch[name] for name in FEATURES[:3]}))
         lowered = jax.jit(lambda params: deep.forward(params, batch, None, training=True)[0]['loss']).lower(params)
         return lowered.as_text().count('dot_general')
@@ -159,7 +165,7 @@ def test_a_rematerialised_loop_holds_its_parameters_once():
 
     def sizes(depth):
         """Bytes of temporaries, and of the layers' parameters, which most of them are."""
-        deep = model(mlp_dim=2048, num_encoder_layers=depth, num_decoder_layers=depth, scan_layers=True, remat='full')
+        deep = model(**of_depth(depth), mlp_dim=2048, scan_layers=True, remat='full')
         params = jax.eval_shape(lambda: random_params(deep.module(), **{name: batch[name] for name in FEATURES[:3]}))
 
         def loss(params):
@@ -194,14 +200,14 @@ def test_the_gradient_of_a_deep_stack_reads_no_more_of_each_layer(family):
     """XLA:CPU may fuse the sum of residual branches across layers: each layer would add up all of them again."""
     if family == 't5':
         config, build = model().config, EncoderDecoderModel
-        fields, batch = ('num_encoder_layers', 'num_decoder_layers'), random_batch()
+        fields, batch = of_depth, random_batch()
     else:
         config, build = small_vit(moe=vit_moe(), moe_layers='every_other'), ImageClassifier
-        fields, batch = ('num_layers',), image_batch(config)
+        fields, batch = lambda depth: {'num_layers': depth}, image_batch(config)
 
     def operands(depth):
         """Of all fused operations."""
-        deep = build(dataclasses.replace(config, **dict.fromkeys(fields, depth)))
+        deep = build(dataclasses.replace(config, **fields(depth)))
         spec = {name: (array.shape, array.dtype) for name, array in batch.items()}
         params = nn.unbox(jax.eval_shape(lambda key: deep.init(key, spec), jax.random.key(0)))
 

@@ -43,6 +43,9 @@ NAMES = {
 }
 
 
+masked = jit(masks, static_argnames='num_tokens')
+
+
 @functools.cache
 def arrays():
     with fixture('vmoe_reference.npz') as file:
@@ -98,9 +101,9 @@ def test_logits_slots_and_layer_outputs_of_every_router(variant, dispatch):
     for i in (1, 3):
         (routing,) = written['intermediates']['Transformer'][f'encoderblock_{i}']['MlpBlock_0']['routing']
         expected = arrays()[f'{variant}/Encoder/encoderblock_{i}/Moe/Router/__call__/combine_weights']
-        _, combine_GxSxExC = masks(routing, num_tokens=expected.shape[1])
+        _, combine_GxSxExC = masked(routing, num_tokens=expected.shape[1])
         # V-MoE's slots of one expert may be in another order: what a token gets from an expert is what counts.
-        np.testing.assert_allclose(combine_GxSxExC.sum(-1), expected.sum(-1), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(combine_GxSxExC).sum(-1), expected.sum(-1), atol=1e-5)
 
 
 @requires_fixtures
@@ -132,7 +135,7 @@ def test_every_gradient():
     for name, grad in grads.items():
         # A key's bias moves all logits of a query alike: its gradient is rounding.
         if not name.endswith('key/bias'):
-            assert np.abs(grad - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), name
+            assert np.abs(np.asarray(grad) - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), name
 
 
 def apply(config, batch, params=None, **arguments):
@@ -147,8 +150,8 @@ def test_attention_is_flax_s():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 32)), jnp.float32)
     theirs = nn.MultiHeadDotProductAttention(num_heads=4)
     params = random_params(theirs, x)
-    expected = theirs.apply({'params': params}, x)
-    np.testing.assert_allclose(Attention(4, jnp.float32).apply({'params': params}, x, x), expected, atol=1e-5)
+    expected = jit(theirs.apply)({'params': params}, x)
+    np.testing.assert_allclose(jit(Attention(4, jnp.float32).apply)({'params': params}, x, x), expected, atol=1e-5)
 
 
 def test_patches_are_a_convolution_of_their_size():
@@ -180,12 +183,12 @@ def test_names_are_big_vision_s(pooling):
 
 @pytest.mark.parametrize('pooling', list(Pooling))
 def test_the_head_reads_the_features(pooling):
-    config = small_vit(pooling=pooling, representation_size=64)
+    config = small_vit(pooling=pooling, representation_size=64, num_layers=1)
     batch = image_batch(config)
     params, logits = apply(config, batch)
     _, features = apply(config, batch, params, features_only=True)
-    assert features.shape == (4, 64) and (jnp.abs(features) <= 1).all()
-    head = params['head']
+    features, head = np.asarray(features), jax.tree.map(np.asarray, params['head'])
+    assert features.shape == (4, 64) and (np.abs(features) <= 1).all()
     np.testing.assert_allclose(features @ head['kernel'] + head['bias'], logits, atol=1e-4)
 
 
@@ -203,14 +206,14 @@ def test_sincos_positions():
 
 
 def test_erf_and_tanh_gelu_differ():
-    config = small_vit()
+    config = small_vit(num_layers=1)
     batch = image_batch(config)
     params, logits = apply(config, batch)
     _, other = apply(dataclasses.replace(config, gelu='erf'), batch, params)
-    assert 1e-5 < jnp.abs(logits - other).max() < 0.1
+    assert 1e-5 < np.abs(np.subtract(logits, other)).max() < 0.1
 
 
-@pytest.mark.parametrize('pooling', ['gap', 'token'])
+@pytest.mark.parametrize('pooling', [pytest.param('gap', marks=pytest.mark.exhaustive), 'token'])
 def test_scanned_blocks_compute_what_plain_ones_do(pooling):
     config = small_vit(moe=vit_moe(), pooling=pooling, group_images=2)
     batch = image_batch(config)
@@ -263,12 +266,12 @@ def test_stochastic_depth_skips_whole_branches_of_an_image():
     one_block = {**params, 'Transformer': params['Transformer']}
     shallow = dataclasses.replace(config, num_layers=1, stochastic_depth=0.0)
     _, without = apply(shallow, batch, one_block)
-    same = jnp.isclose(skipped, without, atol=1e-4).all(axis=-1)
+    same = np.isclose(skipped, without, atol=1e-4).all(axis=-1)
     assert 0.9 < same.mean() <= 1.0  # 0.98 of the images skip both branches of the last block
 
 
 def test_losses():
-    config = small_vit(num_classes=3)
+    config = small_vit(num_classes=3, num_layers=1)
     batch = image_batch(config) | {'labels': jnp.asarray([[0, -1], [1, 2], [2, -1], [-1, -1]])}
     params, logits = apply(config, batch)
     logits = np.asarray(logits, np.float64)
@@ -277,24 +280,27 @@ def test_losses():
     softmax = -(target / np.maximum(target.sum(-1, keepdims=True), 1) * log_p).sum()
     sigmoid = (np.logaddexp(0, logits) - target * logits).sum()
     for loss, expected in (('softmax', softmax), ('sigmoid', sigmoid)):
-        sums, _, _ = ImageClassifier(config, loss=loss).forward(params, batch, None, training=False)
+        forward = jit(functools.partial(ImageClassifier(config, loss=loss).forward, training=False))
+        sums, _, _ = forward(params, batch, None)
         np.testing.assert_allclose(sums['loss'], expected, rtol=1e-5)
         assert sums['correct'] == sum(target[i, top] for i, top in enumerate(logits.argmax(-1)))
 
 
 def test_mixup_mixes_neighbours_and_their_labels_in_training_only():
-    config = small_vit()
+    config = small_vit(num_layers=1)
     batch = image_batch(config)
     params, _ = apply(config, batch)
-    plain, mixed = ImageClassifier(config), ImageClassifier(config, mixup=0.4)
+    plain, mixed = (
+        jit(ImageClassifier(config, mixup=mixup).forward, static_argnames='training') for mixup in (0.0, 0.4)
+    )
     key = jax.random.key(3)
-    losses = [model.forward(params, batch, key, training=True)[0]['loss'] for model in (plain, mixed)]
+    losses = [forward(params, batch, key, training=True)[0]['loss'] for forward in (plain, mixed)]
     assert abs(losses[0] - losses[1]) > 1e-3
-    losses = [model.forward(params, batch, key, training=False)[0]['loss'] for model in (plain, mixed)]
+    losses = [forward(params, batch, key, training=False)[0]['loss'] for forward in (plain, mixed)]
     assert losses[0] == losses[1]
     # The loss is linear in the labels: mixing equal images mixes only labels, and the sum over the batch stays.
     same = batch | {'image': jnp.broadcast_to(batch['image'][:1], batch['image'].shape)}
-    losses = [model.forward(params, same, key, training=True)[0]['loss'] for model in (plain, mixed)]
+    losses = [forward(params, same, key, training=True)[0]['loss'] for forward in (plain, mixed)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
@@ -305,8 +311,9 @@ def test_load_loss_is_the_variation_of_the_expected_load():
     clean = jnp.asarray(rng.normal(size=(1, 64, 4)), jnp.float32)
     noise = jnp.asarray(rng.normal(size=(1, 64, 4)), jnp.float32) / 4
     real = jnp.ones((1, 64), bool)
-    both = importance_load_loss(clean, clean + noise, real, moe)
-    importance = importance_load_loss(clean, clean, real, dataclasses.replace(moe, gate_noise=0.0))
+    loss = jit(importance_load_loss, static_argnums=3)
+    both = loss(clean, clean + noise, real, moe)
+    importance = loss(clean, clean, real, dataclasses.replace(moe, gate_noise=0.0))
     threshold = np.sort(np.asarray(clean + noise)[0], axis=-1)[:, -2]
     draws = np.asarray(clean)[0][:, None] + rng.normal(size=(64, 4000, 4)) / 4
     load = (draws > threshold[:, None, None]).mean(axis=1).sum(axis=0)
@@ -356,11 +363,15 @@ def test_the_layer_norm_and_its_gradient_are_those_of_flax(dtype, tolerance):
     change = jnp.asarray(rng.normal(size=x.shape), dtype)
 
     def run(norm):
-        y, pull = jax.vjp(lambda params, x: norm.apply({'params': params}, x), params, x)
-        assert y.dtype == x.dtype
-        return y, pull(change)
+        @jit
+        def both(params, x):
+            y, pull = jax.vjp(lambda params, x: norm.apply({'params': params}, x), params, x)
+            assert y.dtype == x.dtype
+            return y, pull(change)
+
+        return both(params, x)
 
     expected = run(nn.LayerNorm(1e-6, dtype, use_fast_variance=False))
-    wide = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.float32))
+    wide = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf).astype(np.float32))
     for ours, flax in zip(*map(jax.tree.leaves, (wide(run(LayerNorm(1e-6, dtype))), wide(expected))), strict=True):
         assert close_to_largest(ours, flax, tolerance)

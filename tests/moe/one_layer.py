@@ -70,8 +70,13 @@ class OneLayer:
 
 
 @functools.cache
+def _started(model):
+    return init(model, BATCH)
+
+
+@functools.cache
 def _step(model, optimizer, microbatches, frozen):
-    _, axes = init(model, BATCH)
+    axes = _started(model)[1]
     step = functools.partial(
         train_step,
         model=model,
@@ -86,7 +91,7 @@ def _step(model, optimizer, microbatches, frozen):
 
 def start(model, optimizer, change=lambda params: params, step=1):
     """The state before training."""
-    params, axes = init(model, BATCH)
+    params, axes = _started(model)
     params = change(params)
     trained, axes = moe_state.split(params)[0], moe_state.split(axes)[0]
     key = jax.random.key_data(jax.random.key(0))

@@ -29,6 +29,9 @@ MOE_LAYERS = [('encoder', 1), ('encoder', 3), ('decoder', 1), ('decoder', 3)]
 SCALARS = ('auxiliary_loss', 'router_z_loss', 'fraction_tokens_left_behind', 'router_confidence', 'expert_usage')
 
 
+masked = jit(masks, static_argnames='num_tokens')
+
+
 @functools.cache
 def arrays():
     with fixture('flaxformer_moe_reference.npz') as file:
@@ -84,7 +87,7 @@ def test_every_token_sits_in_the_same_slot_with_the_same_weight(padding, variant
     for stack, i in MOE_LAYERS:
         (routing,) = written['intermediates'][stack][f'layers_{i}']['mlp']['routing']
         router = under(f'{padding}/{variant}/{stack}/layers_{i}/mlp/router/__call__/')
-        mask_GxSxExC, combine_GxSxExC = masks(routing, num_tokens=router['dispatch_mask'].shape[1])
+        mask_GxSxExC, combine_GxSxExC = masked(routing, num_tokens=router['dispatch_mask'].shape[1])
         np.testing.assert_array_equal(mask_GxSxExC, router['dispatch_mask'], err_msg=f'{stack} {i}')
         np.testing.assert_allclose(combine_GxSxExC, router['combine_array'], atol=1e-6, err_msg=f'{stack} {i}')
 

@@ -296,11 +296,14 @@ def shared_params():
 class TestSharedExperts:
     """Next to the routed ones: the same layer without them, and a dense MLP of their joint width."""
 
+    @staticmethod
+    @functools.cache
+    def applied(config):
+        return jit(functools.partial(with_shared(config).apply, training=False, mutable=['intermediates', METRICS]))
+
     def apply(self, config, real_BxL=REAL):
         """Output, each token's weights by expert (B, L, E), and the sum of all its weights."""
-        y_BxLxD, written = jit(
-            functools.partial(with_shared(config).apply, training=False, mutable=['intermediates', METRICS])
-        )({'params': shared_params()}, tokens(), real_BxL)
+        y_BxLxD, written = self.applied(config)({'params': shared_params()}, tokens(), real_BxL)
         routing, weight_BxL = written['intermediates']['routing'][0], written['intermediates']['token_weight'][0]
         if config.dispatch == 'ragged':
             chose_BxLxKxE = jax.nn.one_hot(routing.expert_GxSxK, E)
@@ -310,7 +313,9 @@ class TestSharedExperts:
             weights_BxLxE = combine_GxSxExC.sum(axis=-1).reshape(B, L, E)
         return y_BxLxD, np.asarray(weights_BxLxE), np.asarray(weight_BxL)
 
-    def shared(self):
+    @staticmethod
+    @functools.cache
+    def shared():
         params = {'params': shared_params()['shared']}
         return jit(lambda x: MlpBlock(**MLP | {'mlp_dim': 2 * F}).apply(params, x, training=False))(tokens())
 
@@ -377,6 +382,17 @@ class TestSharedExperts:
         assert shared_params()['shared']['wo']['kernel'].shape == (2 * F, D)
 
 
+@functools.cache
+def gradients(config):
+    """(params, x_BxLxD, real_BxL) -> gradients of a sum of outputs, each times another number, and the outputs."""
+
+    def loss(params, x_BxLxD, real_BxL):
+        y_BxLxD, _ = layer(config).apply({'params': params}, x_BxLxD, real_BxL, training=False, mutable=[METRICS])
+        return (y_BxLxD * tokens(seed=1)).sum(), y_BxLxD
+
+    return jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+
 @pytest.mark.parametrize('padding', [0, 4])
 @pytest.mark.parametrize('normalize', [False, True])
 def test_dispatches_agree_about_experts_that_differ(padding, normalize):
@@ -385,13 +401,7 @@ def test_dispatches_agree_about_experts_that_differ(padding, normalize):
     real_BxL = REAL.at[1:, L - padding :].set(False)
 
     def step(dispatch):
-        config = dataclasses.replace(roomy, dispatch=dispatch)
-
-        def loss(params, x_BxLxD):
-            y_BxLxD, _ = layer(config).apply({'params': params}, x_BxLxD, real_BxL, training=False, mutable=[METRICS])
-            return (y_BxLxD * tokens(seed=1)).sum(), y_BxLxD
-
-        return jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(random_experts(), tokens())
+        return gradients(dataclasses.replace(roomy, dispatch=dispatch))(random_experts(), tokens(), real_BxL)
 
     reference = step('einsum')
     assert np.abs(reference[1]).max() > 0.1

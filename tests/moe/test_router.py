@@ -111,7 +111,7 @@ def run(config):
 @every_configuration
 def test_routing_is_the_slow_definition(config):
     logits_GxSxE, real_GxS = case()
-    (_, (_, routing, metrics)), _ = run(config)['gather']
+    (_, (_, routing, metrics)), _ = jax.tree.map(np.asarray, run(config)['gather'])
     C = capacity(config, S, training=True)
     probs_GxSxE = np.asarray(jax.nn.softmax(logits_GxSxE))
     assert routing.token_GxExC.shape == (G, E, C)

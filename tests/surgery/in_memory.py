@@ -1,12 +1,13 @@
 """Surgery on parameters in memory, by the real plan and executor."""
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tests.small import spec_of
+from tests.moe.quick import random_params
+from tests.small import module_inputs, spec_of
 from upcycle import partitioning
 from upcycle.models import Model
 from upcycle.surgery.execute import execute
@@ -17,7 +18,13 @@ ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 def abstract(model: Model, batch: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str | None, ...]]]:
     """A model's parameters by their names in a checkpoint: shapes, and logical axes."""
-    boxed = jax.eval_shape(lambda key: model.init(key, spec_of(batch)), jax.random.key(0))
+    shapes, axes = _abstract(model, tuple(spec_of(batch).items()))
+    return dict(shapes), dict(axes)
+
+
+@functools.cache
+def _abstract(model: Model, spec: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    boxed = jax.eval_shape(lambda key: model.init(key, dict(spec)), jax.random.key(0))
     shapes = flatten_dict({'params': partitioning.unbox(boxed)}, sep='/')
     axes = flatten_dict({'params': partitioning.logical_axes(boxed)}, sep='/')
     return shapes, {name: tuple(spec) for name, spec in axes.items()}
@@ -46,10 +53,6 @@ def upcycle(model: Model, source: Any, spec: Surgery, batch: Any, **more: Any) -
     return unflatten_dict(made, sep='/')['params']
 
 
-def with_biases(params: Any, seed: int = 0) -> Any:
-    """Biases that start at 0 would hide what becomes of them."""
-    flat = flatten_dict(params, sep='/')
-    for i, (name, leaf) in enumerate(flat.items()):
-        if name.endswith('/bias'):
-            flat[name] = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), leaf.shape, jnp.float32)
-    return unflatten_dict(flat, sep='/')
+def params_of(model: Model, batch: Any, seed: int = 0) -> Any:
+    """Parameters of a model. None is 0, as biases and a ViT's head start: that would hide what becomes of them."""
+    return random_params(model.module(), **module_inputs(batch), seed=seed)

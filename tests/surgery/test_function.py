@@ -5,8 +5,8 @@ import functools
 
 import pytest
 
-from tests.small import image_batch, init, random_batch, small_t5, small_vit, vit_moe, with_moe
-from tests.surgery.in_memory import leaves_of, plan_for, upcycle, with_biases
+from tests.small import image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
+from tests.surgery.in_memory import leaves_of, params_of, plan_for, upcycle
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
@@ -29,7 +29,7 @@ def model_of(family, **moe):
 @functools.cache
 def dense_params(family):
     model, batch = model_of(family)
-    return with_biases(init(model.dense(), batch)[0])
+    return params_of(model.dense(), batch)
 
 
 def layers(family, spec, router_stddev=0.3, **moe):

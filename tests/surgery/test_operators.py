@@ -71,9 +71,18 @@ def equal(expert, dense):
     return {name: np.array_equal(leaf, dense[name]) for name, leaf in expert.items()}
 
 
-@pytest.mark.parametrize('family', MLPS)
 @pytest.mark.parametrize(
-    'operator', [Copy(), Noise(stddev=0.0), Noise(fraction=0.0), Drop(ratio=0.0), Random(copied=E)]
+    ('family', 'operator'),
+    [
+        *(('vit', operator) for operator in (Copy(), Noise(stddev=0.0), Noise(fraction=0.0))),
+        *(('vit', operator) for operator in (Drop(ratio=0.0), Random(copied=E))),
+        ('t5', Copy()),
+        ('t5', Noise(stddev=0.0)),
+        # The kernels of a T5 are treated as those of a ViT.
+        pytest.param('t5', Noise(fraction=0.0), marks=pytest.mark.exhaustive),
+        pytest.param('t5', Drop(ratio=0.0), marks=pytest.mark.exhaustive),
+        pytest.param('t5', Random(copied=E), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_limits_that_are_copies(family, operator):
     made, dense = experts(family, operator)
@@ -129,8 +138,17 @@ def dropped(expert, dense, family):
     return found
 
 
-@pytest.mark.parametrize('family', MLPS)
-@pytest.mark.parametrize('ratio', [0.1, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize(
+    ('family', 'ratio'),
+    [
+        ('t5', 0.5),
+        ('t5', 1.0),
+        *(('vit', ratio) for ratio in (0.1, 0.5, 0.99)),
+        pytest.param('t5', 0.1, marks=pytest.mark.exhaustive),
+        pytest.param('t5', 0.99, marks=pytest.mark.exhaustive),
+        pytest.param('vit', 1.0, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_drop_reinitialises_whole_neurons(family, ratio):
     made, dense = experts(family, Drop(ratio=ratio))
     sets = []

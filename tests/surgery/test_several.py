@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.small import init
-from tests.surgery.in_memory import leaves_of, plan_for, upcycle
+from tests.surgery.in_memory import leaves_of, params_of, plan_for, upcycle
 from tests.surgery.test_function import dense_params, model_of
 from upcycle.errors import UserError
 from upcycle.surgery.operators import Start
@@ -18,7 +17,7 @@ BRANCHES = Surgery(operator='branches')
 
 def branch(i):
     model, batch = model_of('t5')
-    return init(model.dense(), batch, seed=i)[0]
+    return params_of(model.dense(), batch, seed=i)
 
 
 def flat(params):

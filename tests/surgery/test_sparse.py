@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.small import init
-from tests.surgery.in_memory import ONE, abstract, leaves_of, plan_for, upcycle
+from tests.surgery.in_memory import ONE, abstract, leaves_of, params_of, plan_for, upcycle
 from tests.surgery.test_function import dense_params, model_of
 from upcycle.errors import UserError
 from upcycle.surgery.execute import execute
@@ -31,7 +30,7 @@ def small(**moe):
 def source():
     """Its parameters, all experts different."""
     model, batch = small()
-    return init(model, batch, seed=3)[0]
+    return params_of(model, batch, seed=3)
 
 
 def experts(params, name='encoder/layers_1/mlp/expert/wo/kernel'):

@@ -1,5 +1,7 @@
 """Dense models out of other models: deeper, wider, or out of one with experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.moe.quick import jit
-from tests.small import image_batch, init, random_batch, small_t5, small_vit
-from tests.surgery.in_memory import plan_for, upcycle, with_biases
+from tests.small import image_batch, random_batch, small_t5, small_vit
+from tests.surgery.in_memory import params_of, plan_for, upcycle
 from tests.surgery.test_function import dense_params, model_of
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
@@ -23,8 +25,13 @@ def surgery(operator, **more):
 
 
 def loss_of(model, params, batch):
-    sums, _, _ = jit(lambda p, b: model.forward(p, b, None, training=False, num_microbatches=1))(params, batch)
+    sums = _sums(model)(params, batch)
     return float(sums['loss'] / sums['weight'])
+
+
+@functools.cache
+def _sums(model):
+    return jit(lambda params, batch: model.forward(params, batch, None, training=False, num_microbatches=1)[0])
 
 
 @pytest.mark.parametrize(('order', 'layers'), [('tile', [0, 1, 0, 1, 0]), ('interleave', [0, 0, 0, 1, 1])])
@@ -73,10 +80,7 @@ def narrow(family):
 def test_a_wider_model_has_the_same_function(family):
     model, batch = wide(family)
     old = narrow(family)
-    params = with_biases(init(old, batch)[0])
-    if family == 'vit':  # a head starts as zeros, behind which nothing would show
-        head = params['head']['kernel']
-        params = {**params, 'head': {**params['head'], 'kernel': jax.random.normal(jax.random.key(7), head.shape) / 8}}
+    params = params_of(old, batch)
     exact = upcycle(model, params, surgery(Width(noise=0.0)), batch)
     expected = loss_of(old, params, batch)
     assert loss_of(model, exact, batch) == pytest.approx(expected, rel=1e-5)
@@ -105,7 +109,7 @@ def test_the_average_of_copies_is_the_dense_model(family):
 
 def test_the_average_is_of_all_experts_and_xfts_shared_one():
     model, batch = model_of('t5', num_shared_experts=1)
-    sparse = init(model, batch, seed=2)[0]
+    sparse = params_of(model, batch, seed=2)
     what = plan_for(model.dense(), sparse, surgery('average'), batch)
     rows = {row.target: row for row in what.rows}
     name = 'encoder/layers_1/mlp/wo/kernel'
@@ -120,7 +124,7 @@ def test_the_average_is_of_all_experts_and_xfts_shared_one():
 
 def test_the_receipt_says_what_the_average_costs():
     model, batch = model_of('t5')
-    sparse = init(model, batch, seed=2)[0]
+    sparse = params_of(model, batch, seed=2)
     made = upcycle(model.dense(), sparse, surgery('average'), batch)
     found = check_function(model.dense(), sparse, made, batch, model)
     assert found['layers'] == {}
@@ -133,7 +137,7 @@ def test_the_receipt_says_what_the_average_costs():
 def test_learned_coefficients_lead_back_to_a_dense_model():
     """XFT's way: an MoE goes on as a mean of its experts with coefficients, and the average with those is the same function."""
     model, batch = model_of('t5', num_shared_experts=1)
-    sparse = init(model, batch, seed=2)[0]
+    sparse = params_of(model, batch, seed=2)
     merged = model.with_moe(router='merged', merged_shared_weight=0.6)
     what = plan_for(merged, sparse, Surgery(operator=None), batch)
     assert set(what.dropped.values()) == {'merged experts have no router'}
@@ -160,7 +164,7 @@ def test_learned_coefficients_lead_back_to_a_dense_model():
 def test_narrow_experts_are_no_mlp():
     model, batch = model_of('t5', granularity=2)
     with pytest.raises(UserError, match="cannot be made of .* by DENSE_OPERATOR = 'average'"):
-        plan_for(model.dense(), init(model, batch)[0], surgery('average'), batch)
+        plan_for(model.dense(), params_of(model, batch), surgery('average'), batch)
 
 
 @pytest.mark.parametrize(
