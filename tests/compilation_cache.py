@@ -3,10 +3,12 @@
 $UPCYCLE_TEST_CACHE names another folder; with 'off' the processes of one run share a temporary folder.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import pathlib
+import platform
 import shutil
 import sys
 import tempfile
@@ -15,36 +17,51 @@ LIMIT = 2**30
 
 
 def open_cache() -> pathlib.Path | None:
-    """Names the folder to JAX in this process and those that it starts, unless it has one; returns it where it is temporary."""
+    """Sets JAX's cache folder for this process and its children, unless one is set. Returns the folder if it is temporary."""
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
         return None
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
     root = os.environ.get('UPCYCLE_TEST_CACHE')
-    if root == 'off':
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix='upcycle_programs_'))
-        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(temporary)
-        return temporary
-    if root is None:
-        root = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'upcycle' / 'tests'
+    if root != 'off':
+        # Without a home folder, or one that can be written, there is a temporary one.
+        with contextlib.suppress(RuntimeError, OSError):
+            root = pathlib.Path(root).expanduser().resolve() if root else _users_folder()
+            trim(root, LIMIT)
+            folder = root / _version()
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+            return None
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix='upcycle_programs_'))
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(temporary)
+    return temporary
+
+
+def _users_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'upcycle' / 'tests'
+
+
+def _version() -> str:
+    """What must be equal for compiled programs to be shared: versions, the kind of machine, and XLA's flags."""
     flags = hashlib.sha256(os.environ.get('XLA_FLAGS', '').encode()).hexdigest()[:8]
-    version = (
-        f'jaxlib-{importlib.metadata.version("jaxlib")}-python-{sys.version_info[0]}.{sys.version_info[1]}-{flags}'
-    )
-    trim(pathlib.Path(root), LIMIT)
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = str(pathlib.Path(root) / version)
-    return None
+    python = f'python-{sys.version_info[0]}.{sys.version_info[1]}-{platform.machine()}'
+    return f'jaxlib-{importlib.metadata.version("jaxlib")}-{python}-{flags}'
 
 
 def trim(root: pathlib.Path, limit: int) -> None:
-    """Deletes the files that were used least recently, of any version, until `limit` bytes are left."""
-    files = sorted((path for path in root.rglob('*') if path.is_file()), key=lambda path: path.stat().st_atime)
-    size = sum(path.stat().st_size for path in files)
-    for path in files:
-        if size <= limit:
+    """Deletes JAX's entries below `root` that were used least recently, of any version, until `limit` bytes are left."""
+    entries = []
+    for path in root.glob('jaxlib-*/*-cache'):
+        # Another run may have deleted it.
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            entries.append((stat.st_atime, stat.st_size, path))
+    left = sum(size for _, size, _ in entries)
+    for _, size, path in sorted(entries):
+        if left <= limit:
             return
-        size -= path.stat().st_size
         path.unlink(missing_ok=True)
+        left -= size
 
 
 def close_cache(temporary: pathlib.Path | None) -> None:

@@ -23,7 +23,7 @@ for _flag, _value in _FLAGS.items():
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{_flag}={_value}'
 _TEMPORARY = compilation_cache.open_cache()
 
-# The longest files, longest first: what is started first does not keep one worker busy while the other has nothing left.
+# The longest files, longest first. A long file that starts last would keep one worker busy while the other is idle.
 LONGEST = (
     'on several devices',
     'tests/gin/test_gin_files.py',
@@ -53,8 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Scopes of tests to whichever worker is free, in the order of the collection."""
+    """Scopes of tests to whichever worker is free, in the order of the collection; unless another --dist is asked for."""
     from xdist.scheduler import LoadScopeScheduling
+
+    if config.getoption('dist') != 'load':
+        return None
 
     class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -69,11 +72,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope='session', autouse=True)
-def shared_programs() -> None:
-    """What one test has compiled, the others of its worker need not compile again."""
+def shared_programs() -> Iterator[None]:
+    """Shares compiled programs and processes with several devices among the tests of a worker."""
     from tests import programs
+    from tests.invariants import devices
 
     programs.share()
+    yield
+    # Before pytest-xdist begins to count the seconds after which it kills a worker.
+    devices.close()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,5 +1,6 @@
 """Programs that a test process traces and compiles once, however many of its tests train, evaluate or check the same model."""
 
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Hashable
@@ -24,7 +25,7 @@ def share() -> None:
         module.compiled = functools.lru_cache(maxsize=KEPT)(module.compiled)
     diversity.compiled = _shared(diversity.compiled, lambda layers: repr(layers))
     receipt.function_checks = functools.lru_cache(maxsize=KEPT)(receipt.function_checks)
-    states.initializer = _shared(states.initializer, lambda run, where: (_shapes(run, where), repr(run.optimizer)))
+    states.initializer = _shared(states.initializer, lambda run, where: (_shapes(run, where), _rest(run)))
     loop.lower_step = _shared(_lower_step(loop.lower_step), _step)
 
 
@@ -51,18 +52,39 @@ def _shared(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[
     return shared
 
 
+# Fields of a run that no program is made of, and those that the keys below name in a form of their own.
+_WITHOUT = {
+    *('model_dir', 'initial_checkpoint_path', 'surgery', 'dense_step', 'dense_flops', 'step_0_factors', 'few_shot'),
+    *(
+        'task_metrics',
+        'diversity_period',
+        'eval_data',
+        'eval_period',
+        'checkpoint_period',
+        'checkpoint_keep',
+        'log_period',
+    ),
+    *('limits', 'seed'),
+    *('model', 'train_data', 'learning_rate', 'total_steps', 'trainable'),
+}
+
+
+def _rest(run: Any) -> Hashable:
+    """All other fields of a run, those that are added one day included."""
+    return tuple((f.name, repr(getattr(run, f.name))) for f in dataclasses.fields(run) if f.name not in _WITHOUT)
+
+
 def _shapes(run: Any, where: states.Layout) -> Hashable:
     leaves = tuple((name, leaf.shape, str(leaf.dtype), leaf.sharding) for name, leaf in where.flat().items())
     return run.model, tuple(sorted(run.train_data.batch_spec().items())), leaves
 
 
 def _step(run: Any, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0) -> Hashable:
-    """What `loop.lower_step` depends on; of the length of a run only what its schedule makes of it."""
+    """What `loop.lower_step` depends on. The run's length counts only as far as its schedule depends on it."""
     schedule = run.learning_rate.schedule(start_step, run.total_steps)
     rate = str(jax.make_jaxpr(schedule)(jax.ShapeDtypeStruct((), jnp.int32)))
     frozen = run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step)
-    rest = (run.num_microbatches, run.leaf_gradient_norms, batch_sharding)
-    return _shapes(run, where), repr(run.optimizer), rate, frozen, rest
+    return _shapes(run, where), _rest(run), rate, frozen, batch_sharding
 
 
 def _lower_step(lower: Callable[..., jax.stages.Lowered]) -> Callable[..., '_Lowered']:

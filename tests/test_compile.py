@@ -66,6 +66,16 @@ def test_a_loop_over_layers_on_a_mesh_with_a_model_axis_sends_nothing_but_tokens
 
 
 @requires_libtpu
+@pytest.mark.exhaustive
+def test_a_process_writes_nothing_but_the_account():
+    """The command chooses the platform before JAX is imported, and standard output is JSON alone."""
+    command = [sys.executable, '-m', 'upcycle', 'compile', f'--topology={TOPOLOGY}', '--json', *arguments_of()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['fits']
+
+
+@requires_libtpu
 @pytest.mark.parametrize('topology', ['v9:2x2x1', 'v4'])
 def test_an_unknown_topology_is_one_sentence(topology, capsys):
     code, out, errors = compile_(capsys, topology=topology)

@@ -28,6 +28,23 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     assert events.Scalars('flops')[0].value == pytest.approx(1e17)
 
 
+def test_everything_is_closed_where_a_file_cannot_be_written(tmp_path, monkeypatch):
+    log = MetricsLog(str(tmp_path), None)
+    log.write(1, 'train', {'loss': 1.0})
+    closed = []
+    monkeypatch.setattr(log._mirror, 'close', lambda: closed.append('mirror'))
+    monkeypatch.setattr(log._events['train'], 'close', lambda: closed.append('events'))
+
+    class Full:
+        def close(self):
+            raise OSError('No space left on device')
+
+    monkeypatch.setattr(log, '_file', Full())
+    with pytest.raises(OSError, match='No space'):
+        log.close()
+    assert closed == ['events', 'mirror']
+
+
 def test_logging_imports_no_tensorflow(tmp_path):
     script = f"""
 import sys

@@ -1,5 +1,6 @@
 """What a run writes about itself: `metrics.jsonl`, TensorBoard events, and a progress line."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -59,10 +60,12 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes every file."""
-        self._file.close()
-        for events in self._events.values():
-            events.close()
-        self._mirror.close()
+        # The last that is entered is closed first, and all are, even where one cannot write what it still holds.
+        with contextlib.ExitStack() as closing:
+            closing.callback(self._mirror.close)
+            for events in self._events.values():
+                closing.callback(events.close)
+            closing.callback(self._file.close)
 
 
 class EventFile:

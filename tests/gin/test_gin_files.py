@@ -175,9 +175,10 @@ def test_a_vit_takes_them_too(file, tmp_path, dense_vit):
     assert gaps and (max(gaps) < 1e-5) == (file in ('surgery/granular', 'recipes/shared_experts'))
 
 
-def test_growing_with_k_as_it_was_says_by_how_much_the_function_changes(tmp_path, sparse):
+@pytest.mark.parametrize('trained', [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_growing_with_k_as_it_was_says_by_how_much_the_function_changes(trained, tmp_path, sparse):
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=sparse, NUM_EXPERTS=6)
-    receipt, _ = first_step((*runs.FILES['upcycle'], 'surgery/grow.gin'), bindings, trained=False)
+    receipt, _ = first_step((*runs.FILES['upcycle'], 'surgery/grow.gin'), bindings, trained=trained)
     layers = receipt['function_check']['layers']
     assert len(layers) == 2 and all(layer['gap'] > 1e-3 for layer in layers.values())
 
@@ -332,14 +333,14 @@ COUNTS = {'base': (247.6e6, 2.003e9), 'large': (783.0e6, 7.220e9), 'xl': (2.850e
 
 def layout_of(run):
     """The layout of a run of any size on one device."""
-    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts)
+    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
         return layout(run, mesh)
 
 
 def step_abstractly(run):
     """One step of a run by `jax.eval_shape`, at any size."""
-    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts)
+    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
         where = layout(run, mesh)
         batch = {name: jax.ShapeDtypeStruct(*spec) for name, spec in run.train_data.batch_spec().items()}
@@ -367,7 +368,7 @@ def full_t5(size, sparse):
     return configuration.load(files, bindings)
 
 
-def in_a_hurry(cases, first):
+def first_often(cases, first):
     """Parameters of a test, of which all but `first` are left to `make test-all`."""
     return [pytest.param(*case, marks=() if case == first else pytest.mark.exhaustive) for case in cases]
 
@@ -382,7 +383,7 @@ def test_full_sizes_have_their_parameters(size, sparse):
         assert cost.num_parameters(params) == pytest.approx(COUNTS[size][sparse], rel=1e-3)
 
 
-@pytest.mark.parametrize(('size', 'sparse'), in_a_hurry(T5_CASES, ('small', True)))
+@pytest.mark.parametrize(('size', 'sparse'), first_often(T5_CASES, ('small', True)))
 def test_full_sizes_step_abstractly(size, sparse):
     step_abstractly(full_t5(size, sparse))
 
@@ -427,7 +428,7 @@ def test_full_vits_have_their_parameters(size, sparse, photos):
         assert cost.num_parameters(params) == pytest.approx(VIT_COUNTS[size][sparse], rel=1e-3)
 
 
-@pytest.mark.parametrize(('size', 'sparse'), in_a_hurry(VIT_CASES, ('ti32', True)))
+@pytest.mark.parametrize(('size', 'sparse'), first_often(VIT_CASES, ('ti32', True)))
 def test_full_vits_step_abstractly(size, sparse, photos):
     step_abstractly(full_vit(size, sparse, photos))
 

@@ -3,8 +3,7 @@
 The processes stay: each layout of processes and devices is started once for all tests that one pytest worker runs on it.
 """
 
-import atexit
-import functools
+import gc
 import multiprocessing
 import os
 import socket
@@ -15,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
+# Seconds. A process that does not end by itself is killed then.
+LONGEST_EXIT = 60
 _SPAWN = multiprocessing.get_context('spawn')
 
 
@@ -34,7 +35,8 @@ def free_port() -> int:
 class Processes:
     """`count` processes of one JAX program (over gloo where there are several), each with `devices` CPU devices.
 
-    A call fails as soon as one process fails, since the others may wait for it in a collective; they are then started again.
+    A call fails as soon as one process fails, since the others may wait for it in a collective. All are killed then, and the next
+    call starts new ones.
     """
 
     def __init__(self, count: int, devices: int):
@@ -47,10 +49,20 @@ class Processes:
         Raises:
           AssertionError: with the traceback of the first process that raised or died.
         """
-        if not self._running:
-            self._start()
-        for _, pipe in self._running:
-            pipe.send((function, arguments, named))
+        try:
+            if any(not process.is_alive() for process, _ in self._running):
+                self._kill()
+            if not self._running:
+                self._start()
+            for _, pipe in self._running:
+                pipe.send((function, arguments, named))
+            return self._answers()
+        except BaseException:
+            # Else the next call would be given the answers to this one.
+            self._kill()
+            raise
+
+    def _answers(self) -> list[Any]:
         results: dict[connection.Connection, Any] = {}
         waiting = {pipe: process for process, pipe in self._running}
         while waiting:
@@ -58,11 +70,10 @@ class Processes:
                 process = waiting.pop(pipe)
                 try:
                     results[pipe], error = pipe.recv()
-                except EOFError:
-                    process.join()
+                except (EOFError, OSError):
+                    process.join(LONGEST_EXIT)
                     error = f'a process with {self._devices} devices died with exit code {process.exitcode}'
                 if error is not None:
-                    self._kill()
                     raise AssertionError(error)
         return [results[pipe] for _, pipe in self._running]
 
@@ -71,8 +82,8 @@ class Processes:
         for _, pipe in self._running:
             pipe.close()
         for process, _ in self._running:
-            process.join()
-        self._running = []
+            process.join(LONGEST_EXIT)
+        self._kill()
 
     def _start(self) -> None:
         address = f'localhost:{free_port()}'
@@ -81,7 +92,7 @@ class Processes:
             hosts = (address, self._count, index)
             process = _SPAWN.Process(target=_serve, args=(theirs, self._devices, hosts), daemon=True)
             process.start()
-            # Else the end of the process would not be the end of the pipe.
+            # Only the child may hold this end: its exit must close the pipe.
             theirs.close()
             self._running.append((process, ours))
 
@@ -93,12 +104,18 @@ class Processes:
         self._running = []
 
 
-@functools.cache
+_LAYOUTS: dict[tuple[int, int], Processes] = {}
+
+
 def processes(count: int, devices: int) -> Processes:
-    """The processes of that layout, which this pytest worker keeps until it ends."""
-    kept = Processes(count, devices)
-    atexit.register(kept.close)
-    return kept
+    """The processes of that layout, which this pytest worker keeps until the end of its session."""
+    return _LAYOUTS.setdefault((count, devices), Processes(count, devices))
+
+
+def close() -> None:
+    """Ends all processes."""
+    for layout in _LAYOUTS.values():
+        layout.close()
 
 
 def on_devices(devices: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -122,10 +139,10 @@ def _serve(pipe: connection.Connection, devices: int, hosts: tuple[str, int, int
         except EOFError:
             return
         try:
-            answer = function(*arguments, **named), None
+            pipe.send((function(*arguments, **named), None))
         except BaseException:  # reported to the caller
-            answer = None, traceback.format_exc()
-        pipe.send(answer)
+            pipe.send((None, traceback.format_exc()))
+        gc.collect()
 
 
 def start_together(commands: list[list[str]], devices: int) -> list[subprocess.Popen]:

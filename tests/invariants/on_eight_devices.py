@@ -41,7 +41,7 @@ MESHES = {
 # What splits in all three ways.
 ALL_AXES = '2x2x2'
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
-# Without dense layers.
+# One layer a stack, and it is sparse.
 SPARSE = {f'num_{stack}_layers': 1 for stack in ('encoder', 'decoder')} | {
     f'{stack}_moe_layers': (0,) for stack in ('encoder', 'decoder')
 }
@@ -99,8 +99,8 @@ CASES = {
         _model(
             {'groups_multiple_of': 16},
             {'groups_multiple_of': 16},
-            num_encoder_layers=2,
-            num_decoder_layers=4,
+            num_encoder_layers=4,
+            num_decoder_layers=2,
             scan_layers=True,
             remat='full',
         ),

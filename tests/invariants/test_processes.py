@@ -14,7 +14,6 @@ from upcycle.metrics import read_metrics
 
 # A small rate: fresh Adafactor turns rounding into whole steps, and at the tiny model's own rate they grow tenfold each.
 SETTINGS = {
-    **runs.ONE_SPARSE_LAYER,
     'NUM_EXPERTS': 8,
     'BASE_LEARNING_RATE': 0.01,
     'BATCH_SIZE': 8,
@@ -24,18 +23,19 @@ SETTINGS = {
 }
 
 
-def more(shallow):
-    return {'INITIAL_CHECKPOINT_PATH': shallow, **SETTINGS}
+def more(kind, start):
+    layers = runs.ONE_SPARSE_LAYER if kind == 'upcycle' else {}
+    return {'INITIAL_CHECKPOINT_PATH': start, **layers, **SETTINGS}
 
 
-def train(kind, model_dir, steps, shallow):
+def train(kind, model_dir, steps, start):
     """Called in whichever process, or in all of several."""
-    runs.train(kind, model_dir, steps, **more(shallow))
+    runs.train(kind, model_dir, steps, **more(kind, start))
 
 
-def two_commands(kind, model_dir, steps, shallow, **bindings):
+def two_commands(kind, model_dir, steps, start, **bindings):
     """`upcycle train` of each of two processes."""
-    bindings = runs.bindings(kind, model_dir, steps, **more(shallow), **bindings)
+    bindings = runs.bindings(kind, model_dir, steps, **more(kind, start), **bindings)
     files = [f'--gin_file={file}' for file in runs.FILES[kind]]
     run = ['-m', 'upcycle', 'train', *files, *(f'--gin.{name}={value}' for name, value in bindings.items())]
     hosts = (f'--coordinator_address=localhost:{free_port()}', '--process_count=2')
@@ -44,15 +44,21 @@ def two_commands(kind, model_dir, steps, shallow, **bindings):
 
 @pytest.fixture(scope='module', params=['upcycle', pytest.param('text upcycle', marks=pytest.mark.exhaustive)])
 def kind(request):
-    """Of random tokens; and of text, whose pipelines take longer to start than the rest."""
+    """Of random tokens, one layer a stack; and of text, with dense layers, too, which takes longer to start."""
     return request.param
 
 
 @pytest.fixture(scope='module')
-def whole(kind, shallow, tmp_path_factory):
+def start(kind, request):
+    """The dense checkpoint."""
+    return request.getfixturevalue('shallow' if kind == 'upcycle' else 'dense')
+
+
+@pytest.fixture(scope='module')
+def whole(kind, start, tmp_path_factory):
     """Upcycling, steps 5 to 10, by one process with eight devices."""
     path = tmp_path_factory.mktemp('whole') / 'run'
-    on_devices(8, train, kind, path, 10, shallow)
+    on_devices(8, train, kind, path, 10, start)
     return read_metrics(path / 'metrics.jsonl')
 
 
@@ -64,11 +70,11 @@ def assert_same(lines, whole):
                 np.testing.assert_allclose(line[name], expected[name], rtol=1e-4, err_msg=f'{line["step"]} {name}')
 
 
-def test_two_processes_upcycle_and_train_as_one(kind, shallow, whole, tmp_path):
+def test_two_processes_upcycle_and_train_as_one(kind, start, whole, tmp_path):
     """Though they are stopped on the way: one of them is told, both save the same step, and go on from there."""
     path = tmp_path / 'run'
     log = path / 'metrics.jsonl'
-    running = start_together(two_commands(kind, path, 10**6, shallow, CHECKPOINT_PERIOD=10**6), devices=4)
+    running = start_together(two_commands(kind, path, 10**6, start, CHECKPOINT_PERIOD=10**6), devices=4)
     while all(process.poll() is None for process in running) and not read_metrics(log):
         time.sleep(0.01)
     running[1].send_signal(signal.SIGTERM)
@@ -77,7 +83,7 @@ def test_two_processes_upcycle_and_train_as_one(kind, shallow, whole, tmp_path):
     step = read_metrics(log)[-1]['step']
     assert all(f'asked to stop, and saved step {step};' in output for output in outputs)
     assert open_checkpoint(path).step == step
-    processes(2, 4).call(train, kind, path, max(step + 2, 10), shallow)
+    processes(2, 4).call(train, kind, path, max(step + 2, 10), start)
     lines = read_metrics(log)
     trained = [line['step'] for line in lines if line['split'] == 'train']
     assert trained == list(range(5, max(step + 2, 10) + 1))
@@ -85,9 +91,19 @@ def test_two_processes_upcycle_and_train_as_one(kind, shallow, whole, tmp_path):
     assert (path / 'receipt.json').exists()
 
 
-def test_a_checkpoint_moves_from_eight_devices_to_one_to_two_processes(kind, shallow, whole, tmp_path):
+def test_a_checkpoint_moves_from_eight_devices_to_one_to_two_processes(kind, start, whole, tmp_path):
     path = tmp_path / 'run'
-    on_devices(8, train, kind, path, 6, shallow)
-    train(kind, path, 8, shallow)
-    processes(2, 4).call(train, kind, path, 10, shallow)
+    on_devices(8, train, kind, path, 6, start)
+    train(kind, path, 8, start)
+    processes(2, 4).call(train, kind, path, 10, start)
+    assert_same(read_metrics(path / 'metrics.jsonl'), whole)
+
+
+@pytest.mark.exhaustive
+def test_two_commands_run_to_their_end(kind, start, whole, tmp_path):
+    """`upcycle train` of each process, from its start to its exit status 0."""
+    path = tmp_path / 'run'
+    running = start_together(two_commands(kind, path, 10, start), devices=4)
+    outputs = [process.communicate()[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
     assert_same(read_metrics(path / 'metrics.jsonl'), whole)

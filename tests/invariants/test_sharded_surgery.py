@@ -1,7 +1,9 @@
 """Upcycling onto a mesh: the same bytes as on one device, and no device ever holds more than its own experts."""
 
+import collections
 import dataclasses
 import functools
+import gc
 import math
 import unittest.mock
 
@@ -90,10 +92,13 @@ def upcycle(name: str, shape: tuple[int, int, int]) -> dict:
     }
     stored = {leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for leaf, value in source.items()}
     what = plan(stored, shapes, spec, axes)
-    before, most = held(), [0]
+    gc.collect()
+    before, most = held(), dict.fromkeys((device.id for device in mesh.devices.flat), 0)
 
     def look(*_) -> None:
-        most[0] = max(most[0], held() - before)
+        now = held()
+        for device in most:
+            most[device] = max(most[device], now[device] - before[device])
 
     # Without a sharding it is wanted on the host.
     def read(name, sharding):
@@ -111,8 +116,8 @@ def upcycle(name: str, shape: tuple[int, int, int]) -> dict:
     experts = [row.target for row in what.rows if row.action is Action.EXPERTS]
     found = {
         'hashes': {name: sha256_of(name, np.asarray(leaf)) for name, leaf in target.items()},
-        'most': most[0],
-        'end': held() - before,
+        'most': most,
+        'end': {device: held()[device] - before[device] for device in most},
         'largest_source': max(leaf.nbytes for leaf in source.values()),
         # The experts of a device, before their widths are split.
         'largest_experts': max(
@@ -135,13 +140,13 @@ def whole(maker: Maker, row: Row) -> np.ndarray:
     return np.asarray(pieces[0][1]) if pieces[0][0] is None else np.stack([np.asarray(piece) for _, piece in pieces])
 
 
-def held() -> int:
-    """Bytes on the fullest device."""
-    totals: dict[int, int] = {}
+def held() -> collections.Counter[int]:
+    """Bytes on each device."""
+    totals: collections.Counter[int] = collections.Counter()
     for array in jax.live_arrays():
         for shard in array.addressable_shards:
-            totals[shard.device.id] = totals.get(shard.device.id, 0) + shard.data.nbytes
-    return max(totals.values(), default=0)
+            totals[shard.device.id] += shard.data.nbytes
+    return totals
 
 
 @functools.cache
@@ -171,4 +176,6 @@ def test_memory(shape, name):
     """Beside what it keeps, a device holds at most the dense leaf that is being spread, or sources and one device's experts."""
     surgery = on(shape, name)
     beside = 2 * surgery['largest_source'] + (0 if name == 'copy' else surgery['largest_experts'])
-    assert surgery['most'] <= surgery['end'] + beside
+    assert len(surgery['most']) == math.prod(shape)
+    for device, most in surgery['most'].items():
+        assert most <= surgery['end'][device] + beside, device

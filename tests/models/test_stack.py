@@ -37,15 +37,21 @@ def of_depth(depth):
 
 
 @functools.cache
-def inputs():
+def params_of(which):
     batch = random_batch(padding=3)
-    return batch, random_params(model().module(), **{name: batch[name] for name in FEATURES[:3]})
+    return random_params(which.module(), **{name: batch[name] for name in FEATURES[:3]})
+
+
+@functools.cache
+def inputs():
+    return random_batch(padding=3), params_of(model())
 
 
 @functools.cache
 def step(which):
-    """Loss, metrics and gradients."""
-    batch, params = inputs()
+    """Loss, metrics and gradients; the parameters are those of the plain form."""
+    plain = dataclasses.replace(which.config, scan_layers=False, remat='none')
+    batch, params = random_batch(padding=3), params_of(dataclasses.replace(which, config=plain))
 
     def loss(params):
         sums, moe_loss, metrics = which.forward(params, batch, jax.random.key(0), training=True)
@@ -65,9 +71,10 @@ def step(which):
     ],
     ids=str,
 )
-def test_the_form_of_the_program_changes_nothing(fields):
-    (loss, metrics), grads = step(model())
-    (other, other_metrics), other_grads = step(model(**fields))
+@pytest.mark.parametrize('sizes', [{}, pytest.param(of_depth(4), marks=pytest.mark.exhaustive)], ids=['', 'deep'])
+def test_the_form_of_the_program_changes_nothing(sizes, fields):
+    (loss, metrics), grads = step(model(**sizes))
+    (other, other_metrics), other_grads = step(model(**sizes, **fields))
     np.testing.assert_allclose(other, loss, rtol=1e-6)
     assert other_metrics.keys() == metrics.keys()
     for name, value in metrics.items():

@@ -54,5 +54,5 @@ def upcycle(model: Model, source: Any, spec: Surgery, batch: Any, **more: Any) -
 
 
 def params_of(model: Model, batch: Any, seed: int = 0) -> Any:
-    """Parameters of a model. None is 0, as biases and a ViT's head start: that would hide what becomes of them."""
+    """Parameters of a model. No parameter is 0. Biases and a ViT's head start at 0, which would hide what becomes of them."""
     return random_params(model.module(), **module_inputs(batch), seed=seed)

@@ -46,7 +46,10 @@ def _without_startup_noise() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keras_when_used() -> Iterator[None]:
-    """Keeps TensorFlow from importing Keras, half of its import time, before something uses `tf.keras`."""
+    """Keeps TensorFlow from importing Keras, half of its import time, before something uses `tf.keras`.
+
+    Meanwhile no thread can import Keras. A SavedModel that holds Keras objects can be loaded once `tf.keras` has been used.
+    """
     name = 'keras.src.optimizers'  # TensorFlow tries to import it, and does without where it is missing
     if name in sys.modules:
         yield
@@ -55,7 +58,7 @@ def _keras_when_used() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 @functools.cache

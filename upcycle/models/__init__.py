@@ -17,7 +17,7 @@ BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
 
 
 class Model(Protocol):
-    """One family's model: sizes, loss, and where its MoE layers are."""
+    """One family's model: sizes, loss, and where its MoE layers are. It must be hashable: shapes are cached by model."""
 
     family: str
     head: tuple[str, ...]

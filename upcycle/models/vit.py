@@ -467,7 +467,7 @@ def _layer_norm_backward(epsilon, kept, dy):
     along = (change * standard).mean(axis=-1, keepdims=True)
     dx = inverse * (change - change.mean(axis=-1, keepdims=True) - standard * along)
     dscale_D, dbias_D = (dy * standard).sum(axis=rows), dy.sum(axis=rows)
-    # A loop hands them over in its activations' type.
+    # In a loop the parameters have the activations' type, and gradients must match it.
     return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
 
 

@@ -149,7 +149,7 @@ def check_function(
 
 
 def function_checks(model: Model, source: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two programs of `check_function`, compiled: the losses of both models, and the comparison of every MoE layer."""
+    """The two jitted programs of `check_function`: the losses of both models, and the comparison of every MoE layer."""
     paths = tuple(model.moe_layers())
     of_mlp = not source.moe_layers()
 

@@ -113,7 +113,7 @@ def from_scratch(run: Run, where: Layout) -> TrainState:
 
 
 def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
-    """What makes the first state of a run from scratch from a key, compiled."""
+    """A jitted function from a key to the first state of a run from scratch."""
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
