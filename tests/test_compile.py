@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import unittest.mock
 
 import pytest
 
 from tests import runs
-from tests.test_cli import call
 from upcycle import cost
 
 requires_libtpu = pytest.mark.skipif(
@@ -27,16 +24,19 @@ def arguments_of(**bindings):
     return [*files, *(f'--gin.{name}={value}' for name, value in settings.items())]
 
 
-def compile_(capsys, *options, topology=TOPOLOGY, **bindings):
-    """Exit code, standard output and standard error of `upcycle compile`."""
-    # The command chooses the platform by environment variables.
-    with unittest.mock.patch.dict(os.environ):
-        return call(['compile', f'--topology={topology}', *arguments_of(**bindings), *options], capsys)
+def compile_(*options, topology=TOPOLOGY, **bindings):
+    """Exit code, standard output and standard error of `upcycle compile`.
+
+    In a process: libtpu, once loaded, sends SIGPROF for as long as its process lives, which `scripts/fuzz.py` takes for a hang.
+    """
+    command = [sys.executable, '-m', 'upcycle', 'compile', f'--topology={topology}', *arguments_of(**bindings)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 @requires_libtpu
-def test_the_account_of_a_tiny_run(capsys):
-    code, out, errors = compile_(capsys, '--json', MESH_SHAPE='(1,4,1)')
+def test_the_account_of_a_tiny_run():
+    code, out, errors = compile_('--json', MESH_SHAPE='(1,4,1)')
     assert code == 0, errors
     account = json.loads(out)
     assert account['fits'] and account['devices'] == account['chips'] == 4
@@ -57,40 +57,21 @@ def test_the_account_of_a_tiny_run(capsys):
 
 @requires_libtpu
 @pytest.mark.exhaustive
-def test_a_loop_over_layers_on_a_mesh_with_a_model_axis_sends_nothing_but_tokens(capsys):
+def test_a_loop_over_layers_on_a_mesh_with_a_model_axis_sends_nothing_but_tokens():
     """Gradients of stacked parameters lie as the parameters do: a compiler left to itself moves some by all-to-alls."""
     layers = {'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4, 'SCAN_LAYERS': True, 'REMAT': "'full'"}
-    code, out, errors = compile_(capsys, '--json', MESH_SHAPE='(1,2,2)', **layers)
+    code, out, errors = compile_('--json', MESH_SHAPE='(1,2,2)', **layers)
     assert code == 0, errors
     assert json.loads(out)['collectives']['all-to-all']['count'] == 6 * 4
 
 
 @requires_libtpu
-@pytest.mark.exhaustive
-def test_a_process_writes_nothing_but_the_account():
-    """The command chooses the platform before JAX is imported, and standard output is JSON alone."""
-    command = [sys.executable, '-m', 'upcycle', 'compile', f'--topology={TOPOLOGY}', '--json', *arguments_of()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)['fits']
-
-
-@requires_libtpu
-@pytest.mark.parametrize('topology', ['v9:2x2x1', 'v4'])
-def test_an_unknown_topology_is_one_sentence(topology, capsys):
-    code, out, errors = compile_(capsys, topology=topology)
+@pytest.mark.parametrize('topology', ['v9:2x2x1', 'v4', 'v4:3x5x7x9'])
+def test_an_unknown_topology_is_one_sentence(topology):
+    code, out, errors = compile_(topology=topology)
     assert (code, out) == (2, '') and errors.startswith('upcycle: --topology=') and 'Traceback' not in errors
 
 
-@requires_libtpu
-def test_what_libtpu_refuses_is_one_sentence_of_a_process():
-    """Nothing else reaches the process's standard error: not even what libraries write below Python."""
-    command = [sys.executable, '-m', 'upcycle', 'compile', '--topology=v4:3x5x7x9', *arguments_of()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, '')
-    assert done.stderr.startswith('upcycle: --topology=') and 'Traceback' not in done.stderr
-
-
-def test_a_utilization_of_nothing_is_refused(capsys):
-    code, _, errors = compile_(capsys, '--utilization=0')
+def test_a_utilization_of_nothing_is_refused():
+    code, _, errors = compile_('--utilization=0')
     assert code == 2 and '--utilization=0' in errors
