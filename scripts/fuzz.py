@@ -137,12 +137,8 @@ def _carry_out(whats: Sequence[tuple[str, int, int]], folder: pathlib.Path, *, s
 
 
 def _outcome(case: Case) -> tuple[str, str]:
-    under_way = True
-
     def too_long(*_: Any) -> None:
-        # A signal that comes late is nobody's.
-        if under_way:
-            raise Hang
+        raise Hang
 
     old = {number: signal.signal(number, too_long) for number in (signal.SIGALRM, signal.SIGPROF)}
     signal.alarm(PATIENCE)
@@ -159,7 +155,6 @@ def _outcome(case: Case) -> tuple[str, str]:
     except Exception:
         return TRACEBACK, traceback.format_exc(limit=-6)
     finally:
-        under_way = False
         signal.alarm(0)
         signal.setitimer(signal.ITIMER_PROF, 0)
         for number, handler in old.items():

@@ -173,9 +173,9 @@ def test_the_same_bytes_on_one_device_and_on_eight(name):
 @pytest.mark.parametrize('name', SURGERIES)
 @pytest.mark.parametrize('shape', [ONE, EIGHT, SPLIT])
 def test_memory(shape, name):
-    """Beside what it keeps, a device holds at most the dense leaf that is being spread, or sources and one device's experts."""
+    """Apart from what it keeps, a device holds at most the leaf that is being spread, or sources and one device's experts."""
     surgery = on(shape, name)
-    beside = 2 * surgery['largest_source'] + (0 if name == 'copy' else surgery['largest_experts'])
+    extra = 2 * surgery['largest_source'] + (0 if name == 'copy' else surgery['largest_experts'])
     assert len(surgery['most']) == math.prod(shape)
     for device, most in surgery['most'].items():
-        assert most <= surgery['end'][device] + beside, device
+        assert most <= surgery['end'][device] + extra, device
