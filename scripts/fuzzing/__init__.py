@@ -1,0 +1,1 @@
+"""Generators of `scripts/fuzz.py`: each makes random cases of one kind."""
