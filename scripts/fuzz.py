@@ -30,16 +30,31 @@ from typing import Any
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
-from fuzzing.case import ANOTHER, BLIND, FAILURES, HANG, REFUSED, SAME, TRACEBACK, Case
+from fuzzing.case import (
+    ANOTHER,
+    BLIND,
+    FAILURES,
+    HANG,
+    LOST,
+    REFUSED,
+    SAME,
+    STATUS,
+    TRACEBACK,
+    Case,
+    LostError,
+    StatusError,
+)
 from fuzzing.checkpoints import Checkpoints
 from fuzzing.configurations import Configurations
+from fuzzing.inputs import Inputs
+from fuzzing.processes import Processes
 
 from upcycle.errors import UserError
 
 SECONDS = 60  # of processor time for a case, before it counts as hanging
 PATIENCE = 600  # seconds for a case that waits, on a machine that may be busy
 GIGABYTES = 8  # of addresses that a case may take more than the program before it
-MAKERS = {'configurations': Configurations, 'checkpoints': Checkpoints}
+MAKERS = {'configurations': Configurations, 'checkpoints': Checkpoints, 'inputs': Inputs, 'processes': Processes}
 
 
 class Hang(BaseException):
@@ -119,6 +134,10 @@ def _outcome(case: Case) -> tuple[str, str]:
         return (REFUSED, sentences) if sentences else (TRACEBACK, 'an empty sentence')
     except Hang:
         return HANG, traceback.format_exc(limit=-4)
+    except LostError as error:
+        return LOST, str(error)
+    except StatusError as error:
+        return STATUS, str(error)
     except Exception:
         return TRACEBACK, traceback.format_exc(limit=-6)
     finally:

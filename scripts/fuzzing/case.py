@@ -4,8 +4,16 @@ import dataclasses
 from collections.abc import Callable
 
 REFUSED, SAME, ANOTHER, BLIND = 'refused', 'as without the damage', 'another valid one', 'the format cannot tell'
-TRACEBACK, HANG, SILENT = 'TRACEBACK', 'HANG', 'SILENT SUCCESS'
-FAILURES = (TRACEBACK, HANG, SILENT)
+TRACEBACK, HANG, SILENT, LOST, STATUS = 'TRACEBACK', 'HANG', 'SILENT SUCCESS', 'LOST FILE', 'STATUS'
+FAILURES = (TRACEBACK, HANG, SILENT, LOST, STATUS)
+
+
+class LostError(Exception):
+    """Something that was there before a case is gone or changed."""
+
+
+class StatusError(Exception):
+    """A process ended with a status that it must not have."""
 
 
 @dataclasses.dataclass(frozen=True)

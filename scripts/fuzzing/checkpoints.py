@@ -147,7 +147,7 @@ def _is_index(file: pathlib.Path) -> bool:
 
 def _written(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """A checkpoint of each format that we write, and one as a training run saves it."""
-    t5, vit = _tree(('models/t5_1_1_tiny.gin', TEXT)), _tree(('models/vit_mini.gin', 'tasks/mnist5k.gin'))
+    t5, vit = random_tree(('models/t5_1_1_tiny.gin', TEXT)), random_tree(('models/vit_mini.gin', 'tasks/mnist5k.gin'))
     dense_t5, dense_vit = (
         {n: v for n, v in tree.items() if n.startswith('params/') or n == 'step'} for tree in (t5, vit)
     )
@@ -158,18 +158,18 @@ def _written(folder: pathlib.Path) -> dict[str, pathlib.Path]:
         'npz': (dense_vit, folder / 'vit.npz', 'vit_npz'),
         'safetensors': (dense_t5, folder / 'hf', 'huggingface'),
     }
-    paths = {name: _write(path, format, tree) for name, (tree, path, format) in trees.items()}
+    paths = {name: write_checkpoint(path, format, tree) for name, (tree, path, format) in trees.items()}
     with CheckpointManager(folder / 'trained') as manager:
         manager.save(100, unflatten_dict(t5, sep='/'), {}, {'family': 't5'})
     return paths | {'trained': folder / 'trained' / 'checkpoints' / '100'}
 
 
-def _tree(files: tuple[str, ...]) -> dict[str, np.ndarray]:
+def random_tree(files: tuple[str, ...], **bindings: str) -> dict[str, np.ndarray]:
     """Random leaves of a tiny model and its Adafactor state."""
     vocabulary = {'NUM_EMBEDDINGS': '40', 'MLP_DIM': '24'} if TEXT in files else {'NUM_LAYERS': '2'}
     small = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', 'EMBED_DIM': '16', 'NUM_HEADS': '2', **vocabulary}
     small |= {'HEAD_DIM': '6'} if TEXT in files else {}
-    run = configuration.load((*files, 'runs/pretrain.gin'), small)
+    run = configuration.load((*files, 'runs/pretrain.gin'), small | bindings)
     run = dataclasses.replace(run, optimizer=Adafactor(min_dim_size_to_factor=16))
     mesh = partitioning.make_mesh((1, 1, 1), None, jax.devices()[:1])
     with partitioning.use(mesh):
@@ -179,7 +179,7 @@ def _tree(files: tuple[str, ...]) -> dict[str, np.ndarray]:
     return tree | {name: np.asarray(100, np.int32) for name in ('step', 'opt_state/count')}
 
 
-def _write(path: pathlib.Path, format: str, tree: Mapping[str, np.ndarray]) -> pathlib.Path:
+def write_checkpoint(path: pathlib.Path, format: str, tree: Mapping[str, np.ndarray]) -> pathlib.Path:
     leaves = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tree.items()}
     writer = create_checkpoint(path, format, leaves, step=100, identity={})
     for name, regions in writer.todo().items():
