@@ -2,11 +2,12 @@
 
   python scripts/soak.py --kills 100 --out soak.json        # shared among language and vision, one and two processes
 
-A run upcycles a tiny dense model and trains it. SIGKILL or SIGTERM hits it at a moment that the seed draws: anywhere, or when it
-is seen to upcycle, to save or to evaluate. Between two starts the newest step may be damaged. What must hold is asserted: every
-start goes on from the newest step that is whole; SIGTERM while it trains loses no step; in the end metrics (but times and rates)
-and every leaf of the state are those of the run that nobody touched, bit for bit. A second process is one over loopback, as a
-launcher starts it. CPU; about 10 s a start.
+A run upcycles a tiny dense model, or loads what `upcycle convert` made from it, and trains. SIGKILL or SIGTERM hits it at a
+moment that the seed draws: anywhere, in its first three seconds, after a second start in its folder, or when it is seen to
+upcycle, to save or to evaluate. Between two starts the newest step may be damaged. What is asserted: every start resumes
+from the newest step that is whole; a second start in the folder of a run is refused and changes nothing; SIGTERM while it trains
+loses no step; in the end metrics (but times and rates) and every leaf of the state are those of the run that nobody touched, bit
+for bit. Two processes are joined over loopback, as a launcher starts them. CPU; about 10 s a start.
 """
 
 import argparse
@@ -34,21 +35,23 @@ from upcycle.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PERIODS = {'LOG_PERIOD': 1, 'CHECKPOINT_PERIOD': 4, 'EVAL_PERIOD': 6, 'EVAL_STEPS': 2, 'CHECKPOINT_KEEP': 2}
-# Of each family: model and data, MoE layers, and what makes it tiny.
+# Of each family: model and data, MoE layers, and what makes the model and its data tiny.
 FAMILIES = {
     'language': (
         ('models/t5_1_1_tiny.gin', 'tasks/stdlib_span_corruption.gin'),
         'moe/t5.gin',
-        {'ACTIVATION_DTYPE': 'float32', 'BATCH_SIZE': 4, 'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 9}"},
+        {'ACTIVATION_DTYPE': 'float32'},
+        {'BATCH_SIZE': 4, 'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 9}"},
     ),
     'vision': (
         ('models/vit_mini.gin', 'tasks/mnist5k.gin'),
         'moe/vit.gin',
-        {'EMBED_DIM': 16, 'MLP_DIM': 32, 'NUM_HEADS': 2, 'NUM_LAYERS': 2, 'BATCH_SIZE': 8, 'EVAL_BATCH_SIZE': 64},
+        {'EMBED_DIM': 16, 'MLP_DIM': 32, 'NUM_HEADS': 2, 'NUM_LAYERS': 2},
+        {'BATCH_SIZE': 8, 'EVAL_BATCH_SIZE': 64},
     ),
 }
 DENSE_STEPS = 2
-AIMS = ('anywhere', 'step', 'save', 'evaluation')
+AIMS = ('anywhere', 'start', 'second', 'step', 'save', 'evaluation')
 DAMAGE = ('truncated', 'deleted', 'flipped', 'half-written')
 SHARE_DAMAGED = 0.3
 POLL_SECONDS = 0.002
@@ -56,6 +59,7 @@ LINE_BYTES = 20_000  # more than two lines of the metrics
 LONGEST_SECONDS = 1800  # of a start
 # From the first sign of it to the kill, at most.
 SURGERY_SECONDS, SAVE_SECONDS = 1.5, 0.02
+FIRST_SECONDS = 3.0
 MOST_STARTS = 1000
 
 
@@ -81,6 +85,7 @@ class Account:
 
     Attributes:
       signals, phases: kills, by signal and by what the run was doing.
+      second_starts: second starts in the folder of a run, which were refused.
       damages: by kind.
       runs: those that reached their end, all of them the same as the undisturbed one.
       starts: of processes, or pairs of them.
@@ -91,6 +96,7 @@ class Account:
     signals: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     phases: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     damages: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    second_starts: int = 0
     runs: int = 0
     starts: int = 0
     steps: int = 0
@@ -111,12 +117,13 @@ class Leg:
       run: the run's folder.
       dense: the checkpoint that it starts from.
       steps: TRAIN_STEPS.
+      name: of the logs; None: the run's.
     """
 
-    def __init__(self, case: Case, run: pathlib.Path, dense: str, steps: int):
+    def __init__(self, case: Case, run: pathlib.Path, dense: str, steps: int, name: str | None = None):
         self.run = run
         self.start_step = open_checkpoint(dense).step
-        self._log = run.parent / f'{run.name}.log'
+        self._log = run.parent / f'{name or run.name}.log'
         self._earlier_metrics = _identity(run / 'metrics.jsonl')
         arguments = command(case.family, run, steps, dense)
         hosts: list[list[str]] = [[]]
@@ -198,16 +205,54 @@ class Leg:
 
 
 def command(family: str, run: pathlib.Path, steps: int, dense: str | None) -> list[str]:
-    """`upcycle train` of a tiny model; without `dense` the dense model itself."""
-    (model, task), moe, small = FAMILIES[family]
-    files = [model, task, 'runs/pretrain.gin'] if dense is None else [model, moe, task, 'runs/upcycle.gin']
+    """`upcycle train` of a tiny model; without `dense`, which may be converted already, the dense model itself."""
+    (model, task), moe, small, data = FAMILIES[family]
+    if dense is None:
+        files = [model, task, 'runs/pretrain.gin']
+    else:
+        has_experts = any('/expert/' in leaf for leaf in open_checkpoint(dense).leaves())
+        files = [model, moe, task, 'runs/continue_dense.gin' if has_experts else 'runs/upcycle.gin']
     more = {} if dense is None else {'NUM_EXPERTS': 4, 'INITIAL_CHECKPOINT_PATH': dense, 'GROUPS_MULTIPLE_OF': 2}
-    bindings = {**small, **PERIODS, **more, 'WARMUP_STEPS': 100, 'MODEL_DIR': run, 'TRAIN_STEPS': steps}
+    bindings = {**small, **data, **PERIODS, **more, 'WARMUP_STEPS': 100, 'MODEL_DIR': run, 'TRAIN_STEPS': steps}
     return [
         *(sys.executable, '-m', 'upcycle', 'train'),
         *(f'--gin_file={file}' for file in files),
         *(f'--gin.{name}={value}' for name, value in bindings.items()),
     ]
+
+
+def convert(family: str, dense: str, folder: pathlib.Path) -> str:
+    """The path of the sparse checkpoint that `upcycle convert` makes from a dense run's."""
+    (model, task), moe, small, _ = FAMILIES[family]
+    target = folder / f'{family}_converted'
+    if not target.is_dir():
+        bindings = {**small, 'NUM_EXPERTS': 4}
+        subprocess.run(
+            [
+                *(sys.executable, '-m', 'upcycle', 'convert', f'--from={dense}', f'--to={target}'),
+                *(f'--gin_file={file}' for file in (model, moe, task)),
+                *(f'--gin.{name}={value}' for name, value in bindings.items()),
+            ],
+            check=True,
+            cwd=ROOT,
+            env=_environment(),
+        )
+    return str(target)
+
+
+def refuse_second(leg: Leg, case: Case, dense: str, total: int, account: Account) -> None:
+    """Starts the same run once more in its folder, and raises SoakError unless that is refused while the first one runs."""
+    with Leg(case, leg.run, dense, total, name=f'{leg.run.name}_second') as second:
+        end = time.monotonic() + LONGEST_SECONDS
+        while None in second.codes() and time.monotonic() < end:
+            if any(code is not None for code in leg.codes()):
+                return
+            time.sleep(0.05)
+        if any(code is not None for code in leg.codes()):
+            return
+        if set(second.codes()) != {2}:
+            raise SoakError(f'a second start in {leg.run} ended with {second.codes()}: {second.said()[-3000:]}')
+        account.second_starts += 1
 
 
 def _environment() -> dict[str, str]:
@@ -268,10 +313,13 @@ def moments(leg: Leg, aim: str, chance: random.Random, typical_seconds: float) -
     if aim == 'anywhere':
         at = leg.began + chance.uniform(0, typical_seconds)
         return lambda: time.monotonic() > at
+    if aim == 'start':
+        at = leg.began + chance.uniform(0, FIRST_SECONDS)
+        return lambda: time.monotonic() > at
     if aim == 'upcycle':
         return lambda: leg.phase() == 'upcycling'
     after = chance.randrange(1, 8)
-    wanted = {'step': None, 'save': 'saving', 'evaluation': 'evaluating'}[aim]
+    wanted = {'step': None, 'second': None, 'save': 'saving', 'evaluation': 'evaluating'}[aim]
     return lambda: leg.taken() >= after and (wanted is None or leg.phase() == wanted)
 
 
@@ -301,7 +349,16 @@ def finish(leg: Leg) -> None:
         raise SoakError(f'ended with {leg.codes()}: {leg.said()[-3000:]}')
 
 
-def soak(case: Case, kills: int, steps: int, seed: int, folder: pathlib.Path, dense: str | None = None) -> Account:
+def soak(
+    case: Case,
+    kills: int,
+    steps: int,
+    seed: int,
+    folder: pathlib.Path,
+    dense: str | None = None,
+    *,
+    converted: bool = True,
+) -> Account:
     """Kills runs of a case so many times, and lets each reach its end.
 
     Args:
@@ -311,6 +368,7 @@ def soak(case: Case, kills: int, steps: int, seed: int, folder: pathlib.Path, de
       seed: of the moments, signals and damages.
       folder: for runs and logs.
       dense: run folder of the dense model; None: it is trained.
+      converted: let every second run load a checkpoint that `upcycle convert` made from the dense model.
 
     Raises:
       SoakError: something was lost.
@@ -323,14 +381,19 @@ def soak(case: Case, kills: int, steps: int, seed: int, folder: pathlib.Path, de
                 command(case.family, pathlib.Path(dense), DENSE_STEPS, None), check=True, cwd=ROOT, env=_environment()
             )
     total = open_checkpoint(dense).step + steps
-    whole = folder / f'{case.family}_{case.processes}_whole'
-    with Leg(case, whole, dense, total) as leg:
-        finish(leg)
-        # The first start has compiled, so that others are quicker.
-        typical_seconds = time.monotonic() - leg.began
+    starts = {dense: folder / f'{case.family}_{case.processes}_whole'}
+    if converted:
+        starts[convert(case.family, dense, folder)] = folder / f'{case.family}_{case.processes}_whole_converted'
+    typical_seconds = 0.0
+    for start, whole in starts.items():
+        with Leg(case, whole, start, total) as leg:
+            finish(leg)
+            # The first start has compiled, so that others are quicker.
+            typical_seconds = time.monotonic() - leg.began
     while account.kills < kills:
         run = folder / f'{case.family}_{case.processes}_{account.runs}'
-        disturb(case, run, dense, total, kills, account, chance, typical_seconds)
+        start, whole = list(starts.items())[account.runs % len(starts)]
+        disturb(case, run, start, total, kills, account, chance, typical_seconds)
         require_same(run, whole)
         account.runs += 1
         account.steps += steps
@@ -360,6 +423,8 @@ def disturb(
             if sent is None or not watch(leg, moments(leg, aim, chance, typical_seconds)):
                 finish(leg)
             else:
+                if aim == 'second':
+                    refuse_second(leg, case, dense, total, account)
                 time.sleep(chance.uniform(0, SURGERY_SECONDS if aim == 'upcycle' else SAVE_SECONDS))
                 phase = leg.phase()
                 if leg.hit(sent, chance.randrange(case.processes)):
@@ -423,13 +488,21 @@ def require_same(run: pathlib.Path, whole: pathlib.Path) -> None:
 
 def table(accounts: dict[str, Account]) -> str:
     """Markdown, a line for each case."""
-    head = 'run|kills|SIGKILL|SIGTERM|upcycling|saving|evaluating|damaged steps|runs|steps|steps repeated|most after a kill'
+    head = 'run|kills|SIGKILL|SIGTERM|starting|upcycling|saving|evaluating|second starts|damaged steps|'
+    head += 'runs|steps|steps repeated|most after a kill'
     rows = [head, '|'.join(['---'] * (head.count('|') + 1))]
     for name, account in accounts.items():
         shown = (
             *(name, account.kills, account.signals['SIGKILL'], account.signals['SIGTERM']),
-            *(account.phases[phase] for phase in ('upcycling', 'saving', 'evaluating')),
-            *(account.damages.total(), account.runs, account.steps, account.repeated, account.most),
+            *(account.phases[phase] for phase in ('starting', 'upcycling', 'saving', 'evaluating')),
+            *(
+                account.second_starts,
+                account.damages.total(),
+                account.runs,
+                account.steps,
+                account.repeated,
+                account.most,
+            ),
         )
         rows.append('|'.join(map(str, shown)))
     return '\n'.join(f'| {row.replace("|", " | ")} |' for row in rows)
