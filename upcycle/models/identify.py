@@ -122,7 +122,9 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
     from upcycle.models.t5 import T5Config
 
     vocab_size, emb_dim = shapes['token_embedder/embedding']
-    heads = shapes['encoder/relpos_bias/rel_embedding'][0]
+    table = 'relpos_bias/rel_embedding'
+    every_layer = f'encoder/layers_0/{table}' in shapes
+    heads = shapes[f'encoder/layers_0/{table}' if every_layer else f'encoder/{table}'][0]
     joined = shapes['encoder/layers_0/attention/query/kernel'][1]
     gated = any(re.search(r'/mlp/(expert/)?wi_0/kernel$', name) for name in shapes)
     config = {
@@ -135,6 +137,7 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
         'num_decoder_layers': _count(shapes, r'decoder/layers_(\d+)/'),
         'mlp_activations': ('gelu', 'linear') if gated else ('relu',),
         'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
+        'position_biases': 'every_layer' if every_layer else 'shared',
         'dtype': 'float32',
     }
     told = _told(T5Config, facts, ('mlp_activations',))
