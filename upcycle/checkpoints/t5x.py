@@ -281,9 +281,9 @@ def _step(what: str, value: np.ndarray) -> np.ndarray:
         UserError: it is no such count.
     """
     real = value.size == 1 and jax.dtypes.issubdtype(value.dtype, np.number) and value.dtype.kind != 'c'
-    number = float(value.reshape(())) if real else math.nan
+    number = value.item() if real else math.nan
     # The comparison is false of NaN.
-    if not (0 <= number < 2**31 and number.is_integer()):
+    if not (0 <= number < 2**31 and number == int(number)):
         shown = f'{value.dtype} {number}' if real else f'{value.dtype}{list(value.shape)}'
         raise UserError(
             f'{what} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
