@@ -162,7 +162,10 @@ _HARMLESS = {
     *('suppress_tokens', 'begin_suppress_tokens', 'forced_decoder_ids', 'num_return_sequences', 'penalty_alpha'),
     *('bos_token_id', 'sep_token_id', 'guidance_scale', 'low_memory', 'cache_implementation', 'cache_config'),
 }
-_HARMLESS_OF_T5 = {'id2label', 'num_labels'}
+_HARMLESS_OF = {
+    't5': {'id2label', 'num_labels'},
+    'vit': {'tie_word_embeddings', 'tie_encoder_decoder', 'pad_token_id', 'eos_token_id', 'decoder_start_token_id'},
+}
 
 # What transformers' ViTImageProcessor takes where the file says nothing.
 _PROCESSOR = {
@@ -287,19 +290,27 @@ def _resolve_vit(file: epath.Path, config: dict[str, Any]) -> None:
 
 
 def _warn(file: epath.Path, config: Mapping[str, Any], which: str) -> None:
-    known = _TYPES[which].keys() | _OURS[which].keys() | _INPUTS[which].keys() | _HARMLESS | {'architectures'}
-    if which == 't5':
-        known |= _HARMLESS_OF_T5
+    known = _TYPES[which].keys() | _OURS[which].keys() | _INPUTS[which].keys() | _HARMLESS | _HARMLESS_OF[which]
+    known |= {'architectures'}
     if unknown := [name for name in config if name not in known]:
         shown = ', '.join(f'{name} = {schema.shown(config[name])}' for name in unknown)
         warn_once(f'{file} has fields that are not known here and may change what the model computes: {shown}.')
     for name, ours in _INPUTS[which].items():
         if config.get(name, ours) not in (ours, [ours]):
             warn_once(f'{file}: {name} is {schema.shown(config[name])}, and our pipelines take {ours}.')
+    if config['model_type'] == 'mt5' and config.get('tie_word_embeddings') and _is_of_transformers_4(config):
+        warn_once(
+            f'{file}: tie_word_embeddings is True, for which transformers 4 scales the logits of mT5 and 5 does not: they are '
+            'not scaled.'
+        )
     named = config.get('architectures', [])
     names = named if isinstance(named, list) and all(isinstance(name, str) for name in named) else [str(named)]
     if strange := [name for name in names if not name.endswith(_ARCHITECTURES[which])]:
         warn_once(f'{file}: architectures is {schema.shown(strange)}, which is read as {_ARCHITECTURES[which][0]}.')
+
+
+def _is_of_transformers_4(config: Mapping[str, Any]) -> bool:
+    return str(config.get('transformers_version', '')).startswith('4.')
 
 
 def _range_differences(found: Mapping[str, Any]) -> list[str]:
