@@ -36,6 +36,8 @@ T5S = {
     'T5 1.1 with a tied head': ('T5', V1_1, False),
     'T5 1.0': ('T5', {}, False),
     'mT5': ('MT5', V1_1, True),
+    'umT5': ('UMT5', V1_1, True),
+    'umT5 with a tied head': ('UMT5', {}, False),
 }
 VIT_SIZES = {
     'hidden_size': 32,

@@ -2,7 +2,7 @@
 
 A field is one of five kinds: read, a size that the arrays must have (`SIZES`), one whose only value is ours (`_OURS`), one that
 says how inputs are made (`_INPUTS`), or harmless (`_HARMLESS`). Any other one is a warning that names it. Matched:
-configuration_t5.py, configuration_mt5.py, configuration_vit.py, configuration_utils.py, image_processing_vit.py of transformers
+configuration_t5.py, configuration_(u)mt5.py, configuration_vit.py, configuration_utils.py, image_processing_vit.py of transformers
 4.57 and 5.24.
 """
 
@@ -19,7 +19,7 @@ from upcycle.errors import UserError
 
 PREPROCESSOR = 'preprocessor_config.json'
 
-_FAMILIES = {'t5': 't5', 'mt5': 't5', 'vit': 'vit'}  # by `model_type`
+_FAMILIES = {'t5': 't5', 'mt5': 't5', 'umt5': 't5', 'vit': 'vit'}  # by `model_type`
 
 # T5's feed-forward layers by `feed_forward_proj`, and its parts by `dense_act_fn`. `gated-gelu` is the tanh approximation in
 # transformers (gelu_new), as in T5X.

@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints of T5 (1.0, 1.1, Flan, mT5) and ViT in safetensors files, read and written without PyTorch.
+"""Hugging Face checkpoints of T5 (1.0, 1.1, Flan, mT5, umT5) and ViT in safetensors files, read and written without PyTorch.
 
 A safetensors file is a JSON header (names, types, shapes, offsets) and the arrays' bytes; a large model has several files and an
 index. `config.json` says what shapes do not, and `preprocessor_config.json` how a ViT's images were made. Linear layers hold
-(out, in) there and (in, out) here, and a head's axes are joined. Layouts matched: transformers' modeling_t5.py, modeling_mt5.py,
+(out, in) there and (in, out) here, and a head's axes are joined. Layouts matched: transformers' modeling_t5.py, modeling_(u)mt5.py,
 modeling_vit.py of versions 4 and 5, conversion_mapping.py, configuration_utils.py, `_get_resolved_checkpoint_files`; the
 safetensors format's own description.
 """
@@ -76,6 +76,7 @@ _DEPTHS = {
     'num_decoder_layers': r'decoder\.block\.(\d+)\.',
     'num_hidden_layers': r'(?:vit\.)?encoder\.layer\.(\d+)\.',
 }
+_T5_CLASSES = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,8 @@ _TURNS = {
 Table = dict[str, tuple[str, str]]  # their name: (ours below `params/`, turn)
 
 
-def _t5_table(encoder_layers: int, decoder_layers: int) -> Table:
+def _t5_table(encoder_layers: int, decoder_layers: int, biases_in_every_layer: bool) -> Table:
+    """`biases_in_every_layer`: as in umT5, where T5 has the position biases of a stack in its first layer."""
     table = {
         'shared.weight': ('token_embedder/embedding', 'same'),
         'lm_head.weight': ('decoder/logits_dense/kernel', 'linear'),
@@ -114,8 +116,10 @@ def _t5_table(encoder_layers: int, decoder_layers: int) -> Table:
         ),
     }
     for stack, count in (('encoder', encoder_layers), ('decoder', decoder_layers)):
-        attention = f'{stack}.block.0.layer.0.SelfAttention'
-        table[f'{attention}.relative_attention_bias.weight'] = (f'{stack}/relpos_bias/rel_embedding', 'linear')
+        for i in range(count if biases_in_every_layer else 1):
+            attention = f'{stack}.block.{i}.layer.0.SelfAttention'
+            ours = f'{stack}/layers_{i}' if biases_in_every_layer else stack
+            table[f'{attention}.relative_attention_bias.weight'] = (f'{ours}/relpos_bias/rel_embedding', 'linear')
         table[f'{stack}.final_layer_norm.weight'] = (f'{stack}/{stack}_norm/scale', 'same')
         for i in range(count):
             theirs, ours = f'{stack}.block.{i}.layer', f'{stack}/layers_{i}'
@@ -181,7 +185,7 @@ class HuggingFaceReader(arrays.ArrayReader):
         for name, reason in self._left_out.items():
             warn_once(f'{name} of {folder} is not read: it is {reason}.')
         _require_depth(folder, self._config, stored)
-        read = {'t5': _read_t5, 'mt5': _read_t5, 'vit': _read_vit}[self._config['model_type']]
+        read = {'t5': _read_t5, 'vit': _read_vit}[foreign.family(self._config)]
         sources, self._facts = read(folder, self._config, stored)
         _require_sizes(folder, self._config, sources)
         foreign.check_images(folder, self._config)
@@ -467,7 +471,8 @@ def _read_t5(
     if not scaled and 'shared.weight' in stored:
         stored.setdefault('lm_head.weight', stored['shared.weight'])
     facts |= {'mlp_activations': list(activations), 'logits_via_embedding': scaled}
-    return _turned(folder, stored, _t5_table(*layers), facts['num_heads']), facts
+    table = _t5_table(*layers, config['model_type'] == 'umt5')
+    return _turned(folder, stored, table, facts['num_heads']), facts
 
 
 def _require_same(folder: epath.Path, first: str, second: str, stored: Mapping[str, _Tensor]) -> None:
@@ -636,17 +641,23 @@ def _their_names(leaves: writing.Leaves) -> tuple[str, dict[str, Any], dict[str,
     family = 't5' if 'token_embedder/embedding' in shapes else 'vit'
     sizes = _t5_sizes(shapes) if family == 't5' else _vit_sizes(shapes)
     if family == 't5':
-        table = _t5_table(sizes['num_layers'], sizes['num_decoder_layers'])
+        table = _t5_table(sizes['num_layers'], sizes['num_decoder_layers'], sizes['model_type'] == 'umt5')
     else:
         table = _vit_table(sizes['num_hidden_layers'], 'vit.' if 'head/kernel' in shapes else '')
     ours = {f'params/{name}': (theirs, kind) for theirs, (name, kind) in table.items()}
-    for name in leaves:
+    # What no option leaves out comes first.
+    for name in sorted(leaves, key=lambda name: name.startswith('opt_state/')):
         if name == 'step':
             continue
         if name not in ours:
             way_out = (
                 ': leave the optimizer state out with --optimizer_state=none' if name.startswith('opt_state/') else ''
             )
+            if writing.EXPERT in name.split('/'):
+                raise UserError(
+                    f'{name} has no counterpart in huggingface, which holds no MoE of T5 or ViT: export the MoE as upcycle, '
+                    "t5x_legacy or t5x_orbax, or make it dense first with DENSE_OPERATOR = 'average'."
+                )
             raise UserError(f'{name} has no counterpart in huggingface, which holds dense T5 and ViT models{way_out}.')
     if family == 'vit':
         for name in ('cls', 'pos_embedding'):
@@ -660,7 +671,9 @@ def _their_names(leaves: writing.Leaves) -> tuple[str, dict[str, Any], dict[str,
 
 
 def _t5_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    heads, buckets = shapes['encoder/relpos_bias/rel_embedding']
+    table = 'relpos_bias/rel_embedding'
+    every_layer = f'encoder/layers_0/{table}' in shapes
+    heads, buckets = shapes[f'encoder/layers_0/{table}' if every_layer else f'encoder/{table}']
     mlp = next((name for name in shapes if name.endswith('/mlp/wo/kernel')), None)
     vocab_size, width = shapes['token_embedder/embedding']
     layers = {
@@ -668,6 +681,7 @@ def _t5_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         for stack in ('encoder', 'decoder')
     }
     return {
+        'model_type': 'umt5' if every_layer else 't5',
         'vocab_size': vocab_size,
         'd_model': width,
         'd_kv': shapes['encoder/layers_0/attention/query/kernel'][1] // heads,
@@ -708,11 +722,13 @@ def _their_config(family: str, sizes: Mapping[str, Any], metadata: Mapping[str, 
         projection = next((name for name, ours in foreign.ACTIVATIONS.items() if ours == activations), None)
         if projection is None:
             raise UserError(f'mlp_activations = {activations} has no counterpart in huggingface.')
-        is_mt5 = metadata.get('model_type') == 'mt5'
+        model_type = sizes['model_type']
+        if model_type == 't5' and metadata.get('model_type') == 'mt5':
+            model_type = 'mt5'
         return {
-            'architectures': ['MT5ForConditionalGeneration' if is_mt5 else 'T5ForConditionalGeneration'],
-            'model_type': 'mt5' if is_mt5 else 't5',
             **sizes,
+            'architectures': [f'{_T5_CLASSES[model_type]}ForConditionalGeneration'],
+            'model_type': model_type,
             'feed_forward_proj': projection,
             'layer_norm_epsilon': 1e-6,
             'relative_attention_max_distance': 128,

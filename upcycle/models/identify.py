@@ -25,6 +25,7 @@ FACTS = (
     'gelu',
     'norm_epsilon',
 )
+_POSITION_BIASES = '/relpos_bias/rel_embedding'
 _MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
 
 
@@ -36,6 +37,24 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise UserError(f'the metadata of the checkpoint is damaged: its model is {schema.shown(config)}.')
     return {name: config[name] for name in FACTS if name in config}
+
+
+def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What the names of a checkpoint's leaves say of the model, by the fields of our configurations.
+
+    Raises:
+      UserError: the encoder and the decoder of a T5 differ in where their position biases are.
+    """
+    tables = [name for name in leaves if name.startswith('params/') and name.endswith(_POSITION_BIASES)]
+    in_layers = {name for name in tables if '/layers_' in name}
+    if not tables:
+        return {}
+    if len(in_layers) not in (0, len(tables)):
+        raise UserError(
+            f'{path} has position biases in every layer ({min(in_layers)}) and for a whole stack '
+            f'({min({*tables} - in_layers)}), and POSITION_BIASES is one for both stacks.'
+        )
+    return {'position_biases': 'every_layer' if in_layers else 'shared'}
 
 
 def smallest_batch(model: Model) -> BatchSpec:
@@ -66,7 +85,7 @@ def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = Non
     if build is None:
         raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
     try:
-        return build(found, dict(facts or {}))
+        return build(found, facts_in(path, leaves) | dict(facts or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
 
@@ -122,7 +141,8 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
     from upcycle.models.t5 import T5Config
 
     vocab_size, emb_dim = shapes['token_embedder/embedding']
-    heads = shapes['encoder/relpos_bias/rel_embedding'][0]
+    first = '/layers_0' if facts.get('position_biases') == 'every_layer' else ''
+    heads = shapes[f'encoder{first}{_POSITION_BIASES}'][0]
     joined = shapes['encoder/layers_0/attention/query/kernel'][1]
     gated = any(re.search(r'/mlp/(expert/)?wi_0/kernel$', name) for name in shapes)
     config = {
@@ -137,7 +157,7 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
         'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
         'dtype': 'float32',
     }
-    told = _told(T5Config, facts, ('mlp_activations',))
+    told = _told(T5Config, facts, ('mlp_activations', 'position_biases'))
     return EncoderDecoderModel(T5Config(**config | told))
 
 
