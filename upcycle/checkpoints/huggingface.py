@@ -2,8 +2,8 @@
 
 A safetensors file is a JSON header (names, types, shapes, offsets) and the arrays' bytes; a large model has several files and an
 index. `config.json` says what shapes do not, and `preprocessor_config.json` how a ViT's images were made. Linear layers hold
-(out, in) there and (in, out) here, and a head's axes are joined. Layouts matched: transformers' modeling_t5.py, modeling_(u)mt5.py,
-modeling_vit.py of versions 4 and 5, conversion_mapping.py, configuration_utils.py, `_get_resolved_checkpoint_files`; the
+(out, in) there and (in, out) here, and a head's axes are joined. Layouts matched: modeling_t5.py, modeling_(u)mt5.py,
+modeling_vit.py, conversion_mapping.py, configuration_utils.py and `_get_resolved_checkpoint_files` of transformers 4 and 5; the
 safetensors format's own description.
 """
 
