@@ -131,7 +131,7 @@ def shown(value: Any) -> str:
         text = hex(value) if abs(value) > 10**100 else repr(value)  # hex has no largest length
         why = f' (beyond {_LARGEST}, the largest whole number)'
     else:
-        text = repr(value)
+        text = repr(value.value if isinstance(value, enum.Enum) else value)
     return (text if len(text) <= 120 else text[:117] + '...') + why
 
 
