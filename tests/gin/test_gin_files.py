@@ -77,6 +77,8 @@ def test_what_t5x_goes_on_with_is_our_recipe():
     both |= {'NUM_SELECTED_EXPERTS', 'AUX_LOSS_FACTOR'}
     for name in both:
         assert float(ours[name].split('#')[0]) == float(theirs[name].split('#')[0]), name
+    # T5X multiplies the gradients of experts by it.
+    assert theirs['NUM_EXPERT_PARTITIONS'] == '1'
 
 
 @pytest.mark.parametrize('name', ['adamw', 'sgd'])
@@ -414,7 +416,7 @@ def test_position_biases_in_every_layer_are_upcycled_and_trained(tmp_path):
         name = f'{stack}/layers_0/relpos_bias/rel_embedding'
         trained = np.asarray(flatten_dict(state.params, sep='/')[name])
         assert (trained != tree[f'params/{name}']).any()
-    with pytest.raises(UserError, match="position_biases = 'every_layer'"):
+    with pytest.raises(UserError, match="POSITION_BIASES = 'every_layer'"):
         first_step(runs.FILES['upcycle'], bindings | {'POSITION_BIASES': 'shared'}, trained=False)
 
 

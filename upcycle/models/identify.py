@@ -14,17 +14,18 @@ from upcycle.models import BatchSpec, Model
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
-# Fields of a configuration that change the function and not the shapes of the parameters.
-FACTS = (
-    'num_heads',
-    'head_dim',
-    'mlp_activations',
-    'logits_via_embedding',
-    'pooling',
-    'positions',
-    'gelu',
-    'norm_epsilon',
-)
+# Fields of a configuration that change the function and not the shapes of the parameters, and the bindings that set them.
+FACTS = {
+    'num_heads': 'NUM_HEADS',
+    'head_dim': 'HEAD_DIM',
+    'mlp_activations': 'T5Config.mlp_activations',
+    'logits_via_embedding': 'T5Config.logits_via_embedding',
+    'position_biases': 'POSITION_BIASES',
+    'pooling': 'POOLING',
+    'positions': 'POSITIONS',
+    'gelu': 'GELU',
+    'norm_epsilon': 'NORM_EPSILON',
+}
 _POSITION_BIASES = '/relpos_bias/rel_embedding'
 _MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
 

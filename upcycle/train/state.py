@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from upcycle import partitioning
+from upcycle import partitioning, schema
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
@@ -158,9 +158,12 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
     facts = identify.facts_in(reader.path, reader.leaves()) | identify.facts_of(reader.metadata)
     for name, value in facts.items():
         ours = getattr(model.config, name, value)
-        if name not in changed and (tuple(value) if isinstance(value, list) else value) != ours:
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in changed and value != ours:
+            binding = identify.FACTS.get(name, name)
             raise UserError(
-                f'{reader.path} was made with {name} = {value!r}, and the model has {ours!r}: set it in the gin files.'
+                f'{reader.path} was made with {binding} = {schema.shown(value)}, and the model has {schema.shown(ours)}: set '
+                f'{binding} in the gin files.'
             )
 
 
