@@ -85,7 +85,7 @@ def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = Non
     if build is None:
         raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
     try:
-        return build(found, facts_in(path, leaves) | dict(facts or {}))
+        return build(path, found, facts_in(path, leaves) | dict(facts or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
 
@@ -136,7 +136,7 @@ def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
 
 
-def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
+def _t5(path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
     from upcycle.models.encoder_decoder import EncoderDecoderModel
     from upcycle.models.t5 import T5Config
 
@@ -161,7 +161,7 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
     return EncoderDecoderModel(T5Config(**config | told))
 
 
-def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
+def _vit(path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
     from upcycle.models.image_classifier import ImageClassifier
     from upcycle.models.vit import ViTConfig
 
@@ -170,7 +170,9 @@ def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mod
     positions = shapes['pos_embedding'][1] if learned else 1
     grid = math.isqrt(positions)
     if grid * grid != positions:
-        raise ValueError(f'pos_embedding (of a square image; {positions} is no square)')
+        raise UserError(
+            f'{path} has {positions} positions (pos_embedding), which no square image has, and our ViT takes squares only.'
+        )
     config = {
         'num_classes': shapes.get('head/kernel', (0, 1))[1],
         'image_size': grid * patch,
