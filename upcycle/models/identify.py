@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from upcycle.models import BatchSpec, Model
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
-# Fields of a configuration that change the function and not the shapes of the parameters.
+# Fields of a configuration that change the function and not the shapes of the parameters. In capitals they are macros of gin/.
 FACTS = (
     'num_heads',
     'head_dim',
@@ -55,6 +55,30 @@ def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
             f'({min({*tables} - in_layers)}), and POSITION_BIASES is one for both stacks.'
         )
     return {'position_biases': 'every_layer' if in_layers else 'shared'}
+
+
+def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    """Compares a model with what a checkpoint says of itself.
+
+    Args:
+      path: of the checkpoint, for messages.
+      model: the model.
+      facts: see `facts_of`.
+      ignored: fields that may differ.
+
+    Raises:
+      UserError: the model computes another function; the bindings that would fit are named.
+    """
+    theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    differences = [
+        f'{name.upper()} = {schema.shown(value)}, and the model has {schema.shown(getattr(model.config, name))}'
+        for name, value in theirs.items()
+        if name not in ignored and getattr(model.config, name, value) != value
+    ]
+    if differences:
+        is_t5_1_0 = theirs.get('mlp_activations') == ('relu',) and theirs.get('logits_via_embedding')
+        files = ', or name models/t5_1_0_base.gin or its other sizes' if is_t5_1_0 else ''
+        raise UserError(f'{path} was made with {"; ".join(differences)}: set it in the gin files{files}.')
 
 
 def smallest_batch(model: Model) -> BatchSpec:
