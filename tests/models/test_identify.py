@@ -3,11 +3,14 @@
 import jax
 import pytest
 
+from tests.checkpoints import vits
 from tests.small import random_batch, small_t5, with_moe
 from tests.surgery.in_memory import abstract
 from upcycle.errors import UserError
 from upcycle.models import identify
 from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.image_classifier import ImageClassifier
+from upcycle.models.vit import Gelu, ViTConfig
 
 LAYERS = {
     'routed': {},
@@ -17,6 +20,8 @@ LAYERS = {
     'soft': {'router': 'soft', 'slots_per_expert': 3},
     'merged': {'router': 'merged'},
 }
+
+VIT = {'num_classes': 2, 'image_size': 8, 'patch_size': 4, 'emb_dim': 8, 'num_heads': 2, 'mlp_dim': 8, 'num_layers': 1}
 
 
 def leaves_of(**moe):
@@ -66,3 +71,30 @@ def test_a_router_for_other_experts():
     leaves[name] = jax.ShapeDtypeStruct((128, 12), leaves[name].dtype)
     with pytest.raises(UserError, match='w/kernel .* does not route to 8 experts'):
         identify.check('here', leaves)
+
+
+def test_positions_of_no_square_image():
+    leaves = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in vits.ours().items()}
+    leaves['params/pos_embedding'] = jax.ShapeDtypeStruct((1, 8, vits.WIDTH), 'float32')
+    with pytest.raises(UserError, match='here has 8 positions .pos_embedding., which no square image has'):
+        identify.check('here', leaves)
+
+
+def test_the_bindings_that_would_fit_are_named():
+    model = EncoderDecoderModel(small_t5())
+    facts = {
+        'mlp_activations': ['relu'],
+        'logits_via_embedding': True,
+        'num_heads': model.config.num_heads,
+        'gelu': 'erf',
+    }
+    with pytest.raises(UserError) as caught:
+        identify.require_function('here', model, facts)
+    for words in ("MLP_ACTIVATIONS = ('relu',), and the model has ('gelu', 'linear')", 'LOGITS_VIA_EMBEDDING = True'):
+        assert words in str(caught.value)
+    assert 'models/t5_1_0_base.gin' in str(caught.value) and 'NUM_HEADS' not in str(caught.value)
+    with pytest.raises(
+        UserError, match="here was made with GELU = 'erf', and the model has 'tanh': set it in the gin files"
+    ):
+        identify.require_function('here', ImageClassifier(ViTConfig(**VIT, gelu=Gelu.TANH)), {'gelu': 'erf'})
+    identify.require_function('here', model, facts, ignored=('mlp_activations', 'logits_via_embedding'))

@@ -1,8 +1,9 @@
 """What the configurations of Hugging Face folders say: every field that changes the function is read, compared or refused.
 
 A field is one of five kinds: read, a size that the arrays must have (`SIZES`), one whose only value is ours (`_OURS`), one that
-says how inputs are made (`_INPUTS`), or harmless (`_HARMLESS`). Any other one is a warning that names it. Matched: of transformers
-4.57 and 5.24 configuration_t5.py, configuration_(u)mt5.py, configuration_vit.py, configuration_utils.py, image_processing_vit.py.
+says how inputs are made (`_INPUTS`), or harmless (`_HARMLESS`). Any other one is a warning that names it. Matched, in versions
+4.57 and 5.24: configuration_t5.py, configuration_(u)mt5.py, configuration_vit.py, configuration_utils.py and
+image_processing_vit.py of transformers.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class T5Config:
       mlp_dim: F, the width of a dense MLP [MLP_DIM].
       num_encoder_layers: layers of the encoder [NUM_ENCODER_LAYERS].
       num_decoder_layers: layers of the decoder [NUM_DECODER_LAYERS].
-      mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
-      logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0.
+      mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0 [MLP_ACTIVATIONS].
+      logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0 [LOGITS_VIA_EMBEDDING].
       position_biases: see `PositionBiases` [POSITION_BIASES].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from upcycle import partitioning, schema
+from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
@@ -156,15 +156,7 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
             f'{reader.path} holds a model of the family {family}, and the gin files describe a {model.family}.'
         )
     facts = identify.facts_in(reader.path, reader.leaves()) | identify.facts_of(reader.metadata)
-    for name, value in facts.items():
-        ours = getattr(model.config, name, value)
-        value = tuple(value) if isinstance(value, list) else value
-        if name not in changed and value != ours:
-            binding = identify.FACTS.get(name, name)
-            raise UserError(
-                f'{reader.path} was made with {binding} = {schema.shown(value)}, and the model has {schema.shown(ours)}: set '
-                f'{binding} in the gin files.'
-            )
+    identify.require_function(reader.path, model, facts, changed)
 
 
 def check_start(run: Run, step: int) -> None:
