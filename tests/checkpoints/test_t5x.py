@@ -168,8 +168,8 @@ def test_a_step_is_a_whole_number_in_any_type(dtype, step, tmp_path):
         (np.float32(2**31), 'float32 2147483648.0'),
         (np.int64(2**31), 'int64 2147483648'),
         (np.arange(2, dtype='f'), r'float32\[2\]'),
-        (np.complex64(4), r'complex64\[\]'),
-        (np.bool_(True), r'bool\[\]'),
+        (np.complex64(4), r'complex64 \(4\+0j\)'),
+        (np.bool_(True), 'bool True'),
     ],
     ids=str,
 )
@@ -342,6 +342,21 @@ def written(folder, tree):
     nested = unflatten_dict(tree, sep='/')
     state = nested.get('opt_state', {}).get('param_states', {})
     return write_legacy(folder, nested['params'], state)
+
+
+@pytest.mark.parametrize('layers', [0, 10**9])
+def test_a_stack_of_no_such_depth_is_refused(layers, tmp_path):
+    table = spec('target.encoder.encoder.relpos_bias.rel_embedding', (2, layers, 32))
+    folder = write_legacy(tmp_path / 'x', {'encoder': {'encoder': {'relpos_bias': {'rel_embedding': table}}}})
+    with pytest.raises(UserError, match=f'target/encoder/encoder/.*x would be a stack of {layers} layers'):
+        open_checkpoint(folder).leaves()
+
+
+def test_a_leaf_of_a_stack_that_is_none_is_not_lost(tmp_path):
+    tree = stacked({name: value for name, value in per_layer_t5(False, False).items() if name != 'step'}, 1)
+    reader = open_checkpoint(written(tmp_path / 'x', tree | {'params/encoder/encoder/gate': np.ones(3, 'f')}))
+    with pytest.raises(UserError, match=r'params/encoder/encoder/gate \(3,\) belongs to nothing'):
+        identify.check(reader.path, reader.leaves())
 
 
 @pytest.mark.parametrize('moe', [False, True], ids=['dense', 'moe'])
