@@ -352,6 +352,16 @@ def test_a_stack_of_no_such_depth_is_refused(layers, tmp_path):
         open_checkpoint(folder).leaves()
 
 
+@pytest.mark.parametrize('other', ['layers_1', 'encoder/subblock_0'])
+def test_a_layer_is_not_read_twice(other, tmp_path):
+    tree = {
+        'params/encoder/encoder/encoder_norm/scale': np.ones((4, 2), 'f'),
+        f'params/encoder/{other}/encoder_norm/scale': np.ones((4, 2), 'f'),
+    }
+    with pytest.raises(UserError, match='x holds params/encoder/layers_[01]/encoder_norm/scale twice'):
+        open_checkpoint(written(tmp_path / 'x', tree)).leaves()
+
+
 def test_a_leaf_of_a_stack_that_is_none_is_not_lost(tmp_path):
     tree = stacked({name: value for name, value in per_layer_t5(False, False).items() if name != 'step'}, 1)
     reader = open_checkpoint(written(tmp_path / 'x', tree | {'params/encoder/encoder/gate': np.ones(3, 'f')}))

@@ -6,6 +6,8 @@ ours: `target/<p>` is `params/<p>`, `state/param_states/<p>/v_row` is `opt_state
 `state/step`, which is also Adafactor's decay clock, is `step` and `opt_state/count`.
 
 Stacked layers (`scan_layers=True`) are taken apart: `encoder/encoder/...` with layers along axis 1 is `encoder/layers_0/...`.
+Attention kernels with heads apart are joined: (embed, heads, head_dim) is (embed, heads * head_dim). Such layouts have another
+optimizer state, which is left out. The step of a run that was restored has the type of its weights, and is int32 here.
 Sources: t5x/checkpoints.py, adafactor.py, contrib/moe/adafactor_utils.py, examples/scalable_t5; flaxformer's
 moe_architecture.py.
 """
@@ -127,6 +129,8 @@ class _T5XReader(arrays.ArrayReader):
                     views[ours] = _with_joined_heads(ours, _Stored(shape, leaf.dtype, read, i))
             else:
                 views[name] = _with_joined_heads(name, _Stored(leaf.shape, leaf.dtype, read))
+            if twice := views.keys() & (every.keys() | (stored.keys() - {name})):
+                raise UserError(f'{self.path} holds {min(twice)} twice, once of them in {theirs}: it is not read.')
             changed = changed or not is_step
             self._sources |= views
             every |= {ours: jax.ShapeDtypeStruct(view.shape, view.dtype) for ours, view in views.items()}
