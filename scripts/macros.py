@@ -21,7 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'macros.md'
 # In the order in which a run names them, so that the first folder with a macro has its default.
 FOLDERS = {
-    'models': 'Sizes and everything that a dense model has. `models/t5_1_1.gin` and `models/vit.gin` are the bases of the sizes.',
+    'models': 'Sizes and everything that a dense model has. `models/t5_1_1.gin`, `models/t5_1_0.gin` and `models/vit.gin` are '
+    'the bases of the sizes.',
     'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`. Leave the file out for a dense model.",
     'optimizers': 'Other optimizers than the Adafactor that models bring along.',
     'tasks': 'The data. A task also says how large the vocabulary or the images are.',

@@ -12,6 +12,7 @@ import gin
 from tests import runs
 from upcycle import configuration, gin_files, schema
 from upcycle.errors import UserError, UserErrors, mistakes_of
+from upcycle.models.vit import Gelu
 
 
 def mistakes(files, bindings):
@@ -216,3 +217,18 @@ def test_every_configurable_of_ours_has_types(tmp_path):
 )
 def test_types(value, hint, expected):
     assert schema.fits(value, hint) is expected
+
+
+@pytest.mark.parametrize(
+    ('value', 'expected'),
+    [
+        (Gelu.TANH, "'tanh'"),
+        ([Gelu.TANH, 1.5], "['tanh', 1.5]"),
+        (('relu',), "('relu',)"),
+        ((1, ()), '(1, ())'),
+        ({'gelu': Gelu.ERF}, "{'gelu': 'erf'}"),
+        (None, 'None'),
+    ],
+)
+def test_values_are_shown_as_they_are_written(value, expected):
+    assert schema.shown(value) == expected

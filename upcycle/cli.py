@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import upcycle
-from upcycle.checkpoints import FORMATS
+from upcycle.checkpoints import FORMATS, forget_warnings, warnings_last
 from upcycle.errors import PREEMPTED, Preempted, UserError, without_password
 from upcycle.host_memory import keep_freed_memory
 
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Parses and dispatches; raises UserError where `main` prints it."""
+    forget_warnings()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     bindings = {}
@@ -263,7 +264,8 @@ def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
     if options.source is not None:
         bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source)}
-    jobs.plan(options.gin_file, bindings, as_json=options.json)
+    with warnings_last():
+        jobs.plan(options.gin_file, bindings, as_json=options.json)
 
 
 def _one_or_several(paths: list[str]) -> str:
@@ -363,7 +365,8 @@ def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
     _on_the_host()
     from upcycle.inspection import inspect
 
-    return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)
+    with warnings_last():
+        return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)
 
 
 def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:

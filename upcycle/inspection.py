@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from upcycle import schema
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.models import identify
 from upcycle.surgery.receipt import mismatches
@@ -151,7 +152,8 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
     console.print(numbers)
     if facts['facts']:
         console.print(
-            'model: ' + ', '.join(f'{name} = {value}' for name, value in facts['facts'].items()), soft_wrap=True
+            'model: ' + ', '.join(f'{name} = {schema.shown(value)}' for name, value in facts['facts'].items()),
+            soft_wrap=True,
         )
     if all_leaves:
         table = Table('leaf', 'shape', 'dtype', box=None, pad_edge=False)

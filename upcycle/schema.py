@@ -123,15 +123,17 @@ def shown(value: Any) -> str:
     why = ''
     if isinstance(value, Made):
         return f'@{value.kind.__name__}' + '()' * value.called
-    if isinstance(value, list | tuple):
-        text = f'[{", ".join(map(shown, value))}]' if isinstance(value, list) else f'({", ".join(map(shown, value))})'
+    if isinstance(value, list):
+        text = f'[{", ".join(map(shown, value))}]'
+    elif isinstance(value, tuple):
+        text = f'({", ".join(map(shown, value))}{"," * (len(value) == 1)})'
     elif isinstance(value, Mapping):
         text = '{' + ', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items()) + '}'
     elif isinstance(value, int) and abs(value) > _LARGEST:
         text = hex(value) if abs(value) > 10**100 else repr(value)  # hex has no largest length
         why = f' (beyond {_LARGEST}, the largest whole number)'
     else:
-        text = repr(value)
+        text = repr(value.value if isinstance(value, enum.Enum) else value)
     return (text if len(text) <= 120 else text[:117] + '...') + why
 
 

@@ -15,6 +15,7 @@ from tests.checkpoints.trees import assert_same
 from tests.fixtures import fixtures_dir, requires_fixtures
 from upcycle.checkpoints import Reader, flax_npz, open_checkpoint
 from upcycle.errors import UserError
+from upcycle.transfer import transfer
 
 
 def save(path, arrays, compressed=False):
@@ -166,6 +167,58 @@ def test_fortran_order(tmp_path):
 class _Pickled:
     def __reduce__(self):
         return (pytest.fail, ('unpickled',))
+
+
+def turned(params, order):
+    """The same numbers in another byte order."""
+    return {name: np.asarray(value, value.dtype.newbyteorder(order)) for name, value in params.items()}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('order', ['>', '<'])
+def test_byte_order(tmp_path, order, dtype):
+    params = vits.ours(dtype=dtype)
+    file, expected = vits.vision_transformer(params)
+    reader = open_checkpoint(save(tmp_path / 'a.npz', turned(file, order) | {'step': np.asarray(7, f'{order}i4')}))
+    assert_same(reader, expected | {'step': np.asarray(7, np.int32)})
+    assert all(leaf.dtype.isnative for leaf in reader.leaves().values()) and reader.step == 7
+    stacks = open_checkpoint(save(tmp_path / 'b.npz', turned(vits.scanned(params), order)))
+    assert_same(stacks, params)
+    name = 'params/Transformer/encoderblock_1/MlpBlock_0/Dense_0/kernel'
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for opened in (reader, stacks):
+        np.testing.assert_array_equal(opened.read(name, sharding), expected[name])
+        np.testing.assert_array_equal(opened.read(name, region=(slice(2, 5),)), expected[name][2:5])
+
+
+def test_arrays_of_another_byte_order_go_everywhere(tmp_path):
+    file, expected = vits.vision_transformer(vits.ours())
+    source = save(tmp_path / 'vit.npz', turned(file, '>'))
+    for format in ('upcycle', 'huggingface', 'vit_npz'):
+        target = transfer(source, tmp_path / (f'{format}.npz' if format == 'vit_npz' else format), format, step=3)
+        reader = open_checkpoint(target)
+        for name in ('params/cls', 'params/head/kernel'):
+            assert reader.read(name).tobytes() == expected[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    'strange',
+    [
+        np.zeros((16, 5), [('re', '<f4'), ('im', '<f4')]),
+        np.zeros((16, 5), '>f8'),
+        np.zeros((16, 5), '>c8'),
+        np.zeros((16, 5), '>i4'),
+        np.zeros((16, 5), 'datetime64[s]'),
+        np.full((16, 5), 'a text'),
+        np.zeros((16, 5), bool),
+    ],
+    ids=lambda strange: strange.dtype.str,
+)
+def test_types_that_no_weights_have(tmp_path, strange):
+    file = vits.ours() | {'params/head/kernel': strange}
+    with pytest.raises(UserError, match='type that no model has .params/head/kernel is') as caught:
+        open_checkpoint(save(tmp_path / 'vit.npz', file)).leaves()
+    assert '\n' not in str(caught.value)
 
 
 def test_nothing_is_unpickled(tmp_path):

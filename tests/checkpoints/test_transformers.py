@@ -36,6 +36,8 @@ T5S = {
     'T5 1.1 with a tied head': ('T5', V1_1, False),
     'T5 1.0': ('T5', {}, False),
     'mT5': ('MT5', V1_1, True),
+    'umT5': ('UMT5', V1_1, True),
+    'umT5 with a tied head': ('UMT5', {}, False),
 }
 VIT_SIZES = {
     'hidden_size': 32,
@@ -111,6 +113,52 @@ def test_t5(kind, shard, tmp_path):
     exported = transfer(imported, tmp_path / 'exported', 'huggingface')
     again = cls.from_pretrained(exported).eval()
     np.testing.assert_array_equal(logits_there(again, theirs), expected)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'feed_forward_proj': 'gated-gelu', 'dense_act_fn': 'relu'},
+        {'feed_forward_proj': 'relu', 'dense_act_fn': 'silu'},
+        {'feed_forward_proj': 'gelu_new'},
+        {'feed_forward_proj': 'gated-silu', 'dense_act_fn': 'gelu_pytorch_tanh'},
+    ],
+)
+def test_activations_of_t5(fields, tmp_path):
+    model = randomize(transformers.T5ForConditionalGeneration(transformers.T5Config(**T5_SIZES, **fields)))
+    model.save_pretrained(tmp_path / 'theirs')
+    ours, theirs = t5_batch()
+    expected = logits_there(model, theirs)
+    np.testing.assert_allclose(logits_here(tmp_path / 'theirs', ours), expected, rtol=1e-4, atol=1e-4)
+    exported = transfer(tmp_path / 'theirs', tmp_path / 'exported', 'huggingface')
+    again = transformers.T5ForConditionalGeneration.from_pretrained(exported).eval()
+    # Two programs of one approximation of GELU.
+    np.testing.assert_allclose(logits_there(again, theirs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_vit_in_the_names_of_transformers_5(bare, tmp_path):
+    if int(transformers.__version__.split('.')[0]) < 5:
+        pytest.skip('transformers 4 knows no other names')
+    config = transformers.ViTConfig(**VIT_SIZES, num_labels=5)
+    cls = transformers.ViTModel if bare else transformers.ViTForImageClassification
+    model = randomize(cls(config))
+    model.save_pretrained(tmp_path / 'old')
+    model.save_pretrained(tmp_path / 'new', save_original_format=False)
+    old, new = (open_checkpoint(tmp_path / kind) for kind in ('old', 'new'))
+    names = [(tmp_path / kind / 'model.safetensors').read_bytes() for kind in ('old', 'new')]
+    assert [b'layers.0.attention.q_proj' in name for name in names] == [False, True]
+    assert old.leaves() == new.leaves()
+    for name in old.leaves():
+        np.testing.assert_array_equal(old.read(name), new.read(name), err_msg=name)
+    exported = transfer(tmp_path / 'new', tmp_path / 'exported', 'huggingface')
+    assert b'encoder.layer.0.attention.attention.query' in (tmp_path / 'exported' / 'model.safetensors').read_bytes()
+    again, info = cls.from_pretrained(exported, output_loading_info=True)
+    assert not any(info[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    batch = {'pixel_values': torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        expected, found = (one.eval()(**batch)[0 if not bare else 1].numpy() for one in (model, again))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('activation', ['gelu', 'gelu_new'])

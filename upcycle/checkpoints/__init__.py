@@ -7,9 +7,11 @@ libraries load when a checkpoint is opened.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from upcycle import files
@@ -27,7 +29,7 @@ FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # re
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
 # Orbax and T5X both write beside the final name and rename at the end, so these names are interrupted saves.
-_UNFINISHED = re.compile(r'(?:checkpoint_)?\d+\.(?:orbax-checkpoint-tmp|tmp-).*')
+_UNFINISHED = re.compile(r'(?:checkpoint_)?(\d+)\.(?:orbax-checkpoint-tmp|tmp-).*')
 _LOOKED_FOR = (
     '`state/_METADATA` (Orbax: ours or T5X), `checkpoint` (T5X legacy), '
     'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, `model.safetensors` with `config.json` (Hugging Face), '
@@ -35,6 +37,11 @@ _LOOKED_FOR = (
 )
 # A part of an archive is named behind a colon, as big_vision does: `siglip.npz:img`.
 _PART = re.compile(r'(.+\.npz):([\w/]+)')
+
+
+# Warnings of this command, and whether they have been given; not while they are held.
+_warned: dict[str, bool] = {}
+_held: list[bool] = []
 
 
 @runtime_checkable
@@ -82,6 +89,40 @@ class Reader(Protocol):
         ...
 
 
+def warn_once(text: str) -> None:
+    """A warning on standard error; a command that opens a checkpoint twice gives it once."""
+    if text not in _warned:
+        _warned[text] = False
+        if not _held:
+            _give_warnings()
+
+
+def forget_warnings() -> None:
+    """Begins a command: whatever it warns of is said again."""
+    _warned.clear()
+
+
+@contextlib.contextmanager
+def warnings_last() -> Iterator[None]:
+    """Around a command whose listing is long: its warnings come below."""
+    _held.append(True)
+    try:
+        yield
+    finally:
+        _held.pop()
+        sys.stdout.flush()
+        _give_warnings()
+
+
+def _give_warnings() -> None:
+    from upcycle.metrics import warn
+
+    for text, given in _warned.items():
+        if not given:
+            warn(text)
+            _warned[text] = True
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     """Opens a checkpoint of any format that we read; the format is found, not named.
 
@@ -92,6 +133,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     Raises:
         UserError: nothing is there, it holds no checkpoint, or only a save that never finished.
     """
+    from upcycle.checkpoints import huggingface
+
     folder, part = files.absolute(path), ''
     if match := _PART.fullmatch(os.fspath(folder)):
         folder, part = files.absolute(match[1]), match[2]
@@ -106,23 +149,43 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
 
         return flax_npz.NpzReader(folder, part)
     if folder.name.endswith(('.safetensors', '.safetensors.index.json')) and folder.is_file():
-        folder = folder.parent
+        return huggingface.HuggingFaceReader(folder)
     if reader := _open_step(folder):
         return reader
-    if pickles := [name for name in ('pytorch_model.bin', 'pytorch_model.bin.index.json') if (folder / name).exists()]:
-        raise UserError(
-            f'{folder} holds {pickles[0]}, a pickle, which is never opened: save the model again with '
-            "transformers' save_pretrained, which writes safetensors."
-        )
     steps = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
     children = [child for child in steps.iterdir() if child.is_dir()] if steps.is_dir() else []
-    numbered = [(int(match[1]), child) for child in children if (match := _STEP.fullmatch(child.name))]
-    for _, child in sorted(numbered, reverse=True):
-        if reader := _open_step(child):
+    passed_over: dict[str, str] = {}
+    for _, child in sorted(((_number(child.name), child) for child in children), reverse=True):
+        if _number(child.name) < 0:
+            break
+        if not _UNFINISHED.fullmatch(child.name) and (reader := _open_step(child)):
+            for name, reason in passed_over.items():
+                if _number(name) > _number(child.name):
+                    warn_once(f'{steps / name} is passed over, because {reason}: {child.name} is read.')
             return reader
-    if unfinished := sorted(child.name for child in children if _UNFINISHED.fullmatch(child.name)):
-        raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(unfinished)}): name another run.')
-    raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}.')
+        passed_over[child.name] = _why_not_read(child)
+    if passed_over and all(map(_UNFINISHED.fullmatch, passed_over)):
+        raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(passed_over)}): name another run.')
+    huggingface.refuse_other_files(folder)
+    listing = ''.join(f'; {name} is passed over, because {reason}' for name, reason in passed_over.items())
+    raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}.')
+
+
+def _number(name: str) -> int:
+    """The step of a step's folder, finished or not; -1 for other names."""
+    match = _STEP.fullmatch(name) or _UNFINISHED.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def _why_not_read(step: epath.Path) -> str:
+    """Of a step's folder that `_open_step` does not know."""
+    if _UNFINISHED.fullmatch(step.name):
+        return 'its save was interrupted'
+    if not any(step.iterdir()):
+        return 'it is empty'
+    if (step / 'state' / '_METADATA').exists():
+        return 'it has no commit_success.txt: its save was interrupted'
+    return 'it has neither `checkpoint` (T5X legacy) nor `state/_METADATA` (Orbax): it was not copied as a whole'
 
 
 def create_checkpoint(

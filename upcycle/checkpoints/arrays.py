@@ -373,9 +373,9 @@ class ArrayReader:
 
 
 def _shape_dtype(source: Source) -> jax.ShapeDtypeStruct | None:
-    """A leaf's shape and dtype where its source tells them, else None."""
+    """A leaf's shape and dtype, in this machine's byte order, where its source tells them, else None."""
     if not isinstance(source, dict):
-        return jax.ShapeDtypeStruct(source.shape, source.dtype)
+        return jax.ShapeDtypeStruct(source.shape, np.dtype(source.dtype).newbyteorder('='))
     if 'shape' in source.get('metadata', {}) and 'transform' not in source:
         return jax.ShapeDtypeStruct(tuple(source['metadata']['shape']), jax.numpy.dtype(source['dtype']))
     return None

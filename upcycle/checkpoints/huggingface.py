@@ -1,8 +1,10 @@
-"""Hugging Face checkpoints of T5 (1.0, 1.1, Flan, mT5) and ViT in safetensors files, read and written without PyTorch.
+"""Hugging Face checkpoints of T5 (1.0, 1.1, Flan, mT5, umT5) and ViT in safetensors files, read and written without PyTorch.
 
 A safetensors file is a JSON header (names, types, shapes, offsets) and the arrays' bytes; a large model has several files and an
-index. `config.json` says what shapes do not. Linear layers hold (out, in) there and (in, out) here, and a head's axes are joined.
-Layouts matched: transformers' modeling_t5.py, modeling_mt5.py, modeling_vit.py; the safetensors format's own description.
+index. `config.json` says what shapes do not, and `preprocessor_config.json` how a ViT's images were made. Linear layers hold
+(out, in) there and (in, out) here, and a head's axes are joined. Layouts matched: modeling_t5.py, modeling_(u)mt5.py,
+modeling_vit.py, conversion_mapping.py, configuration_utils.py and `_get_resolved_checkpoint_files` of transformers 4 and 5; the
+safetensors format's own description.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from upcycle import schema
-from upcycle.checkpoints import arrays, writing
+from upcycle.checkpoints import arrays, foreign, warn_once, writing
 from upcycle.errors import UserError
 
 SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
@@ -41,20 +43,40 @@ _DTYPES = {
     'BOOL': np.dtype('bool'),
 }
 _MAX_HEADER = 100 << 20
-# What we read of a configuration.
-_CONFIG_TYPES = {
-    'model_type': str,
-    **dict.fromkeys(('num_layers', 'num_decoder_layers', 'num_hidden_layers'), schema.Depth),
-    **dict.fromkeys(('num_heads', 'num_attention_heads', 'd_kv', 'relative_attention_max_distance'), schema.Count),
-    **dict.fromkeys(('layer_norm_epsilon', 'layer_norm_eps'), schema.Positive),
-    **dict.fromkeys(('feed_forward_proj', 'hidden_act'), str),
-    **dict.fromkeys(('tie_word_embeddings', 'scale_decoder_outputs'), bool),
-}
 _SHARD_BYTES = 5 << 30
 
-# T5's feed-forward layers. `gated-gelu` is the tanh approximation in transformers (gelu_new), as in T5X.
-_ACTIVATIONS = {'relu': ('relu',), 'gated-gelu': ('gelu', 'linear'), 'gated-silu': ('silu', 'linear')}
-_GELUS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}
+# What a file of some other kind is, by its name.
+_ADAPTER = 'adapter_config.json'
+_PICKLES = re.compile(r'pytorch_model.*\.bin(\.index\.json)?|.*\.(pt|pth|ckpt|pkl)')
+_OTHER_PROGRAMS = re.compile(r'(tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf|model.*\.onnx)')
+_SHARD = re.compile(r'.*-\d{5}-of-\d{5}\.safetensors')
+
+# What torch.compile, DistributedDataParallel, FSDP, checkpointing of activations and Lightning put into a name.
+_WRAPPERS = re.compile(
+    r'(^model\.|(?<![^.])(_orig_mod|module|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)'
+)
+# A ViT's names in transformers 5, as conversion_mapping.py renames them, and those that it writes unless asked not to.
+_VIT_5 = (
+    (r'^(vit\.)?layers\.(\d+)\.', r'\1encoder.layer.\2.'),
+    (r'\.attention\.(?:attention\.)?q_proj\.', '.attention.attention.query.'),
+    (r'\.attention\.(?:attention\.)?k_proj\.', '.attention.attention.key.'),
+    (r'\.attention\.(?:attention\.)?v_proj\.', '.attention.attention.value.'),
+    (r'\.attention\.o_proj\.', '.attention.output.dense.'),
+    (r'\.mlp\.fc1\.', '.intermediate.dense.'),
+    (r'\.mlp\.fc2\.', '.output.dense.'),
+)
+# What transformers leaves out as well (`_keys_to_ignore_on_load_unexpected`), and why.
+_NOT_READ = {
+    'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight': 'a table of early T5 1.0 files that nothing uses',
+    'vit.embeddings.mask_token': 'the token of masked patches, which classification does not use',
+    'embeddings.mask_token': 'the token of masked patches, which classification does not use',
+}
+_DEPTHS = {
+    'num_layers': r'encoder\.block\.(\d+)\.',
+    'num_decoder_layers': r'decoder\.block\.(\d+)\.',
+    'num_hidden_layers': r'(?:vit\.)?encoder\.layer\.(\d+)\.',
+}
+_T5_CLASSES = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +102,8 @@ _TURNS = {
 Table = dict[str, tuple[str, str]]  # their name: (ours below `params/`, turn)
 
 
-def _t5_table(encoder_layers: int, decoder_layers: int) -> Table:
+def _t5_table(encoder_layers: int, decoder_layers: int, biases_in_every_layer: bool) -> Table:
+    """`biases_in_every_layer`: as in umT5, where T5 has the position biases of a stack in its first layer."""
     table = {
         'shared.weight': ('token_embedder/embedding', 'same'),
         'lm_head.weight': ('decoder/logits_dense/kernel', 'linear'),
@@ -93,8 +116,10 @@ def _t5_table(encoder_layers: int, decoder_layers: int) -> Table:
         ),
     }
     for stack, count in (('encoder', encoder_layers), ('decoder', decoder_layers)):
-        attention = f'{stack}.block.0.layer.0.SelfAttention'
-        table[f'{attention}.relative_attention_bias.weight'] = (f'{stack}/relpos_bias/rel_embedding', 'linear')
+        for i in range(count if biases_in_every_layer else 1):
+            attention = f'{stack}.block.{i}.layer.0.SelfAttention'
+            ours = f'{stack}/layers_{i}' if biases_in_every_layer else stack
+            table[f'{attention}.relative_attention_bias.weight'] = (f'{ours}/relpos_bias/rel_embedding', 'linear')
         table[f'{stack}.final_layer_norm.weight'] = (f'{stack}/{stack}_norm/scale', 'same')
         for i in range(count):
             theirs, ours = f'{stack}.block.{i}.layer', f'{stack}/layers_{i}'
@@ -151,14 +176,19 @@ class HuggingFaceReader(arrays.ArrayReader):
 
     def __init__(self, path: epath.Path):
         folder = path if path.is_dir() else path.parent
-        self._config = _read_config(folder)
-        stored, self._notes = _read_files(folder)
-        read = {'t5': _read_t5, 'mt5': _read_t5, 'vit': _read_vit}.get(self._config.get('model_type'))
-        if read is None:
-            raise UserError(
-                f'{folder / CONFIG} describes a model of type {self._config.get("model_type")}: only T5 and ViT are read.'
-            )
+        self._config = foreign.read_config(folder / CONFIG)
+        file = _which_file(folder, None if path == folder else path.name, self._config.get('transformers_weights'))
+        stored, self._notes = _read_files(file)
+        stored = _renamed(folder, stored, self._config['model_type'])
+        self._left_out = {name: _NOT_READ[name] for name in stored if name in _NOT_READ}
+        stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
+        for name, reason in self._left_out.items():
+            warn_once(f'{name} of {folder} is not read: it is {reason}.')
+        _require_depth(folder, self._config, stored)
+        read = {'t5': _read_t5, 'vit': _read_vit}[foreign.family(self._config)]
         sources, self._facts = read(folder, self._config, stored)
+        _require_sizes(folder, self._config, sources)
+        foreign.check_images(folder, self._config)
         step = self._notes.get('step', '')
         named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in sources.items()}
         if re.fullmatch('[0-9]{1,10}', step) and int(step) < 2**31:
@@ -167,14 +197,47 @@ class HuggingFaceReader(arrays.ArrayReader):
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The family, and what the configuration says of the model."""
-        family = 'vit' if self._config['model_type'] == 'vit' else 't5'
-        return {'family': family, 'facts': self._facts, 'model_type': self._config['model_type']}
+        """The family, what the configuration says of the model, and what of the files is not read."""
+        found = {'family': foreign.family(self._config), 'facts': self._facts, 'model_type': self._config['model_type']}
+        return {**found, 'not_read': self._left_out} if self._left_out else found
 
 
 def find(folder: epath.Path) -> bool:
     """Whether a folder holds safetensors."""
     return any((folder / name).exists() for name in (SINGLE, INDEX))
+
+
+def refuse_other_files(folder: epath.Path) -> None:
+    """Says what a folder without `model.safetensors` and its index holds instead.
+
+    Raises:
+        UserError: an adapter, files of another name, or of another program.
+    """
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    if _ADAPTER in names:
+        raise UserError(
+            f"{folder} is an adapter ({_ADAPTER}) and no model: merge it into its model with peft's merge_and_unload, and save "
+            'that with save_pretrained.'
+        )
+    safetensors = [name for name in names if name.endswith(('.safetensors', '.safetensors.index.json'))]
+    variants = [name for name in names if re.fullmatch(r'model\.safetensors\.index\..+\.json', name)]
+    if shards := [name for name in safetensors if _SHARD.fullmatch(name)]:
+        missing = INDEX if not variants else f'{INDEX} (of a variant there is {variants[0]})'
+        raise UserError(f'{folder} holds {shards[0]} and no {missing}: copy the checkpoint again, with its index.')
+    if safetensors:
+        raise UserError(
+            f'{folder} holds {safetensors[0]} and no {SINGLE}: name the file itself, {folder / safetensors[0]}.'
+        )
+    if pickles := [name for name in names if _PICKLES.fullmatch(name)]:
+        raise UserError(
+            f'{folder} holds {pickles[0]}, a pickle, which is never opened: save the model again with '
+            "transformers' save_pretrained, which writes safetensors."
+        )
+    if others := [name for name in names if _OTHER_PROGRAMS.fullmatch(name)]:
+        raise UserError(
+            f'{folder} holds {others[0]}, which is not read: save the model again with '
+            "transformers' save_pretrained, which writes safetensors."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,22 +271,47 @@ class _Tensor:
         return np.asarray(shaped[inner], order='C')
 
 
-def _read_config(folder: epath.Path) -> dict[str, Any]:
-    """What the arrays do not say, nulls left out."""
-    config = {name: value for name, value in arrays.read_json(folder / CONFIG).items() if value is not None}
-    for name, kind in _CONFIG_TYPES.items():
-        if name in config and not schema.fits(config[name], kind):
+def _which_file(folder: epath.Path, named: str | None, by_config: Any) -> epath.Path:
+    """The file that counts, of arrays or an index, in the order of transformers' `_get_resolved_checkpoint_files`.
+
+    Args:
+        folder: of the model.
+        named: the file that the user named; None: the folder.
+        by_config: `transformers_weights` of the configuration.
+    """
+    if named is not None and not _SHARD.fullmatch(named):
+        return folder / named
+    if by_config is not None:
+        if not arrays.is_plain_name(by_config) or not by_config.endswith(('.safetensors', '.safetensors.index.json')):
             raise UserError(
-                f'{folder / CONFIG}: {name} is {schema.shown(config[name])}, which is not {schema.in_words(kind)}.'
+                f'{folder / CONFIG}: transformers_weights is {schema.shown(by_config)}, where the name of a safetensors file or '
+                'its index belongs.'
             )
-    return config
+        return folder / by_config
+    if (folder / _ADAPTER).exists():
+        warn_once(f'{folder / _ADAPTER} is passed over: the model is read without its adapter.')
+    if not (folder / SINGLE).exists():
+        return folder / INDEX
+    if (folder / INDEX).exists() and _indexed(folder / INDEX) != {SINGLE}:
+        warn_once(
+            f'{folder / INDEX} and its files are passed over: {SINGLE} counts, as in transformers. Name the index to read them.'
+        )
+    return folder / SINGLE
 
 
-def _read_files(folder: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
-    """The arrays of a model, in one file or several, and the notes in the (first) header."""
-    index = folder / INDEX
-    if not index.exists():
-        return _read_header(folder / SINGLE)
+def _indexed(index: epath.Path) -> set[str]:
+    """Files that an index names; none where it is damaged."""
+    try:
+        return set(arrays.read_json(index)['weight_map'].values())
+    except (UserError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _read_files(file: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
+    """The arrays of a model, in one file or in those of an index, and the notes in the (first) header."""
+    if not file.name.endswith('.json'):
+        return _read_header(file)
+    folder, index = file.parent, file
     try:
         where = arrays.read_json(index, _refuse_twice)['weight_map']
         files = sorted(set(where.values()))
@@ -301,22 +389,74 @@ def _tensor(file: epath.Path, name: str, entry: Mapping[str, Any], start: int) -
     return _Tensor(file, shape, dtype, start + begin)
 
 
+def _renamed(folder: epath.Path, stored: Mapping[str, _Tensor], model_type: str) -> dict[str, _Tensor]:
+    """The arrays by the names of transformers 4, without what wrappers put before them.
+
+    Raises:
+        UserError: the arrays are those of an adapter, or two have the same name then.
+    """
+    if adapters := [name for name in stored if re.search(r'(^|[._])lora_|\.base_layer\.|^base_model\.', name)]:
+        raise UserError(
+            f"{folder} holds an adapter that is not merged ({adapters[0]}): merge it with peft's merge_and_unload, and save the "
+            'model again.'
+        )
+    out: dict[str, _Tensor] = {}
+    came_from: dict[str, str] = {}
+    for theirs, tensor in stored.items():
+        name = theirs
+        while (shorter := _WRAPPERS.sub('', name)) != name:
+            name = shorter
+        for pattern, replacement in _VIT_5 if model_type == 'vit' else ():
+            name = re.sub(pattern, replacement, name)
+        if name in out:
+            raise UserError(f'{folder} has two arrays for {name}: {came_from[name]} and {theirs}.')
+        out[name], came_from[name] = tensor, theirs
+    return out
+
+
+def _require_depth(folder: epath.Path, config: Mapping[str, Any], stored: Mapping[str, _Tensor]) -> None:
+    """The configuration must have as many layers as the arrays."""
+    for field, pattern in _DEPTHS.items():
+        layers = {int(match[1]) for name in stored if (match := re.match(pattern, name))}
+        if field in config and layers and config[field] != 1 + max(layers):
+            raise UserError(f'{folder / CONFIG}: {field} is {config[field]}, and the arrays have {1 + max(layers)}.')
+
+
+def _require_sizes(folder: epath.Path, config: Mapping[str, Any], sources: Mapping[str, arrays.Lazy]) -> None:
+    """Sizes in the configuration must be those of the arrays, as far as these are there."""
+    shapes = {name: source.shape for name, source in sources.items()}
+    try:
+        if foreign.family(config) == 't5':
+            sizes = _t5_sizes(shapes)
+        else:
+            sizes = _vit_sizes(shapes)
+            query = shapes['Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel']
+            sizes |= {'head_dim': query[2]}
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        return  # An array is missing, as `identify.check` says.
+    if 'head/kernel' not in shapes:
+        sizes.pop('num_labels', None)
+    for field in sizes:
+        if field in foreign.SIZES and config.get(field, sizes[field]) != sizes[field]:
+            raise UserError(
+                f'{folder / CONFIG}: {field} is {schema.shown(config[field])}, and the arrays have {sizes[field]}.'
+            )
+
+
 def _read_t5(
     folder: epath.Path, config: Mapping[str, Any], stored: Mapping[str, _Tensor]
 ) -> tuple[dict[str, arrays.Lazy], dict[str, Any]]:
     try:
         layers = config['num_layers'], config.get('num_decoder_layers') or config['num_layers']
-        activations = _ACTIVATIONS.get(config.get('feed_forward_proj', 'relu'))
         facts = {'num_heads': config['num_heads'], 'head_dim': config['d_kv']}
     except KeyError as error:
         raise UserError(f'{folder / CONFIG} does not say {error}.') from error
-    if activations is None:
+    activations = foreign.t5_activations(folder / CONFIG, config)
+    if (len(activations) > 1) != any('.wi_0.' in name for name in stored):
         raise UserError(
-            f'{folder / CONFIG}: feed_forward_proj {config["feed_forward_proj"]!r} is not one of {", ".join(_ACTIVATIONS)}.'
+            f'{folder / CONFIG}: feed_forward_proj, dense_act_fn and is_gated_act ask for {activations}, and the arrays have '
+            f'{"one matrix" if len(activations) > 1 else "two matrices"} (DenseReluDense.wi).'
         )
-    for name, ours in (('relative_attention_max_distance', 128), ('layer_norm_epsilon', 1e-6)):
-        if config.get(name, ours) != ours:
-            raise UserError(f'{folder / CONFIG}: {name} is {config[name]}, and our T5 has {ours}.')
     stored = dict(stored)
     # T5 1.0 scales before a head that is the embedding; mT5 never does. transformers 5 always says that the head is tied, and
     # in a second field whether it scales; a head of its own is then there or not.
@@ -331,7 +471,8 @@ def _read_t5(
     if not scaled and 'shared.weight' in stored:
         stored.setdefault('lm_head.weight', stored['shared.weight'])
     facts |= {'mlp_activations': list(activations), 'logits_via_embedding': scaled}
-    return _turned(folder, stored, _t5_table(*layers), facts['num_heads']), facts
+    table = _t5_table(*layers, config['model_type'] == 'umt5')
+    return _turned(folder, stored, table, facts['num_heads']), facts
 
 
 def _require_same(folder: epath.Path, first: str, second: str, stored: Mapping[str, _Tensor]) -> None:
@@ -347,12 +488,12 @@ def _read_vit(
     folder: epath.Path, config: Mapping[str, Any], stored: Mapping[str, _Tensor]
 ) -> tuple[dict[str, arrays.Lazy], dict[str, Any]]:
     try:
-        gelu = _GELUS.get(config.get('hidden_act', 'gelu'))
         heads, layers = config['num_attention_heads'], config['num_hidden_layers']
     except KeyError as error:
         raise UserError(f'{folder / CONFIG} does not say {error}.') from error
-    if gelu is None:
-        raise UserError(f'{folder / CONFIG}: hidden_act {config["hidden_act"]!r} is not one of {", ".join(_GELUS)}.')
+    gelu = foreign.GELUS[config.get('hidden_act', 'gelu')]
+    if any('pooler.' in name for name in stored) and config.get('pooler_act', 'tanh') != 'tanh':
+        raise UserError(f'{folder / CONFIG}: pooler_act is {config["pooler_act"]!r}, and our ViT has tanh.')
     prefix = 'vit.' if any(name.startswith('vit.') for name in stored) else ''
     out = _turned(folder, stored, _vit_table(layers, prefix), heads)
     table, cls = out.get('pos_embedding'), out.get('cls')
@@ -500,17 +641,23 @@ def _their_names(leaves: writing.Leaves) -> tuple[str, dict[str, Any], dict[str,
     family = 't5' if 'token_embedder/embedding' in shapes else 'vit'
     sizes = _t5_sizes(shapes) if family == 't5' else _vit_sizes(shapes)
     if family == 't5':
-        table = _t5_table(sizes['num_layers'], sizes['num_decoder_layers'])
+        table = _t5_table(sizes['num_layers'], sizes['num_decoder_layers'], sizes['model_type'] == 'umt5')
     else:
         table = _vit_table(sizes['num_hidden_layers'], 'vit.' if 'head/kernel' in shapes else '')
     ours = {f'params/{name}': (theirs, kind) for theirs, (name, kind) in table.items()}
-    for name in leaves:
+    # What no option leaves out comes first.
+    for name in sorted(leaves, key=lambda name: name.startswith('opt_state/')):
         if name == 'step':
             continue
         if name not in ours:
             way_out = (
                 ': leave the optimizer state out with --optimizer_state=none' if name.startswith('opt_state/') else ''
             )
+            if writing.EXPERT in name.split('/'):
+                raise UserError(
+                    f'{name} has no counterpart in huggingface, which holds no MoE of T5 or ViT: export the MoE as upcycle, '
+                    "t5x_legacy or t5x_orbax, or make it dense first with DENSE_OPERATOR = 'average'."
+                )
             raise UserError(f'{name} has no counterpart in huggingface, which holds dense T5 and ViT models{way_out}.')
     if family == 'vit':
         for name in ('cls', 'pos_embedding'):
@@ -524,7 +671,9 @@ def _their_names(leaves: writing.Leaves) -> tuple[str, dict[str, Any], dict[str,
 
 
 def _t5_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    heads, buckets = shapes['encoder/relpos_bias/rel_embedding']
+    table = 'relpos_bias/rel_embedding'
+    every_layer = f'encoder/layers_0/{table}' in shapes
+    heads, buckets = shapes[f'encoder/layers_0/{table}' if every_layer else f'encoder/{table}']
     mlp = next((name for name in shapes if name.endswith('/mlp/wo/kernel')), None)
     vocab_size, width = shapes['token_embedder/embedding']
     layers = {
@@ -532,6 +681,7 @@ def _t5_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         for stack in ('encoder', 'decoder')
     }
     return {
+        'model_type': 'umt5' if every_layer else 't5',
         'vocab_size': vocab_size,
         'd_model': width,
         'd_kv': shapes['encoder/layers_0/attention/query/kernel'][1] // heads,
@@ -560,6 +710,7 @@ def _vit_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         'num_channels': channels,
         'image_size': patch * math.isqrt(shapes.get('pos_embedding', (1, 1))[1]),
         'num_labels': shapes.get('head/kernel', (0, 0))[1],
+        **({'pooler_output_size': shapes['pre_logits/kernel'][1]} if 'pre_logits/kernel' in shapes else {}),
         'qkv_bias': True,
     }
 
@@ -567,15 +718,17 @@ def _vit_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 def _their_config(family: str, sizes: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
     facts = metadata.get('facts') or {}
     if family == 't5':
-        activations = tuple(facts.get('mlp_activations') or _ACTIVATIONS[sizes['feed_forward_proj']])
-        projection = next((name for name, ours in _ACTIVATIONS.items() if ours == activations), None)
+        activations = tuple(facts.get('mlp_activations') or foreign.ACTIVATIONS[sizes['feed_forward_proj']])
+        projection = next((name for name, ours in foreign.ACTIVATIONS.items() if ours == activations), None)
         if projection is None:
             raise UserError(f'mlp_activations = {activations} has no counterpart in huggingface.')
-        is_mt5 = metadata.get('model_type') == 'mt5'
+        model_type = sizes['model_type']
+        if model_type == 't5' and metadata.get('model_type') == 'mt5':
+            model_type = 'mt5'
         return {
-            'architectures': ['MT5ForConditionalGeneration' if is_mt5 else 'T5ForConditionalGeneration'],
-            'model_type': 'mt5' if is_mt5 else 't5',
             **sizes,
+            'architectures': [f'{_T5_CLASSES[model_type]}ForConditionalGeneration'],
+            'model_type': model_type,
             'feed_forward_proj': projection,
             'layer_norm_epsilon': 1e-6,
             'relative_attention_max_distance': 128,

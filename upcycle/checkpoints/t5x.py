@@ -6,17 +6,21 @@ ours: `target/<p>` is `params/<p>`, `state/param_states/<p>/v_row` is `opt_state
 `state/step`, which is also Adafactor's decay clock, is `step` and `opt_state/count`.
 
 Stacked layers (`scan_layers=True`) are taken apart: `encoder/encoder/...` with layers along axis 1 is `encoder/layers_0/...`.
+Attention kernels with heads apart are joined: (embed, heads, head_dim) is (embed, heads * head_dim). Such layouts have another
+optimizer state, which is left out. The step of a run that was restored has the type of its weights, and is int32 here.
 Sources: t5x/checkpoints.py, adafactor.py, contrib/moe/adafactor_utils.py, examples/scalable_t5; flaxformer's
 moe_architecture.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.serialization
@@ -25,6 +29,7 @@ import msgpack
 import numpy as np
 from etils import epath
 
+from upcycle import schema
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
@@ -36,8 +41,9 @@ METADATA = 'upcycle.json'  # family, receipt, ...: ours, beside the index
 _INDEX_HASH = 'index_sha256'
 
 # Stacks of layers: `encoder/encoder/<p>`, or `encoder/encoder/subblock_1/<p>` where a block has a dense and a sparse layer.
-_STACKED = re.compile(r'(params)/(encoder|decoder)/(?:encoder|decoder)/(?:subblock_(\d+)/)?(.*)')
+_STACKED = re.compile(r'params/(encoder|decoder)/(?:encoder|decoder)/(?:subblock_(\d+)/)?(.*)')
 _STACK_AXIS = 1
+_ATTENTION_KERNEL = re.compile(r'/(?:self_|encoder_decoder_)?attention/(query|key|value|out)/kernel$')
 
 
 class _T5XReader(arrays.ArrayReader):
@@ -66,11 +72,7 @@ class _T5XReader(arrays.ArrayReader):
         return arrays.checked_metadata(str(file), arrays.read_json(file)) if file.exists() else {}
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        every = super()._abstract()
-        if any(_STACKED.match(name) for name in every):
-            self._unstack(every)
-            every = super()._abstract()
-            self._share_position_biases(every)
+        every = self._views(super()._abstract())
         # `m` is in use everywhere or nowhere, which settles it for a parameter that itself has the shape (1,).
         momentum = any(name.endswith('/m') and leaf.shape != (1,) for name, leaf in every.items())
         own_slots = ('m', 'v') if momentum else ('v',)
@@ -89,36 +91,61 @@ class _T5XReader(arrays.ArrayReader):
                     by_name[row], by_name[column] = by_name[column], by_name[row]
         return every
 
-    def _unstack(self, every: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        """Puts a view of each layer in the place of the stacks."""
+    def _views(self, stored: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Leaves as ours are: layers out of their stacks, heads joined, the step a whole number."""
         blocks: dict[str, set[str]] = {}
-        for match in filter(None, map(_STACKED.match, every)):
-            blocks.setdefault(match[2], set()).add(match[3])
-        for name in every:
-            match = _STACKED.match(name)
-            if name.startswith(_PARAM_STATES):
-                del self._sources[name]
-                self._left_out[name] = 'the optimizer state of stacked layers'
+        for match in filter(None, map(_STACKED.match, stored)):
+            blocks.setdefault(match[1], set()).add(match[2])
+        every: dict[str, jax.ShapeDtypeStruct] = {}
+        changed = False
+        for name, leaf in stored.items():
+            is_step = name in ('step', 'opt_state/count')
+            match = _STACKED.match(name) if len(leaf.shape) > _STACK_AXIS else None
+            if not is_step and not match and _joined_heads(name, leaf.shape) is None:
+                every[name] = leaf
+                continue
+            # The array itself is no leaf, and keeps T5X's name.
+            theirs = '/'.join(_keys(name))
+            for by_name in (self._sources, self._opened):
+                if name in by_name:
+                    by_name[theirs] = by_name.pop(name)
+            read = functools.partial(self._read_stored, theirs)
+            views: dict[str, arrays.Lazy] = {}
+            if is_step:
+                if math.prod(leaf.shape) != 1:
+                    raise _no_step(f'{theirs} of {self.path}', f'{leaf.dtype}{list(leaf.shape)}')
+                make = functools.partial(_step, f'{theirs} of {self.path}')
+                views[name] = arrays.Derived((), np.dtype(np.int32), (_Stored(leaf.shape, leaf.dtype, read),), make)
             elif match:
-                source = self._sources.pop(name)
-                layers = every[name].shape[_STACK_AXIS] if len(every[name].shape) > _STACK_AXIS else 0
+                shape = (*leaf.shape[:_STACK_AXIS], *leaf.shape[_STACK_AXIS + 1 :])
+                if not schema.fits(layers := leaf.shape[_STACK_AXIS], schema.Depth):
+                    raise UserError(
+                        f'{theirs} of {self.path} would be a stack of {layers} layers, which no model has: the index is '
+                        'damaged, copy the checkpoint again.'
+                    )
                 for i in range(layers):
-                    layer = i * len(blocks[match[2]]) + int(match[3] or 0)
-                    self._sources[f'params/{match[2]}/layers_{layer}/{match[4]}'] = _slice_of(source, every[name], i)
-        self._opened.clear()
+                    layer = i * len(blocks[match[1]]) + int(match[2] or 0)
+                    ours = f'params/{match[1]}/layers_{layer}/{match[3]}'
+                    views[ours] = _with_joined_heads(ours, _Stored(shape, leaf.dtype, read, i))
+            else:
+                views[name] = _with_joined_heads(name, _Stored(leaf.shape, leaf.dtype, read))
+            if twice := views.keys() & (every.keys() | (stored.keys() - {name})):
+                raise UserError(f'{self.path} holds {min(twice)} twice, once of them in {theirs}: it is not read.')
+            changed = changed or not is_step
+            self._sources |= views
+            every |= {ours: jax.ShapeDtypeStruct(view.shape, view.dtype) for ours, view in views.items()}
+        state = [name for name in every if name.startswith(_PARAM_STATES)]
+        if changed and state:
+            self._left_out[_PARAM_STATES.rstrip('/')] = (
+                f'the optimizer state ({len(state)} arrays) of stacked layers or of attention kernels with heads apart'
+            )
+            for name in (*state, 'opt_state/count'):
+                every.pop(name, None)
+        return every
 
-    def _share_position_biases(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
-        """Stacked layers each have a table of their own; where all are the same, the stack has one, as ours does."""
-        for stack in ('encoder', 'decoder'):
-            tables = [
-                name for name in every if re.fullmatch(rf'params/{stack}/layers_\d+/relpos_bias/rel_embedding', name)
-            ]
-            values = {self._begin_read(name, ())().tobytes() for name in tables}
-            if len(values) == 1:
-                shared = f'params/{stack}/relpos_bias/rel_embedding'
-                self._sources[shared], every[shared] = self._sources[tables[0]], every[tables[0]]
-                for name in tables:
-                    del self._sources[name], every[name]
+    def _read_stored(self, name: str, region: arrays.Region) -> np.ndarray:
+        value = self._begin_read(name, region)()
+        return value if self._is_fresh(name) else value.copy()
 
 
 class OrbaxReader(_T5XReader):
@@ -218,16 +245,65 @@ def _flax_array(code: int, data: bytes) -> Any:
     return flax.serialization.msgpack_restore(msgpack.packb(msgpack.ExtType(code, data)))
 
 
-def _slice_of(source: arrays.Source, leaf: jax.ShapeDtypeStruct, index: int) -> arrays.Source:
-    """One layer of a stack."""
-    if isinstance(source, np.ndarray):
-        return source[:, index]
-    kept = [axis for axis in range(len(leaf.shape)) if axis != _STACK_AXIS]
-    output = [
-        {'offset': index} if axis == _STACK_AXIS else {'input_dimension': kept.index(axis)}
-        for axis in range(len(leaf.shape))
-    ]
-    return {**source, 'transform': {'input_rank': len(kept), 'output': output}}
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A `Lazy` view of an array of T5X's, or of one layer of a stack.
+
+    Attributes:
+        shape, dtype: of the view.
+        read_array: reads a region of the array.
+        layer: index along the stack's axis; None: the array is no stack.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read_array: Callable[[arrays.Region], np.ndarray]
+    layer: int | None = None
+
+    def read(self, region: arrays.Region) -> np.ndarray:
+        """See `arrays.Lazy`."""
+        if self.layer is None:
+            return self.read_array(region)
+        whole = (*region, *[slice(None)] * (len(self.shape) - len(region)))
+        layer = slice(self.layer, self.layer + 1)
+        return self.read_array((*whole[:_STACK_AXIS], layer, *whole[_STACK_AXIS:])).squeeze(_STACK_AXIS)
+
+
+def _joined_heads(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of an attention kernel with its heads joined, as ours are; None where they are, or there are none.
+
+    T5X's scalable_t5 and flaxformer's `split_head_kernel` keep (embed, heads, head_dim) and (heads, head_dim, embed).
+    """
+    match = _ATTENTION_KERNEL.search(name)
+    if match is None or len(shape) != 3:
+        return None
+    first, second, third = shape
+    return (first * second, third) if match[1] == 'out' else (first, second * third)
+
+
+def _with_joined_heads(name: str, array: arrays.Lazy) -> arrays.Lazy:
+    shape = _joined_heads(name, array.shape)
+    return array if shape is None else arrays.Derived(shape, array.dtype, (array,), lambda x: x.reshape(shape))
+
+
+def _step(what: str, value: np.ndarray) -> np.ndarray:
+    """A count of training steps. A T5X run that was restored has it in the dtype of its weights.
+
+    Raises:
+        UserError: it is no such count.
+    """
+    number = value.item()
+    is_real = jax.dtypes.issubdtype(value.dtype, np.integer) or jax.dtypes.issubdtype(value.dtype, np.floating)
+    # The comparison is false of NaN.
+    if not is_real or not 0 <= number < 2**31 or number != int(number):
+        raise _no_step(what, f'{value.dtype} {number}')
+    return np.asarray(int(number), np.int32)
+
+
+def _no_step(what: str, shown: str) -> UserError:
+    return UserError(
+        f'{what} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
+    )
 
 
 def _swapped_statistics(leaves: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from upcycle.models import BatchSpec, Model
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
-# Fields of a configuration that change the function and not the shapes of the parameters.
+# Fields of a configuration that change the function and not the shapes of the parameters. In capitals they are macros of gin/.
 FACTS = (
     'num_heads',
     'head_dim',
@@ -25,6 +25,7 @@ FACTS = (
     'gelu',
     'norm_epsilon',
 )
+_POSITION_BIASES = '/relpos_bias/rel_embedding'
 _MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
 
 
@@ -36,6 +37,48 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise UserError(f'the metadata of the checkpoint is damaged: its model is {schema.shown(config)}.')
     return {name: config[name] for name in FACTS if name in config}
+
+
+def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What the names of a checkpoint's leaves say of the model, by the fields of our configurations.
+
+    Raises:
+      UserError: the encoder and the decoder of a T5 differ in where their position biases are.
+    """
+    tables = [name for name in leaves if name.startswith('params/') and name.endswith(_POSITION_BIASES)]
+    in_layers = {name for name in tables if '/layers_' in name}
+    if not tables:
+        return {}
+    if len(in_layers) not in (0, len(tables)):
+        raise UserError(
+            f'{path} has position biases in every layer ({min(in_layers)}) and for a whole stack '
+            f'({min({*tables} - in_layers)}), and POSITION_BIASES is one for both stacks.'
+        )
+    return {'position_biases': 'every_layer' if in_layers else 'shared'}
+
+
+def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    """Compares a model with what a checkpoint says of itself.
+
+    Args:
+      path: of the checkpoint, for messages.
+      model: the model.
+      facts: see `facts_of`.
+      ignored: fields that may differ.
+
+    Raises:
+      UserError: the model computes another function; the bindings that would fit are named.
+    """
+    theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    differences = [
+        f'{name.upper()} = {schema.shown(value)}, and the model has {schema.shown(getattr(model.config, name))}'
+        for name, value in theirs.items()
+        if name not in ignored and getattr(model.config, name, value) != value
+    ]
+    if differences:
+        is_t5_1_0 = theirs.get('mlp_activations') == ('relu',) and theirs.get('logits_via_embedding')
+        files = ', or name models/t5_1_0_base.gin or its other sizes' if is_t5_1_0 else ''
+        raise UserError(f'{path} was made with {"; ".join(differences)}: set it in the gin files{files}.')
 
 
 def smallest_batch(model: Model) -> BatchSpec:
@@ -66,7 +109,7 @@ def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = Non
     if build is None:
         raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
     try:
-        return build(found, dict(facts or {}))
+        return build(path, found, facts_in(path, leaves) | dict(facts or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
 
@@ -117,12 +160,13 @@ def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
 
 
-def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
+def _t5(path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
     from upcycle.models.encoder_decoder import EncoderDecoderModel
     from upcycle.models.t5 import T5Config
 
     vocab_size, emb_dim = shapes['token_embedder/embedding']
-    heads = shapes['encoder/relpos_bias/rel_embedding'][0]
+    first = '/layers_0' if facts.get('position_biases') == 'every_layer' else ''
+    heads = shapes[f'encoder{first}{_POSITION_BIASES}'][0]
     joined = shapes['encoder/layers_0/attention/query/kernel'][1]
     gated = any(re.search(r'/mlp/(expert/)?wi_0/kernel$', name) for name in shapes)
     config = {
@@ -137,11 +181,11 @@ def _t5(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mode
         'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
         'dtype': 'float32',
     }
-    told = _told(T5Config, facts, ('mlp_activations',))
+    told = _told(T5Config, facts, ('mlp_activations', 'position_biases'))
     return EncoderDecoderModel(T5Config(**config | told))
 
 
-def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
+def _vit(path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
     from upcycle.models.image_classifier import ImageClassifier
     from upcycle.models.vit import ViTConfig
 
@@ -150,7 +194,9 @@ def _vit(shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Mod
     positions = shapes['pos_embedding'][1] if learned else 1
     grid = math.isqrt(positions)
     if grid * grid != positions:
-        raise ValueError(f'pos_embedding (of a square image; {positions} is no square)')
+        raise UserError(
+            f'{path} has {positions} positions (pos_embedding), which no square image has, and our ViT takes squares only.'
+        )
     config = {
         'num_classes': shapes.get('head/kernel', (0, 1))[1],
         'image_size': grid * patch,

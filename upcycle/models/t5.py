@@ -5,6 +5,7 @@ only in `mlp/expert/*` and `mlp/router/*`.
 """
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ from upcycle.moe.layer import MoELayer
 from upcycle.schema import Count, Depth, Rate
 
 
+class PositionBiases(enum.StrEnum):
+    """Which layers have a table of relative position biases."""
+
+    SHARED = 'shared'  # one for each stack: T5, mT5
+    EVERY_LAYER = 'every_layer'  # one for each layer: umT5, T5X's scalable_t5, flaxformer's scanned models
+
+
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Sizes of a T5, with T5X's field names, and which of its MLPs are MoE layers.
@@ -39,8 +47,9 @@ class T5Config:
       mlp_dim: F, the width of a dense MLP [MLP_DIM].
       num_encoder_layers: layers of the encoder [NUM_ENCODER_LAYERS].
       num_decoder_layers: layers of the decoder [NUM_DECODER_LAYERS].
-      mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0.
-      logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0.
+      mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0 [MLP_ACTIVATIONS].
+      logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0 [LOGITS_VIA_EMBEDDING].
+      position_biases: see `PositionBiases` [POSITION_BIASES].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
       expert_dropout_rate: that probability inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
@@ -63,6 +72,7 @@ class T5Config:
     num_decoder_layers: Depth
     mlp_activations: Sequence[str] = ('gelu', 'linear')
     logits_via_embedding: bool = False
+    position_biases: PositionBiases = PositionBiases.SHARED
     dtype: str = 'bfloat16'
     dropout_rate: Rate = 0.0
     expert_dropout_rate: Rate | None = None
@@ -82,6 +92,8 @@ class T5Config:
             if not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, 'remat', one_of(Remat, self.remat, 'REMAT'))
+        biases = one_of(PositionBiases, self.position_biases, 'POSITION_BIASES')
+        object.__setattr__(self, 'position_biases', biases)
         for stack in ('encoder', 'decoder'):
             for moe in self.layer_moe(stack):
                 if moe is not None:
@@ -153,17 +165,27 @@ def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDot
     )
 
 
+def _position_biases(config: T5Config, which: PositionBiases, length: int, *, bidirectional: bool) -> jax.Array | None:
+    """Biases (1, H, length, length) from the table of the calling module; None where `which` modules have none."""
+    if config.position_biases is not which:
+        return None
+    biases = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')
+    return biases(length, length, bidirectional)
+
+
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention, then MLP or MoE."""
+    """Pre-norm self-attention, then MLP or MoE. `bias` is that of the stack, None where each layer has its own."""
 
     config: T5Config
     moe: MoEConfig | None
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, bias: jax.Array, training: bool
+        self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, bias: jax.Array | None, training: bool
     ) -> jax.Array:
         config = self.config
+        if bias is None:
+            bias = _position_biases(config, PositionBiases.EVERY_LAYER, x_BxLxD.shape[1], bidirectional=True)
         keep = _zeroing(config, real_BxL)
         y = keep(LayerNorm(config.dtype, name='pre_attention_layer_norm')(x_BxLxD))
         y = _attention(config, 'attention')(y, y, mask, bias, training=training)
@@ -174,7 +196,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm causal self-attention, attention to the encoder, then MLP or MoE."""
+    """Pre-norm causal self-attention, attention to the encoder, then MLP or MoE. `bias`: see `EncoderLayer`."""
 
     config: T5Config
     moe: MoEConfig | None
@@ -187,11 +209,14 @@ class DecoderLayer(nn.Module):
         real_BxL: jax.Array,
         mask: jax.Array | None,
         cross_mask: jax.Array,
-        bias: jax.Array,
+        bias: jax.Array | None,
         training: bool,
         decoding: bool,
+        max_length: int,
     ) -> jax.Array:
         config = self.config
+        if bias is None:
+            bias = _position_biases(config, PositionBiases.EVERY_LAYER, max_length, bidirectional=False)
         keep = _zeroing(config, real_BxL)
         y = keep(LayerNorm(config.dtype, name='pre_self_attention_layer_norm')(x_BxLxD))
         y = _attention(config, 'self_attention')(y, y, mask, bias, training=training, decoding=decoding)
@@ -213,15 +238,14 @@ def _zeroing(config: T5Config, real_BxL: jax.Array):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers over embedded tokens; the relative position biases are shared by all layers."""
+    """A stack of encoder layers over embedded tokens."""
 
     config: T5Config
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, training: bool) -> jax.Array:
         config = self.config
-        L = x_BxLxD.shape[1]
-        bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(L, L, bidirectional=True)
+        bias = _position_biases(config, PositionBiases.SHARED, x_BxLxD.shape[1], bidirectional=True)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
         x_BxLxD = apply_layers(
             self,
@@ -258,9 +282,7 @@ class Decoder(nn.Module):
         max_length: int,
     ) -> jax.Array:
         config = self.config
-        bias = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')(
-            max_length, max_length, bidirectional=False
-        )
+        bias = _position_biases(config, PositionBiases.SHARED, max_length, bidirectional=False)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
         x_BxLxD = apply_layers(
             self,
@@ -269,7 +291,7 @@ class Decoder(nn.Module):
             config.layer_moe('decoder'),
             x_BxLxD,
             (encoded_BxKxD, real_BxL, mask, cross_mask, bias),
-            (training, decoding),
+            (training, decoding, max_length),
             remat=config.remat,
             scan=config.scan_layers and not decoding,
             last=True,

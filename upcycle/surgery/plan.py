@@ -416,10 +416,10 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
 
 
 def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence[str]) -> str:
-    if not any(name.startswith('opt_state/') for name in dense) and all(p.startswith('opt_state/') for p in problems):
+    if not any(name.startswith(STATES) for name in dense) and all(p.startswith('opt_state/') for p in problems):
         return (
-            "OPTIMIZER_STATE = 'tile' needs the dense run's optimizer state, which this checkpoint does not hold: set "
-            "OPTIMIZER_STATE = 'fresh'."
+            "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
+            "what is there and not read): set OPTIMIZER_STATE = 'fresh'."
         )
     what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
     has_experts = any(EXPERT in name.split('/') for name in dense)

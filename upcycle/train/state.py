@@ -155,12 +155,8 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
         raise UserError(
             f'{reader.path} holds a model of the family {family}, and the gin files describe a {model.family}.'
         )
-    for name, value in identify.facts_of(reader.metadata).items():
-        ours = getattr(model.config, name, value)
-        if name not in changed and (tuple(value) if isinstance(value, list) else value) != ours:
-            raise UserError(
-                f'{reader.path} was made with {name} = {value!r}, and the model has {ours!r}: set it in the gin files.'
-            )
+    facts = identify.facts_in(reader.path, reader.leaves()) | identify.facts_of(reader.metadata)
+    identify.require_function(reader.path, model, facts, changed)
 
 
 def check_start(run: Run, step: int) -> None:

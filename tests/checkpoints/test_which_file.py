@@ -1,0 +1,218 @@
+"""Of several files or steps in one folder the right one is read, and what is passed over is said."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import trees
+from tests.checkpoints.test_huggingface import header_of, save
+from upcycle import checkpoints, cli
+from upcycle.checkpoints import open_checkpoint
+from upcycle.errors import UserError
+
+EMBEDDING = 'params/token_embedder/embedding'
+INDEX = 'model.safetensors.index.json'
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A T5 in one file, all of whose bytes are those of the seed."""
+    path = tmp_path_factory.mktemp('whole') / 'model'
+    trees.write(path, 'huggingface', trees.t5(False, state=False))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / 'model')
+    return tmp_path / 'model'
+
+
+@pytest.fixture
+def said(capsys):
+    def warnings():
+        return capsys.readouterr().err
+
+    checkpoints.forget_warnings()
+    return warnings
+
+
+def ones(folder, file='model-00001-of-00001.safetensors', index=INDEX):
+    """Another model in the same folder, all of whose numbers are 1, in a shard and with an index."""
+    header, data = header_of(folder / 'model.safetensors')
+    save(folder / file, header, np.ones(len(data) // 4, np.float32).tobytes())
+    if index:
+        names = [name for name in header if name != '__metadata__']
+        (folder / index).write_text(json.dumps({'weight_map': dict.fromkeys(names, file)}))
+
+
+def is_ones(path):
+    return bool((open_checkpoint(path).read(EMBEDDING) == 1).all())
+
+
+def test_the_whole_file_counts_before_the_index(folder, said):
+    ones(folder)
+    assert not is_ones(folder)
+    text = said()
+    assert (
+        text.count('warning:') == 1
+        and f'{folder / INDEX} and its files are passed over: model.safetensors counts' in text
+    )
+    assert is_ones(folder / INDEX) and said() == ''  # whoever names the index gets it
+    (folder / 'model.safetensors').unlink()
+    assert is_ones(folder) and is_ones(folder / 'model-00001-of-00001.safetensors') and said() == ''
+
+
+@pytest.mark.parametrize(
+    'index', ['{', '{}', '[]', '{"weight_map": {"shared.weight": "model-00001-of-00009.safetensors"}}']
+)
+def test_an_index_of_shards_that_are_gone_is_passed_over(folder, said, index):
+    (folder / INDEX).write_text(index)
+    assert not is_ones(folder)
+    assert f'{INDEX} and its files are passed over' in said()
+
+
+def test_an_index_of_the_whole_file_is_nothing_to_speak_of(folder, said):
+    names = [name for name in header_of(folder / 'model.safetensors')[0] if name != '__metadata__']
+    (folder / INDEX).write_text(json.dumps({'weight_map': dict.fromkeys(names, 'model.safetensors')}))
+    assert not is_ones(folder) and said() == ''
+
+
+def test_a_variant_counts_where_it_is_named(folder, said):
+    ones(folder, 'model.fp16.safetensors', None)
+    assert not is_ones(folder) and is_ones(folder / 'model.fp16.safetensors')
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | {'transformers_weights': 'model.fp16.safetensors'}))
+    assert is_ones(folder) and said() == ''
+    (folder / 'config.json').write_text(json.dumps(config | {'transformers_weights': '../x.safetensors'}))
+    with pytest.raises(UserError, match='transformers_weights'):
+        open_checkpoint(folder)
+
+
+ALONE = {
+    'model.fp16.safetensors': r'holds model.fp16.safetensors and no model.safetensors: name the file itself',
+    'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors and no model.safetensors.index.json',
+    'pytorch_model.bin': 'pytorch_model.bin, a pickle, which is never opened',
+    'pytorch_model-00001-of-00002.bin': 'a pickle, which is never opened',
+    'pytorch_model.fp16.bin': 'a pickle, which is never opened',
+    'tf_model.h5': 'tf_model.h5, which is not read: save the model again',
+    'flax_model.msgpack': 'flax_model.msgpack, which is not read',
+    'model-q4.gguf': 'gguf, which is not read',
+    'adapter_config.json': 'is an adapter .*merge_and_unload',
+}
+
+
+@pytest.mark.parametrize('name', ALONE)
+def test_a_folder_without_the_file_that_counts(folder, name):
+    (folder / 'model.safetensors').rename(folder / name)
+    with pytest.raises(UserError, match=ALONE[name]) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_an_adapter_beside_a_model_is_passed_over(folder, said):
+    (folder / 'adapter_config.json').write_text('{}')
+    open_checkpoint(folder)
+    assert 'adapter_config.json is passed over' in said()
+
+
+def rename(folder, change):
+    header, data = header_of(folder / 'model.safetensors')
+    save(folder / 'model.safetensors', {n if n == '__metadata__' else change(n): v for n, v in header.items()}, data)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda name: f'_orig_mod.{name}',
+        lambda name: f'module.{name}',
+        lambda name: f'model.{name}',
+        lambda name: f'module._orig_mod.{name}',
+        lambda name: f'model._forward_module._orig_mod.{name}',
+        lambda name: name.replace('encoder.', 'encoder._orig_mod.'),
+        lambda name: name.replace('.layer.0.', '.layer.0._fsdp_wrapped_module.'),
+    ],
+)
+def test_names_of_wrapped_modules(folder, change):
+    rename(folder, change)
+    trees.assert_same(open_checkpoint(folder), trees.t5(False, state=False))
+
+
+def test_two_arrays_of_one_name(folder):
+    rename(folder, lambda name: 'module.shared.weight' if name == 'lm_head.weight' else name)
+    with pytest.raises(UserError, match='has two arrays for shared.weight: (module.)?shared.weight and'):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    'name', ['base_model.model.{}', '{}.lora_A.default.weight', '{}.base_layer.weight', 'lora_embedding_A.{}']
+)
+def test_an_adapter_that_is_not_merged(folder, name):
+    rename(folder, lambda old: name.format(old) if old == 'encoder.block.0.layer.0.SelfAttention.q.weight' else old)
+    with pytest.raises(UserError, match='an adapter that is not merged .*merge_and_unload'):
+        open_checkpoint(folder)
+
+
+STEPS = {
+    'upcycle': ('checkpoints/{}', 'checkpoints/{}.orbax-checkpoint-tmp-7'),
+    't5x_legacy': ('checkpoint_{}', 'checkpoint_{}.tmp-1700000000'),
+    't5x_orbax': ('checkpoint_{}', 'checkpoint_{}.orbax-checkpoint-tmp'),
+}
+
+
+@pytest.fixture(scope='module', params=STEPS)
+def written(request, tmp_path_factory):
+    """A folder with step 100, for each format of steps."""
+    path = tmp_path_factory.mktemp('steps') / request.param
+    trees.write(path, request.param, trees.t5(False, state=False))
+    return request.param, path
+
+
+@pytest.fixture
+def steps(written, tmp_path):
+    format, path = written
+    shutil.copytree(path, tmp_path / 'run')
+    return tmp_path / 'run', *STEPS[format]
+
+
+@pytest.mark.parametrize('kind', ['half copied', 'empty', 'not finished'])
+def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
+    run, finished, unfinished = steps
+    newer = run / (unfinished if kind == 'not finished' else finished).format(2000)
+    if kind == 'half copied':
+        shutil.copytree(run / finished.format(100), newer)
+        for name in ('checkpoint', 'state/_METADATA'):
+            (newer / name).unlink(missing_ok=True)
+    else:
+        newer.mkdir()
+    for older in (finished.format(3), unfinished.format(100)):
+        (run / older).mkdir()
+    assert open_checkpoint(run).step == 100
+    text = said()
+    reason = {'half copied': 'it has neither', 'empty': 'it is empty', 'not finished': 'its save was interrupted'}[kind]
+    assert f'{newer} is passed over, because {reason}' in text and text.count('warning:') == 1
+    open_checkpoint(run / finished.format(100))
+    assert said() == ''
+
+
+def test_steps_that_are_all_half_copied(steps):
+    run, finished, unfinished = steps
+    shutil.rmtree(run / finished.format(100))
+    (run / finished.format(3)).mkdir()
+    (run / unfinished.format(4)).mkdir()
+    with pytest.raises(
+        UserError, match='holds no checkpoint .*4.* because its save was interrupted; .*3 is passed over'
+    ):
+        open_checkpoint(run)
+
+
+def test_warnings_come_below_a_listing(folder, capfd):
+    ones(folder)
+    assert cli.run(['inspect', '--quick', str(folder)]) == 0
+    out, error = capfd.readouterr()
+    assert 'token_embedder' in out and error.count('passed over') == 1
+    assert cli.run(['inspect', '--quick', '--json', str(folder)]) == 0
+    out, error = capfd.readouterr()
+    assert json.loads(out)['step'] == 100 and error.count('passed over') == 1
