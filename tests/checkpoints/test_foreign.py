@@ -264,3 +264,15 @@ def test_a_damaged_preprocessor_is_one_sentence(folders):
     (folder / 'preprocessor_config.json').write_text('{')
     with pytest.raises(UserError, match='preprocessor_config.json is damaged'):
         open_checkpoint(folder)
+
+
+def test_the_image_processor_of_a_whole_processor_counts_first(folders, capsys):
+    folder = folders('vit')
+    change(folder, 'preprocessor_config.json', **HALF)
+    change(folder, 'processor_config.json', processor_class='Some')
+    assert warnings_of(folder, capsys)[1] == ''
+    change(folder, 'processor_config.json', image_processor=HALF | {'image_mean': 0.4})
+    assert 'warning: ' + str(folder / 'processor_config.json') in warnings_of(folder, capsys)[1]
+    change(folder, 'processor_config.json', image_processor='ViT')
+    with pytest.raises(UserError, match='processor_config.json is damaged'):
+        open_checkpoint(folder)

@@ -17,7 +17,8 @@ from upcycle import schema
 from upcycle.checkpoints import arrays, warn_once
 from upcycle.errors import UserError
 
-PREPROCESSOR = 'preprocessor_config.json'
+# Where a processor is described; the first counts, if it holds `image_processor`.
+_PROCESSOR_FILES = ('processor_config.json', 'preprocessor_config.json')
 
 _FAMILIES = {'t5': 't5', 'mt5': 't5', 'umt5': 't5', 'vit': 'vit'}  # by `model_type`
 
@@ -251,15 +252,26 @@ def t5_activations(file: epath.Path, config: Mapping[str, Any]) -> tuple[str, ..
 
 
 def check_images(folder: epath.Path, config: Mapping[str, Any]) -> None:
-    """Warns where `preprocessor_config.json` asks for other images than those that our pipelines make.
+    """Warns where the configuration of the image processor asks for other images than those that our pipelines make.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = folder / PREPROCESSOR
-    if family(config) != 'vit' or not file.exists():
+    if family(config) != 'vit':
         return
-    found = {name: value for name, value in arrays.read_json(file).items() if value is not None}
+    for name in _PROCESSOR_FILES:
+        file = folder / name
+        found = arrays.read_json(file) if file.exists() else {}
+        found = found.get('image_processor', found if name == _PROCESSOR_FILES[-1] else {})
+        if not isinstance(found, Mapping):
+            raise UserError(
+                f'{file} is damaged (its image_processor is {schema.shown(found)}): copy the checkpoint again.'
+            )
+        if found:
+            break
+    else:
+        return
+    found = {name: value for name, value in found.items() if value is not None}
     differences = _range_differences(found) + _shape_differences(found, config.get('image_size'))
     kind = found.get('image_processor_type', found.get('feature_extractor_type', _PROCESSORS[0]))
     if kind not in _PROCESSORS:
