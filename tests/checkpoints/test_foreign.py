@@ -213,6 +213,7 @@ HALF = {'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'do_normalize': True}
 ALIKE = {
     'of transformers': {**HALF, 'do_rescale': True, 'rescale_factor': 1 / 255, 'do_resize': True, 'resample': 2},
     'old': {'do_normalize': True, 'do_resize': True, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'size': 12},
+    'a list': {'size': [12, 12]},
     'square': {
         'size': {'height': 12, 'width': 12},
         'image_processor_type': 'ViTImageProcessorFast',
@@ -236,6 +237,8 @@ UNLIKE = {
     'another crop': ({'do_center_crop': True, 'crop_size': 24, 'size': 28}, 'crop_size = 24'),
     'the shorter side': ({'size': {'shortest_edge': 12}}, 'shortest_edge'),
     'bicubic': ({'resample': 3}, r'resample = 3 \(bicubic\)'),
+    'a text for a switch': ({'do_resize': 'no'}, "do_resize = 'no' is neither"),
+    'no sides': ({'size': []}, 'size = '),
     'not resized': ({'do_resize': False}, 'do_resize'),
     'blue first': ({'do_flip_channel_order': True}, 'do_flip_channel_order'),
     'another processor': ({'image_processor_type': 'CLIPImageProcessor'}, 'CLIPImageProcessor'),
