@@ -222,6 +222,19 @@ def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
     assert said() == ''
 
 
+def test_a_newer_step_whose_arrays_have_not_all_arrived(steps, said):
+    run, finished, _ = steps
+    newer = run / finished.format(2000)
+    shutil.copytree(run / finished.format(100), newer)
+    array = next(path for path in newer.rglob('*mlp.wo.kernel') if path.is_dir())
+    shutil.rmtree(array)
+    assert open_checkpoint(run).path == str(run / finished.format(100))
+    assert f'{newer} is passed over' in (text := said()) and '1 of its ' in text and 'mlp/wo/kernel' in text
+    shutil.rmtree(run / finished.format(100))
+    with pytest.raises(UserError, match='2000 is passed over .1 of its arrays are not there, such as .*mlp/wo/kernel'):
+        open_checkpoint(run)
+
+
 def test_steps_that_are_all_half_copied(steps):
     run, finished, unfinished = steps
     shutil.rmtree(run / finished.format(100))
