@@ -47,6 +47,7 @@ _SHARD_BYTES = 5 << 30
 
 # What a file of some other kind is, by its name.
 _ADAPTER = 'adapter_config.json'
+_ADAPTER_FILES = 'adapter_model.'
 _PICKLES = re.compile(r'pytorch_model.*\.bin(\.index\.json)?|.*\.(pt|pth|ckpt|pkl)')
 _OTHER_PROGRAMS = re.compile(r'(tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf|model.*\.onnx)')
 _SHARD = re.compile(r'.*-\d{5}-of-\d{5}\.safetensors')
@@ -176,6 +177,8 @@ class HuggingFaceReader(arrays.ArrayReader):
 
     def __init__(self, path: epath.Path):
         folder = path if path.is_dir() else path.parent
+        if path.name.startswith(_ADAPTER_FILES):
+            _refuse_adapter(path)
         self._config = foreign.read_config(folder / CONFIG)
         file = _which_file(folder, None if path == folder else path.name, self._config.get('transformers_weights'))
         stored, self._notes = _read_files(file)
@@ -214,11 +217,12 @@ def refuse_other_files(folder: epath.Path) -> None:
         UserError: an adapter, files of another name, or of another program.
     """
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
-    if _ADAPTER in names:
+    if links := [name for name in (SINGLE, INDEX) if name in names and not (folder / name).exists()]:
         raise UserError(
-            f"{folder} is an adapter ({_ADAPTER}) and no model: merge it into its model with peft's merge_and_unload, and save "
-            'that with save_pretrained.'
+            f'{folder / links[0]} is a link to a file that is not there: copy the checkpoint again, with what its links lead to.'
         )
+    if any(name == _ADAPTER or name.startswith(_ADAPTER_FILES) for name in names):
+        _refuse_adapter(folder)
     safetensors = [name for name in names if name.endswith(('.safetensors', '.safetensors.index.json'))]
     variants = [name for name in names if re.fullmatch(r'model\.safetensors\.index\..+\.json', name)]
     if shards := [name for name in safetensors if _SHARD.fullmatch(name)]:
@@ -269,6 +273,13 @@ class _Tensor:
                 done += len(data)
         shaped = out.view(self.dtype).reshape((len(rows), *self.shape[1:]) if self.shape else ())
         return np.asarray(shaped[inner], order='C')
+
+
+def _refuse_adapter(path: epath.Path) -> None:
+    raise UserError(
+        f"{path} is an adapter and no model: merge it into its model with peft's merge_and_unload, and save that with "
+        'save_pretrained.'
+    )
 
 
 def _which_file(folder: epath.Path, named: str | None, by_config: Any) -> epath.Path:
@@ -352,7 +363,9 @@ def _read_header(file: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
     try:
         size = file.stat().length
         with file.open('rb') as stream:
-            length = int.from_bytes(stream.read(8), 'little')
+            length = int.from_bytes(start := stream.read(8), 'little')
+            if start == b'version ':
+                raise UserError(f'{file} is a pointer of Git LFS and not the file itself: run git lfs pull.')
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f'its header would be {length} bytes long')
             header = json.loads(stream.read(length), object_pairs_hook=_refuse_twice)
@@ -468,8 +481,10 @@ def _read_t5(
             _require_same(folder, 'shared.weight', copy, stored)
             stored.setdefault('shared.weight', stored[copy])
             del stored[copy]
-    if not scaled and 'shared.weight' in stored:
-        stored.setdefault('lm_head.weight', stored['shared.weight'])
+    if not scaled and 'shared.weight' in stored and 'lm_head.weight' not in stored:
+        if config.get('tie_word_embeddings') is False:
+            warn_once(f'{folder} has no head (lm_head.weight): the embedding is taken, as in transformers 5.')
+        stored['lm_head.weight'] = stored['shared.weight']
     facts |= {'mlp_activations': list(activations), 'logits_via_embedding': scaled}
     table = _t5_table(*layers, config['model_type'] == 'umt5')
     return _turned(folder, stored, table, facts['num_heads']), facts
