@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from upcycle import casts, schema
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
@@ -101,8 +102,10 @@ def known_step(reader: Reader, step: int | None) -> int | None:
     """The step of a checkpoint, or the one given for it.
 
     Raises:
-      UserError: both are there and differ.
+      UserError: it is no step, or both are there and differ.
     """
+    if step is not None and not schema.fits(step, schema.Whole):
+        raise UserError(f'--step={schema.shown(step)} must be {schema.in_words(schema.Whole)}.')
     if step is not None and reader.step is not None and step != reader.step:
         raise UserError(f'{reader.path} stands at step {reader.step}: leave out --step={step}.')
     return reader.step if step is None else step
@@ -158,7 +161,7 @@ def _copies(reader: Reader, writer: Writer, leaves: Leaves, steps: Mapping[str, 
         for region in regions:
             value = reader.read(name, region=region) if by_part else whole[region]
             require_finite(reader.path, name, value)
-            parts.append((name, region, value.astype(leaves[name].dtype, copy=False)))
+            parts.append((name, region, casts.cast(name, value, leaves[name].dtype)))
         return parts
 
     def calls() -> Iterator[Callable[[], list[Part]]]:
