@@ -20,6 +20,7 @@ from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.errors import UserError
+from upcycle.leaf_names import grouped
 from upcycle.models import identify
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
@@ -79,8 +80,8 @@ def transfer(
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
         writer.finish({'family': model.family, **metadata, 'facts': facts, 'source': origin})
-    for name, reason in writer.left_out.items():
-        print(f'left out  {name}  because {reason}')
+    for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):
+        print(line)
     return writer.path
 
 

@@ -25,7 +25,7 @@ from etils import epath
 
 from upcycle import casts, files
 from upcycle.checkpoints import arrays, integrity, writing
-from upcycle.errors import UserError, writing_to
+from upcycle.errors import DifferentLeaves, UserError, writing_to
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
 _LEAVES_IN_FLIGHT = 8
@@ -303,8 +303,7 @@ def _require_same(path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any
         if describe(stored[name]) != describe(wanted[name])
     ]
     if differences:
-        listing = '\n  '.join(sorted(differences))
-        raise UserError(
-            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR '
-            f'(leaves that differ: {len(differences)}).\n  {listing}'
+        raise DifferentLeaves(
+            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR',
+            sorted(differences),
         )
