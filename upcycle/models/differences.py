@@ -10,6 +10,8 @@ from upcycle.models import Model, identify
 
 # Sizes that have a default; those without one are all looked at.
 _MORE_SIZES = ('image_channels', 'representation_size')
+# Leaves of every shape may belong to any of these.
+_NOT_IN_SHAPES = ('gelu', 'norm_epsilon')
 # Fields that shapes do not tell in every model: only where such a leaf does not fit.
 _ONLY_WITH = {'image_size': 'pos_embedding', 'num_classes': 'head/'}
 
@@ -48,13 +50,17 @@ def differences(
     problems = list(problems)
     sizes = [field.name for field in dataclasses.fields(here) if field.default is dataclasses.MISSING]
     found = [
-        Difference(type(here), name, getattr(here, name), getattr(there, name))
-        for name in (*sizes, *_MORE_SIZES, *identify.FACTS)
-        if getattr(here, name, None) != getattr(there, name, None)
-        and (name not in identify.FACTS or name in facts or name in sizes)
+        Difference(type(here), name, *values)
+        for name in dict.fromkeys((*sizes, *_MORE_SIZES, *identify.FACTS))
+        if name not in _NOT_IN_SHAPES
+        and (values := (_plain(getattr(here, name, None)), _plain(getattr(there, name, None))))[0] != values[1]
         and (name not in _ONLY_WITH or any(_ONLY_WITH[name] in problem for problem in problems))
     ]
-    return list(dict.fromkeys(found)) + _of_experts(model, leaves)
+    return found + _of_experts(model, leaves)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _of_experts(model: Model, leaves: identify.Leaves) -> list[Difference]:

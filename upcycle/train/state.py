@@ -167,13 +167,10 @@ def in_gin_words(model: Model, reader: Reader) -> Iterator[None]:
         part = readers_of(reader)[0]
         facts = identify.facts_of(part.metadata)
         found = differences(model, part.path, part.leaves(), facts, error.problems)
-        names = {difference: name_of(difference.kind, difference.field) for difference in found}
-        lines = [
-            f'{name} is {in_gin(each.here)} here and {in_gin(each.there)} in the checkpoint'
-            for each, name in names.items()
-        ]
-        if found:
-            fits = (shlex.quote(f'--gin.{name}={in_gin(each.there)}') for each, name in names.items())
+        named = [(name_of(each.kind, each.field), in_gin(each.here), in_gin(each.there)) for each in found]
+        lines = [f'{name} is {here} here and {there} in the checkpoint' for name, here, there in named]
+        if named:
+            fits = (shlex.quote(f'--gin.{name}={there}') for name, _, there in named)
             lines.append(f'bindings that fit: {" ".join(fits)}')
         raise DifferentLeaves(error.what, error.problems, lines) from None
 
