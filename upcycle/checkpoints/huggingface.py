@@ -169,7 +169,9 @@ class HuggingFaceReader(arrays.ArrayReader):
     def metadata(self) -> Mapping[str, Any]:
         """The family, and what the configuration says of the model."""
         family = 'vit' if self._config['model_type'] == 'vit' else 't5'
-        return {'family': family, 'facts': self._facts, 'model_type': self._config['model_type']}
+        # ByT5's configuration is that of a T5, but for its tokenizer.
+        sentinels = {'sentinels': 'byt5'} if self._config.get('tokenizer_class') == 'ByT5Tokenizer' else {}
+        return {'family': family, 'facts': self._facts, 'model_type': self._config['model_type'], **sentinels}
 
 
 def find(folder: epath.Path) -> bool:

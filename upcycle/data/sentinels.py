@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import seqio
 
 Sentinels = str | int | Sequence[int] | None
-# Sentinels that a single first id stands for, and the ids of ByT5's: the bytes beyond ASCII.
-_COUNT, _BYT5 = 100, range(3 + 255, 3 + 127, -1)
+# ByT5's: the bytes beyond ASCII, from the last one down.
+BYT5 = tuple(range(3 + 255, 3 + 127, -1))
+_COUNT = 100  # that a single first id stands for
 _SPECIAL_IDS = 3  # padding, EOS, unknown
 
 
@@ -62,7 +63,7 @@ def vocabulary_with(model: str | None, kind: Sentinels, extra_ids: int) -> tuple
     if adds:
         return vocabulary, counted_down(vocabulary)
     if kind == 'byt5':
-        return vocabulary, tuple(_BYT5)
+        return vocabulary, BYT5
     return vocabulary, pieces if kind in (None, 'mt5') else _given(kind)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle.data import JSON, rows_per_host, tensorflow_quiet
-from upcycle.data.sentinels import counted_down
+from upcycle.data.sentinels import BYT5, counted_down
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import MissingData, UserError
 from upcycle.schema import Count, Whole
@@ -113,6 +113,26 @@ class DatasetConfig:
         """
         if self._random_access is not None:
             self._lengths()
+
+    def check_sentinels(self, path: str, kind: str | None) -> None:
+        """Looks whether a task of ours has the sentinels of a checkpoint, unless SENTINELS says which.
+
+        Args:
+            path: of the checkpoint.
+            kind: of its sentinels, a name that SENTINELS takes; None: unknown.
+
+        Raises:
+            UserError: it has others.
+        """
+        source = self._random_access
+        bound = self.source is not None and self.source.sentinels is not None
+        if source is None or bound or kind != 'byt5' or source.sentinels == BYT5:
+            return
+        raise UserError(
+            f'{path} was trained with the sentinels {BYT5[0]}, {BYT5[1]}, ..., and {self.mixture_or_task_name} takes '
+            f"{', '.join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = 'byt5' with "
+            'tasks/text_files_span_corruption.gin.'
+        )
 
     def token_text(self, token: int) -> str:
         """A token as people read it: its piece, or byte; of sentinels and the like `<ID>`."""

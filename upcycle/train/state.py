@@ -141,6 +141,9 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
         leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
     for part in readers_of(reader):
         check_facts(run.model, part, run.surgery)
+        for data in (run.train_data, run.eval_data):
+            if (check := getattr(data, 'check_sentinels', None)) is not None:
+                check(part.path, part.metadata.get('sentinels'))
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
             'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
