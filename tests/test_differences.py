@@ -122,6 +122,7 @@ CASES = {
             'NUM_HEADS': 2,
             'MLP_DIM': 32,
             'NUM_LAYERS': 3,
+            'POOLING': 'token',
         },
     ),
     'evaluated': (

@@ -1,14 +1,17 @@
 """Sentinels are those of the vocabulary that a model was trained with: T5's, mT5's, ByT5's, or given."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 
+from tests.checkpoints import trees
 from tests.data.test_text_files import config, first_batch, folder, model, train_sentencepiece  # noqa: F401
 from tests.test_cli import call
 from upcycle.data.text import TextFiles
 from upcycle.errors import UserError
+from upcycle.transfer import transfer
 
 
 @pytest.fixture(scope='module')
@@ -122,3 +125,27 @@ def test_what_training_refuses_a_plan_refuses(command, folder, dense, tmp_path, 
     assert code == 2 and re.search('NUM_EMBEDDINGS = 384 is smaller than .* vocabulary of 401 tokens', error), error
     code, _, error = call([*arguments, '--gin.SENTINELS=t6'], capsys)
     assert code == 2 and 'SENTINELS' in error and 'one of t5, mt5, byt5' in error, error
+
+
+@pytest.mark.parametrize('tokenizer', ['ByT5Tokenizer', 'T5Tokenizer'])
+def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # noqa: F811
+    """Its configuration names its tokenizer; its sizes do not tell it from ours."""
+    tree = trees.t5(False, state=False, vocab_size=384)
+    source = trees.write(tmp_path / 'in', 'huggingface', {k: v for k, v in tree.items() if k != 'step'})
+    config_file = tmp_path / 'in' / 'config.json'
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {'tokenizer_class': tokenizer}))
+    transfer(source, str(tmp_path / 'ours'), 'upcycle')
+    sizes = {'EMBED_DIM': 16, 'NUM_HEADS': 2, 'HEAD_DIM': 6, 'MLP_DIM': 24, 'DENSE_STEP': 5, 'TRAIN_STEPS': 10}
+    lengths = {'TASK_FEATURE_LENGTHS': {'inputs': 32, 'targets': 9}, 'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2}
+    named = sizes | lengths | {'TRAIN_FILES': f'{folder}/*.txt', 'MODEL_DIR': 'unused', 'OPTIMIZER_STATE': 'fresh'}
+    files = ['models/t5_1_1_tiny.gin', 'tasks/text_files_span_corruption.gin', 'runs/continue_dense.gin']
+    options = [*(f'--gin_file={file}' for file in files), *(f'--gin.{k}={v}' for k, v in named.items())]
+    for path in (source, tmp_path / 'ours'):
+        code, _, error = call(['plan', f'--from={path}', *options], capsys)
+        if tokenizer == 'T5Tokenizer':
+            assert code == 0, error
+        else:
+            assert code == 2 and 'sentinels 258, 257, ..., and text_files_span_corruption takes 358, 357' in error, (
+                error
+            )
+            assert call(['plan', f'--from={path}', *options, '--gin.SENTINELS=byt5'], capsys)[0] == 0
