@@ -181,6 +181,8 @@ def _kind(annotation: typing.Any) -> str:
         return ' or '.join(dict.fromkeys(_kind(part) for part in typing.get_args(annotation)))
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
         return 'one of'
+    if typing.get_origin(annotation) is typing.Literal:
+        return ' or '.join(f'`{value!r}`' for value in typing.get_args(annotation))
     if origin := typing.get_origin(annotation):
         inner = [_kind(part) for part in typing.get_args(annotation) if part is not Ellipsis]
         return (

@@ -9,7 +9,7 @@ from typing import Any
 
 import upcycle
 from upcycle.checkpoints import FORMATS, forget_warnings, warnings_last
-from upcycle.errors import PREEMPTED, Preempted, UserError, without_password
+from upcycle.errors import PREEMPTED, Preempted, UserError, whole_list, without_password
 from upcycle.host_memory import keep_freed_memory
 
 DESCRIPTION = """\
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run(arguments)
     except UserError as error:
-        print(f'upcycle: {without_password(str(error))}', file=sys.stderr)
+        print(f'upcycle: {without_password(str(error))}{whole_list(error)}', file=sys.stderr)
         code = 2
     except Preempted as notice:
         print(f'upcycle: {notice}', file=sys.stderr)

@@ -94,6 +94,15 @@ def _defaults() -> dict[str, str]:
     return found
 
 
+def name_of(kind: type, field: str) -> str:
+    """What a user sets to set a field of a configurable: its macro, or else the field by its name."""
+    try:
+        bound = gin.get_bindings(kind, resolve_references=False).get(field)
+    except ValueError:  # gin has never met it
+        bound = None
+    return _macro(bound) or f'{kind.__name__}.{field}'
+
+
 def as_gin(bindings: Mapping[str, str]) -> str:
     """`resolved()` as a gin file that builds the same run."""
     modules = sorted({name.split('/')[-1].rsplit('.', 2)[0] for name in bindings})

@@ -22,6 +22,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
+from upcycle.leaf_names import grouped
 from upcycle.models import Model, identify
 from upcycle.surgery.execute import NEEDS_DATA, Maker, sha256_of
 from upcycle.surgery.operators import Lineage, Start
@@ -107,8 +108,8 @@ def convert(
         paper = receipt(what, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         paper['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         writer.finish(_metadata(run, reader, paper), work.compare if verify else lambda reader: None)
-    for name, reason in writer.left_out.items():
-        print(f'left out  {name}  because {reason}')
+    for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):
+        print(line)
     return writer.path
 
 

@@ -5,8 +5,11 @@ import enum
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
+
+from upcycle import leaf_names
 
 
 class UserError(Exception):
@@ -15,6 +18,52 @@ class UserError(Exception):
     The message is one sentence that names the binding, path or leaf and the way out. The command line prints it without a
     traceback and exits with 2.
     """
+
+
+# Lines about leaves, so that the whole message is no more than 24.
+_ON_A_SCREEN = 16
+
+
+class DifferentLeaves(UserError):  # noqa: N818  it is a kind of mistake
+    """Leaves of a checkpoint that do not fit; the message holds what fits a screen.
+
+    Attributes:
+      what: the sentence that comes before them.
+      problems: a sentence about each leaf.
+    """
+
+    def __init__(self, what: str, problems: Iterable[str], before: Iterable[str] = ()):
+        self.what, self.problems = what, tuple(problems)
+        before = list(before)
+        most = _ON_A_SCREEN - len(before)
+        lines = [f'{what} ({len(self.problems)} leaves):', *before, *_summary(self.problems, most)]
+        super().__init__('\n  '.join(lines))
+
+
+def whole_list(error: UserError) -> str:
+    """What a message about leaves leaves out, in a file that is not deleted: a line that names it, or nothing."""
+    if not isinstance(error, DifferentLeaves) or len(error.problems) < str(error).count('\n'):
+        return ''
+    try:
+        with tempfile.NamedTemporaryFile(
+            'w', prefix='upcycle_leaves_', suffix='.txt', delete=False, encoding='utf-8'
+        ) as file:
+            file.write('\n'.join([f'{error.what} ({len(error.problems)} leaves):', *error.problems, '']))
+    except OSError:  # no room, and the message says the most
+        return ''
+    return f'\n  all of them: {file.name}'
+
+
+def _summary(problems: Sequence[str], most: int) -> list[str]:
+    """By pattern; an optimizer's state follows its parameters."""
+    states = [problem for problem in problems if problem.startswith(('opt_state/', 'only in the model: opt_state/'))]
+    others = [problem for problem in problems if problem not in set(states)]
+    if not others:
+        return leaf_names.grouped(states, most)
+    return [
+        *leaf_names.grouped(others, most),
+        *([f'and {len(states)} leaves of the optimizer state'] if states else []),
+    ]
 
 
 class MissingData(UserError):  # noqa: N818  it is a kind of mistake

@@ -10,6 +10,7 @@ import numpy as np
 
 from upcycle import schema
 from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.leaf_names import grouped
 from upcycle.models import identify
 from upcycle.surgery.receipt import mismatches
 
@@ -160,13 +161,13 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
         for name, leaf in reader.leaves().items():
             table.add_row(name, str(tuple(leaf.shape)), leaf.dtype.name)
         console.print(table)
-    for name, reason in facts['not_read'].items():
-        console.print(f'not read  {name}  because it is {reason}', soft_wrap=True)
+    for line in grouped(f'not read  {name}  because it is {reason}' for name, reason in facts['not_read'].items()):
+        console.print(line, soft_wrap=True)
     if any(facts['moe_layers'].values()):
         console.print(_experts_table(facts['moe_layers']))
     if (receipt := reader.metadata.get('receipt')) is not None:
         _show_receipt(console, receipt)
-    for difference in facts['receipt_mismatches']:
+    for difference in grouped(facts['receipt_mismatches']):
         console.print(f'the receipt does not match the checkpoint: {difference}', soft_wrap=True)
 
 

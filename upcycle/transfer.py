@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from upcycle import casts, schema
 from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.errors import UserError
+from upcycle.leaf_names import grouped
 from upcycle.models import identify
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
@@ -80,8 +82,8 @@ def transfer(
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
         writer.finish({'family': model.family, **metadata, 'facts': facts, 'source': origin})
-    for name, reason in writer.left_out.items():
-        print(f'left out  {name}  because {reason}')
+    for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):
+        print(line)
     return writer.path
 
 
@@ -103,8 +105,10 @@ def known_step(reader: Reader, step: int | None) -> int | None:
     """The step of a checkpoint, or the one given for it.
 
     Raises:
-      UserError: both are there and differ.
+      UserError: it is no step, or both are there and differ.
     """
+    if step is not None and not schema.fits(step, schema.Whole):
+        raise UserError(f'--step={schema.shown(step)} must be {schema.in_words(schema.Whole)}.')
     if step is not None and reader.step is not None and step != reader.step:
         raise UserError(f'{reader.path} stands at step {reader.step}: leave out --step={step}.')
     return reader.step if step is None else step
@@ -160,7 +164,7 @@ def _copies(reader: Reader, writer: Writer, leaves: Leaves, steps: Mapping[str, 
         for region in regions:
             value = reader.read(name, region=region) if by_part else whole[region]
             require_finite(reader.path, name, value)
-            parts.append((name, region, value.astype(leaves[name].dtype, copy=False)))
+            parts.append((name, region, casts.cast(name, value, leaves[name].dtype)))
         return parts
 
     def calls() -> Iterator[Callable[[], list[Part]]]:

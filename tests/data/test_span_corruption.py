@@ -10,14 +10,14 @@ tf = tensorflow_quiet.tensorflow()
 seqio = tensorflow_quiet.seqio()
 
 VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
+SENTINELS = range(358, 258, -1)
 LENGTHS = [2, 3, 7, 20, 126, 141, 568, 1137]
 
 
 def corrupt(tokens, seeds):
     mask = span_corruption.noise_mask(len(tokens), seeds)
-    size = VOCABULARY.vocab_size
-    inputs = span_corruption.spans_to_sentinels(tf.constant(tokens), mask, size)
-    targets = span_corruption.spans_to_sentinels(tf.constant(tokens), ~mask, size)
+    inputs = span_corruption.spans_to_sentinels(tf.constant(tokens), mask, SENTINELS)
+    targets = span_corruption.spans_to_sentinels(tf.constant(tokens), ~mask, SENTINELS)
     return mask.numpy(), inputs.numpy(), targets.numpy()
 
 
@@ -97,7 +97,7 @@ def test_t5s_own_lengths():
 )
 def test_lengths_that_cannot_be(lengths, message):
     with pytest.raises(UserError, match='TASK_FEATURE_LENGTHS') as error:
-        span_corruption.checked_lengths(lengths, VOCABULARY)
+        span_corruption.checked_lengths(lengths, SENTINELS)
     assert message in str(error.value)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from upcycle import schema
+from upcycle import casts, schema
 from upcycle.errors import UserError
 from upcycle.files import STORES, is_remote
 
@@ -262,6 +262,10 @@ class ArrayReader:
         step = self.read('step')
         if step.size != 1 or step.dtype.kind not in 'iu':
             raise UserError(f'step of {self.path} is {step.dtype}{list(step.shape)} and not a whole number.')
+        if not schema.fits(int(step.reshape(())), schema.Whole):
+            raise UserError(
+                f'step of {self.path} is {schema.shown(int(step.reshape(())))}: it must be {schema.in_words(schema.Whole)}.'
+            )
         return int(step.reshape(()))
 
     def missing(self) -> list[str]:
@@ -298,8 +302,10 @@ class ArrayReader:
 
         for index in sharding.addressable_devices_indices_map(leaf.shape).values():
             begin(index)
+        # JAX would cut 64 bits to 32 without a word.
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
         return jax.make_array_from_callback(
-            leaf.shape, sharding, lambda index: np.asarray(begin(index)()).astype(dtype, copy=False)
+            leaf.shape, sharding, lambda index: casts.cast(name, np.asarray(begin(index)()), dtype)
         )
 
     @functools.cached_property

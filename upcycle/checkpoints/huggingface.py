@@ -202,7 +202,9 @@ class HuggingFaceReader(arrays.ArrayReader):
     def metadata(self) -> Mapping[str, Any]:
         """The family, what the configuration says of the model, and what of the files is not read."""
         found = {'family': foreign.family(self._config), 'facts': self._facts, 'model_type': self._config['model_type']}
-        return {**found, 'not_read': self._left_out} if self._left_out else found
+        # ByT5's configuration is that of a T5, but for its tokenizer.
+        sentinels = {'sentinels': 'byt5'} if self._config.get('tokenizer_class') == 'ByT5Tokenizer' else {}
+        return {**found, **sentinels, **({'not_read': self._left_out} if self._left_out else {})}
 
 
 def find(folder: epath.Path) -> bool:

@@ -23,9 +23,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from upcycle import files
+from upcycle import casts, files
 from upcycle.checkpoints import arrays, integrity, writing
-from upcycle.errors import UserError, writing_to
+from upcycle.errors import DifferentLeaves, UserError, writing_to
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
 _LEAVES_IN_FLIGHT = 8
@@ -148,16 +148,20 @@ class CheckpointManager:
         A failure of the writing is raised by the next call.
 
         Raises:
-            UserError: `step` is not past the newest saved one, or the folder cannot be written.
+            UserError: `step` is not past the newest saved one, a leaf holds numbers that are not finite, or the folder cannot be
+                written.
             TypeError: `state` is not a plain nested dict of arrays.
         """
-        leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(state).items()}
+        arrays_of = flatten(state)
+        leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in arrays_of.items()}
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise UserError(
                 f'step {step} cannot be saved: {self._folder} already holds step {newest}, '
                 'so name another MODEL_DIR or delete the later steps.'
             )
+        # Nothing is cast on the way to the disk; the optimizer casts, and numbers may have grown without bound.
+        casts.require_finite_state(arrays_of, f'step {step} is not saved to {self._folder}')
         # Orbax turns JSON into text behind the training, which goes on counting in what it was given.
         data, metadata = copy.deepcopy((data, metadata))
         items = ocp.args.Composite(
@@ -299,8 +303,7 @@ def _require_same(path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any
         if describe(stored[name]) != describe(wanted[name])
     ]
     if differences:
-        listing = '\n  '.join(sorted(differences))
-        raise UserError(
-            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR '
-            f'(leaves that differ: {len(differences)}).\n  {listing}'
+        raise DifferentLeaves(
+            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR',
+            sorted(differences),
         )

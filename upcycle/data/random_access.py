@@ -7,13 +7,14 @@ corpus is one array of tokens; example i of the endless stream is cut, shuffled 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from upcycle.data import span_corruption, tensorflow_quiet
 from upcycle.data.corpus import Corpus
+from upcycle.data.sentinels import counted_down, require_unused
 from upcycle.errors import UserError
 
 tf = tensorflow_quiet.tensorflow()
@@ -42,9 +43,10 @@ class RandomAccessSource(seqio.DataSource):
     element per epoch, a request, and the preprocessor turns it into that epoch's examples.
     """
 
-    def __init__(self, read: Callable[[], Corpus]):
+    def __init__(self, read: Callable[[], Corpus], sentinels: Sequence[int]):
         super().__init__(splits=('train', 'validation'), caching_permitted=False, performs_internal_shuffling=True)
         self._read = functools.cache(read)
+        self.sentinels = tuple(sentinels)
 
     @property
     def corpus(self) -> Corpus:
@@ -115,7 +117,7 @@ def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
     def preprocess(
         dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, Any]
     ) -> tf.data.Dataset:
-        length = span_corruption.checked_lengths(sequence_length, output_features['targets'].vocabulary).tokens
+        length = span_corruption.checked_lengths(sequence_length, source.sentinels).tokens
         tokens = source.tokens
 
         def indices(epoch: tf.Tensor, request: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
@@ -151,9 +153,18 @@ def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
     return preprocess
 
 
-def span_corruption_task(name: str, read: Callable[[], Corpus], vocabulary: Any) -> seqio.Task:
-    """A seqio task (not yet registered) of span corruption over a corpus, which is read when it is first used."""
-    source = RandomAccessSource(read)
+def span_corruption_task(
+    name: str, read: Callable[[], Corpus], vocabulary: Any, sentinels: Sequence[int] | None = None
+) -> seqio.Task:
+    """A seqio task (not yet registered) of span corruption over a corpus, which is read when it is first used.
+
+    Args:
+        name: of the task.
+        read: reads the corpus.
+        vocabulary: of seqio.
+        sentinels: ids in the order of their use; None: T5's, see `counted_down`.
+    """
+    source = RandomAccessSource(read, counted_down(vocabulary) if sentinels is None else sentinels)
     feature = seqio.Feature(vocabulary=vocabulary, add_eos=True)
     return seqio.Task(
         name,
@@ -161,19 +172,20 @@ def span_corruption_task(name: str, read: Callable[[], Corpus], vocabulary: Any)
         output_features={'inputs': feature, 'targets': feature},
         preprocessors=[
             chunks_of(source),
-            span_corruption.span_corruption,
+            functools.partial(span_corruption.span_corruption, sentinels=source.sentinels),
             seqio.preprocessors.append_eos_after_trim,
         ],
         shuffle_buffer_size=None,
     )
 
 
-def check_split(source: RandomAccessSource, split: str, length: int, shuffle: bool) -> int:
+def check_split(source: RandomAccessSource, split: str, lengths: span_corruption.Lengths, shuffle: bool) -> int:
     """Chunks per epoch of a split, at least one.
 
     Raises:
-        UserError: if there is no such split, or it is shorter than a chunk.
+        UserError: if there is no such split, it is shorter than a chunk, or holds a sentinel.
     """
+    length = lengths.tokens
     if split not in source.splits:
         raise UserError(f"There is no split {split!r} here: bind DatasetConfig.split to 'train' or 'validation'.")
     size = source.corpus.splits[split][1]
@@ -183,4 +195,5 @@ def check_split(source: RandomAccessSource, split: str, length: int, shuffle: bo
             f'The split {split!r} holds {size} tokens and TASK_FEATURE_LENGTHS asks for {(1 + shuffle) * length} at '
             f'least: give it more text, or shorten TASK_FEATURE_LENGTHS.'
         )
+    require_unused(source.sentinels[: lengths.spans], source.corpus.tokens)
     return chunks

@@ -1,18 +1,20 @@
 """T5's span corruption, from explicit seeds.
 
 Raffel et al., JMLR 2020, section 3.1.4: 15% of the tokens, in spans of 3 on average, are removed from the inputs; a
-sentinel stands for each span, and the targets list the removed spans, each after its sentinel. Sentinels count down
-from the last id of the vocabulary. `tests/data/test_span_corruption.py` holds it equal to the `t5` package, bit by bit.
+sentinel stands for each span, and the targets list the removed spans, each after its sentinel. Which ids sentinels are
+depends on the vocabulary: see `data/sentinels.py`. `tests/data/test_span_corruption.py` holds it equal to the `t5`
+package, bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from upcycle.data import tensorflow_quiet
+from upcycle.data.sentinels import counted_down
 from upcycle.errors import UserError
 
 tf = tensorflow_quiet.tensorflow()
@@ -57,15 +59,15 @@ def lengths_for_inputs(
     return corrupted_lengths(tokens, noise_density, mean_span_length)
 
 
-def checked_lengths(sequence_length: Mapping[str, int], vocabulary: Any) -> Lengths:
+def checked_lengths(sequence_length: Mapping[str, int], sentinels: Sequence[int]) -> Lengths:
     """`lengths_for_inputs`, where the targets and the sentinels suffice.
 
     Args:
         sequence_length: TASK_FEATURE_LENGTHS, with 'inputs' and 'targets' in tokens.
-        vocabulary: the seqio vocabulary whose `extra_ids` are the sentinels.
+        sentinels: the ids there are.
 
     Raises:
-        UserError: if the targets would be cut or the sentinels would run into ordinary ids.
+        UserError: if the targets would be cut, or there are fewer sentinels than spans.
     """
     binding = f'TASK_FEATURE_LENGTHS = {dict(sequence_length or {})!r}'
     if not sequence_length or {'inputs', 'targets'} - set(sequence_length):
@@ -79,10 +81,10 @@ def checked_lengths(sequence_length: Mapping[str, int], vocabulary: Any) -> Leng
             f'{binding} would cut the targets of span corruption, which need {lengths.targets} tokens for inputs of '
             f"{inputs}: bind 'targets' to {lengths.targets} or more, or shorten 'inputs'."
         )
-    if lengths.spans > vocabulary.extra_ids:
+    if lengths.spans > len(sentinels):
         raise UserError(
-            f'{binding} needs {lengths.spans} sentinels and the vocabulary has {vocabulary.extra_ids}: '
-            "shorten 'inputs'."
+            f'{binding} needs {lengths.spans} sentinels and the vocabulary has {len(sentinels)}: '
+            "shorten 'inputs', or bind SENTINELS."
         )
     return lengths
 
@@ -119,15 +121,19 @@ def noise_mask(
     return tf.ensure_shape(tf.repeat(tf.range(2 * spans) % 2 == 1, turns), [length])
 
 
-def spans_to_sentinels(tokens: tf.Tensor, mask: tf.Tensor, vocab_size: int) -> tf.Tensor:
-    """`tokens` with every run of True in `mask` replaced by one sentinel: `vocab_size - 1`, `vocab_size - 2`, ..."""
+def spans_to_sentinels(tokens: tf.Tensor, mask: tf.Tensor, sentinels: Sequence[int]) -> tf.Tensor:
+    """`tokens` with every run of True in `mask` replaced by the next sentinel."""
     is_first = mask & ~tf.pad(mask[:-1], [[1, 0]])
-    sentinels = vocab_size - tf.cumsum(tf.cast(is_first, tokens.dtype))
-    return tf.boolean_mask(tf.where(is_first, sentinels, tokens), is_first | ~mask)
+    number = tf.maximum(tf.cumsum(tf.cast(is_first, tf.int32)) - 1, 0)
+    sentinel = tf.gather(tf.constant(sentinels, tokens.dtype), number)
+    return tf.boolean_mask(tf.where(is_first, sentinel, tokens), is_first | ~mask)
 
 
 def span_corruption(
-    dataset: tf.data.Dataset, sequence_length: Mapping[str, int], output_features: Mapping[str, Any]
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, Any],
+    sentinels: Sequence[int] | None = None,
 ) -> tf.data.Dataset:
     """The seqio preprocessor: chunks to inputs and targets, without EOS.
 
@@ -135,19 +141,20 @@ def span_corruption(
         dataset: examples of 'targets', int32 chunks of `checked_lengths(...).tokens` tokens, and 'seed', int64 [2].
         sequence_length: TASK_FEATURE_LENGTHS.
         output_features: of the task; the vocabulary is that of 'targets'.
+        sentinels: ids in the order of their use; None: T5's, see `counted_down`.
 
     Returns:
         Examples of 'inputs' and 'targets', each a pure function of its chunk and seed.
     """
-    vocabulary = output_features['targets'].vocabulary
-    lengths = checked_lengths(sequence_length, vocabulary)
+    ids = counted_down(output_features['targets'].vocabulary) if sentinels is None else sentinels
+    lengths = checked_lengths(sequence_length, ids)
 
     def corrupt(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         tokens = tf.ensure_shape(example['targets'], [lengths.tokens])
         mask = noise_mask(lengths.tokens, tf.random.experimental.stateless_split(example['seed'], 2))
         return {
-            'inputs': tf.ensure_shape(spans_to_sentinels(tokens, mask, vocabulary.vocab_size), [lengths.inputs - 1]),
-            'targets': tf.ensure_shape(spans_to_sentinels(tokens, ~mask, vocabulary.vocab_size), [lengths.targets - 1]),
+            'inputs': tf.ensure_shape(spans_to_sentinels(tokens, mask, ids), [lengths.inputs - 1]),
+            'targets': tf.ensure_shape(spans_to_sentinels(tokens, ~mask, ids), [lengths.targets - 1]),
         }
 
     return dataset.map(corrupt, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle.data import JSON, rows_per_host, tensorflow_quiet
+from upcycle.data.sentinels import BYT5, counted_down
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import MissingData, UserError
 from upcycle.schema import Count, Whole
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import seqio
     import tensorflow as tf
 
+    from upcycle.data import span_corruption
     from upcycle.data.random_access import RandomAccessSource
 
 __all__ = ['DatasetConfig', 'TextFiles']
@@ -99,11 +101,42 @@ class DatasetConfig:
     def vocabulary_size(self) -> int:
         """Ids that inputs and targets may hold, sentinels counted: the least a model's embedding must have."""
         with tensorflow_quiet.reading(self.mixture_or_task_name):
-            return max(feature.vocabulary.vocab_size for feature in self.task.output_features.values())
+            sizes = [feature.vocabulary.vocab_size for feature in self.task.output_features.values()]
+        source = self._random_access
+        return max(sizes) if source is None else max(*sizes, *(sentinel + 1 for sentinel in source.sentinels), 0)
+
+    def check_lengths(self) -> None:
+        """Looks, without reading the data, whether a task of ours can have these lengths; seqio looks at its own.
+
+        Raises:
+            UserError: the targets would be cut, or there are fewer sentinels than spans.
+        """
+        if self._random_access is not None:
+            self._lengths()
+
+    def check_sentinels(self, path: str, kind: str | None) -> None:
+        """Looks whether a task of ours has the sentinels of a checkpoint, unless SENTINELS says which.
+
+        Args:
+            path: of the checkpoint.
+            kind: of its sentinels, a name that SENTINELS takes; None: unknown.
+
+        Raises:
+            UserError: it has others.
+        """
+        source = self._random_access
+        bound = self.source is not None and self.source.sentinels is not None
+        if source is None or bound or kind != 'byt5' or source.sentinels == BYT5:
+            return
+        raise UserError(
+            f'{path} was trained with the sentinels {BYT5[0]}, {BYT5[1]}, ..., and {self.mixture_or_task_name} takes '
+            f"{', '.join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = 'byt5' with "
+            'tasks/text_files_span_corruption.gin.'
+        )
 
     def token_text(self, token: int) -> str:
         """A token as people read it: its piece, or byte; of sentinels and the like `<ID>`."""
-        if hasattr(self.vocabulary, 'sp_model'):
+        if hasattr(self.vocabulary, 'sp_model') and token < self.vocabulary.vocab_size:
             return self.vocabulary.tokenizer.id_to_piece(token)
         return self.vocabulary.decode([token]) or f'<{token}>'
 
@@ -136,7 +169,7 @@ class DatasetConfig:
             'task_feature_lengths': {name: int(n) for name, n in sorted(self.task_feature_lengths.items())},
         }
         with tensorflow_quiet.reading(self.mixture_or_task_name):
-            identity['vocabulary'] = _vocabulary_identity(self.vocabulary)
+            identity['vocabulary'] = _vocabulary_identity(self.vocabulary, self._random_access)
         for name in ('split', 'batch_size', 'seed', 'pack', 'shuffle', 'use_cached', 'repeat'):
             identity[name] = getattr(self, name)
         if self._random_access is not None:
@@ -203,10 +236,14 @@ class DatasetConfig:
         return whole if self.num_batches is None else min(whole, self.num_batches)
 
     def _chunks_per_epoch(self) -> int:
-        from upcycle.data import random_access, span_corruption
+        from upcycle.data import random_access
 
-        length = span_corruption.checked_lengths(self.task_feature_lengths, self.vocabulary).tokens
-        return random_access.check_split(self._random_access, self.split, length, self.shuffle)
+        return random_access.check_split(self._random_access, self.split, self._lengths(), self.shuffle)
+
+    def _lengths(self) -> span_corruption.Lengths:
+        from upcycle.data import span_corruption
+
+        return span_corruption.checked_lengths(self.task_feature_lengths, self._random_access.sentinels)
 
     @functools.cached_property
     def _pipeline(self) -> Callable[[int, int, int], tf.data.Dataset]:
@@ -307,9 +344,12 @@ def _packed_alone(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return features
 
 
-def _vocabulary_identity(vocabulary: Any) -> dict[str, JSON]:
+def _vocabulary_identity(vocabulary: Any, source: RandomAccessSource | None) -> dict[str, JSON]:
     model = getattr(vocabulary, 'sp_model', None)
+    # T5's follow from the size.
+    others = source is not None and source.sentinels != counted_down(vocabulary)
     return {
+        **({'sentinels': list(source.sentinels)} if others else {}),
         'kind': type(vocabulary).__name__,
         'size': int(vocabulary.vocab_size),
         'extra_ids': int(vocabulary.extra_ids),

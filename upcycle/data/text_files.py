@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import glob
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from upcycle.data import corpus, tensorflow_quiet
 from upcycle.data.bad_records import BadRecords, checked_bound
+from upcycle.data.sentinels import Sentinels, vocabulary_with
 from upcycle.errors import UserError
-from upcycle.schema import Whole
+from upcycle.schema import Count, Whole
 
 if TYPE_CHECKING:
     import seqio
@@ -24,7 +25,11 @@ class TextFiles:
     train_files: a glob or several (`**` for any depth; `gs://` and the like too, without `**`).
     validation_files: the same for validation; where None, about 5% of the train files, chosen by the hashes of their names.
     vocabulary: path of a SentencePiece model (pad 0, EOS 1, as T5's); where None, bytes.
-    extra_ids: sentinels that are added at the top of the vocabulary.
+    extra_ids: sentinels that are added at the top of a vocabulary that has none.
+    sentinels: the ids that stand for what span corruption takes out. `t5`: `extra_ids` on top of the vocabulary, from the last
+        one down. `mt5`: the pieces `<extra_id_0>`, `<extra_id_1>`, ... of the model file, as mT5 and umT5 have them. `byt5`: of
+        bytes without a model file, 258, 257, ... A list: these ids in this order; a number: it and the 99 below. None: `mt5`
+        where the file holds such pieces, else `t5` [SENTINELS].
     max_bad_records: so many lines that are not UTF-8 are left out [MAX_BAD_RECORDS].
     """
 
@@ -32,6 +37,7 @@ class TextFiles:
     validation_files: str | Sequence[str] | None = None
     vocabulary: str | None = None
     extra_ids: Whole = 100
+    sentinels: Literal['t5', 'mt5', 'byt5'] | Count | Sequence[Count] | None = None
     max_bad_records: Whole = 0
 
     def __post_init__(self):
@@ -47,7 +53,8 @@ class TextFiles:
             UserError: if a glob matches nothing, a file is in both splits, or the vocabulary cannot be used.
         """
         files = _patterns(self.train_files), _patterns(self.validation_files)
-        return _task(*files, self.vocabulary, self.extra_ids, self.max_bad_records)
+        sentinels = tuple(self.sentinels) if isinstance(self.sentinels, list) else self.sentinels
+        return _task(*files, self.vocabulary, sentinels, self.extra_ids, self.max_bad_records)
 
 
 def _patterns(globs: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -59,13 +66,14 @@ def _task(
     train: tuple[str, ...] | None,
     validation: tuple[str, ...] | None,
     model: str | None,
+    sentinels: Sentinels,
     extra_ids: int,
     max_bad_records: int,
 ) -> seqio.Task:
     """One task, and one copy of its tokens, for equal `TextFiles`."""
     from upcycle.data import random_access
 
-    vocabulary = _make_vocabulary(model, extra_ids)
+    vocabulary, ids = vocabulary_with(model, sentinels, extra_ids)
     train_paths = _find_files(train, 'TRAIN_FILES')
     validation_paths = [] if validation is None else _find_files(validation, 'VALIDATION_FILES')
     for path in sorted(set(train_paths) & set(validation_paths)):
@@ -75,28 +83,7 @@ def _task(
         documents = _documents(train_paths, validation_paths, BadRecords(max_bad_records))
         return corpus.build_corpus(documents, vocabulary)
 
-    return random_access.span_corruption_task('text_files_span_corruption', read, vocabulary)
-
-
-def _make_vocabulary(model: str | None, extra_ids: int) -> Any:
-    """Bytes, or the SentencePiece model at `model`, which must have T5's special ids."""
-    seqio = tensorflow_quiet.seqio()
-    if model is None:
-        return seqio.ByteVocabulary(extra_ids=extra_ids)
-    vocabulary = seqio.SentencePieceVocabulary(model, extra_ids=extra_ids)
-    try:
-        pad, eos = vocabulary.tokenizer.pad_id(), vocabulary.tokenizer.eos_id()
-    except Exception as error:  # TensorFlow's for a missing file, protobuf's for another format
-        raise UserError(
-            f'SENTENCEPIECE_MODEL = {model!r} cannot be loaded ({type(error).__name__}): bind it to a SentencePiece '
-            'model file.'
-        ) from None
-    if (pad, eos) != (0, 1):
-        raise UserError(
-            f'SENTENCEPIECE_MODEL = {model!r} has pad id {pad} and EOS id {eos} where T5 has 0 and 1: train it with '
-            '--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1.'
-        )
-    return vocabulary
+    return random_access.span_corruption_task('text_files_span_corruption', read, vocabulary, ids)
 
 
 def _find_files(patterns: Sequence[str] | None, binding: str) -> list[str]:

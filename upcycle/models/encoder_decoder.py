@@ -215,8 +215,11 @@ class EncoderDecoderModel:
         size = getattr(data, 'vocabulary_size', None)
         if size is not None and size > self.config.vocab_size:
             raise UserError(
-                f"NUM_EMBEDDINGS = {self.config.vocab_size} is smaller than the task's vocabulary of {size} tokens: raise it."
+                f"NUM_EMBEDDINGS = {self.config.vocab_size} is smaller than the task's vocabulary of {size} tokens, sentinels "
+                'included: raise it, or bind the vocabulary that the model was trained with.'
             )
+        if (check := getattr(data, 'check_lengths', None)) is not None:
+            check()
 
     def describe(self) -> dict[str, Any]:
         """The configuration as JSON."""

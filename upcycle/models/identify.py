@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from upcycle import partitioning, schema
-from upcycle.errors import UserError
+from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
@@ -147,8 +147,7 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
     problems += [problem for layer in sparse for problem in _layer_problems(layer, stored)]
     problems += _state_problems(leaves, stored)
     if problems:
-        listing = '\n  '.join(problems[:20] + ([f'and {len(problems) - 20} more'] if len(problems) > 20 else []))
-        raise UserError(f'{path} is not a whole {model.family} ({len(problems)} leaves):\n  {listing}')
+        raise DifferentLeaves(f'{path} is not a whole {model.family}', problems)
     return model
 
 

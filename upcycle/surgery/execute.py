@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from upcycle import casts
 from upcycle.errors import UserError
 from upcycle.surgery.operators import Leaf, Lineage, Operator, Start, key_for
 from upcycle.surgery.plan import Action, Plan, Row, mlp_of, within_mlp
@@ -115,10 +116,10 @@ class Maker:
             made_of = (0,)  # the dense MLP's state, though the expert may start from scratch
         parents = [self._parent(row, i) for i in made_of]
         if row.action is Action.TILE or self.plan.spec.operator.identical:
-            return _mean(parents, row.dtype)
+            return _mean(row, parents)
         mlp, name = mlp_of(row.target), within_mlp(row.target)
         make = _compiled(self.plan.spec.operator, name, tuple(self.plan.mlps[mlp].items()), jnp.dtype(row.dtype))
-        return make(parents, index, key_of(self.plan.spec.seed, mlp))
+        return casts.cast(row.target, make(parents, index, key_of(self.plan.spec.seed, mlp)), row.dtype)
 
     def pieces(self, row: Row) -> Iterator[tuple[int | None, jax.Array | np.ndarray]]:
         """A leaf for who has no room for a whole layer: (index of an expert, its part), or (None, the whole)."""
@@ -134,9 +135,9 @@ class Maker:
         spec = self.plan.spec
         match row.action:
             case Action.KEEP | Action.MEAN:
-                return _mean([self.source(name) for name in row.sources], row.dtype)
+                return _mean(row, [self.source(name) for name in row.sources])
             case Action.RESIZE:
-                return resize_positions(_mean([self.source(name) for name in row.sources], row.dtype), row.shape[1])
+                return resize_positions(_mean(row, [self.source(name) for name in row.sources]), row.shape[1])
             case Action.ZEROS:
                 return jnp.zeros(row.shape, row.dtype)
             case Action.NEW:
@@ -145,7 +146,7 @@ class Maker:
                 sources = [self.source(name) for name in row.sources]
                 key = key_of(spec.seed, row.target)
                 made = spec.dense_operator.make(sources, row.shape, row.axes, row.target, key)
-                return made.astype(row.dtype)
+                return casts.cast(row.target, made, row.dtype)
         assert row.action is Action.ROUTER, row
         if not row.shape:
             # The scale of Soft MoE's cosines.
@@ -168,7 +169,7 @@ class Maker:
             kernel = clusters(self.hidden(mlp_of(row.target)), shape[1], spec.router_stddev, key)
         else:
             kernel = DRAWN[spec.router_init](shape, spec.router_stddev, key)
-        return kernel[:, jnp.asarray(columns)].astype(row.dtype)
+        return casts.cast(row.target, kernel[:, jnp.asarray(columns)], row.dtype)
 
     def lineage(self, row: Row) -> Lineage:
         """For each expert of a row, which MLPs it is made of."""
@@ -197,27 +198,28 @@ class Maker:
 @functools.lru_cache(maxsize=64)
 def _compiled(operator: Operator, name: str, mlp: tuple[tuple[str, Leaf], ...], dtype: Any):
     def make(parents, index, key):
-        return operator.make(name, parents, dict(mlp), index, key).astype(dtype)
+        made = operator.make(name, parents, dict(mlp), index, key)
+        # A narrower type is for `casts` to make and to look at.
+        return made.astype(jnp.promote_types(dtype, made.dtype))
 
     return jax.jit(make)
 
 
-def _mean(leaves: Sequence[jax.Array | np.ndarray], dtype: Any) -> jax.Array | np.ndarray:
+def _mean(row: Row, leaves: Sequence[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:
     """The mean of floating-point leaves; the largest of whole numbers."""
     if len(leaves) == 1:
-        return leaves[0].astype(dtype, copy=False)
+        return casts.cast(row.target, leaves[0], row.dtype)
     if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        return functools.reduce(jnp.maximum, leaves).astype(dtype)
+        return casts.cast(row.target, functools.reduce(jnp.maximum, leaves), row.dtype)
     total = functools.reduce(jnp.add, [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves])
-    return (total / len(leaves)).astype(dtype)
+    return casts.cast(row.target, total / len(leaves), row.dtype)
 
 
 def _place(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
     """A leaf on its devices."""
     if row.action is Action.KEEP:
-        leaf = maker.source(row.sources[0], sharding)
         # The step counts for the optimizer's clock too, whose leaf is one of its own.
-        return leaf.astype(row.dtype) if leaf.dtype != row.dtype else leaf
+        return casts.cast(row.target, maker.source(row.sources[0], sharding), row.dtype)
     if row.action is Action.ZEROS:
         return _zeros(row.shape, row.dtype, sharding)()
     if row.action is Action.NEW:
@@ -226,7 +228,8 @@ def _place(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> jax.Array
         # From the host, since the leaf may be on one device and the sharding span several processes.
         return jax.device_put(np.asarray(maker.leaf(row)), sharding)
     if maker.plan.alike(row):
-        return _tile(row.shape, row.dtype, sharding)(maker.source(row.sources[0], without_leading_axis(sharding)))
+        leaf = maker.source(row.sources[0], without_leading_axis(sharding))
+        return _tile(row.shape, sharding)(casts.cast(row.target, leaf, row.dtype))
     # Experts are made on one device, as many as another one holds, and each device gets its part of its own.
     where = sharding.addressable_devices_indices_map(row.shape)
     holders: dict[range, list[jax.Device]] = {}
@@ -250,8 +253,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
 
 
 @functools.lru_cache(maxsize=64)
-def _tile(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
-    return jax.jit(lambda leaf: jnp.broadcast_to(leaf[None], shape).astype(dtype), out_shardings=sharding)
+def _tile(shape: tuple[int, ...], sharding: jax.sharding.Sharding):
+    return jax.jit(lambda leaf: jnp.broadcast_to(leaf[None], shape), out_shardings=sharding)
 
 
 def without_leading_axis(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from upcycle.errors import UserError, one_of
+from upcycle.errors import DifferentLeaves, UserError, one_of
 from upcycle.schema import Natural, Whole
 from upcycle.surgery.operators import (
     DENSE_OPERATORS,
@@ -195,8 +195,8 @@ def plan(
       The plan; it reads nothing.
 
     Raises:
-      UserError: a leaf has no source, two, or one of another shape, or a dense leaf would be lost; the message holds the
-        whole difference.
+      DifferentLeaves: a leaf has no source, two, or one of another shape, or a dense leaf would be lost.
+      UserError: the checkpoint is of another kind than the operator's.
     """
     operator, made_by = spec.operator, spec.made_by
     base, several, problems = _one_of_several(dense)
@@ -255,7 +255,9 @@ def plan(
         else:
             add(target, *found)
 
-    used = {source for row in rows for source in row.sources}
+    used = {source for row in rows for source in row.sources} | {
+        match[1] or match[2] for problem in problems if (match := _UNFIT.search(problem))
+    }
     for source, leaf in dense.items():
         name = _base_name(source)
         if source in used or name in dropped or name in ('step', COUNT):
@@ -279,7 +281,7 @@ def plan(
         else:
             problems.append(f'{source} {_show(leaf)} of the checkpoint is used by no leaf of the model')
     if problems:
-        raise UserError(_explain(problems, base, spec, head))
+        raise _explain(problems, base, spec, head)
     return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
 
 
@@ -336,6 +338,7 @@ def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) ->
 
 
 _NEEDS = 'needs a source of shape'
+_UNFIT = re.compile(rf'^(\S+) {_NEEDS} .*, not |{_NEEDS} .*, but (\S+) is ')
 
 
 def _remake(
@@ -376,6 +379,8 @@ def _source(
         want = (*old[:1], *want)
     if _resizable(target, old, want):
         return Action.RESIZE, source
+    if old != want and source == target:
+        return f'{target} {_NEEDS} {want}, not {old}'
     if old != want:
         return f'{target} {_show(leaf)} {_NEEDS} {want}, but {source} is {_show(dense[source])}'
     if not is_new_expert:
@@ -415,15 +420,16 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
     return f'({", ".join(map(str, leaf.shape))}) {leaf.dtype}'
 
 
-def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence[str]) -> str:
+def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence[str]) -> UserError:
     if not any(name.startswith(STATES) for name in dense) and all(p.startswith('opt_state/') for p in problems):
-        return (
+        return UserError(
             "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
             "what is there and not read): set OPTIMIZER_STATE = 'fresh'."
         )
     what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
     has_experts = any(EXPERT in name.split('/') for name in dense)
     wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
+    inside = wrong_shape and all({EXPERT, SHARED} & {*segments} for segments in wrong_shape)
     if all(any(f'/{part}/' in problem for part in head) for problem in problems):
         what = (
             'The head of the checkpoint is not that of the model: to fine-tune on other classes, start a new one with '
@@ -431,8 +437,8 @@ def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence
         )
     elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
         what += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
-    elif any(EXPERT in segments for segments in wrong_shape):
+    elif inside and any(EXPERT in segments for segments in wrong_shape):
         what += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
-    elif any(SHARED in segments for segments in wrong_shape):
+    elif inside:
         what += ' (shared experts start as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
-    return '\n  '.join([f'{what} ({len(problems)} leaves):', *problems])
+    return DifferentLeaves(what, problems)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.several import readers_of
-from upcycle.errors import UserError
+from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import Model, Params
 from upcycle.surgery.execute import sha256_of
 from upcycle.surgery.plan import Action
@@ -34,8 +34,7 @@ def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
 def require_match(path: str, paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     """Raises UserError where a checkpoint holds other parameters than its receipt says."""
     if problems := mismatches(paper, leaves):
-        listing = '\n  '.join(problems[:10])
-        raise UserError(f'{path} does not match its receipt ({len(problems)} leaves):\n  {listing}')
+        raise DifferentLeaves(f'{path} does not match its receipt', problems)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """The first state of a run: from its own checkpoint, from a dense one by surgery, or from scratch."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +19,9 @@ from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.data import DataSource
-from upcycle.errors import UserError
+from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model, identify
+from upcycle.models.differences import differences
 from upcycle.moe import state as moe_state
 from upcycle.surgery.execute import execute, print_progress
 from upcycle.surgery.operators import Lineage
@@ -138,13 +141,46 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
         leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
     for part in readers_of(reader):
         check_facts(run.model, part, run.surgery)
+        for data in (run.train_data, run.eval_data):
+            if (check := getattr(data, 'check_sentinels', None)) is not None:
+                check(part.path, part.metadata.get('sentinels'))
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
             'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
         )
-    return plan(
-        leaves, where.flat() if wanted is None else wanted, run.surgery, where.logical_axes, head=run.model.head
-    )
+    with in_gin_words(run.model, reader):
+        return plan(
+            leaves, where.flat() if wanted is None else wanted, run.surgery, where.logical_axes, head=run.model.head
+        )
+
+
+@contextlib.contextmanager
+def in_gin_words(model: Model, reader: Reader) -> Iterator[None]:
+    """Around a comparison of a checkpoint with a model: says first which bindings of the gin files would make them fit.
+
+    Raises:
+      DifferentLeaves: with these bindings, the first of several checkpoints speaking for all.
+    """
+    try:
+        yield
+    except DifferentLeaves as error:
+        # It knows what a run is made of, and so needs this module's neighbours.
+        from upcycle.configuration import name_of
+
+        part = readers_of(reader)[0]
+        facts = identify.facts_of(part.metadata)
+        found = differences(model, part.path, part.leaves(), facts, error.problems)
+        named = [(name_of(each.kind, each.field), in_gin(each.here), in_gin(each.there)) for each in found]
+        lines = [f'{name} is {here} here and {there} in the checkpoint' for name, here, there in named]
+        if named:
+            fits = (shlex.quote(f'--gin.{name}={there}') for name, _, there in named)
+            lines.append(f'bindings that fit: {" ".join(fits)}')
+        raise DifferentLeaves(error.what, error.problems, lines) from None
+
+
+def in_gin(value: Any) -> str:
+    """A value as it is written behind --gin.NAME=."""
+    return str(value) if isinstance(value, str) else repr(value)
 
 
 def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
@@ -258,7 +294,8 @@ def params_from(run: Run, where: Layout, reader: Reader) -> tuple[Any, str | Non
         )
     spec = run.surgery if expands else Surgery(operator=None)
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
-    what = plan(stored, wanted, spec, where.logical_axes)
+    with in_gin_words(run.model, reader):
+        what = plan(stored, wanted, spec, where.logical_axes)
     flat = execute(what, reader.read, shardings, new={}, progress=print_progress('loading'))
     return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)
 

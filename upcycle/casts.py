@@ -1,0 +1,110 @@
+"""The one place where numbers of a checkpoint change their type, and where they are looked at afterwards."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upcycle.errors import UserError
+from upcycle.metrics import warn
+
+Array = TypeVar('Array', np.ndarray, jax.Array)
+
+
+def cast(name: str, value: Array, dtype: Any) -> Array:
+    """A leaf, or a part of one, in another type.
+
+    Lost digits and small numbers that become 0 are the price of a narrower type. A leaf of which nothing is left but zeros is
+    a warning.
+
+    Args:
+      name: of the leaf, for messages.
+      value: any shape; NaN and infinity stay what they are.
+      dtype: wanted.
+
+    Raises:
+      UserError: a finite number has no finite counterpart, or a whole number no equal one.
+    """
+    old, new = jnp.dtype(value.dtype), jnp.dtype(dtype)
+    if old == new:
+        return value
+    (old_lowest, old_highest, old_least), (lowest, highest, least) = _limits(old), _limits(new)
+    xp = jnp if isinstance(value, jax.Array) else np
+    with np.errstate(over='ignore', invalid='ignore', under='ignore'):
+        made = value.astype(new)
+    whole = jnp.issubdtype(new, jnp.integer)
+    if (old_lowest < lowest or old_highest > highest or (whole and old_least < 1)) and (
+        count := _lost(xp, value, made, whole, lowest, highest)
+    ):
+        wide = value.astype(np.float64 if xp is np else np.float32)
+        largest = float(xp.abs(xp.where(xp.isfinite(wide), wide, 0)).max())
+        if value.size == 1:
+            what = f'{name} is {value.reshape(())}, which {new.name} cannot hold'
+        else:
+            what = f'{name} holds {count} of {value.size} numbers that {new.name} cannot hold (the largest is {largest:.6g})'
+        raise UserError(f'{what}: {_way_out(name, new, largest)}.')
+    if least > old_least and not whole and not bool(made.any()) and bool(value.any()):
+        largest = float(xp.abs(value).max())
+        warn(f'every number of {name} is too small for {new.name} (the largest is {largest:.3g}) and becomes 0.')
+    return made
+
+
+def require_finite_state(leaves: dict[str, Any], what: str) -> None:
+    """Looks at the leaves of a state on the devices; one number each comes to the host.
+
+    Args:
+      leaves: jax or numpy arrays by name.
+      what: becomes of it otherwise, for the message: 'step 7 is not saved'.
+
+    Raises:
+      UserError: a leaf holds NaN or infinity.
+    """
+    floating = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    finite = jax.device_get({name: _all_finite(leaf) for name, leaf in floating.items()})
+    if broken := [name for name, is_finite in finite.items() if not is_finite]:
+        dtype = jnp.dtype(floating[broken[0]].dtype)
+        more = f' (and {len(broken) - 1} more leaves)' if len(broken) > 1 else ''
+        way_out = 'lower BASE_LEARNING_RATE'
+        if dtype.itemsize < 4:
+            way_out = f"bind the optimizer's momentum_dtype to a wider type than {dtype.name}, or {way_out}"
+        raise UserError(
+            f'{what}: {broken[0]}{more} holds numbers that are NaN, infinite or too large for {dtype.name}: start another run '
+            f'from the newest step, and {way_out}.'
+        )
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _lost(xp: Any, value: Any, made: Any, whole: bool, lowest: float, highest: float) -> int:
+    """How many numbers have no counterpart."""
+    if whole:  # steps and clocks, which every process holds whole
+        value = np.asarray(value)
+        return int(np.count_nonzero(~((value >= lowest) & (value <= highest) & (value == np.trunc(value)))))
+    finite = xp.isfinite(made)
+    return 0 if bool(finite.all()) else int(xp.count_nonzero(~finite & xp.isfinite(value)))
+
+
+def _limits(dtype: np.dtype) -> tuple[float, float, float]:
+    """The smallest and largest number of a type, and the smallest one above 0."""
+    if dtype.kind == 'b':
+        return 0, 1, 1
+    if jnp.issubdtype(dtype, jnp.integer):
+        info = jnp.iinfo(dtype)
+        return int(info.min), int(info.max), 1
+    info = jnp.finfo(dtype)
+    return float(info.min), float(info.max), float(info.smallest_subnormal)
+
+
+def _way_out(name: str, dtype: np.dtype, largest: float) -> str:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return 'leave the optimizer state out'
+    if not name.startswith('params/'):
+        return "bind the optimizer's momentum_dtype = 'float32', or start with OPTIMIZER_STATE = 'fresh'"
+    wider = [other for other in ('bfloat16', 'float32') if largest <= _limits(jnp.dtype(other))[1]]
+    return (
+        f'take {" or ".join(f"--dtype={other}" for other in wider)}' if wider else 'no type that weights have holds it'
+    )
