@@ -1,17 +1,25 @@
 """The check of the whole configuration: what is wrong is said at once, by its name, before anything is built."""
 
+import enum
 import inspect
 import os
+import pathlib
 import subprocess
 import sys
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 import gin
 from tests import runs
 from upcycle import configuration, gin_files, schema
 from upcycle.errors import UserError, UserErrors, mistakes_of
+from upcycle.models.vit import Gelu
+from upcycle.moe.config import BalanceLoss
+from upcycle.train.trainable import Trainable
 
 
 def mistakes(files, bindings):
@@ -216,3 +224,119 @@ def test_every_configurable_of_ours_has_types(tmp_path):
 )
 def test_types(value, hint, expected):
     assert schema.fits(value, hint) is expected
+
+
+@pytest.mark.parametrize(
+    ('value', 'text'),
+    [
+        (BalanceLoss.SWITCH, "'switch'"),
+        (('relu',), "('relu',)"),
+        ([Gelu.TANH, 1], "['tanh', 1]"),
+        ({'a': Gelu.ERF}, "{'a': 'erf'}"),
+        (np.float32(0.5), '0.5'),
+        (np.dtype('float32'), "'float32'"),
+        (np.float32, "'float32'"),
+        (jnp.bfloat16, "'bfloat16'"),
+        (jnp.zeros((), jnp.bfloat16).dtype, "'bfloat16'"),
+        (pathlib.Path('/a/b'), "'/a/b'"),
+        (epath.Path('/a/b'), "'/a/b'"),
+        (Trainable(), '@upcycle.train.trainable.Trainable()'),
+        (None, 'None'),
+        ("it's", '"it\'s"'),
+    ],
+    ids=str,
+)
+def test_values_are_shown_as_a_user_writes_them(value, text):
+    assert schema.shown(value) == schema.written(value) == text
+
+
+def members(module):
+    for name, kind in vars(module).items():
+        if inspect.isclass(kind) and issubclass(kind, enum.Enum) and kind.__module__ == module.__name__:
+            yield from ((name, member) for member in kind)
+
+
+def test_every_enum_of_ours_is_shown_so():
+    for module in [module for name, module in sys.modules.items() if name.startswith('upcycle.')]:
+        for name, member in members(module):
+            assert schema.shown(member) == repr(member.value), name
+
+
+def claim_of(tmp_path, kind='dense', **more):
+    run = runs.build(kind, tmp_path / 'run', 6, **more)
+    return run, configuration.resolved()
+
+
+@pytest.mark.parametrize(
+    ('before', 'now'),
+    [
+        ({'BASE_LEARNING_RATE': 1}, {'BASE_LEARNING_RATE': 1.0}),
+        (
+            {'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 9}"},
+            {'TASK_FEATURE_LENGTHS': "{'targets': 9, 'inputs': 32}"},
+        ),
+        ({'ENCODER_MOE_LAYERS': '(1,)'}, {'ENCODER_MOE_LAYERS': '[1]'}),
+    ],
+    ids=str,
+)
+def test_a_value_is_the_same_however_it_is_written(before, now, tmp_path):
+    configuration.claim(*claim_of(tmp_path, 'scratch', **before))
+    configuration.claim(*claim_of(tmp_path, 'scratch', **now), write=False)
+
+
+def test_a_default_is_the_same_bound_or_not(tmp_path):
+    """Whichever binding of a run is left out, as an older gin file may do."""
+    run, bindings = claim_of(tmp_path, 'scratch', ENCODER_ROUTER='top_k')
+    defaults = configuration._defaults()
+    checked = 0
+    for name, value in bindings.items():
+        if value == defaults.get(name):
+            fewer = {other: text for other, text in bindings.items() if other != name}
+            for old, new in ((bindings, fewer), (fewer, bindings)):
+                (tmp_path / 'run' / 'config.gin').unlink(missing_ok=True)
+                configuration.claim(run, old)
+                configuration.claim(run, new)
+            checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize(
+    ('more', 'kind', 'words'),
+    [
+        ({'DATA_SEED': 1}, 'dense', 'SyntheticText.seed is 0 and not 1'),
+        (
+            {'OPTIMIZER': '@optimizers/upcycle.train.optimizer.Adafactor()'},
+            'dense',
+            'Run.optimizer is @upcycle.train.optimizer.Adafactor() and not @optimizers/upcycle',
+        ),
+        ({'REMAT': 'full', 'DROPOUT_RATE': 0.5}, 'dense', 'dropout_rate is 0.0 and not 0.5'),
+    ],
+    ids=str,
+)
+def test_the_first_difference_that_is_named_is_one(more, kind, words, tmp_path):
+    configuration.claim(*claim_of(tmp_path))
+    with pytest.raises(UserError) as error:
+        configuration.claim(*claim_of(tmp_path, kind, **more), write=False)
+    assert words in str(error.value) and '<' not in str(error.value)
+
+
+def test_a_dense_run_is_no_sparse_one(tmp_path):
+    """Not by a setting of experts that the dense one had never heard of."""
+    configuration.claim(*claim_of(tmp_path))
+    with pytest.raises(UserError, match=r'EncoderDecoderModel.\w+ is 0.0 and not 0.01|_moe is None and not @'):
+        configuration.claim(*claim_of(tmp_path, 'scratch'), write=False)
+
+
+@pytest.mark.parametrize('text', ['', '\0\0\0', '\udcff', 'from __gin__ import dynamic_registration\n'])
+def test_a_damaged_config_is_called_so(text, tmp_path):
+    run, identity = claim_of(tmp_path)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'config.gin').write_bytes(text.encode(errors='surrogateescape'))
+    configuration.claim(run, identity, write=False)
+    (tmp_path / 'run' / 'checkpoints').mkdir()
+    with pytest.raises(UserError, match='checkpoints but a config.gin that describes no run: bring that file back'):
+        configuration.claim(run, identity)
+    (tmp_path / 'run' / 'config.gin').unlink()
+    (tmp_path / 'run' / 'config.gin').mkdir()
+    with pytest.raises(UserError, match=r'config.gin cannot be read \(Is a directory\)'):
+        configuration.claim(run, identity)

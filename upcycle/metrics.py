@@ -29,7 +29,7 @@ _PADDING = ' \t\r\0'
 class MetricsLog:
     """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files beside it.
 
-    No line is ever lost: what the log of an earlier leg holds and this one does not keep is appended to `SET_ASIDE`, byte for byte.
+    No line is ever lost: what an earlier leg has logged and this one does not keep is appended to `SET_ASIDE`, byte for byte.
 
     Args:
       model_dir: the run's folder.
@@ -60,9 +60,10 @@ class MetricsLog:
                 damaged.append(number)
         self._set_aside(others, files.absolute(model_dir) / SET_ASIDE)
         if damaged:
+            which = ', '.join(map(str, damaged[:10])) + ' and others' * (len(damaged) > 10)
             warn(
-                f'{earlier}, line {", ".join(map(str, damaged[:10]))}{" and others" if len(damaged) > 10 else ""}: not a line of a '
-                f'log of ours (a JSON object with step and split). It is now in {SET_ASIDE}; every other line is kept.'
+                f'{earlier}, line {which}: not a line of a log of ours (a JSON object with step and split). It is now in '
+                f'{SET_ASIDE}; every other line is kept.'
             )
         files.replace_text(path, ''.join(line.decode('utf-8-sig').strip(_PADDING) + '\n' for line in kept))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
@@ -169,7 +170,9 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get('split'), str):
         return None
     step = record.get('step')
-    is_step = (isinstance(step, int) and not isinstance(step, bool)) or (isinstance(step, float) and math.isfinite(step))
+    is_step = (isinstance(step, int) and not isinstance(step, bool)) or (
+        isinstance(step, float) and math.isfinite(step)
+    )
     return record if is_step else None
 
 

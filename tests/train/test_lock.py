@@ -1,4 +1,4 @@
-"""One process writes to a run's folder: who may take a lock over, and when. Clocks and identities are made up; one pair is real."""
+"""One process writes to a run folder: who may take a lock over, and when. Clocks and identities are made up, one pair is real."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_a_holder_that_lives_is_named(kind, tmp_path):
     theirs.take()
     clock = Clock()
     clock.meanwhile = lambda: theirs.beat() if clock.now > 59 else None
-    with pytest.raises(UserError, match=rf'in use: process \d+ on over-there \(since 20.* UTC\) trains there. Wait'):
+    with pytest.raises(UserError, match=r'in use: process \d+ on over-there \(since 20.* UTC\) trains there. Wait'):
         lock(tmp_path, clock).take()
     theirs.check()
 
@@ -117,7 +117,9 @@ def test_who_was_followed_notices(tmp_path):
     theirs.take()
     ours = lock(tmp_path, host='b')
     ours.take()
-    with pytest.raises(UserError, match=r'no longer held by this process, which stops here: process \d+ on b .*took it'):
+    with pytest.raises(
+        UserError, match=r'no longer held by this process, which stops here: process \d+ on b .*took it'
+    ):
         theirs.check()
     again = lock(tmp_path, host='c')
     again.take()

@@ -1,13 +1,13 @@
 """One process writes to a run's folder: a lock that process 0 holds while it trains.
 
-`MODEL_DIR/lock.json` says who holds it: host, process id and its start time, boot id, PID namespace, since when, and a heartbeat, a
-number that the holder raises every `beat` seconds. A holder is dead where boot id and PID namespace are ours and no process has its
-id and start time: its lock is taken over at once. Any other lock is taken over when its heartbeat has stood still for `PATIENCE`
-seconds of our own clock; clocks of two hosts are never compared.
+`MODEL_DIR/lock.json` says who holds it: host, process id and its start time, boot id, PID namespace, since when, and a heartbeat,
+a number that the holder raises every `beat` seconds. A holder is dead where boot id and PID namespace are ours and no process has
+its id and start time: its lock is taken over at once. Any other lock is taken over when its heartbeat has stood still for
+`PATIENCE` seconds of our own clock; clocks of two hosts are never compared.
 
-In a local folder a lock is created by `O_EXCL` and changed under `flock`, so that one of several takers wins. Where the file system
-knows no `flock` across hosts, and in a bucket, two that take it in the same second both begin, and the one whose text was overwritten
-stops at its next heartbeat, or before it saves.
+In a local folder a lock is created by `O_EXCL` and changed under `flock`, so that one of several takers wins. Where the file
+system knows no `flock` across hosts, and in a bucket, two that take it at the same moment both begin, and the one whose text was
+overwritten stops at its next heartbeat, or before it saves.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _POLL = 0.25
 _SIZE = 1024  # bytes of a lock, filled up with spaces: it is overwritten in place
 
 
-class _Busy(Exception):
+class _BusyError(Exception):
     """Another process is just changing the lock."""
 
 
@@ -52,7 +52,7 @@ class _Store(Protocol):
         """The lock; None: there is none."""
 
     def change(self, is_expected: Callable[[bytes], bool], text: bytes | None) -> bool:
-        """Replaces a lock, or removes it, if it is as expected; raises `_Busy`."""
+        """Replaces a lock, or removes it, if it is as expected; raises `_BusyError`."""
 
 
 class _LocalFile:
@@ -94,7 +94,7 @@ class _LocalFile:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise _Busy from error
+                raise _BusyError from error
             except OSError:  # the file system knows no flock
                 pass
             # It may have been removed, and another one created, since it was opened.
@@ -247,7 +247,7 @@ class Lock:
                     'or name another MODEL_DIR.'
                 )
             if is_dead(holder) or (seen == now and waited >= PATIENCE):
-                with contextlib.suppress(_Busy):
+                with contextlib.suppress(_BusyError):
                     if self._store.change(now.__eq__, self._text()):
                         return
                 # Another one was faster, or the holder is back.
@@ -265,7 +265,7 @@ class Lock:
     def beat(self) -> None:
         """Raises the heartbeat, or notices that the lock is another process's."""
         # Whoever changes the lock just now, or a disk that does not answer: the next one counts.
-        with contextlib.suppress(_Busy, OSError):
+        with contextlib.suppress(_BusyError, OSError):
             self._beats += 1
             if not self._store.change(self._is_mine, self._text()) and not self._is_mine(self._store.read() or b''):
                 self._lost.set()
@@ -286,7 +286,9 @@ class Lock:
             why = f'its {NAME} was removed'
             if now is not None:
                 why = f'{_in_words(_parse(now))} took it over, as this process gave no sign of life for {PATIENCE:g} s'
-            raise UserError(f"MODEL_DIR = '{self._model_dir}' is no longer held by this process, which stops here: {why}.")
+            raise UserError(
+                f"MODEL_DIR = '{self._model_dir}' is no longer held by this process, which stops here: {why}."
+            )
 
     def release(self) -> None:
         """Lets go of the lock, if it is ours."""
@@ -295,7 +297,7 @@ class Lock:
             try:
                 self._store.change(self._is_mine, None)
                 return
-            except _Busy:
+            except _BusyError:
                 self._sleep(0.01)
             except OSError:
                 return

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from upcycle import partitioning
+from upcycle import partitioning, schema
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
@@ -126,6 +126,11 @@ def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
 
 def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
     """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
+    if run.surgery is None:
+        raise UserError(
+            f'INITIAL_CHECKPOINT_PATH = {schema.shown(run.initial_checkpoint_path)} is set, and SURGERY is None, which says what '
+            'becomes of it: use runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/.'
+        )
     leaves = dict(reader.leaves())
     # Of several checkpoints each has its own.
     steps = dict.fromkeys('step' + name[name.index('@') :] if '@' in name else 'step' for name in leaves)
@@ -140,7 +145,8 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
         check_facts(run.model, part, run.surgery)
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
-            'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
+            f'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/{run.model.family}.gin, or use '
+            'runs/continue_dense.gin.'
         )
     return plan(
         leaves, where.flat() if wanted is None else wanted, run.surgery, where.logical_axes, head=run.model.head
@@ -159,7 +165,8 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
         ours = getattr(model.config, name, value)
         if name not in changed and (tuple(value) if isinstance(value, list) else value) != ours:
             raise UserError(
-                f'{reader.path} was made with {name} = {value!r}, and the model has {ours!r}: set it in the gin files.'
+                f'{reader.path} was made with {name} = {schema.shown(value)}, and the model has {schema.shown(ours)}: set it in '
+                'the gin files.'
             )
 
 
