@@ -340,3 +340,65 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
     (tmp_path / 'run' / 'config.gin').mkdir()
     with pytest.raises(UserError, match=r'config.gin cannot be read \(Is a directory\)'):
         configuration.claim(run, identity)
+
+
+@pytest.mark.parametrize(
+    ('files', 'first', 'second'),
+    [
+        (('moe/t5.gin', runs.TINY, runs.TASK, 'runs/scratch.gin'), 'moe/t5.gin', runs.TINY),
+        ((runs.TASK, runs.TINY, 'moe/t5.gin', 'runs/scratch.gin'), runs.TASK, runs.TINY),
+        (
+            (runs.TINY, 'moe/t5.gin', runs.TASK, 'surgery/noise.gin', 'runs/upcycle.gin'),
+            'surgery/noise.gin',
+            'runs/upcycle.gin',
+        ),
+        (('optimizers/adamw.gin', runs.TINY, runs.TASK, 'runs/pretrain.gin'), 'optimizers/adamw.gin', runs.TINY),
+        (
+            ('moe/vit.gin', 'models/vit_mini.gin', 'tasks/mnist5k.gin', 'runs/scratch.gin'),
+            'moe/vit.gin',
+            'models/vit_mini.gin',
+        ),
+        (('runs/finetune.gin', runs.TINY, runs.TASK), 'runs/finetune.gin', runs.TINY),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',
+)
+def test_files_in_an_order_in_which_one_undoes_another(files, first, second):
+    found = mistakes(files, {'MODEL_DIR': 'x', 'TRAIN_STEPS': '2', 'INITIAL_CHECKPOINT_PATH': '/nowhere'})
+    said = [sentence for sentence in found if 'name the files in the order models, moe, tasks, runs' in sentence]
+    assert len(said) == 1 and said[0].startswith(f'{first} stands before {second}, which sets '), found
+
+
+def test_an_order_that_changes_nothing_is_taken():
+    """The two set nothing in common; or what they do is given on the command line."""
+    files = (runs.TINY, runs.TASK, 'moe/t5.gin', 'runs/scratch.gin')
+    assert configuration.load(files, runs.bindings('scratch', '/nowhere', 6)).model.moe_layers()
+    files = (runs.TASK, runs.TINY, 'runs/pretrain.gin')
+    assert configuration.load(files, runs.bindings('dense', '/nowhere', 6)).model.config.vocab_size == 384
+
+
+@pytest.mark.parametrize(
+    ('kind', 'file', 'hint'),
+    [
+        ('scratch', 'moe/vit.gin', 'name moe/t5.gin instead'),
+        ('dense', 'moe/vit.gin', 'name moe/t5.gin instead'),
+        ('vit dense', 'moe/t5.gin', 'name moe/vit.gin instead'),
+        ('dense', 'gin/moe/vit.gin', 'name moe/t5.gin instead'),
+        ('dense', 'runs/finetune_vit.gin', 'name runs/finetune.gin instead'),
+    ],
+)
+def test_a_recipe_of_another_family(kind, file, hint):
+    *files, run = runs.FILES[kind]
+    found = mistakes((*files, file, run), runs.bindings(kind, '/nowhere', 6, INITIAL_CHECKPOINT_PATH='/nowhere'))
+    ours, other = ('vit', 't5') if kind.startswith('vit') else ('t5', 'vit')
+    said = (
+        f'{file.removeprefix("gin/")} is for models of the family {other}, and MODEL is of the family {ours}: {hint}.'
+    )
+    assert said in found, found
+
+
+def test_a_model_before_another_one_of_another_family():
+    files = ('models/vit_mini.gin', *runs.FILES['dense'])
+    assert any(
+        'models/vit_mini.gin is for models of the family vit' in sentence
+        for sentence in mistakes(files, runs.bindings('dense', '/nowhere', 6))
+    )

@@ -66,8 +66,10 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
     builder = _Builder()
     run = builder.make((), Run)
     others = [*found.mistakes, *builder.mistakes]
+    family = next((made.family for made in builder.made() if hasattr(made, 'family')), None)
     mistakes = [
         *found.mistakes,
+        *(() if family is None else gin_files.of_another_family(found.files, family)),
         *_unused(found, bindings, whole=not others),
         *_unknown_macros(found),
         *builder.mistakes,
@@ -263,6 +265,10 @@ class _Builder:
         self.missing_data: list[str] = []  # of these, those of data that is not here
         self._made: dict[str, Any] = {}
         self._under_way: list[str] = []
+
+    def made(self) -> Iterator[Any]:
+        """Everything that could be made."""
+        return (value for value in self._made.values() if value is not UNKNOWN)
 
     def make(self, scopes: Sequence[str], target: Any) -> Any:
         """What a configurable makes of its bindings, once for each scope; `UNKNOWN` where a mistake is in the way."""
