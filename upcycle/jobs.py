@@ -22,7 +22,7 @@ from upcycle.surgery.plan import Plan
 from upcycle.train import lock, loop
 from upcycle.train.describe import describe
 from upcycle.train.preflight import preflight
-from upcycle.train.state import Layout, layout, make_plan, params_from
+from upcycle.train.state import Layout, check_start, layout, make_plan, params_from
 from upcycle.train.step import TrainState
 
 FEW_SHOT = 'runs/few_shot.gin'
@@ -209,6 +209,13 @@ def convert(
     run = configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', **bindings})
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
+    # What is named of a run that is to train the result.
+    if run.train_data is not None:
+        loop.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
+    if 'TRAIN_STEPS' in bindings:
+        reader = open_checkpoints(run.initial_checkpoint_path)
+        if run.dense_step is not None or 'step' in reader.leaves():
+            check_start(run, reader.step if run.dense_step is None else run.dense_step)
     return offline.convert(run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify)
 
 

@@ -71,3 +71,15 @@ def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
     (dense,) = [line.split("'")[1] for line in config.splitlines() if 'initial_checkpoint_path' in line]
     jobs.plan(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense))
     assert 'parameters_after' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('more', [{'TRAIN_STEPS': 4}, {'NUM_MICROBATCHES': 3}, {'SURGERY': None}], ids=str)
+def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, dense):
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
+
+    def convert(files, bindings):
+        jobs.convert(files, bindings, str(tmp_path / 'sparse'), 'upcycle')
+
+    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (convert, jobs.plan)]
+    assert said[0] == said[1] or 'SURGERY' in more
+    assert not list(tmp_path.iterdir())
