@@ -1,18 +1,25 @@
 """The check of the whole configuration: what is wrong is said at once, by its name, before anything is built."""
 
+import enum
 import inspect
 import os
+import pathlib
 import subprocess
 import sys
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 import gin
 from tests import runs
 from upcycle import configuration, gin_files, schema
 from upcycle.errors import UserError, UserErrors, mistakes_of
 from upcycle.models.vit import Gelu
+from upcycle.moe.config import BalanceLoss
+from upcycle.train.trainable import Trainable
 
 
 def mistakes(files, bindings):
@@ -220,15 +227,178 @@ def test_types(value, hint, expected):
 
 
 @pytest.mark.parametrize(
-    ('value', 'expected'),
+    ('value', 'text'),
     [
-        (Gelu.TANH, "'tanh'"),
-        ([Gelu.TANH, 1.5], "['tanh', 1.5]"),
+        (BalanceLoss.SWITCH, "'switch'"),
         (('relu',), "('relu',)"),
-        ((1, ()), '(1, ())'),
-        ({'gelu': Gelu.ERF}, "{'gelu': 'erf'}"),
+        ([Gelu.TANH, 1], "['tanh', 1]"),
+        ({'a': Gelu.ERF}, "{'a': 'erf'}"),
+        (np.float32(0.5), '0.5'),
+        (np.dtype('float32'), "'float32'"),
+        (np.float32, "'float32'"),
+        (jnp.bfloat16, "'bfloat16'"),
+        (jnp.zeros((), jnp.bfloat16).dtype, "'bfloat16'"),
+        (pathlib.Path('/a/b'), "'/a/b'"),
+        (epath.Path('/a/b'), "'/a/b'"),
+        (Trainable(), '@upcycle.train.trainable.Trainable()'),
         (None, 'None'),
+        ("it's", '"it\'s"'),
+    ],
+    ids=str,
+)
+def test_values_are_shown_as_a_user_writes_them(value, text):
+    assert schema.shown(value) == schema.written(value) == text
+
+
+def members(module):
+    for name, kind in vars(module).items():
+        if inspect.isclass(kind) and issubclass(kind, enum.Enum) and kind.__module__ == module.__name__:
+            yield from ((name, member) for member in kind)
+
+
+def test_every_enum_of_ours_is_shown_so():
+    for module in [module for name, module in sys.modules.items() if name.startswith('upcycle.')]:
+        for name, member in members(module):
+            assert schema.shown(member) == repr(member.value), name
+
+
+def claim_of(tmp_path, kind='dense', **more):
+    run = runs.build(kind, tmp_path / 'run', 6, **more)
+    return run, configuration.resolved()
+
+
+@pytest.mark.parametrize(
+    ('before', 'now'),
+    [
+        ({'BASE_LEARNING_RATE': 1}, {'BASE_LEARNING_RATE': 1.0}),
+        (
+            {'TASK_FEATURE_LENGTHS': "{'inputs': 32, 'targets': 9}"},
+            {'TASK_FEATURE_LENGTHS': "{'targets': 9, 'inputs': 32}"},
+        ),
+        ({'ENCODER_MOE_LAYERS': '(1,)'}, {'ENCODER_MOE_LAYERS': '[1]'}),
+    ],
+    ids=str,
+)
+def test_a_value_is_the_same_however_it_is_written(before, now, tmp_path):
+    configuration.claim(*claim_of(tmp_path, 'scratch', **before))
+    configuration.claim(*claim_of(tmp_path, 'scratch', **now), write=False)
+
+
+def test_a_default_is_the_same_bound_or_not(tmp_path):
+    """Whichever binding of a run is left out, as an older gin file may do."""
+    run, bindings = claim_of(tmp_path, 'scratch', ENCODER_ROUTER='top_k')
+    defaults = configuration._defaults()
+    checked = 0
+    for name, value in bindings.items():
+        if value == defaults.get(name):
+            fewer = {other: text for other, text in bindings.items() if other != name}
+            for old, new in ((bindings, fewer), (fewer, bindings)):
+                (tmp_path / 'run' / 'config.gin').unlink(missing_ok=True)
+                configuration.claim(run, old)
+                configuration.claim(run, new)
+            checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize(
+    ('more', 'kind', 'words'),
+    [
+        ({'DATA_SEED': 1}, 'dense', 'SyntheticText.seed is 0 and not 1'),
+        (
+            {'OPTIMIZER': '@optimizers/upcycle.train.optimizer.Adafactor()'},
+            'dense',
+            'Run.optimizer is @upcycle.train.optimizer.Adafactor() and not @optimizers/upcycle',
+        ),
+        ({'REMAT': 'full', 'DROPOUT_RATE': 0.5}, 'dense', 'dropout_rate is 0.0 and not 0.5'),
+    ],
+    ids=str,
+)
+def test_the_first_difference_that_is_named_is_one(more, kind, words, tmp_path):
+    configuration.claim(*claim_of(tmp_path))
+    with pytest.raises(UserError) as error:
+        configuration.claim(*claim_of(tmp_path, kind, **more), write=False)
+    assert words in str(error.value) and '<' not in str(error.value)
+
+
+def test_a_dense_run_is_no_sparse_one(tmp_path):
+    """Not by a setting of experts that the dense one had never heard of."""
+    configuration.claim(*claim_of(tmp_path))
+    with pytest.raises(UserError, match=r'EncoderDecoderModel.\w+ is 0.0 and not 0.01|_moe is None and not @'):
+        configuration.claim(*claim_of(tmp_path, 'scratch'), write=False)
+
+
+@pytest.mark.parametrize('text', ['', '\0\0\0', '\udcff', 'from __gin__ import dynamic_registration\n'])
+def test_a_damaged_config_is_called_so(text, tmp_path):
+    run, identity = claim_of(tmp_path)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'config.gin').write_bytes(text.encode(errors='surrogateescape'))
+    configuration.claim(run, identity, write=False)
+    (tmp_path / 'run' / 'checkpoints').mkdir()
+    with pytest.raises(UserError, match='checkpoints but a config.gin that describes no run: bring that file back'):
+        configuration.claim(run, identity)
+    (tmp_path / 'run' / 'config.gin').unlink()
+    (tmp_path / 'run' / 'config.gin').mkdir()
+    with pytest.raises(UserError, match=r'config.gin cannot be read \(Is a directory\)'):
+        configuration.claim(run, identity)
+
+
+@pytest.mark.parametrize(
+    ('files', 'first', 'second'),
+    [
+        (('moe/t5.gin', runs.TINY, runs.TASK, 'runs/scratch.gin'), 'moe/t5.gin', runs.TINY),
+        ((runs.TASK, runs.TINY, 'moe/t5.gin', 'runs/scratch.gin'), runs.TASK, runs.TINY),
+        (
+            (runs.TINY, 'moe/t5.gin', runs.TASK, 'surgery/noise.gin', 'runs/upcycle.gin'),
+            'surgery/noise.gin',
+            'runs/upcycle.gin',
+        ),
+        (('optimizers/adamw.gin', runs.TINY, runs.TASK, 'runs/pretrain.gin'), 'optimizers/adamw.gin', runs.TINY),
+        (
+            ('moe/vit.gin', 'models/vit_mini.gin', 'tasks/mnist5k.gin', 'runs/scratch.gin'),
+            'moe/vit.gin',
+            'models/vit_mini.gin',
+        ),
+        (('runs/finetune.gin', runs.TINY, runs.TASK), 'runs/finetune.gin', runs.TINY),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '',
+)
+def test_files_in_an_order_in_which_one_undoes_another(files, first, second):
+    found = mistakes(files, {'MODEL_DIR': 'x', 'TRAIN_STEPS': '2', 'INITIAL_CHECKPOINT_PATH': '/nowhere'})
+    said = [sentence for sentence in found if 'name the files in the order models, moe, tasks, runs' in sentence]
+    assert len(said) == 1 and said[0].startswith(f'{first} stands before {second}, which sets '), found
+
+
+def test_an_order_that_changes_nothing_is_taken():
+    """The two set nothing in common; or what they do is given on the command line."""
+    files = (runs.TINY, runs.TASK, 'moe/t5.gin', 'runs/scratch.gin')
+    assert configuration.load(files, runs.bindings('scratch', '/nowhere', 6)).model.moe_layers()
+    files = (runs.TASK, runs.TINY, 'runs/pretrain.gin')
+    assert configuration.load(files, runs.bindings('dense', '/nowhere', 6)).model.config.vocab_size == 384
+
+
+@pytest.mark.parametrize(
+    ('kind', 'file', 'hint'),
+    [
+        ('scratch', 'moe/vit.gin', 'name moe/t5.gin instead'),
+        ('dense', 'moe/vit.gin', 'name moe/t5.gin instead'),
+        ('vit dense', 'moe/t5.gin', 'name moe/vit.gin instead'),
+        ('dense', 'gin/moe/vit.gin', 'name moe/t5.gin instead'),
+        ('dense', 'runs/finetune_vit.gin', 'name runs/finetune.gin instead'),
     ],
 )
-def test_values_are_shown_as_they_are_written(value, expected):
-    assert schema.shown(value) == expected
+def test_a_recipe_of_another_family(kind, file, hint):
+    *files, run = runs.FILES[kind]
+    found = mistakes((*files, file, run), runs.bindings(kind, '/nowhere', 6, INITIAL_CHECKPOINT_PATH='/nowhere'))
+    ours, other = ('vit', 't5') if kind.startswith('vit') else ('t5', 'vit')
+    said = (
+        f'{file.removeprefix("gin/")} is for models of the family {other}, and MODEL is of the family {ours}: {hint}.'
+    )
+    assert said in found, found
+
+
+def test_a_model_before_another_one_of_another_family():
+    files = ('models/vit_mini.gin', *runs.FILES['dense'])
+    assert any(
+        'models/vit_mini.gin is for models of the family vit' in sentence
+        for sentence in mistakes(files, runs.bindings('dense', '/nowhere', 6))
+    )

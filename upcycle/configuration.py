@@ -1,5 +1,8 @@
 """gin: from files and command-line bindings to one checked `Run`, and back to a text that says what was resolved."""
 
+import dataclasses
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,8 +66,10 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
     builder = _Builder()
     run = builder.make((), Run)
     others = [*found.mistakes, *builder.mistakes]
+    family = next((made.family for made in builder.made() if hasattr(made, 'family')), None)
     mistakes = [
         *found.mistakes,
+        *(() if family is None else gin_files.of_another_family(found.files, family)),
         *_unused(found, bindings, whole=not others),
         *_unknown_macros(found),
         *builder.mistakes,
@@ -91,6 +96,7 @@ def _defaults() -> dict[str, str]:
         for name, parameter in schema.parameters(target).items():
             if parameter.default is not parameter.empty:
                 found[f'{selector}.{name}'] = _show(parameter.default)
+                found = dict(_fields_of(parameter.default)) | found
     return found
 
 
@@ -101,6 +107,28 @@ def name_of(kind: type, field: str) -> str:
     except ValueError:  # gin has never met it
         bound = None
     return _macro(bound) or f'{kind.__name__}.{field}'
+
+
+def _fields_of(value: Any) -> Iterator[tuple[str, str]]:
+    """The bindings that would make a dataclass which is a default, and those that it holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            yield f'{_full_name((), type(value))}.{field.name}', _show(inner)
+            yield from _fields_of(inner)
+
+
+def _default_of(name: str) -> str | None:
+    """The default of a binding of ours, by its full name; None where there is none."""
+    selector, parameter = name.rsplit('.', 1)
+    module, _, kind = selector.rpartition('/')[2].rpartition('.')
+    if not module.startswith('upcycle.'):
+        return None
+    try:
+        found = schema.parameters(getattr(importlib.import_module(module), kind))[parameter].default
+    except (ImportError, AttributeError, KeyError, ValueError):
+        return None
+    return None if found is inspect.Parameter.empty else _show(found)
 
 
 def as_gin(bindings: Mapping[str, str]) -> str:
@@ -126,19 +154,23 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
     fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
     folder = files.absolute(model_dir)
     path = folder / 'config.gin'
-    if path.exists():
-        old, default = _read_config(path), _defaults()
-        for name in sorted({*old, *bindings}):
+    if old := _read_config(path):
+        default = _defaults()
+        # From the run down: what is chosen comes before the settings of the choice.
+        for name in [*bindings, *sorted(old.keys() - bindings)]:
             if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
                 continue
-            was, now = (bound.get(name, default.get(name)) for bound in (old, bindings))
-            if was != now:
+            was, now = (bound.get(name, default.get(name) or _default_of(name)) for bound in (old, bindings))
+            if was != now and (was is None or now is None or not schema.same(was, now)):
                 raise UserError(
                     f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {was or "not set"} and not '
                     f'{now or "unset"}: name another MODEL_DIR, or take the binding back.'
                 )
     elif (folder / 'checkpoints').is_dir():
-        raise UserError(f'MODEL_DIR = {model_dir!r} holds checkpoints but no config.gin: name another MODEL_DIR.')
+        state = 'a config.gin that describes no run' if path.exists() else 'no config.gin'
+        raise UserError(
+            f'MODEL_DIR = {model_dir!r} holds checkpoints but {state}: bring that file back, or name another MODEL_DIR.'
+        )
     if write:
         folder.mkdir(parents=True, exist_ok=True)
         files.replace_text(path, as_gin(bindings))
@@ -153,8 +185,13 @@ def _may_change(name: str) -> bool:
 
 
 def _read_config(path: epath.Path) -> dict[str, str]:
-    lines = path.read_text().splitlines()
-    return dict(line.split(' = ', 1) for line in lines if ' = ' in line)
+    """The bindings of a run; {} where the file is missing, or describes no run."""
+    try:
+        text = path.read_bytes().decode(errors='replace') if path.exists() else ''
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror or error}): name another MODEL_DIR.') from error
+    bound = dict(line.split(' = ', 1) for line in text.splitlines() if ' = ' in line and not line.startswith('#'))
+    return bound if f'{_ROOT}.model' in bound else {}
 
 
 def _is_reference(value: Any) -> bool:
@@ -222,12 +259,7 @@ def _show(value: Any) -> str:
         return _show(_macro_value(macro))
     if _is_reference(value):
         return f'@{_full_name(value.scopes, value.configurable.wrapped)}' + ('()' if value.evaluate else '')
-    if isinstance(value, Mapping):
-        return '{' + ', '.join(f'{_show(key)}: {_show(item)}' for key, item in value.items()) + '}'
-    if isinstance(value, list | tuple):
-        inner = ', '.join(_show(item) for item in value)
-        return f'[{inner}]' if isinstance(value, list) else f'({inner}{"," if len(value) == 1 else ""})'
-    return repr(value)
+    return schema.written(value, _show)
 
 
 class _Builder:
@@ -242,6 +274,10 @@ class _Builder:
         self.missing_data: list[str] = []  # of these, those of data that is not here
         self._made: dict[str, Any] = {}
         self._under_way: list[str] = []
+
+    def made(self) -> Iterator[Any]:
+        """Everything that could be made."""
+        return (value for value in self._made.values() if value is not UNKNOWN)
 
     def make(self, scopes: Sequence[str], target: Any) -> Any:
         """What a configurable makes of its bindings, once for each scope; `UNKNOWN` where a mistake is in the way."""

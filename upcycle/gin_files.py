@@ -22,6 +22,15 @@ from gin import config_parser
 from upcycle.errors import UserError, without_password
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
+# Folders of gin files, and those whose files they are named after, since they override them.
+FOLLOWS = {
+    'moe': ('models',),
+    'optimizers': ('models',),
+    'tasks': ('models', 'moe'),
+    'runs': ('models', 'moe', 'tasks'),
+    'recipes': ('models', 'moe', 'tasks', 'runs'),
+    'surgery': ('models', 'moe', 'tasks', 'runs'),
+}
 # A reference that could not be resolved, of which a mistake already tells.
 UNKNOWN = object()
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
@@ -79,6 +88,7 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
             reader.statements(f'{name} = {literal(value)}', label, context, ())
         if len(reader.found.mistakes) == before:
             reader.found.bound.append(name)
+    reader.found.mistakes += reader.wrong_order(bindings)
     return reader.found
 
 
@@ -86,6 +96,25 @@ def shipped() -> dict[str, str]:
     """Our own gin files: their text by their names below gin/."""
     folder = _gin_folder()
     return {str(path.relative_to(folder)): path.read_text('utf-8') for path in sorted(folder.rglob('*.gin'))}
+
+
+def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
+    """What is wrong with files of ours that name another family of models in their own names, as moe/FAMILY.gin does."""
+    ours = shipped()
+    families = {pathlib.PurePath(name).stem for name in ours if name.startswith('moe/')}
+    for name in dict.fromkeys(file.removeprefix('gin/') for file in files):
+        folder, _, stem = name.removesuffix('.gin').rpartition('/')
+        words = stem.split('_')
+        others = [word for word in words if word in families and word != family]
+        if name not in ours or not others or family in words:
+            continue
+        instead = (
+            '_'.join(family if word in others else word for word in words),
+            '_'.join(word for word in words if word not in others),
+        )
+        found = next((other for stem in instead if (other := f'{folder}/{stem}.gin') in ours), None)
+        hint = 'leave it out' if found is None else f'name {found} instead'
+        yield f'{name} is for models of the family {others[0]}, and MODEL is of the family {family}: {hint}.'
 
 
 def definers(macro: str) -> list[str]:
@@ -220,6 +249,19 @@ class _Reader:
         self._in_file = False
         self._parser: Any = None
         self._context: Any = None
+        self._named = ''
+        # By which file of the command line a binding was last set; and which was overridden by a file that it should follow.
+        self._setters: dict[str, str] = {}
+        self._overridden: dict[tuple[str, str], list[str]] = {}
+
+    def wrong_order(self, bindings: Mapping[str, str]) -> Iterator[str]:
+        """Of two files in the wrong order, where that changes anything."""
+        for (first, second), names in self._overridden.items():
+            if found := [name for name in names if name not in bindings]:
+                yield (
+                    f'{first} stands before {second}, which sets {found[0]} again: name the files in the order models, moe, '
+                    'tasks, runs, and then those of recipes and surgery.'
+                )
 
     def file(self, name: str, label: str, within: tuple[str, ...]) -> None:
         """A file and what it includes; `within`: the files that it is included by."""
@@ -232,6 +274,8 @@ class _Reader:
             self._note(f'{label} includes itself.')
             return
         self.found.files.append(name)
+        if not within:
+            self._named = name
         try:
             with open(path, encoding='utf-8') as file:
                 text = file.read()
@@ -295,6 +339,7 @@ class _Reader:
 
     def _bind(self, statement: config_parser.BindingStatement) -> None:
         scope, selector, name, value, _ = statement
+        self._note_setter('.'.join(filter(None, ('/'.join(filter(None, (scope, selector))), name))))
         if not name:
             macro = f'{scope}/{selector}' if scope else selector
             gin.bind_parameter((macro, 'gin.macro', 'value'), value)
@@ -308,6 +353,14 @@ class _Reader:
             known = inspect.signature(target).parameters
             self._note(f'{self._place}: {selector} has no parameter {name}{nearest(name, known)}.')
 
+    def _note_setter(self, name: str) -> None:
+        if not self._in_file:
+            return
+        before = self._setters.get(name, '')
+        if _folder(self._named) in FOLLOWS.get(_folder(before), ()):
+            self._overridden.setdefault((before, self._named), []).append(name)
+        self._setters[name] = self._named
+
     def _names_here(self) -> Iterator[str]:
         """The classes that the file's imports bring, as it may call them."""
         for alias, module in self._context._symbol_table.items():
@@ -317,6 +370,10 @@ class _Reader:
 
     def _note(self, mistake: str) -> None:
         self.found.mistakes.append(mistake)
+
+
+def _folder(file: str) -> str:
+    return pathlib.PurePath(file).parent.name
 
 
 def _one_line(error: BaseException) -> str:

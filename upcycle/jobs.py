@@ -20,8 +20,9 @@ from upcycle.gin_files import require_data
 from upcycle.leaf_names import grouped
 from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
-from upcycle.train import loop
+from upcycle.train import lock, loop
 from upcycle.train.describe import describe
+from upcycle.train.preflight import preflight
 from upcycle.train.state import Layout, check_start, layout, make_plan, params_from
 from upcycle.train.step import TrainState
 
@@ -40,39 +41,34 @@ def train(
     """
     run = configuration.load(gin_files, bindings)
     identity = configuration.resolved()
-    configuration.claim(run, identity, write=False)
     if profile_steps and profile_steps[-1] > run.total_steps:
         raise UserError(
             f'--profile_steps ends at step {profile_steps[-1]}, after TRAIN_STEPS = {run.total_steps}: name earlier ones.'
         )
-    mesh = loop.check(run)
-    where = layout(run, mesh)
-    # A run that has a checkpoint of its own needs the dense one no longer.
-    if run.initial_checkpoint_path is not None and not (files.absolute(run.model_dir) / 'checkpoints').is_dir():
-        reader = open_checkpoints(run.initial_checkpoint_path)
-        make_plan(run, where, reader)
-        check_start(run, reader.step if run.dense_step is None else run.dense_step)
-    elif run.initial_checkpoint_path is None:
-        check_start(run, 0)
-    run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
-    # The first use of the data finds what is wrong with it.
-    run.train_data.fingerprint()
+    start = preflight(run, identity)
     if jax.process_index() == 0:
-        print(describe(run, where, mesh), flush=True)
-        with writing_to(run.model_dir):
-            configuration.claim(run, identity)
-    return loop.train(run, name, profile_steps)
+        print(describe(run, start.where, start.mesh), flush=True)
+    with lock.held(run.model_dir) as still_ours:
+        if jax.process_index() == 0:
+            with writing_to(run.model_dir):
+                configuration.claim(run, identity)
+        return loop.train(run, name, profile_steps, still_ours)
 
 
 def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:
-    """`upcycle plan`: the table of the surgery, parameters and bytes before and after, memory on a device."""
+    """`upcycle plan`: the table of the surgery, parameters and bytes before and after, memory on a device.
+
+    Raises:
+      UserError: `train` would refuse the run before its first step.
+    """
     run = configuration.load(gin_files, bindings)
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
-    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
-    where = layout(run, mesh)
-    reader = open_checkpoints(run.initial_checkpoint_path)
-    what = make_plan(run, where, reader)
+    start = preflight(run, configuration.resolved())
+    mesh, where = start.mesh, start.where
+    # Of a run that would go on from a checkpoint of its own, the plan is that of its beginning.
+    reader = start.reader or open_checkpoints(run.initial_checkpoint_path)
+    what = start.surgery or make_plan(run, where, reader)
     facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
     if as_json:
         rows = [_row(row, where) for row in what.rows]
@@ -214,6 +210,13 @@ def convert(
     run = configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', **bindings})
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
+    # What is named of a run that is to train the result.
+    if run.train_data is not None:
+        loop.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
+    if 'TRAIN_STEPS' in bindings:
+        reader = open_checkpoints(run.initial_checkpoint_path)
+        if run.dense_step is not None or 'step' in reader.leaves():
+            check_start(run, reader.step if run.dense_step is None else run.dense_step)
     return offline.convert(run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify)
 
 

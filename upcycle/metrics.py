@@ -2,43 +2,86 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+from etils import epath
 
 from upcycle import files
+from upcycle.errors import UserError
 
 Batch = TypeVar('Batch')
 # Seconds: a bucket takes whole objects only, so that each copy sends all that the run has logged.
 COPY_PERIOD = 60.0
+# What resuming takes out of the log.
+SET_ASIDE = 'metrics.set_aside.jsonl'
+# Around a line; a machine that loses power may leave zeros.
+_PADDING = ' \t\r\0'
 
 
 class MetricsLog:
     """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files beside it.
 
+    No line is ever lost: what an earlier leg has logged and this one does not keep is appended to `SET_ASIDE`, byte for byte.
+
     Args:
       model_dir: the run's folder.
-      last_step: lines after this step are dropped: they came from a leg of the run that was cut off and is now repeated.
+      last_step: lines after this step are set aside: they came from a leg of the run that was cut off and is now repeated. None:
+        all are, because the run begins.
       only_training_at_it: of that step itself keep lines of training only: the rest is about to be written again.
+
+    Raises:
+      UserError: what has the name of the log is no file.
     """
 
     def __init__(self, model_dir: str, last_step: int | None, *, only_training_at_it: bool = False):
+        def is_kept(record: Mapping[str, Any]) -> bool:
+            if last_step is None or record['step'] > last_step:
+                return False
+            return not only_training_at_it or record['step'] < last_step or record['split'] == 'train'
+
         self._mirror = files.Mirror(model_dir)
         path = self._mirror.path / 'metrics.jsonl'
-        earlier = [] if last_step is None else read_metrics(files.absolute(model_dir) / 'metrics.jsonl')
-        kept = [line for line in earlier if line['step'] <= last_step]
-        if only_training_at_it:
-            kept = [line for line in kept if line['step'] < last_step or line['split'] == 'train']
-        files.replace_text(path, ''.join(json.dumps(line) + '\n' for line in kept))
+        earlier = files.absolute(model_dir) / 'metrics.jsonl'
+        kept, others, damaged = [], [], []
+        lines = _lines(earlier)
+        for number, line in enumerate(lines, 1):
+            record = _record(line)
+            (kept if record is not None and is_kept(record) else others).append(line)
+            # A kill cuts the last line off; nothing of ours damages another one.
+            if record is None and line.strip() and number < len(lines):
+                damaged.append(number)
+        self._set_aside(others, files.absolute(model_dir) / SET_ASIDE)
+        if damaged:
+            which = ', '.join(map(str, damaged[:10])) + ' and others' * (len(damaged) > 10)
+            warn(
+                f'{earlier}, line {which}: not a line of a log of ours (a JSON object with step and split). It is now in '
+                f'{SET_ASIDE}; every other line is kept.'
+            )
+        files.replace_text(path, ''.join(line.decode('utf-8-sig').strip(_PADDING) + '\n' for line in kept))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
         self._events: dict[str, EventFile] = {}
         self._copied = time.monotonic()
+
+    def _set_aside(self, lines: Sequence[bytes], earlier: epath.Path) -> None:
+        """Appends lines to the file of those that were set aside before, and returns when they are on disk."""
+        if not any(line.strip() for line in lines):
+            return
+        path = self._mirror.path / SET_ASIDE
+        if files.is_remote(earlier) and earlier.exists():
+            path.write_bytes(earlier.read_bytes())
+        with open(path, 'ab') as file:
+            file.writelines(line + b'\n' for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._mirror.copy()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """One line, on disk when this returns (of a bucket: within a minute); lists, such as the load of each expert, go into the
@@ -102,17 +145,35 @@ class EventFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`; [] where there is none. A last line that was cut off is left out."""
-    file = files.absolute(path)
+    """The lines of a `metrics.jsonl`; [] where there is none. Lines that were cut off or damaged are left out.
+
+    Raises:
+      UserError: what has that name is no file.
+    """
+    return [record for line in _lines(files.absolute(path)) if (record := _record(line)) is not None]
+
+
+def _lines(file: epath.Path) -> list[bytes]:
     if not file.exists():
         return []
-    lines = []
-    for text in file.read_text(encoding='utf-8').splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    if not file.is_file():
+        raise UserError(f'{file} is not a file, and the log of a run is written there: move it away.')
+    return file.read_bytes().removesuffix(b'\n').split(b'\n')
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of a log of ours; None where it is something else, or damaged."""
+    try:
+        record = json.loads(line.decode('utf-8-sig').strip(_PADDING))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get('split'), str):
+        return None
+    step = record.get('step')
+    is_step = (isinstance(step, int) and not isinstance(step, bool)) or (
+        isinstance(step, float) and math.isfinite(step)
+    )
+    return record if is_step else None
 
 
 def plain(value: Any) -> Any:

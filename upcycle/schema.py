@@ -5,15 +5,19 @@ part of a type, as in `Count`; what several values must be together is their cla
 better sentence for.
 """
 
+import ast
 import dataclasses
 import enum
 import functools
 import inspect
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
+
+import numpy as np
 
 # JAX makes an int32 of a whole number, where a float is wanted too; everything that counts, sizes or seeds is one somewhere.
 _LARGEST = 2**31 - 1
@@ -118,23 +122,68 @@ def in_words(hint: Any) -> str:
     return simple.get(hint) or f'a {getattr(hint, "__name__", hint)}, written @NAME()'
 
 
-def shown(value: Any) -> str:
-    """A value as it was written, shortened where it is long."""
-    why = ''
+def written(value: Any, within: Callable[[Any], str] | None = None) -> str:
+    """A value as a user writes it in a gin file: an enum's text, a type's name, a path's; never a `repr` of ours.
+
+    Args:
+      value: of a binding, a default or a field.
+      within: writes what is inside containers; None: this function.
+    """
+    within = written if within is None else within
     if isinstance(value, Made):
         return f'@{value.kind.__name__}' + '()' * value.called
-    if isinstance(value, list):
-        text = f'[{", ".join(map(shown, value))}]'
-    elif isinstance(value, tuple):
-        text = f'({", ".join(map(shown, value))}{"," * (len(value) == 1)})'
-    elif isinstance(value, Mapping):
-        text = '{' + ', '.join(f'{shown(key)}: {shown(item)}' for key, item in value.items()) + '}'
-    elif isinstance(value, int) and abs(value) > _LARGEST:
-        text = hex(value) if abs(value) > 10**100 else repr(value)  # hex has no largest length
+    if isinstance(value, enum.Enum):
+        return within(value.value)
+    if isinstance(value, list | tuple):
+        inner = ', '.join(map(within, value))
+        return f'[{inner}]' if isinstance(value, list) else f'({inner}{"," if len(value) == 1 else ""})'
+    if isinstance(value, Mapping):
+        return '{' + ', '.join(f'{within(key)}: {within(item)}' for key, item in value.items()) + '}'
+    if isinstance(value, np.generic):
+        return within(value.item())
+    if isinstance(value, np.dtype):
+        return repr(value.name)
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if inspect.isclass(value):
+        is_number = issubclass(value, np.generic) or isinstance(getattr(value, 'dtype', None), np.dtype)
+        return repr(np.dtype(value).name) if is_number else f'@{value.__module__}.{value.__qualname__}'
+    if dataclasses.is_dataclass(value):
+        return f'@{type(value).__module__}.{type(value).__qualname__}()'
+    if isinstance(value, int) and abs(value) > 10**100:
+        return hex(value)  # which has no largest length
+    return repr(value)
+
+
+def shown(value: Any) -> str:
+    """A value as it was written, shortened where it is long, for messages."""
+    why = ''
+    if isinstance(value, int) and not isinstance(value, enum.Enum) and abs(value) > _LARGEST:
         why = f' (beyond {_LARGEST}, the largest whole number)'
-    else:
-        text = repr(value.value if isinstance(value, enum.Enum) else value)
+    text = written(value, shown)
     return (text if len(text) <= 120 else text[:117] + '...') + why
+
+
+def same(written_before: str, written_now: str) -> bool:
+    """Whether two texts of `written` are of the same value: 1 and 1.0 are, and so are a list and a tuple."""
+    return written_before == written_now or _read(written_before) == _read(written_now)
+
+
+def _read(text: str) -> Any:
+    try:
+        return _plain(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # a reference
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool):
+        return 'switch', value
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value
 
 
 def _is_a(value: Made, hint: Any) -> bool:

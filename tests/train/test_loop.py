@@ -1,5 +1,6 @@
 """The loop: exact resume, the four kinds of run, the ledger, and what it refuses."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -241,3 +242,101 @@ def test_a_checkpoint_past_the_end_is_refused(tmp_path, dense):
     with pytest.raises(UserError, match='TRAIN_STEPS = 3'):
         runs.train('upcycle', tmp_path / 'up', 3, INITIAL_CHECKPOINT_PATH=dense)
     assert not (tmp_path / 'up').exists()
+
+
+class Made:
+    """Time that passes when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def booked(events):
+    """A ledger after seconds of 'data', 'step' (one begins and is finished) and 'long step' (one begins, and lasts)."""
+    clock, ledger, ends = Made(), loop.Ledger(), []
+    with loop._Timer(ledger, 0, clock) as timer:
+        for event, seconds in events:
+            timer.book('seconds')
+            if event == 'data':
+                clock.now += seconds
+                timer.book_data()
+            else:
+                ends.append(concurrent.futures.Future())
+                timer._finished = ends[-1]
+                clock.now += seconds
+                if event == 'step':
+                    ends[-1].set_result(clock.now)
+    return ledger
+
+
+@pytest.mark.parametrize(
+    ('events', 'waited', 'whole'),
+    [
+        ([('data', 5)], 5, 5),  # the first batch
+        ([('step', 1), ('data', 5)], 5, 6),
+        ([('long step', 1), ('data', 5)], 0, 6),
+        ([('step', 1), ('data', 2), ('long step', 3), ('data', 4)], 2, 10),
+    ],
+)
+def test_data_is_waited_for_only_while_no_step_is_under_way(events, waited, whole):
+    ledger = booked(events)
+    assert (ledger.data_seconds, ledger.seconds) == (waited, whole)
+
+
+def test_a_step_that_ends_while_data_is_made_splits_the_time():
+    clock, ledger = Made(), loop.Ledger()
+    with loop._Timer(ledger, 0, clock) as timer:
+        timer._finished = concurrent.futures.Future()
+        clock.now = 3.0
+        timer._finished.set_result(clock.now)
+        clock.now = 10.0
+        timer.book_data()
+    assert (ledger.data_seconds, ledger.seconds) == (7.0, 10.0)
+
+
+class Slow:
+    """Data that takes five seconds a batch, counted from when no step is under way any more."""
+
+    def __init__(self, source, clock, timers):
+        self._source, self._clock, self._timers = source, clock, timers
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def batches(self, *args, **hosts):
+        for batch in self._source.batches(*args, **hosts):
+            if self._timers and self._timers[-1]._finished is not None:
+                self._timers[-1]._finished.result()
+            self._clock.now += 5
+            yield batch
+
+
+@pytest.mark.parametrize('slow', ['data', 'step'])
+def test_where_the_time_went(slow, tmp_path, monkeypatch):
+    """A source or a step that takes its time: it is booked to it, and to nothing else."""
+    run = runs.build('dense', tmp_path, 4, EVAL_PERIOD=100, CHECKPOINT_PERIOD=100, LOG_PERIOD=4, EVAL_STEPS=1)
+    clock, timers = Made(), []
+
+    class Timer(loop._Timer):
+        def __init__(self, ledger, step):
+            super().__init__(ledger, step, clock)
+            timers.append(self)
+
+    monkeypatch.setattr(loop, '_Timer', Timer)
+    if slow == 'data':
+        run = dataclasses.replace(run, train_data=Slow(run.train_data, clock, timers))
+    else:
+        add = loop.Window.add
+
+        def wait_and_add(self, metrics):
+            clock.now += 5
+            add(self, metrics)
+
+        monkeypatch.setattr(loop.Window, 'add', wait_and_add)
+    loop.train(run)
+    last = [line for line in read_metrics(f'{tmp_path}/metrics.jsonl') if line['split'] == 'train'][-1]
+    assert last['seconds'] == 20
+    assert last['data_seconds'] == (20 if slow == 'data' else 0)

@@ -81,7 +81,7 @@ def require_whole(path: str) -> None:
             raise UserError(f'{folder} is damaged ({wrong}): copy it again, or name an earlier step.')
         return 0
 
-    _by_process_0(look, f'{folder} is damaged: process 0 says how.')
+    by_process_0(look, f'{folder} is damaged: process 0 says how.')
 
 
 def newest_whole_step(model_dir: str) -> int | None:
@@ -99,7 +99,7 @@ def newest_whole_step(model_dir: str) -> int | None:
         UserError: there are steps, and none is whole; nothing is renamed then.
     """
     folder = files.absolute(model_dir) / 'checkpoints'
-    step = _by_process_0(lambda: _set_aside_damaged(folder), f'no step in {folder} is whole: process 0 says why.')
+    step = by_process_0(lambda: _set_aside_damaged(folder), f'no step in {folder} is whole: process 0 says why.')
     return None if step == _NO_STEP else step
 
 
@@ -179,7 +179,7 @@ def _describe(file: epath.Path) -> dict[str, Any]:
     return {'bytes': size, 'sha256': digest.hexdigest()}
 
 
-def _by_process_0(look: Any, refusal: str) -> int:
+def by_process_0(look: Any, refusal: str) -> int:
     """What process 0 finds, on all; its UserError there, and one that says `refusal` elsewhere."""
     if jax.process_count() == 1:
         return look()

@@ -1,12 +1,14 @@
 """The loop around the training step: state in, batches through, metrics and checkpoints out."""
 
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from upcycle.evaluate import diversity, few_shot, tasks, token_statistics, valid
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress, warn
 from upcycle.moe.config import check_groups, microbatch_groups
+from upcycle.train import folder as run_folder
 from upcycle.train import preemption
 from upcycle.train import state as states
 from upcycle.train.carried import require_match
@@ -43,7 +46,7 @@ class Ledger:
     Attributes:
       start_step: step of the first state.
       seconds: spent in training steps of this run, waiting for their data included (not compiling, evaluating or saving).
-      data_seconds: of these, until the next batch was on the devices; they may have been at work meanwhile.
+      data_seconds: of these, waiting for the next batch while no step was under way.
       evaluation_seconds: between steps, in evaluations and other looks at the model.
       checkpoint_seconds: between steps, until a save let the run go on.
       flops: of this run's training steps, by `cost.py`.
@@ -79,25 +82,31 @@ class Ledger:
         self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0) or flops or 0.0
 
 
-def train(run: Run, name: str = 'train', profile_steps: range = NO_STEPS) -> TrainState:
+def train(
+    run: Run,
+    name: str = 'train',
+    profile_steps: range = NO_STEPS,
+    still_ours: Callable[[bool], None] = lambda look: None,
+) -> TrainState:
     """Trains until `run.total_steps`; picks up where an earlier leg of the same run stopped.
 
     Args:
       run: what to do.
       name: shown on the progress line.
       profile_steps: to be traced into `MODEL_DIR/profile`.
+      still_ours: what `lock.held` yields; nothing by default, for a caller who keeps other processes out.
 
     Returns:
       The last state.
 
     Raises:
       UserError: the configuration, data or checkpoint does not fit, and nothing has been written; or the data broke off, too
-        many steps were not finite, or the folder cannot be written any more.
+        many steps were not finite, or the folder cannot be written any more, or is another process's now.
       Preempted: the process got SIGTERM, and the state is saved.
     """
     mesh = check(run)
     with partitioning.use(mesh), writing_to(run.model_dir):
-        trainer = _Trainer(run, mesh, name, profile_steps)
+        trainer = _Trainer(run, mesh, name, profile_steps, still_ours)
         while True:
             try:
                 return trainer.train()
@@ -128,8 +137,17 @@ def check_batches(run: Run, mesh: jax.sharding.Mesh) -> None:
 class _Trainer:
     """The moving parts of one call of `train`."""
 
-    def __init__(self, run: Run, mesh: jax.sharding.Mesh, name: str, profile_steps: range):
-        self.run, self.mesh, self.name = run, mesh, name
+    def __init__(
+        self,
+        run: Run,
+        mesh: jax.sharding.Mesh,
+        name: str,
+        profile_steps: range,
+        still_ours: Callable[[bool], None],
+    ):
+        self.run, self.mesh, self.name, self.still_ours = run, mesh, name, still_ours
+        # Whether a save has begun of which it is not known yet that it was finished.
+        self.saves = False
         self.profile = Profile(profile_steps, str(files.absolute(run.model_dir) / 'profile'))
         self.layout = states.layout(run, mesh)
         self.batch_sharding = partitioning.batch_sharding(mesh)
@@ -173,6 +191,8 @@ class _Trainer:
         run = self.run
         folder = files.absolute(run.model_dir)
         newest = integrity.newest_whole_step(run.model_dir)
+        if newest is None and self.before is None:
+            run_folder.require_checkpoint(run)
         if newest is not None:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                 state = self._restore(manager, newest)
@@ -188,6 +208,7 @@ class _Trainer:
             self._leave_out(int(state.step))
         log = None
         if jax.process_index() == 0:
+            run_folder.record(run.model_dir, saved=newest is not None)
             log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
         try:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
@@ -247,14 +268,17 @@ class _Trainer:
         step_fn = self.step
         progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
         batches = self._endless(first + self.health.values['batches_left_out'])
-        with preemption.watch(first) as asked_to_stop:
+        with contextlib.ExitStack() as closing:
+            asked_to_stop = closing.enter_context(preemption.watch(first))
             self._take_stock(self.unfinished, state, first, log)
-            timer = _Timer(self.ledger, first)
+            timer = closing.enter_context(_Timer(self.ledger, first))
             for step in range(first + 1, run.total_steps + 1):
                 self.profile.before(step)
+                timer.book('seconds')
                 batch = next(batches)
-                timer.book('seconds', 'data_seconds')
+                timer.book_data()
                 state, metrics = step_fn(state, batch)
+                timer.under_way(metrics)
                 self.profile.after(step, metrics)
                 self.state = state
                 self.window.add(metrics)
@@ -286,11 +310,11 @@ class _Trainer:
                         self._save(manager, step, state, unfinished=due if stop else [])
                     timer.book('checkpoint_seconds')
                 if stop:
-                    manager.wait()
+                    self._wait(manager)
                     progress.end()
                     raise Preempted(f'asked to stop, and saved step {step}; the same command goes on from there.')
         progress.end()
-        manager.wait()
+        self._wait(manager)
         return state
 
     @functools.cached_property
@@ -333,7 +357,21 @@ class _Trainer:
 
     def _write(self, log: MetricsLog | None, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         if log is not None:
+            self.still_ours(False)
+            self._note_saved()
             log.write(step, split, {**metrics, **self.ledger.for_the_log(self.mesh.size)})
+
+    def _note_saved(self) -> None:
+        """Writes down that the first save is finished, when it is."""
+        if self.saves and run_folder.has_checkpoint(self.run.model_dir):
+            run_folder.record(self.run.model_dir, saved=True)
+            self.saves = False
+
+    def _wait(self, manager: CheckpointManager) -> None:
+        """Returns when everything is saved."""
+        manager.wait()
+        if jax.process_index() == 0:
+            self._note_saved()
 
     def _save(self, manager: CheckpointManager, step: int, state: TrainState, unfinished: list[str]) -> None:
         metadata = {
@@ -351,6 +389,8 @@ class _Trainer:
             'fingerprint': self.data_identity,
             'process_count': jax.process_count(),
         }
+        self.still_ours(True)
+        self.saves = self.saves or manager.latest_step() is None
         manager.save(step, states.as_dict(state), data, metadata)
 
     def go_back(self, rollback: Rollback) -> None:
@@ -491,17 +531,39 @@ class Window:
 class _Timer:
     """Books the time between its calls in the ledger."""
 
-    def __init__(self, ledger: Ledger, step: int):
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, step: int, clock: Callable[[], float] = time.monotonic):
+        self._ledger, self._clock = ledger, clock
         self._seconds, self._step = ledger.seconds, step
-        self._since = time.monotonic()
+        self._since = clock()
+        # Waits for the newest step, since only a thread learns when it was finished while this one waits for data.
+        self._watcher = concurrent.futures.ThreadPoolExecutor(1)
+        self._finished: concurrent.futures.Future[float] | None = None
+
+    def __enter__(self) -> '_Timer':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watcher.shutdown(wait=False, cancel_futures=True)
+
+    def under_way(self, metrics: Any) -> None:
+        """A step has begun; it is finished when its metrics are there."""
+        self._finished = self._watcher.submit(lambda: jax.block_until_ready(metrics) and self._clock())
 
     def book(self, *accounts: str) -> None:
         """The time since the last call, in each of these fields of the ledger; in none, it is forgotten."""
-        now = time.monotonic()
+        now = self._clock()
         for account in accounts:
             setattr(self._ledger, account, getattr(self._ledger, account) + now - self._since)
         self._since = now
+
+    def book_data(self) -> None:
+        """The time since the last call was spent on a batch; it was waited for from when no step was under way any more."""
+        now = self._clock()
+        if self._finished is None:
+            self._ledger.data_seconds += now - self._since
+        elif self._finished.done():
+            self._ledger.data_seconds += max(0.0, now - max(self._since, self._finished.result()))
+        self.book('seconds')
 
     def rate(self, step: int) -> float:
         """Steps a second since the last call."""

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from upcycle import partitioning
+from upcycle import partitioning, schema
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
@@ -129,6 +129,11 @@ def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
 
 def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
     """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
+    if run.surgery is None:
+        raise UserError(
+            f'INITIAL_CHECKPOINT_PATH = {schema.shown(run.initial_checkpoint_path)} is set, and SURGERY is None, which says what '
+            'becomes of it: use runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/.'
+        )
     leaves = dict(reader.leaves())
     # Of several checkpoints each has its own.
     steps = dict.fromkeys('step' + name[name.index('@') :] if '@' in name else 'step' for name in leaves)
@@ -146,7 +151,8 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
                 check(part.path, part.metadata.get('sentinels'))
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
-            'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/t5.gin, or use continue_dense.gin.'
+            f'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/{run.model.family}.gin, or use '
+            'runs/continue_dense.gin.'
         )
     with in_gin_words(run.model, reader):
         return plan(

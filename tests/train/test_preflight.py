@@ -1,0 +1,85 @@
+"""What `train` refuses before it begins, `plan` refuses too, in the same words."""
+
+import pathlib
+import shutil
+
+import pytest
+
+from tests import runs
+from upcycle import jobs
+from upcycle.errors import UserError
+
+PRETRAIN = (runs.TINY, runs.TASK, 'runs/pretrain.gin')
+
+
+def refusal(command, files, bindings):
+    with pytest.raises(UserError) as error:
+        command(files, bindings)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('more', 'words'),
+    [
+        ({'TRAIN_STEPS': 4}, 'TRAIN_STEPS = 4 counts from'),
+        ({'TRAIN_STEPS': 3}, 'stands at step 4: raise TRAIN_STEPS'),
+        ({'DENSE_STEP': 9}, 'stands at step 9: raise TRAIN_STEPS'),
+        ({'NUM_MICROBATCHES': 3}, 'does not divide into 3 microbatches'),
+        (
+            {'GROUPS_MULTIPLE_OF': 2, 'GROUP_SIZE': 64, 'NUM_MICROBATCHES': 4},
+            'NUM_MICROBATCHES = 4 would cut a routing group',
+        ),
+        ({'MESH_SHAPE': '(1, 2, 1)'}, 'MESH_SHAPE = (1, 2, 1) needs 2 devices'),
+        ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' names no parameter"),
+        ({'LEARNING_RATE_FACTORS': 'constant * linear_cooldown', 'COOLDOWN_STEPS': 9}, 'COOLDOWN_STEPS'),
+        ({'SURGERY': None}, 'SURGERY is None, which says what becomes of it: use runs/continue_dense.gin'),
+        ({'MODEL_DIR': 'the dense run'}, 'holds another run, in which upcycle.train.run.Run.'),
+        ({'MODEL_DIR': 'no run'}, 'holds checkpoints but no config.gin'),
+        ({'MODEL_DIR': 'lost'}, 'its checkpoints are gone'),
+    ],
+    ids=lambda value: '' if isinstance(value, str) else ' '.join(map(str, value.items())),
+)
+def test_plan_refuses_what_train_refuses(more, words, tmp_path, dense, upcycled):
+    folder = tmp_path / 'run'
+    if (place := more.get('MODEL_DIR')) is not None:
+        shutil.copytree(upcycled if place == 'lost' else dense, folder)
+        if place == 'no run':
+            (folder / 'config.gin').unlink()
+        elif place == 'lost':
+            shutil.rmtree(folder / 'checkpoints')
+        more = {}
+    bindings = runs.bindings('upcycle', folder, 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
+    before = sorted(path.name for path in tmp_path.rglob('*'))
+    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (jobs.train, jobs.plan)]
+    assert words in said[0] and said[0] == said[1]
+    assert sorted(path.name for path in tmp_path.rglob('*')) == before
+
+
+def test_a_checkpoint_without_a_surgery(tmp_path, dense):
+    """As in T5X, where the path is enough."""
+    bindings = runs.bindings('dense', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
+    for command in (jobs.train, jobs.plan):
+        said = refusal(command, PRETRAIN, bindings)
+        assert 'use runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/' in said
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
+    """It goes on from its own checkpoint, and the dense one is planned as at its beginning."""
+    folder = shutil.copytree(upcycled, tmp_path / 'run')
+    config = (pathlib.Path(folder) / 'config.gin').read_text()
+    (dense,) = [line.split("'")[1] for line in config.splitlines() if 'initial_checkpoint_path' in line]
+    jobs.plan(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense))
+    assert 'parameters_after' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('more', [{'TRAIN_STEPS': 4}, {'NUM_MICROBATCHES': 3}, {'SURGERY': None}], ids=str)
+def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, dense):
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
+
+    def convert(files, bindings):
+        jobs.convert(files, bindings, str(tmp_path / 'sparse'), 'upcycle')
+
+    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (convert, jobs.plan)]
+    assert said[0] == said[1] or 'SURGERY' in more
+    assert not list(tmp_path.iterdir())

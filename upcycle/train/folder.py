@@ -1,0 +1,67 @@
+"""What a run's folder says of earlier legs: whether there was a checkpoint to go on from."""
+
+import json
+import re
+from typing import Any
+
+from etils import epath
+
+from upcycle import files
+from upcycle.checkpoints.arrays import is_finished
+from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
+from upcycle.train.run import Run
+
+# Tells a run that was killed before its first checkpoint, which begins again, from one that has lost its checkpoints.
+RECORD = 'saved.json'
+
+
+def has_checkpoint(model_dir: str) -> bool:
+    """Whether the folder holds a finished step."""
+    folder = files.absolute(model_dir) / 'checkpoints'
+    if not folder.is_dir():
+        return False
+    return any(child.name.isdigit() and is_finished(child) for child in folder.iterdir())
+
+
+def record(model_dir: str, saved: bool) -> None:
+    """Notes whether a checkpoint of the run in the folder was ever finished; process 0 calls it."""
+    files.replace_text(files.absolute(model_dir) / RECORD, json.dumps({'saved': saved}) + '\n')
+
+
+def require_checkpoint(run: Run) -> None:
+    """Raises UserError where the run would begin again although its folder has been trained in, and the checkpoints are gone."""
+    folder = files.absolute(run.model_dir)
+    if has_checkpoint(run.model_dir):
+        return
+    lines = read_metrics(folder / 'metrics.jsonl')
+    trained = [line for line in lines if line['split'] == 'train' or line['step'] > lines[0]['step']]
+    if not trained or not _was_saved(folder, lines, run):
+        return
+    last = max(line['step'] for line in trained)
+    raise UserError(
+        f"MODEL_DIR = '{run.model_dir}' has a metrics.jsonl up to step {last:g}, and its checkpoints are gone: bring them back, "
+        'name another MODEL_DIR, or remove that metrics.jsonl to start the run again.'
+    )
+
+
+def _was_saved(folder: epath.Path, lines: list[dict[str, Any]], run: Run) -> bool:
+    """By the record, or, of a run by an older version or a record that is damaged, by how far the log goes."""
+    try:
+        return bool(json.loads((folder / RECORD).read_text())['saved'])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    period, total = run.checkpoint_period, run.total_steps
+    if (folder / 'config.gin').is_file():
+        text = (folder / 'config.gin').read_bytes().decode(errors='replace')
+        period = _bound(text, 'checkpoint_period') or period
+        total = _bound(text, 'total_steps') or total
+    first, last = (choose(line['step'] for line in lines) for choose in (min, max))
+    # A line of training comes after the step, one of evaluation may stand for the state that the run began with.
+    before = first - 1 if any(line['step'] == first and line['split'] == 'train' for line in lines) else first
+    return last // period > before // period or last >= total
+
+
+def _bound(text: str, field: str) -> int | None:
+    found = re.search(rf'^upcycle\.train\.run\.Run\.{field} = (\d+)$', text, re.MULTILINE)
+    return int(found[1]) if found else None

@@ -1,0 +1,354 @@
+"""One process writes to a run's folder: a lock that process 0 holds while it trains.
+
+`MODEL_DIR/lock.json` says who holds it: host, process id and its start time, boot id, PID namespace, since when, and a heartbeat,
+a number that the holder raises every `beat` seconds. A holder is dead where boot id and PID namespace are ours and no process has
+its id and start time: its lock is taken over at once. Any other lock is taken over when its heartbeat has stood still for
+`PATIENCE` seconds of our own clock; clocks of two hosts are never compared.
+
+In a local folder a lock is created by `O_EXCL` and changed under `flock`, so that one of several takers wins. Where the file
+system knows no `flock` across hosts, and in a bucket, two that take it at the same moment both begin, and the one whose text was
+overwritten stops at its next heartbeat, or before it saves.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+from upcycle import files
+from upcycle.checkpoints.integrity import by_process_0
+from upcycle.errors import UserError, writing_to
+
+NAME = 'lock.json'
+PATIENCE = 60.0
+_POLL = 0.25
+_SIZE = 1024  # bytes of a lock, filled up with spaces: it is overwritten in place
+
+
+class _BusyError(Exception):
+    """Another process is just changing the lock."""
+
+
+class _Store(Protocol):
+    """Where a lock lies."""
+
+    beat: float
+    """Seconds between two heartbeats."""
+
+    def create(self, text: bytes) -> bool:
+        """Writes a lock where there is none; False: there is one."""
+
+    def read(self) -> bytes | None:
+        """The lock; None: there is none."""
+
+    def change(self, is_expected: Callable[[bytes], bool], text: bytes | None) -> bool:
+        """Replaces a lock, or removes it, if it is as expected; raises `_BusyError`."""
+
+
+class _LocalFile:
+    """In a folder."""
+
+    beat = 2.0
+
+    def __init__(self, path: epath.Path):
+        self._path = os.fspath(path)
+
+    def create(self, text: bytes) -> bool:
+        try:
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        try:
+            _write(file, text)
+        except OSError:
+            os.unlink(self._path)
+            raise
+        finally:
+            os.close(file)
+        return True
+
+    def read(self) -> bytes | None:
+        # Opened anew each time, so that a network file system asks its server.
+        try:
+            with open(self._path, 'rb') as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def change(self, is_expected: Callable[[bytes], bool], text: bytes | None) -> bool:
+        try:
+            file = os.open(self._path, os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise _BusyError from error
+            except OSError:  # the file system knows no flock
+                pass
+            # It may have been removed, and another one created, since it was opened.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(self._path)) and is_expected(os.pread(file, _SIZE, 0)):
+                    if text is None:
+                        os.unlink(self._path)
+                    else:
+                        _write(file, text)
+                    return True
+            return False
+        finally:
+            os.close(file)
+
+
+def _write(file: int, text: bytes) -> None:
+    """All of a text from the start of a file on; a full disk writes less at first."""
+    written = 0
+    while written < len(text):
+        written += os.pwrite(file, text[written:], written)
+
+
+class _Object:
+    """In a bucket, which replaces objects whole and knows no locks."""
+
+    beat = 15.0  # each one is a request that costs money
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+
+    def create(self, text: bytes) -> bool:
+        if self._path.exists():
+            return False
+        self._path.write_bytes(text)
+        return True
+
+    def read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def change(self, is_expected: Callable[[bytes], bool], text: bytes | None) -> bool:
+        now = self.read()
+        if now is None or not is_expected(now):
+            return False
+        if text is None:
+            self._path.unlink()
+        else:
+            self._path.write_bytes(text)
+        return True
+
+
+def this_process() -> dict[str, Any]:
+    """Who we are; None where the system does not say."""
+    return {
+        'host': socket.gethostname(),
+        'process': os.getpid(),
+        'started': _start_of(os.getpid()),
+        'boot': _boot(),
+        'pid_namespace': _pid_namespace(),
+    }
+
+
+def is_dead(holder: Mapping[str, Any]) -> bool:
+    """Whether a holder is known not to run any more; False where nothing is known."""
+    pid = holder.get('process')
+    ours = (_boot(), _pid_namespace())
+    if None in ours or (holder.get('boot'), holder.get('pid_namespace')) != ours or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    started = _start_of(pid)
+    return started is not None and started != holder.get('started')
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process was started, in ticks since the boot; 'ended' where its parent has not taken note of its end yet."""
+    try:
+        with open(f'/proc/{pid}/stat', 'rb') as file:
+            # The second field is the name in parentheses, which may hold anything.
+            fields = file.read().rpartition(b')')[2].split()
+    except OSError:
+        return None
+    return 'ended' if fields[0] in (b'Z', b'X') else fields[19].decode()
+
+
+def _boot() -> str | None:
+    try:
+        with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return os.readlink('/proc/self/ns/pid')
+    except OSError:
+        return None
+
+
+class Lock:
+    """The lock of a run's folder.
+
+    Args:
+      model_dir: the folder.
+      me: see `this_process`.
+      clock: seconds, by a clock that never goes back.
+      sleep: waits for so many seconds of it.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        me: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._model_dir = model_dir
+        path = files.absolute(model_dir) / NAME
+        self._store: _Store = _Object(path) if files.is_remote(path) else _LocalFile(path)
+        since = time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())
+        self._me = {**(this_process() if me is None else me), 'since': since, 'token': secrets.token_hex(16)}
+        self._clock, self._sleep = clock, sleep
+        self._beats = 0
+        self._lost = threading.Event()
+        self._released = threading.Event()
+
+    def take(self) -> None:
+        """Takes the lock; waits where nothing is known of its holder.
+
+        Raises:
+          UserError: its holder is alive.
+        """
+        seen, since, said = None, self._clock(), False
+        while not self._store.create(self._text()):
+            now = self._store.read()
+            if now is None:
+                continue
+            holder = _parse(now)
+            waited = self._clock() - since
+            if seen not in (None, now):
+                raise UserError(
+                    f"MODEL_DIR = '{self._model_dir}' is in use: {_in_words(holder)} trains there. Wait for its end or stop it, "
+                    'or name another MODEL_DIR.'
+                )
+            if is_dead(holder) or (seen == now and waited >= PATIENCE):
+                with contextlib.suppress(_BusyError):
+                    if self._store.change(now.__eq__, self._text()):
+                        return
+                # Another one was faster, or the holder is back.
+            seen = now
+            if waited > 2 * self._store.beat and not said:
+                said = True
+                print(
+                    f"MODEL_DIR = '{self._model_dir}' may be in use: waiting {PATIENCE:g} s for a sign of life of "
+                    f'{_in_words(holder)}.',
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._sleep(_POLL)
+
+    def beat(self) -> None:
+        """Raises the heartbeat, or notices that the lock is another process's."""
+        # Whoever changes the lock just now, or a disk that does not answer: the next one counts.
+        with contextlib.suppress(_BusyError, OSError):
+            self._beats += 1
+            if not self._store.change(self._is_mine, self._text()) and not self._is_mine(self._store.read() or b''):
+                self._lost.set()
+
+    def keep(self) -> None:
+        """Raises the heartbeat until the lock is released or lost; for a thread."""
+        while not self._released.wait(self._store.beat) and not self._lost.is_set():
+            self.beat()
+
+    def check(self, *, look: bool = True) -> None:
+        """Raises UserError where the lock is another process's; `look` False: where that has been noticed."""
+        if look and not self._lost.is_set():
+            with contextlib.suppress(OSError):
+                if not self._is_mine(self._store.read() or b''):
+                    self._lost.set()
+        if self._lost.is_set():
+            now = self._store.read()
+            why = f'its {NAME} was removed'
+            if now is not None:
+                why = f'{_in_words(_parse(now))} took it over, as this process gave no sign of life for {PATIENCE:g} s'
+            raise UserError(
+                f"MODEL_DIR = '{self._model_dir}' is no longer held by this process, which stops here: {why}."
+            )
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is ours."""
+        self._released.set()
+        for _ in range(20):
+            try:
+                self._store.change(self._is_mine, None)
+                return
+            except _BusyError:
+                self._sleep(0.01)
+            except OSError:
+                return
+
+    def _is_mine(self, text: bytes) -> bool:
+        return self._me['token'].encode() in text
+
+    def _text(self) -> bytes:
+        return json.dumps({**self._me, 'beat': self._beats}).encode().ljust(_SIZE - 1) + b'\n'
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """What a lock says; {} where it was cut off."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _in_words(holder: Mapping[str, Any]) -> str:
+    if not {'process', 'host', 'since'} <= holder.keys():
+        return 'another process'
+    return f'process {holder["process"]} on {holder["host"]} (since {holder["since"]})'
+
+
+@contextlib.contextmanager
+def held(model_dir: str) -> Iterator[Callable[[bool], None]]:
+    """Inside, process 0 holds the lock of a run's folder, which is made.
+
+    Yields:
+      A function to call before something is written there, which raises UserError where the lock was lost; its argument: whether
+      to look at the lock, or to believe the last heartbeat. On other processes than 0 it does nothing.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    lock = Lock(model_dir)
+
+    def take() -> int:
+        with writing_to(model_dir):
+            files.absolute(model_dir).mkdir(parents=True, exist_ok=True)
+            lock.take()
+        return 0
+
+    try:
+        by_process_0(take, f"MODEL_DIR = '{model_dir}' is in use: process 0 says by whom.")
+        if jax.process_index() == 0:
+            threading.Thread(target=lock.keep, name='lock', daemon=True).start()
+            yield lambda look: lock.check(look=look)
+        else:
+            yield lambda look: None
+    finally:
+        lock.release()

@@ -1,0 +1,58 @@
+"""What a run is refused for before anything is allocated or written, by `train` and by `plan` alike."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from upcycle import configuration
+from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.surgery.plan import Plan
+from upcycle.train import folder, loop
+from upcycle.train.run import Run
+from upcycle.train.state import Layout, check_start, layout, make_plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How a run would start.
+
+    Attributes:
+      mesh: the run's.
+      where: the layout of its state.
+      reader: of the checkpoint that it would start from; None: from scratch, or the run goes on from a checkpoint of its own.
+      surgery: what would become of that checkpoint.
+    """
+
+    mesh: jax.sharding.Mesh
+    where: Layout
+    reader: Reader | None = None
+    surgery: Plan | None = None
+
+
+def preflight(run: Run, identity: Mapping[str, str]) -> Start:
+    """Looks at folder, sizes, checkpoint and data of a run, and writes nothing.
+
+    Args:
+      run: what would be trained.
+      identity: `configuration.resolved()` after it was loaded.
+
+    Raises:
+      UserError: `train` cannot begin, or go on: see the functions that are called here.
+    """
+    configuration.claim(run, identity, write=False)
+    mesh = loop.check(run)
+    where = layout(run, mesh)
+    start = Start(mesh, where)
+    if not folder.has_checkpoint(run.model_dir):
+        folder.require_checkpoint(run)
+        if run.initial_checkpoint_path is None:
+            check_start(run, 0)
+        else:
+            reader = open_checkpoints(run.initial_checkpoint_path)
+            start = dataclasses.replace(start, reader=reader, surgery=make_plan(run, where, reader))
+            check_start(run, reader.step if run.dense_step is None else run.dense_step)
+    run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
+    # The first use of the data finds what is wrong with it.
+    run.train_data.fingerprint()
+    return start
