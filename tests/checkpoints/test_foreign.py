@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import trees, vits
-from upcycle import checkpoints
+from upcycle import checkpoints, cli
 from upcycle.checkpoints import foreign, open_checkpoint
 from upcycle.errors import UserError
 from upcycle.models import identify
@@ -213,6 +213,7 @@ HALF = {'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'do_normalize': True}
 ALIKE = {
     'of transformers': {**HALF, 'do_rescale': True, 'rescale_factor': 1 / 255, 'do_resize': True, 'resample': 2},
     'old': {'do_normalize': True, 'do_resize': True, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3, 'size': 12},
+    'a list': {'size': [12, 12]},
     'square': {
         'size': {'height': 12, 'width': 12},
         'image_processor_type': 'ViTImageProcessorFast',
@@ -236,6 +237,8 @@ UNLIKE = {
     'another crop': ({'do_center_crop': True, 'crop_size': 24, 'size': 28}, 'crop_size = 24'),
     'the shorter side': ({'size': {'shortest_edge': 12}}, 'shortest_edge'),
     'bicubic': ({'resample': 3}, r'resample = 3 \(bicubic\)'),
+    'a text for a switch': ({'do_resize': 'no'}, "do_resize = 'no' is neither"),
+    'no sides': ({'size': []}, 'size = '),
     'not resized': ({'do_resize': False}, 'do_resize'),
     'blue first': ({'do_flip_channel_order': True}, 'do_flip_channel_order'),
     'another processor': ({'image_processor_type': 'CLIPImageProcessor'}, 'CLIPImageProcessor'),
@@ -264,3 +267,52 @@ def test_a_damaged_preprocessor_is_one_sentence(folders):
     (folder / 'preprocessor_config.json').write_text('{')
     with pytest.raises(UserError, match='preprocessor_config.json is damaged'):
         open_checkpoint(folder)
+
+
+def test_the_image_processor_of_a_whole_processor_counts_first(folders, capsys):
+    folder = folders('vit')
+    change(folder, 'preprocessor_config.json', **HALF)
+    change(folder, 'processor_config.json', processor_class='Some')
+    assert warnings_of(folder, capsys)[1] == ''
+    change(folder, 'processor_config.json', image_processor=HALF | {'image_mean': 0.4})
+    assert 'warning: ' + str(folder / 'processor_config.json') in warnings_of(folder, capsys)[1]
+    change(folder, 'processor_config.json', image_processor='ViT')
+    with pytest.raises(UserError, match='processor_config.json is damaged'):
+        open_checkpoint(folder)
+
+
+MODEL = ('--gin_file=models/vit_mini.gin', '--gin_file=moe/vit.gin')
+VIT = {
+    'EMBED_DIM': 16,
+    'NUM_HEADS': 2,
+    'MLP_DIM': 32,
+    'NUM_LAYERS': 3,
+    'PATCH_SIZE': 4,
+    'IMAGE_SIZE': 12,
+    'NUM_CLASSES': 5,
+}
+VIT |= {'POOLING': 'token', 'IMAGE_CHANNELS': 3, 'GELU': 'erf', 'NORM_EPSILON': 1e-12, 'NUM_EXPERTS': 2}
+TASK = ('--gin_file=tasks/synthetic_images.gin', '--gin_file=runs/upcycle.gin', "--gin.OPTIMIZER_STATE='fresh'")
+COMMANDS = {
+    'inspect': ['inspect', 'FROM'],
+    'import': ['import', '--from=FROM', '--to=TO'],
+    'export': ['export', '--from=FROM', '--to=TO', '--format=vit_npz'],
+    'plan': ['plan', '--from=FROM', *MODEL, *TASK, '--gin.TRAIN_STEPS=109', '--gin.MODEL_DIR=TO'],
+    'convert': ['convert', '--from=FROM', '--to=TO', *MODEL, '--optimizer_state=none'],
+}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_warns_once(folders, tmp_path, capfd, command):
+    folder = folders('vit')
+    change(folder, 'preprocessor_config.json', **HALF | {'image_mean': [0.4, 0.5, 0.6]})
+    change(folder, some_scale=2.0)
+    arguments = [
+        word.replace('FROM', str(folder)).replace('TO', str(tmp_path / 'to.npz')) for word in COMMANDS[command]
+    ]
+    if command in ('plan', 'convert'):
+        arguments += [f'--gin.{name}={value!r}' for name, value in VIT.items()]
+    capfd.readouterr()
+    assert cli.run(arguments) == 0
+    said = capfd.readouterr().err
+    assert said.count('warning:') == 2 and said.count('image_mean') == said.count('some_scale = 2.0') == 1

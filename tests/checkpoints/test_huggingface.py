@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.checkpoints import trees
+from tests.checkpoints import trees, vits
 from upcycle.checkpoints import huggingface, open_checkpoint
 from upcycle.errors import UserError
+from upcycle.transfer import transfer
 
 
 def header_of(file):
@@ -73,6 +74,95 @@ def test_what_is_shared_may_be_repeated_if_it_is_the_same(folder):
     save(folder / 'model.safetensors', header, data + data[begin:end][::-1])
     with pytest.raises(UserError, match='shared.weight and encoder.embed_tokens.weight of .* differ'):
         open_checkpoint(folder)
+
+
+def add(folder, **more):
+    """More arrays, float32, at the end of the file."""
+    header, data = header_of(folder / 'model.safetensors')
+    for name, value in more.items():
+        end = len(data) + value.nbytes
+        header[name] = {'dtype': 'F32', 'shape': list(value.shape), 'data_offsets': [len(data), end]}
+        data += value.tobytes()
+    save(folder / 'model.safetensors', header, data)
+
+
+OLD_TABLE = 'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight'
+
+
+def test_the_table_of_early_files_that_nothing_uses(folder, tmp_path, capsys):
+    add(folder, **{OLD_TABLE: np.ones((32, 2), np.float32)})
+    reader = open_checkpoint(folder)
+    trees.assert_same(reader, trees.t5(False, state=False))
+    assert list(reader.metadata['not_read']) == [OLD_TABLE] and OLD_TABLE in capsys.readouterr().err
+    imported = transfer(folder, tmp_path / 'imported', 'upcycle')
+    exported = open_checkpoint(transfer(imported, tmp_path / 'exported', 'huggingface'))
+    trees.assert_same(exported, trees.t5(False, state=False))
+    assert 'not_read' not in exported.metadata
+    # Of another layer transformers knows nothing.
+    add(folder, **{OLD_TABLE.replace('block.0', 'block.1'): np.ones((32, 2), np.float32)})
+    with pytest.raises(UserError, match='have no counterpart in our models: decoder.block.1.*EncDecAttention'):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize('prefix', ['', 'vit.'])
+def test_the_token_of_masked_patches_is_not_read(tmp_path, prefix):
+    tree = {name: value for name, value in vits.ours().items() if prefix or '/head/' not in name}
+    trees.write(tmp_path / 'vit', 'huggingface', tree)
+    add(tmp_path / 'vit', **{f'{prefix}embeddings.mask_token': np.ones((1, 1, vits.WIDTH), np.float32)})
+    reader = open_checkpoint(tmp_path / 'vit')
+    assert list(reader.metadata['not_read']) == [f'{prefix}embeddings.mask_token']
+    trees.assert_same(reader, tree)
+
+
+def test_a_pooler_below_a_classifier_is_not_read(tmp_path):
+    """`ViTForImageClassification` has none, and its head reads the token."""
+    trees.write(tmp_path / 'vit', 'huggingface', vits.ours())
+    width = np.ones(vits.WIDTH, np.float32)
+    add(tmp_path / 'vit', **{'vit.pooler.dense.weight': np.diag(width), 'vit.pooler.dense.bias': width})
+    reader = open_checkpoint(tmp_path / 'vit')
+    assert list(reader.metadata['not_read']) == ['vit.pooler.dense.weight', 'vit.pooler.dense.bias']
+    trees.assert_same(reader, vits.ours())
+
+
+def vit_5(name):
+    """A name of transformers 4 as 5 has it (`ViTModel` in its conversion_mapping.py, in that order)."""
+    for old, new in (
+        ('encoder.layer.', 'layers.'),
+        ('attention.attention.query', 'attention.q_proj'),
+        ('attention.attention.key', 'attention.k_proj'),
+        ('attention.attention.value', 'attention.v_proj'),
+        ('attention.output.dense', 'attention.o_proj'),
+        ('intermediate.dense', 'mlp.fc1'),
+        ('output.dense', 'mlp.fc2'),
+    ):
+        name = name.replace(old, new)
+    return name
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_vit_in_the_names_of_transformers_5(tmp_path, bare):
+    tree = {name: value for name, value in vits.ours().items() if not bare or '/head/' not in name}
+    trees.write(tmp_path / 'vit', 'huggingface', tree)
+    header, data = header_of(tmp_path / 'vit' / 'model.safetensors')
+    renamed = {vit_5(name): entry for name, entry in header.items()}
+    assert sum(name not in header for name in renamed) == 12 * vits.LAYERS + 4 * vits.LAYERS
+    save(tmp_path / 'vit' / 'model.safetensors', renamed, data)
+    trees.assert_same(open_checkpoint(tmp_path / 'vit'), tree)
+    transfer(tmp_path / 'vit', tmp_path / 'again', 'huggingface', dtype=None)
+    assert header_of(tmp_path / 'again' / 'model.safetensors')[0].keys() == header.keys()
+
+
+def test_a_head_that_is_missing_is_said(folder, capsys):
+    header, data = header_of(folder / 'model.safetensors')
+    begin, end = header.pop('lm_head.weight')['data_offsets']
+    for entry in header.values():
+        offsets = entry.get('data_offsets', [0, 0])
+        offsets[:] = [offset - (end - begin) * (offset >= end) for offset in offsets]
+    save(folder / 'model.safetensors', header, data[:begin] + data[end:])
+    reader = open_checkpoint(folder)
+    assert 'has no head (lm_head.weight): the embedding is taken' in capsys.readouterr().err
+    names = ('params/decoder/logits_dense/kernel', 'params/token_embedder/embedding')
+    np.testing.assert_array_equal(*(reader.read(name) if 'token' in name else reader.read(name).T for name in names))
 
 
 def change_header(**changes):

@@ -94,13 +94,15 @@ def test_a_variant_counts_where_it_is_named(folder, said):
 ALONE = {
     'model.fp16.safetensors': r'holds model.fp16.safetensors and no model.safetensors: name the file itself',
     'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors and no model.safetensors.index.json',
+    'model.safetensors.index.fp16.json': 'name the file itself, .*model.safetensors.index.fp16.json',
     'pytorch_model.bin': 'pytorch_model.bin, a pickle, which is never opened',
     'pytorch_model-00001-of-00002.bin': 'a pickle, which is never opened',
     'pytorch_model.fp16.bin': 'a pickle, which is never opened',
     'tf_model.h5': 'tf_model.h5, which is not read: save the model again',
     'flax_model.msgpack': 'flax_model.msgpack, which is not read',
     'model-q4.gguf': 'gguf, which is not read',
-    'adapter_config.json': 'is an adapter .*merge_and_unload',
+    'adapter_config.json': 'is an adapter and no model: .*merge_and_unload',
+    'adapter_model.safetensors': 'is an adapter and no model: .*merge_and_unload',
 }
 
 
@@ -110,6 +112,27 @@ def test_a_folder_without_the_file_that_counts(folder, name):
     with pytest.raises(UserError, match=ALONE[name]) as caught:
         open_checkpoint(folder)
     assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
+    if 'never opened' in ALONE[name] or 'not read' in ALONE[name]:
+        with pytest.raises(UserError, match=ALONE[name]):
+            open_checkpoint(folder / name)
+
+
+def test_the_index_of_a_variant_counts_where_it_is_named(folder):
+    ones(folder, 'model.fp16-00001-of-00001.safetensors', 'model.safetensors.index.fp16.json')
+    assert not is_ones(folder) and is_ones(folder / 'model.safetensors.index.fp16.json')
+
+
+def test_a_file_that_is_not_the_model_itself(folder):
+    (folder / 'model.safetensors').rename(folder / 'adapter_model.safetensors')
+    with pytest.raises(UserError, match='adapter_model.safetensors is an adapter and no model'):
+        open_checkpoint(folder / 'adapter_model.safetensors')
+    (folder / 'model.safetensors').symlink_to('../../blobs/0123')
+    with pytest.raises(UserError, match='model.safetensors is a link to a file that is not there'):
+        open_checkpoint(folder)
+    (folder / 'model.safetensors').unlink()
+    (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+    with pytest.raises(UserError, match='model.safetensors is a pointer of Git LFS'):
+        open_checkpoint(folder)
 
 
 def test_an_adapter_beside_a_model_is_passed_over(folder, said):
@@ -140,6 +163,12 @@ def test_names_of_wrapped_modules(folder, change):
     trees.assert_same(open_checkpoint(folder), trees.t5(False, state=False))
 
 
+def test_a_model_inside_another_one(folder):
+    rename(folder, lambda name: f't5.{name}')
+    with pytest.raises(UserError, match="names of 52 arrays begin with 't5.', .*save the inner model"):
+        open_checkpoint(folder)
+
+
 def test_two_arrays_of_one_name(folder):
     rename(folder, lambda name: 'module.shared.weight' if name == 'lm_head.weight' else name)
     with pytest.raises(UserError, match='has two arrays for shared.weight: (module.)?shared.weight and'):
@@ -162,6 +191,14 @@ STEPS = {
 }
 
 
+REASONS = {
+    'half copied': 'it has neither `checkpoint`',
+    'empty': 'it is empty',
+    'not finished': 'its save was interrupted',
+    'damaged': 'it was set aside as damaged',
+}
+
+
 @pytest.fixture(scope='module', params=STEPS)
 def written(request, tmp_path_factory):
     """A folder with step 100, for each format of steps."""
@@ -177,7 +214,7 @@ def steps(written, tmp_path):
     return tmp_path / 'run', *STEPS[format]
 
 
-@pytest.mark.parametrize('kind', ['half copied', 'empty', 'not finished'])
+@pytest.mark.parametrize('kind', ['half copied', 'empty', 'not finished', 'damaged'])
 def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
     run, finished, unfinished = steps
     newer = run / (unfinished if kind == 'not finished' else finished).format(2000)
@@ -185,16 +222,32 @@ def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
         shutil.copytree(run / finished.format(100), newer)
         for name in ('checkpoint', 'state/_METADATA'):
             (newer / name).unlink(missing_ok=True)
+    elif kind == 'damaged':
+        newer = (run / finished.format(100)).with_name('2000.damaged')
+        newer.mkdir()
     else:
         newer.mkdir()
     for older in (finished.format(3), unfinished.format(100)):
         (run / older).mkdir()
     assert open_checkpoint(run).step == 100
     text = said()
-    reason = {'half copied': 'it has neither', 'empty': 'it is empty', 'not finished': 'its save was interrupted'}[kind]
-    assert f'{newer} is passed over, because {reason}' in text and text.count('warning:') == 1
+    assert f'{newer} is passed over and ' in text and '100 is read: ' in text and text.count('warning:') == 1
+    assert REASONS[kind] in text
     open_checkpoint(run / finished.format(100))
     assert said() == ''
+
+
+def test_a_newer_step_whose_arrays_have_not_all_arrived(steps, said):
+    run, finished, _ = steps
+    newer = run / finished.format(2000)
+    shutil.copytree(run / finished.format(100), newer)
+    array = next(path for path in newer.rglob('*mlp.wo.kernel') if path.is_dir())
+    shutil.rmtree(array)
+    assert open_checkpoint(run).path == str(run / finished.format(100))
+    assert f'{newer} is passed over' in (text := said()) and '1 of its ' in text and 'mlp/wo/kernel' in text
+    shutil.rmtree(run / finished.format(100))
+    with pytest.raises(UserError, match='2000 is passed over .1 of its arrays are not there, such as .*mlp/wo/kernel'):
+        open_checkpoint(run)
 
 
 def test_steps_that_are_all_half_copied(steps):
@@ -203,7 +256,7 @@ def test_steps_that_are_all_half_copied(steps):
     (run / finished.format(3)).mkdir()
     (run / unfinished.format(4)).mkdir()
     with pytest.raises(
-        UserError, match='holds no checkpoint .*4.* because its save was interrupted; .*3 is passed over'
+        UserError, match='holds no checkpoint .*4.* is passed over .its save was interrupted.; .*3 is passed over'
     ):
         open_checkpoint(run)
 

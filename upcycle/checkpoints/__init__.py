@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from etils import epath
 
+    from upcycle.checkpoints.arrays import ArrayReader
     from upcycle.checkpoints.writing import Writer
 
 FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # read and written
@@ -30,6 +31,7 @@ FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # re
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
 # Orbax and T5X both write beside the final name and rename at the end, so these names are interrupted saves.
 _UNFINISHED = re.compile(r'(?:checkpoint_)?(\d+)\.(?:orbax-checkpoint-tmp|tmp-).*')
+_DAMAGED = re.compile(r'(\d+)\.damaged.*')  # as checkpoints.integrity sets steps aside
 _LOOKED_FOR = (
     '`state/_METADATA` (Orbax: ours or T5X), `checkpoint` (T5X legacy), '
     'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, `model.safetensors` with `config.json` (Hugging Face), '
@@ -148,7 +150,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         from upcycle.checkpoints import flax_npz
 
         return flax_npz.NpzReader(folder, part)
-    if folder.name.endswith(('.safetensors', '.safetensors.index.json')) and folder.is_file():
+    if huggingface.NAMES.fullmatch(folder.name) and folder.is_file():
         return huggingface.HuggingFaceReader(folder)
     if reader := _open_step(folder):
         return reader
@@ -158,34 +160,41 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     for _, child in sorted(((_number(child.name), child) for child in children), reverse=True):
         if _number(child.name) < 0:
             break
-        if not _UNFINISHED.fullmatch(child.name) and (reader := _open_step(child)):
+        reader = _open_step(child) if _STEP.fullmatch(child.name) else None
+        if reader is not None and not (missing := reader.missing()):
             for name, reason in passed_over.items():
                 if _number(name) > _number(child.name):
-                    warn_once(f'{steps / name} is passed over, because {reason}: {child.name} is read.')
+                    warn_once(f'{steps / name} is passed over and {child.name} is read: {reason}.')
             return reader
-        passed_over[child.name] = _why_not_read(child)
+        passed_over[child.name] = _why_not_read(child) if reader is None else _incomplete(missing)
     if passed_over and all(map(_UNFINISHED.fullmatch, passed_over)):
         raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(passed_over)}): name another run.')
     huggingface.refuse_other_files(folder)
-    listing = ''.join(f'; {name} is passed over, because {reason}' for name, reason in passed_over.items())
+    listing = ''.join(f'; {name} is passed over ({reason})' for name, reason in passed_over.items())
     raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}.')
 
 
 def _number(name: str) -> int:
-    """The step of a step's folder, finished or not; -1 for other names."""
-    match = _STEP.fullmatch(name) or _UNFINISHED.fullmatch(name)
+    """The step of a step's folder, whatever became of it; -1 for other names."""
+    match = _STEP.fullmatch(name) or _UNFINISHED.fullmatch(name) or _DAMAGED.fullmatch(name)
     return int(match[1]) if match else -1
+
+
+def _incomplete(missing: Sequence[str]) -> str:
+    return f'{len(missing)} of its arrays are not there, such as {missing[0]}'
 
 
 def _why_not_read(step: epath.Path) -> str:
     """Of a step's folder that `_open_step` does not know."""
     if _UNFINISHED.fullmatch(step.name):
         return 'its save was interrupted'
+    if _DAMAGED.fullmatch(step.name):
+        return 'it was set aside as damaged'
     if not any(step.iterdir()):
         return 'it is empty'
     if (step / 'state' / '_METADATA').exists():
-        return 'it has no commit_success.txt: its save was interrupted'
-    return 'it has neither `checkpoint` (T5X legacy) nor `state/_METADATA` (Orbax): it was not copied as a whole'
+        return 'it has no commit_success.txt, so its save was interrupted'
+    return 'it has neither `checkpoint` (T5X legacy) nor `state/_METADATA` (Orbax), so it was not copied as a whole'
 
 
 def create_checkpoint(
@@ -236,7 +245,7 @@ def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:
     return readers[0] if len(readers) == 1 else SeveralReader(readers)
 
 
-def _open_step(folder: epath.Path) -> Reader | None:
+def _open_step(folder: epath.Path) -> ArrayReader | None:
     """The reader of one step's folder, or None where no finished checkpoint of a known format lies directly in it."""
     from upcycle.checkpoints import arrays, huggingface, native, t5x
 

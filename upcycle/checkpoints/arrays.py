@@ -264,6 +264,10 @@ class ArrayReader:
             raise UserError(f'step of {self.path} is {step.dtype}{list(step.shape)} and not a whole number.')
         return int(step.reshape(()))
 
+    def missing(self) -> list[str]:
+        """Leaves whose arrays are not there, as far as a look at this machine's folders shows: a copy that is under way."""
+        return [name for name, source in self._sources.items() if _is_gone(source)]
+
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """See `Reader`."""
         return dict(self._leaves)
@@ -370,6 +374,13 @@ class ArrayReader:
                 f'{name} of {self.path} cannot be read ({reason}): '
                 'the checkpoint is incomplete or damaged, copy it again.'
             ) from error
+
+
+def _is_gone(source: Source) -> bool:
+    """Whether the folder of a zarr array on this machine is missing."""
+    if not isinstance(source, dict) or source['kvstore'].get('driver') != 'file':
+        return False
+    return not os.path.isdir(source['kvstore']['path'])
 
 
 def _shape_dtype(source: Source) -> jax.ShapeDtypeStruct | None:

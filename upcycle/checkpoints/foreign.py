@@ -17,8 +17,10 @@ from upcycle import schema
 from upcycle.checkpoints import arrays, warn_once
 from upcycle.errors import UserError
 
-PREPROCESSOR = 'preprocessor_config.json'
+# Where a processor is described; the first counts, if it holds `image_processor`.
+_PROCESSOR_FILES = ('processor_config.json', 'preprocessor_config.json')
 
+_IN_WORDS = {'t5': 'T5', 'vit': 'ViT'}
 _FAMILIES = {'t5': 't5', 'mt5': 't5', 'umt5': 't5', 'vit': 'vit'}  # by `model_type`
 
 # T5's feed-forward layers by `feed_forward_proj`, and its parts by `dense_act_fn`. `gated-gelu` is the tanh approximation in
@@ -61,7 +63,6 @@ _TYPES = {
         'layer_norm_eps': schema.Positive,
         **dict.fromkeys(('hidden_act', 'pooler_act'), str),
         'num_labels': schema.Whole,
-        'id2label': Mapping[str, Any],
     },
 }
 # The arrays have these sizes too.
@@ -222,7 +223,7 @@ def read_config(file: epath.Path) -> dict[str, Any]:
             raise UserError(f'{file}: {name} is {schema.shown(config[name])}, which is not {schema.in_words(kind)}.')
     for name, ours in _OURS[which].items():
         if name in config and config[name] != ours:
-            what = 'which is not read' if ours is None else f'and our {which.upper()} has {schema.shown(ours)}'
+            what = 'which is not read' if ours is None else f'and our {_IN_WORDS[which]} has {schema.shown(ours)}'
             raise UserError(f'{file}: {name} is {schema.shown(config[name])}, {what}.')
     if which == 'vit':
         _resolve_vit(file, config)
@@ -252,15 +253,26 @@ def t5_activations(file: epath.Path, config: Mapping[str, Any]) -> tuple[str, ..
 
 
 def check_images(folder: epath.Path, config: Mapping[str, Any]) -> None:
-    """Warns where `preprocessor_config.json` asks for other images than those that our pipelines make.
+    """Warns where the configuration of the image processor asks for other images than those that our pipelines make.
 
     Raises:
         UserError: the file is damaged.
     """
-    file = folder / PREPROCESSOR
-    if family(config) != 'vit' or not file.exists():
+    if family(config) != 'vit':
         return
-    found = {name: value for name, value in arrays.read_json(file).items() if value is not None}
+    for name in _PROCESSOR_FILES:
+        file = folder / name
+        found = arrays.read_json(file) if file.exists() else {}
+        found = found.get('image_processor', found if name == _PROCESSOR_FILES[-1] else {})
+        if not isinstance(found, Mapping):
+            raise UserError(
+                f'{file} is damaged (its image_processor is {schema.shown(found)}): copy the checkpoint again.'
+            )
+        if found:
+            break
+    else:
+        return
+    found = {name: value for name, value in found.items() if value is not None}
     differences = _range_differences(found) + _shape_differences(found, config.get('image_size'))
     kind = found.get('image_processor_type', found.get('feature_extractor_type', _PROCESSORS[0]))
     if kind not in _PROCESSORS:
@@ -284,6 +296,8 @@ def _resolve_vit(file: epath.Path, config: dict[str, Any]) -> None:
             if len(sides) not in (1, 2) or sides[0] != sides[-1]:
                 raise UserError(f'{file}: {name} is {schema.shown(sides)}, and our ViT takes squares.')
             config[name] = sides[0]
+    if not isinstance(config.get('id2label', {}), Mapping):
+        raise UserError(f'{file}: id2label is {schema.shown(config["id2label"])}, which is no name for each class.')
     if 'id2label' in config:
         config['num_labels'] = len(config['id2label'])
     if config.get('hidden_act', 'gelu') not in GELUS:
@@ -292,9 +306,10 @@ def _resolve_vit(file: epath.Path, config: dict[str, Any]) -> None:
 
 def _warn(file: epath.Path, config: Mapping[str, Any], which: str) -> None:
     known = _TYPES[which].keys() | _OURS[which].keys() | _INPUTS[which].keys() | _HARMLESS | _HARMLESS_OF[which]
-    known |= {'architectures'}
+    known |= {'architectures', *(['id2label'] if which == 'vit' else [])}
     if unknown := [name for name in config if name not in known]:
-        shown = ', '.join(f'{name} = {schema.shown(config[name])}' for name in unknown)
+        names = [name if name.isidentifier() else schema.shown(name) for name in unknown]
+        shown = ', '.join(f'{name} = {schema.shown(config[field])}' for name, field in zip(names, unknown, strict=True))
         warn_once(f'{file} has fields that are not known here and may change what the model computes: {shown}.')
     for name, ours in _INPUTS[which].items():
         if config.get(name, ours) not in (ours, [ours]):
@@ -347,13 +362,23 @@ def _range_differences(found: Mapping[str, Any]) -> list[str]:
 
 def _shape_differences(found: Mapping[str, Any], image_size: Any) -> list[str]:
     said = {**_PROCESSOR, **found}
-    differences = []
+    switches = [name for name in found if name in _PROCESSOR and name.startswith('do_')]
+    differences = [
+        f'{name} = {schema.shown(found[name])} is neither True nor False'
+        for name in switches
+        if not isinstance(found[name], bool)
+    ]
     if not said['do_resize'] and not said['do_center_crop']:
         differences.append('do_resize = False, and ours resize every image')
     name = 'crop_size' if said['do_center_crop'] and said['crop_size'] is not None else 'size'
     size = said[name] if name in found else image_size
-    sides = [size.get(side) for side in ('height', 'width')] if isinstance(size, Mapping) else [size]
-    if sides != [image_size] * len(sides) and None not in (size, image_size) and not _within_crop(said, name):
+    sides = [size.get(side) for side in ('height', 'width')] if isinstance(size, Mapping) else size
+    sides = sides if isinstance(sides, list) else [sides]
+    if (
+        (not sides or sides != [image_size] * len(sides))
+        and None not in (size, image_size)
+        and not _within_crop(said, name)
+    ):
         differences.append(
             f'{name} = {schema.shown(size)}, and image_size of config.json is {schema.shown(image_size)}'
         )

@@ -70,15 +70,20 @@ def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored:
       UserError: the model computes another function; the bindings that would fit are named.
     """
     theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    differences = [
-        f'{name.upper()} = {schema.shown(value)}, and the model has {schema.shown(getattr(model.config, name))}'
+    different = {
+        name: value
         for name, value in theirs.items()
         if name not in ignored and getattr(model.config, name, value) != value
-    ]
-    if differences:
+    }
+    if different:
+        listing = '; '.join(
+            f'{name} = {schema.shown(value)}, and the model has {schema.shown(getattr(model.config, name))}'
+            for name, value in different.items()
+        )
+        bindings = ', '.join(f'{name.upper()} = {schema.shown(value)}' for name, value in different.items())
         is_t5_1_0 = theirs.get('mlp_activations') == ('relu',) and theirs.get('logits_via_embedding')
-        files = ', or name models/t5_1_0_base.gin or its other sizes' if is_t5_1_0 else ''
-        raise UserError(f'{path} was made with {"; ".join(differences)}: set it in the gin files{files}.')
+        files = ', as models/t5_1_0_base.gin and its other sizes do' if is_t5_1_0 else ''
+        raise UserError(f'{path} was made with {listing}: set it in the gin files ({bindings}{files}).')
 
 
 def smallest_batch(model: Model) -> BatchSpec:
