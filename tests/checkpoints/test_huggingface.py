@@ -114,6 +114,16 @@ def test_the_token_of_masked_patches_is_not_read(tmp_path, prefix):
     trees.assert_same(reader, tree)
 
 
+def test_a_pooler_below_a_classifier_is_not_read(tmp_path):
+    """`ViTForImageClassification` has none, and its head reads the token."""
+    trees.write(tmp_path / 'vit', 'huggingface', vits.ours())
+    width = np.ones(vits.WIDTH, np.float32)
+    add(tmp_path / 'vit', **{'vit.pooler.dense.weight': np.diag(width), 'vit.pooler.dense.bias': width})
+    reader = open_checkpoint(tmp_path / 'vit')
+    assert list(reader.metadata['not_read']) == ['vit.pooler.dense.weight', 'vit.pooler.dense.bias']
+    trees.assert_same(reader, vits.ours())
+
+
 def vit_5(name):
     """A name of transformers 4 as 5 has it (`ViTModel` in its conversion_mapping.py, in that order)."""
     for old, new in (

@@ -94,6 +94,7 @@ def test_a_variant_counts_where_it_is_named(folder, said):
 ALONE = {
     'model.fp16.safetensors': r'holds model.fp16.safetensors and no model.safetensors: name the file itself',
     'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors and no model.safetensors.index.json',
+    'model.safetensors.index.fp16.json': 'name the file itself, .*model.safetensors.index.fp16.json',
     'pytorch_model.bin': 'pytorch_model.bin, a pickle, which is never opened',
     'pytorch_model-00001-of-00002.bin': 'a pickle, which is never opened',
     'pytorch_model.fp16.bin': 'a pickle, which is never opened',
@@ -111,6 +112,14 @@ def test_a_folder_without_the_file_that_counts(folder, name):
     with pytest.raises(UserError, match=ALONE[name]) as caught:
         open_checkpoint(folder)
     assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
+    if 'never opened' in ALONE[name] or 'not read' in ALONE[name]:
+        with pytest.raises(UserError, match=ALONE[name]):
+            open_checkpoint(folder / name)
+
+
+def test_the_index_of_a_variant_counts_where_it_is_named(folder):
+    ones(folder, 'model.fp16-00001-of-00001.safetensors', 'model.safetensors.index.fp16.json')
+    assert not is_ones(folder) and is_ones(folder / 'model.safetensors.index.fp16.json')
 
 
 def test_a_file_that_is_not_the_model_itself(folder):
@@ -152,6 +161,12 @@ def rename(folder, change):
 def test_names_of_wrapped_modules(folder, change):
     rename(folder, change)
     trees.assert_same(open_checkpoint(folder), trees.t5(False, state=False))
+
+
+def test_a_model_inside_another_one(folder):
+    rename(folder, lambda name: f't5.{name}')
+    with pytest.raises(UserError, match="names of 52 arrays begin with 't5.', .*save the inner model"):
+        open_checkpoint(folder)
 
 
 def test_two_arrays_of_one_name(folder):

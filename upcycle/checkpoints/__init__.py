@@ -150,7 +150,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         from upcycle.checkpoints import flax_npz
 
         return flax_npz.NpzReader(folder, part)
-    if folder.name.endswith(('.safetensors', '.safetensors.index.json')) and folder.is_file():
+    if huggingface.NAMES.fullmatch(folder.name) and folder.is_file():
         return huggingface.HuggingFaceReader(folder)
     if reader := _open_step(folder):
         return reader

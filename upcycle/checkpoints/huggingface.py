@@ -50,6 +50,7 @@ _ADAPTER = 'adapter_config.json'
 _ADAPTER_FILES = 'adapter_model.'
 _PICKLES = re.compile(r'pytorch_model.*\.bin(\.index\.json)?|.*\.(pt|pth|ckpt|pkl)')
 _OTHER_PROGRAMS = re.compile(r'(tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf|model.*\.onnx)')
+NAMES = re.compile(r'.*\.safetensors(\.index(\.\w+)?\.json)?')  # arrays, or an index, which may be of a variant
 _SHARD = re.compile(r'.*-\d{5}-of-\d{5}\.safetensors')
 
 # What torch.compile, DistributedDataParallel, FSDP, checkpointing of activations and Lightning put into a name.
@@ -72,6 +73,7 @@ _NOT_READ = {
     'vit.embeddings.mask_token': 'the token of masked patches, which classification does not use',
     'embeddings.mask_token': 'the token of masked patches, which classification does not use',
 }
+_POOLER = 'part of a layer that a classifier of transformers does not use'
 _DEPTHS = {
     'num_layers': r'encoder\.block\.(\d+)\.',
     'num_decoder_layers': r'decoder\.block\.(\d+)\.',
@@ -184,6 +186,8 @@ class HuggingFaceReader(arrays.ArrayReader):
         stored, self._notes = _read_files(file)
         stored = _renamed(folder, stored, self._config['model_type'])
         self._left_out = {name: _NOT_READ[name] for name in stored if name in _NOT_READ}
+        if 'classifier.weight' in stored:
+            self._left_out |= {name: _POOLER for name in stored if name.startswith('vit.pooler.')}
         stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
         for name, reason in self._left_out.items():
             warn_once(f'{name} of {folder} is not read: it is {reason}.')
@@ -213,27 +217,25 @@ def find(folder: epath.Path) -> bool:
 
 
 def refuse_other_files(folder: epath.Path) -> None:
-    """Says what a folder without `model.safetensors` and its index holds instead.
+    """Says what a folder without `model.safetensors` and its index holds instead, or what another file is.
 
     Raises:
         UserError: an adapter, files of another name, or of another program.
     """
-    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else [folder.name]
+    folder = folder if folder.is_dir() else folder.parent
     if links := [name for name in (SINGLE, INDEX) if name in names and not (folder / name).exists()]:
         raise UserError(
             f'{folder / links[0]} is a link to a file that is not there: copy the checkpoint again, with what its links lead to.'
         )
     if any(name == _ADAPTER or name.startswith(_ADAPTER_FILES) for name in names):
         _refuse_adapter(folder)
-    safetensors = [name for name in names if name.endswith(('.safetensors', '.safetensors.index.json'))]
-    variants = [name for name in names if re.fullmatch(r'model\.safetensors\.index\..+\.json', name)]
-    if shards := [name for name in safetensors if _SHARD.fullmatch(name)]:
-        missing = INDEX if not variants else f'{INDEX} (of a variant there is {variants[0]})'
-        raise UserError(f'{folder} holds {shards[0]} and no {missing}: copy the checkpoint again, with its index.')
+    safetensors = [name for name in names if NAMES.fullmatch(name)]
+    indexes = [name for name in safetensors if name.endswith('.json')]
+    if found := indexes or [name for name in safetensors if not _SHARD.fullmatch(name)]:
+        raise UserError(f'{folder} holds {found[0]} and no {SINGLE}: name the file itself, {folder / found[0]}.')
     if safetensors:
-        raise UserError(
-            f'{folder} holds {safetensors[0]} and no {SINGLE}: name the file itself, {folder / safetensors[0]}.'
-        )
+        raise UserError(f'{folder} holds {safetensors[0]} and no {INDEX}: copy the checkpoint again, with its index.')
     if pickles := [name for name in names if _PICKLES.fullmatch(name)]:
         raise UserError(
             f'{folder} holds {pickles[0]}, a pickle, which is never opened: save the model again with '
@@ -524,6 +526,12 @@ def _turned(folder: epath.Path, stored: Mapping[str, _Tensor], table: Table, hea
     unknown = [name for name in stored if name not in table]
     if unknown:
         listing = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        rests = {name.partition('.')[2] for name in unknown}
+        if len(prefixes := {name.partition('.')[0] for name in unknown}) == 1 and rests <= table.keys():
+            raise UserError(
+                f"{folder}: the names of {len(unknown)} arrays begin with '{prefixes.pop()}.', as of a model inside another one: "
+                f'save the inner model ({listing}).'
+            )
         raise UserError(f'{folder} holds arrays that have no counterpart in our models: {listing}.')
     out: dict[str, arrays.Lazy] = {}
     for name, tensor in stored.items():
