@@ -221,7 +221,7 @@ def test_a_vit_from_a_public_file(tmp_path, capsys):
         assert len(experts) == 3 and all((expert == expected[f'params/{mlp}/{leaf}']).all() for expert in experts)
     np.testing.assert_array_equal(made['params/cls'], expected['params/cls'])
     code, _, error = call([*command, '--step=300', '--gin.GELU=erf', f'--to={tmp_path}/y.npz'], capsys)
-    assert code == 2 and "gelu = 'tanh'" in error and "'erf'" in error
+    assert code == 2 and "GELU = 'tanh'" in error and "'erf'" in error
 
 
 def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):

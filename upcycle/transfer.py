@@ -72,6 +72,8 @@ def transfer(
         leaves['step'] = jax.ShapeDtypeStruct((), np.int32)
     identity = {'from': reader.path, 'format': format, 'leaves': fingerprint(leaves)}
     writer = create_checkpoint(target, format, leaves, step=step, identity=identity)
+    for name, reason in reader.metadata.get('not_read', {}).items():
+        print(f'not read  {name}  because it is {reason}')
     with discarded_if_refused(writer):
         _check_clock(reader, writer, step)
         steps = {} if step is None else {'step': np.asarray(step, np.int32)}

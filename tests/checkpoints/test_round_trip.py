@@ -13,6 +13,8 @@ from upcycle.transfer import transfer
 MODELS = {
     't5 dense': lambda state: trees.t5(False, state=state),
     't5 moe': lambda state: trees.t5(True, state=state),
+    'umt5 dense': lambda state: trees.t5(False, state=state, position_biases='every_layer'),
+    'umt5 moe': lambda state: trees.t5(True, state=state, position_biases='every_layer'),
     'vit dense': lambda state: trees.vit(False, state=state),
     'vit moe': lambda state: trees.vit(True, state=state),
 }
@@ -20,7 +22,7 @@ MODELS = {
 
 def holds(format, model, state):
     """Whether a format has a place for a model."""
-    family, kind = model.split()
+    family, kind = model.removeprefix('um').split()
     return {
         'upcycle': True,
         't5x_legacy': family == 't5',
@@ -39,8 +41,13 @@ def kept(format, tree):
     return {name: value for name, value in tree.items() if name != 'rng' or format == 'upcycle'}
 
 
+def _often(model):
+    # Position biases in every layer are other names only.
+    return pytest.param(model, marks=pytest.mark.exhaustive) if model == 'umt5 moe' else model
+
+
 @pytest.mark.parametrize('state', [False, True], ids=['parameters', 'state'])
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model', [_often(model) for model in MODELS])
 @pytest.mark.parametrize('target', FORMATS)
 @pytest.mark.parametrize('source', FORMATS)
 def test_round_trip(source, target, model, state, tmp_path, capsys):

@@ -168,8 +168,8 @@ def test_a_step_is_a_whole_number_in_any_type(dtype, step, tmp_path):
         (np.float32(2**31), 'float32 2147483648.0'),
         (np.int64(2**31), 'int64 2147483648'),
         (np.arange(2, dtype='f'), r'float32\[2\]'),
-        (np.complex64(4), r'complex64\[\]'),
-        (np.bool_(True), r'bool\[\]'),
+        (np.complex64(4), r'complex64 \(4\+0j\)'),
+        (np.bool_(True), 'bool True'),
     ],
     ids=str,
 )
@@ -178,6 +178,51 @@ def test_what_is_no_step_is_refused(step, shown, tmp_path):
     write_state(folder, step=step, param_states={})
     with pytest.raises(UserError, match=f'state/step of .*x is {shown}, and not a whole number from 0 to 2147483647'):
         _ = open_checkpoint(folder).step
+
+
+def index_of(folder):
+    """What a legacy index says of each leaf: the array's whole description, or shape and dtype of one that lies in it."""
+    found = {}
+
+    def walk(node, keys):
+        if isinstance(node, dict) and 'driver' not in node:
+            for key, child in node.items():
+                walk(child, (*keys, key))
+        elif isinstance(node, dict):
+            # The chunks and the compressor are the writer's choice, and stand in the array's own folder.
+            found[keys] = {**node, 'metadata': {'shape': list(node['metadata']['shape'])}}
+        else:
+            found[keys] = (np.shape(node), np.asarray(node).dtype)
+
+    walk(flax.serialization.msgpack_restore((pathlib.Path(folder) / 'checkpoint').read_bytes()), ())
+    return found
+
+
+@requires_fixtures
+class TestExportsAreWhatT5XWrites:
+    """T5X restores by names, shapes and places, and is not there to be asked: its own files are."""
+
+    def test_legacy(self, tmp_path):
+        path = transfer(fixtures_dir() / 't5x_dense_orbax', tmp_path / 'x', 't5x_legacy')
+        theirs = index_of(fixtures_dir() / 't5x_dense_legacy' / 'checkpoint_100')
+        assert index_of(path) == theirs and len(theirs) == 492
+
+    def test_orbax(self, tmp_path):
+        path = transfer(fixtures_dir() / 't5x_dense_legacy', tmp_path / 'x', 't5x_orbax')
+
+        def leaves(folder):
+            tree = json.loads((pathlib.Path(folder) / 'state' / '_METADATA').read_text())['tree_metadata']
+            return {
+                name: (
+                    leaf['key_metadata'],
+                    leaf['value_metadata']['write_shape'],
+                    leaf['value_metadata']['skip_deserialize'],
+                )
+                for name, leaf in tree.items()
+            }
+
+        theirs = leaves(fixtures_dir() / 't5x_dense_orbax' / 'checkpoint_100')
+        assert leaves(path) == theirs and len(theirs) == 491
 
 
 @requires_fixtures
@@ -299,6 +344,31 @@ def written(folder, tree):
     return write_legacy(folder, nested['params'], state)
 
 
+@pytest.mark.parametrize('layers', [0, 10**9])
+def test_a_stack_of_no_such_depth_is_refused(layers, tmp_path):
+    table = spec('target.encoder.encoder.relpos_bias.rel_embedding', (2, layers, 32))
+    folder = write_legacy(tmp_path / 'x', {'encoder': {'encoder': {'relpos_bias': {'rel_embedding': table}}}})
+    with pytest.raises(UserError, match=f'target/encoder/encoder/.*x would be a stack of {layers} layers'):
+        open_checkpoint(folder).leaves()
+
+
+@pytest.mark.parametrize('other', ['layers_1', 'encoder/subblock_0'])
+def test_a_layer_is_not_read_twice(other, tmp_path):
+    tree = {
+        'params/encoder/encoder/encoder_norm/scale': np.ones((4, 2), 'f'),
+        f'params/encoder/{other}/encoder_norm/scale': np.ones((4, 2), 'f'),
+    }
+    with pytest.raises(UserError, match='x holds params/encoder/layers_[01]/encoder_norm/scale twice'):
+        open_checkpoint(written(tmp_path / 'x', tree)).leaves()
+
+
+def test_a_leaf_of_a_stack_that_is_none_is_not_lost(tmp_path):
+    tree = stacked({name: value for name, value in per_layer_t5(False, False).items() if name != 'step'}, 1)
+    reader = open_checkpoint(written(tmp_path / 'x', tree | {'params/encoder/encoder/gate': np.ones(3, 'f')}))
+    with pytest.raises(UserError, match=r'params/encoder/encoder/gate \(3,\) belongs to nothing'):
+        identify.check(reader.path, reader.leaves())
+
+
 @pytest.mark.parametrize('moe', [False, True], ids=['dense', 'moe'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_position_biases_in_every_layer_of_every_layout(layout, moe, tmp_path):
@@ -328,8 +398,9 @@ def test_state_of_another_layout_is_left_out_in_one_line(layout, tmp_path, capsy
     code, out, error = call(['inspect', str(path), '--quick'], capsys)
     assert code == 0, error
     plain = layout == 'unscanned'
-    assert out.count('not read') == (not plain)
-    assert ('not read  opt_state/param_states  because it is the optimizer state' in out) == (not plain)
+    for shown in (out, call(['import', f'--from={path}', f'--to={tmp_path}/out'], capsys)[1]):
+        assert shown.count('not read') == (not plain)
+        assert ('not read  opt_state/param_states  because it is the optimizer state' in shown) == (not plain)
     assert ('opt_state ' in out) == plain
 
 

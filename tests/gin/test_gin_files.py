@@ -12,6 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from tests import runs, vision
+from tests.checkpoints import trees
 from upcycle import configuration, cost, jobs, partitioning
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
@@ -48,7 +49,7 @@ VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 def test_no_gin_file_is_left_out():
     here = {str(path.relative_to(GIN)) for path in GIN.rglob('*.gin')}
     covered = {f'models/{size}.gin' for size in (*FULL_SIZES, 't5_1_1_tiny', 't5_1_1_mini', 't5_1_1', 't5_1_0')}
-    covered |= {'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
+    covered |= {'models/umt5_base.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
@@ -77,6 +78,8 @@ def test_what_t5x_goes_on_with_is_our_recipe():
     both |= {'NUM_SELECTED_EXPERTS', 'AUX_LOSS_FACTOR'}
     for name in both:
         assert float(ours[name].split('#')[0]) == float(theirs[name].split('#')[0]), name
+    # T5X multiplies the gradients of experts by it.
+    assert theirs['NUM_EXPERT_PARTITIONS'] == '1'
 
 
 @pytest.mark.parametrize('name', ['adamw', 'sgd'])
@@ -350,7 +353,7 @@ def layout_of(run):
 
 
 def step_abstractly(run):
-    """One step of a run by `jax.eval_shape`, at any size."""
+    """One step of a run by `jax.eval_shape`, at any size; the parameters after it."""
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
         where = layout(run, mesh)
@@ -367,6 +370,7 @@ def step_abstractly(run):
         lambda x: (x.shape, x.dtype), where.abstract
     )
     assert metrics['loss'].shape == ()
+    return state.params
 
 
 def full_t5(size, sparse):
@@ -398,6 +402,34 @@ def test_full_sizes_have_their_parameters(size, sparse):
 @pytest.mark.parametrize(('size', 'sparse'), first_often(T5_CASES, ('t5_1_1_small', True)))
 def test_full_sizes_step_abstractly(size, sparse):
     step_abstractly(full_t5(size, sparse))
+
+
+def test_umt5_has_its_parameters_and_steps():
+    files = ('models/umt5_base.gin', runs.TASK, 'runs/pretrain.gin')
+    bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '256384', **SCANNED}
+    run = configuration.load(files, bindings)
+    # T5 1.1 Base with another vocabulary, and 22 tables more.
+    expected = COUNTS['t5_1_1_base'][0] + 2 * (256384 - 32128) * 768 + 22 * 12 * 32
+    assert cost.num_parameters(step_abstractly(run)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_position_biases_in_every_layer_are_upcycled_and_trained(tmp_path):
+    sizes = {'vocab_size': 384, 'emb_dim': 64, 'num_heads': 2, 'head_dim': 64, 'mlp_dim': 128}
+    sizes |= {'num_encoder_layers': 1, 'num_decoder_layers': 1}
+    tree = trees.t5(False, state=False, position_biases='every_layer', **sizes)
+    path = trees.write(tmp_path / 'dense', 'upcycle', tree)
+    more = {'INITIAL_CHECKPOINT_PATH': path, 'POSITION_BIASES': 'every_layer', **runs.ONE_SPARSE_LAYER}
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 105, **more)
+    receipt, state = first_step(runs.FILES['upcycle'], bindings)
+    assert int(state.step) == 101
+    for layer in receipt['function_check']['layers'].values():
+        assert layer['max_abs_difference_covered'] < 1e-5 * max(layer['dense_rms'], 1)
+    for stack in ('encoder', 'decoder'):
+        name = f'{stack}/layers_0/relpos_bias/rel_embedding'
+        trained = np.asarray(flatten_dict(state.params, sep='/')[name])
+        assert (trained != tree[f'params/{name}']).any()
+    with pytest.raises(UserError, match="POSITION_BIASES = 'every_layer'"):
+        first_step(runs.FILES['upcycle'], bindings | {'POSITION_BIASES': 'shared'}, trained=False)
 
 
 # Parameters with a head of 1,000 classes, as computed from the sizes: dense, and with 32 experts in the last half of the blocks.

@@ -31,6 +31,7 @@ DENSE = T5Config(
 MOE = MoEConfig(num_experts=4, router='top_k', train_capacity_factor=0.5, eval_capacity_factor=4.0)
 CONFIGS = {
     'dense': DENSE,
+    'biases in every layer': dataclasses.replace(DENSE, position_biases='every_layer'),
     # T5 1.0 besides, so that its output layer is decoded too.
     'moe': dataclasses.replace(
         DENSE,

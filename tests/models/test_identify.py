@@ -33,6 +33,38 @@ def test_moe_layers_of_every_kind(kind):
     identify.check('here', leaves_of(**LAYERS[kind]))
 
 
+def test_position_biases_are_told_by_names():
+    for biases in ('shared', 'every_layer'):
+        leaves = abstract(EncoderDecoderModel(small_t5(position_biases=biases)), random_batch())[0]
+        assert identify.check('here', leaves).config == small_t5(position_biases=biases)
+
+
+def test_a_table_that_is_lost_is_named():
+    leaves = abstract(EncoderDecoderModel(small_t5(position_biases='every_layer')), random_batch())[0]
+    del leaves['params/decoder/layers_1/relpos_bias/rel_embedding']
+    with pytest.raises(UserError, match=r'decoder/layers_1/relpos_bias/rel_embedding \(2, 32\) is missing'):
+        identify.check('here', leaves)
+
+
+def test_other_buckets_are_named():
+    leaves = abstract(EncoderDecoderModel(small_t5(position_biases='every_layer')), random_batch())[0]
+    name = 'params/decoder/layers_1/relpos_bias/rel_embedding'
+    leaves[name] = jax.ShapeDtypeStruct((2, 16), leaves[name].dtype)
+    with pytest.raises(UserError, match=r'decoder/layers_1/relpos_bias/rel_embedding is \(2, 16\)'):
+        identify.check('here', leaves)
+
+
+def test_position_biases_in_the_layers_of_one_stack_only():
+    shared, own = (
+        abstract(EncoderDecoderModel(small_t5(position_biases=biases)), random_batch())[0]
+        for biases in ('shared', 'every_layer')
+    )
+    mixed = {name: leaf for name, leaf in own.items() if not name.startswith('params/decoder/')}
+    mixed |= {name: leaf for name, leaf in shared.items() if name.startswith('params/decoder/')}
+    with pytest.raises(UserError, match='^here has .*encoder/layers_0/.*and POSITION_BIASES is one for both stacks'):
+        identify.check('here', mixed)
+
+
 def test_a_router_for_other_experts():
     leaves = leaves_of()
     name = 'params/encoder/layers_1/mlp/router/router_weights/w/kernel'

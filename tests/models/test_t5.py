@@ -8,11 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.fixtures import requires_fixtures
 from tests.moe.quick import jit, random_params
-from tests.small import FEATURES, FIXTURE_T5, fixture, fixture_batch, fixture_tree, random_batch, small_t5
+from tests.small import (
+    FEATURES,
+    FIXTURE_T5,
+    close_to_largest,
+    fixture,
+    fixture_batch,
+    fixture_tree,
+    random_batch,
+    small_t5,
+)
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.layers import Dropout, relative_position_bucket
@@ -128,6 +137,56 @@ class TestNames:
         assert {name.split('/mlp/')[0] for name in sparse ^ dense} == {'encoder/layers_1', 'decoder/layers_1'}
         assert {name.split('/mlp/')[1].split('/')[0] for name in sparse - dense} == {'expert', 'router'}
         assert config.dense() == DENSE
+
+
+class TestPositionBiases:
+    """Kind: an architecture with one table a layer, as umT5. The logits are compared with T5X's in `checkpoints/test_t5x.py`."""
+
+    config = dataclasses.replace(DENSE, position_biases='every_layer')
+    tables = tuple(
+        f'{stack}/layers_{i}/relpos_bias/rel_embedding' for stack in ('encoder', 'decoder') for i in range(2)
+    )
+
+    @pytest.mark.parametrize('moe', [None, MoEConfig(num_experts=4)], ids=['dense', 'moe'])
+    def test_every_layer_has_a_table(self, moe):
+        shared, own = (
+            set(flatten_dict(parameters(dataclasses.replace(config, encoder_moe=moe)), sep='/'))
+            for config in (DENSE, self.config)
+        )
+        assert own - shared == {*self.tables}
+        assert shared - own == {'encoder/relpos_bias/rel_embedding', 'decoder/relpos_bias/rel_embedding'}
+
+    def with_tables(self, tables):
+        flat = flatten_dict(parameters(DENSE), sep='/')
+        shared = {stack: flat.pop(f'{stack}/relpos_bias/rel_embedding') for stack in ('encoder', 'decoder')}
+        return unflatten_dict(flat | tables(shared), sep='/')
+
+    def test_equal_tables_are_a_shared_one(self):
+        params = self.with_tables(lambda shared: {name: shared[name.split('/')[0]] for name in self.tables})
+        np.testing.assert_allclose(
+            applied(self.config)(params, inputs(), {})[0], logits(DENSE, inputs()), rtol=1e-6, atol=1e-6
+        )
+
+    @staticmethod
+    @functools.cache
+    def gradients(**form):
+        model = EncoderDecoderModel(dataclasses.replace(TestPositionBiases.config, **form))
+        loss = jax.grad(lambda params, batch: model.forward(params, batch, None, training=True)[0]['loss'])
+        return flatten_dict(jit(loss)(parameters(TestPositionBiases.config), random_batch()), sep='/')
+
+    def test_every_table_has_a_gradient(self):
+        sizes = [float(np.abs(self.gradients()[name]).max()) for name in self.tables]
+        assert min(sizes) > 1e-4 and len(set(sizes)) == 4
+
+    @pytest.mark.parametrize('remat', ['full', pytest.param('none', marks=pytest.mark.exhaustive)])
+    def test_a_loop_has_the_same_gradients(self, remat):
+        looped = self.gradients(scan_layers=True, remat=remat)
+        for name, gradient in self.gradients().items():
+            assert close_to_largest(looped[name], gradient), name
+
+    def test_is_said_by_name(self):
+        with pytest.raises(UserError, match="POSITION_BIASES = 'some' is not one of shared, every_layer"):
+            dataclasses.replace(DENSE, position_biases='some')
 
 
 class TestCausality:

@@ -57,26 +57,40 @@ def test_a_deeper_vit_repeats_its_blocks_and_not_its_matrices():
     assert sources[block.format(1)] == (block.format(1),)
 
 
+def test_a_deeper_umt5_repeats_the_position_biases_of_its_layers():
+    old, deep = (
+        EncoderDecoderModel(small_t5(position_biases='every_layer', num_decoder_layers=depth)) for depth in (2, 4)
+    )
+    batch = random_batch()
+    sources = {row.target: row.sources for row in plan_for(deep, params_of(old, batch), surgery('depth'), batch).rows}
+    table = 'params/decoder/layers_{}/relpos_bias/rel_embedding'
+    assert [sources[table.format(i)] for i in range(4)] == [(table.format(i % 2),) for i in range(4)]
+
+
 def test_a_shallower_model_is_refused():
     shallow = EncoderDecoderModel(small_t5(num_encoder_layers=1))
     with pytest.raises(UserError, match='encoder/layers_1/.* of the checkpoint is used by no leaf'):
         plan_for(shallow, dense_params('t5'), surgery('depth'), random_batch())
 
 
+BIASES = {'t5': 'shared', 'umt5': 'every_layer'}
+
+
 def wide(family):
-    if family == 't5':
-        return EncoderDecoderModel(small_t5(emb_dim=256, mlp_dim=768, num_heads=4)), random_batch(padding=3)
+    if family in BIASES:
+        sizes = {'emb_dim': 256, 'mlp_dim': 768, 'num_heads': 4, 'position_biases': BIASES[family]}
+        return EncoderDecoderModel(small_t5(**sizes)), random_batch(padding=3)
     config = small_vit(num_layers=2, emb_dim=256, mlp_dim=512, num_heads=8, pooling='map')
     return ImageClassifier(config), image_batch(config)
 
 
 def narrow(family):
-    if family == 't5':
-        return EncoderDecoderModel(small_t5())
+    if family in BIASES:
+        return EncoderDecoderModel(small_t5(position_biases=BIASES[family]))
     return ImageClassifier(small_vit(num_layers=2, pooling='map'))
 
 
-@pytest.mark.parametrize('family', ['t5', 'vit'])
+@pytest.mark.parametrize('family', ['t5', 'vit', pytest.param('umt5', marks=pytest.mark.exhaustive)])
 def test_a_wider_model_has_the_same_function(family):
     model, batch = wide(family)
     old = narrow(family)
@@ -86,7 +100,7 @@ def test_a_wider_model_has_the_same_function(family):
     assert loss_of(model, exact, batch) == pytest.approx(expected, rel=1e-5)
     noisy = upcycle(model, params, surgery(Width(noise=0.01)), batch)
     assert 1e-5 < abs(loss_of(model, noisy, batch) - expected) < 0.3
-    kernel = 'encoder/layers_0/mlp/wi_0/kernel' if family == 't5' else 'head/kernel'
+    kernel = 'encoder/layers_0/mlp/wi_0/kernel' if family in BIASES else 'head/kernel'
     difference = flatten_dict(noisy, sep='/')[kernel] - flatten_dict(exact, sep='/')[kernel]
     size = float(jnp.sqrt(jnp.mean(jnp.square(flatten_dict(exact, sep='/')[kernel]))))
     assert float(jnp.std(difference)) == pytest.approx(0.01 * size, rel=0.1)

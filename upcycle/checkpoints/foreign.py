@@ -145,6 +145,7 @@ _HARMLESS = {
     *('initializer_range', 'finetuning_task', 'problem_type', 'label2id', 'encoder_stride'),
     # T5's length, which relative positions do not have, and its instructions.
     *('n_positions', 'max_position_embeddings', 'task_specific_params', 'prefix'),
+    'scalable_attention',  # of Google's umT5: of its T5X model, and of nothing in transformers
     # Of generation.
     *(
         'max_length',

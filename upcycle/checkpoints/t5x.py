@@ -6,6 +6,8 @@ ours: `target/<p>` is `params/<p>`, `state/param_states/<p>/v_row` is `opt_state
 `state/step`, which is also Adafactor's decay clock, is `step` and `opt_state/count`.
 
 Stacked layers (`scan_layers=True`) are taken apart: `encoder/encoder/...` with layers along axis 1 is `encoder/layers_0/...`.
+Attention kernels with heads apart are joined: (embed, heads, head_dim) is (embed, heads * head_dim). Such layouts have another
+optimizer state, which is left out. The step of a run that was restored has the type of its weights, and is int32 here.
 Sources: t5x/checkpoints.py, adafactor.py, contrib/moe/adafactor_utils.py, examples/scalable_t5; flaxformer's
 moe_architecture.py.
 """
@@ -27,6 +29,7 @@ import msgpack
 import numpy as np
 from etils import epath
 
+from upcycle import schema
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
@@ -97,7 +100,7 @@ class _T5XReader(arrays.ArrayReader):
         changed = False
         for name, leaf in stored.items():
             is_step = name in ('step', 'opt_state/count')
-            match = _STACKED.match(name)
+            match = _STACKED.match(name) if len(leaf.shape) > _STACK_AXIS else None
             if not is_step and not match and _joined_heads(name, leaf.shape) is None:
                 every[name] = leaf
                 continue
@@ -109,16 +112,25 @@ class _T5XReader(arrays.ArrayReader):
             read = functools.partial(self._read_stored, theirs)
             views: dict[str, arrays.Lazy] = {}
             if is_step:
+                if math.prod(leaf.shape) != 1:
+                    raise _no_step(f'{theirs} of {self.path}', f'{leaf.dtype}{list(leaf.shape)}')
                 make = functools.partial(_step, f'{theirs} of {self.path}')
                 views[name] = arrays.Derived((), np.dtype(np.int32), (_Stored(leaf.shape, leaf.dtype, read),), make)
             elif match:
                 shape = (*leaf.shape[:_STACK_AXIS], *leaf.shape[_STACK_AXIS + 1 :])
-                for i in range(leaf.shape[_STACK_AXIS] if len(leaf.shape) > _STACK_AXIS else 0):
+                if not schema.fits(layers := leaf.shape[_STACK_AXIS], schema.Depth):
+                    raise UserError(
+                        f'{theirs} of {self.path} would be a stack of {layers} layers, which no model has: the index is '
+                        'damaged, copy the checkpoint again.'
+                    )
+                for i in range(layers):
                     layer = i * len(blocks[match[1]]) + int(match[2] or 0)
                     ours = f'params/{match[1]}/layers_{layer}/{match[3]}'
                     views[ours] = _with_joined_heads(ours, _Stored(shape, leaf.dtype, read, i))
             else:
                 views[name] = _with_joined_heads(name, _Stored(leaf.shape, leaf.dtype, read))
+            if twice := views.keys() & (every.keys() | (stored.keys() - {name})):
+                raise UserError(f'{self.path} holds {min(twice)} twice, once of them in {theirs}: it is not read.')
             changed = changed or not is_step
             self._sources |= views
             every |= {ours: jax.ShapeDtypeStruct(view.shape, view.dtype) for ours, view in views.items()}
@@ -280,15 +292,18 @@ def _step(what: str, value: np.ndarray) -> np.ndarray:
     Raises:
         UserError: it is no such count.
     """
-    real = value.size == 1 and jax.dtypes.issubdtype(value.dtype, np.number) and value.dtype.kind != 'c'
-    number = value.item() if real else math.nan
+    number = value.item()
+    is_real = jax.dtypes.issubdtype(value.dtype, np.integer) or jax.dtypes.issubdtype(value.dtype, np.floating)
     # The comparison is false of NaN.
-    if not (0 <= number < 2**31 and number == int(number)):
-        shown = f'{value.dtype} {number}' if real else f'{value.dtype}{list(value.shape)}'
-        raise UserError(
-            f'{what} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
-        )
+    if not is_real or not 0 <= number < 2**31 or number != int(number):
+        raise _no_step(what, f'{value.dtype} {number}')
     return np.asarray(int(number), np.int32)
+
+
+def _no_step(what: str, shown: str) -> UserError:
+    return UserError(
+        f'{what} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
+    )
 
 
 def _swapped_statistics(leaves: Mapping[str, Any]) -> list[tuple[str, str]]:
