@@ -100,6 +100,8 @@ def convert(
     }
     alike = {row.target for row in what.rows if _is_alike(what, row)}
     writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
+    for name, reason in reader.metadata.get('not_read', {}).items():
+        print(f'not read  {name}  because it is {reason}')
     with discarded_if_refused(writer):
         _check_clock(what, writer, format)
         work = _Conversion(run.model if check_functions else None, what, reader, writer, step, verify)

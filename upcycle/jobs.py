@@ -75,6 +75,8 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
         print(json.dumps({**facts, 'rows': rows, 'dropped': dict(what.dropped)}, indent=1))
         return
     _print_table(what, where)
+    for name, reason in reader.metadata.get('not_read', {}).items():
+        print(f'not read  {name}  because it is {reason}')
     for line in grouped((f'dropped  {name}  because {reason}' for name, reason in what.dropped.items()), None):
         print(line)
     print(describe(run, where, mesh))

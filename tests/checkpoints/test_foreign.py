@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import trees, vits
+from tests.checkpoints.test_huggingface import add
 from upcycle import checkpoints, cli
 from upcycle.checkpoints import foreign, open_checkpoint
 from upcycle.errors import UserError
@@ -307,6 +308,7 @@ def test_every_command_warns_once(folders, tmp_path, capfd, command):
     folder = folders('vit')
     change(folder, 'preprocessor_config.json', **HALF | {'image_mean': [0.4, 0.5, 0.6]})
     change(folder, some_scale=2.0)
+    add(folder, **{'vit.embeddings.mask_token': np.ones((1, 1, vits.WIDTH), np.float32)})
     arguments = [
         word.replace('FROM', str(folder)).replace('TO', str(tmp_path / 'to.npz')) for word in COMMANDS[command]
     ]
@@ -314,5 +316,6 @@ def test_every_command_warns_once(folders, tmp_path, capfd, command):
         arguments += [f'--gin.{name}={value!r}' for name, value in VIT.items()]
     capfd.readouterr()
     assert cli.run(arguments) == 0
-    said = capfd.readouterr().err
+    out, said = capfd.readouterr()
+    assert 'not read  vit.embeddings.mask_token  because it is the token of masked patches' in out
     assert said.count('warning:') == 2 and said.count('image_mean') == said.count('some_scale = 2.0') == 1

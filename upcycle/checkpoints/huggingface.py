@@ -189,8 +189,6 @@ class HuggingFaceReader(arrays.ArrayReader):
         if 'classifier.weight' in stored:
             self._left_out |= {name: _POOLER for name in stored if name.startswith('vit.pooler.')}
         stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
-        for name, reason in self._left_out.items():
-            warn_once(f'{name} of {folder} is not read: it is {reason}.')
         _require_depth(folder, self._config, stored)
         read = {'t5': _read_t5, 'vit': _read_vit}[foreign.family(self._config)]
         sources, self._facts = read(folder, self._config, stored)
