@@ -25,6 +25,7 @@ from etils import epath
 from upcycle import schema
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
+from upcycle.leaf_names import grouped
 
 SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
 
@@ -367,7 +368,7 @@ def _read_vit(
 def _turned(folder: epath.Path, stored: Mapping[str, _Tensor], table: Table, heads: int) -> dict[str, arrays.Lazy]:
     unknown = [name for name in stored if name not in table]
     if unknown:
-        listing = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        listing = ', '.join(grouped(unknown, 5))
         raise UserError(f'{folder} holds arrays that have no counterpart in our models: {listing}.')
     out: dict[str, arrays.Lazy] = {}
     for name, tensor in stored.items():
