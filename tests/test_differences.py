@@ -150,7 +150,9 @@ def test_what_differs_comes_first_and_fits_a_screen(case, checkpoints, capsys, t
     # Bindings that are as they should be are not named.
     assert given.keys() == bindings.keys()
     (file,) = re.findall('all of them: (.*)', message) or [None]
-    if file is not None:
+    if file is None:
+        assert not re.search(r'of them\)|and \d+ (more|leaves)', message), message
+    else:
         with open(file, encoding='utf-8') as listing:
             lines = listing.read().splitlines()
         assert f'({len(lines) - 1} leaves)' in lines[0] and f'({len(lines) - 1} leaves)' in message

@@ -47,6 +47,8 @@ REFUSED = {
     'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 is not one of']),
     'another step': ({}, ['--step=7'], ['stands at step 100', '--step=7']),
     'a step below 0': ({'step': None}, ['--step=-1'], ['--step=-1 must be a whole number of at least 0']),
+    'no number': ({'step': None}, ['--step=1e6'], ['--step=1e6 must be a whole number of at least 0']),
+    'nothing': ({'step': None}, ['--step='], ['--step= must be a whole number']),
     'a step too far': ({'step': None}, ['--step=2147483648'], ['--step=2147483648 (beyond 2147483647']),
     'nan': (
         {'params/decoder/decoder_norm/scale': np.full(16, np.nan, 'f')},

@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             '--optimizer_state', default='keep', choices=('keep', 'none'), help='none leaves it out (%(default)s)'
         )
-        command.add_argument('--step', type=int, metavar='N', help='steps it was trained for, where it does not say')
+        command.add_argument('--step', metavar='N', help='steps it was trained for, where it does not say')
 
     inspect = add('inspect', _inspect, 'what a checkpoint of any readable format holds')
     inspect.add_argument('path')

@@ -42,7 +42,7 @@ class DifferentLeaves(UserError):  # noqa: N818  it is a kind of mistake
 
 def whole_list(error: UserError) -> str:
     """What a message about leaves leaves out, in a file that is not deleted: a line that names it, or nothing."""
-    if not isinstance(error, DifferentLeaves) or len(error.problems) < str(error).count('\n'):
+    if not isinstance(error, DifferentLeaves) or all(problem in str(error) for problem in error.problems):
         return ''
     try:
         with tempfile.NamedTemporaryFile(

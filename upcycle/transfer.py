@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +38,7 @@ def transfer(
     source_format: str | None = None,
     optimizer_state: str = 'keep',
     dtype: str | None = None,
-    step: int | None = None,
+    step: int | str | None = None,
 ) -> str:
     """Writes a checkpoint again in another format.
 
@@ -101,14 +102,17 @@ def discarded_if_refused(writer: Writer) -> Iterator[None]:
         writer.close()
 
 
-def known_step(reader: Reader, step: int | None) -> int | None:
+def known_step(reader: Reader, step: int | str | None) -> int | None:
     """The step of a checkpoint, or the one given for it.
 
     Raises:
       UserError: it is no step, or both are there and differ.
     """
+    if isinstance(step, str) and re.fullmatch(r'-?[0-9]{1,100}', step):
+        step = int(step)
     if step is not None and not schema.fits(step, schema.Whole):
-        raise UserError(f'--step={schema.shown(step)} must be {schema.in_words(schema.Whole)}.')
+        shown = step if isinstance(step, str) else schema.shown(step)
+        raise UserError(f'--step={shown} must be {schema.in_words(schema.Whole)}.')
     if step is not None and reader.step is not None and step != reader.step:
         raise UserError(f'{reader.path} stands at step {reader.step}: leave out --step={step}.')
     return reader.step if step is None else step

@@ -25,6 +25,7 @@ from etils import epath
 
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
+from upcycle.leaf_names import grouped
 
 METADATA = 'metadata.json'  # a member of ours beside the arrays; those who read parameters only never look at it
 
@@ -271,7 +272,7 @@ def _ours(file: epath.Path, params: Mapping[str, _Member]) -> dict[str, arrays.L
             add(name, stored, member)
     unknown = [came_from[name] for name in out if not OUR_NAMES.fullmatch(name)]
     if unknown:
-        listing = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        listing = ', '.join(grouped(unknown, 5))
         raise UserError(
             f'{file} holds arrays that have no counterpart in our ViT: {listing}. If the ViT is a part of it, name that part: '
             f'{file}:PART.'

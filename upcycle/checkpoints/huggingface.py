@@ -27,6 +27,7 @@ from etils import epath
 from upcycle import schema
 from upcycle.checkpoints import arrays, foreign, warn_once, writing
 from upcycle.errors import UserError
+from upcycle.leaf_names import grouped
 
 SINGLE, INDEX, CONFIG = 'model.safetensors', 'model.safetensors.index.json', 'config.json'
 
@@ -523,7 +524,7 @@ def _read_vit(
 def _turned(folder: epath.Path, stored: Mapping[str, _Tensor], table: Table, heads: int) -> dict[str, arrays.Lazy]:
     unknown = [name for name in stored if name not in table]
     if unknown:
-        listing = ', '.join(unknown[:5]) + (f' and {len(unknown) - 5} more' if len(unknown) > 5 else '')
+        listing = ', '.join(grouped(unknown, 5))
         rests = {name.partition('.')[2] for name in unknown}
         if len(prefixes := {name.partition('.')[0] for name in unknown}) == 1 and rests <= table.keys():
             raise UserError(

@@ -255,12 +255,11 @@ def plan(
         else:
             add(target, *found)
 
-    used = {source for row in rows for source in row.sources} | {
-        match[1] or match[2] for problem in problems if (match := _UNFIT.search(problem))
-    }
+    used = {source for row in rows for source in row.sources}
+    unfit = {match[1] or match[2] for problem in problems if (match := _UNFIT.search(problem))}
     for source, leaf in dense.items():
         name = _base_name(source)
-        if source in used or name in dropped or name in ('step', COUNT):
+        if source in used or name in unfit or name in dropped or name in ('step', COUNT):
             continue
         if in_head(name):
             dropped[source] = 'NEW_HEAD = True'
