@@ -243,7 +243,7 @@ class Lock:
             waited = self._clock() - since
             if seen not in (None, now):
                 raise UserError(
-                    f"MODEL_DIR = '{self._model_dir}' is in use: {_in_words(holder)} trains there. Wait for its end or stop it, "
+                    f'MODEL_DIR = {self._model_dir!r} is in use: {_in_words(holder)} trains there. Wait for its end or stop it, '
                     'or name another MODEL_DIR.'
                 )
             if is_dead(holder) or (seen == now and waited >= PATIENCE):
@@ -255,7 +255,7 @@ class Lock:
             if waited > 2 * self._store.beat and not said:
                 said = True
                 print(
-                    f"MODEL_DIR = '{self._model_dir}' may be in use: waiting {PATIENCE:g} s for a sign of life of "
+                    f'MODEL_DIR = {self._model_dir!r} may be in use: waiting {PATIENCE:g} s for a sign of life of '
                     f'{_in_words(holder)}.',
                     file=sys.stderr,
                     flush=True,
@@ -287,7 +287,7 @@ class Lock:
             if now is not None:
                 why = f'{_in_words(_parse(now))} took it over, as this process gave no sign of life for {PATIENCE:g} s'
             raise UserError(
-                f"MODEL_DIR = '{self._model_dir}' is no longer held by this process, which stops here: {why}."
+                f'MODEL_DIR = {self._model_dir!r} is no longer held by this process, which stops here: {why}.'
             )
 
     def release(self) -> None:
@@ -344,7 +344,7 @@ def held(model_dir: str) -> Iterator[Callable[[bool], None]]:
         return 0
 
     try:
-        by_process_0(take, f"MODEL_DIR = '{model_dir}' is in use: process 0 says by whom.")
+        by_process_0(take, f'MODEL_DIR = {model_dir!r} is in use: process 0 says by whom.')
         if jax.process_index() == 0:
             threading.Thread(target=lock.keep, name='lock', daemon=True).start()
             yield lambda look: lock.check(look=look)
