@@ -102,7 +102,7 @@ def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
     """What is wrong with files of ours that name another family of models in their own names, as moe/FAMILY.gin does."""
     ours = shipped()
     families = {pathlib.PurePath(name).stem for name in ours if name.startswith('moe/')}
-    for name in dict.fromkeys(file.removeprefix('gin/') for file in files):
+    for name in dict.fromkeys('/'.join(pathlib.PurePath(file).parts[-2:]) for file in files):
         folder, _, stem = name.removesuffix('.gin').rpartition('/')
         words = stem.split('_')
         others = [word for word in words if word in families and word != family]

@@ -8,8 +8,11 @@ import threading
 
 import pytest
 
+from tests import runs
 from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
 from upcycle.train import lock as locks
+from upcycle.train import loop
 from upcycle.train.lock import NAME, PATIENCE, Lock
 
 # A process that has ended, whose id no other one has.
@@ -93,9 +96,11 @@ def test_any_other_is_followed_when_its_heartbeat_stands_still(kind, tmp_path, c
         (tmp_path / NAME).write_bytes(b'{"host": "a' if kind != 'nothing' else b'')
     else:
         lock(tmp_path, **UNKNOWN[kind]).take()
-    clock = Clock()
-    lock(tmp_path, clock).take()
-    assert PATIENCE <= clock.now < PATIENCE + 1
+    clock, calls = Clock(), 1
+    ours = lock(tmp_path, clock)
+    while not ours.take(10):
+        calls += 1
+    assert PATIENCE <= clock.now < PATIENCE + 1 and calls > 5
     assert holder(tmp_path)['process'] == os.getpid()
     assert 'may be in use: waiting 60 s for a sign of life of' in capsys.readouterr().err
 
@@ -207,3 +212,27 @@ def test_two_processes(tmp_path, monkeypatch):
         first.kill()
     with locks.held(str(tmp_path)):
         assert holder(tmp_path)['process'] == os.getpid()
+
+
+@pytest.mark.parametrize('when', ['log', 'save'])
+def test_a_run_whose_folder_was_taken_over_stops(when, tmp_path, monkeypatch):
+    """As one that was suspended: it neither logs nor saves any more, and leaves the other's lock."""
+    add, steps = loop.Window.add, []
+
+    def taken_over(self, metrics):
+        add(self, metrics)
+        steps.append(1)
+        if len(steps) == 2:
+            other = lock(tmp_path, host='over-there')
+            (tmp_path / NAME).write_bytes(other._text())
+            if when == 'log':
+                threads = {thread.name: thread for thread in threading.enumerate()}
+                threads['lock'].join()  # it ends when its heartbeat finds the lock another's
+
+    monkeypatch.setattr(locks._LocalFile, 'beat', 0.01)
+    monkeypatch.setattr(loop.Window, 'add', taken_over)
+    with pytest.raises(UserError, match=r'no longer held by this process.* on over-there .*took it over'):
+        runs.train('dense', tmp_path, 4, LOG_PERIOD=2 if when == 'log' else 100, EVAL_PERIOD=100)
+    assert holder(tmp_path)['host'] == 'over-there'
+    assert [record['step'] for record in read_metrics(tmp_path / 'metrics.jsonl')] == [0]
+    assert not list((tmp_path / 'checkpoints').iterdir())

@@ -1,5 +1,6 @@
 """What `train` refuses before it begins, `plan` refuses too, in the same words."""
 
+import dataclasses
 import pathlib
 import shutil
 
@@ -55,6 +56,39 @@ def test_plan_refuses_what_train_refuses(more, words, tmp_path, dense, upcycled)
     assert sorted(path.name for path in tmp_path.rglob('*')) == before
 
 
+class Changed:
+    """Data of which a file has changed since the run was started."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def fingerprint(self):
+        return self._source.fingerprint() | {'files': 'others'}
+
+
+def test_a_run_whose_data_have_changed(tmp_path, upcycled, monkeypatch):
+    folder = shutil.copytree(upcycled, tmp_path / 'run')
+    load = jobs.configuration.load
+
+    def changed(*arguments):
+        run = load(*arguments)
+        return dataclasses.replace(run, train_data=Changed(run.train_data))
+
+    monkeypatch.setattr(jobs.configuration, 'load', changed)
+    bindings = runs.bindings('upcycle', folder, 8, INITIAL_CHECKPOINT_PATH=dense_of(folder))
+    for command in (jobs.train, jobs.plan):
+        assert 'was trained on other data (files differ)' in refusal(command, runs.FILES['upcycle'], bindings)
+
+
+def dense_of(folder):
+    config = (pathlib.Path(folder) / 'config.gin').read_text()
+    (dense,) = [line.split("'")[1] for line in config.splitlines() if 'initial_checkpoint_path' in line]
+    return dense
+
+
 def test_a_checkpoint_without_a_surgery(tmp_path, dense):
     """As in T5X, where the path is enough."""
     bindings = runs.bindings('dense', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
@@ -67,9 +101,7 @@ def test_a_checkpoint_without_a_surgery(tmp_path, dense):
 def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
     """It goes on from its own checkpoint, and the dense one is planned as at its beginning."""
     folder = shutil.copytree(upcycled, tmp_path / 'run')
-    config = (pathlib.Path(folder) / 'config.gin').read_text()
-    (dense,) = [line.split("'")[1] for line in config.splitlines() if 'initial_checkpoint_path' in line]
-    jobs.plan(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense))
+    jobs.plan(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense_of(folder)))
     assert 'parameters_after' in capsys.readouterr().out
 
 

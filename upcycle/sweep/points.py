@@ -96,4 +96,4 @@ def progress_of(records: Sequence[Mapping[str, Any]]) -> Progress:
         if isinstance(value, int | float) and name != 'step'
     }
     last = records[-1]
-    return Progress(last['step'], last['start_step'], last['seconds'], last['flops'], metrics)
+    return Progress(last['step'], *(last.get(name, 0) for name in ('start_step', 'seconds', 'flops')), metrics)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -16,12 +17,23 @@ from upcycle.train.run import Run
 RECORD = 'saved.json'
 
 
-def has_checkpoint(model_dir: str) -> bool:
-    """Whether the folder holds a finished step."""
+def newest_step(model_dir: str) -> int | None:
+    """The newest finished step in the folder, whole or damaged; None where there is none."""
     folder = files.absolute(model_dir) / 'checkpoints'
     if not folder.is_dir():
-        return False
-    return any(child.name.isdigit() and is_finished(child) for child in folder.iterdir())
+        return None
+    steps = (int(child.name) for child in folder.iterdir() if child.name.isdigit() and is_finished(child))
+    return max(steps, default=None)
+
+
+def require_same_data(run: Run, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint of the run was trained on other data, by its fingerprint."""
+    if stored != now:
+        changed = [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]
+        raise UserError(
+            f'MODEL_DIR = {run.model_dir!r} was trained on other data ({", ".join(changed)} differ): bring the data back, or '
+            'name another MODEL_DIR.'
+        )
 
 
 def record(model_dir: str, saved: bool) -> None:
@@ -32,7 +44,7 @@ def record(model_dir: str, saved: bool) -> None:
 def require_checkpoint(run: Run) -> None:
     """Raises UserError where the run would begin again although its folder has been trained in, and the checkpoints are gone."""
     folder = files.absolute(run.model_dir)
-    if has_checkpoint(run.model_dir):
+    if newest_step(run.model_dir) is not None:
         return
     lines = read_metrics(folder / 'metrics.jsonl')
     trained = [line for line in lines if line['split'] == 'train' or line['step'] > lines[0]['step']]
@@ -40,7 +52,7 @@ def require_checkpoint(run: Run) -> None:
         return
     last = max(line['step'] for line in trained)
     raise UserError(
-        f"MODEL_DIR = '{run.model_dir}' has a metrics.jsonl up to step {last:g}, and its checkpoints are gone: bring them back, "
+        f'MODEL_DIR = {run.model_dir!r} has a metrics.jsonl up to step {last:g}, and its checkpoints are gone: bring them back, '
         'name another MODEL_DIR, or remove that metrics.jsonl to start the run again.'
     )
 

@@ -32,6 +32,9 @@ from upcycle.errors import UserError, writing_to
 NAME = 'lock.json'
 PATIENCE = 60.0
 _POLL = 0.25
+_TOGETHER = (
+    10.0  # seconds that process 0 waits before it tells the others: collectives give up in the end (Gloo's after 30)
+)
 _SIZE = 1024  # bytes of a lock, filled up with spaces: it is overwritten in place
 
 
@@ -225,42 +228,56 @@ class Lock:
         self._me = {**(this_process() if me is None else me), 'since': since, 'token': secrets.token_hex(16)}
         self._clock, self._sleep = clock, sleep
         self._beats = 0
+        # Another's lock as it was first seen, when that was, and whether it was said.
+        self._seen: bytes | None = None
+        self._seen_at = 0.0
+        self._said = False
         self._lost = threading.Event()
         self._released = threading.Event()
 
-    def take(self) -> None:
+    def take(self, seconds: float = float('inf')) -> bool:
         """Takes the lock; waits where nothing is known of its holder.
+
+        Args:
+          seconds: to wait at most in this call; the next one goes on waiting.
+
+        Returns:
+          Whether it was taken.
 
         Raises:
           UserError: its holder is alive.
         """
-        seen, since, said = None, self._clock(), False
+        end = self._clock() + seconds
         while not self._store.create(self._text()):
             now = self._store.read()
             if now is None:
                 continue
             holder = _parse(now)
-            waited = self._clock() - since
-            if seen not in (None, now):
+            if self._seen not in (None, now):
                 raise UserError(
-                    f"MODEL_DIR = '{self._model_dir}' is in use: {_in_words(holder)} trains there. Wait for its end or stop it, "
+                    f'MODEL_DIR = {self._model_dir!r} is in use: {_in_words(holder)} trains there. Wait for its end or stop it, '
                     'or name another MODEL_DIR.'
                 )
-            if is_dead(holder) or (seen == now and waited >= PATIENCE):
+            if self._seen is None:
+                self._seen, self._seen_at = now, self._clock()
+            waited = self._clock() - self._seen_at
+            if is_dead(holder) or waited >= PATIENCE:
                 with contextlib.suppress(_BusyError):
                     if self._store.change(now.__eq__, self._text()):
-                        return
+                        return True
                 # Another one was faster, or the holder is back.
-            seen = now
-            if waited > 2 * self._store.beat and not said:
-                said = True
+            if waited > 2 * self._store.beat and not self._said:
+                self._said = True
                 print(
-                    f"MODEL_DIR = '{self._model_dir}' may be in use: waiting {PATIENCE:g} s for a sign of life of "
+                    f'MODEL_DIR = {self._model_dir!r} may be in use: waiting {PATIENCE:g} s for a sign of life of '
                     f'{_in_words(holder)}.',
                     file=sys.stderr,
                     flush=True,
                 )
+            if self._clock() >= end:
+                return False
             self._sleep(_POLL)
+        return True
 
     def beat(self) -> None:
         """Raises the heartbeat, or notices that the lock is another process's."""
@@ -287,7 +304,7 @@ class Lock:
             if now is not None:
                 why = f'{_in_words(_parse(now))} took it over, as this process gave no sign of life for {PATIENCE:g} s'
             raise UserError(
-                f"MODEL_DIR = '{self._model_dir}' is no longer held by this process, which stops here: {why}."
+                f'MODEL_DIR = {self._model_dir!r} is no longer held by this process, which stops here: {why}.'
             )
 
     def release(self) -> None:
@@ -340,11 +357,11 @@ def held(model_dir: str) -> Iterator[Callable[[bool], None]]:
     def take() -> int:
         with writing_to(model_dir):
             files.absolute(model_dir).mkdir(parents=True, exist_ok=True)
-            lock.take()
-        return 0
+            return int(not lock.take(_TOGETHER))
 
     try:
-        by_process_0(take, f"MODEL_DIR = '{model_dir}' is in use: process 0 says by whom.")
+        while by_process_0(take, f'MODEL_DIR = {model_dir!r} is in use: process 0 says by whom.'):
+            pass
         if jax.process_index() == 0:
             threading.Thread(target=lock.keep, name='lock', daemon=True).start()
             yield lambda look: lock.check(look=look)

@@ -242,13 +242,7 @@ class _Trainer:
 
     def _restore(self, manager: CheckpointManager, step: int) -> TrainState:
         tree, data, metadata = manager.restore(step, states.as_dict(self.layout.abstract))
-        if data['fingerprint'] != self.data_identity:
-            old, new = data['fingerprint'], self.data_identity
-            changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-            raise UserError(
-                f'MODEL_DIR = {self.run.model_dir!r} was trained on other data ({", ".join(changed)} differ): bring the '
-                'data back, or name another MODEL_DIR.'
-            )
+        run_folder.require_same_data(self.run, data['fingerprint'], self.data_identity)
         hosts = data.get('process_count', jax.process_count())
         if hosts != jax.process_count() and jax.process_index() == 0:
             warn(f'{hosts} processes became {jax.process_count()} at step {step}. {self.run.train_data.promise()}')
@@ -363,7 +357,7 @@ class _Trainer:
 
     def _note_saved(self) -> None:
         """Writes down that the first save is finished, when it is."""
-        if self.saves and run_folder.has_checkpoint(self.run.model_dir):
+        if self.saves and run_folder.newest_step(self.run.model_dir) is not None:
             run_folder.record(self.run.model_dir, saved=True)
             self.saves = False
 

@@ -1,12 +1,15 @@
 """What a run is refused for before anything is allocated or written, by `train` and by `plan` alike."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 
 import jax
 
-from upcycle import configuration
+from upcycle import configuration, files
 from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.checkpoints.native import NativeReader
+from upcycle.errors import UserError
 from upcycle.surgery.plan import Plan
 from upcycle.train import folder, loop
 from upcycle.train.run import Run
@@ -44,7 +47,8 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     mesh = loop.check(run)
     where = layout(run, mesh)
     start = Start(mesh, where)
-    if not folder.has_checkpoint(run.model_dir):
+    newest = folder.newest_step(run.model_dir)
+    if newest is None:
         folder.require_checkpoint(run)
         if run.initial_checkpoint_path is None:
             check_start(run, 0)
@@ -54,5 +58,12 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             check_start(run, reader.step if run.dense_step is None else run.dense_step)
     run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data finds what is wrong with it.
-    run.train_data.fingerprint()
+    data = run.train_data.fingerprint()
+    if newest is not None:
+        stored = data
+        # A step that cannot be read is set aside, or refused, when the run goes on.
+        with contextlib.suppress(UserError, OSError):
+            reader = NativeReader(files.absolute(run.model_dir) / 'checkpoints' / str(newest), {})
+            stored = reader.data.get('fingerprint', data)
+        folder.require_same_data(run, stored, data)
     return start
