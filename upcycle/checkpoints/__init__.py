@@ -12,8 +12,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from upcycle import files
+from upcycle import files, outputs
 from upcycle.errors import UserError
+from upcycle.formats import FORMATS as FORMATS
 
 if TYPE_CHECKING:
     import jax
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from etils import epath
 
     from upcycle.checkpoints.writing import Writer
-
-FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # read and written
 
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
@@ -157,6 +156,27 @@ def create_checkpoint(
     layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
     layout = {layout.format: layout for layout in layouts}[format]()
     return writing.FolderWriter(layout, target, leaves, step, identity, alike)
+
+
+def check_target(path: str | os.PathLike[str], format: str, *, below_runs: bool) -> epath.Path:
+    """Whether a checkpoint can be written where `--to` names, before any work is done.
+
+    Args:
+        path: as the user gave it.
+        format: one of `FORMATS`.
+        below_runs: whether it may lie in a folder of a run's folder.
+
+    Returns:
+        The path in full.
+
+    Raises:
+        UserError: as `outputs.check`; or something is there already, for every format but an empty folder, or the beginning of
+            the same write.
+    """
+    full = outputs.check('--to', path, outputs.Kind.NEW_FILE if format == 'vit_npz' else outputs.Kind.NEW_FOLDER)
+    if not below_runs:
+        outputs.refuse_runs(full)
+    return full
 
 
 def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from upcycle import schema
+from upcycle import outputs, schema
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
@@ -385,7 +385,7 @@ class HuggingFaceWriter:
 
     def __init__(self, path: epath.Path, leaves: writing.Leaves, shard_bytes: int = _SHARD_BYTES):
         self.path = os.fspath(path)
-        writing.refuse_existing(path)
+        outputs.refuse_existing(path)
         self.left_out = {'rng': 'Hugging Face models have no random key'} if 'rng' in leaves else {}
         self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
         self._family, self._config, self._table = _their_names(self._leaves)
@@ -394,7 +394,7 @@ class HuggingFaceWriter:
         self._step: int | None = None
         self._place(shard_bytes)
         if '://' not in self.path:
-            writing.check_space(path.parent, sum(header_and_size[1] for header_and_size in self._files.values()))
+            outputs.check_space(path.parent, sum(header_and_size[1] for header_and_size in self._files.values()))
         self._made = writing.make_folders(path.parent)
         self._folder.rmtree(missing_ok=True)
         self._folder.mkdir()
@@ -443,7 +443,7 @@ class HuggingFaceWriter:
         (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self.close()
         check(HuggingFaceReader(self._folder))
-        writing.refuse_existing(self._final)
+        outputs.refuse_existing(self._final)
         self._folder.rename(self._final)
 
     def close(self) -> None:
