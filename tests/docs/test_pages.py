@@ -20,12 +20,14 @@ OTHER_NAMES = {
     'MALLOC_TRIM_THRESHOLD_',
     'MODEL_DIR',
     'NAME',
+    'PERIOD',
     'PORT',
     'PYTHONPATH',
     'RESTARTS',
     'TRIES',
     'UPCYCLE_FIXTURES',
     'UPCYCLE_TEST_CACHE',
+    'UPCYCLE_TRACEBACK',
     'XLA_FLAGS',
 }
 # Files of a run's folder, and of flaxformer.

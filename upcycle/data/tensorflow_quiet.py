@@ -91,6 +91,13 @@ def tfds() -> ModuleType:
         return importlib.import_module('tensorflow_datasets')
 
 
+def reason(error: Exception) -> str:
+    """The first line of an error, and its kind where that line is a mere name."""
+    first = next(iter(str(error).strip().splitlines()), '')
+    plain = isinstance(error, ValueError | RuntimeError | ImportError | OSError) and first
+    return (first if plain else f'{type(error).__name__}: {first}' if first else type(error).__name__).rstrip('. ')
+
+
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """TensorFlow's failures to read a vocabulary or a data set, as the user's to mend."""
