@@ -20,7 +20,7 @@ shift 4
 read -ra more <<< "${XPK_ARGS:-}"
 command=(
   xpk workload create "--workload=$name" "--cluster=$cluster" "--tpu-type=$type" "--num-slices=${SLICES:-1}"
-  "--docker-image=$image" "--max-restarts=${RESTARTS:-100}" --restart-on-exit-codes=69,75 "${more[@]}"
+  "--docker-image=$image" "--max-restarts=${RESTARTS:-100}" "--restart-on-exit-codes=69,75" "${more[@]}"
   "--command=upcycle $(printf '%q ' "$@")--distributed"
 )
 if $dry_run; then

@@ -192,7 +192,7 @@ def test_when_nobody_answers_a_process_the_others_are_started_again_too(stand_in
     log = stand_in('upcycle', 'case "$*" in *process_index=1*) exit 69 ;; *) exec sleep 600 ;; esac')
     result = launch('processes.sh', 2, *TRAIN, folder=tmp_path, TRIES='2')
     assert result.returncode == UNAVAILABLE and result.stderr.count('no answer: the same again') == 2
-    assert len(calls(log)) == 4
+    assert log.read_text().count('process_index=1') == 2
 
 
 def test_pauses_between_tries_grow(stand_in, tmp_path):
