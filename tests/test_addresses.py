@@ -205,7 +205,9 @@ def test_a_port_that_is_taken():
         taken.bind(('::', 0))
         taken.listen()
         ((error, code),) = processes(0, port=taken.getsockname()[1])
-    assert code == 2 and error.splitlines()[-1].startswith('upcycle: the processes do not find each other: ')
+    assert code == 2 and error.splitlines()[-1].startswith(
+        'upcycle: --coordinator_address: process 0 cannot listen at port '
+    )
 
 
 @pytest.mark.parametrize(

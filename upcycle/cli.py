@@ -63,7 +63,7 @@ def _explain(error: BaseException) -> int:
         _say('interrupted; the same command goes on from the last checkpoint, where it has written one.')
     elif code != 1:
         _say(without_password(str(error)))
-    elif reason := _cannot_print():
+    elif reason := _cannot_print(error):
         _say(f'standard output cannot be written ({reason}): make room where it goes, or send it elsewhere.')
         _drop(sys.stdout)
         code = 2
@@ -82,10 +82,12 @@ def _say(text: str) -> None:
         print(f'upcycle: {text}', file=sys.stderr, flush=True)
 
 
-def _cannot_print() -> str | None:
-    """Why standard output takes no more; None: it does."""
+def _cannot_print(error: BaseException) -> str | None:
+    """Why standard output takes no more, where that is what an error may be about; None: it does, as far as one line tells."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except OSError as error:
         return error.strerror
     return None

@@ -54,6 +54,8 @@ def join(address: str | None, count: int | None, index: int | None, timeout: flo
     """
     import jax
 
+    if address is not None and index == 0:
+        _require_free(parse_address(address)[1])
     found: list[Exception] = []
 
     def connect() -> None:
@@ -68,12 +70,27 @@ def join(address: str | None, count: int | None, index: int | None, timeout: flo
         thread.join(timeout)
         if thread.is_alive():
             raise Unavailable(_who_is_missing(address, count, index, timeout))
-    finally:
-        if thread.is_alive():
-            # What the client holds cannot be taken down while it waits.
-            atexit.register(_end, status_of(sys.exception()))
-    if found:
-        raise UserError(f'the processes do not find each other: {_reason(found[0])}') from found[0]
+        if found:
+            raise UserError(f'the processes do not find each other: {_reason(found[0])}') from found[0]
+    except BaseException as error:
+        if thread.is_alive() or isinstance(error.__cause__, RuntimeError):
+            # What client and service hold cannot be taken down while they wait, or after they have failed.
+            atexit.register(_end, status_of(error))
+        raise
+
+
+def _require_free(port: int) -> None:
+    """JAX crashes where its service cannot listen."""
+    try:
+        if socket.has_dualstack_ipv6():
+            socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True).close()
+        else:
+            socket.create_server(('', port)).close()
+    except OSError as error:
+        raise UserError(
+            f'--coordinator_address: process 0 cannot listen at port {port} ({error.strerror}): end what does, or name another '
+            'port.'
+        ) from error
 
 
 def _end(status: int) -> None:

@@ -443,8 +443,7 @@ class HuggingFaceWriter:
         (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self.close()
         check(HuggingFaceReader(self._folder))
-        outputs.refuse_existing(self._final)
-        self._folder.rename(self._final)
+        writing.give_name(self._folder, self._final)
 
     def close(self) -> None:
         """See `writing.Writer`."""

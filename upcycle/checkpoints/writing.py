@@ -241,8 +241,7 @@ class FolderWriter:
         if self._journal is not None:
             (self.folder / JOURNAL).unlink()
             os.sync()
-            outputs.refuse_existing(self._final)
-            self.folder.rename(self._final)
+            give_name(self.folder, self._final)
 
     def close(self) -> None:
         """See `Writer`."""
@@ -392,6 +391,14 @@ def make_folders(folder: epath.Path) -> list[epath.Path]:
     for path in reversed(made):
         path.mkdir()
     return made
+
+
+def give_name(folder: epath.Path, final: epath.Path) -> None:
+    """Makes what a writer has finished visible; an empty folder may be there already."""
+    outputs.refuse_existing(final)
+    if final.is_dir():
+        final.rmdir()
+    folder.rename(final)
 
 
 def _start(region: arrays.Region) -> int:
