@@ -225,14 +225,14 @@ def test_a_port_that_is_taken():
     ],
 )
 @pytest.mark.parametrize('name', ['train', 'plan', 'eval', 'quickstart'])
-def test_a_platform_that_is_not_there(name, error, reason, tmp_path, monkeypatch, capsys):
+def test_a_platform_that_is_not_there(name, error, reason, tmp_path, dense, monkeypatch, capsys):
     def raises():
         raise error
 
     monkeypatch.setattr(jax, 'devices', raises)
     monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
     arguments = {
-        'eval': ['eval', '--from=x'],
+        'eval': ['eval', f'--from={dense}'],
         'quickstart': ['quickstart', f'--out={tmp_path / "q"}'],
     }.get(name, [name, *command('dense', tmp_path / 'run')[1:]])
     code, _, said = call(arguments, capsys)
@@ -248,5 +248,5 @@ def test_on_a_machine_without_a_tpu_libtpu_says_nothing_and_jax_warns(monkeypatc
 
     monkeypatch.setattr(jax, 'devices', noisy)
     monkeypatch.setattr(hosts, '_CHIPS', ())
-    hosts.require_devices()
+    hosts.devices()
     assert capfd.readouterr().err == 'warning: An NVIDIA GPU may be present\n'

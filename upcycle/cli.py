@@ -322,7 +322,7 @@ def _add_hosts(command: argparse.ArgumentParser) -> None:
 
 
 def _join_hosts(options: argparse.Namespace) -> None:
-    """Joins the other processes, where the options of `_add_hosts` name them, and sets up the devices."""
+    """Joins the other processes, where the options of `_add_hosts` name them."""
     from upcycle import hosts
 
     by_hand = (options.coordinator_address, options.process_count, options.process_index)
@@ -343,14 +343,10 @@ def _join_hosts(options: argparse.Namespace) -> None:
         )
     if options.distributed or options.coordinator_address is not None:
         hosts.join(*by_hand, timeout=options.coordinator_timeout)
-    hosts.require_devices()
 
 
 def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     keep_freed_memory()
-    from upcycle import hosts
-
-    hosts.require_devices()
     from upcycle import quickstart
 
     try:
@@ -373,9 +369,6 @@ def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 
 def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    from upcycle import hosts
-
-    hosts.require_devices()
     from upcycle import jobs
 
     if options.source is not None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from upcycle.errors import Unavailable, UserError, status_of
 
@@ -113,8 +114,8 @@ def _who_is_missing(address: str | None, count: int | None, index: int | None, t
     return f'{what}{"" if address is None else f" to {address}"}: {way_out}'
 
 
-def require_devices() -> None:
-    """Sets up the devices of this process, whose failure is the user's to correct.
+def devices() -> list[Any]:
+    """JAX's devices, of all processes. The first call sets them up, whose failure is the user's to correct.
 
     Raises:
       UserError: JAX cannot set up the platform that it was told to use, or any.
@@ -123,7 +124,7 @@ def require_devices() -> None:
 
     try:
         with _without_noise():
-            jax.devices()
+            return jax.devices()
     except Exception as error:
         asked = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
         where = f'JAX_PLATFORMS={asked}' if asked else 'the devices of this machine'
