@@ -234,7 +234,8 @@ def test_a_platform_that_is_not_there(name, error, reason, tmp_path, dense, monk
     arguments = {
         'eval': ['eval', f'--from={dense}'],
         'quickstart': ['quickstart', f'--out={tmp_path / "q"}'],
-    }.get(name, [name, *command('dense', tmp_path / 'run')[1:]])
+        'plan': ['plan', *command('upcycle', tmp_path / 'run')[1:], f'--from={dense}'],
+    }.get(name, command('dense', tmp_path / 'run'))
     code, _, said = call(arguments, capsys)
     assert code == 2
     assert said.startswith('upcycle: JAX_PLATFORMS=tpu cannot be used: ') and reason in said and said.count('\n') == 1

@@ -81,7 +81,7 @@ class DatasetConfig:
                 raise MissingData(
                     f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported ({error}): {hint}, or bind another.'
                 ) from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UserError(
                     f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported '
                     f'({tensorflow_quiet.reason(error)}): correct the module, or bind another.'
