@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -178,6 +179,13 @@ def test_a_working_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     folder.rmdir()
     code, _, error = call(['inspect', '/nowhere/at/all'], capsys)
     assert code == 2 and error.startswith('upcycle: the working folder is gone')
+
+
+def test_no_folder_for_temporary_files(monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, 'tempdir', None)
+    monkeypatch.setattr(tempfile, '_candidate_tempdir_list', lambda: ['/proc/none'])
+    code, _, error = call(['inspect', '/nowhere/at/all'], capsys)
+    assert code == 2 and 'TMPDIR' in error
 
 
 @pytest.mark.parametrize('budget', ['inf', '-inf', 'nan', '0', '-1', '1e300'])

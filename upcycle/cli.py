@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
@@ -146,6 +147,10 @@ def run(arguments: Sequence[str]) -> int:
         os.getcwd()
     except OSError as error:
         raise UserError(f'the working folder is gone ({error.strerror}): change into one that is there.') from error
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError('no folder for temporary files can be written: set TMPDIR to one that can.') from error
     try:
         return options.handler(options, bindings) or 0
     except Exception as error:

@@ -1,5 +1,7 @@
 """Files of a run, in a local folder or in a bucket."""
 
+import functools
+import importlib.util
 import os
 import pathlib
 import re
@@ -31,7 +33,18 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
         )
     if not re.match(r'\w+://[\w.-]', name):
         raise UserError(f'{name} names no bucket: addresses look like {scheme}://BUCKET/FOLDER.')
+    _load_client()
     return epath.Path(name)
+
+
+@functools.cache
+def _load_client() -> None:
+    """Where TensorFlow is what etils will read buckets with, loads it as all of us do: silently, and without accelerators."""
+    off = os.environ.get('EPATH_USE_TF', '').lower() in ('false', 'no', 'f', '0')
+    if not off and importlib.util.find_spec('tensorflow') is not None:
+        from upcycle.data import tensorflow_quiet
+
+        tensorflow_quiet.tensorflow()
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
