@@ -80,7 +80,7 @@ setuptools.setup(
         'tpu': ['jax[tpu]'],
         'gpu': ['jax[cuda12]'],
     },
-    entry_points={'console_scripts': ['upcycle = upcycle.cli:main']},
+    entry_points={'console_scripts': ['upcycle = upcycle.__main__:main']},
     classifiers=[
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['UPCYCLE_TRACEBACK'] = '1'
 
 import jax
 from fuzzing.case import (

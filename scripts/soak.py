@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['UPCYCLE_TRACEBACK'] = '1'
 
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import PREEMPTED

@@ -10,6 +10,8 @@ import pytest
 from tests import compilation_cache
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# What nobody has foreseen is a failure with a traceback.
+os.environ['UPCYCLE_TRACEBACK'] = '1'
 _FLAGS = {
     'xla_llvm_disable_expensive_passes': 'true',
     'xla_backend_optimization_level': '0',

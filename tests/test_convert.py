@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from tests import runs
 from tests.checkpoints import trees
 from tests.test_cli import call
-from upcycle import configuration, partitioning
+from upcycle import configuration, outputs, partitioning
 from upcycle import convert as offline
 from upcycle.checkpoints import arrays, open_checkpoint, writing
 from upcycle.errors import UserError
@@ -266,8 +266,8 @@ def test_copied_experts_are_one_file_with_several_names(dense, tmp_path, monkeyp
     leaves = first_state(run)[0]
     # Room for two copies of an expert, where there will be four.
     size = sum(leaf.nbytes for leaf in leaves.values()) - sum(leaf.nbytes for leaf in experts_of(leaves).values()) // 2
-    usage = type('Usage', (), {'free': writing._SPARE_BYTES + size})
-    monkeypatch.setattr(writing.shutil, 'disk_usage', lambda folder: usage)
+    usage = type('Usage', (), {'free': outputs.SPARE_BYTES + size})
+    monkeypatch.setattr(outputs.shutil, 'disk_usage', lambda folder: usage)
     linked = offline.convert(run, str(tmp_path / 'linked'), 'upcycle', verify=True)
     for leaf in ('params.decoder.layers_1.mlp.expert.wo.kernel', 'opt_state.*decoder.layers_1.mlp.expert.wo.kernel.v'):
         chunks = chunks_of(tmp_path / 'linked', leaf)

@@ -1,16 +1,24 @@
 """The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
 
 import argparse
+import contextlib
+import io
+import logging
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import upcycle
-from upcycle.checkpoints import FORMATS, forget_warnings, warnings_last
-from upcycle.errors import PREEMPTED, Preempted, UserError, whole_list, without_password
+from upcycle import interrupts, warning
+from upcycle.errors import INTERRUPTED, UserError, status_of, whole_list, without_password
+from upcycle.formats import FORMATS
 from upcycle.host_memory import keep_freed_memory
+
+TRACEBACK = 'UPCYCLE_TRACEBACK'  # an environment variable
 
 DESCRIPTION = """\
 Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.
@@ -24,29 +32,108 @@ A run is described by gin files (--gin_file, repeatable: models, moe, tasks, run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 when it did what was asked, 2 after a user's mistake, 75 when it was told to stop and saved."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs a command and exits: 0 when it did what was asked, else by `errors.STATUSES`, and 1 after what nobody has foreseen.
+
+    Args:
+      arguments: of the command line; None: those of this process, which ends with the command.
+    """
+    before = interrupts.listen()
+    _open_standard_streams()
     try:
-        code = run(arguments)
-    except UserError as error:
-        print(f'upcycle: {without_password(str(error))}{whole_list(error)}', file=sys.stderr)
-        code = 2
-    except Preempted as notice:
-        print(f'upcycle: {notice}', file=sys.stderr)
-        code = PREEMPTED
-    except KeyboardInterrupt:
-        print('upcycle: interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        # Whoever reads our output, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse has said what there is to say
+        code = stop.code
+    except BaseException as error:
+        code = _explain(error)
+    if arguments is None:
+        _say_no_more(code)
+    elif before is not None:
+        signal.signal(signal.SIGINT, before)
     sys.exit(code)
+
+
+def _explain(error: BaseException) -> int:
+    """Says why a command ended early; its exit status."""
+    code = INTERRUPTED if interrupts.came() else status_of(error)
+    if isinstance(error, BrokenPipeError):
+        # Whoever reads our output, such as `head`, has seen enough.
+        _drop(sys.stdout)
+        return 0
+    if code == INTERRUPTED:
+        _say('interrupted; the same command goes on from the last checkpoint, where it has written one.')
+    elif code != 1:
+        _say(without_password(str(error)) + whole_list(error))
+    elif reason := _cannot_print(error):
+        _say(f'standard output cannot be written ({reason}): make room where it goes, or send it elsewhere.')
+        _drop(sys.stdout)
+        code = 2
+    else:
+        said = ' '.join(str(error).split())
+        said = f'{type(error).__name__}: {said[:500]}' if said else type(error).__name__
+        if traced := os.environ.get(TRACEBACK, '') not in ('', '0'):
+            traceback.print_exception(error)
+        _say(f'unexpected {without_password(said)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
+    return code
+
+
+def _say(text: str) -> None:
+    # A terminal that has gone changes nothing about the exit status.
+    with contextlib.suppress(OSError, ValueError):
+        print(f'upcycle: {text}', file=sys.stderr, flush=True)
+
+
+def _cannot_print(error: BaseException) -> str | None:
+    """Why standard output takes no more, where that is what an error may be about; None: it does, as far as one line tells."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return None
+    try:
+        print(flush=True)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _drop(stream: TextIO) -> None:
+    """Lets go of what a stream still holds and cannot write."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Makes all three usable: closed ones lead nowhere, and what an encoding lacks is spelt out (as '\\xb1')."""
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        stream = getattr(sys, name)
+        if stream is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                continue
+            # Else the next file that is opened would be the stream, and get what libraries print.
+            os.open(os.devnull, os.O_RDWR)
+            stream = open(number, 'r' if number == 0 else 'w', encoding='utf-8', closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        if number and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')
+
+
+def _say_no_more(code: int) -> None:
+    """Before the interpreter ends: what libraries have left open is not the user's, and SIGINT has nothing to interrupt."""
+    with contextlib.suppress(ValueError):
+        if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            _drop(stream)
+    if code and not os.environ.get(TRACEBACK):
+        logging.disable()
+        sys.unraisablehook = lambda unraisable: None
 
 
 def run(arguments: Sequence[str]) -> int:
     """Parses and dispatches; raises UserError where `main` prints it."""
-    forget_warnings()
+    warning.forget()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     bindings = {}
@@ -57,7 +144,24 @@ def run(arguments: Sequence[str]) -> int:
         bindings[name] = value
     if bindings and not hasattr(options, 'gin_file'):
         raise UserError(f'{options.command} takes no gin bindings: leave out --gin.{next(iter(bindings))}.')
-    return options.handler(options, bindings) or 0
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f'the working folder is gone ({error.strerror}): change into one that is there.') from error
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise UserError('no folder for temporary files can be written: set TMPDIR to one that can.') from error
+    try:
+        return options.handler(options, bindings) or 0
+    except Exception as error:
+        if status_of(error) != 1:
+            raise
+        from upcycle import files
+
+        if (refusal := files.refused_by_bucket(error, arguments)) is None:
+            raise
+        raise refusal from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,26 +318,37 @@ def _add_hosts(command: argparse.ArgumentParser) -> None:
     hosts.add_argument('--coordinator_address', metavar='HOST:PORT', help='find the others by hand: process 0')
     hosts.add_argument('--process_count', type=int, metavar='N')
     hosts.add_argument('--process_index', type=int, metavar='I')
+    hosts.add_argument(
+        '--coordinator_timeout',
+        type=float,
+        default=300.0,
+        metavar='SECONDS',
+        help='how long to wait for the others (%(default)g)',
+    )
 
 
 def _join_hosts(options: argparse.Namespace) -> None:
     """Joins the other processes, where the options of `_add_hosts` name them."""
+    from upcycle import hosts
+
     by_hand = (options.coordinator_address, options.process_count, options.process_index)
     if any(value is not None for value in by_hand):
         if any(value is None for value in by_hand):
             raise UserError('--coordinator_address, --process_count and --process_index go together: give all three.')
+        if options.process_count < 1:
+            raise UserError(f'--process_count={options.process_count} must be at least 1.')
         if not 0 <= options.process_index < options.process_count:
             raise UserError(
                 f'--process_index={options.process_index} must lie between 0 and --process_count - 1 = '
                 f'{options.process_count - 1}.'
             )
-    if options.distributed or options.coordinator_address:
-        import jax
-
-        try:
-            jax.distributed.initialize(*by_hand)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f'the processes do not find each other: {str(error).splitlines()[0]}') from error
+        hosts.parse_address(options.coordinator_address)
+    if not 0 < options.coordinator_timeout <= 1e6:
+        raise UserError(
+            f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0, and at most 1e6 seconds.'
+        )
+    if options.distributed or options.coordinator_address is not None:
+        hosts.join(*by_hand, timeout=options.coordinator_timeout)
 
 
 def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
@@ -264,7 +379,7 @@ def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
     if options.source is not None:
         bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source)}
-    with warnings_last():
+    with warning.last():
         jobs.plan(options.gin_file, bindings, as_json=options.json)
 
 
@@ -365,7 +480,7 @@ def _inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
     _on_the_host()
     from upcycle.inspection import inspect
 
-    with warnings_last():
+    with warning.last():
         return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from upcycle import partitioning
-from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoints
+from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoints
 from upcycle.checkpoints.arrays import require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
@@ -69,6 +69,7 @@ def convert(
         nothing behind.
     """
     check_dtype(dtype)
+    target = check_target(target, format, below_runs=False)
     if run.surgery is None or run.surgery.made_by is None:
         raise UserError(
             "EXPERT_OPERATOR is None: name how the experts are made, such as 'copy'; `upcycle import` only copies."

@@ -13,7 +13,7 @@ from upcycle import leaf_names
 
 
 class UserError(Exception):
-    """A mistake the user can mend.
+    """A mistake the user can correct.
 
     The message is one sentence that names the binding, path or leaf and the way out. The command line prints it without a
     traceback and exits with 2.
@@ -40,7 +40,7 @@ class DifferentLeaves(UserError):  # noqa: N818  it is a kind of mistake
         super().__init__('\n  '.join(lines))
 
 
-def whole_list(error: UserError) -> str:
+def whole_list(error: BaseException) -> str:
     """What a message about leaves leaves out, in a file that is not deleted: a line that names it, or nothing."""
     if not isinstance(error, DifferentLeaves) or all(problem in str(error) for problem in error.problems):
         return ''
@@ -110,13 +110,40 @@ class Preempted(Exception):  # noqa: N818  it is no error
     """The run was asked to stop, and has saved its state. The command line exits with `PREEMPTED`."""
 
 
+class Unavailable(UserError):  # noqa: N818  it is kept apart from mistakes by its status
+    """A store or another process did not answer. Nothing may be wrong with the command, so that launchers try it again."""
+
+
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same command goes on. See docs/launching.md.
 PREEMPTED = 75
+# EX_UNAVAILABLE of sysexits.h.
+UNAVAILABLE = 69
+INTERRUPTED = 130  # as shells count: 128 and the number of SIGINT
+# The exit status of what ends a command early; 1 for anything else, which nobody has foreseen.
+STATUSES = {Unavailable: UNAVAILABLE, UserError: 2, Preempted: PREEMPTED, KeyboardInterrupt: INTERRUPTED}
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a command that ends so; see `STATUSES`."""
+    return next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), 1)
+
 
 # By which the system refuses to write, whatever is written.
 _REFUSALS = {
     getattr(errno, name)
-    for name in ('ENOSPC', 'EDQUOT', 'EFBIG', 'EROFS', 'EACCES', 'EPERM', 'ENOTDIR', 'EISDIR', 'EEXIST')
+    for name in (
+        'ENOSPC',
+        'EDQUOT',
+        'EFBIG',
+        'EROFS',
+        'EACCES',
+        'EPERM',
+        'ENOTDIR',
+        'EISDIR',
+        'EEXIST',
+        'EIO',
+        'ESTALE',
+    )
 }
 
 Member = TypeVar('Member', bound=enum.StrEnum)
@@ -134,20 +161,26 @@ def one_of(kind: type[Member], value: str, binding: str) -> Member:
 
 
 @contextlib.contextmanager
-def writing_to(folder: str | os.PathLike[str]) -> Iterator[None]:
+def writing_to(folder: str | os.PathLike[str], way_out: str = 'name another MODEL_DIR') -> Iterator[None]:
     """Around whatever writes to a folder.
 
+    Args:
+      folder: what the system refuses elsewhere is not its fault.
+      way_out: what the message advises where neither room nor permissions help.
+
     Raises:
-      UserError: the disk is full, or the folder cannot be written.
+      UserError: the disk is full, or the folder or a file in it cannot be made or written.
     """
     try:
         yield
     except OSError as error:
         where = os.path.abspath(folder)
         file = where if error.filename is None else os.path.abspath(error.filename)
-        if error.errno not in _REFUSALS or os.path.commonpath([where, file]) != where:
+        # A file that is missing in a folder that is there is a mistake of ours.
+        known = error.errno in _REFUSALS or (error.filename is not None and not os.path.isdir(where))
+        if not known or os.path.commonpath([where, file]) != where:
             raise
         raise UserError(
-            f'{file} cannot be written ({error.strerror}): make room or mend its permissions, and give the same command '
-            'again, or name another MODEL_DIR.'
+            f'{file} cannot be written ({error.strerror}): make room or change its permissions, and give the same command '
+            f'again, or {way_out}.'
         ) from error

@@ -1,12 +1,16 @@
 """Files of a run, in a local folder or in a bucket."""
 
+import functools
+import importlib.util
 import os
 import pathlib
+import re
 import tempfile
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from upcycle.errors import UserError, without_password
+from upcycle.errors import Unavailable, UserError, without_password
 
 # TensorStore's drivers by the scheme of an address.
 STORES = {'gs': 'gcs', 's3': 's3'}
@@ -27,12 +31,128 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
             f'{without_password(name)} cannot be used: paths are local, or in buckets (gs:// or s3://), whose keys come from the '
             'environment and never from the address.'
         )
+    if not re.match(r'\w+://[\w.-]', name):
+        raise UserError(f'{name} names no bucket: addresses look like {scheme}://BUCKET/FOLDER.')
+    _load_client()
     return epath.Path(name)
+
+
+@functools.cache
+def _load_client() -> None:
+    """Where TensorFlow is what etils will read buckets with, loads it as all of us do: silently, and without accelerators."""
+    off = os.environ.get('EPATH_USE_TF', '').lower() in ('false', 'no', 'f', '0')
+    if not off and importlib.util.find_spec('tensorflow') is not None:
+        from upcycle.data import tensorflow_quiet
+
+        tensorflow_quiet.tensorflow()
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether a path lies in a bucket, where objects appear whole and are neither renamed nor appended to."""
     return '://' in os.fspath(path)
+
+
+# What the clients of buckets raise (TensorFlow's, fsspec's with gcsfs or s3fs, TensorStore), by the beginning of the module
+# that defines it. Their own retries are over by then.
+_CLIENTS = (
+    *('tensorflow.', 'gcsfs.', 's3fs.', 'fsspec.', 'aiohttp.', 'aiobotocore.', 'botocore.'),
+    *('google.', 'requests.', 'urllib3.'),
+)
+# Without an answer: nothing is said about the address. Status words are those of gRPC, as TensorFlow and TensorStore use them.
+_SILENCE = re.compile(
+    r'libcurl code|\bUNAVAILABLE\b|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\bABORTED\b|resolve|timed? ?out|Cannot connect|'
+    r'Could not connect|Connection (?:reset|refused|aborted)|Max retries|HTTP (?:response )?(?:code )?(?:429|5\d\d)\b|'
+    r'Name or service not known|Temporary failure|unreachable',
+    re.IGNORECASE,
+)
+_SILENT = (
+    *('Unavailable', 'DeadlineExceeded', 'ResourceExhausted', 'Aborted'),
+    *('Timeout', 'Connect', 'Transport', 'gaierror'),
+)
+_ADDRESS = re.compile(r'(?:gs|s3)://[^\s\'",;)\]]*')
+
+
+def refused_by_bucket(error: BaseException, arguments: Sequence[str] = ()) -> UserError | None:
+    """What the client of a bucket says, as a sentence.
+
+    Args:
+      error: whatever ended a command.
+      arguments: of the command; the addresses in them.
+
+    Returns:
+      `Unavailable` where nothing answered, another `UserError` where the answer was no; None: the error has nothing to do with a
+      bucket.
+    """
+    asked = [address for argument in arguments for address in _ADDRESS.findall(argument)]
+    for cause in _causes(error):
+        kind, text = type(cause), ' '.join(str(cause).split())
+        named = _ADDRESS.findall(text)
+        by_client = kind.__module__.startswith(_CLIENTS)
+        # Their clients also raise Python's own, and of those only some can be anything else.
+        by_python = isinstance(cause, OSError | ImportError | ValueError | KeyError) and (
+            bool(named)
+            or ('bucket' in text.lower())
+            or kind.__name__ in ('gaierror', 'TimeoutError', 'PermissionError')
+            or (isinstance(cause, ImportError) and re.search('gcsfs|s3fs', text) is not None)
+        )
+        if not ((by_client and (asked or named)) or (by_python and asked)):
+            continue
+        where = without_password((named or asked)[0])
+        status = _http_status(cause)
+        if (
+            status in (408, 429)
+            or status >= 500
+            or (not status and (any(word in kind.__name__ for word in _SILENT) or _SILENCE.search(text)))
+        ):
+            return Unavailable(
+                f'{where} does not answer ({_short(text) or kind.__name__}): check the network, and repeat the command.'
+            )
+        if 'not implemented' in text and 'scheme' in text:
+            return UserError(
+                f'{where} cannot be used: TensorFlow has no client for it: set EPATH_USE_TF=false, and pip install '
+                f'{"s3fs" if where.startswith("s3") else "gcsfs"}.'
+            )
+        if isinstance(cause, ImportError):
+            return UserError(
+                f'{where} cannot be used ({_short(text)}): pip install {"s3fs" if where.startswith("s3") else "gcsfs"}.'
+            )
+        return UserError(
+            f'{where} cannot be used ({_short(text) or kind.__name__}): check the address, that the bucket exists, and that the '
+            'credentials of this machine may use it.'
+        )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, those of a group, and what each was raised from."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop(0)
+        if error is None or id(error) in seen:
+            continue
+        seen.add(id(error))
+        yield error
+        waiting += [
+            *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()),
+            error.__cause__,
+            error.__context__,
+        ]
+
+
+def _http_status(error: BaseException) -> int:
+    """The status of an HTTP answer that an error carries; 0: none."""
+    response = getattr(error, 'response', None)
+    metadata = response.get('ResponseMetadata', {}) if isinstance(response, dict) else {}
+    for value in (metadata.get('HTTPStatusCode'), getattr(error, 'code', None), getattr(error, 'status', None)):
+        if isinstance(value, int | str) and str(value).isdigit() and 100 <= int(value) < 600:
+            return int(value)
+    return 0
+
+
+def _short(text: str, longest: int = 300) -> str:
+    text = without_password(text).rstrip('. ')
+    return text if len(text) <= longest else f'{text[:longest]}...'
 
 
 def replace_text(path: epath.Path, text: str) -> None:

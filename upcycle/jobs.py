@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from upcycle import configuration, cost, files, partitioning
+from upcycle import configuration, cost, files, outputs, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError, writing_to
@@ -107,6 +107,8 @@ def evaluate(
     Raises:
       UserError: the configuration or the checkpoint do not fit.
     """
+    if out is not None:
+        outputs.check('--out', out, outputs.Kind.FILE)
     reader = open_checkpoint(checkpoint)
     require_whole(reader.path)
     config = None
@@ -151,9 +153,7 @@ def evaluate(
     if jax.process_index() == 0:
         text = json.dumps(result, indent=1)
         if out is not None:
-            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-            with open(out, 'w', encoding='utf-8') as file:
-                file.write(text + '\n')
+            outputs.write('--out', out, text + '\n')
         print(text if as_json else _metrics_table(result))
     return result
 
@@ -234,6 +234,9 @@ def compile_(
     hlo: str | None = None,
 ) -> None:
     """`upcycle compile`: the TPU compiler's account of a run's step."""
+    for name, path in (('--out', out), ('--hlo', hlo)):
+        if path is not None:
+            outputs.check(name, path, outputs.Kind.FILE)
     from upcycle import compile as aot
 
     if not 0 < utilization <= 1:
@@ -243,12 +246,10 @@ def compile_(
     run = configuration.load(gin_files, named)
     account, text = aot.compile_run(run, topology, num_slices=num_slices)
     if hlo is not None:
-        with open(hlo, 'w', encoding='utf-8') as file:
-            file.write(text)
+        outputs.write('--hlo', hlo, text)
     found = json.dumps(aot.as_json(account, run, utilization), indent=1)
     if out is not None:
-        with open(out, 'w', encoding='utf-8') as file:
-            file.write(found + '\n')
+        outputs.write('--out', out, found + '\n')
     print(found if as_json else aot.show(account, run, utilization))
 
 

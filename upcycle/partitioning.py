@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from upcycle import hosts
 from upcycle.errors import UserError
 
 MESH_AXES = ('data', 'expert', 'model')
@@ -48,7 +49,7 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     Raises:
       UserError: the shape does not use the devices, or the experts do not divide.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = hosts.devices() if devices is None else devices
     count = len(devices)
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if shape == 'auto':

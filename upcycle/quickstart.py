@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, jobs
+from upcycle import configuration, cost, hosts, jobs, outputs
 from upcycle.errors import UserError
 from upcycle.report.html import compare_seeds, print_table, write_report
 from upcycle.report.runs import Role, load_run
@@ -93,10 +93,12 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     """
     if family not in FAMILIES:
         raise UserError(f'--family={family} is not one of {", ".join(FAMILIES)}.')
-    if not budget > 0:
-        raise UserError(f'--budget={budget:g} must be above 0; 1 is 20 to 50 minutes.')
+    if not 0 < budget <= 1e6:
+        raise UserError(f'--budget={budget:g} must be above 0, and at most 1e6; 1 is 20 to 50 minutes.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
+    outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
+    hosts.devices()
     _claim(out, {'family': family, 'budget': budget})
     job = FAMILIES[family]
     groups, commands = [], {}
@@ -177,14 +179,15 @@ def _step_flops(branch: Branch) -> float:
 def _claim(out: str, what: dict[str, Any]) -> None:
     path = os.path.join(out, 'quickstart.json')
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            old = json.load(file)
+        try:
+            old = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+            old.items()
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f'{path} cannot be read ({error}): delete it, or name another --out.') from error
         for option, value in what.items():
             if old.get(option, value) != value:
                 raise UserError(
                     f'--out={out} holds a comparison with --{option}={old[option]}: name another folder, or say the same.'
                 )
         return
-    os.makedirs(out, exist_ok=True)
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump(what, file)
+    outputs.write('--out', path, json.dumps(what))

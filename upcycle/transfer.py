@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from upcycle import casts, schema
-from upcycle.checkpoints import Reader, create_checkpoint, open_checkpoint
+from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
@@ -58,6 +58,7 @@ def transfer(
       UserError: the source is not whole or not sound, or something of it has no counterpart; nothing is left behind that looks
         finished.
     """
+    target = check_target(target, format, below_runs=format != 'upcycle')
     reader = open_checkpoint(source)
     require_whole(reader.path)
     if source_format is not None and reader.format != source_format:

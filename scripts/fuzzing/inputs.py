@@ -17,7 +17,7 @@ from fuzzing.checkpoints import random_tree, write_checkpoint
 from fuzzing.configurations import TEXT
 from fuzzing.damage import JUNK, damaged, mutated
 from fuzzing.places import Places
-from upcycle import checkpoints, cli
+from upcycle import cli, warning
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
 from upcycle.metrics import MetricsLog
@@ -136,7 +136,7 @@ class Inputs:
             (path / 'config.json').write_text(text, 'utf-8')
             said = io.StringIO()
             try:
-                checkpoints.forget_warnings()
+                warning.forget()
                 with contextlib.redirect_stderr(said):
                     found = self._read(path)
             finally:

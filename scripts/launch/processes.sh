@@ -4,8 +4,8 @@
 #   scripts/launch/processes.sh [--dry_run] NUMBER train --gin_file=... --gin.MODEL_DIR=...
 #
 # Process i prints to LOGS/i.txt (LOGS: processes). Ends when all have ended, or with the first status that is not 0, and then, or when
-# it is stopped itself, stops the others. Processes that were told to stop and have saved (status 75) are started again, TRIES times at
-# most (100). PORT is the coordinator's (any free one if not set).
+# it is stopped itself, stops the others. Processes that were told to stop and have saved (status 75), or got no answer (status 69), are
+# started again, TRIES times at most (100); PERIOD: the seconds before the first new try (1), which double up to a minute. PORT is the coordinator's (any free one if not set).
 set -euo pipefail
 
 dry_run=false
@@ -48,15 +48,20 @@ first_bad() {
 }
 
 for ((i = 0; i < number; i++)); do $dry_run || rm -f "$logs/$i.txt"; done
+pause=${PERIOD:-1}
 for ((try = 1; try <= ${TRIES:-100}; try++)); do
   start "$@"
   $dry_run && exit 0
   status=0
   first_bad || status=$?
-  [[ $status -eq 75 ]] || break
+  [[ $status -eq 69 || $status -eq 75 ]] || break
+  # After a 69 the others may wait for the one that has ended.
+  [[ $status -eq 75 ]] || kill "${pids[@]}" 2> /dev/null || true
   # All of them stop at the same step. By name: a bare `wait` leaves the status of one that has ended already to the next `wait -n`.
   for pid in "${pids[@]}"; do wait "$pid" || true; done
-  echo "told to stop, and saved: the same again" >&2
+  if [[ $status -eq 75 ]]; then echo "told to stop, and saved: the same again" >&2; else echo "no answer: the same again" >&2; fi
+  sleep "$pause"
+  pause=$((pause < 60 ? 2 * pause : pause))
 done
 [[ $status -eq 0 ]] || echo "a process ended with status $status: see $logs" >&2
 exit "$status"

@@ -4,8 +4,9 @@
 #   scripts/launch/slurm.sh [--dry_run] NODES GPUS_A_NODE train --gin_file=... --gin.MODEL_DIR=/shared/...
 #
 # Environment: SBATCH_ARGS, more options of sbatch such as '--partition=a100 --time=24:00:00'; VENV, an environment to activate on the
-# nodes. The job goes back into the queue when it is preempted, reaches its time limit, or was told to stop and has saved (status 75),
-# and goes on from its last checkpoint; a user's mistake (status 2) is not tried again. Output: slurm-JOB.out.
+# nodes. The job goes back into the queue when it is preempted, reaches its time limit, was told to stop and has saved (status 75), or got
+# no answer (status 69), and goes on from its last checkpoint: TRIES times at most (100), after PERIOD seconds (30) that double with each
+# try, up to ten minutes. A user's mistake (status 2) is not tried again. Output: slurm-JOB.out.
 # Written from Slurm's documentation, and run against a stand-in for sbatch only.
 set -euo pipefail
 
@@ -34,8 +35,14 @@ trap 'scontrol requeue "\$SLURM_JOB_ID"' TERM
 srun --kill-on-bad-exit=1 upcycle $(printf '%q ' "$@")--distributed &
 code=0
 wait \$! || code=\$?
-# Told to stop by something else, such as the cloud that takes a node away, and saved.
-if [[ \$code -eq 75 ]]; then scontrol requeue "\$SLURM_JOB_ID"; fi
+# Told to stop by something else, such as the cloud that takes a node away, and saved; or nobody answered.
+tries=\${SLURM_RESTART_COUNT:-0}
+if [[ (\$code -eq 69 || \$code -eq 75) && \$tries -lt ${TRIES:-100} ]]; then
+  pause=$((${PERIOD:-30}))
+  for ((try = 0; try < tries && pause < 600; try++)); do pause=\$((2 * pause)); done
+  sleep "\$pause"
+  scontrol requeue "\$SLURM_JOB_ID"
+fi
 exit "\$code"
 END
 )

@@ -7,7 +7,8 @@
 #
 # Environment: PACKAGE, what pip installs on the hosts (a wheel of this checkout, which is built and copied there); VERSION, the
 # runtime image (tpu-ubuntu2204-base); SPOT=1 asks for spot capacity; TRIES, how often a run that was cut off is started again (100):
-# it goes on from its last checkpoint; a user's mistake (status 2) is not tried again. Needs the gcloud command, logged in, with a
+# it goes on from its last checkpoint; a user's mistake (status 2) is not tried again; PERIOD, the seconds before the first new try (30),
+# which double up to ten minutes. Needs the gcloud command, logged in, with a
 # project set. The slice stays: delete it with
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 # Written from Google's documentation, and run against a stand-in for gcloud only.
@@ -69,12 +70,14 @@ if [[ -z "$package" ]]; then
 fi
 on_all_hosts "python3 -m pip install --quiet '${package}[tpu]'"
 
+pause=${PERIOD:-30}
 for ((try = 1; try <= ${TRIES:-100}; try++)); do
   code=0
   on_all_hosts "python3 -m upcycle $arguments--distributed" || code=$?
   [[ $code -eq 0 ]] && exit 0
   [[ $code -eq 2 ]] && exit 2
   echo "status $code after try $try: the same again, from the last checkpoint" >&2
-  sleep "${PERIOD:-30}"
+  sleep "$pause"
+  pause=$((pause < 600 ? 2 * pause : pause))
 done
 exit "$code"

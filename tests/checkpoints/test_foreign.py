@@ -8,7 +8,7 @@ import pytest
 
 from tests.checkpoints import trees, vits
 from tests.checkpoints.test_huggingface import add
-from upcycle import checkpoints, cli
+from upcycle import cli, warning
 from upcycle.checkpoints import foreign, open_checkpoint
 from upcycle.errors import UserError
 from upcycle.models import identify
@@ -48,7 +48,7 @@ def folders(tmp_path):
 
 
 def warnings_of(folder, capsys):
-    checkpoints.forget_warnings()
+    warning.forget()
     capsys.readouterr()
     reader = open_checkpoint(folder)
     return reader, capsys.readouterr().err

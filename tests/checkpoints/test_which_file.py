@@ -8,7 +8,7 @@ import pytest
 
 from tests.checkpoints import trees
 from tests.checkpoints.test_huggingface import header_of, save
-from upcycle import checkpoints, cli
+from upcycle import cli, warning
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
 
@@ -35,7 +35,7 @@ def said(capsys):
     def warnings():
         return capsys.readouterr().err
 
-    checkpoints.forget_warnings()
+    warning.forget()
     return warnings
 
 

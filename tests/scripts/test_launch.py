@@ -10,7 +10,7 @@ import sysconfig
 import pytest
 
 from tests import vision
-from upcycle.errors import PREEMPTED
+from upcycle.errors import PREEMPTED, UNAVAILABLE
 from upcycle.metrics import read_metrics
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'launch'
@@ -70,7 +70,7 @@ case "$*" in
 esac"""
 
 
-@pytest.mark.parametrize('status', [1, PREEMPTED])
+@pytest.mark.parametrize('status', [1, UNAVAILABLE, PREEMPTED])
 def test_a_tpu_slice_is_asked_for_and_the_run_tried_until_it_ends(status, stand_in, tmp_path):
     log = stand_in('gcloud', GCLOUD.format(log=tmp_path / 'gcloud.txt', good=3, status=status))
     result = launch('tpu_pod.sh', 'mine', 'v4-128', 'here', *TRAIN, folder=tmp_path, PACKAGE='upcycle==0.1', SPOT='1')
@@ -117,11 +117,11 @@ def test_slurm_gets_a_script_that_starts_a_process_for_each_gpu(stand_in, tmp_pa
     assert calls(srun) == [['--kill-on-bad-exit=1', 'upcycle', *TRAIN, '--distributed']]
     # A run that was told to stop and has saved goes back into the queue, and no other.
     scontrol = stand_in('scontrol')
-    for status in (1, 2, PREEMPTED):
+    for status, tries in ((1, 0), (2, 0), (PREEMPTED, 0), (UNAVAILABLE, 99), (UNAVAILABLE, 100)):
         stand_in('srun', f'exit {status}')
-        job = {**os.environ, 'PATH': path, 'SLURM_JOB_ID': f'10{status}'}
+        job = {**os.environ, 'PATH': path, 'SLURM_JOB_ID': f'10{status}', 'SLURM_RESTART_COUNT': str(tries)}
         assert subprocess.run(['bash', script], env=job, stdin=subprocess.DEVNULL).returncode == status
-    assert calls(scontrol) == [['requeue', f'10{PREEMPTED}']]
+    assert calls(scontrol) == [['requeue', f'10{PREEMPTED}'], ['requeue', f'10{UNAVAILABLE}']]
 
 
 def test_xpk_gets_the_command_and_the_image(stand_in, tmp_path):
@@ -131,7 +131,7 @@ def test_xpk_gets_the_command_and_the_image(stand_in, tmp_path):
     (call,) = calls(log)
     assert call[:2] == ['workload', 'create']
     assert {'--workload=mine', '--cluster=cluster', '--tpu-type=v4-128', '--num-slices=2'} <= set(call)
-    assert '--restart-on-exit-codes=75' in call
+    assert '--restart-on-exit-codes=69,75' in call
     assert call[-1].startswith('--command=upcycle train --gin_file=a.gin ') and call[-1].endswith(' --distributed')
 
 
@@ -180,6 +180,23 @@ def test_processes_that_were_told_to_stop_are_started_again(stand_in, tmp_path):
     result = launch('processes.sh', 4, *TRAIN, folder=tmp_path)
     assert result.returncode == 0 and result.stderr == 8 * 'told to stop, and saved: the same again\n'
     assert len(calls(log)) == 4 * 9
-    stand_in('upcycle', 'exit 75')
-    result = launch('processes.sh', 1, *TRAIN, folder=tmp_path, TRIES='3')
-    assert result.returncode == 75 and 'status 75' in result.stderr
+    for status in (UNAVAILABLE, PREEMPTED, 2):
+        log = stand_in('upcycle', f'exit {status}')
+        log.unlink()
+        result = launch('processes.sh', 1, *TRAIN, folder=tmp_path, TRIES='3')
+        assert result.returncode == status and f'status {status}' in result.stderr
+        assert len(calls(log)) == (1 if status == 2 else 3)
+
+
+def test_when_nobody_answers_a_process_the_others_are_started_again_too(stand_in, tmp_path):
+    log = stand_in('upcycle', 'case "$*" in *process_index=1*) exit 69 ;; *) exec sleep 600 ;; esac')
+    result = launch('processes.sh', 2, *TRAIN, folder=tmp_path, TRIES='2')
+    assert result.returncode == UNAVAILABLE and result.stderr.count('no answer: the same again') == 2
+    assert log.read_text().count('process_index=1') == 2
+
+
+def test_pauses_between_tries_grow(stand_in, tmp_path):
+    stand_in('upcycle', 'exit 69')
+    pauses = stand_in('sleep')
+    launch('processes.sh', 1, *TRAIN, folder=tmp_path, TRIES='8', PERIOD='1')
+    assert [int(call[0]) for call in calls(pauses)] == [1, 2, 4, 8, 16, 32, 64, 64]

@@ -446,7 +446,7 @@ def test_points_are_workloads_of_a_gke_cluster(tmp_path, monkeypatch):
         log = str(tmp_path / 'logs' / 'a.txt')
         assert conduct.run_to_end(gke, ['train', '--gin.NAME=a b'], log) == status
         create, watch, *rest = [c.strip().split('\n') for c in (tmp_path / 'calls.txt').read_text().split('--\n') if c]
-        assert {'--tpu-type=v4-128', '--restart-on-exit-codes=75', '--zone=z'} <= set(create)
+        assert {'--tpu-type=v4-128', '--restart-on-exit-codes=69,75', '--zone=z'} <= set(create)
         assert create[-1] == "--command=upcycle train '--gin.NAME=a b' --distributed"
         assert watch[:4] == ['workload', 'list', '--cluster=c', '--zone=z']
         # A workload that failed makes room for the next try.

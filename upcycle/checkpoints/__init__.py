@@ -7,15 +7,14 @@ libraries load when a checkpoint is opened.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from upcycle import files
+from upcycle import files, outputs, warning
 from upcycle.errors import UserError
+from upcycle.formats import FORMATS as FORMATS
 
 if TYPE_CHECKING:
     import jax
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     from upcycle.checkpoints.arrays import ArrayReader
     from upcycle.checkpoints.writing import Writer
-
-FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # read and written
 
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
@@ -39,11 +36,6 @@ _LOOKED_FOR = (
 )
 # A part of an archive is named behind a colon, as big_vision does: `siglip.npz:img`.
 _PART = re.compile(r'(.+\.npz):([\w/]+)')
-
-
-# Warnings of this command, and whether they have been given; not while they are held.
-_warned: dict[str, bool] = {}
-_held: list[bool] = []
 
 
 @runtime_checkable
@@ -91,40 +83,6 @@ class Reader(Protocol):
         ...
 
 
-def warn_once(text: str) -> None:
-    """A warning on standard error; a command that opens a checkpoint twice gives it once."""
-    if text not in _warned:
-        _warned[text] = False
-        if not _held:
-            _give_warnings()
-
-
-def forget_warnings() -> None:
-    """Begins a command: whatever it warns of is said again."""
-    _warned.clear()
-
-
-@contextlib.contextmanager
-def warnings_last() -> Iterator[None]:
-    """Around a command whose listing is long: its warnings come below."""
-    _held.append(True)
-    try:
-        yield
-    finally:
-        _held.pop()
-        sys.stdout.flush()
-        _give_warnings()
-
-
-def _give_warnings() -> None:
-    from upcycle.metrics import warn
-
-    for text, given in _warned.items():
-        if not given:
-            warn(text)
-            _warned[text] = True
-
-
 def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     """Opens a checkpoint of any format that we read; the format is found, not named.
 
@@ -164,7 +122,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         if reader is not None and not (missing := reader.missing()):
             for name, reason in passed_over.items():
                 if _number(name) > _number(child.name):
-                    warn_once(f'{steps / name} is passed over and {child.name} is read: {reason}.')
+                    warning.once(f'{steps / name} is passed over and {child.name} is read: {reason}.')
             return reader
         passed_over[child.name] = _why_not_read(child) if reader is None else _incomplete(missing)
     if passed_over and all(map(_UNFINISHED.fullmatch, passed_over)):
@@ -229,6 +187,27 @@ def create_checkpoint(
     layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
     layout = {layout.format: layout for layout in layouts}[format]()
     return writing.FolderWriter(layout, target, leaves, step, identity, alike)
+
+
+def check_target(path: str | os.PathLike[str], format: str, *, below_runs: bool) -> epath.Path:
+    """Whether a checkpoint can be written where `--to` names, before any work is done.
+
+    Args:
+        path: as the user gave it.
+        format: one of `FORMATS`.
+        below_runs: whether it may lie in a folder of a run's folder.
+
+    Returns:
+        The path in full.
+
+    Raises:
+        UserError: as `outputs.check`; or something is there already, for every format but an empty folder, or the beginning of
+            the same write.
+    """
+    full = outputs.check('--to', path, outputs.Kind.NEW_FILE if format == 'vit_npz' else outputs.Kind.NEW_FOLDER)
+    if not below_runs:
+        outputs.refuse_runs(full)
+    return full
 
 
 def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:

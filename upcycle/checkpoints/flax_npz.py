@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from upcycle import outputs
 from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 from upcycle.leaf_names import grouped
@@ -326,7 +327,7 @@ class NpzWriter:
     def __init__(self, path: epath.Path, leaves: writing.Leaves):
         if path.suffix != '.npz':
             raise UserError(f'{path} must end in .npz: name another --to.')
-        writing.refuse_existing(path)
+        outputs.refuse_existing(path, outputs.Kind.NEW_FILE)
         self.path = os.fspath(path)
         self.left_out = {'rng': 'a file of parameters has no random key'} if 'rng' in leaves else {}
         self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
@@ -343,7 +344,7 @@ class NpzWriter:
         self._final, self._staging = path, path.with_name(path.name + '.tmp-upcycle')
         if '://' not in self.path:
             size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
-            writing.check_space(path.parent, size)
+            outputs.check_space(path.parent, size)
         self._made = writing.make_folders(path.parent)
         self._file = self._staging.open('wb')
         self._archive = zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)
@@ -381,7 +382,7 @@ class NpzWriter:
         os.fsync(self._file.fileno())
         self.close()
         check(NpzReader(self._staging))
-        writing.refuse_existing(self._final)
+        outputs.refuse_existing(self._final, outputs.Kind.NEW_FILE)
         self._staging.rename(self._final)
 
     def close(self) -> None:

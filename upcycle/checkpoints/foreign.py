@@ -13,8 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import schema
-from upcycle.checkpoints import arrays, warn_once
+from upcycle import schema, warning
+from upcycle.checkpoints import arrays
 from upcycle.errors import UserError
 
 # Where a processor is described; the first counts, if it holds `image_processor`.
@@ -280,7 +280,7 @@ def check_images(folder: epath.Path, config: Mapping[str, Any]) -> None:
     if unknown := sorted(found.keys() - _PROCESSOR.keys() - _HARMLESS_OF_PROCESSORS):
         differences.append(f'{", ".join(unknown)} {"is" if len(unknown) == 1 else "are"} not known here')
     if differences:
-        warn_once(f'{file} asks for other images than our pipelines make: {"; ".join(differences)}.')
+        warning.once(f'{file} asks for other images than our pipelines make: {"; ".join(differences)}.')
 
 
 def _resolve_aliases(file: epath.Path, config: dict[str, Any]) -> None:
@@ -310,19 +310,19 @@ def _warn(file: epath.Path, config: Mapping[str, Any], which: str) -> None:
     if unknown := [name for name in config if name not in known]:
         names = [name if name.isidentifier() else schema.shown(name) for name in unknown]
         shown = ', '.join(f'{name} = {schema.shown(config[field])}' for name, field in zip(names, unknown, strict=True))
-        warn_once(f'{file} has fields that are not known here and may change what the model computes: {shown}.')
+        warning.once(f'{file} has fields that are not known here and may change what the model computes: {shown}.')
     for name, ours in _INPUTS[which].items():
         if config.get(name, ours) not in (ours, [ours]):
-            warn_once(f'{file}: {name} is {schema.shown(config[name])}, and our pipelines take {ours}.')
+            warning.once(f'{file}: {name} is {schema.shown(config[name])}, and our pipelines take {ours}.')
     if config['model_type'] == 'mt5' and config.get('tie_word_embeddings') and _is_of_transformers_4(config):
-        warn_once(
+        warning.once(
             f'{file}: tie_word_embeddings is True, for which transformers 4 scales the logits of mT5 and 5 does not: they are '
             'not scaled.'
         )
     named = config.get('architectures', [])
     names = named if isinstance(named, list) and all(isinstance(name, str) for name in named) else [str(named)]
     if strange := [name for name in names if not name.endswith(_ARCHITECTURES[which])]:
-        warn_once(f'{file}: architectures is {schema.shown(strange)}, which is read as {_ARCHITECTURES[which][0]}.')
+        warning.once(f'{file}: architectures is {schema.shown(strange)}, which is read as {_ARCHITECTURES[which][0]}.')
 
 
 def _is_of_transformers_4(config: Mapping[str, Any]) -> bool:

@@ -24,8 +24,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from upcycle import schema
-from upcycle.checkpoints import arrays, foreign, warn_once, writing
+from upcycle import outputs, schema, warning
+from upcycle.checkpoints import arrays, foreign, writing
 from upcycle.errors import UserError
 from upcycle.leaf_names import grouped
 
@@ -303,11 +303,11 @@ def _which_file(folder: epath.Path, named: str | None, by_config: Any) -> epath.
             )
         return folder / by_config
     if (folder / _ADAPTER).exists():
-        warn_once(f'{folder / _ADAPTER} is passed over: the model is read without its adapter.')
+        warning.once(f'{folder / _ADAPTER} is passed over: the model is read without its adapter.')
     if not (folder / SINGLE).exists():
         return folder / INDEX
     if (folder / INDEX).exists() and _indexed(folder / INDEX) != {SINGLE}:
-        warn_once(
+        warning.once(
             f'{folder / INDEX} and its files are passed over: {SINGLE} counts, as in transformers. Name the index to read them.'
         )
     return folder / SINGLE
@@ -486,7 +486,7 @@ def _read_t5(
             del stored[copy]
     if not scaled and 'shared.weight' in stored and 'lm_head.weight' not in stored:
         if config.get('tie_word_embeddings') is False:
-            warn_once(f'{folder} has no head (lm_head.weight): the embedding is taken, as in transformers 5.')
+            warning.once(f'{folder} has no head (lm_head.weight): the embedding is taken, as in transformers 5.')
         stored['lm_head.weight'] = stored['shared.weight']
     facts |= {'mlp_activations': list(activations), 'logits_via_embedding': scaled}
     table = _t5_table(*layers, config['model_type'] == 'umt5')
@@ -550,7 +550,7 @@ class HuggingFaceWriter:
 
     def __init__(self, path: epath.Path, leaves: writing.Leaves, shard_bytes: int = _SHARD_BYTES):
         self.path = os.fspath(path)
-        writing.refuse_existing(path)
+        outputs.refuse_existing(path)
         self.left_out = {'rng': 'Hugging Face models have no random key'} if 'rng' in leaves else {}
         self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
         self._family, self._config, self._table = _their_names(self._leaves)
@@ -559,7 +559,7 @@ class HuggingFaceWriter:
         self._step: int | None = None
         self._place(shard_bytes)
         if '://' not in self.path:
-            writing.check_space(path.parent, sum(header_and_size[1] for header_and_size in self._files.values()))
+            outputs.check_space(path.parent, sum(header_and_size[1] for header_and_size in self._files.values()))
         self._made = writing.make_folders(path.parent)
         self._folder.rmtree(missing_ok=True)
         self._folder.mkdir()
@@ -608,8 +608,7 @@ class HuggingFaceWriter:
         (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self.close()
         check(HuggingFaceReader(self._folder))
-        writing.refuse_existing(self._final)
-        self._folder.rename(self._final)
+        writing.give_name(self._folder, self._final)
 
     def close(self) -> None:
         """See `writing.Writer`."""

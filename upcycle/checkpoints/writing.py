@@ -26,6 +26,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
+from upcycle import outputs
 from upcycle.checkpoints import arrays
 from upcycle.errors import UserError
 
@@ -43,7 +44,6 @@ _PART_BYTES = 64 << 20  # T5X's size of a chunk
 _SMALL_BYTES = 1 << 20  # not worth a file for each expert
 _BYTES_IN_FLIGHT = 256 << 20
 _ARRAYS_AHEAD = 16
-_SPARE_BYTES = 64 << 20
 _SECONDS_BETWEEN_SYNCS = 5.0
 
 
@@ -174,7 +174,7 @@ class FolderWriter:
         self._alike = frozenset(alike)
         self._final = layout.final(path, step)
         self.path = os.fspath(self._final)
-        refuse_existing(self._final)
+        outputs.refuse_existing(self._final)
         remote = '://' in self.path
         self.folder = self._final if remote else self._final.parent / (self._final.name + STAGING[layout.format])
         self.inline: dict[str, np.ndarray] = {}
@@ -241,8 +241,7 @@ class FolderWriter:
         if self._journal is not None:
             (self.folder / JOURNAL).unlink()
             os.sync()
-            refuse_existing(self._final)
-            self.folder.rename(self._final)
+            give_name(self.folder, self._final)
 
     def close(self) -> None:
         """See `Writer`."""
@@ -287,7 +286,7 @@ class FolderWriter:
             for region in regions
             if not (linked and self._is_like_first(name, region))
         )
-        check_space(self._final.parent, needed)
+        outputs.check_space(self._final.parent, needed)
         self._made = make_folders(self._final.parent)
         self.folder.mkdir(exist_ok=True)
         with journal.open('w') as file:
@@ -374,19 +373,13 @@ def _link_or_copy(source: str, target: str) -> None:
 def _has_links(folder: epath.Path) -> bool:
     """Whether the disk that holds, or will hold, a local folder lets a file have several names."""
     try:
-        with tempfile.TemporaryDirectory(dir=_nearest(folder)) as place:
+        with tempfile.TemporaryDirectory(dir=outputs.nearest(os.fspath(folder))) as place:
             file = pathlib.Path(place, 'one')
             file.touch()
             os.link(file, file.with_name('two'))
     except OSError:
         return False
     return True
-
-
-def _nearest(folder: epath.Path) -> epath.Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def make_folders(folder: epath.Path) -> list[epath.Path]:
@@ -400,20 +393,12 @@ def make_folders(folder: epath.Path) -> list[epath.Path]:
     return made
 
 
-def refuse_existing(path: epath.Path) -> None:
-    """Raises UserError where something is already there."""
-    if path.exists():
-        raise UserError(f'{path} exists already: delete it, or name another --to.')
-
-
-def check_space(folder: epath.Path, needed: int) -> None:
-    """Raises UserError unless the disk that holds, or will hold, a local folder has that many bytes free."""
-    folder = _nearest(folder)
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise UserError(
-            f'{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed: make room, or name another --to.'
-        )
+def give_name(folder: epath.Path, final: epath.Path) -> None:
+    """Makes what a writer has finished visible; an empty folder may be there already."""
+    outputs.refuse_existing(final)
+    if final.is_dir():
+        final.rmdir()
+    folder.rename(final)
 
 
 def _start(region: arrays.Region) -> int:

@@ -91,6 +91,14 @@ def tfds() -> ModuleType:
         return importlib.import_module('tensorflow_datasets')
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error, or the last where TensorFlow quotes code, and its kind where that line is a mere name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
+    first = lines[-1] if lines[0].endswith(':') else lines[0]
+    plain = isinstance(error, ValueError | RuntimeError | ImportError | OSError) and first
+    return (first if plain else f'{type(error).__name__}: {first}' if first else type(error).__name__).rstrip('. ')
+
+
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
     """TensorFlow's failures to read a vocabulary or a data set, as the user's to mend."""

@@ -6,6 +6,7 @@ any number of hosts and wherever a run resumes. Every other seqio task is a stre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -82,6 +83,11 @@ class DatasetConfig:
                 raise MissingData(
                     f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported ({error}): {hint}, or bind another.'
                 ) from error
+            except (Exception, SystemExit) as error:
+                raise UserError(
+                    f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported '
+                    f'({tensorflow_quiet.reason(error)}): correct the module, or bind another.'
+                ) from error
         name = self.mixture_or_task_name
         known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
         if name not in known:
@@ -90,7 +96,32 @@ class DatasetConfig:
                 f'MIXTURE_OR_TASK_NAME = {name!r} is not registered with seqio (close: {close}): mend the name, or '
                 'bind MIXTURE_OR_TASK_MODULE to the module that registers it.'
             )
-        return seqio.get_mixture_or_task(name)
+        with self.reading():
+            task = seqio.get_mixture_or_task(name)
+            features = task.output_features
+        if missing := [feature for feature in ('inputs', 'targets') if feature not in features]:
+            raise UserError(
+                f'MIXTURE_OR_TASK_NAME = {name!r} has the features {", ".join(sorted(features)) or "none"}, and not '
+                f'{" or ".join(missing)}, which an encoder-decoder needs: correct its output_features, or bind another task.'
+            )
+        return task
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Whatever the task or seqio raises, as the user's to correct, unless the task is ours."""
+        with tensorflow_quiet.reading(self.mixture_or_task_name):
+            try:
+                yield
+            except (UserError, tensorflow_quiet.tensorflow().errors.OpError):
+                raise
+            except Exception as error:
+                if self.source is not None or ('task' in self.__dict__ and self._random_access is not None):
+                    raise
+                raise UserError(
+                    f'MIXTURE_OR_TASK_NAME = {self.mixture_or_task_name!r} cannot be read with USE_CACHED_TASKS = '
+                    f'{self.use_cached} and split {self.split!r} ({tensorflow_quiet.reason(error)}): correct the task or these '
+                    'bindings, or bind another task.'
+                ) from error
 
     @property
     def vocabulary(self) -> seqio.Vocabulary:
@@ -100,7 +131,7 @@ class DatasetConfig:
     @property
     def vocabulary_size(self) -> int:
         """Ids that inputs and targets may hold, sentinels counted: the least a model's embedding must have."""
-        with tensorflow_quiet.reading(self.mixture_or_task_name):
+        with self.reading():
             sizes = [feature.vocabulary.vocab_size for feature in self.task.output_features.values()]
         source = self._random_access
         return max(sizes) if source is None else max(*sizes, *(sentinel + 1 for sentinel in source.sentinels), 0)
@@ -168,7 +199,7 @@ class DatasetConfig:
             'mixture_or_task_name': self.mixture_or_task_name,
             'task_feature_lengths': {name: int(n) for name, n in sorted(self.task_feature_lengths.items())},
         }
-        with tensorflow_quiet.reading(self.mixture_or_task_name):
+        with self.reading():
             identity['vocabulary'] = _vocabulary_identity(self.vocabulary, self._random_access)
         for name in ('split', 'batch_size', 'seed', 'pack', 'shuffle', 'use_cached', 'repeat'):
             identity[name] = getattr(self, name)
@@ -254,7 +285,7 @@ class DatasetConfig:
         tf = tensorflow_quiet.tensorflow()
         rows = self.batch_size // process_count
         if self._random_access is None:
-            with tensorflow_quiet.reading(self.mixture_or_task_name):
+            with self.reading():
                 dataset = self._stream(process_index, process_count).batch(rows).skip(start)
         else:
             dataset = self._examples(start * self.batch_size + process_index * rows, rows).batch(rows)
@@ -315,7 +346,7 @@ class DatasetConfig:
         spec = self.batch_spec()
         number = start
         while stop is None or number < stop:
-            with tensorflow_quiet.reading(self.mixture_or_task_name):
+            with self.reading():
                 batch = next(batches, None)
             if batch is None and may_end:
                 return

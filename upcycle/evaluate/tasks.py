@@ -160,7 +160,7 @@ def _evaluator(data: Any, spec: TaskMetrics) -> Any:
             f'{name} has no task with metrics and a split {spec.split!r}: name one that has in TASK_METRICS_OF, or another '
             'TASK_METRICS_SPLIT.'
         )
-    with tensorflow_quiet.reading(name):
+    with data.reading():
         return seqio.Evaluator(
             name,
             seqio.EncDecFeatureConverter(pack=False),

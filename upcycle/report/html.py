@@ -15,8 +15,9 @@ import rich.markup
 import rich.table
 from etils import epath
 
+from upcycle import files, outputs
 from upcycle.cost import UTILIZATION
-from upcycle.errors import UserError
+from upcycle.errors import UserError, writing_to
 from upcycle.report.claims import Verdict
 from upcycle.report.claims import rows as claim_rows
 from upcycle.report.compare import Paired, Report, Row, half_width, mean_rows, paired, reaches
@@ -76,14 +77,15 @@ def write_report(
     notes = notes or {}
     reports = compare_seeds(runs)
     out = pathlib.Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
     main, others = [*first, *main_plots(reports, notes.get('evaluated_on'))], other_plots(reports)
-    for plot in [*main, *others]:
-        (out / f'{plot.key}.png').write_bytes(plot.png())
-    _write_csv(reports, out / 'report.csv')
     page = '\n'.join(_page(reports, title, notes, main, others, verdicts, beside or {}))
     path = out / 'report.html'
-    path.write_text(page, encoding='utf-8')
+    with writing_to(out, 'name another --out'):
+        out.mkdir(parents=True, exist_ok=True)
+        for plot in [*main, *others]:
+            (out / f'{plot.key}.png').write_bytes(plot.png())
+        _write_csv(reports, out / 'report.csv')
+        path.write_text(page, encoding='utf-8')
     return path
 
 
@@ -408,8 +410,9 @@ def report_main(run_dirs: Sequence[str], out: str) -> pathlib.Path:
     Returns:
       The path of `report.html`.
     """
+    outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
     folders: dict[epath.Path, None] = {}
-    for given in map(epath.Path, run_dirs):
+    for given in map(files.absolute, run_dirs):
         if (given / 'metrics.jsonl').is_file():
             found = [given]
         else:

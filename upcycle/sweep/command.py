@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from upcycle import files
+from upcycle import files, outputs
 from upcycle.errors import UserError
 from upcycle.sweep import conduct, grid, launchers
 from upcycle.sweep.launchers import Launcher
@@ -61,6 +61,8 @@ def sweep(
     if only is not None and what.get('compile'):
         raise UserError('--only chooses runs, and the compiled scale has programs: leave it out.')
     out = os.path.join('runs', what.name) if out is None else out
+    if where != PRINT:
+        outputs.check('--out', out, outputs.Kind.FOLDER)
     if what.get('compile'):
         return compile_all(what, out, where, environment, cluster, gin_files, bindings)
     every = grid.resolve(what, out, gin_files if config is not None else (), bindings)
@@ -112,6 +114,7 @@ def report_experiment(*, config: str, scale: str | None, out: str | None) -> Non
     out = os.path.join('runs', what.name) if out is None else out
     if not what.get('reports'):
         raise UserError(f'--config={config}: this experiment has no report at this scale.')
+    outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
     points = grid.resolve(what, out)
     begun = {point.name for point in points if point.records()}
     if not begun:

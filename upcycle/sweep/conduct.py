@@ -16,7 +16,7 @@ from rich.table import Table
 
 from upcycle import configuration, cost
 from upcycle.checkpoints import open_checkpoint
-from upcycle.errors import MissingData, UserError, mistakes_of, refuse
+from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
 from upcycle.metrics import clock
 from upcycle.report.compare import half_width
 from upcycle.sweep.launchers import Job, Launcher
@@ -123,8 +123,10 @@ def lock(out: str) -> Iterator[int]:
     Raises:
       UserError: another sweep, or a run that one left behind, holds it.
     """
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, 'sweep.lock'), 'w', encoding='utf-8') as file:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writing_to(out, 'name another --out'))
+        os.makedirs(out, exist_ok=True)
+        file = stack.enter_context(open(os.path.join(out, 'sweep.lock'), 'w', encoding='utf-8'))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

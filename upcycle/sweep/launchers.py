@@ -10,7 +10,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from upcycle.errors import PREEMPTED, UserError
+from upcycle.errors import PREEMPTED, UNAVAILABLE, UserError
+
+# A command in the shell that tries it again where nobody answered, or where it was told to stop and has saved.
+_AGAIN = f"""pause=30
+for try in {{1..10}}; do
+  code=0
+  "$@" || code=$?
+  [[ $code -eq {UNAVAILABLE} || $code -eq {PREEMPTED} ]] || exit "$code"
+  sleep "$pause"
+  pause=$((pause < 600 ? 2 * pause : pause))
+done
+exit "$code"
+"""
 
 
 class Job(Protocol):
@@ -195,7 +207,7 @@ class Slurm:
         yield from (SubmittedJob(job, log) for job, log in zip(jobs, logs, strict=True))
 
     def _command(self, arguments: Sequence[str]) -> Any:
-        command = [*self._env, self.python, '-m', 'upcycle', *arguments, *self._more]
+        command = ['bash', '-c', _AGAIN, 'again', *self._env, self.python, '-m', 'upcycle', *arguments, *self._more]
         return self._submitit.helpers.CommandFunction(command)
 
 
@@ -251,7 +263,12 @@ class Gke(OneByOne):
         name = f'upcycle-{hashlib.sha256(shlex.join(arguments).encode()).hexdigest()[:16]}'
         where = [f'--{key}={self._options[key]}' for key in ('cluster', 'project', 'zone') if key in self._options]
         # As scripts/launch/gke.sh.
-        options = {'num-slices': 1, 'max-restarts': 100, 'restart-on-exit-codes': PREEMPTED, **self._options}
+        options = {
+            'num-slices': 1,
+            'max-restarts': 100,
+            'restart-on-exit-codes': f'{UNAVAILABLE},{PREEMPTED}',
+            **self._options,
+        }
         create = ['xpk', 'workload', 'create', f'--workload={name}']
         create += [f'--{key}={value}' for key, value in options.items()]
         create.append(f'--command=upcycle {shlex.join(arguments)} --distributed')

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
-from upcycle import configuration, files
+from upcycle import configuration, cost, files, outputs
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
@@ -43,9 +43,11 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     Raises:
       UserError: `train` cannot begin, or go on: see the functions that are called here.
     """
+    outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER)
     configuration.claim(run, identity, write=False)
     mesh = loop.check(run)
     where = layout(run, mesh)
+    outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER, needed=cost.num_bytes(where.abstract))
     start = Start(mesh, where)
     newest = folder.newest_step(run.model_dir)
     if newest is None:
