@@ -215,6 +215,13 @@ def test_a_write_that_was_cut_off_is_gone_on_with(tmp_path):
     transfer(source, tmp_path, 'upcycle')
 
 
+@pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 't5x_orbax'])
+def test_a_name_that_tensorstore_cannot_open(format, dense, tmp_path):
+    with pytest.raises(UserError, match=r'a\\udcff.* is not UTF-8: use another name'):
+        transfer(dense, str(tmp_path / 'a\udcff' / 'x'), format)
+    assert listing(tmp_path) == []
+
+
 def test_a_folder_that_vanishes_is_named(tmp_path):
     with pytest.raises(UserError, match='gone/x cannot be written'), writing_to(tmp_path / 'gone'):
         (tmp_path / 'gone' / 'x').write_text('')

@@ -170,8 +170,17 @@ def mark_finished(folder: epath.Path, items: tuple[str, ...]) -> None:
 
 
 def kvstore(folder: epath.Path) -> dict[str, Any]:
-    """TensorStore's description of a folder, local or in a bucket."""
-    scheme, separator, rest = os.fspath(folder).partition('://')
+    """TensorStore's description of a folder, local or in a bucket.
+
+    Raises:
+        UserError: its name is not UTF-8, which TensorStore cannot open.
+    """
+    name = os.fspath(folder)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UserError(f'{name.encode(errors="backslashreplace").decode()} is not UTF-8: use another name.') from None
+    scheme, separator, rest = name.partition('://')
     if not separator:
         return {'driver': 'file', 'path': scheme + '/'}
     bucket, _, key = rest.partition('/')

@@ -173,6 +173,7 @@ class FolderWriter:
         self.leaves = {name: leaves[name] for name in self.keys}
         self._alike = frozenset(alike)
         self._final = layout.final(path, step)
+        arrays.kvstore(self._final)  # refuses a name that cannot be opened, before anything is made
         self.path = os.fspath(self._final)
         outputs.refuse_existing(self._final)
         remote = '://' in self.path
