@@ -181,7 +181,7 @@ def _number(name: str) -> int:
 
 
 def _incomplete(missing: Sequence[str]) -> str:
-    return f'{len(missing)} of its arrays are not there, such as {missing[0]}'
+    return f'{len(missing)} of its arrays are not there, such as {missing[0]}, so it cannot be read'
 
 
 def _why_not_read(step: epath.Path) -> str:
