@@ -129,7 +129,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(passed_over)}): name another run.')
     huggingface.refuse_other_files(folder)
     listing = ''.join(f'; {name} is passed over ({reason})' for name, reason in passed_over.items())
-    raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}.')
+    way_out = ': copy the checkpoint again' if passed_over else ''
+    raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}{way_out}.')
 
 
 def _number(name: str) -> int:
@@ -139,7 +140,7 @@ def _number(name: str) -> int:
 
 
 def _incomplete(missing: Sequence[str]) -> str:
-    return f'{len(missing)} of its arrays are not there, such as {missing[0]}'
+    return f'{len(missing)} of its arrays are not there, such as {missing[0]}, so it cannot be read'
 
 
 def _why_not_read(step: epath.Path) -> str:
