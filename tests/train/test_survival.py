@@ -65,7 +65,7 @@ def test_a_run_without_a_whole_step_is_refused_and_so_is_a_start_from_it(run, tm
 def test_a_run_that_cannot_write_says_so_and_loses_nothing(run, tmp_path, capsys):
     """A file in the folder's place, and a disk without space, for which a limit on the size of files stands in."""
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match=r'file\S* cannot be written \((File exists|Not a directory)\)'):
+    with pytest.raises(UserError, match='file.* cannot be written: .* a folder'):
         runs.train('dense', tmp_path / 'file', 4)
     before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
