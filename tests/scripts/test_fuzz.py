@@ -23,11 +23,21 @@ def fuzz():
     sys.path.remove(str(SCRIPT.parent))
 
 
-@pytest.mark.parametrize('what', ['configurations', 'checkpoints'])
-def test_fifty_cases(what, fuzz, tmp_path, capsys):
-    assert fuzz.main(['--what', what, '--cases', '50', '--out', str(tmp_path / 'failed')]) == 0, capsys.readouterr().out
+CASES = [
+    ('configurations', 50),
+    ('checkpoints', 50),
+    ('inputs', 50),
+    pytest.param('processes', 6, marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize(('what', 'cases'), CASES)
+def test_some_cases(what, cases, fuzz, tmp_path, capsys):
+    assert fuzz.main(['--what', what, '--cases', str(cases), '--out', str(tmp_path / 'failed')]) == 0, (
+        capsys.readouterr().out
+    )
     total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('| all'))
-    assert total.endswith('| 0 | 0 | 0 | 50 |')
+    assert total.endswith(f'| 0 | 0 | 0 | 0 | 0 | {cases} |')
     assert not (tmp_path / 'failed').exists()
 
 

@@ -32,9 +32,8 @@ from upcycle.errors import UserError, writing_to
 NAME = 'lock.json'
 PATIENCE = 60.0
 _POLL = 0.25
-_TOGETHER = (
-    10.0  # seconds that process 0 waits before it tells the others: collectives give up in the end (Gloo's after 30)
-)
+# Seconds that process 0 waits before it tells the others, whose collectives give up in the end.
+_TOGETHER = 10.0
 _SIZE = 1024  # bytes of a lock, filled up with spaces: it is overwritten in place
 
 
