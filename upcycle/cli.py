@@ -126,6 +126,8 @@ def _say_no_more(code: int) -> None:
             stream.flush()
         except (OSError, ValueError):
             _drop(stream)
+    if code == INTERRUPTED:
+        os._exit(code)  # threads of JAX and Orbax that are at work crash an interpreter that ends
     if code and not os.environ.get(TRACEBACK):
         logging.disable()
         sys.unraisablehook = lambda unraisable: None
