@@ -24,6 +24,8 @@ COPY_PERIOD = 60.0
 SET_ASIDE = 'metrics.set_aside.jsonl'
 # Around a line; a machine that loses power may leave zeros.
 _PADDING = ' \t\r\0'
+# Running totals, whose differences the report takes.
+_COSTS = ('start_step', 'flops', 'seconds', 'sunk_flops', 'sunk_seconds')
 
 
 class MetricsLog:
@@ -51,12 +53,13 @@ class MetricsLog:
         path = self._mirror.path / 'metrics.jsonl'
         earlier = files.absolute(model_dir) / 'metrics.jsonl'
         kept, others, damaged = [], [], []
-        lines = _lines(earlier)
+        lines = _read(earlier)
         for number, line in enumerate(lines, 1):
-            record = _record(line)
-            (kept if record is not None and is_kept(record) else others).append(line)
+            record = parse_line(line)
+            is_whole = what_is_wrong(record) is None
+            (kept if is_whole and is_kept(record) else others).append(line)
             # A kill cuts the last line off; nothing of ours damages another one.
-            if record is None and line.strip() and number < len(lines):
+            if not is_whole and line.strip() and number < len(lines):
                 damaged.append(number)
         self._set_aside(others, files.absolute(model_dir) / SET_ASIDE)
         if damaged:
@@ -150,30 +153,69 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
       UserError: what has that name is no file.
     """
-    return [record for line in _lines(files.absolute(path)) if (record := _record(line)) is not None]
+    records = map(parse_line, _read(files.absolute(path)))
+    return [record for record in records if what_is_wrong(record) is None]
 
 
-def _lines(file: epath.Path) -> list[bytes]:
+def _read(file: epath.Path) -> list[bytes]:
+    """The lines of a log, a last one that was cut off included; [] where there is none."""
     if not file.exists():
         return []
     if not file.is_file():
         raise UserError(f'{file} is not a file, and the log of a run is written there: move it away.')
-    return file.read_bytes().removesuffix(b'\n').split(b'\n')
+    return lines_of(file.read_bytes().removesuffix(b'\n'))
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of a log of ours; None where it is something else, or damaged."""
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number (a diverged run logs nan)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
+
+
+def lines_of(log: bytes) -> list[bytes]:
+    """The lines of a `metrics.jsonl`; the last one is what follows the last line break, nothing where no line was cut off."""
+    return log.split(b'\n')
+
+
+def parse_line(line: bytes) -> Any:
+    """A line's JSON; None where it is none. Numbers that JSON has no word for (`NaN`, `Infinity`) are read."""
     try:
-        record = json.loads(line.decode('utf-8-sig').strip(_PADDING))
+        return json.loads(line.decode('utf-8-sig').strip(_PADDING))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or not isinstance(record.get('split'), str):
-        return None
-    step = record.get('step')
-    is_step = (isinstance(step, int) and not isinstance(step, bool)) or (
-        isinstance(step, float) and math.isfinite(step)
-    )
-    return record if is_step else None
+
+
+def what_is_wrong(record: Any) -> str | None:
+    """Why a line of a log, parsed, is none that a run has written; None: it is one."""
+    if not isinstance(record, dict):
+        return 'is not a JSON object'
+    for name in ('step', 'split'):
+        if name not in record:
+            return f'has no {name!r}'
+    if not isinstance(record['split'], str):
+        return f"has 'split': {_shown(record['split'])}, which is not a word"
+    for name in ('step', *_COSTS):
+        value = record.get(name, 0)
+        whole = name not in ('step', 'start_step') or isinstance(value, int)
+        if not (is_number(value) and value >= 0 and whole):
+            return f'has {name!r}: {_shown(value)}, which is not a number of {"steps" if "step" in name else name}'
+    for name, value in record.items():
+        if not _is_metric(value):
+            return f'has {name!r}: {_shown(value)}, which is not a metric'
+    return None
+
+
+def _is_metric(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_metric, value))
+    # A float holds no larger whole number.
+    return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**1023)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f'{text[:60]}...'
 
 
 def plain(value: Any) -> Any:

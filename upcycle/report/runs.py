@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from etils import epath
 
 from upcycle import files
 from upcycle.errors import UserError
+from upcycle.metrics import is_number as is_number
+from upcycle.metrics import lines_of, parse_line, what_is_wrong
 
 Record = dict[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]
@@ -91,63 +93,6 @@ class Run:
         )
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number (a diverged run logs nan)."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
-
-
-def lines_of(log: bytes) -> Iterator[tuple[int, bytes]]:
-    """The number and text of each line of a `metrics.jsonl` that is not blank. A last one that was cut off is left out."""
-    *whole, _ = log.split(b'\n')
-    yield from ((number, line) for number, line in enumerate(whole, 1) if line.strip())
-
-
-def parse_line(line: bytes) -> Any:
-    """A line's JSON; None where it is none. Numbers that JSON has no word for (`NaN`, `Infinity`) are read."""
-    try:
-        return json.loads(line.decode('utf-8'))
-    except (ValueError, RecursionError):
-        return None
-
-
-def what_is_wrong(record: Any) -> str | None:
-    """Why a line of a log, parsed, is none that a run has written; None: it is one."""
-    if not isinstance(record, dict):
-        return 'is not a JSON object'
-    for name in ('step', 'split'):
-        if name not in record:
-            return f'has no {name!r}'
-    if not isinstance(record['split'], str):
-        return f"has 'split': {_shown(record['split'])}, which is not a word"
-    for name in ('step', *_COSTS):
-        value = record.get(name, 0)
-        whole = name not in ('step', 'start_step') or isinstance(value, int)
-        if not (is_number(value) and value >= 0 and whole):
-            return f'has {name!r}: {_shown(value)}, which is not a number of {"steps" if "step" in name else name}'
-    for name, value in record.items():
-        if not _is_metric(value):
-            return f'has {name!r}: {_shown(value)}, which is not a metric'
-    return None
-
-
-# Running totals, whose differences the report takes.
-_COSTS = ('start_step', 'flops', 'seconds', 'sunk_flops', 'sunk_seconds')
-
-
-def _is_metric(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_metric, value))
-    # A float holds no larger whole number.
-    return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**1023)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f'{text[:60]}...'
-
-
 def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str | None = None) -> Run:
     """Reads a run folder.
 
@@ -164,7 +109,10 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
     if not metrics.is_file():
         raise UserError(f'{path} is not a run folder: it has no metrics.jsonl; give the MODEL_DIR of a run.')
     records = []
-    for number, line in lines_of(metrics.read_bytes()):
+    # The last line of a run in progress may be cut off.
+    for number, line in enumerate(lines_of(metrics.read_bytes())[:-1], 1):
+        if not line.strip():
+            continue
         if wrong := what_is_wrong(record := parse_line(line)):
             raise UserError(f'{metrics}, line {number}, {wrong}: remove that line, or run again.')
         records.append(record)
