@@ -85,7 +85,8 @@ def test_killed_and_nothing_is_lost(kills, tmp_path):
     spec = importlib.util.spec_from_file_location('soak', SOAK)
     soak = sys.modules['soak'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    account = soak.soak(soak.Case('vision', 1), kills=kills, steps=24, seed=0, folder=tmp_path)
+    case = soak.Case('vision', 1)
+    account = soak.soak(case, kills=kills, steps=24, seed=0, folder=tmp_path, converted=kills > 1)
     assert account.kills >= kills and account.runs >= 1
     assert account.most <= 2 * soak.PERIODS['CHECKPOINT_PERIOD']
     if kills > 1:
