@@ -208,4 +208,27 @@ def test_lines_of_alike_layers_are_one():
     assert leaf_names.pattern('Transformer/encoderblock_3/MlpBlock_0/Dense_1/bias, 0.5 in v1') == (
         'Transformer/encoderblock_*/MlpBlock_0/Dense_1/bias, 0.5 in v1'
     )
-    assert str(DifferentLeaves('It differs', ['a/b is c'])) == 'It differs (1 leaves):\n  a/b is c'
+    assert str(DifferentLeaves('It differs', ['a/b is c'])) == 'It differs (1 leaf):\n  a/b is c'
+
+
+def test_what_shapes_do_not_say_and_sizes_at_once(tmp_path, capsys):
+    """A Hugging Face folder says its heads; the sizes that differ are in the same message."""
+    sizes = dict(zip(FIELDS, SIZES.values(), strict=True))
+    path = trees.write(tmp_path / 'x', 'huggingface', trees.t5(False, state=False, **sizes))
+    bindings = ['--gin.OPTIMIZER_STATE=fresh']
+    command = ['plan', f'--from={path}', '--gin_file=models/t5_1_1_base.gin', *MOE, *UPCYCLE]
+    code, _, error = call([*command, *bindings], capsys)
+    assert code == 2 and len(error.splitlines()) <= SCREEN
+    assert 'num_heads = 6, and the model has 12' in error and 'EMBED_DIM is 768 here and 96 in the checkpoint' in error
+    bindings += shlex.split(re.search('bindings that fit: (.*)', error)[1])
+    assert call([*command, *bindings], capsys)[0] == 0
+
+
+def test_a_backbone_has_no_number_of_classes(tmp_path, capsys):
+    tree = {name: value for name, value in trees.vit(False, state=False).items() if '/head/' not in name}
+    path = trees.write(tmp_path / 'vit.npz', 'vit_npz', tree)
+    files = ['--gin_file=models/vit_mini.gin', '--gin_file=moe/vit.gin']
+    code, _, error = call(
+        ['convert', f'--from={path}', f'--to={tmp_path / "y"}', '--optimizer_state=none', *files], capsys
+    )
+    assert code == 2 and 'NUM_LAYERS is 4 here and 3 in the checkpoint' in error and 'NUM_CLASSES' not in error, error

@@ -36,7 +36,8 @@ class DifferentLeaves(UserError):  # noqa: N818  it is a kind of mistake
         self.what, self.problems = what, tuple(problems)
         before = list(before)
         most = _ON_A_SCREEN - len(before)
-        lines = [f'{what} ({len(self.problems)} leaves):', *before, *_summary(self.problems, most)]
+        count = len(self.problems)
+        lines = [f'{what} ({count} {"leaf" if count == 1 else "leaves"}):', *before, *_summary(self.problems, most)]
         super().__init__('\n  '.join(lines))
 
 

@@ -112,7 +112,7 @@ def known_step(reader: Reader, step: int | str | None) -> int | None:
     if isinstance(step, str) and re.fullmatch(r'-?[0-9]{1,100}', step):
         step = int(step)
     if step is not None and not schema.fits(step, schema.Whole):
-        shown = step if isinstance(step, str) else schema.shown(step)
+        shown = step[:100] if isinstance(step, str) else schema.shown(step)
         raise UserError(f'--step={shown} must be {schema.in_words(schema.Whole)}.')
     if step is not None and reader.step is not None and step != reader.step:
         raise UserError(f'{reader.path} stands at step {reader.step}: leave out --step={step}.')

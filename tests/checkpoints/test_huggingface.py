@@ -235,7 +235,10 @@ DAMAGE = {
     ),
     'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'do not lie beside it'),
     'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'looks for extra'),
-    'no configuration': (lambda f: (f / 'config.json').unlink(), 'config.json cannot be read'),
+    'no configuration': (
+        lambda f: (f / 'config.json').unlink(),
+        'has no config.json, which says what the arrays do not',
+    ),
     'another model': (change_config(model_type='bert'), 'type bert: only T5 and ViT'),
     'another activation': (change_config(feed_forward_proj='gated-tanh'), 'gated-tanh'),
     'another norm': (change_config(layer_norm_epsilon=1e-5), 'layer_norm_epsilon is 1e-05'),
@@ -256,3 +259,58 @@ def test_a_pickle_is_never_opened(tmp_path):
     (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x04cos\nsystem\n')
     with pytest.raises(UserError, match='pytorch_model.bin, a pickle, which is never opened'):
         open_checkpoint(tmp_path)
+
+
+def rename(folder, change):
+    """Writes the file again with other names; None: without the array."""
+    header, data = header_of(folder / 'model.safetensors')
+    arrays = {}
+    for name, entry in header.items():
+        if name != '__metadata__' and change(name) is not None:
+            begin, end = entry['data_offsets']
+            arrays[change(name)] = (entry, data[begin:end])
+    made, data = {}, b''
+    for name, (entry, part) in arrays.items():
+        made[name] = {**entry, 'data_offsets': [len(data), len(data) + len(part)]}
+        data += part
+    save(folder / 'model.safetensors', made, data)
+
+
+def test_an_encoder_alone(folder):
+    """Such as a sentence encoder, or the text encoder of an image generator."""
+    rename(folder, lambda name: None if name.startswith(('decoder.', 'lm_head')) else name)
+    with pytest.raises(UserError, match='holds no decoder, and our T5 has both an encoder and a decoder'):
+        open_checkpoint(folder)
+
+
+def test_position_biases_in_every_layer_of_a_model_that_is_no_umt5(folder):
+    add(
+        folder, **{'encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight': np.ones((32, 2), np.float32)}
+    )
+    with pytest.raises(UserError, match="position biases in every layer .*model_type of config.json is 't5'"):
+        open_checkpoint(folder)
+
+
+def test_a_model_inside_another_one_is_not_called_half(folder):
+    rename(folder, lambda name: f'transformer.{name}')
+    with pytest.raises(UserError, match="begin with 'transformer.', as of a model inside another one"):
+        open_checkpoint(folder)
+
+
+def test_a_configuration_without_model_type(folder):
+    """As of timm."""
+    change_config(model_type=None)(folder)
+    with pytest.raises(UserError, match='has no model_type'):
+        open_checkpoint(folder)
+
+
+def test_class_token_and_position_that_add_up_to_too_much(tmp_path):
+    tree = {name: value.astype(np.float16) if name != 'step' else value for name, value in vits.ours().items()}
+    tree['params/cls'][0, 0, 0] = 60_000
+    trees.write(tmp_path / 'vit', 'huggingface', tree)
+    header, data = header_of(tmp_path / 'vit' / 'model.safetensors')
+    begin = header['vit.embeddings.position_embeddings']['data_offsets'][0]
+    number = np.float16(60_000).tobytes()
+    save(tmp_path / 'vit' / 'model.safetensors', header, data[:begin] + number + data[begin + 2 :])
+    with pytest.raises(UserError, match='the class token and its position add up to more than float16 holds'):
+        open_checkpoint(tmp_path / 'vit').read('params/cls')

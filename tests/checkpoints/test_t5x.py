@@ -476,3 +476,37 @@ def test_hostile_or_damaged_index(tmp_path, encoded, reason):
     with pytest.raises(UserError, match=reason) as caught:
         open_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize('states', ['optax', 'MultiOptimizer'])
+def test_state_of_another_optimizer_is_left_out(states, tmp_path):
+    folder = trees.write(tmp_path / 'x', 't5x_legacy', trees.t5(False, state=True))
+    index = pathlib.Path(folder) / 'checkpoint'
+    tree = flax.serialization.msgpack_restore(index.read_bytes())
+    state = tree['optimizer']['state']
+    if states == 'optax':
+        moments = {'count': np.asarray(100), 'mu': {'x': np.ones(3, np.float32)}, 'nu': {'x': np.ones(3, np.float32)}}
+        state['param_states'] = {'0': moments, '1': {}}
+    else:
+        tree['optimizer']['state'] = {'0': state, '1': {'step': np.asarray(100)}}
+    index.write_bytes(flax.serialization.msgpack_serialize(tree))
+    (index.parent / 'upcycle.json').unlink()
+    reader = open_checkpoint(folder)
+    assert not [name for name in reader.leaves() if name.startswith('opt_state/')]
+    assert 'another optimizer than Adafactor' in reader.metadata['not_read']['opt_state']
+    assert reader.step == (100 if states == 'optax' else None)
+    assert open_checkpoint(transfer(folder, tmp_path / 'y', 'upcycle')).leaves().keys() >= {
+        'params/encoder/encoder_norm/scale'
+    }
+
+
+def test_variables_that_are_no_parameters_are_left_out(tmp_path):
+    folder = trees.write(tmp_path / 'x', 't5x_legacy', trees.t5(False, state=True))
+    expected = open_checkpoint(folder).leaves().keys()
+    index = pathlib.Path(folder) / 'checkpoint'
+    tree = flax.serialization.msgpack_restore(index.read_bytes())
+    tree['optimizer']['flax_mutables'] = {'batch_stats': {'mean': np.ones(3, np.float32)}}
+    index.write_bytes(flax.serialization.msgpack_serialize(tree))
+    (index.parent / 'upcycle.json').unlink()
+    reader = open_checkpoint(folder)
+    assert reader.leaves().keys() == expected and list(reader.metadata['not_read']) == ['flax_mutables']

@@ -248,7 +248,7 @@ def test_a_newer_step_whose_arrays_have_not_all_arrived(steps, said):
     shutil.rmtree(run / finished.format(100))
     with pytest.raises(
         UserError,
-        match='2000 is passed over .1 of its arrays are not there, such as .*wo/kernel, .* copy ',
+        match='2000 is passed over .1 of its arrays is not there, such as .*wo/kernel, .* copy ',
     ):
         open_checkpoint(run)
 

@@ -9,6 +9,7 @@ import pytest
 from tests.checkpoints import trees
 from tests.data.test_text_files import config, first_batch, folder, model, train_sentencepiece  # noqa: F401
 from tests.test_cli import call
+from upcycle.checkpoints import open_checkpoint
 from upcycle.data.text import TextFiles
 from upcycle.errors import UserError
 from upcycle.transfer import transfer
@@ -44,6 +45,7 @@ CASES = {
     'bytes, as T5': (None, {'sentinels': 't5'}, range(358, 258, -1), 359),
     'ByT5': (None, {'sentinels': 'byt5'}, range(258, 130, -1), 259),
     'a file without': ('model', {}, range(139, 39, -1), 140),
+    'umT5': ('model', {'sentinels': 'umt5'}, range(339, 39, -1), 340),
     'fewer on top': ('model', {'extra_ids': 20}, range(59, 39, -1), 60),
     'mT5': ('holds_sentinels', {}, range(49, 39, -1), 50),
     'mT5 by name': ('holds_sentinels', {'sentinels': 'mt5'}, range(49, 39, -1), 50),
@@ -78,6 +80,12 @@ REFUSED = {
     "a file's sentinels without a file": (None, {'sentinels': 'mt5'}, "SENTINELS = 'mt5'.*bind SENTENCEPIECE_MODEL"),
     'a file that has none': ('model', {'sentinels': 'mt5'}, 'has no piece <extra_id_0>'),
     'others on top': ('holds_sentinels', {'sentinels': 't5'}, '<extra_id_0> is id 49'),
+    'umT5 without a file': (None, {'sentinels': 'umt5'}, "SENTINELS = 'umt5'.*bind SENTENCEPIECE_MODEL"),
+    'umT5 on top of others': (
+        'holds_sentinels',
+        {'sentinels': 'umt5'},
+        "SENTINELS = 'umt5' adds.*<extra_id_0> is id 49",
+    ),
     'bytes and a file': ('model', {'sentinels': 'byt5'}, "SENTINELS = 'byt5' are bytes, and SENTENCEPIECE_MODEL"),
     'twice the same': (None, {'sentinels': (300, 300)}, r'SENTINELS = \(300, 300\) must be different ids'),
     'padding': (None, {'sentinels': (300, 0)}, r'SENTINELS = \(300, 0\) must be'),
@@ -124,7 +132,7 @@ def test_what_training_refuses_a_plan_refuses(command, folder, dense, tmp_path, 
     code, _, error = call([*arguments, '--gin.SENTINELS=(400, 399)'], capsys)
     assert code == 2 and re.search('NUM_EMBEDDINGS = 384 is smaller than .* vocabulary of 401 tokens', error), error
     code, _, error = call([*arguments, '--gin.SENTINELS=t6'], capsys)
-    assert code == 2 and 'SENTINELS' in error and 'one of t5, mt5, byt5' in error, error
+    assert code == 2 and 'SENTINELS' in error and 'one of t5, umt5, mt5, byt5' in error, error
 
 
 @pytest.mark.parametrize('tokenizer', ['ByT5Tokenizer', 'T5Tokenizer'])
@@ -149,3 +157,22 @@ def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # 
                 error
             )
             assert call(['plan', f'--from={path}', *options, '--gin.SENTINELS=byt5'], capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    'model_type, rows, first',
+    [('umt5', 256_384, '256299, 256298'), ('mt5', 250_112, '250099, 250098'), ('umt5', 384, None)],
+)
+def test_checkpoints_with_the_vocabularies_of_mt5_and_umt5(model_type, rows, first, folder, tmp_path):  # noqa: F811
+    """What they were trained with is no default of a task on another file."""
+    biases = 'every_layer' if model_type == 'umt5' else 'shared'
+    tree = trees.t5(False, state=False, vocab_size=rows, emb_dim=2, position_biases=biases)
+    source = trees.write(tmp_path / 'in', 'huggingface', tree, {'model_type': model_type})
+    kind = open_checkpoint(source).metadata.get('sentinels')
+    data = config(TextFiles(str(folder / '*.txt')))
+    if first is None:
+        assert kind is None
+        data.check_sentinels(source, kind)
+        return
+    with pytest.raises(UserError, match=f"sentinels {first}, .* takes 358, 357, .*SENTINELS = '{model_type}'"):
+        data.check_sentinels(source, kind)

@@ -7,6 +7,7 @@ libraries load when a checkpoint is opened.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -34,6 +35,7 @@ _LOOKED_FOR = (
     'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, `model.safetensors` with `config.json` (Hugging Face), '
     'or a file `.npz` (ViT)'
 )
+_MOST_LOOKED_AT = 100  # entries of a folder, in search of what else to name
 # A part of an archive is named behind a colon, as big_vision does: `siglip.npz:img`.
 _PART = re.compile(r'(.+\.npz):([\w/]+)')
 
@@ -128,6 +130,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     if passed_over and all(map(_UNFINISHED.fullmatch, passed_over)):
         raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(passed_over)}): name another run.')
     huggingface.refuse_other_files(folder)
+    if not passed_over and (found := _elsewhere(folder)):
+        raise UserError(f'{folder} is no checkpoint itself: name {found}.')
     listing = ''.join(f'; {name} is passed over ({reason})' for name, reason in passed_over.items())
     way_out = ': copy the checkpoint again' if passed_over else ''
     raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}{way_out}.')
@@ -139,8 +143,40 @@ def _number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+def _elsewhere(folder: epath.Path) -> str | None:
+    """Where a checkpoint lies instead, on this machine: above what was named, or up to two folders below it."""
+    from upcycle.checkpoints import arrays, huggingface
+
+    def holds_one(place: epath.Path) -> bool:
+        indexes = ('checkpoint', f'state/{arrays.ORBAX_INDEX}')
+        return huggingface.find(place) or any((place / name).is_file() for name in indexes)
+
+    def below(place: epath.Path) -> list[epath.Path]:
+        return sorted(
+            place.iterdir(), key=lambda child: [int(n) for n in re.findall(r'\d{1,18}', child.name)], reverse=True
+        )
+
+    if files.is_remote(folder):
+        return None
+    is_part = not folder.is_dir() or any((folder / name).exists() for name in (arrays.ORBAX_INDEX, '.zarray'))
+    if is_part and holds_one(folder.parent):
+        return f'the folder above it, {folder.parent}'
+    if not folder.is_dir():
+        return None
+    children = below(folder)[:_MOST_LOOKED_AT]
+    if archives := [child for child in children if child.name.endswith('.npz')]:
+        return f'the file, {archives[0]}'
+    folders = [child for child in children if child.is_dir()]
+    with contextlib.suppress(OSError):  # one of them is closed to us
+        folders += [inner for child in folders for inner in below(child)[:_MOST_LOOKED_AT] if inner.is_dir()]
+    found = [place for place in folders if holds_one(place)]
+    more = f', or another of the {len(found)} below it' if len(found) > 1 else ''
+    return f'{found[0]}{more}' if found else None
+
+
 def _incomplete(missing: Sequence[str]) -> str:
-    return f'{len(missing)} of its arrays are not there, such as {missing[0]}, so it cannot be read'
+    verb = 'is' if len(missing) == 1 else 'are'
+    return f'{len(missing)} of its arrays {verb} not there, such as {missing[0]}, so it cannot be read'
 
 
 def _why_not_read(step: epath.Path) -> str:
@@ -153,6 +189,8 @@ def _why_not_read(step: epath.Path) -> str:
         return 'it is empty'
     if (step / 'state' / '_METADATA').exists():
         return 'it has no commit_success.txt, so its save was interrupted'
+    if items := sorted(child.name for child in step.iterdir() if (child / '_METADATA').exists()):
+        return f'its Orbax item is `{items[0]}`, and T5X and this program write `state`'
     return 'it has neither `checkpoint` (T5X legacy) nor `state/_METADATA` (Orbax), so it was not copied as a whole'
 
 

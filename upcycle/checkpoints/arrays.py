@@ -102,7 +102,19 @@ def token_position_into_token(cls: Lazy, table: Lazy) -> tuple[Derived, Derived]
     """
     _, rows, width = table.shape
     patches = Derived((1, rows - 1, width), table.dtype, (table,), lambda table: table[:, 1:])
-    return patches, Derived((1, 1, width), cls.dtype, (cls, table), lambda cls, table: cls + table[:, :1])
+
+    def add(cls: np.ndarray, table: np.ndarray) -> np.ndarray:
+        wide = [x.astype(np.float32) for x in (cls, table[:, :1])]
+        with np.errstate(over='ignore'):
+            total = (wide[0] + wide[1]).astype(dtype)
+        if (~np.isfinite(total) & np.isfinite(wide[0]) & np.isfinite(wide[1])).any():
+            raise UserError(
+                f'the class token and its position add up to more than {dtype} holds: save the model again as float32.'
+            )
+        return total
+
+    dtype = jax.numpy.promote_types(cls.dtype.newbyteorder('='), table.dtype.newbyteorder('='))
+    return patches, Derived((1, 1, width), dtype, (cls, table), add)
 
 
 def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | 
     try:
         found = json.loads(file.read_text(), object_pairs_hook=pairs)
     except OSError as error:
-        raise UserError(f'{file} cannot be read ({error}): copy the checkpoint again.') from error
+        raise UserError(f'{file} cannot be read ({error.strerror or error}): copy the checkpoint again.') from error
     except (ValueError, RecursionError) as error:
         raise UserError(f'{file} is damaged ({error}): copy the checkpoint again.') from error
     if not isinstance(found, dict):

@@ -35,7 +35,7 @@ ACTIVATIONS = {
 }
 _T5_ACTIVATIONS = {'relu': 'relu', 'silu': 'silu', 'swish': 'silu'}
 _T5_ACTIVATIONS |= dict.fromkeys(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'), 'gelu')
-GELUS = {'gelu': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}
+GELUS = {'gelu': 'erf', 'gelu_python': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}
 
 # Other names of T5's fields (`attribute_map`).
 _ALIASES = {
@@ -213,7 +213,9 @@ def read_config(file: epath.Path) -> dict[str, Any]:
         UserError: the file is damaged, is of another model than a T5 or a ViT, or says something that our models do not do.
     """
     config = {name: value for name, value in arrays.read_json(file).items() if value is not None}
-    if not isinstance(config.get('model_type'), str) or config['model_type'] not in _FAMILIES:
+    if 'model_type' not in config:
+        raise UserError(f'{file} has no model_type, as transformers writes it: only its T5 and ViT are read.')
+    if not isinstance(config['model_type'], str) or config['model_type'] not in _FAMILIES:
         raise UserError(f'{file} describes a model of type {config.get("model_type")}: only T5 and ViT are read.')
     which = family(config)
     if which == 't5':

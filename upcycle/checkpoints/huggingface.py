@@ -50,7 +50,10 @@ _SHARD_BYTES = 5 << 30
 _ADAPTER = 'adapter_config.json'
 _ADAPTER_FILES = 'adapter_model.'
 _PICKLES = re.compile(r'pytorch_model.*\.bin(\.index\.json)?|.*\.(pt|pth|ckpt|pkl)')
-_OTHER_PROGRAMS = re.compile(r'(tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf|model.*\.onnx)')
+_OTHER_PROGRAMS = re.compile(
+    r'(tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf|model.*\.onnx|.*\.ckpt-\d+\.index'
+    r'|global_step\d+|zero_to_fp32\.py|pytorch_model_fsdp_\d+|.*\.distcp)'  # DeepSpeed, FSDP
+)
 NAMES = re.compile(r'.*\.safetensors(\.index(\.\w+)?\.json)?')  # arrays, or an index, which may be of a variant
 _SHARD = re.compile(r'.*-\d{5}-of-\d{5}\.safetensors')
 
@@ -80,6 +83,8 @@ _DEPTHS = {
     'num_decoder_layers': r'decoder\.block\.(\d+)\.',
     'num_hidden_layers': r'(?:vit\.)?encoder\.layer\.(\d+)\.',
 }
+# Whose sentinels are not T5's, by `model_type` and `vocab_size`.
+_OWN_VOCABULARIES = {('mt5', 250112): 'mt5', ('umt5', 256384): 'umt5'}
 _T5_CLASSES = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}
 
 
@@ -182,6 +187,11 @@ class HuggingFaceReader(arrays.ArrayReader):
         folder = path if path.is_dir() else path.parent
         if path.name.startswith(_ADAPTER_FILES):
             _refuse_adapter(path)
+        if not (folder / CONFIG).exists():
+            raise UserError(
+                f'{folder} has no {CONFIG}, which says what the arrays do not: copy that of the model there, '
+                "as transformers' save_pretrained does."
+            )
         self._config = foreign.read_config(folder / CONFIG)
         file = _which_file(folder, None if path == folder else path.name, self._config.get('transformers_weights'))
         stored, self._notes = _read_files(file)
@@ -206,8 +216,15 @@ class HuggingFaceReader(arrays.ArrayReader):
         """The family, what the configuration says of the model, and what of the files is not read."""
         found = {'family': foreign.family(self._config), 'facts': self._facts, 'model_type': self._config['model_type']}
         # ByT5's configuration is that of a T5, but for its tokenizer.
-        sentinels = {'sentinels': 'byt5'} if self._config.get('tokenizer_class') == 'ByT5Tokenizer' else {}
-        return {**found, **sentinels, **({'not_read': self._left_out} if self._left_out else {})}
+        is_byt5 = self._config.get('tokenizer_class') == 'ByT5Tokenizer'
+        kind = (
+            'byt5' if is_byt5 else _OWN_VOCABULARIES.get((self._config['model_type'], self._config.get('vocab_size')))
+        )
+        return {
+            **found,
+            **({'sentinels': kind} if kind else {}),
+            **({'not_read': self._left_out} if self._left_out else {}),
+        }
 
 
 def find(folder: epath.Path) -> bool:
@@ -345,12 +362,17 @@ def _read_files(file: epath.Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
         stored, more = _read_header(folder / file)
         for name, tensor in stored.items():
             if where.get(name) != file:
-                raise UserError(f'{folder / file} holds {name}, which {index} looks for in {where.get(name)}.')
+                instead = f'looks for in {where[name]}' if name in where else 'does not name'
+                raise UserError(
+                    f'{folder / file} holds {name}, which {index} {instead}: copy the checkpoint again, with its own index.'
+                )
             found[name] = tensor
         notes = notes or more
     for name, file in where.items():
         if name not in found:
-            raise UserError(f'{index} looks for {name} in {file}, which does not hold it.')
+            raise UserError(
+                f'{index} looks for {name} in {file}, which does not hold it: copy the checkpoint again, with its own index.'
+            )
     return found, notes
 
 
@@ -472,6 +494,20 @@ def _read_t5(
         raise UserError(
             f'{folder / CONFIG}: feed_forward_proj, dense_act_fn and is_gated_act ask for {activations}, and the arrays have '
             f'{"one matrix" if len(activations) > 1 else "two matrices"} (DenseReluDense.wi).'
+        )
+    for stack in ('encoder', 'decoder'):
+        if not any(f'{stack}.block.' in name for name in stored):
+            raise UserError(
+                f'{folder} holds no {stack}, and our T5 has both an encoder and a decoder: take the whole model.'
+            )
+    if config['model_type'] != 'umt5' and (
+        strange := [
+            name for name in stored if re.search(r'\.block\.[1-9]\d*\.layer\.0\..*relative_attention_bias', name)
+        ]
+    ):
+        raise UserError(
+            f'{folder} has position biases in every layer ({strange[0]}), as a umT5, and model_type of {CONFIG} is '
+            f'{config["model_type"]!r}: set it to umt5 if that is what it is.'
         )
     stored = dict(stored)
     # T5 1.0 scales before a head that is the embedding; mT5 never does. transformers 5 always says that the head is tied, and

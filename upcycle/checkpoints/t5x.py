@@ -85,11 +85,27 @@ class _T5XReader(arrays.ArrayReader):
             return owner is not None and not (owner.shape == (1,) and slot in own_slots)
 
         every = {name: leaf for name, leaf in every.items() if not is_placeholder(name)}
+        self._leave_out_of_others(every)
         for row, column in _swapped_statistics(every):
             for by_name in (self._sources, self._opened, every):
                 if row in by_name:
                     by_name[row], by_name[column] = by_name[column], by_name[row]
         return every
+
+    def _leave_out_of_others(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
+        """Takes out what no model of ours has: `flax_mutables`, and a state that is no parameter's (optax, MultiOptimizer)."""
+        tops = {name.split('/')[0] for name in every} - {'params', 'opt_state', 'step', 'rng'}
+        for top in sorted(tops):
+            names = [name for name in every if name.split('/')[0] == top]
+            self._left_out[top] = f'neither a parameter nor of an optimizer (arrays: {len(names)})'
+            for name in names:
+                every.pop(name)
+        state = [name for name in every if name.startswith('opt_state/') and name != 'opt_state/count']
+        owners = {name.removeprefix(_PARAM_STATES).rpartition('/')[0] for name in state}
+        if state and not any(f'params/{owner}' in every for owner in owners):
+            self._left_out['opt_state'] = f'the state of another optimizer than Adafactor (arrays: {len(state)})'
+            for name in (*state, 'opt_state/count'):
+                every.pop(name, None)
 
     def _views(self, stored: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         """Leaves as ours are: layers out of their stacks, heads joined, the step a whole number."""
@@ -188,6 +204,11 @@ def _legacy_arrays(folder: epath.Path) -> dict[tuple[str, ...], arrays.Source]:
     index = folder / 'checkpoint'
     try:
         encoded = index.read_bytes()
+        if encoded.startswith(b'model_checkpoint_path'):
+            raise UserError(
+                f'{index} is of a TensorFlow checkpoint, which is not read: take the model in the format of T5X or of '
+                'Hugging Face.'
+            )
         tree = msgpack.unpackb(encoded, raw=False, strict_map_key=True, ext_hook=_flax_array)
         # The first version of the format had neither the number nor the wrapper around the optimizer.
         version = tree.pop('version', 0)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 Sentinels = str | int | Sequence[int] | None
 # ByT5's: the bytes beyond ASCII, from the last one down.
 BYT5 = tuple(range(3 + 255, 3 + 127, -1))
+# Kinds that are added on top of a vocabulary, and how many; None: as the task says.
+_ADDED = {'t5': None, 'umt5': 300}
+# The first two that published checkpoints were trained with.
+TRAINED_WITH = {'byt5': BYT5[:2], 'mt5': (250_099, 250_098), 'umt5': (256_299, 256_298)}
 _COUNT = 100  # that a single first id stands for
 _SPECIAL_IDS = 3  # padding, EOS, unknown
 
@@ -28,8 +32,9 @@ def counted_down(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
 def vocabulary_with(model: str | None, kind: Sentinels, extra_ids: int) -> tuple[seqio.Vocabulary, tuple[int, ...]]:
     """A vocabulary and its sentinels, in the order in which spans take them.
 
-    T5 adds `<extra_id_99>` ... `<extra_id_0>` on top of its pieces. mT5's and umT5's own files hold them as pieces, and
-    multilingual_t5 adds none. ByT5 adds none to its bytes either, and counts down from the last byte, id 258.
+    T5 adds `<extra_id_99>` ... `<extra_id_0>` on top of its pieces, and umT5 300 of them on top of its 256,000. mT5's own
+    file holds them as pieces, and multilingual_t5 adds none. ByT5 adds none to its bytes either, and counts down from the
+    last byte, id 258.
 
     Args:
         model: path of a SentencePiece model; None: bytes.
@@ -43,6 +48,8 @@ def vocabulary_with(model: str | None, kind: Sentinels, extra_ids: int) -> tuple
     pieces = () if model is None else _pieces(seqio.SentencePieceVocabulary(model), model)
     if model is None and kind == 'mt5':
         raise UserError("SENTINELS = 'mt5' are pieces of mT5's own file: bind SENTENCEPIECE_MODEL to its spiece.model.")
+    if model is None and kind == 'umt5':
+        raise UserError("SENTINELS = 'umt5' are ids above umT5's pieces: bind SENTENCEPIECE_MODEL to its spiece.model.")
     if model is not None and kind == 'byt5':
         raise UserError(
             f"SENTINELS = 'byt5' are bytes, and SENTENCEPIECE_MODEL = {model!r} is set: bind one of them only."
@@ -51,12 +58,12 @@ def vocabulary_with(model: str | None, kind: Sentinels, extra_ids: int) -> tuple
         raise UserError(
             f"SENTINELS = 'mt5' are pieces of the model file, and {model} has no piece <extra_id_0>: bind 't5', or their ids."
         )
-    if kind == 't5' and pieces:
+    if kind in _ADDED and pieces:
         raise UserError(
-            f"SENTINELS = 't5' adds sentinels, and {model} holds its own (<extra_id_0> is id {pieces[0]}): leave SENTINELS out."
+            f'SENTINELS = {kind!r} adds sentinels, and {model} holds some (<extra_id_0> is id {pieces[0]}): leave SENTINELS out.'
         )
-    adds = kind == 't5' or (kind is None and not pieces)
-    extra_ids = extra_ids if adds else 0
+    adds = kind in _ADDED or (kind is None and not pieces)
+    extra_ids = (_ADDED.get(kind) or extra_ids) if adds else 0
     vocabulary = (
         seqio.ByteVocabulary(extra_ids) if model is None else seqio.SentencePieceVocabulary(model, extra_ids=extra_ids)
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle.data import JSON, rows_per_host, tensorflow_quiet
-from upcycle.data.sentinels import BYT5, counted_down
+from upcycle.data.sentinels import TRAINED_WITH, counted_down
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import MissingData, UserError
 from upcycle.schema import Count, Whole
@@ -157,11 +157,12 @@ class DatasetConfig:
         """
         source = self._random_access
         bound = self.source is not None and self.source.sentinels is not None
-        if source is None or bound or kind != 'byt5' or source.sentinels == BYT5:
+        if source is None or bound or kind not in TRAINED_WITH or source.sentinels[:2] == TRAINED_WITH[kind]:
             return
         raise UserError(
-            f'{path} was trained with the sentinels {BYT5[0]}, {BYT5[1]}, ..., and {self.mixture_or_task_name} takes '
-            f"{', '.join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = 'byt5' with "
+            f'{path} was trained with the sentinels {", ".join(map(str, TRAINED_WITH[kind]))}, ..., and '
+            f'{self.mixture_or_task_name} takes '
+            f"{', '.join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = '{kind}' with "
             'tasks/text_files_span_corruption.gin.'
         )
 

@@ -26,10 +26,10 @@ class TextFiles:
     validation_files: the same for validation; where None, about 5% of the train files, chosen by the hashes of their names.
     vocabulary: path of a SentencePiece model (pad 0, EOS 1, as T5's); where None, bytes.
     extra_ids: sentinels that are added at the top of a vocabulary that has none.
-    sentinels: the ids that stand for what span corruption takes out. `t5`: `extra_ids` on top of the vocabulary, from the last
-        one down. `mt5`: the pieces `<extra_id_0>`, `<extra_id_1>`, ... of the model file, as mT5 and umT5 have them. `byt5`: of
-        bytes without a model file, 258, 257, ... A list: these ids in this order; a number: it and the 99 below. None: `mt5`
-        where the file holds such pieces, else `t5` [SENTINELS].
+    sentinels: the ids that stand for what span corruption takes out. `t5`: `extra_ids` on top of the vocabulary, from the
+        last one down; `umt5`: 300 of these. `mt5`: the pieces `<extra_id_0>`, `<extra_id_1>`, ... of the model file, as mT5
+        has them. `byt5`: of bytes without a model file, 258, 257, ... A list: these ids in this order; a number: it and the
+        99 below. None: `mt5` where the file holds such pieces, else `t5` [SENTINELS].
     max_bad_records: so many lines that are not UTF-8 are left out [MAX_BAD_RECORDS].
     """
 
@@ -37,7 +37,7 @@ class TextFiles:
     validation_files: str | Sequence[str] | None = None
     vocabulary: str | None = None
     extra_ids: Whole = 100
-    sentinels: Literal['t5', 'mt5', 'byt5'] | Count | Sequence[Count] | None = None
+    sentinels: Literal['t5', 'umt5', 'mt5', 'byt5'] | Count | Sequence[Count] | None = None
     max_bad_records: Whole = 0
 
     def __post_init__(self):

@@ -57,6 +57,16 @@ def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {'position_biases': 'every_layer' if in_layers else 'shared'}
 
 
+def different_function(model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
+    """What a checkpoint says of itself and the model has otherwise; see `require_function`."""
+    theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    return {
+        name: value
+        for name, value in theirs.items()
+        if name not in ignored and getattr(model.config, name, value) != value
+    }
+
+
 def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
     """Compares a model with what a checkpoint says of itself.
 
@@ -69,19 +79,13 @@ def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored:
     Raises:
       UserError: the model computes another function; the bindings that would fit are named.
     """
-    theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    different = {
-        name: value
-        for name, value in theirs.items()
-        if name not in ignored and getattr(model.config, name, value) != value
-    }
-    if different:
+    if different := different_function(model, facts, ignored):
         listing = '; '.join(
             f'{name} = {schema.shown(value)}, and the model has {schema.shown(getattr(model.config, name))}'
             for name, value in different.items()
         )
         bindings = ', '.join(f'{name.upper()} = {schema.shown(value)}' for name, value in different.items())
-        is_t5_1_0 = theirs.get('mlp_activations') == ('relu',) and theirs.get('logits_via_embedding')
+        is_t5_1_0 = facts.get('mlp_activations') in (['relu'], ('relu',)) and facts.get('logits_via_embedding')
         files = ', as models/t5_1_0_base.gin and its other sizes do' if is_t5_1_0 else ''
         raise UserError(f'{path} was made with {listing}: set it in the gin files ({bindings}{files}).')
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from upcycle.checkpoints.several import readers_of
 from upcycle.data import DataSource
 from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model, identify
-from upcycle.models.differences import differences
+from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
 from upcycle.surgery.execute import execute, print_progress
 from upcycle.surgery.operators import Lineage
@@ -170,18 +170,22 @@ def in_gin_words(model: Model, reader: Reader) -> Iterator[None]:
     try:
         yield
     except DifferentLeaves as error:
-        # It knows what a run is made of, and so needs this module's neighbours.
-        from upcycle.configuration import name_of
-
         part = readers_of(reader)[0]
-        facts = identify.facts_of(part.metadata)
-        found = differences(model, part.path, part.leaves(), facts, error.problems)
-        named = [(name_of(each.kind, each.field), in_gin(each.here), in_gin(each.there)) for each in found]
-        lines = [f'{name} is {here} here and {there} in the checkpoint' for name, here, there in named]
-        if named:
-            fits = (shlex.quote(f'--gin.{name}={there}') for name, _, there in named)
-            lines.append(f'bindings that fit: {" ".join(fits)}')
-        raise DifferentLeaves(error.what, error.problems, lines) from None
+        found = differences(model, part.path, part.leaves(), identify.facts_of(part.metadata), error.problems)
+        raise DifferentLeaves(error.what, error.problems, _in_words(found)) from None
+
+
+def _in_words(sizes: Sequence[Difference], others: Sequence[Difference] = ()) -> list[str]:
+    """A line for each size that differs, and one of the bindings that fit, also of what else differs."""
+    # It knows what a run is made of, and so needs this module's neighbours.
+    from upcycle.configuration import name_of
+
+    named = [(name_of(each.kind, each.field), in_gin(each.here), in_gin(each.there)) for each in (*others, *sizes)]
+    lines = [f'{name} is {here} here and {there} in the checkpoint' for name, here, there in named[len(others) :]]
+    if lines:
+        fits = (shlex.quote(f'--gin.{name}={there}') for name, _, there in named)
+        lines.append(f'bindings that fit: {" ".join(fits)}')
+    return lines
 
 
 def in_gin(value: Any) -> str:
@@ -198,7 +202,18 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
             f'{reader.path} holds a model of the family {family}, and the gin files describe a {model.family}.'
         )
     facts = identify.facts_in(reader.path, reader.leaves()) | identify.facts_of(reader.metadata)
-    identify.require_function(reader.path, model, facts, changed)
+    try:
+        identify.require_function(reader.path, model, facts, changed)
+    except UserError as error:
+        if surgery.dense_operator is not None:  # which may change sizes
+            raise
+        found = differences(model, reader.path, reader.leaves(), facts, ())
+        sizes = [each for each in found if each.field not in facts]
+        others = [
+            Difference(type(model.config), name, getattr(model.config, name), there)
+            for name, there in identify.different_function(model, facts, changed).items()
+        ]
+        raise UserError('\n  '.join([str(error), *_in_words(sizes, others)])) from None
 
 
 def check_start(run: Run, step: int) -> None:
