@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except SystemExit as stop:  # argparse has said what there is to say
-        code = stop.code
+        # Rich, too, stops where nobody reads our output any more.
+        code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BaseException as error:
         code = _explain(error)
     if arguments is None:
@@ -157,9 +158,10 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if status_of(error) != 1:
             raise
-        from upcycle import files
+        from upcycle import files, hosts
 
-        if (refusal := files.refused_by_bucket(error, arguments)) is None:
+        refusal = files.refused_by_bucket(error, arguments) or hosts.refused_by_jax(error)
+        if refusal is None:
             raise
         raise refusal from error
 

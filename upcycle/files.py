@@ -14,6 +14,8 @@ from upcycle.errors import Unavailable, UserError, without_password
 
 # TensorStore's drivers by the scheme of an address.
 STORES = {'gs': 'gcs', 's3': 's3'}
+# What pathlib and os.path.normpath leave of an address.
+_DAMAGED_ADDRESS = re.compile(f'({"|".join(STORES)}):/?(?!/)(.*)')
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
@@ -24,7 +26,17 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """
     name = os.fspath(path)
     if not is_remote(name):
-        return epath.Path(os.path.abspath(os.path.expanduser(name)))
+        if damaged := _DAMAGED_ADDRESS.match(name):
+            scheme, bucket = damaged[1], damaged[2]
+            raise UserError(
+                f'{name} is no address of a bucket: write {scheme}://{bucket}, with two slashes, or ./{name} for a local path.'
+            )
+        full = os.path.abspath(os.path.expanduser(name))
+        if '\\' in full:
+            raise UserError(
+                f'{full} cannot be used: it holds a backslash, and checkpoints are written as if it were a slash.'
+            )
+        return epath.Path(full)
     scheme = name.partition('://')[0]
     if scheme not in STORES or without_password(name) != name:
         raise UserError(
@@ -162,7 +174,11 @@ def replace_text(path: epath.Path, text: str) -> None:
         return
     new = path.with_name(path.name + '.new')
     new.write_text(text)
-    new.replace(path)
+    try:
+        os.replace(new, path)
+    except OSError:
+        new.unlink()
+        raise
 
 
 class Mirror:

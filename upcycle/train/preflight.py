@@ -61,6 +61,8 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data finds what is wrong with it.
     data = run.train_data.fingerprint()
+    for source in filter(None, (run.train_data, run.eval_data)):
+        source.batches(0, process_index=jax.process_index(), process_count=jax.process_count())
     if newest is not None:
         stored = data
         # A step that cannot be read is set aside, or refused, when the run goes on.
