@@ -266,10 +266,12 @@ def test_an_address_that_lost_a_slash_is_no_folder(address, tmp_path, dense, mon
     assert os.listdir(tmp_path) == []
 
 
-def test_a_backslash_is_no_folder(tmp_path, dense, monkeypatch, capsys):
+@pytest.mark.parametrize(('name', 'words'), [('runs\\new', 'holds a backslash'), ('\udcff', 'is not UTF-8')])
+def test_a_folder_of_checkpoints_that_tensorstore_cannot_open(name, words, tmp_path, dense, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code, _, error = call(['import', f'--from={dense}', '--to=runs\\new'], capsys)
-    assert code == 2 and 'holds a backslash' in error
+    for arguments in (['import', f'--from={dense}', f'--to={name}'], command('dense', name)):
+        code, _, error = call(arguments, capsys)
+        assert code == 2 and words in error
     assert os.listdir(tmp_path) == []
 
 

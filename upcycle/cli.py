@@ -361,7 +361,7 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         seeds = tuple(int(seed) for seed in options.seeds.split(','))
     except ValueError:
         raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
-    out = options.out or f'runs/quickstart_{options.family}'
+    out = f'runs/quickstart_{options.family}' if options.out is None else options.out
     quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
 
 
@@ -520,4 +520,4 @@ def _report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
     from upcycle.report.html import report_main
 
-    report_main(options.runs, options.out or 'report')
+    report_main(options.runs, 'report' if options.out is None else options.out)

@@ -31,12 +31,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
             raise UserError(
                 f'{name} is no address of a bucket: write {scheme}://{bucket}, with two slashes, or ./{name} for a local path.'
             )
-        full = os.path.abspath(os.path.expanduser(name))
-        if '\\' in full:
-            raise UserError(
-                f'{full} cannot be used: it holds a backslash, and checkpoints are written as if it were a slash.'
-            )
-        return epath.Path(full)
+        return epath.Path(os.path.abspath(os.path.expanduser(name)))
     scheme = name.partition('://')[0]
     if scheme not in STORES or without_password(name) != name:
         raise UserError(

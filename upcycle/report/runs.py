@@ -95,7 +95,8 @@ def is_number(value: Any) -> bool:
     """Whether `value` is a finite number (a diverged run logs nan)."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
+    # Axes are longer than what is drawn on them, and no metric of a model that works comes near.
+    return abs(value) < 2**996
 
 
 def lines_of(log: bytes) -> Iterator[tuple[int, bytes]]:
@@ -178,7 +179,9 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
             raise UserError(f'{path / "receipt.json"} is not JSON ({error}): remove it, or convert again.') from error
         if not isinstance(receipt, dict):
             raise UserError(f'{path / "receipt.json"} is not a JSON object: remove it, or convert again.')
-    run = Run(name or path.resolve().name.replace('_', ' '), path, role or Role.OTHER, tuple(records), receipt)
+    # A folder's name need not be UTF-8, and what is drawn must.
+    name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
+    run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
     return run if role else dataclasses.replace(run, role=infer_role(run))
 
 
