@@ -251,3 +251,40 @@ def test_on_a_machine_without_a_tpu_libtpu_says_nothing_and_jax_warns(monkeypatc
     monkeypatch.setattr(hosts, '_CHIPS', ())
     hosts.devices()
     assert capfd.readouterr().err == 'warning: An NVIDIA GPU may be present\n'
+
+
+@pytest.mark.parametrize('address', ['gs:/my-bucket/run', 's3:/my-bucket/run', 'gs:my-bucket/run'])
+def test_an_address_that_lost_a_slash_is_no_folder(address, tmp_path, dense, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ['inspect', address],
+        ['import', f'--from={dense}', f'--to={address}'],
+        command('dense', address),
+    ):
+        code, _, error = call(arguments, capsys)
+        assert code == 2 and '://my-bucket/run, with two slashes' in error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(('name', 'words'), [('runs\\new', 'holds a backslash'), ('\udcff', 'is not UTF-8')])
+def test_a_folder_of_checkpoints_that_tensorstore_cannot_open(name, words, tmp_path, dense, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (['import', f'--from={dense}', f'--to={name}'], command('dense', name)):
+        code, _, error = call(arguments, capsys)
+        assert code == 2 and words in error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ('settings', 'words'),
+    [
+        ({'JAX_PLATFORMS': 'cpuu'}, "JAX_PLATFORMS=cpuu cannot be used: Unable to initialize backend 'cpuu'"),
+        ({'JAX_ENABLE_X64': 'maybe'}, 'JAX_ENABLE_X64=maybe'),
+    ],
+)
+def test_settings_that_jax_refuses_wherever_it_first_looks_at_them(settings, words):
+    look = 'import jax; jax.process_index()'
+    program = f'import sys; from upcycle import cli; cli._evaluate = lambda *_: exec({look!r}); cli.main(sys.argv[1:])'
+    arguments = [sys.executable, '-c', program, 'eval', '--from=x']
+    done = subprocess.run(arguments, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1

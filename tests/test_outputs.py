@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import socket
 
 import pytest
@@ -233,3 +234,20 @@ def test_what_is_written_replaces_a_file_at_once(places):
     assert (places / 'link').is_symlink() and (places / 'file').read_text(encoding='utf-8') == 'ä'
     outputs.write('--out', places / 'a' / 'b.json', 'x')
     assert (places / 'a' / 'b.json').read_text() == 'x'
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'config.gin', 'checkpoints/4/state/_METADATA'])
+def test_a_file_of_a_run_is_not_replaced(name, dense, tmp_path):
+    run = shutil.copytree(dense, tmp_path / 'run')
+    assert (run / name).is_file()
+    with pytest.raises(UserError, match='is a file of the run in'):
+        outputs.check('--out', run / name, outputs.Kind.FILE)
+    outputs.check('--out', run / 'eval.json', outputs.Kind.FILE)
+
+
+@pytest.mark.parametrize('arguments', [['quickstart', '--budget=0.0001'], ['report', 'x']])
+def test_an_output_that_is_empty_is_not_the_default(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = call([*arguments, '--out='], capsys)
+    assert code == 2 and '--out is empty' in error
+    assert listing(tmp_path) == []

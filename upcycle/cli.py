@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except SystemExit as stop:  # argparse has said what there is to say
-        code = stop.code
+        # Rich, too, stops where nobody reads our output any more.
+        code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BaseException as error:
         code = _explain(error)
     if arguments is None:
@@ -159,9 +160,10 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if status_of(error) != 1:
             raise
-        from upcycle import files
+        from upcycle import files, hosts
 
-        if (refusal := files.refused_by_bucket(error, arguments)) is None:
+        refusal = files.refused_by_bucket(error, arguments) or hosts.refused_by_jax(error)
+        if refusal is None:
             raise
         raise refusal from error
 
@@ -361,7 +363,7 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         seeds = tuple(int(seed) for seed in options.seeds.split(','))
     except ValueError:
         raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
-    out = options.out or f'runs/quickstart_{options.family}'
+    out = f'runs/quickstart_{options.family}' if options.out is None else options.out
     quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
 
 
@@ -520,4 +522,4 @@ def _report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
     from upcycle.report.html import report_main
 
-    report_main(options.runs, options.out or 'report')
+    report_main(options.runs, 'report' if options.out is None else options.out)

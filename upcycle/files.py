@@ -14,6 +14,8 @@ from upcycle.errors import Unavailable, UserError, without_password
 
 # TensorStore's drivers by the scheme of an address.
 STORES = {'gs': 'gcs', 's3': 's3'}
+# What pathlib and os.path.normpath leave of an address.
+_DAMAGED_ADDRESS = re.compile(f'({"|".join(STORES)}):/?(?!/)(.*)')
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
@@ -24,6 +26,11 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """
     name = os.fspath(path)
     if not is_remote(name):
+        if damaged := _DAMAGED_ADDRESS.match(name):
+            scheme, bucket = damaged[1], damaged[2]
+            raise UserError(
+                f'{name} is no address of a bucket: write {scheme}://{bucket}, with two slashes, or ./{name} for a local path.'
+            )
         return epath.Path(os.path.abspath(os.path.expanduser(name)))
     scheme = name.partition('://')[0]
     if scheme not in STORES or without_password(name) != name:
@@ -162,7 +169,11 @@ def replace_text(path: epath.Path, text: str) -> None:
         return
     new = path.with_name(path.name + '.new')
     new.write_text(text)
-    new.replace(path)
+    try:
+        os.replace(new, path)
+    except OSError:
+        new.unlink()
+        raise
 
 
 class Mirror:

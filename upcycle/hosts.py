@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -126,13 +127,40 @@ def devices() -> list[Any]:
         with _without_noise():
             return jax.devices()
     except Exception as error:
-        asked = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
-        where = f'JAX_PLATFORMS={asked}' if asked else 'the devices of this machine'
-        reason = _reason(error) or 'this JAX has no support for it, or the machine has no such device'
-        raise UserError(
-            f'{where} cannot be used: {reason}: name a platform that this machine has, such as JAX_PLATFORMS=cpu, install '
-            "upcycle's extra for it ([gpu] or [tpu]), or end the process that holds its devices."
-        ) from error
+        raise _no_platform(error) from error
+
+
+def refused_by_jax(error: BaseException) -> UserError | None:
+    """What JAX says of its environment, as a sentence, whichever of its functions was the first to look at it.
+
+    Args:
+      error: whatever ended a command.
+
+    Returns:
+      None: the error has nothing to do with JAX's platforms or settings.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [(frame.f_globals.get('__name__'), frame.f_code.co_name) for frame in frames]
+    if not isinstance(error, Exception) or not frames:
+        return None
+    if ('jax._src.xla_bridge', 'backends') in names:
+        return _no_platform(error)
+    if names[-1][0] == 'jax._src.config':
+        given = ', '.join(f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith('JAX_'))
+        return UserError(f'JAX does not take its settings, {given} ({_reason(error)}): correct or unset the variable.')
+    return None
+
+
+def _no_platform(error: Exception) -> UserError:
+    import jax
+
+    asked = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
+    where = f'JAX_PLATFORMS={asked}' if asked else 'the devices of this machine'
+    reason = _reason(error) or 'this JAX has no support for it, or the machine has no such device'
+    return UserError(
+        f'{where} cannot be used: {reason}: name a platform that this machine has, such as JAX_PLATFORMS=cpu, install '
+        "upcycle's extra for it ([gpu] or [tpu]), or end the process that holds its devices."
+    )
 
 
 @contextlib.contextmanager

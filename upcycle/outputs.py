@@ -17,6 +17,11 @@ _LITTLE = 1 << 20  # room for a report or a few lines
 # Endings of what is being written; the longest one must fit into a name too. Writers of checkpoints use all but the last.
 STAGING = ('.orbax-checkpoint-tmp', '.tmp-upcycle', '.new')
 _DEEPEST = 512  # bytes of path that a run or a checkpoint adds below its folder
+# What a run goes on from, or tells of itself.
+_OF_A_RUN = (
+    *('config.gin', 'metrics.jsonl', 'metrics.set_aside.jsonl', 'receipt.json', 'saved.json', 'lock.json'),
+    *('checkpoints', 'train', 'validation'),
+)
 _KINDS = {
     stat.S_ISDIR: 'a folder',
     stat.S_ISREG: 'a file',
@@ -30,7 +35,7 @@ _KINDS = {
 class Kind(enum.Enum):
     """What a path is to become."""
 
-    FILE = enum.auto()  # replaces a file that is there
+    FILE = enum.auto()  # replaces a file that is there, unless it is one of a run
     FOLDER = enum.auto()  # may be there, with files in it
     NEW_FILE = enum.auto()  # must not be there
     NEW_FOLDER = enum.auto()  # must not be there, or be empty
@@ -64,6 +69,8 @@ def check(name: str, path: str | os.PathLike[str], kind: Kind, *, needed: int = 
         full = epath.Path(os.path.realpath(full))
     if kind in (Kind.NEW_FILE, Kind.NEW_FOLDER):
         refuse_existing(full, kind)
+    if kind is Kind.FILE and full.exists():
+        _refuse_file_of_run(shown, full)
     return full
 
 
@@ -93,6 +100,15 @@ def refuse_existing(path: epath.Path, kind: Kind = Kind.NEW_FOLDER) -> None:
     if not path.exists() or (kind is Kind.NEW_FOLDER and path.is_dir() and _is_unused(path)):
         return
     raise UserError(f'{path} exists already: delete it, or name another --to.')
+
+
+def _refuse_file_of_run(shown: str, path: epath.Path) -> None:
+    run = next((folder for folder in path.parents if (folder / 'config.gin').exists()), None)
+    if run is None:
+        return
+    first = path.relative_to(run).parts[0]
+    if first in _OF_A_RUN:
+        raise UserError(f'{shown} is a file of the run in {run}, which would be lost: name another path.')
 
 
 def refuse_runs(path: epath.Path) -> None:

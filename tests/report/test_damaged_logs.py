@@ -87,6 +87,8 @@ READ = {
     'out of order': b''.join(reversed(WHOLE.splitlines(keepends=True))),
     'twice': WHOLE + WHOLE,
     'a new split': with_field(split='übung'),
+    'words and lists at the end': WHOLE.replace(b'"loss": 2.0', b'"loss": "low", "accuracy": [0.1]'),
+    'too large to draw': with_field(loss=1e308),
     'ragged loads': with_field(**{LOADS: [0.5]}),
     'no loads': with_field(**{LOADS: 'x'}),
 }
@@ -94,7 +96,11 @@ READ = {
 
 # Each draws a report's figures, in seconds.
 @pytest.mark.parametrize(
-    'case', [case if case == 'odd' else pytest.param(case, marks=pytest.mark.exhaustive) for case in READ]
+    'case',
+    [
+        case if case in ('odd', 'words and lists at the end') else pytest.param(case, marks=pytest.mark.exhaustive)
+        for case in READ
+    ],
 )
 def test_what_a_run_may_have_written_is_read(case, tmp_path, capsys):
     run = tmp_path / 'run'
@@ -125,3 +131,13 @@ def test_large_logs_are_read(tmp_path):
     lines = [json.dumps({**LINES[0], 'step': step}).encode() + b'\n' for step in range(20_000)]
     (tmp_path / 'metrics.jsonl').write_bytes(b''.join(lines))
     assert len(runs.load_run(tmp_path).records) == 20_000
+
+
+@pytest.mark.parametrize('name', ['run\udcff', 'run$^$'])
+def test_names_of_folders_that_are_hard_to_draw(name, tmp_path, capsys):
+    run = tmp_path / name
+    run.mkdir()
+    (run / 'metrics.jsonl').write_bytes(WHOLE)
+    code, _, error = call(['report', str(run), f'--out={tmp_path / "report"}\udcff'], capsys)
+    assert code == 0, error
+    assert (tmp_path / 'report\udcff' / 'report.csv').is_file()

@@ -115,3 +115,18 @@ def test_a_log_of_evaluations_at_the_start_is_no_training(run):
     first, *_ = (run / 'metrics.jsonl').read_text().splitlines()
     (run / 'metrics.jsonl').write_text(first + '\n')
     assert int(runs.train('dense', run, 4).step) == 4
+
+
+@pytest.mark.parametrize('name', ['saved.json', 'lock.json'])
+def test_a_folder_where_a_file_is_written_is_named(name, run):
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    with pytest.raises(UserError, match=f'{name}.* cannot be written'):
+        runs.train('dense', run, 6)
+    assert not list(run.glob('*.new'))
+
+
+def test_names_that_no_run_gives_a_step_are_none(tmp_path):
+    for name in ('4', '00000009', '\u0668', '\u00b2', '8.bak', '-8'):
+        (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    assert folder.newest_step(str(tmp_path)) == 4

@@ -115,3 +115,39 @@ def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, d
     said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (convert, jobs.plan)]
     assert said[0] == said[1] or 'SURGERY' in more
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', ['upcycle', 'scratch'])
+def test_moe_layers_that_choose_no_layer_are_named(kind, tmp_path, dense):
+    start = {'INITIAL_CHECKPOINT_PATH': dense} if kind == 'upcycle' else {}
+    with pytest.raises(UserError, match='MOE_LAYERS choose none of the layers'):
+        runs.build(kind, tmp_path / 'run', 6, **runs.ONE_LAYER, **start)
+
+
+class Unreadable:
+    """A stream that shows what is wrong with it when it is opened."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __getattr__(self, name):
+        return getattr(self._source, name)
+
+    def batches(self, start=0, *, process_index=0, process_count=1):
+        raise UserError('this split is not there')
+
+
+@pytest.mark.parametrize('which', ['train_data', 'eval_data'])
+def test_data_that_cannot_be_opened(which, tmp_path, dense, monkeypatch):
+    load = jobs.configuration.load
+
+    def broken(*arguments):
+        run = load(*arguments)
+        object.__setattr__(run, which, Unreadable(getattr(run, which)))
+        return run
+
+    monkeypatch.setattr(jobs.configuration, 'load', broken)
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
+    for work in (jobs.train, jobs.plan):
+        assert refusal(work, runs.FILES['upcycle'], bindings) == 'this split is not there'
+    assert not (tmp_path / 'run').exists()

@@ -185,13 +185,15 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
     """TensorStore's description of a folder, local or in a bucket.
 
     Raises:
-        UserError: its name is not UTF-8, which TensorStore cannot open.
+        UserError: TensorStore cannot open its name, or takes it for another one.
     """
     name = os.fspath(folder)
     try:
         name.encode()
     except UnicodeEncodeError:
         raise UserError(f'{name.encode(errors="backslashreplace").decode()} is not UTF-8: use another name.') from None
+    if '\\' in name:
+        raise UserError(f'{name} holds a backslash, which TensorStore takes for a slash: use another name.')
     scheme, separator, rest = name.partition('://')
     if not separator:
         return {'driver': 'file', 'path': scheme + '/'}

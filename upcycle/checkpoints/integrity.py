@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -104,7 +105,7 @@ def newest_whole_step(model_dir: str) -> int | None:
 
 
 def _set_aside_damaged(folder: epath.Path) -> int:
-    steps = _steps(folder)
+    steps = finished_steps(folder)
     recorded = [step for step in steps if has_record(folder / str(step))]
     damaged: dict[int, str] = {}
     whole = _NO_STEP
@@ -145,11 +146,15 @@ def _damage_among(folder: epath.Path, step: int, recorded: list[int]) -> str | N
     return None
 
 
-def _steps(folder: epath.Path) -> list[int]:
-    """The finished steps."""
-    if not folder.exists():
+def finished_steps(folder: epath.Path) -> list[int]:
+    """The finished steps in the folder `checkpoints` of a run, whole or damaged, by names as a run writes them."""
+    if not folder.is_dir():
         return []
-    return [int(child.name) for child in folder.iterdir() if child.name.isdigit() and arrays.is_finished(child)]
+    return [
+        int(child.name)
+        for child in folder.iterdir()
+        if re.fullmatch('0|[1-9][0-9]*', child.name) and arrays.is_finished(child)
+    ]
 
 
 def _rename_aside(step: epath.Path) -> epath.Path:

@@ -4,12 +4,13 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from upcycle import cost
 from upcycle.errors import UserError
-from upcycle.report.runs import Axis, Curve, Role, Run
+from upcycle.report.runs import Axis, Curve, Role, Run, is_number
 
 METRICS = ('loss', 'accuracy')
 
@@ -209,8 +210,8 @@ def _core_days(flops: float | None) -> float | None:
     return None if flops is None else cost.core_days(flops, cost.TPU_V4_CORE, cost.UTILIZATION)
 
 
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+def _finite(value: Any) -> float | None:
+    return value if is_number(value) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def write_report(
         for plot in [*main, *others]:
             (out / f'{plot.key}.png').write_bytes(plot.png())
         _write_csv(reports, out / 'report.csv')
-        path.write_text(page, encoding='utf-8')
+        path.write_text(page, encoding='utf-8', errors='backslashreplace')
     return path
 
 

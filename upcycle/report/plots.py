@@ -89,6 +89,10 @@ def _save(panels: Sequence[Panel], columns: int, height: float, suffix: str) -> 
         ax.grid(axis='y', color='#e5e7eb', linewidth=0.7)
         ax.set_axisbelow(True)
         panel(ax)
+        # Names of runs are the user's; only the numbers of a logarithmic axis are mathematics.
+        legend = ax.get_legend()
+        for text in (ax.title, *ax.texts, *(legend.get_texts() if legend else ())):
+            text.set_parse_math(False)
         for label in (ax.xaxis.label, ax.yaxis.label):
             label.set(size=9, color=INK)
     file = io.BytesIO()

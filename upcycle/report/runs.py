@@ -126,7 +126,9 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
             raise UserError(f'{path / "receipt.json"} is not JSON ({error}): remove it, or convert again.') from error
         if not isinstance(receipt, dict):
             raise UserError(f'{path / "receipt.json"} is not a JSON object: remove it, or convert again.')
-    run = Run(name or path.resolve().name.replace('_', ' '), path, role or Role.OTHER, tuple(records), receipt)
+    # A folder's name need not be UTF-8, and what is drawn must.
+    name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
+    run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
     return run if role else dataclasses.replace(run, role=infer_role(run))
 
 

@@ -148,7 +148,7 @@ def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
         config = module.get_config(**({} if scale is None else {'scale': scale}))
     except UserError:
         raise
-    except Exception as error:  # it is code, and may do anything
+    except (Exception, SystemExit) as error:  # it is code, and may do anything
         raise UserError(f'--config={path} fails: {type(error).__name__}: {error}') from error
     if 'name' not in config or not (config.get('points') or config.get('compile')):
         raise UserError(

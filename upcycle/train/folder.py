@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from upcycle import files
-from upcycle.checkpoints.arrays import is_finished
+from upcycle.checkpoints.integrity import finished_steps
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.train.run import Run
@@ -19,11 +19,7 @@ RECORD = 'saved.json'
 
 def newest_step(model_dir: str) -> int | None:
     """The newest finished step in the folder, whole or damaged; None where there is none."""
-    folder = files.absolute(model_dir) / 'checkpoints'
-    if not folder.is_dir():
-        return None
-    steps = (int(child.name) for child in folder.iterdir() if child.name.isdigit() and is_finished(child))
-    return max(steps, default=None)
+    return max(finished_steps(files.absolute(model_dir) / 'checkpoints'), default=None)
 
 
 def require_same_data(run: Run, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:

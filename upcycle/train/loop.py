@@ -197,7 +197,8 @@ class _Trainer:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                 state = self._restore(manager, newest)
             if jax.process_index() == 0:
-                print(f'{self.name}  goes on from step {newest}', file=sys.stderr, flush=True)
+                rest = f': nothing is left of TRAIN_STEPS = {run.total_steps}' if newest >= run.total_steps else ''
+                print(f'{self.name}  goes on from step {newest}{rest}', file=sys.stderr, flush=True)
         else:
             state = self._first_state()
             folder.mkdir(parents=True, exist_ok=True)

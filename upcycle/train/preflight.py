@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 
 from upcycle import configuration, cost, files, outputs
-from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.checkpoints import Reader, arrays, open_checkpoints
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
 from upcycle.surgery.plan import Plan
@@ -43,7 +43,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     Raises:
       UserError: `train` cannot begin, or go on: see the functions that are called here.
     """
-    outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER)
+    arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
     configuration.claim(run, identity, write=False)
     mesh = loop.check(run)
     where = layout(run, mesh)
@@ -61,6 +61,8 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data finds what is wrong with it.
     data = run.train_data.fingerprint()
+    for source in filter(None, (run.train_data, run.eval_data)):
+        source.batches(0, process_index=jax.process_index(), process_count=jax.process_count())
     if newest is not None:
         stored = data
         # A step that cannot be read is set aside, or refused, when the run goes on.

@@ -109,6 +109,11 @@ class Run:
         yield from check_readers(tuple(self.model.moe_layers().values()))
         if not isinstance(self.model_dir, str) or not self.model_dir:
             yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
+        if not self.model.moe_layers() and self.model != self.model.dense():
+            yield (
+                'the bindings that end in MOE_LAYERS choose none of the layers of the model, which would be dense: name some, '
+                f'such as (0,), or leave out moe/{self.model.family}.gin.'
+            )
         if self.surgery is not None and self.initial_checkpoint_path is None:
             yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.'
         if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:
