@@ -61,7 +61,8 @@ def require_finite_state(leaves: dict[str, Any], what: str) -> None:
       UserError: a leaf holds NaN or infinity.
     """
     floating = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    finite = jax.device_get({name: _all_finite(leaf) for name, leaf in floating.items()})
+    # One program: several with collectives that are under way at once can block each other on CPU devices.
+    finite = jax.device_get(_are_finite(floating))
     if broken := [name for name, is_finite in finite.items() if not is_finite]:
         dtype = jnp.dtype(floating[broken[0]].dtype)
         more = f' (and {len(broken) - 1} more leaves)' if len(broken) > 1 else ''
@@ -75,8 +76,8 @@ def require_finite_state(leaves: dict[str, Any], what: str) -> None:
 
 
 @jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
+def _are_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
 
 
 def _lost(xp: Any, value: Any, made: Any, whole: bool, lowest: float, highest: float) -> int:
