@@ -99,7 +99,7 @@ class Processes:
             'import': ['import', f'--from={run}/checkpoints/4', f'--to={out}'],
             'export': ['export', f'--from={run}', f'--to={out}', '--format=huggingface', '--optimizer_state=none'],
             'report': ['report', run, f'--out={out}'],
-            'eval': ['eval', f'--from={run}', f'--out={out}.json'],
+            'eval': ['eval', f'--from={run}', f'--out={out}'],
             'train': self._train(out, 4),
         }
 
