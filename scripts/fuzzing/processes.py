@@ -278,6 +278,8 @@ def _ended(process: subprocess.Popen, allowed: Sequence[int] = ()) -> str:
     """How a process ended; raises what it said where that was not well."""
     said, _ = process.communicate()
     text = said.decode(errors='replace')
+    if 'init_import_site' in text:  # Python itself was interrupted while it started, before the first line of our code
+        return REFUSED
     if 'Traceback (most recent call last)' in text:
         raise RuntimeError(f'status {process.returncode}: {text[-3000:]}')
     if process.returncode not in (*FINE, *allowed):
