@@ -72,10 +72,14 @@ def _explain(error: BaseException) -> int:
     else:
         said = ' '.join(str(error).split())
         said = f'{type(error).__name__}: {said[:500]}' if said else type(error).__name__
-        if traced := os.environ.get(TRACEBACK, '') not in ('', '0'):
+        if traced := _is_traced():
             traceback.print_exception(error)
         _say(f'unexpected {without_password(said)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
     return code
+
+
+def _is_traced() -> bool:
+    return os.environ.get(TRACEBACK, '') not in ('', '0')
 
 
 def _say(text: str) -> None:
@@ -129,7 +133,7 @@ def _say_no_more(code: int) -> None:
             _drop(stream)
     if code == INTERRUPTED:
         os._exit(code)  # threads of JAX and Orbax that are at work crash an interpreter that ends
-    if code and not os.environ.get(TRACEBACK):
+    if code and not _is_traced():
         logging.disable()
         sys.unraisablehook = lambda unraisable: None
 

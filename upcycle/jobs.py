@@ -66,7 +66,7 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     start = preflight(run, configuration.resolved())
     mesh, where = start.mesh, start.where
-    # Of a run that would go on from a checkpoint of its own, the plan is that of its beginning.
+    # A run that would resume from its own checkpoint is planned as at its first start.
     reader = start.reader or open_checkpoints(run.initial_checkpoint_path)
     what = start.surgery or make_plan(run, where, reader)
     facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}

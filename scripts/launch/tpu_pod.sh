@@ -7,7 +7,7 @@
 #
 # Environment: PACKAGE, what pip installs on the hosts (a wheel of this checkout, which is built and copied there); VERSION, the
 # runtime image (tpu-ubuntu2204-base); SPOT=1 asks for spot capacity; TRIES, how often a run that was cut off is started again (100):
-# it goes on from its last checkpoint; a user's mistake (status 2) is not tried again; PERIOD, the seconds before the first new try (30),
+# it resumes from its last checkpoint; a user's mistake (status 2) is not tried again; PERIOD, the seconds before the first new try (30),
 # which double up to ten minutes. Needs the gcloud command, logged in, with a
 # project set. The slice stays: delete it with
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force

@@ -1,4 +1,4 @@
-"""What a run's folder says of earlier legs: whether there was a checkpoint to go on from."""
+"""What the folder of a run says of earlier legs: whether there was a checkpoint to resume from."""
 
 import json
 import re

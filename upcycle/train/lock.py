@@ -210,7 +210,7 @@ class Lock:
       model_dir: the folder.
       me: see `this_process`.
       clock: seconds, by a clock that never goes back.
-      sleep: waits for so many seconds of it.
+      sleep: waits for a number of seconds of that clock.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class Lock:
         """Takes the lock; waits where nothing is known of its holder.
 
         Args:
-          seconds: to wait at most in this call; the next one goes on waiting.
+          seconds: to wait at most in this call; the next call continues to wait.
 
         Returns:
           Whether it was taken.
@@ -280,7 +280,7 @@ class Lock:
 
     def beat(self) -> None:
         """Raises the heartbeat, or notices that the lock is another process's."""
-        # Whoever changes the lock just now, or a disk that does not answer: the next one counts.
+        # Another process may be changing the lock, or the disk may not answer: the next heartbeat counts.
         with contextlib.suppress(_BusyError, OSError):
             self._beats += 1
             if not self._store.change(self._is_mine, self._text()) and not self._is_mine(self._store.read() or b''):

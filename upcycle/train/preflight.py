@@ -23,7 +23,7 @@ class Start:
     Attributes:
       mesh: the run's.
       where: the layout of its state.
-      reader: of the checkpoint that it would start from; None: from scratch, or the run goes on from a checkpoint of its own.
+      reader: of the checkpoint that it would start from; None: from scratch, or the run resumes from its own checkpoint.
       surgery: what would become of that checkpoint.
     """
 
@@ -41,7 +41,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
       identity: `configuration.resolved()` after it was loaded.
 
     Raises:
-      UserError: `train` cannot begin, or go on: see the functions that are called here.
+      UserError: `train` cannot start or resume: see the functions that are called here.
     """
     arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
     configuration.claim(run, identity, write=False)
@@ -65,7 +65,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
         source.batches(0, process_index=jax.process_index(), process_count=jax.process_count())
     if newest is not None:
         stored = data
-        # A step that cannot be read is set aside, or refused, when the run goes on.
+        # A step that cannot be read is set aside, or refused, when the run resumes.
         with contextlib.suppress(UserError, OSError):
             reader = NativeReader(files.absolute(run.model_dir) / 'checkpoints' / str(newest), {})
             stored = reader.data.get('fingerprint', data)
