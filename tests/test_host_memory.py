@@ -29,7 +29,9 @@ with ThreadPoolExecutor(1) as pool:
         list(pool.map(touch, range(1)))
     print(kept, faults() - before)
 """
-# Memory in large pages, in kB, once 256 MiB are filled by arrays for which NumPy asks for none itself. Protobuf trims the heap.
+# Resident memory for which large pages are requested (`hg` of proc_pid_smaps(5)), in kB, once 256 MiB are filled by arrays for
+# which NumPy requests none itself. How many of them Linux grants depends on how much memory it finds in one piece. Protobuf
+# trims the heap.
 LARGE_PAGES = """
 import ctypes
 import re
@@ -38,7 +40,8 @@ keep_freed_memory()
 ctypes.CDLL(None).malloc_trim(0)
 import numpy as np
 held = [np.ones(2**16) for _ in range(512)]
-print(re.search(r'AnonHugePages: +(\\d+) kB', open('/proc/self/smaps_rollup').read())[1])
+mappings = re.findall(r'^Rss: +(\\d+) kB$.*?^VmFlags: (.*?)$', open('/proc/self/smaps').read(), re.DOTALL | re.MULTILINE)
+print(sum(int(resident) for resident, flags in mappings if 'hg' in flags.split()))
 """
 ARRAYS, PAGES = 10, 2**26 // os.sysconf('SC_PAGE_SIZE')
 
