@@ -106,6 +106,11 @@ def test_narrower_experts(operator, dense, tmp_path):
     assert_equal(contents(path), first_state(run)[0])
 
 
+def test_groups_of_the_batches_to_come_change_nothing(dense, converted, tmp_path):
+    run = run_of(dense, tmp_path, GROUPS_MULTIPLE_OF=8)
+    assert_equal(contents(offline.convert(run, str(tmp_path / 'offline'), 'upcycle')), contents(converted))
+
+
 @pytest.mark.parametrize('operator', ['copy', 'drop'])
 def test_soft_moe_has_several_columns_for_an_expert(operator, dense, tmp_path):
     soft = {'ENCODER_ROUTER': 'soft', 'SLOTS_PER_EXPERT': 2, 'GROUP_SIZE': 32}

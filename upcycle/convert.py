@@ -22,7 +22,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
-from upcycle.leaf_names import grouped
+from upcycle.leaf_names import grouped, not_read
 from upcycle.models import Model, identify
 from upcycle.surgery.execute import NEEDS_DATA, Maker, sha256_of
 from upcycle.surgery.operators import Lineage, Start
@@ -101,8 +101,8 @@ def convert(
     }
     alike = {row.target for row in what.rows if _is_alike(what, row)}
     writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
-    for name, reason in reader.metadata.get('not_read', {}).items():
-        print(f'not read  {name}  because it is {reason}')
+    for line in not_read(reader.metadata):
+        print(line)
     with discarded_if_refused(writer):
         _check_clock(what, writer, format)
         work = _Conversion(run.model if check_functions else None, what, reader, writer, step, verify)

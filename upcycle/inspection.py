@@ -10,7 +10,7 @@ import numpy as np
 
 from upcycle import schema
 from upcycle.checkpoints import Reader, open_checkpoint
-from upcycle.leaf_names import grouped
+from upcycle.leaf_names import grouped, not_read
 from upcycle.models import identify
 from upcycle.surgery.receipt import mismatches
 
@@ -161,7 +161,7 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
         for name, leaf in reader.leaves().items():
             table.add_row(name, str(tuple(leaf.shape)), leaf.dtype.name)
         console.print(table)
-    for line in grouped(f'not read  {name}  because it is {reason}' for name, reason in facts['not_read'].items()):
+    for line in not_read(facts):
         console.print(line, soft_wrap=True)
     if any(facts['moe_layers'].values()):
         console.print(_experts_table(facts['moe_layers']))

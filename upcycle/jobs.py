@@ -17,7 +17,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError, writing_to
 from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.gin_files import require_data
-from upcycle.leaf_names import grouped
+from upcycle.leaf_names import grouped, not_read
 from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
 from upcycle.train import lock, loop
@@ -75,8 +75,8 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
         print(json.dumps({**facts, 'rows': rows, 'dropped': dict(what.dropped)}, indent=1))
         return
     _print_table(what, where)
-    for name, reason in reader.metadata.get('not_read', {}).items():
-        print(f'not read  {name}  because it is {reason}')
+    for line in not_read(reader.metadata):
+        print(line)
     for line in grouped((f'dropped  {name}  because {reason}' for name, reason in what.dropped.items()), None):
         print(line)
     print(describe(run, where, mesh))

@@ -1,7 +1,8 @@
 """Long lists of leaves in messages: alike layers on one line, and no more than fits a screen."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # The first number of a name is the layer's: decoder/layers_3/mlp/wi_0/kernel, decoder.block.3.layer.0.
 _LAYER = re.compile(r'(?<=[_.])\d+(?=[/.])')
@@ -30,3 +31,12 @@ def grouped(lines: Iterable[str], most: int | None = 16) -> list[str]:
         return shown
     left = sum(map(len, list(groups.values())[most:]))
     return [*shown[:most], f'and {left} more']
+
+
+def not_read(metadata: Mapping[str, Any]) -> list[str]:
+    """Lines that say which arrays of a checkpoint are not read, and why.
+
+    Args:
+      metadata: of the checkpoint's reader.
+    """
+    return grouped(f'not read  {name}  because it is {reason}' for name, reason in metadata.get('not_read', {}).items())

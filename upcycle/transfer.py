@@ -21,7 +21,7 @@ from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.errors import UserError
-from upcycle.leaf_names import grouped
+from upcycle.leaf_names import grouped, not_read
 from upcycle.models import identify
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
@@ -76,8 +76,8 @@ def transfer(
         leaves['step'] = jax.ShapeDtypeStruct((), np.int32)
     identity = {'from': reader.path, 'format': format, 'leaves': fingerprint(leaves)}
     writer = create_checkpoint(target, format, leaves, step=step, identity=identity)
-    for name, reason in reader.metadata.get('not_read', {}).items():
-        print(f'not read  {name}  because it is {reason}')
+    for line in not_read(reader.metadata):
+        print(line)
     with discarded_if_refused(writer):
         _check_clock(reader, writer, step)
         steps = {} if step is None else {'step': np.asarray(step, np.int32)}

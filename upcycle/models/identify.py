@@ -91,12 +91,14 @@ def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored:
 
 
 def smallest_batch(model: Model) -> BatchSpec:
-    """A batch that a model takes, to see the shapes of its parameters."""
+    """A batch that a model takes, to see the shapes of its parameters: its tokens fill GROUPS_MULTIPLE_OF groups."""
+    config = model.config
     if model.family == 'vit':
-        config = model.config
-        return {'image': ((1, config.image_size, config.image_size, config.image_channels), 'float32')}
+        examples = config.moe.groups_multiple_of if config.moe else 1
+        return {'image': ((examples, config.image_size, config.image_size, config.image_channels), 'float32')}
+    examples = math.lcm(*(moe.groups_multiple_of for moe in (config.encoder_moe, config.decoder_moe) if moe))
     features = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens')
-    return dict.fromkeys(features, ((1, 1), 'int32'))
+    return dict.fromkeys(features, ((examples, 1), 'int32'))
 
 
 def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> Model:
