@@ -36,6 +36,8 @@ UNKNOWN = object()
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
 _OUR_MODULE = re.compile(r'upcycle(\.[a-z]\w*)+')
 _MACRO = re.compile(r'%([A-Za-z_]\w*)')
+# Of a macro or a parameter, with scopes: train/synthetic.SyntheticText.seed.
+_NAME = re.compile(r'[A-Za-z_][\w./]*')
 
 
 @dataclasses.dataclass
@@ -82,6 +84,9 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
             reader.found.mistakes.append(
                 f'{without_password(label)} holds a password, which would be written into config.gin: keep it in the environment.'
             )
+            continue
+        if not _NAME.fullmatch(name):
+            reader.found.mistakes.append(f'{label} binds {name!r}, which is no name: write --gin.NAME=VALUE without spaces.')
             continue
         before = len(reader.found.mistakes)
         with gin.config._parse_scope() as context:

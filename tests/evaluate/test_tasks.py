@@ -84,7 +84,7 @@ def learnt(tmp_path_factory):
     """A tiny model that has learnt what answers look like, and not which is right."""
     path = tmp_path_factory.mktemp('learnt') / 'run'
     steps = {'TRAIN_STEPS': 160, 'EVAL_PERIOD': 160, 'CHECKPOINT_PERIOD': 160, 'LOG_PERIOD': 20, 'BATCH_SIZE': 8}
-    more = {'TASK_METRICS_PERIOD': 80, 'WARMUP_STEPS': 20, 'MIXTURE_OR_TASK_NAME': 'small_boolq', **steps}
+    more = {'TASK_METRICS_PERIOD': 80, 'WARMUP_STEPS': 100, 'MIXTURE_OR_TASK_NAME': 'small_boolq', **steps}
     jobs.train([*FILES, METRICS], bindings(path, **more))
     return path
 
