@@ -28,7 +28,6 @@ ORDERS = {
     # Two processes share what they hold on mesh (2, 2, 2), and the other two hold one part each.
     'uneven': (0, 2, 1, 3, 4, 5, 6, 7),
 }
-MESH_NAMES = {shape: 'x'.join(map(str, shape)) for shape in MESHES}
 
 
 def call(function: Callable[..., Any], *arguments: Any, order: str = 'by process', **named: Any) -> list[Any]:
