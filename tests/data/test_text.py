@@ -267,6 +267,9 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
     assert [len(part) for part in parts] == [5] * 4
     assert sum((b['decoder_loss_weights'].sum(axis=1) > 0).sum() for part in parts for b in part) == 10
     assert len(take(bounded, None)) == 3
+    # A stream is dealt to readers, wherever in the batch their rows are, and one reader may be several hosts.
+    assert_equal(take(bounded, None, share=Share(0, 2, (0, 3), 4)), take(bounded, None, share=Share.even(0, 2)))
+    assert_equal(take(evaluation, None, share=Share(0, 1, (0, 1), 2)), batches)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def test_streamed_hosts_share_the_images(streamed):
     parts = [first(data, 5, share=Share.even(h, 2)) for h in range(2)]
     assert sorted(numbers(parts[0]) + numbers(parts[1])) == list(range(40))
     assert_same(first(data, 3, start=2, share=Share.even(1, 2)), parts[1][2:])
+    # A stream is dealt to readers, wherever in the batch their rows are.
+    assert_same(first(data, 5, share=Share(0, 2, (0, 3), 4)), parts[0])
 
 
 @pytest.mark.parametrize('kind', ['by_place', 'streamed'])

@@ -96,9 +96,9 @@ def train(model_dir, steps, start, shape):
 
 @pytest.fixture(scope='module')
 def whole(shallow, tmp_path_factory):
-    """The run folder of steps 5 to 8, by one process with one device."""
+    """The run folder of steps 5 to 10, by one process with one device."""
     path = tmp_path_factory.mktemp('whole') / 'run'
-    train(path, 8, shallow, (1, 1, 1))
+    train(path, 10, shallow, (1, 1, 1))
     return path
 
 
@@ -107,8 +107,8 @@ def test_training_and_resuming(shape, order, whole, shallow, tmp_path):
     """Two steps and their evaluations on many hosts; then by one process, and on many hosts again."""
     path = tmp_path / 'run'
     call(train, path, 6, shallow, shape, order=order)
-    train(path, 7, shallow, (1, 1, 1))
-    call(train, path, 8, shallow, shape, order=order)
+    train(path, 8, shallow, (1, 1, 1))
+    call(train, path, 10, shallow, shape, order=order)
     lines, expected = (read_metrics(folder / 'metrics.jsonl') for folder in (path, whole))
     assert [(line['step'], line['split']) for line in lines] == [(line['step'], line['split']) for line in expected]
     for line, one in zip(lines, expected, strict=True):
@@ -174,6 +174,7 @@ def test_task_scores_belong_to_their_examples(shape, order):
 def test_few_shot_probes(shape, order):
     one = probe((1, 1, 1))
     for found in call(probe, shape, order=order):
-        assert found['metrics'] == pytest.approx(one['metrics'])
+        assert found['metrics'] == one['metrics']
         for kind in ('primal', 'dual'):
-            np.testing.assert_allclose(found[kind], one[kind], rtol=1e-4, atol=1e-4)
+            scores = np.array(one[kind])
+            assert np.abs(np.array(found[kind]) - scores).max() <= 1e-5 * np.abs(scores).max()

@@ -248,7 +248,8 @@ class _Trainer:
         # Older checkpoints say of how many processes they are, each of which was a reader.
         before = data.get('readers', data.get('process_count', readers))
         if before != readers and jax.process_index() == 0:
-            warn(f'{before} readers of the data became {readers} at step {step}. {self.run.train_data.promise()}')
+            promise = self.run.train_data.promise()
+            warn(f'the number of readers of the data changed from {before} to {readers} at step {step}. {promise}')
         self.ledger = Ledger(**metadata['cost'])
         self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
