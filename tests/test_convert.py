@@ -39,7 +39,7 @@ def first_state(run):
     """What a trainer starts from, flat and without its random key, and the receipt."""
     mesh = loop.check(run)
     with partitioning.use(mesh):
-        batch = next(run.train_data.batches(0, process_index=0, process_count=1))
+        batch = next(run.train_data.batches(0))
         batch = partitioning.put_batch(batch, partitioning.batch_sharding(mesh))
         state, paper, _ = from_checkpoint(run, layout(run, mesh), batch)
     flat = flatten_dict(as_dict(state), sep='/')

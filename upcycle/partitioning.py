@@ -4,6 +4,7 @@ Mesh axes: `data` and `expert` split the batch, `expert` the experts, `model` th
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from upcycle import hosts
+from upcycle.data import DataSource, Share
+from upcycle.data.kept import Kept
 from upcycle.errors import UserError
 
 MESH_AXES = ('data', 'expert', 'model')
@@ -167,15 +170,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """A global batch from every host's rows."""
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def share_of(sharding: NamedSharding, process: int | None = None) -> Share:
+    """The rows of a batch that a process reads: those that its devices hold, by their places on the mesh.
+
+    Processes that hold a part in common, as where `model` crosses them, read the same rows, and so does whoever shares another
+    part with one of them. Where such groups are of different sizes, all processes read the whole batch.
+
+    Args:
+      sharding: see `batch_sharding`.
+      process: its number; None: this one.
+    """
+    return _shares(sharding)[jax.process_index() if process is None else process]
 
 
-def batches(data: Any, start: int, sharding: NamedSharding) -> Iterator[dict[str, jax.Array]]:
-    """The global batches of a data source from `start` on, each from every host's rows."""
-    for batch in data.batches(start, process_index=jax.process_index(), process_count=jax.process_count()):
-        yield put_batch(batch, sharding)
+@functools.lru_cache
+def _shares(sharding: NamedSharding) -> dict[int, Share]:
+    """By process."""
+    of = batch_shards(sharding.mesh)
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in sharding.devices_indices_map((of,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    groups: list[set[int]] = []
+    for parts in held.values():
+        apart = [group for group in groups if not group & parts]
+        groups = [*apart, parts.union(*(group for group in groups if group & parts))]
+    if len({len(group) for group in groups}) > 1:
+        groups = [set().union(*groups)]
+    groups.sort(key=min)
+    readers = [Share(index, len(groups), tuple(sorted(group)), of) for index, group in enumerate(groups)]
+    return {process: next(reader for reader in readers if parts <= {*reader.parts}) for process, parts in held.items()}
+
+
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, share: Share) -> dict[str, jax.Array]:
+    """A global batch on the mesh: each device is given its rows.
+
+    Args:
+      batch: of each feature the rows of `share`.
+      sharding: see `batch_sharding`.
+      share: what this process has read: that of `share_of`, or `data.WHOLE`.
+    """
+
+    def put(rows: np.ndarray) -> jax.Array:
+        size = len(rows) // len(share.parts)
+
+        def held(index: tuple[slice, ...]) -> np.ndarray:
+            first, stop, _ = index[0].indices(size * share.of)
+            row = share.parts.index(first // size) * size + first % size
+            return rows[row : row + stop - first]
+
+        return jax.make_array_from_callback((size * share.of, *rows.shape[1:]), sharding, held)
+
+    return {name: put(rows) for name, rows in batch.items()}
+
+
+def batches(data: DataSource | Kept, start: int, sharding: NamedSharding) -> Iterator[dict[str, jax.Array]]:
+    """The global batches of a data source from `start` on; each process reads its own share of them."""
+    share = share_of(sharding)
+    for batch in data.batches(start, share=share):
+        yield put_batch(batch, sharding, share)
 
 
 def check_batch(batch_size: int, mesh: Mesh, num_microbatches: int, binding: str) -> None:

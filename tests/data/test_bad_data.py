@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests import runs
 from tests.data.test_tfds_images import by_place, config, numbers, prepare, streamed  # noqa: F401  fixtures
-from upcycle.data import images, tensorflow_quiet, text
+from upcycle.data import WHOLE, Share, images, tensorflow_quiet, text
 from upcycle.data.synthetic import SyntheticImages
 from upcycle.errors import UserError
 from upcycle.train import loop
@@ -146,10 +146,10 @@ def test_a_damaged_shard_is_one_sentence_and_never_a_shorter_epoch(file_format, 
 
 def test_a_host_without_examples_is_told(streamed):  # noqa: F811
     data = config(streamed, split='train[:2]', batch_size=4)
-    with pytest.raises(UserError, match='no example for host 3 of 4'):
-        next(data.batches(process_index=3, process_count=4))
+    with pytest.raises(UserError, match='no example for reader 3 of 4'):
+        next(data.batches(share=Share.even(3, 4)))
     one_pass = dataclasses.replace(data, repeat=False)
-    assert [len(numbers(one_pass.batches(process_index=i, process_count=4))) for i in range(4)] == [1, 1, 0, 0]
+    assert [len(numbers(one_pass.batches(share=Share.even(i, 4)))) for i in range(4)] == [1, 1, 0, 0]
 
 
 def test_a_training_source_that_ends_stops_the_run(tmp_path):
@@ -187,21 +187,29 @@ def sources(tmp_path, array_record):
     }
 
 
+# Three hosts, one, four, two of which each reads two places of a batch, and four in groups of which one lies in the middle.
+LEGS = (
+    [Share.even(i, 3) for i in range(3)],
+    [WHOLE],
+    [Share(0, 2, (0, 2), 4), Share(1, 2, (1, 3), 4)],
+    [Share(0, 2, (0, 3), 4), Share(1, 2, (1, 2), 4)],
+)
+
+
 def test_the_order_is_the_same_when_the_number_of_hosts_changes(tmp_path, by_place):  # noqa: F811
     """Batches 0 to 11, of a run that goes on with other hosts at every third one, over ends of epochs."""
     for name, data in sources(tmp_path, by_place).items():
         assert 'is a pure function of' in data.promise()
         whole = take(data, 12)
-        for leg, hosts in enumerate((3, 1, 4, 2)):
-            parts = [
-                list(itertools.islice(data.batches(3 * leg, process_index=i, process_count=hosts), 3))
-                for i in range(hosts)
-            ]
-            for number, expected in enumerate(whole[3 * leg : 3 * leg + 3]):
-                for feature, rows in expected.items():
-                    got = np.concatenate([part[number][feature] for part in parts])
-                    np.testing.assert_array_equal(got, rows, err_msg=f'{name}, batch {3 * leg + number}, {hosts} hosts')
+        for leg, shares in enumerate(LEGS):
+            for share in shares:
+                own = np.concatenate([np.arange(run.start, run.stop) for run in share.rows(12)])
+                read = itertools.islice(data.batches(3 * leg, share), 3)
+                for number, (batch, expected) in enumerate(zip(read, whole[3 * leg : 3 * leg + 3], strict=True)):
+                    for feature, rows in expected.items():
+                        told = f'{name}, batch {3 * leg + number}, {share}'
+                        np.testing.assert_array_equal(batch[feature], rows[own], err_msg=told)
 
 
 def test_a_stream_says_what_it_can_promise(streamed):  # noqa: F811
-    assert 'the same number of hosts' in config(streamed).promise()
+    assert 'the same number of readers' in config(streamed).promise()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from upcycle.data import Share
 from upcycle.data.image_folder import ImageFolder
 from upcycle.data.images import CentralCropPreprocessing, DatasetConfig
 from upcycle.errors import UserError
@@ -58,10 +59,7 @@ def test_any_start_and_hosts_and_one_pass_of_validation(folder):
     data = config(source(folder))
     whole = list(itertools.islice(data.batches(), 5))
     for start, hosts in ((0, 2), (3, 3)):
-        parts = [
-            list(itertools.islice(data.batches(start, process_index=h, process_count=hosts), 5 - start))
-            for h in range(hosts)
-        ]
+        parts = [list(itertools.islice(data.batches(start, Share.even(h, hosts)), 5 - start)) for h in range(hosts)]
         for b, batch in enumerate(whole[start:]):
             for name in batch:
                 np.testing.assert_array_equal(np.concatenate([part[b][name] for part in parts]), batch[name])

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from upcycle.data import DataSource, draws, mnist
+from upcycle.data import WHOLE, DataSource, Share, draws, mnist
 from upcycle.data.images import DatasetConfig, InceptionPreprocessing, Mnist5k, Optdigits, ScanAugmentation
 from upcycle.errors import UserError
 
@@ -22,8 +22,8 @@ def validation(**changes):
     return config(**{'split': 'validation', 'shuffle': False, 'repeat': False, 'seed': 42} | changes)
 
 
-def first(data, n, start=0, **hosts):
-    return list(itertools.islice(data.batches(start, **hosts), n))
+def first(data, n, start=0, share=WHOLE):
+    return list(itertools.islice(data.batches(start, share), n))
 
 
 def assert_same(left, right):
@@ -73,7 +73,7 @@ def test_any_start_and_any_hosts_give_the_same_batches():
     whole = first(data, 6)
     assert_same(first(data, 3, start=3), whole[3:])
     for hosts in (2, 3):
-        parts = [first(data, 6, process_index=h, process_count=hosts) for h in range(hosts)]
+        parts = [first(data, 6, share=Share.even(h, hosts)) for h in range(hosts)]
         joined = [{name: np.concatenate([p[b][name] for p in parts]) for name in whole[b]} for b in range(6)]
         assert_same(joined, whole)
     # A batch over the border of two epochs.
@@ -108,7 +108,7 @@ def test_validation_is_one_pass_in_order_filled_up_with_rows_of_no_weight():
 @pytest.mark.parametrize('hosts', [2, 4])
 def test_hosts_agree_where_validation_ends(hosts):
     data = validation(batch_size=600)
-    parts = [list(data.batches(process_index=h, process_count=hosts)) for h in range(hosts)]
+    parts = [list(data.batches(share=Share.even(h, hosts))) for h in range(hosts)]
     assert [len(part) for part in parts] == [2] * hosts
     assert sum(batch['weights'].sum() for part in parts for batch in part) == 1000
 
@@ -225,8 +225,8 @@ def test_an_error_while_reading_ahead_is_raised_in_its_place():
 
 
 def test_mistakes(monkeypatch):
-    with pytest.raises(UserError, match='BATCH_SIZE = 12 does not divide among 5 hosts'):
-        config().batches(process_count=5)
+    with pytest.raises(UserError, match='BATCH_SIZE = 12 does not divide into the 5 parts'):
+        config().batches(share=Share.even(0, 5))
     with pytest.raises(UserError, match=r'@InceptionPreprocessing\(\) does not take the images of @Mnist5k\(\)'):
         config(preprocessing=InceptionPreprocessing())
     with pytest.raises(UserError, match="no split 'test'"):

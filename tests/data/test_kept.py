@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from upcycle.data import WHOLE, Share
 from upcycle.data.kept import Kept
 
 
@@ -9,10 +10,10 @@ class Counted:
 
     asked = 0
 
-    def batches(self, start=0, *, process_index=0, process_count=1):
+    def batches(self, start=0, share=WHOLE):
         self.asked += 1
         for number in range(start, 2):
-            yield {'tokens': np.full([8 // process_count], number * 10 + process_index, np.int32)}
+            yield {'tokens': np.full([8 // share.count], number * 10 + share.index, np.int32)}
 
 
 def values(batches):
@@ -39,5 +40,5 @@ def test_each_start_and_host_has_its_own():
     kept = Kept(Counted())
     for _ in range(2):
         assert values(kept.batches(1)) == [10]
-        assert values(kept.batches(process_index=1, process_count=2)) == [1, 11]
+        assert values(kept.batches(share=Share.even(1, 2))) == [1, 11]
         assert values(kept.batches()) == [0, 10]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from upcycle.data import DataSource
+from upcycle.data import DataSource, Share
 from upcycle.data.synthetic import SyntheticImages, SyntheticText
 from upcycle.errors import UserError
 
@@ -19,13 +19,13 @@ def test_batches_do_not_depend_on_hosts_or_start(source):
     whole = list(source.batches())
     assert len(whole) == 5
     assert {name: (a.shape, a.dtype) for name, a in whole[0].items()} == source.batch_spec()
-    hosts = [list(source.batches(2, process_index=i, process_count=2)) for i in range(2)]
+    hosts = [list(source.batches(2, Share.even(i, 2))) for i in range(2)]
     for number, halves in enumerate(zip(*hosts, strict=True), 2):
         for name, array in whole[number].items():
             np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)
     assert not np.array_equal(*(next(iter(batch.values())) for batch in whole[:2]))
-    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide among 3 hosts'):
-        source.batches(process_count=3)
+    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide into the 3 parts'):
+        source.batches(share=Share.even(0, 3))
 
 
 def test_ranges():

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from upcycle.data import DataSource, tensorflow_quiet
+from upcycle.data import WHOLE, DataSource, Share, tensorflow_quiet
 from upcycle.data.text import DatasetConfig, TextFiles
 from upcycle.errors import UserError
 
@@ -41,8 +41,8 @@ def validation(train):
     return dataclasses.replace(train, split='validation', shuffle=False, repeat=False)
 
 
-def take(source, count, start=0, **hosts):
-    return list(itertools.islice(source.batches(start, **hosts), count))
+def take(source, count, start=0, share=WHOLE):
+    return list(itertools.islice(source.batches(start, share), count))
 
 
 def assert_equal(left, right):
@@ -95,7 +95,7 @@ def test_a_start_equals_a_skip_through_several_epochs(train):
 @pytest.mark.parametrize('split', ['train', 'validation'])
 def test_any_number_of_hosts_gives_the_same_global_batches(train, validation, split, hosts):
     source = {'train': train, 'validation': validation}[split]
-    parts = [take(source, 40, 1, process_index=i, process_count=hosts) for i in range(hosts)]
+    parts = [take(source, 40, 1, share=Share.even(i, hosts)) for i in range(hosts)]
     together = [{name: np.concatenate([p[name] for p in row]) for name in row[0]} for row in zip(*parts, strict=True)]
     assert_equal(together, take(source, 40, 1))
 
@@ -261,12 +261,15 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
     batches = take(evaluation, None)
     assert [int((b['decoder_loss_weights'].sum(axis=1) > 0).sum()) for b in batches] == [4, 4, 2]
     with pytest.raises(UserError, match='bind EVAL_STEPS'):
-        evaluation.batches(process_index=0, process_count=4)
+        evaluation.batches(share=Share.even(0, 4))
     bounded = dataclasses.replace(evaluation, num_batches=5)
-    parts = [take(bounded, None, process_index=i, process_count=4) for i in range(4)]
+    parts = [take(bounded, None, share=Share.even(i, 4)) for i in range(4)]
     assert [len(part) for part in parts] == [5] * 4
     assert sum((b['decoder_loss_weights'].sum(axis=1) > 0).sum() for part in parts for b in part) == 10
     assert len(take(bounded, None)) == 3
+    # A stream is dealt to readers, wherever in the batch their rows are, and one reader may be several hosts.
+    assert_equal(take(bounded, None, share=Share(0, 2, (0, 3), 4)), take(bounded, None, share=Share.even(0, 2)))
+    assert_equal(take(evaluation, None, share=Share(0, 1, (0, 1), 2)), batches)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +292,8 @@ def test_mistakes_are_one_sentence(train, change, message):
 
 
 def test_a_batch_must_divide_among_the_hosts(train):
-    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide among 3 hosts'):
-        train.batches(process_index=0, process_count=3)
+    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide into the 3 parts'):
+        train.batches(share=Share.even(0, 3))
 
 
 def test_silence_and_cheap_import():

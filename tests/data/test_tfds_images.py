@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from upcycle.data import tensorflow_quiet
+from upcycle.data import WHOLE, Share, tensorflow_quiet
 from upcycle.data.images import CentralCropPreprocessing, DatasetConfig, InceptionPreprocessing, TfdsImages
 from upcycle.errors import UserError
 
@@ -75,8 +75,8 @@ def numbers(batches):
     return [int(round(float(row.mean()) / 5)) for batch in batches for row in batch['image'][batch['weights'] > 0]]
 
 
-def first(data, n, start=0, **hosts):
-    return list(itertools.islice(data.batches(start, **hosts), n))
+def first(data, n, start=0, share=WHOLE):
+    return list(itertools.islice(data.batches(start, share), n))
 
 
 def assert_same(left, right):
@@ -90,7 +90,7 @@ def test_the_two_formats_are_told_apart(by_place, streamed):
     assert not TfdsImages('bright', by_place).streamed
     assert TfdsImages('bright', streamed).streamed
     assert 'pure function' in config(by_place).promise()
-    assert 'same number of hosts' in config(streamed).promise()
+    assert 'same number of readers' in config(streamed).promise()
 
 
 @pytest.mark.parametrize('kind', ['by_place', 'streamed'])
@@ -117,23 +117,25 @@ def test_resuming_gives_the_same_batches(kind, request):
 
 def test_by_place_any_hosts_give_the_same_batches(by_place):
     data = config(by_place)
-    parts = [first(data, 6, process_index=h, process_count=4) for h in range(4)]
+    parts = [first(data, 6, share=Share.even(h, 4)) for h in range(4)]
     joined = [{name: np.concatenate([part[b][name] for part in parts]) for name in parts[0][b]} for b in range(6)]
     assert_same(joined, first(data, 6))
 
 
 def test_streamed_hosts_share_the_images(streamed):
     data = config(streamed)
-    parts = [first(data, 5, process_index=h, process_count=2) for h in range(2)]
+    parts = [first(data, 5, share=Share.even(h, 2)) for h in range(2)]
     assert sorted(numbers(parts[0]) + numbers(parts[1])) == list(range(40))
-    assert_same(first(data, 3, start=2, process_index=1, process_count=2), parts[1][2:])
+    assert_same(first(data, 3, start=2, share=Share.even(1, 2)), parts[1][2:])
+    # A stream is dealt to readers, wherever in the batch their rows are.
+    assert_same(first(data, 5, share=Share(0, 2, (0, 3), 4)), parts[0])
 
 
 @pytest.mark.parametrize('kind', ['by_place', 'streamed'])
 @pytest.mark.parametrize('hosts', [1, 4])
 def test_evaluation_is_one_pass_whose_end_hosts_agree_on(kind, hosts, request):
     data = config(request.getfixturevalue(kind), split='test', shuffle=False, repeat=False)
-    parts = [list(data.batches(process_index=h, process_count=hosts)) for h in range(hosts)]
+    parts = [list(data.batches(share=Share.even(h, hosts))) for h in range(hosts)]
     assert [len(part) for part in parts] == [2] * hosts
     assert sorted(number for part in parts for number in numbers(part)) == list(range(10))
     if hosts == 1:

@@ -22,7 +22,8 @@ from tests.small import (
     vit_moe,
     with_moe,
 )
-from upcycle import partitioning
+from upcycle import hosts, partitioning
+from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
@@ -143,12 +144,12 @@ class Gradients:
         return grads, state
 
 
-def step(case: str, mesh_name: str) -> dict[str, np.ndarray]:
-    """`gradient|PATH` and `metric|NAME` of a case's step on that mesh of the devices of all processes."""
+def step(case: str, mesh_shape: str | tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """`gradient|PATH` and `metric|NAME` of a case's step on that mesh, or that of `MESHES`, of the devices of all processes."""
     model, microbatches, over_data = CASES[case]
     batch, params, boxed = _inputs(case)
-    shape = MESHES[mesh_name]
-    mesh = partitioning.make_mesh(shape, 8, jax.devices()[: int(np.prod(shape))])
+    shape = MESHES.get(mesh_shape, mesh_shape)
+    mesh = partitioning.make_mesh(shape, 8, hosts.devices()[: int(np.prod(shape))])
     with partitioning.use(mesh):
         specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
         state, metrics = _step(model, params, specs, batch, mesh, microbatches, look=case in LOOKED_AT)
@@ -176,7 +177,7 @@ def _step(model, params, specs, batch, mesh, microbatches, look):
         opt_state={},
         rng=jax.device_put(jax.random.key_data(jax.random.key(0)), whole),
     )
-    batch = jax.device_put(batch, partitioning.batch_sharding(mesh))
+    batch = partitioning.put_batch(batch, partitioning.batch_sharding(mesh), WHOLE)
     step = functools.partial(
         train_step,
         model=model,

@@ -133,7 +133,7 @@ class Unreadable:
     def __getattr__(self, name):
         return getattr(self._source, name)
 
-    def batches(self, start=0, *, process_index=0, process_count=1):
+    def batches(self, start=0, share=None):
         raise UserError('this split is not there')
 
 

@@ -40,12 +40,13 @@ def test_steps_are_traced_and_time_is_booked(tmp_path, monkeypatch, capsys):
 
     def of_four(self, *arguments):
         tree, data, metadata = restore(self, *arguments)
-        return tree, data | {'process_count': 4}, metadata
+        return tree, data | {'readers': 4}, metadata
 
     monkeypatch.setattr(CheckpointManager, 'restore', of_four)
     cli.run(command(tmp_path, 5, '--profile_steps=2:3'))
     assert len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 1
-    assert 'warning: 4 processes became 1 at step 4. Global batch b of this split' in capsys.readouterr().err
+    said = 'the number of readers of the data changed from 4 to 1 at step 4. Global batch b of this split'
+    assert said in capsys.readouterr().err
 
 
 def test_mistakes(tmp_path):

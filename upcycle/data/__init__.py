@@ -6,6 +6,7 @@ quietly and without accelerators (`tensorflow_quiet.py`), when a data source tha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -15,6 +16,53 @@ if TYPE_CHECKING:
     import numpy as np
 
 JSON: TypeAlias = dict[str, Any] | list[Any] | str | int | float | bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of every global batch that a host reads.
+
+    A batch is cut into `of` equal parts, as the mesh does it. Hosts that hold a part in common are one reader: all of them
+    read the same rows. Every reader reads equally many parts.
+
+    Attributes:
+        index: number of the reader.
+        count: of readers.
+        parts: that it reads, ascending; they need not follow each other.
+        of: parts of a batch.
+    """
+
+    index: int = 0
+    count: int = 1
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
+
+    @classmethod
+    def even(cls, index: int, count: int) -> Share:
+        """Of `count` readers, each of which reads one part."""
+        return cls(index, count, (index,), count)
+
+    def rows(self, batch_size: int) -> list[range]:
+        """Numbers of the rows in the global batch, ascending: runs of consecutive rows.
+
+        Raises:
+            UserError: if the batch does not divide.
+        """
+        if batch_size % self.of:
+            raise UserError(
+                f'BATCH_SIZE = {batch_size} does not divide into the {self.of} parts that the hosts read: bind a multiple of '
+                'them.'
+            )
+        size = batch_size // self.of
+        runs: list[range] = []
+        for part in self.parts:
+            first = runs.pop().start if runs and runs[-1].stop == part * size else part * size
+            runs.append(range(first, (part + 1) * size))
+        return runs
+
+
+WHOLE = Share()
+"""All rows, for the only reader."""
 
 
 @runtime_checkable
@@ -40,25 +88,11 @@ class DataSource(Protocol):
         """The shape and dtype of every feature of a *global* batch."""
         ...
 
-    def batches(
-        self, start: int = 0, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """This host's rows of global batches `start`, `start + 1`, ...
+    def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
+        """The rows `share.rows(batch_size)` of global batches `start`, `start + 1`, ..., in that order.
 
-        Host h of P holds the contiguous rows h * B / P up to (h + 1) * B / P of a global batch of B rows. All hosts
-        yield equally many batches; a finite source fills its last one with rows of zeros, whose loss weights are zero.
+        All shares yield equally many batches; a finite source fills its last one with rows of zeros, whose loss weights are
+        zero. A random-access source gives the same global batches however they are shared. A stream is dealt to the
+        `share.count` readers, so its batches depend on their number.
         """
         ...
-
-
-def rows_per_host(batch_size: int, process_count: int) -> int:
-    """Rows of a global batch that each host holds.
-
-    Raises:
-        UserError: if the batch does not divide among the hosts.
-    """
-    if batch_size % process_count:
-        raise UserError(
-            f'BATCH_SIZE = {batch_size} does not divide among {process_count} hosts: bind a multiple of them.'
-        )
-    return batch_size // process_count

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from upcycle.data import JSON, draws, rows_per_host
+from upcycle.data import JSON, WHOLE, Share, draws
 from upcycle.data.bad_records import BadRecordError, BadRecords, checked_bound
 from upcycle.data.image_folder import ImageFolder
 from upcycle.data.mnist import Mnist5k, Optdigits, ScanAugmentation
@@ -144,38 +144,37 @@ class DatasetConfig:
         if self.source.streamed:
             return (
                 f'This split ({self.split}) is streamed with seed {self.seed}: the order is the same for the same number of '
-                'hosts, files and versions of TFDS and TensorFlow, and a resumed run finds its place by reading the '
-                'stream again up to it, without decoding.'
+                'readers (hosts that read different rows), files and versions of TFDS and TensorFlow, and a resumed run finds '
+                'its place by reading the stream again up to it, without decoding.'
             )
         return (
             f'Global batch b of this split ({self.split}) is a pure function of (seed {self.seed}, b), the same for any '
             'number of hosts and any start.'
         )
 
-    def batches(self, start: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """This host's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
+    def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
 
         Raises:
-            UserError: if the batch does not divide among the hosts, or the data cannot be read.
+            UserError: if the batch does not divide among the readers, or the data cannot be read.
         """
-        rows = rows_per_host(self.batch_size, process_count)
+        rows = np.concatenate([np.arange(run.start, run.stop) for run in share.rows(self.batch_size)])
         stop = self._number_of_batches()
         numbers = itertools.count(start) if stop is None else range(start, stop)
-        row = process_index * rows
         if not self.source.streamed:
-            return _made_ahead(lambda n: self._rows(n * self.batch_size + row, rows), numbers)
+            return _made_ahead(lambda n: self._rows(n * self.batch_size + rows), numbers)
         stream = self.source.stream(
             self.split,
-            rows,
+            len(rows),
             start,
             shuffle=self.shuffle,
             seed=self.seed,
             repeat=self.repeat,
-            process_index=process_index,
-            process_count=process_count,
+            index=share.index,
+            count=share.count,
         )
         nothing = [], np.zeros((0, self.source.max_labels), np.int32)
-        return _made_ahead(lambda n: self._filled(*next(stream, nothing), n * self.batch_size + row, rows), numbers)
+        return _made_ahead(lambda n: self._filled(*next(stream, nothing), n * self.batch_size + rows), numbers)
 
     def _number_of_batches(self) -> int | None:
         """The end of the batches, or None where there is none."""
@@ -187,24 +186,27 @@ class DatasetConfig:
         whole = -(-size // self.batch_size)
         return whole if self.num_batches is None else min(whole, self.num_batches)
 
-    def _rows(self, first: int, rows: int) -> Batch:
-        """Consecutive examples of the endless (or, without `repeat`, the finite and filled-up) sequence."""
+    def _rows(self, index: np.ndarray) -> Batch:
+        """Examples, ascending, of the endless (or, without `repeat`, the finite and filled-up) sequence."""
         size = self.source.size(self.split)
-        index = np.arange(first, first + rows if self.repeat else max(first, min(first + rows, size)))
-        return self._filled(*self.source.read(self.split, self._places(index, size)), first, rows)
+        real = index if self.repeat else index[index < size]
+        return self._filled(*self.source.read(self.split, self._places(real, size)), index)
 
-    def _filled(self, images: Sequence[Any], labels: np.ndarray, first: int, rows: int) -> Batch:
-        """A batch whose last rows, where there are fewer images, are zeros without labels."""
-        batch = {name: np.zeros((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec().items()}
+    def _filled(self, images: Sequence[Any], labels: np.ndarray, index: np.ndarray) -> Batch:
+        """A batch of the examples `index` whose last rows, where there are fewer images, are zeros without labels."""
+        batch = {name: np.zeros((len(index), *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec().items()}
         batch['labels'] -= 1
-        if real := len(images):
-            batch['image'][:real], good = self._preprocessed(images, first)
-            batch['labels'][:real][good] = labels[good]
-            batch['weights'][:real] = good
+        # Of consecutive examples at a time, which is all of them where the mesh does not interleave hosts.
+        for rows in np.split(np.arange(len(images)), np.flatnonzero(np.diff(index[: len(images)]) > 1) + 1):
+            if len(rows):
+                row = slice(rows[0], rows[-1] + 1)
+                batch['image'][row], good = self._preprocessed(images[row], int(index[rows[0]]))
+                batch['labels'][row][good] = labels[row][good]
+                batch['weights'][row] = good
         return batch
 
     def _preprocessed(self, images: Sequence[Any], first: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the model sees of the images, zeros of the broken ones, and which are not broken."""
+        """What the model sees of consecutive images, zeros of the broken ones, and which are not broken."""
         good = np.ones(len(images), bool)
         with contextlib.suppress(BadRecordError):
             return self.preprocessing(images, self.seed, first), good

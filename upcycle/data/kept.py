@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from upcycle.data import DataSource
+from upcycle.data import WHOLE, DataSource, Share
 
 LIMIT = 256 * 2**20
 """Bytes of host memory."""
@@ -18,19 +18,17 @@ class Kept:
     def __init__(self, source: DataSource, limit: int = LIMIT):
         self._source = source
         self._limit = limit
-        self._kept: dict[tuple[int, int, int], list[dict[str, np.ndarray]] | None] = {}
+        self._kept: dict[tuple[int, Share], list[dict[str, np.ndarray]] | None] = {}
 
-    def batches(
-        self, start: int = 0, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
         """Those of the source; see `DataSource.batches`. They are for reading only."""
-        key = start, process_index, process_count
+        key = start, share
         if (kept := self._kept.get(key)) is not None:
             yield from kept
             return
         so_far: list[dict[str, np.ndarray]] = []
         size, fits = 0, key not in self._kept
-        for batch in self._source.batches(start, process_index=process_index, process_count=process_count):
+        for batch in self._source.batches(start, share=share):
             size += sum(rows.nbytes for rows in batch.values())
             fits = fits and size <= self._limit
             if fits:

@@ -86,11 +86,11 @@ class RandomAccessSource(seqio.DataSource):
         shuffle: bool,
         seed: int,
         first: int = 0,
-        block: int = 1,
+        rows: Sequence[int] = (0,),
         stride: int = 1,
         endless: bool = False,
     ) -> tf.data.Dataset:
-        """Asks for blocks of `block` consecutive examples that begin at `first`, `first + stride`, ...
+        """Asks for the examples at `rows`, which ascend, counted from `first`, then from `first + stride`, ...
 
         They end with the epoch, or run on through all epochs where `endless`.
         """
@@ -101,11 +101,11 @@ class RandomAccessSource(seqio.DataSource):
             'offset': offset,
             'size': size,
             'first': first,
-            'block': block,
             'stride': stride,
             'endless': endless,
         }
-        return tf.data.Dataset.from_tensors({name: tf.constant(int(n), tf.int64) for name, n in numbers.items()})
+        request = {name: tf.constant(int(n), tf.int64) for name, n in numbers.items()}
+        return tf.data.Dataset.from_tensors(request | {'rows': tf.constant(rows, tf.int64)})
 
 
 def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
@@ -122,9 +122,11 @@ def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
 
         def indices(epoch: tf.Tensor, request: Mapping[str, tf.Tensor]) -> tf.data.Dataset:
             per_epoch = chunks_per_epoch(request['size'], length, request['shuffle'])
+            rows = request['rows']
+            count = tf.size(rows, tf.int64)
             return (
                 tf.data.Dataset.range(np.iinfo(np.int64).max)
-                .map(lambda n: request['first'] + n // request['block'] * request['stride'] + n % request['block'])
+                .map(lambda n: request['first'] + n // count * request['stride'] + rows[n % count])
                 .take_while(lambda index: (request['endless'] > 0) | (index < per_epoch))
                 .map(lambda index: {**request, 'index': epoch * per_epoch + index})
             )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from upcycle.data import JSON, draws, rows_per_host
+from upcycle.data import JSON, WHOLE, Share, draws
 from upcycle.schema import Count, Whole
 
 Batch = dict[str, np.ndarray]
@@ -33,11 +33,15 @@ class _Endless:
         """Which determinism holds."""
         return f'Random numbers, no data: global batch b is a pure function of (seed {self.seed}, b).'
 
-    def batches(self, start: int = 0, *, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-        """This host's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
-        rows = rows_per_host(self.batch_size, process_count)
+    def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
+        runs = share.rows(self.batch_size)
         numbers = itertools.count(start) if self.num_batches is None else range(start, self.num_batches)
-        return (self._rows(number * self.batch_size + process_index * rows, rows) for number in numbers)
+        return (self._batch(number, runs) for number in numbers)
+
+    def _batch(self, number: int, runs: Sequence[range]) -> Batch:
+        parts = [self._rows(number * self.batch_size + run.start, len(run)) for run in runs]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _rows(self, first: int, rows: int) -> Batch:
         raise NotImplementedError

@@ -12,12 +12,13 @@ import difflib
 import functools
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle.data import JSON, rows_per_host, tensorflow_quiet
+from upcycle.data import JSON, WHOLE, Share, tensorflow_quiet
 from upcycle.data.sentinels import TRAINED_WITH, counted_down
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import MissingData, UserError
@@ -218,30 +219,28 @@ class DatasetConfig:
             )
         return (
             f'{self.mixture_or_task_name} is streamed by seqio with seed {self.seed}: the order is the same for the '
-            'same number of hosts, files and versions of seqio and TensorFlow, and a resumed run finds its place by '
-            'replaying the stream up to it.'
+            'same number of readers (hosts that read different rows), files and versions of seqio and TensorFlow, and a '
+            'resumed run finds its place by replaying the stream up to it.'
         )
 
-    def batches(
-        self, start: int = 0, *, process_index: int = 0, process_count: int = 1
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """This host's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
+    def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
+        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
 
         Raises:
-            UserError: if the batch does not divide among the hosts, or the data cannot be had as bound.
+            UserError: if the batch does not divide among the readers, or the data cannot be had as bound.
         """
-        rows = rows_per_host(self.batch_size, process_count)
+        rows = sum(map(len, share.rows(self.batch_size)))
         stop = self._number_of_batches()
-        if stop is None and not self.repeat and process_count > 1:
+        if stop is None and not self.repeat and share.count > 1:
             raise UserError(
-                f'{self.mixture_or_task_name} is streamed, so {process_count} hosts cannot agree where its '
+                f'{self.mixture_or_task_name} is streamed, so {share.count} hosts cannot agree where its '
                 f'{self.split!r} split ends: bind EVAL_STEPS to a number.'
             )
-        batches = self._pipeline(start, process_index, process_count).as_numpy_iterator()
+        batches = self._pipeline(start, share).as_numpy_iterator()
         if self._random_access is not None:
             batches = map(self._features, batches)
         # One host may stop where its stream ends; many must stop together.
-        return self._filled(batches, rows, start, stop, may_end=stop is None or process_count == 1)
+        return self._filled(batches, rows, start, stop, may_end=stop is None or share.count == 1)
 
     @property
     def _random_access(self) -> RandomAccessSource | None:
@@ -254,7 +253,7 @@ class DatasetConfig:
     def _first_examples_sha256(self) -> str:
         """Changes with anything that changes the batches, such as another TensorFlow's random numbers."""
         digest = hashlib.sha256()
-        for examples in self._examples(0, 1).batch(1).take(8).as_numpy_iterator():
+        for examples in self._examples(0, [0]).batch(1).take(8).as_numpy_iterator():
             features = self._features(examples)
             for name in sorted(features):
                 digest.update(np.ascontiguousarray(features[name], '<i4').tobytes())
@@ -278,31 +277,31 @@ class DatasetConfig:
         return span_corruption.checked_lengths(self.task_feature_lengths, self._random_access.sentinels)
 
     @functools.cached_property
-    def _pipeline(self) -> Callable[[int, int, int], tf.data.Dataset]:
+    def _pipeline(self) -> Callable[[int, Share], tf.data.Dataset]:
         # TensorFlow takes about a second to trace a pipeline, and every evaluation starts the same one.
         return functools.cache(self._build_pipeline)
 
-    def _build_pipeline(self, start: int, process_index: int, process_count: int) -> tf.data.Dataset:
+    def _build_pipeline(self, start: int, share: Share) -> tf.data.Dataset:
         tf = tensorflow_quiet.tensorflow()
-        rows = self.batch_size // process_count
+        rows = [*itertools.chain.from_iterable(share.rows(self.batch_size))]
         if self._random_access is None:
             with self.reading():
-                dataset = self._stream(process_index, process_count).batch(rows).skip(start)
+                dataset = self._stream(share).batch(len(rows)).skip(start)
         else:
-            dataset = self._examples(start * self.batch_size + process_index * rows, rows).batch(rows)
+            dataset = self._examples(start * self.batch_size, rows).batch(len(rows))
         options = tf.data.Options()
         options.deterministic = True
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
-    def _examples(self, first: int, block: int) -> tf.data.Dataset:
-        """The random-access examples of one host, block by block: 'inputs' and 'targets' that end in EOS."""
+    def _examples(self, first: int, rows: Sequence[int]) -> tf.data.Dataset:
+        """Random-access examples, those `rows` of each batch from example `first` on: 'inputs' and 'targets' that end in EOS."""
         self._chunks_per_epoch()
         request = self._random_access.request(
             self.split,
             shuffle=self.shuffle,
             seed=self.seed,
             first=first,
-            block=block,
+            rows=rows,
             stride=self.batch_size,
             endless=self.repeat,
         )
@@ -324,8 +323,8 @@ class DatasetConfig:
             'decoder_loss_weights': (targets != 0).astype(np.int32),
         }
 
-    def _stream(self, process_index: int, process_count: int) -> tf.data.Dataset:
-        """The rows of one host of any other seqio task or mixture, from their beginning."""
+    def _stream(self, share: Share) -> tf.data.Dataset:
+        """The rows of one reader of any other seqio task or mixture, from their beginning."""
         seqio = tensorflow_quiet.seqio()
         return seqio.get_dataset(
             self.task,
@@ -335,7 +334,7 @@ class DatasetConfig:
             use_cached=self.use_cached,
             shuffle=self.shuffle,
             num_epochs=None if self.repeat else 1,
-            shard_info=seqio.ShardInfo(index=process_index, num_shards=process_count),
+            shard_info=seqio.ShardInfo(index=share.index, num_shards=share.count),
             verbose=False,
             seed=self.seed,
         )

@@ -99,20 +99,21 @@ class TfdsImages:
         shuffle: bool,
         seed: int,
         repeat: bool,
-        process_index: int,
-        process_count: int,
+        index: int,
+        count: int,
     ) -> Iterator[tuple[list[Encoded], np.ndarray]]:
-        """One host's share of the split, `rows` examples at a time, beginning at its batch `start`."""
+        """The share of reader `index` of `count` of the split, `rows` examples at a time, beginning at its batch `start`."""
         tfds = tensorflow_quiet.tfds()
         self.size(split)
         config = tfds.ReadConfig(shuffle_seed=seed, try_autocache=False, add_tfds_id=True)
         # Without this, TFDS reads shuffled files in whatever order is fastest.
         config.options.deterministic = True
-        share = tfds.even_splits(split, process_count)[process_index]
+        share = tfds.even_splits(split, count)[index]
         if not self._split(share).num_examples:
             if repeat:
                 raise UserError(
-                    f'{self.name}, {split}, has no example for host {process_index} of {process_count}: use fewer hosts.'
+                    f'{self.name}, {split}, has no example for reader {index} of {count} (hosts that read different rows): use '
+                    'fewer hosts.'
                 )
             return
         with tensorflow_quiet.reading(self.name):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle import partitioning
-from upcycle.data import rows_per_host, tensorflow_quiet
+from upcycle.data import WHOLE, tensorflow_quiet
 from upcycle.errors import UserError
 from upcycle.models import Model, Params
 from upcycle.models.decoding import generate
@@ -69,8 +69,6 @@ class TaskEvaluator:
     def __init__(self, spec: TaskMetrics, model: Model, eval_data: Any, sharding: jax.sharding.NamedSharding):
         spec.check(model, eval_data)
         self._spec, self._sharding = spec, sharding
-        # Every host takes every example, and gives its devices their rows.
-        self._rows = rows_per_host(eval_data.batch_size, jax.process_count())
         self._batch_size = eval_data.batch_size
         other = spec.mixture_or_task_name
         data = eval_data if other is None else dataclasses.replace(eval_data, mixture_or_task_name=other, source=None)
@@ -102,14 +100,14 @@ class TaskEvaluator:
 
     def _batches(self, dataset: Any) -> Iterator[tuple[list[int], dict[str, jax.Array]]]:
         """The numbers of the examples, and the global batch that they begin."""
-        first = jax.process_index() * self._rows
         for numbers, examples in dataset.batch(self._batch_size).as_numpy_iterator():
             batch = {}
             for name, value in examples.items():
                 filled = np.zeros((self._batch_size, *value.shape[1:]), value.dtype)
                 filled[: len(value)] = value
-                batch[name] = filled[first : first + self._rows]
-            yield numbers.tolist(), partitioning.put_batch(batch, self._sharding)
+                batch[name] = filled
+            # Every host reads every example.
+            yield numbers.tolist(), partitioning.put_batch(batch, self._sharding, WHOLE)
 
 
 def predict(

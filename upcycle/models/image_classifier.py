@@ -40,8 +40,9 @@ class ImageClassifier:
       config: sizes and MoE layers.
       loss: see `ClassLoss` [CLASS_LOSS].
       label_smoothing: share of a label spread over all classes, in training [LABEL_SMOOTHING].
-      mixup: in training each image and its labels are mixed with the next row's, at a share drawn for the batch from
-        Beta(mixup, mixup) (Zhang et al. 2018, in the form of big_vision); 0: not [MIXUP].
+      mixup: in training each image and its labels are mixed with the previous row's, at a share drawn for the batch from
+        Beta(mixup, mixup) (Zhang et al. 2018, in the form of big_vision); 0: not. With NUM_MICROBATCHES above 1 each microbatch
+        draws its own share and mixes its own rows, so the result depends on it [MIXUP].
       aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
       router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """

@@ -244,9 +244,12 @@ class _Trainer:
     def _restore(self, manager: CheckpointManager, step: int) -> TrainState:
         tree, data, metadata = manager.restore(step, states.as_dict(self.layout.abstract))
         run_folder.require_same_data(self.run, data['fingerprint'], self.data_identity)
-        hosts = data.get('process_count', jax.process_count())
-        if hosts != jax.process_count() and jax.process_index() == 0:
-            warn(f'{hosts} processes became {jax.process_count()} at step {step}. {self.run.train_data.promise()}')
+        readers = partitioning.share_of(self.batch_sharding).count
+        # Older checkpoints say of how many processes they are, each of which was a reader.
+        before = data.get('readers', data.get('process_count', readers))
+        if before != readers and jax.process_index() == 0:
+            promise = self.run.train_data.promise()
+            warn(f'the number of readers of the data changed from {before} to {readers} at step {step}. {promise}')
         self.ledger = Ledger(**metadata['cost'])
         self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
@@ -383,6 +386,7 @@ class _Trainer:
             'next_batch': step + left_out,
             'fingerprint': self.data_identity,
             'process_count': jax.process_count(),
+            'readers': partitioning.share_of(self.batch_sharding).count,
         }
         self.still_ours(True)
         self.saves = self.saves or manager.latest_step() is None

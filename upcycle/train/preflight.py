@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 
-from upcycle import configuration, cost, files, outputs
+from upcycle import configuration, cost, files, outputs, partitioning
 from upcycle.checkpoints import Reader, arrays, open_checkpoints
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
@@ -62,7 +62,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     # The first use of the data finds what is wrong with it.
     data = run.train_data.fingerprint()
     for source in filter(None, (run.train_data, run.eval_data)):
-        source.batches(0, process_index=jax.process_index(), process_count=jax.process_count())
+        source.batches(share=partitioning.share_of(partitioning.batch_sharding(mesh)))
     if newest is not None:
         stored = data
         # A step that cannot be read is set aside, or refused, when the run resumes.

@@ -43,7 +43,8 @@ class Run:
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
       checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
       log_period: steps between lines of the log [LOG_PERIOD].
-      num_microbatches: parts of a batch, one after the other; the gradient stays the same [NUM_MICROBATCHES].
+      num_microbatches: parts of a batch, one after the other; the gradient stays the same, but for random draws such as those
+        of MIXUP [NUM_MICROBATCHES].
       mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
       trainable: which parameters are trained.
       parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].

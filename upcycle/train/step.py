@@ -51,7 +51,8 @@ def train_step(
     """One update, or none where the loss or the gradient is not finite. Pure; the trainer jits it.
 
     The loss is (sum over targets of their loss) / (the whole batch's normaliser) + the auxiliary losses of the MoE layers, so
-    that cutting the batch into microbatches leaves the gradient as it is.
+    that cutting the batch into microbatches leaves the gradient as it is, but for what is drawn at random: each microbatch draws
+    its own dropout, router noise and mixup.
 
     Args:
       state: before the step.
@@ -116,7 +117,12 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def _accumulate(grad_fn, params: Any, batch: Batch, rng: jax.Array, parts: int) -> tuple[Any, Metrics]:
-    """Sum over microbatches of gradients and sums; contiguous rows, so that no routing group is cut."""
+    """Sum over microbatches of gradients and sums.
+
+    A microbatch is contiguous rows of the batch, so that its routing groups are groups of the batch. A device holds contiguous
+    rows of the batch as well, so most rows are needed on another device than the one that holds them: each step moves the batch's
+    inputs between devices once, before the scan. Microbatches of strided rows would need no move, but would be other groups.
+    """
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
