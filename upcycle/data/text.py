@@ -12,7 +12,9 @@ import difflib
 import functools
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +65,8 @@ class DatasetConfig:
     num_batches: Count | None = None
     repeat: bool = True
     source: TextFiles | None = None
+
+    harmless = MappingProxyType({'module': re.compile(r'(upcycle|t5|seqio)(\.\w+)*')})  # see `gin_files.HARMLESS`
 
     @functools.cached_property
     def task(self) -> seqio.Task | seqio.Mixture:

@@ -83,7 +83,7 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
         if not set(point.after) <= entries.keys() | elsewhere:
             continue  # what it comes after has a mistake
         try:
-            run = configuration.load(point.gin_files, point.bindings)
+            run = configuration.as_it_began(configuration.load(point.gin_files, point.bindings))
             configuration.claim(run, configuration.resolved(), write=False)
             finished = point.finished(run.total_steps)
             start = 0 if finished or not here else _start(run, point, entries, seen)
