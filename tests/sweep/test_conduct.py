@@ -482,7 +482,7 @@ def test_an_unknown_option_of_the_cluster(tmp_path):
 @pytest.mark.parametrize('kind', [list, tuple])
 def test_a_point_that_starts_from_several_checkpoints(kind, tmp_path):
     """Its first step is the largest of theirs; a checkpoint without a step counts as 0."""
-    tree = trees.t5(False)
+    tree = trees.t5(False, state=False)
     first = trees.write(tmp_path / 'first', 't5x_orbax', tree)
     second = trees.write(tmp_path / 'second', 't5x_orbax', {**tree, 'step': np.asarray(7, np.int32)})
     run = types.SimpleNamespace(initial_checkpoint_path=kind([str(first), str(second)]), dense_step=None)
