@@ -4,6 +4,7 @@ import enum
 import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -15,10 +16,12 @@ from etils import epath
 
 import gin
 from tests import runs
-from upcycle import configuration, gin_files, schema
+from upcycle import configuration, gin_files, jobs, schema
 from upcycle.errors import UserError, UserErrors, mistakes_of
 from upcycle.models.vit import Gelu
 from upcycle.moe.config import BalanceLoss
+from upcycle.sweep import conduct
+from upcycle.sweep.points import Point
 from upcycle.train.trainable import Trainable
 
 
@@ -300,6 +303,128 @@ def test_a_default_is_the_same_bound_or_not(tmp_path):
                 configuration.claim(run, new)
             checked += 1
     assert checked > 20
+
+
+def began_with(tmp_path, kind='dense', changes=(), **more):
+    """The config.gin of a run that began with other defaults: `changes` are (parameter, its value then; None: not there)."""
+    configuration.claim(*claim_of(tmp_path, kind, **more))
+    path = tmp_path / 'run' / 'config.gin'
+    lines = path.read_text().splitlines(keepends=True)
+    first_default = next(i for i, line in enumerate(lines) if line.startswith('# Defaults'))
+    for name, value in changes:
+        (place,) = (i for i, line in enumerate(lines) if re.match(rf'[^=]*\b{re.escape(name)} = ', line))
+        assert place > first_default, f'{name} is bound'
+        lines[place] = '' if value is None else f'{lines[place].split(" = ")[0]} = {value}\n'
+    path.write_text(''.join(lines))
+    return path
+
+
+def resumed(tmp_path, kind='dense', **more):
+    run = configuration.as_it_began(claim_of(tmp_path, kind, **more)[0])
+    configuration.claim(run, configuration.resolved())
+    return run
+
+
+def test_the_configuration_holds_every_operative_value(tmp_path):
+    """Each parameter of everything that the run is made of, bound or not."""
+    configuration.claim(*claim_of(tmp_path, 'scratch'))
+    stored = configuration._read_config(tmp_path / 'run' / 'config.gin').all
+    for name in ('Adafactor.clipping_threshold', 'decoder/upcycle.moe.config.MoEConfig.min_capacity', 'Run.dense_step'):
+        assert any(found.endswith(name) for found in stored), name
+    missing = {
+        f'{selector}.{name}'
+        for selector, target, _ in configuration._reachable()
+        for name in schema.parameters(target)
+        if f'{selector}.{name}' not in stored
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ('kind', 'name', 'value', 'read'),
+    [
+        ('dense', 'Adafactor.clipping_threshold', 0.5, lambda run: run.optimizer.clipping_threshold),
+        (
+            'scratch',
+            'decoder/upcycle.moe.config.MoEConfig.min_capacity',
+            8,
+            lambda run: run.model.config.decoder_moe.min_capacity,
+        ),
+        ('dense', 'T5Config.float32_attention_logits', True, lambda run: run.model.config.float32_attention_logits),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_a_resumed_run_keeps_the_defaults_that_it_began_with(kind, name, value, read, tmp_path, capsys):
+    path = began_with(tmp_path, kind, [(name, value)])
+    for _ in range(2):
+        assert read(resumed(tmp_path, kind)) == value
+        said = capsys.readouterr().err
+        assert f'{name} = {value}, as when the run in {tmp_path}/run began; the default of this version is' in said
+        assert f'{name} = {value}\n' in path.read_text().partition('# Defaults')[2]
+
+
+def test_todays_default_is_another_run_if_it_is_asked_for(tmp_path):
+    began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
+    with pytest.raises(UserError, match=r'clipping_threshold is 0.5 and not 1.0'):
+        resumed(tmp_path, **{'upcycle.train.optimizer.Adafactor.clipping_threshold': 1.0})
+
+
+def test_what_was_bound_is_not_taken_back_by_leaving_it_out(tmp_path):
+    configuration.claim(*claim_of(tmp_path, DROPOUT_RATE=0.5))
+    with pytest.raises(UserError, match='dropout_rate is 0.5 and not 0.0'):
+        resumed(tmp_path)
+
+
+def test_an_older_configuration_takes_todays_defaults_and_says_so(tmp_path, capsys):
+    run, bindings = claim_of(tmp_path)
+    path = tmp_path / 'run' / 'config.gin'
+    path.parent.mkdir()
+    path.write_text(configuration.as_gin(bindings))
+    assert resumed(tmp_path) == run
+    said = capsys.readouterr().err
+    assert re.search(
+        r'config.gin does not hold \d+ settings, which take the defaults of this version: .* more', said
+    ), said
+    assert resumed(tmp_path) == run
+    assert not capsys.readouterr().err
+
+
+def test_a_setting_that_is_newer_than_the_run_takes_its_default_and_says_so(tmp_path, capsys):
+    began_with(tmp_path, changes=[('Adafactor.clipping_threshold', None)])
+    assert resumed(tmp_path).optimizer.clipping_threshold == 1.0
+    assert 'not hold 1 settings, which take the defaults of this version: upcycle.train.opt' in capsys.readouterr().err
+
+
+def test_a_setting_that_exists_no_longer_is_left_alone(tmp_path):
+    path = began_with(tmp_path)
+    path.write_text(path.read_text() + 'upcycle.train.optimizer.Adafactor.old = 3\nupcycle.train.old.Old.x = 3\n')
+    resumed(tmp_path)
+
+
+def test_what_may_change_follows_the_command(tmp_path, capsys):
+    """A default of it may be bound, and left out again."""
+    began_with(tmp_path)
+    assert resumed(tmp_path, LEAF_GRADIENT_NORMS=True).leaf_gradient_norms
+    assert not resumed(tmp_path).leaf_gradient_norms
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.jobs.train()', '[', "'x'\nimport os"])
+def test_defaults_in_a_folder_are_data(value, tmp_path):
+    began_with(tmp_path, changes=[('Adafactor.clipping_threshold', value)])
+    with pytest.raises(UserError, match='config.gin holds defaults that are no data|must be a number'):
+        resumed(tmp_path)
+
+
+def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
+    """`train` and the check of a sweep."""
+    began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
+    seen = []
+    monkeypatch.setattr(jobs.loop, 'train', lambda run, *_: seen.append(run.optimizer.clipping_threshold))
+    runs.train('dense', tmp_path / 'run', 6)
+    assert seen == [0.5]
+    point = Point(name='a', gin_files=runs.FILES['dense'], bindings=runs.bindings('dense', tmp_path / 'run', 6))
+    assert [entry.point for entry in conduct.check([point])] == [point]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import ast
 import json
+import os
 import pathlib
 import shutil
 import types
 
 import pytest
+from etils import epath
 
 from upcycle import cli, gin_files, jobs
 from upcycle.checkpoints import open_checkpoint
@@ -81,6 +83,9 @@ PROGRAMS = {
     'a module of a module of ours': 'import upcycle.jobs\nupcycle.jobs.os.getcwd.x = 1\n',
     'a function of ours': 'import upcycle.jobs\nupcycle.train.run.Run.seed = @upcycle.jobs.train()\n',
     'another module for tasks': "import upcycle.data.text\nupcycle.data.text.DatasetConfig.module = 'evil'\n",
+    'code that TFDS downloads': "import upcycle.data.tfds_images\nupcycle.data.tfds_images.TfdsImages.name = 'huggingface:x/y'\n",
+    'a namespace of TFDS': "import upcycle.data.tfds_images\ntrain/upcycle.data.tfds_images.TfdsImages.name = 'kaggle:x:1.0.0'\n",
+    'a block': "import upcycle.data.tfds_images\nupcycle.data.tfds_images.TfdsImages:\n  name = ['a']\n",
     'another file': "include '/etc/passwd'\n",
     'an alias': 'from upcycle import jobs as run\nrun.train.name = 3\n',
     'no gin': 'import os; os.getcwd()\n',
@@ -101,6 +106,31 @@ def test_a_program_beside_a_checkpoint_is_not_run(program, tmp_path, capsys, mon
 
 def test_the_configuration_of_a_run_is_data(upcycled):
     gin_files.require_data(f'{upcycled}/config.gin')
+
+
+@pytest.mark.parametrize(
+    'name', ['imagenet2012', 'imagenet2012:5.1.0', 'imagenet2012_subset/1pct:5.*.*', 'cifar10/plain-text:3.0.2']
+)
+def test_a_data_set_of_tfds_is_data(name, tmp_path):
+    lines = ['from __gin__ import dynamic_registration', 'import upcycle.data.tfds_images']
+    lines += [f'validation/upcycle.data.tfds_images.TfdsImages.name = {name!r}']
+    (tmp_path / 'config.gin').write_text('\n'.join(lines))
+    gin_files.require_data(str(tmp_path / 'config.gin'))
+
+
+def test_a_copy_of_a_configuration_in_a_bucket_is_removed(tmp_path, monkeypatch):
+    """And the message names the bucket, and not the copy."""
+    (tmp_path / 'config.gin').write_text('from __gin__ import dynamic_registration\n')
+    monkeypatch.setattr(jobs.files, 'is_remote', lambda path: True)
+    monkeypatch.setattr(jobs.files, 'absolute', epath.Path)
+    with jobs._config_of(str(tmp_path)) as copy:
+        assert pathlib.Path(copy).read_text() == (tmp_path / 'config.gin').read_text()
+    assert not os.path.exists(copy)
+    (tmp_path / 'config.gin').write_text('import os\n')
+    with pytest.raises(
+        UserError, match=f'{tmp_path}/config.gin is not read unasked, .* name a local copy with --gin_file.'
+    ):
+        jobs._config_of(str(tmp_path)).__enter__()
 
 
 def test_passwords_are_neither_shown_nor_kept(capsys, tmp_path):

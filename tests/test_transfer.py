@@ -1,5 +1,6 @@
 """`upcycle import` and `upcycle export`: what is refused, what a cut leaves behind, and how it goes on."""
 
+import errno
 import json
 import os
 import pathlib
@@ -8,15 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import jax
 import numpy as np
 import pytest
 
-from tests.checkpoints import trees
+from tests.checkpoints import trees, vits
 from tests.test_cli import call
 from upcycle import outputs
-from upcycle.checkpoints import create_checkpoint, open_checkpoint, writing
+from upcycle.checkpoints import create_checkpoint, huggingface, native, open_checkpoint, t5x, writing
 from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
@@ -39,6 +41,33 @@ def test_import_and_export_by_command(tmp_path, capsys):
     dtypes = {name.split('/')[-2]: leaf.dtype.name for name, leaf in reader.leaves().items() if '/mlp/' in name}
     assert dtypes == {'wi_0': 'bfloat16', 'wi_1': 'bfloat16', 'wo': 'bfloat16', 'w': 'float32'}
     assert reader.metadata['source'] == {'path': f'{tmp_path}/out/checkpoints/100', 'format': 'upcycle', 'step': 100}
+
+
+@pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 'huggingface', 'vit_npz'])
+def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
+    """What is written last is an index, or metadata. The same command goes on when there is room."""
+    if format == 'vit_npz':
+        np.savez(tmp_path / 'source.npz', **vits.ours())
+        source, target = tmp_path / 'source.npz', tmp_path / 'out.npz'
+    else:
+        source, target = trees.write(tmp_path / 't5x', 't5x_orbax', trees.t5(False, state=False)), tmp_path / 'out'
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    last = {
+        'vit_npz': (zipfile.ZipFile, 'writestr'),
+        't5x_legacy': (t5x.LegacyLayout, 'commit'),
+        'upcycle': (native.NativeLayout, 'commit'),
+        'huggingface': (huggingface.os, 'fsync'),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(*last[format], full)
+        with pytest.raises(writing.WriteError, match='No space left on device.: make room .* name another --to'):
+            transfer(source, target, format)
+    with pytest.raises(UserError):
+        open_checkpoint(target)
+    assert open_checkpoint(transfer(source, target, format)).leaves()
 
 
 # What is wrong with the tree, options, words of the message.

@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import gin
 from gin import config_parser
@@ -31,6 +31,9 @@ FOLLOWS = {
     'recipes': ('models', 'moe', 'tasks', 'runs'),
     'surgery': ('models', 'moe', 'tasks', 'runs'),
 }
+# The attribute of a dataclass that says which texts its fields may have in a file that nobody has named: a pattern for each
+# field whose value can choose code that is imported or downloaded.
+HARMLESS = 'harmless'
 # A reference that could not be resolved, of which a mistake already tells.
 UNKNOWN = object()
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
@@ -86,7 +89,9 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
             )
             continue
         if not _NAME.fullmatch(name):
-            reader.found.mistakes.append(f'{label} binds {name!r}, which is no name: write --gin.NAME=VALUE without spaces.')
+            reader.found.mistakes.append(
+                f'{label} binds {name!r}, which is no name: write --gin.NAME=VALUE without spaces.'
+            )
             continue
         before = len(reader.found.mistakes)
         with gin.config._parse_scope() as context:
@@ -142,15 +147,55 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f' (did you mean {close[0]}?)' if close else ''
 
 
-def require_data(path: str) -> None:
+def require_data(path: str, shown: str | None = None) -> None:
     """Makes sure that a gin file does nothing but describe a run of ours, before it is read as one.
 
     A `config.gin` lies beside weights that may come from anywhere, and nobody has asked to run it. So it may import our own
-    modules only, call our own dataclasses only, and name modules of tasks of ours, of t5 and of seqio only.
+    modules only, call our own dataclasses only, and give their fields only values that choose no foreign code: see
+    `HARMLESS`.
+
+    Args:
+      path: of the file.
+      shown: its path for the message, where that is a copy.
 
     Raises:
       UserError: it could do something else.
     """
+    try:
+        with open(path, encoding='utf-8') as file:
+            reason = _more_than_data(file)
+    except Exception as error:  # gin's parser and Python's tokenizer raise nearly every built-in type
+        reason = _one_line(error)
+    if reason is not None:
+        way_out = f'name it with --gin_file={path}' if shown is None else 'name a local copy with --gin_file'
+        raise UserError(
+            f'{shown or path} is not read unasked, because it is more than the description of a run ({reason}): look at it, and '
+            f'if you trust whoever wrote it, {way_out}.'
+        )
+
+
+def bind(text: str, path: str) -> None:
+    """Puts bindings that a run has stored into gin's configuration.
+
+    Args:
+      text: a gin file.
+      path: of the file that it is a part of.
+
+    Raises:
+      UserError: it does not parse, or could do more than describe a run.
+    """
+    try:
+        reason = _more_than_data(io.StringIO(text))
+        if reason is None:
+            gin.parse_config(text)
+    except Exception as error:
+        reason = _one_line(error)
+    if reason is not None:
+        raise UserError(f'{path} holds defaults that are no data ({reason}): correct it, or name another MODEL_DIR.')
+
+
+def _more_than_data(file: TextIO) -> str | None:
+    """Why a gin file may do more than describe a run; None where it may not."""
 
     class Names(config_parser.ParserDelegate):
         def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
@@ -162,20 +207,12 @@ def require_data(path: str) -> None:
 
     selectors: list[str] = []
     reason = None
-    try:
-        with open(path, encoding='utf-8') as file:
-            for statement in config_parser.ConfigParser(file, Names()):
-                reason = reason or _more_than_data(statement, selectors)
-    except Exception as error:  # gin's parser and Python's tokenizer raise nearly every built-in type
-        reason = _one_line(error)
-    if reason is not None:
-        raise UserError(
-            f'{path} is not read unasked, because it is more than the description of a run ({reason}): look at it, and if you '
-            f'trust whoever wrote it, name it with --gin_file={path}.'
-        )
+    for statement in config_parser.ConfigParser(file, Names()):
+        reason = reason or _danger_of(statement, selectors)
+    return reason
 
 
-def _more_than_data(statement: Any, selectors: list[str]) -> str | None:
+def _danger_of(statement: Any, selectors: list[str]) -> str | None:
     """Why a statement may do more than describe, None where it may not. `selectors`: references so far; they are taken."""
     if isinstance(statement, config_parser.ImportStatement):
         ours = _OUR_MODULE.fullmatch(statement.module) and not statement.alias
@@ -186,29 +223,29 @@ def _more_than_data(statement: Any, selectors: list[str]) -> str | None:
         if not statement.arg_name:
             return f'it sets the macro {statement.selector}'
         selectors.append(statement.selector)
-        if statement.arg_name == 'module' and str(statement.value).split('.')[0] not in (
-            'upcycle',
-            't5',
-            'seqio',
-            'None',
-        ):
-            return f'it imports {statement.value}'
     else:
         selectors.append(statement.selector)
-    foreign = next((selector for selector in selectors if not _is_our_dataclass(selector)), None)
+    foreign = next((selector for selector in selectors if _our_dataclass(selector) is None), None)
     selectors.clear()
-    return None if foreign is None else f'it names {foreign}'
+    if foreign is not None:
+        return f'it names {foreign}'
+    if isinstance(statement, config_parser.BindingStatement):
+        harmless = getattr(_our_dataclass(statement.selector), HARMLESS, {}).get(statement.arg_name)
+        if harmless is not None and statement.value is not None and not harmless.fullmatch(str(statement.value)):
+            return f'it sets {statement.arg_name} to {statement.value!r}, which may run code from elsewhere'
+    return None
 
 
-def _is_our_dataclass(selector: str) -> bool:
+def _our_dataclass(selector: str) -> type | None:
     module, _, name = selector.rpartition('.')
     if not _OUR_MODULE.fullmatch(module):
-        return False
+        return None
     try:
         kind = getattr(importlib.import_module(module), name, None)
     except ImportError:
-        return False
-    return inspect.isclass(kind) and dataclasses.is_dataclass(kind) and kind.__module__.startswith('upcycle.')
+        return None
+    ours = inspect.isclass(kind) and dataclasses.is_dataclass(kind) and kind.__module__.startswith('upcycle.')
+    return kind if ours else None
 
 
 def _gin_folder() -> pathlib.Path:

@@ -96,18 +96,22 @@ def layer_statistics(reader: Reader, layer: str) -> dict[str, Any]:
     Returns:
       `num_experts`; `cosine` between the whole parameter vectors of each pair of experts (`mean`, `min`, `max`; 1: copies);
       `router`: `mean`, `std` and `max_abs` of its weights, and the mean cosine between two experts' columns; a layer whose
-      experts are merged has none.
+      experts are merged has none. A layer that is not whole has what can be told: 0 experts, or the numbers that its leaves
+      disagree in, and no `cosine`.
     """
-    gram, router = 0.0, None
-    for name in reader.leaves():
-        if name.startswith(f'{layer}/expert/'):
-            value_ExN = np.asarray(reader.read(name), np.float32)
-            value_ExN = value_ExN.reshape(value_ExN.shape[0], -1)
+    leaves = reader.leaves()
+    experts = [name for name in leaves if name.startswith(f'{layer}/expert/')]
+    counts = sorted({leaves[name].shape[0] if leaves[name].shape else 0 for name in experts})
+    found: dict[str, Any] = {'num_experts': counts[0] if len(counts) == 1 else counts or 0}
+    if len(counts) == 1 and counts[0]:
+        gram = 0.0
+        for name in experts:
+            value_ExN = np.asarray(reader.read(name), np.float32).reshape(counts[0], -1)
             gram = gram + (value_ExN @ value_ExN.T).astype(np.float64)
-        elif name.startswith(f'{layer}/router/') and name.endswith('kernel'):
-            router = np.asarray(reader.read(name), np.float64)
-    found = {'num_experts': len(gram), 'cosine': _pairs(gram)}
-    if router is not None:
+        found['cosine'] = _pairs(gram)
+    kernels = [name for name in leaves if name.startswith(f'{layer}/router/') and name.endswith('kernel')]
+    if kernels and len(leaves[kernels[0]].shape) == 2:
+        router = np.asarray(reader.read(kernels[0]), np.float64)
         found['router'] = {
             'mean': float(router.mean()),
             'std': float(router.std()),
@@ -188,10 +192,11 @@ def _experts_table(layers: Mapping[str, Mapping[str, Any]]):
         pad_edge=False,
     )
     for layer, found in layers.items():
-        cosine, router = found['cosine'], found.get('router', {})
-        values = [cosine[name] for name in ('mean', 'min', 'max')]
-        values += [router[name] for name in ('mean', 'std', 'max_abs', 'column_cosine') if name in router]
-        table.add_row(layer.removeprefix('params/'), str(found['num_experts']), *(f'{value:.4f}' for value in values))
+        cosine, router = found.get('cosine', {}), found.get('router', {})
+        values = [cosine.get(name) for name in ('mean', 'min', 'max')]
+        values += [router.get(name) for name in ('mean', 'std', 'max_abs', 'column_cosine')]
+        shown = ('' if value is None else f'{value:.4f}' for value in values)
+        table.add_row(layer.removeprefix('params/'), str(found['num_experts']), *shown)
     return table
 
 

@@ -1,15 +1,15 @@
 """The commands that work on a configured run."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
 from upcycle import configuration, cost, files, outputs, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
@@ -28,7 +28,6 @@ from upcycle.train.step import TrainState
 
 FEW_SHOT = 'runs/few_shot.gin'
 TASK_METRICS = 'runs/task_metrics.gin'
-CONFIG = 'config.gin'
 
 
 def train(
@@ -39,7 +38,7 @@ def train(
     Raises:
       UserError: before anything is written, where the configuration, the folder or the checkpoint do not fit.
     """
-    run = configuration.load(gin_files, bindings)
+    run = configuration.as_it_began(configuration.load(gin_files, bindings))
     identity = configuration.resolved()
     if profile_steps and profile_steps[-1] > run.total_steps:
         raise UserError(
@@ -61,7 +60,7 @@ def plan(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool
     Raises:
       UserError: `train` would refuse the run before its first step.
     """
-    run = configuration.load(gin_files, bindings)
+    run = configuration.as_it_began(configuration.load(gin_files, bindings))
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     start = preflight(run, configuration.resolved())
@@ -111,18 +110,16 @@ def evaluate(
         outputs.check('--out', out, outputs.Kind.FILE)
     reader = open_checkpoint(checkpoint)
     require_whole(reader.path)
-    config = None
-    if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
-        config = _config_of(checkpoint)
-        require_data(config)
-        gin_files = [config, *gin_files]
-    elif os.path.basename(gin_files[0]) == CONFIG:
-        config = gin_files[0]
     named = dict(bindings)
-    if config is None:
-        # Neither says anything about the weights, and a run needs both.
-        named = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000000', 'INITIAL_CHECKPOINT_PATH': checkpoint, **bindings}
-    run = configuration.load(gin_files, named)
+    if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
+        with _config_of(checkpoint) as config:
+            run = configuration.load([config, *gin_files], named)
+    else:
+        if os.path.basename(gin_files[0]) != configuration.CONFIG:
+            # Neither says anything about the weights, and a run needs both.
+            unused = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000000'}
+            named = {**unused, 'INITIAL_CHECKPOINT_PATH': checkpoint, **bindings}
+        run = configuration.load(gin_files, named)
     if run.eval_data is None:
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
     mesh = loop.check(run)
@@ -158,25 +155,31 @@ def evaluate(
     return result
 
 
-def _config_of(checkpoint: str) -> str:
-    """The configuration of the run that a checkpoint's path belongs to."""
+@contextlib.contextmanager
+def _config_of(checkpoint: str) -> Iterator[str]:
+    """The configuration of the run that a checkpoint's path belongs to: a file that gin can read, which knows no buckets.
+
+    Raises:
+      UserError: there is none, or it is more than data.
+    """
     path = files.absolute(checkpoint)
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / CONFIG).is_file():
-            return _local(folder / CONFIG)
+    for config in (folder / configuration.CONFIG for folder in (path, path.parent, path.parent.parent)):
+        if not config.is_file():
+            continue
+        if not files.is_remote(config):
+            require_data(os.fspath(config))
+            yield os.fspath(config)
+            return
+        with tempfile.NamedTemporaryFile('w', suffix='.gin', encoding='utf-8') as copy:
+            copy.write(config.read_text())
+            copy.flush()
+            require_data(copy.name, shown=os.fspath(config))
+            yield copy.name
+        return
     raise UserError(
         f'{checkpoint} lies in no run folder of ours, so say what model and data it is of: --gin_file=models/..., '
         '--gin_file=tasks/..., --gin_file=runs/eval.gin.'
     )
-
-
-def _local(path: epath.Path) -> str:
-    """A file that gin can read, which knows no buckets."""
-    if not files.is_remote(path):
-        return os.fspath(path)
-    with tempfile.NamedTemporaryFile('w', suffix='.gin', delete=False, encoding='utf-8') as file:
-        file.write(path.read_text())
-    return file.name
 
 
 def _metrics_table(result: Mapping[str, Any]) -> str:
@@ -216,9 +219,9 @@ def convert(
     if run.train_data is not None:
         loop.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
     if 'TRAIN_STEPS' in bindings:
-        reader = open_checkpoints(run.initial_checkpoint_path)
-        if run.dense_step is not None or 'step' in reader.leaves():
-            check_start(run, reader.step if run.dense_step is None else run.dense_step)
+        step = open_checkpoints(run.initial_checkpoint_path).step if run.dense_step is None else run.dense_step
+        if step is not None:
+            check_start(run, step)
     return offline.convert(run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify)
 
 

@@ -1,7 +1,9 @@
 """ViT `.npz` files of every layout give one tree, lazily, and a bad file gives one sentence."""
 
 import concurrent.futures
+import gc
 import pickle
+import weakref
 import zipfile
 
 import jax
@@ -52,6 +54,17 @@ def test_many_threads_read_what_is_there(tmp_path):
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(read, range(3000)))
+
+
+def test_an_archive_is_closed_with_its_reader(tmp_path):
+    """Also after its checksums have been compared."""
+    reader = open_checkpoint(save(tmp_path / 'x.npz', vits.ours()))
+    reader.read('params/embedding/kernel', region=(slice(0, 2),))
+    archive = weakref.ref(reader._sources['params/embedding/kernel'].archive)
+    assert archive() is not None
+    del reader
+    gc.collect()
+    assert archive() is None
 
 
 @pytest.mark.parametrize('pooling', ['gap', 'token', 'map'])

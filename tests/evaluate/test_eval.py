@@ -9,6 +9,7 @@ import pytest
 from tests import runs, vision
 from tests.test_cli import call
 from upcycle import jobs
+from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 
 COMPARED = ('loss', 'cross_entropy_loss', 'accuracy', 'targets')
@@ -63,6 +64,32 @@ def test_a_dense_checkpoint_is_evaluated_as_it_is_upcycled(dense, upcycled, caps
     last = lines_of(upcycled, 'validation')[-1]
     assert 'upcycled' not in error
     assert json.loads(out)['metrics']['validation']['loss'] == pytest.approx(last['loss'], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'fixture', 'binding', 'value'),
+    [
+        ('dense', 'dense', 'MLP_ACTIVATIONS', "('silu', 'linear')"),
+        ('upcycle', 'dense', 'MLP_ACTIVATIONS', "('silu', 'linear')"),
+        ('vit dense', 'dense_vit', 'GELU', 'erf'),
+        ('vit dense', 'dense_vit', 'NORM_EPSILON', 0.001),
+    ],
+)
+def test_a_model_of_another_function_is_not_evaluated(kind, fixture, binding, value, request, capsys):
+    """Leaves fit, and the numbers would be another model's."""
+    folder = request.getfixturevalue(fixture)
+    files = options(runs.FILES[kind], runs.bindings(kind, 'unused', 6) | {binding: value})
+    code, _, error = call(['eval', f'--from={folder}', *files], capsys)
+    assert code == 2 and 'was made with' in error and binding.lower() in error, error
+
+
+def test_a_run_is_not_resumed_as_another_function(dense, tmp_path):
+    """Whatever its config.gin says."""
+    run = shutil.copytree(dense, tmp_path / 'run')
+    config = run / 'config.gin'
+    config.write_text(config.read_text().replace("('gelu', 'linear')", "('silu', 'linear')"))
+    with pytest.raises(UserError, match='was made with mlp_activations'):
+        runs.train('dense', run, 6, MLP_ACTIVATIONS="('silu', 'linear')")
 
 
 def test_probes_of_the_trainer_and_of_the_command_are_one(tmp_path, capsys):

@@ -494,9 +494,11 @@ def test_upcycling_differs_from_dense_continuation_in_moe_and_surgery_only(tmp_p
 
 
 def test_config_gin_builds_the_same_run(tmp_path, dense):
-    runs.build('upcycle', tmp_path, 10, INITIAL_CHECKPOINT_PATH=dense)
+    run = runs.build('upcycle', tmp_path / 'run', 10, INITIAL_CHECKPOINT_PATH=dense)
     first = configuration.resolved()
     path = tmp_path / 'config.gin'
     path.write_text(configuration.as_gin(first))
     configuration.load([str(path)], {})
     assert configuration.resolved() == first
+    configuration.claim(run, first)
+    assert configuration.load([str(tmp_path / 'run' / 'config.gin')], {}) == run

@@ -12,15 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import PartitionSpec
 
 from tests.moe.quick import jit, random_params
-from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
+from tests.small import (
+    FEATURES,
+    close_to_largest,
+    image_batch,
+    random_batch,
+    small_t5,
+    small_vit,
+    spec_of,
+    vit_moe,
+    with_moe,
+)
 from upcycle.errors import UserError
+from upcycle.models import stack
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.stack import Remat, apply_layers, segments
 from upcycle.models.stack import _stack as stack_layers
+from upcycle.moe.config import AdaptiveBalance, MoEConfig
 
 SIZES = {'emb_dim': 32, 'mlp_dim': 64, 'num_heads': 2, 'head_dim': 16, 'num_encoder_layers': 4}
 
@@ -192,14 +203,99 @@ def test_an_unknown_policy_is_refused():
     assert small_t5(remat='full').remat is Remat.FULL
 
 
-def test_routers_stay_in_float32_in_a_loop():
-    """Their kernels are stacked as they are, whatever the activations' type."""
-    _, params = inputs()
-    layers = [params['encoder'][f'layers_{i}'] for i in (1, 3)]
-    axes = jax.tree.map(lambda leaf: PartitionSpec(*(None,) * leaf.ndim), layers[0])
-    for path, leaf in flatten_dict(stack_layers(layers, axes, jnp.bfloat16), sep='/').items():
-        assert leaf.dtype == (jnp.float32 if '/router/' in path else jnp.bfloat16), path
-        assert leaf.shape[0] == 2
+def vit_model(**fields):
+    moe = vit_moe(router='top_k', num_experts=4, gate_noise=1.0, balance_loss='importance_load', fill_order='priority')
+    return ImageClassifier(small_vit(moe=moe, moe_layers=(0, 1), num_layers=2, emb_dim=32, mlp_dim=64, **fields))
+
+
+ROUTED = {
+    't5': (model, {'num_encoder_layers': 2, 'encoder_moe_layers': (0, 1)}),
+    'ragged': (model, {'encoder_moe': None, 'decoder_moe': MoEConfig(4, router='top_k', dispatch='ragged')}),
+    'vit': (vit_model, {}),
+}
+
+
+@functools.cache
+def decisions(kind, **form):
+    """How often the program of a gradient chooses experts or tokens, and puts tokens in order."""
+    build, fields = ROUTED[kind]
+    which = build(**fields, **form, dtype='bfloat16')
+    batch = random_batch(padding=3) if kind != 'vit' else image_batch(which.config)
+    params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec_of(batch)), jax.random.key(0)))
+
+    def loss(params):
+        sums, moe_loss, _ = which.forward(params, batch, jax.random.key(0), training=True)
+        return sums['loss'] + moe_loss
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    # What `ragged` sorts is integers that were decided.
+    return text.count('top_k['), 0 if kind == 'ragged' else text.count('sort[')
+
+
+@pytest.mark.parametrize('scan', [False, True], ids=['', 'scan'])
+@pytest.mark.parametrize(
+    ('kind', 'remat'),
+    [
+        pytest.param(kind, remat, marks=[] if remat == 'full' or kind == 't5' else pytest.mark.exhaustive)
+        for kind in ROUTED
+        for remat in ('full', 'minimal', 'exchange')
+        if (kind, remat) != ('t5', 'exchange')
+    ],
+)
+def test_the_backward_pass_takes_no_decision_again(kind, remat, scan):
+    """In bfloat16 a recomputed router may choose otherwise, and a token's gradient would go to an expert that never saw it."""
+    chosen, _ = expected = decisions(kind, scan_layers=scan)
+    assert chosen > 0
+    assert decisions(kind, scan_layers=scan, remat=remat) == expected
+
+
+def test_a_loop_keeps_decisions_and_no_constants(monkeypatch):
+    """What `Remat.FULL` holds for each layer beside its input: a few integers a token."""
+    kept = []
+
+    class Kept(stack._Constant):
+        def __init__(self, value):
+            kept.append(value.shape)
+            super().__init__(value)
+
+    monkeypatch.setattr(stack, '_Constant', jax.tree_util.register_static(Kept))
+    which = model(scan_layers=True, remat='full', position_biases='every_layer')
+    batch = random_batch()
+    params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec_of(batch)), jax.random.key(0)))
+
+    def loss(params):
+        return which.forward(params, batch, None, training=True)[0]['loss']
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert (16, 16) in kept and (8, 8) in kept  # which bucket the distance of two tokens falls into
+    assert not re.search(r'i32\[\d+,16,16\]|bool\[\d+,16,16\]', text)
+
+
+@pytest.mark.parametrize('family', ['t5', 'vit'])
+def test_a_stack_has_the_types_that_its_layers_read(family, monkeypatch):
+    """Matrices and T5's norms are cast by their own modules, a ViT's norms and what routing keeps are not."""
+    types = {}
+
+    def stacked(layers, axes, dtypes):
+        for path, dtype in flatten_dict(dtypes, sep='/').items():
+            types.setdefault(dtype.name, set()).add(path)
+        return stack_layers(layers, axes, dtypes)
+
+    monkeypatch.setattr(stack, '_stack', stacked)
+    form = {'scan_layers': True, 'dtype': 'bfloat16'}
+    if family == 't5':
+        moe = MoEConfig(4, router='top_k', balance_bias_rate=0.1, adaptive_balance=AdaptiveBalance())
+        which, batch = model(**form, encoder_moe=moe, decoder_moe=moe), random_batch()
+    else:
+        which = vit_model(**form)
+        batch = image_batch(which.config)
+    params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec_of(batch)), jax.random.key(0)))
+    jax.eval_shape(lambda params: which.forward(params, batch, jax.random.key(0), training=True), params)
+    state = {'mlp/router_state/bias', 'mlp/router_state/loss_weight'}
+    router = 'router/router_weights/w/kernel'
+    norms = {f'LayerNorm_{i}/{name}' for i in (0, 1) for name in ('scale', 'bias')}
+    assert types['float32'] == ({f'mlp/{router}', *state} if family == 't5' else {f'MlpBlock_0/{router}', *norms})
+    assert any('/expert/' in path for path in types['bfloat16'])
 
 
 @pytest.mark.parametrize('family', [pytest.param('t5', marks=pytest.mark.exhaustive), 'vit'])

@@ -21,6 +21,7 @@ from tests.small import (
     fixture_tree,
     random_batch,
     small_t5,
+    with_moe,
 )
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
@@ -349,3 +350,24 @@ def test_parameters_are_float32_and_activations_bfloat16_by_default():
     assert decoded.dtype == np.float32
     # Three digits of bfloat16, through four layers.
     np.testing.assert_allclose(decoded, exact, atol=0.2 * exact.std())
+
+
+def test_padding_is_masked_in_float16():
+    """-1e10 is infinite in float16, and a row that masks everything was nan: padding in a row, and rows of nothing else."""
+    sizes = {'emb_dim': 32, 'mlp_dim': 64, 'head_dim': 16, 'num_encoder_layers': 1, 'num_decoder_layers': 1}
+    batch = random_batch(padding=3)
+    batch = {name: array.at[-1].set(0) for name, array in batch.items()}
+
+    def loss_of(dtype):
+        model = EncoderDecoderModel(with_moe(small_t5(**sizes, dtype=dtype), num_experts=4, min_capacity=1))
+        params = random_params(model.module(), **{name: batch[name] for name in FEATURES[:3]})
+
+        def loss(params):
+            sums, moe_loss, _ = model.forward(params, batch, None, training=True)
+            return sums['loss'] / sums['weight'] + moe_loss
+
+        return jit(jax.value_and_grad(loss))(params)
+
+    loss, grads = loss_of('float16')
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+    np.testing.assert_allclose(loss, loss_of('float32')[0], rtol=0.02)

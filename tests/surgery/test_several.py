@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from tests.surgery.in_memory import leaves_of, params_of, plan_for, upcycle
 from tests.surgery.test_function import dense_params, model_of
+from upcycle.checkpoints.several import SeveralReader
 from upcycle.errors import UserError
 from upcycle.surgery.operators import Start
 from upcycle.surgery.plan import Action, Surgery, plan
@@ -120,3 +121,47 @@ def test_checkpoints_that_differ():
 
 def test_what_starts_from_several():
     assert BRANCHES.operator.starts_from is Start.SEVERAL
+
+
+class OfARun:
+    """A reader of no leaves."""
+
+    format = 'upcycle'
+
+    def __init__(self, path, step=None, flops=0.0, source=None):
+        self.path, self.step = path, step
+        self.metadata = {'cost': {'flops': flops}} | ({'source': {'path': source}} if source else {})
+
+    def leaves(self):
+        return {}
+
+    def read(self, name, sharding=None, dtype=None, region=()):
+        return name, region
+
+
+@pytest.mark.parametrize(
+    ('readers', 'flops'),
+    [
+        ([('/a/checkpoints/4', 4), ('/a/checkpoints/8', 8)], 8),
+        ([('/a/checkpoints/4', 4), ('/b/checkpoints/8', 8)], 12),
+        ([('/m/checkpoint_100', 4), ('/m/checkpoint_200', 8)], 8),
+        ([('/exports/a.npz', 4), ('/exports/b.npz', 8)], 12),
+        ([('/exports/a', 4), ('/exports/b', 8)], 12),
+        ([('/exports/a', 4, '/a/checkpoints/4'), ('/exports/b', 8, '/a/checkpoints/8')], 8),
+        ([('/exports/a', 4, '/a/checkpoints/4'), ('/a/checkpoints/8', 8)], 8),
+        ([('gs://bucket/a/checkpoints/4', 4), ('gs://bucket/b/checkpoints/4', 4)], 8),
+    ],
+)
+def test_a_run_is_counted_once(readers, flops):
+    """Steps of one run cost what the last of them did; exports in one folder are of as many runs as they were made from."""
+    found = SeveralReader(
+        [OfARun(path, flops=cost, source=next(iter(source), None)) for path, cost, *source in readers]
+    )
+    assert found.metadata['cost']['flops'] == flops
+
+
+def test_steps_and_regions_of_several():
+    assert SeveralReader([OfARun('a', 3), OfARun('b'), OfARun('c', 5)]).step == 5
+    assert SeveralReader([OfARun('a'), OfARun('b')]).step is None
+    region = (slice(0, 1),)
+    assert SeveralReader([OfARun('a'), OfARun('b')]).read('params/x@1', region=region) == ('params/x', region)

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import types
 
+import numpy as np
 import pytest
 
 from tests import vision
+from tests.checkpoints import trees
 from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
@@ -474,3 +477,17 @@ def test_an_unknown_option_of_the_cluster(tmp_path):
     slurm = launchers.make('slurm', {}, 0, 1, {'cluster': 'local', 'colour': 'red'})
     with pytest.raises(UserError, match='--cluster options: .*colour'):
         slurm.start(['train'], str(tmp_path / 'a.txt'))
+
+
+@pytest.mark.parametrize('kind', [list, tuple])
+def test_a_point_that_starts_from_several_checkpoints(kind, tmp_path):
+    """Its first step is the largest of theirs; a checkpoint without a step counts as 0."""
+    tree = trees.t5(False, state=False)
+    first = trees.write(tmp_path / 'first', 't5x_orbax', tree)
+    second = trees.write(tmp_path / 'second', 't5x_orbax', {**tree, 'step': np.asarray(7, np.int32)})
+    run = types.SimpleNamespace(initial_checkpoint_path=kind([str(first), str(second)]), dense_step=None)
+    point, seen = types.SimpleNamespace(after=()), {}
+    assert conduct._start(run, point, {}, seen) == int(tree['step'])
+    assert conduct._start(run, point, {}, seen) == int(tree['step']) and len(seen) == 1
+    run.initial_checkpoint_path = str(second)
+    assert conduct._start(run, point, {}, seen) == 7

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from tests import runs
+from tests.small import image_batch, random_batch, small_t5, small_vit
 from tests.train.test_loop import killed_at, leaves_of, lines_of
 from upcycle import configuration
 from upcycle.errors import UserError
-from upcycle.train import health, loop
+from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.image_classifier import ImageClassifier
+from upcycle.train import diagnosis, health, loop
 from upcycle.train.diagnosis import diagnose
+from upcycle.train.health import Health, Limits, NotFiniteError
 from upcycle.train.step import TrainState
 from upcycle.train.trainable import NOTHING
 
@@ -125,6 +129,9 @@ class Formula:
     def __init__(self, formula):
         self._formula = formula
 
+    def init(self, rng, batch_spec):
+        return {f'layers_{i}': {'w': jnp.ones(())} for i in range(3)}
+
     def loss_normalizer(self, batch):
         return jnp.ones(())
 
@@ -159,6 +166,50 @@ def test_a_diagnosis_names_the_leaf(formula, params, said):
     model = Formula(lambda tree: formula([tree[f'layers_{i}']['w'] for i in range(3)]))
     text = diagnose(state, {'tokens': jnp.zeros(2, jnp.int32)}, model=model, num_microbatches=1, frozen=NOTHING)
     assert re.search(said, text), text
+
+
+@pytest.mark.parametrize('family', ['t5', 'vit'])
+def test_the_leaf_nearest_to_the_loss(family):
+    """In the order of the forward pass: the head last, then the final norm, layers of the decoder, the encoder, the embedding."""
+    if family == 't5':
+        sizes = {'emb_dim': 16, 'mlp_dim': 16, 'head_dim': 8, 'vocab_size': 32}
+        model, batch = EncoderDecoderModel(small_t5(**sizes, num_decoder_layers=11)), random_batch(32)
+        ends = [
+            'token_embedder/',
+            'encoder/layers_1/',
+            'encoder/encoder_norm/',
+            'decoder/layers_2/',
+            'decoder/layers_10/',
+        ]
+        ends += ['decoder/decoder_norm/', 'decoder/logits_dense/']
+    else:
+        config = small_vit(emb_dim=16, mlp_dim=16, num_heads=2, num_layers=11, pooling='map')
+        model, batch = ImageClassifier(config), image_batch(config)
+        ends = ['embedding/', 'Transformer/encoderblock_2/', 'Transformer/encoderblock_10/', 'Transformer/encoder_norm']
+        ends += ['MAPHead_0/', 'head/']
+    order = diagnosis._forward_order(model, batch)
+    places = [max(i for i, name in enumerate(order) if name.startswith(f'params/{end}')) for end in ends]
+    assert places == sorted(places) and places[-1] == len(order) - 1
+
+
+def test_a_diagnosis_says_of_which_step_its_parameters_are():
+    """Steps that were under way may have been taken before the steps that were not finite were noticed."""
+    window = loop.Window(Health(Limits(max_skipped_steps=0)))
+
+    def add(skipped):
+        window.add({'loss': math.nan if skipped else 1.0, 'gradient_norm': 1.0, 'skipped': skipped})
+
+    add(False)
+    add(True)
+    add(False)
+    with pytest.raises(NotFiniteError) as found:
+        add(True)
+    assert (found.value.first, window.taken_under_way()) == (2, 3)
+    state = TrainState(jnp.int32(1), {'w': jnp.float32(math.nan)}, {}, jax.random.key_data(jax.random.key(0)))
+    model = Formula(lambda params: params['w'])
+    batch = {'tokens': jnp.zeros(2, jnp.int32)}
+    text = diagnose(state, batch, model=model, num_microbatches=1, frozen=NOTHING, when='after step 3')
+    assert text == 'after step 3, parameters hold NaN or infinity in params/w'
 
 
 LEAPING = {

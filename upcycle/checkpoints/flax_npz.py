@@ -141,7 +141,7 @@ class _Member:
         out = np.empty(count, np.uint8)
         view, done = memoryview(out), 0
         if count < self._size:
-            self._check()
+            _ = self._is_whole
         with self.archive.zip.open(self.info) as file:
             # Read and not sought, because zipfile compares a checksum only for a member that is read from end to end.
             file.read(self.header_bytes)
@@ -158,12 +158,17 @@ class _Member:
     def _size(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @functools.cache  # noqa: B019 the members live as long as the reader
-    def _check(self) -> None:
-        """Reads the whole member once, for its checksum, before parts of it are believed."""
+    @functools.cached_property
+    def _is_whole(self) -> bool:
+        """Reads the whole member once, for its checksum, before parts of it are believed.
+
+        Raises:
+            zipfile.BadZipFile: the checksum differs.
+        """
         with self.archive.zip.open(self.info) as file:
             while file.read(1 << 20):
                 pass
+        return True
 
 
 def _members(file: epath.Path) -> tuple[dict[str, _Member], dict[str, Any] | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,9 @@ class SeveralReader:
         self.path = ', '.join(str(reader.path) for reader in readers)
 
     @property
-    def step(self) -> int:
-        """Of the checkpoint that was trained longest."""
-        return max(reader.step for reader in self.readers)
+    def step(self) -> int | None:
+        """Of the checkpoint that was trained longest; None where none of them says."""
+        return max((reader.step for reader in self.readers if reader.step is not None), default=None)
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
@@ -35,7 +36,7 @@ class SeveralReader:
         """
         runs: dict[str, dict[str, float]] = {}
         for reader in self.readers:
-            run = runs.setdefault(os.path.dirname(str(reader.path)), {})
+            run = runs.setdefault(_run_of(reader), {})
             for name, value in reader.metadata.get('cost', {}).items():
                 run[name] = max(value, run.get(name, 0.0))
         names = dict.fromkeys(name for run in runs.values() for name in run if name != 'start_step')
@@ -47,11 +48,26 @@ class SeveralReader:
         return {f'{name}@{i}': leaf for i, reader in enumerate(self.readers) for name, leaf in reader.leaves().items()}
 
     def read(
-        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None
+        self,
+        name: str,
+        sharding: jax.sharding.Sharding | None = None,
+        dtype: Any = None,
+        region: tuple[slice, ...] = (),
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         name, _, index = name.rpartition('@')
-        return self.readers[int(index)].read(name, sharding, dtype)
+        return self.readers[int(index)].read(name, sharding, dtype, region)
+
+
+def _run_of(reader: Reader) -> str:
+    """What the steps of one run have in common: their folder. A checkpoint that is no step's folder is a run by itself.
+
+    An exported or imported checkpoint counts as what it was made from, which it says.
+    """
+    origin = reader.metadata.get('source')
+    path = str(origin.get('path', reader.path) if isinstance(origin, Mapping) else reader.path)
+    folder, name = os.path.split(path)
+    return folder if re.fullmatch(r'(checkpoint_)?\d+', name) else path
 
 
 def readers_of(reader: Reader) -> tuple[Reader, ...]:

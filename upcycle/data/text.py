@@ -13,7 +13,9 @@ import functools
 import hashlib
 import importlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +66,8 @@ class DatasetConfig:
     num_batches: Count | None = None
     repeat: bool = True
     source: TextFiles | None = None
+
+    harmless = MappingProxyType({'module': re.compile(r'(upcycle|t5|seqio)(\.\w+)*')})  # see `gin_files.HARMLESS`
 
     @functools.cached_property
     def task(self) -> seqio.Task | seqio.Mixture:

@@ -11,7 +11,9 @@ import difflib
 import functools
 import hashlib
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,8 @@ class TfdsImages:
     shuffle_buffer: Count = 10_000
 
     encoded = True
+    # See `gin_files.HARMLESS`. A name with a namespace ('huggingface:...', 'kaggle:...') is code that TFDS downloads and runs.
+    harmless = MappingProxyType({'name': re.compile(r'\w+(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?')})
 
     @property
     def num_classes(self) -> int:

@@ -16,10 +16,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 DType = Any
-NEGATIVE = -1e10  # T5X's mask value; -inf would turn a fully masked row into nan
 
 _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+def mask_value(dtype: DType) -> float:
+    """Added to the logits of masked positions (T5X adds -1e10): finite in the type, with room for other biases. In a row that is
+    masked as a whole, infinities would be nan, and so would be every gradient."""
+    return float(jnp.finfo(dtype).min) / 2
 
 
 def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -353,7 +358,7 @@ class MultiHeadDotProductAttention(nn.Module):
             key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
         biases = [] if bias_1xHxQxK is None else [bias_1xHxQxK]
         if mask_Bx1xQxK is not None:
-            biases.insert(0, jnp.where(mask_Bx1xQxK, 0.0, NEGATIVE).astype(self.dtype))
+            biases.insert(0, jnp.where(mask_Bx1xQxK, 0.0, mask_value(self.dtype)).astype(self.dtype))
         out_BxQxHxN = attend(
             query_BxQxHxN,
             key_BxKxHxN,

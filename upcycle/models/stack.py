@@ -5,6 +5,7 @@ on the way in, so that neither the surgery, nor the optimizer, nor a checkpoint 
 other form.
 """
 
+import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Sequence
@@ -16,15 +17,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle import partitioning
+from upcycle.models.casting import needed_as_they_are
 from upcycle.models.layers import PRODUCT
 from upcycle.moe.exchange import CROSSED
 from upcycle.moe.layer import METRICS
+from upcycle.moe.router import DECISION
 
 ACTIVATIONS = ('batch', 'length', 'embed')
 
 
 class Remat(enum.StrEnum):
-    """What the backward pass computes again instead of keeping, layer by layer."""
+    """What the backward pass computes again instead of keeping, layer by layer.
+
+    Every form keeps the routers' decisions: recomputed activations are rounded differently, so that a router could choose other
+    experts, and a token's gradient would go to an expert that never saw it. They are a few integers a token: with capacity
+    factor 2, 8 bytes in an Expert Choice layer and 16 in a Top-2 layer.
+    """
 
     NONE = 'none'
     MINIMAL = 'minimal'  # all but the products with weight matrices
@@ -39,13 +47,13 @@ class Remat(enum.StrEnum):
 
 def _policy(remat: Remat):
     policies = jax.checkpoint_policies
-    crossed = policies.save_only_these_names(CROSSED)
+    named = policies.save_only_these_names
     return {
         Remat.MINIMAL: policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(CROSSED, PRODUCT)
+            policies.dots_with_no_batch_dims_saveable, named(DECISION, CROSSED, PRODUCT)
         ),
-        Remat.EXCHANGE: crossed,
-        Remat.FULL: policies.nothing_saveable,
+        Remat.EXCHANGE: named(DECISION, CROSSED),
+        Remat.FULL: named(DECISION),
     }[remat]
 
 
@@ -145,7 +153,7 @@ def _loop(
     block_axes = tuple(axes(j) for j in range(period))
     own = tuple([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)] for j in range(period))
 
-    def applied(j: int) -> LayerOfLoop:
+    def layer_of(j: int) -> LayerOfLoop:
         def apply(params, x_BxLxD, arrays, keys, index):
             layer_keys = {name: jax.random.fold_in(key, index * period + j) for name, key in keys.items()}
             x_BxLxD, metrics = layer(config, block[j], parent=None).apply(
@@ -153,16 +161,20 @@ def _loop(
             )
             return nn.with_logical_constraint(x_BxLxD, ACTIVATIONS), metrics.get(METRICS, {})
 
-        if remat in (Remat.NONE, Remat.FULL):
-            return apply
-        return jax.checkpoint(apply, policy=_policy(remat), prevent_cse=False)
+        return apply
 
-    layers = tuple(applied(j) for j in range(period))
-    stack = functools.partial(_stack_block, block_axes=block_axes, dtype=config.dtype)
+    layers = tuple(layer_of(j) for j in range(period))
+    dtypes = tuple(
+        _stack_dtypes(layer, config.dtype, params[0], x_BxLxD, arrays, keys, jnp.zeros((), jnp.int32))
+        for layer, params in zip(layers, own, strict=True)
+    )
+    if remat is not Remat.NONE:
+        layers = tuple(jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False) for layer in layers)
+    stack = functools.partial(_stack_block, block_axes=block_axes, dtypes=dtypes)
     if remat is Remat.FULL:
         x_BxLxD, written = _replayed(layers, stack, block_axes, own, x_BxLxD, arrays, keys, stack_again=not last)
     else:
-        x_BxLxD, (_, written) = _scan(layers, stack(own), x_BxLxD, arrays, keys, keep_inputs=False)
+        x_BxLxD, written = _scan(layers, stack(own), x_BxLxD, arrays, keys)
     if parent.is_mutable_collection(METRICS):
         for j, metrics in enumerate(written):
             for r in range(repeats if metrics else 0):
@@ -176,22 +188,28 @@ LayerOfLoop = Callable[[Any, jax.Array, Any, Any, jax.Array], tuple[jax.Array, A
 
 
 def _scan(
-    layers: Sequence[LayerOfLoop], stacked: Any, x_BxLxD: jax.Array, arrays: Any, keys: Any, *, keep_inputs: bool
-) -> tuple[jax.Array, tuple[Any, Any]]:
-    """The loop: (B, L, D), and, stacked, each layer's input (where they are to be kept) and what it wrote."""
+    layers: Sequence[LayerOfLoop], stacked: Any, x_BxLxD: jax.Array, arrays: Any, keys: Any
+) -> tuple[jax.Array, Any]:
+    """The loop: (B, L, D), and, stacked, what each layer wrote."""
 
     def body(x_BxLxD, xs):
         index, params = xs
-        inputs, written = [], []
+        written = []
         for layer, own in zip(layers, params, strict=True):
-            if keep_inputs:
-                inputs.append(x_BxLxD)
             x_BxLxD, metrics = layer(own, x_BxLxD, arrays, keys, index)
             written.append(metrics)
-        return x_BxLxD, (inputs, written)
+        return x_BxLxD, written
 
     repeats = jax.tree.leaves(stacked)[0].shape[0]
     return jax.lax.scan(body, x_BxLxD, (jnp.arange(repeats), stacked))
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Constant:
+    """A constant of a traced program, among arrays."""
+
+    value: Any
 
 
 def _replayed(
@@ -207,29 +225,55 @@ def _replayed(
 ) -> tuple[jax.Array, Any]:
     """The loop with `Remat.FULL`, with as few stacks as possible: they are what a loop costs in memory.
 
-    Kept are the layers' inputs. The backward pass writes gradients over the stacked parameters: each of its iterations is the
-    last to read its layers' parameters, whose gradients have the same shapes and types. With `stack_again` it stacks the
-    parameters anew, so that an encoder's stacks are not held while the decoder runs. JAX's own derivative of `_scan` would hold
-    the stacks, and make others for the gradients.
+    Kept are the layers' inputs and their routers' decisions. The backward pass writes gradients over the stacked parameters: each
+    of its iterations is the last to read its layers' parameters, whose gradients have the same shapes and types. With
+    `stack_again` it stacks the parameters anew, so that an encoder's stacks are not held while the decoder runs. JAX's own
+    derivative of `_scan` would hold the stacks, and make others for the gradients.
+
+    `layers` are under `jax.checkpoint`, whose policy says what else is kept. A layer's derivative, as `jax.vjp` returns it, holds
+    what is kept and the layer's arguments. It goes from one loop to the other without the arguments, which are there already, and
+    without being stacked where it is a constant of the program.
     """
     leaves, structure = jax.tree.flatten(arrays)
     has_gradient = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     floats = [leaf for leaf, yes in zip(leaves, has_gradient, strict=True) if yes]
     others = [leaf for leaf, yes in zip(leaves, has_gradient, strict=True) if not yes]
 
-    def joined(floats: Sequence[jax.Array], others: Sequence[jax.Array]) -> Any:
-        sources = {True: iter(floats), False: iter(others)}
-        return jax.tree.unflatten(structure, [next(sources[yes]) for yes in has_gradient])
+    def layer_of(apply: LayerOfLoop) -> Callable[..., tuple[jax.Array, Any]]:
+        def layer(params, x_BxLxD, floats, others, keys, index):
+            sources = {True: iter(floats), False: iter(others)}
+            arrays = jax.tree.unflatten(structure, [next(sources[yes]) for yes in has_gradient])
+            return apply(params, x_BxLxD, arrays, keys, index)
+
+        return layer
+
+    layers = [layer_of(apply) for apply in layers]
 
     def forward(params, x_BxLxD, floats, others, keys):
         # Not before the layers below are done: a compiler is free to stack a decoder's parameters while the encoder runs.
         params, x_BxLxD = jax.lax.optimization_barrier((params, x_BxLxD))
-        arrays, stacked = joined(floats, others), stack(params)
-        x_BxLxD, (inputs, written) = _scan(layers, stacked, x_BxLxD, arrays, keys, keep_inputs=True)
-        return (x_BxLxD, written), (params, None if stack_again else stacked, inputs, floats, others, keys)
+        stacked = stack(params)
+
+        def body(x_BxLxD, xs):
+            index, params = xs
+            inputs, derivatives, written = [], [], []
+            for layer, own in zip(layers, params, strict=True):
+                inputs.append(x_BxLxD)
+                (x_BxLxD, metrics), derivative = jax.vjp(layer, own, x_BxLxD, floats, others, keys, index)
+                derivative.args_res = None
+                kept = derivative.opaque_residuals
+                derivative.opaque_residuals = [x if isinstance(x, jax.Array) else _Constant(x) for x in kept]
+                derivatives.append(derivative)
+                written.append(metrics)
+            return x_BxLxD, (inputs, derivatives, written)
+
+        indices = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
+        x_BxLxD, (inputs, derivatives, written) = jax.lax.scan(body, x_BxLxD, (indices, stacked))
+        kept = params, None if stack_again else stacked, inputs, derivatives, floats, others, keys
+        return (x_BxLxD, written), kept
 
     def backward(kept, cotangents):
-        params, stacked, inputs, floats, others, keys = kept
+        params, stacked, inputs, derivatives, floats, others, keys = kept
         dx_BxLxD, dwritten = cotangents
         if stack_again:
             # Without a barrier the compiler would find that it has these stacks already, and hold them.
@@ -239,26 +283,27 @@ def _replayed(
 
         def body(carry, xs):
             dx_BxLxD, dfloats, stacks = carry
-            index, inputs, dwritten = xs
+            index, inputs, derivatives, dwritten = xs
             stacks = list(stacks)
             for j in reversed(range(len(layers))):
-
-                def layer(params, x_BxLxD, floats, j=j):
-                    return layers[j](params, x_BxLxD, joined(floats, others), keys, index)
-
                 # One layer at a time, its parameters' gradients included: else the compiler computes the layers below again while
                 # this one's activations are held.
                 here = _taken(stacks[j], index), inputs[j], dx_BxLxD
                 params, x_BxLxD, dx_BxLxD = jax.lax.optimization_barrier(here)
-                _, pull_back = jax.vjp(layer, params, x_BxLxD, floats)
-                dparams, dx_BxLxD, more = jax.lax.optimization_barrier(pull_back((dx_BxLxD, dwritten[j])))
+                derivative = derivatives[j]
+                derivative.args_res = [params, x_BxLxD, floats, others, keys, index]
+                kept = derivative.opaque_residuals
+                derivative.opaque_residuals = [x.value if isinstance(x, _Constant) else x for x in kept]
+                dparams, dx_BxLxD, more, *_ = derivative((dx_BxLxD, dwritten[j]))
+                dparams, dx_BxLxD, more = jax.lax.optimization_barrier((dparams, dx_BxLxD, more))
                 dfloats = jax.tree.map(jnp.add, dfloats, more)
                 stacks[j] = _put(stacks[j], dparams, index, block_axes[j])
             return (dx_BxLxD, dfloats, tuple(stacks)), None
 
         start = (dx_BxLxD, jax.tree.map(jnp.zeros_like, floats), stacked)
         indices = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-        (dx_BxLxD, dfloats, grads), _ = jax.lax.scan(body, start, (indices, inputs, dwritten), reverse=True)
+        kept = indices, inputs, derivatives, dwritten
+        (dx_BxLxD, dfloats, grads), _ = jax.lax.scan(body, start, kept, reverse=True)
         return *unstack(grads), dx_BxLxD, dfloats, None, None
 
     loop = jax.custom_vjp(lambda *operands: forward(*operands)[0])
@@ -283,20 +328,28 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def _stack_block(params: Sequence[Sequence[Any]], block_axes: Sequence[Any], dtype: Any) -> tuple[Any, ...]:
-    return tuple(_stack(layers, axes, dtype) for layers, axes in zip(params, block_axes, strict=True))
+def _stack_dtypes(layer: LayerOfLoop, dtype: Any, params: Any, *arguments: Any) -> Any:
+    """For each parameter of a layer, the type of its stack.
+
+    It is `dtype` where the layer itself does nothing with the parameter but cast it to that type: cast first it is the same
+    number, and half as large. Any other one is stacked as it is, since a layer that is not in a loop reads it so.
+    """
+    as_they_are = needed_as_they_are(layer, dtype, params, *arguments)
+    return jax.tree.map(lambda leaf, keep: leaf.dtype if keep else jnp.dtype(dtype), params, as_they_are)
 
 
-def _stack(layers: Sequence[Any], axes: Any, dtype: Any) -> Any:
-    """Stacked parameters, in the type that they are used in: all but the routers', which stay in float32.
+def _stack_block(params: Sequence[Sequence[Any]], block_axes: Sequence[Any], dtypes: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(_stack(layers, *how) for layers, *how in zip(params, block_axes, dtypes, strict=True))
+
+
+def _stack(layers: Sequence[Any], axes: Any, dtypes: Any) -> Any:
+    """Stacked parameters, each in the type of its stack.
 
     A stack lies on the mesh as its parameters do, and so does its gradient, which the compiler would else be free to lay out
     along another axis, and to move from there in every step.
     """
 
-    def stack(path: tuple[Any, ...], logical: PartitionSpec, *leaves: jax.Array) -> jax.Array:
-        in_router = any(key.key == 'router' for key in path)
-        stacked = jnp.stack([leaf if in_router else leaf.astype(dtype) for leaf in leaves])
-        return partitioning.constrain_stack(stacked, logical)
+    def stack(logical: PartitionSpec, dtype: Any, *leaves: jax.Array) -> jax.Array:
+        return partitioning.constrain_stack(jnp.stack([leaf.astype(dtype) for leaf in leaves]), logical)
 
-    return jax.tree_util.tree_map_with_path(stack, axes, *layers, is_leaf=_is_axes)
+    return jax.tree.map(stack, axes, dtypes, *layers, is_leaf=_is_axes)

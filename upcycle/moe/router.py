@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from upcycle.moe.config import BalanceLoss, FillOrder, MoEConfig, RoutePadding, RouterType, SharedWeights
 
@@ -53,6 +54,8 @@ Across = Callable[[jax.Array], jax.Array]
 
 # A metric of routers with a bias: the share of the choices that fell on each expert.
 CHOSEN = 'chosen'
+# The name by which `models.stack.Remat` saves decisions: recomputed logits are rounded differently, and could decide differently.
+DECISION = 'routing_decision'
 
 
 def here(x: jax.Array) -> jax.Array:
@@ -169,8 +172,8 @@ def mix(
     if config.route_padding is RoutePadding.ROUTE:
         real_GxS = jnp.ones_like(real_GxS)
     real_GxSx1 = real_GxS[..., None]
-    # A large negative number, and not -inf, so that a group of nothing but padding has no nan.
-    dispatch_GxSxN = jax.nn.softmax(jnp.where(real_GxSx1, logits_GxSxN, -1e30), axis=1)
+    # The least number, and not -inf, so that a group of nothing but padding has no nan.
+    dispatch_GxSxN = jax.nn.softmax(jnp.where(real_GxSx1, logits_GxSxN, jnp.finfo(jnp.float32).min), axis=1)
     combine_GxSxN = jax.nn.softmax(logits_GxSxN, axis=-1) * real_GxSx1
     share_GxSxE = combine_GxSxN.reshape(*combine_GxSxN.shape[:2], config.num_experts, -1).sum(axis=-1)
     sum_E = across(share_GxSxE.sum(axis=(0, 1)))
@@ -232,6 +235,21 @@ def probabilities(logits_BxLxE: jax.Array, real_BxL: jax.Array, config: MoEConfi
     return tokens.probs_GxSxE * tokens.may_route_GxS[..., None]
 
 
+def _decided(index: jax.Array) -> jax.Array:
+    """Integers that the logits decided, under the name by which rematerialisation saves them."""
+    return checkpoint_name(index, DECISION)
+
+
+def _weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
+    """The routing of the tokens in the slots: each weighs what its expert's probability is, an empty slot 0."""
+
+    def one(token_ExC: jax.Array, probs_SxE: jax.Array) -> jax.Array:
+        expert_Ex1 = jnp.arange(probs_SxE.shape[-1])[:, None]
+        return probs_SxE.at[token_ExC, expert_Ex1].get(mode='fill', fill_value=0.0)
+
+    return Routing(token_GxExC, jax.vmap(one)(token_GxExC, probs_GxSxE))
+
+
 def _everybody(tokens: _Tokens, threshold: float | None) -> Routing:
     """Every expert takes every token, or those whose probability is above the threshold."""
     _, probs_GxSxE, may_route_GxS, _ = tokens
@@ -240,15 +258,16 @@ def _everybody(tokens: _Tokens, threshold: float | None) -> Routing:
     if threshold is not None:
         takes_GxSxE &= probs_GxSxE > threshold
     takes_GxExS = takes_GxSxE.swapaxes(1, 2)
-    token_GxExS = jnp.broadcast_to(jnp.arange(S), (G, E, S))
-    weight_GxExS = jnp.where(takes_GxExS, probs_GxSxE.swapaxes(1, 2), 0.0)
-    return Routing(jnp.where(takes_GxExS, token_GxExS, S), weight_GxExS)
+    token_GxExS = jnp.where(takes_GxExS, jnp.broadcast_to(jnp.arange(S), (G, E, S)), S)
+    if threshold is not None:
+        token_GxExS = _decided(token_GxExS)
+    return Routing(token_GxExS, jnp.where(token_GxExS < S, probs_GxSxE.swapaxes(1, 2), 0.0))
 
 
 def _choose(probs_GxSxE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> jax.Array:
     """The K experts of each token, (G, S, K)."""
     score_GxSxE = probs_GxSxE if bias_E is None else probs_GxSxE + jax.lax.stop_gradient(bias_E)
-    return jax.lax.top_k(score_GxSxE, config.num_selected_experts)[1]
+    return _decided(jax.lax.top_k(score_GxSxE, config.num_selected_experts)[1])
 
 
 def _share_of_choices(expert_GxSxK: jax.Array, may_route_GxS: jax.Array, num_experts: int, across: Across) -> jax.Array:
@@ -264,8 +283,7 @@ def _expert_choice(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: in
     # -1 is below every probability: a padding token is taken only when nothing else is left, and then not kept.
     score_GxExS = jnp.where(takeable_GxS[..., None], probs_GxSxE, -1.0).swapaxes(1, 2)
     score_GxExC, token_GxExC = jax.lax.top_k(score_GxExS, capacity)
-    kept_GxExC = score_GxExC >= 0
-    return Routing(jnp.where(kept_GxExC, token_GxExC, S), jnp.where(kept_GxExC, score_GxExC, 0.0))
+    return _weighed(_decided(jnp.where(score_GxExC >= 0, token_GxExC, S)), probs_GxSxE)
 
 
 def _top_k(
@@ -302,14 +320,12 @@ def _top_k(
         slot_GxSxK = jnp.take_along_axis(slot_GxSxK, jnp.argsort(order_GxS, axis=-1)[..., None], axis=1)
     kept_GxSxK = (expert_GxSxK < E) & (slot_GxSxK < capacity)
 
-    def slots(expert_SxK, slot_SxK, probs_SxE):
+    def slots(expert_SxK, slot_SxK):
         token_SxK = jnp.broadcast_to(jnp.arange(S)[:, None], (S, K))
         # Out of bounds means dropped: a full expert, or the expert that does not exist.
-        token_ExC = jnp.full((E, capacity), S).at[expert_SxK, slot_SxK].set(token_SxK, mode='drop')
-        weight_ExC = probs_SxE.at[token_ExC, jnp.arange(E)[:, None]].get(mode='fill', fill_value=0.0)
-        return Routing(token_ExC, weight_ExC)
+        return jnp.full((E, capacity), S).at[expert_SxK, slot_SxK].set(token_SxK, mode='drop')
 
-    return jax.vmap(slots)(expert_GxSxK, slot_GxSxK, probs_GxSxE), kept_GxSxK
+    return _weighed(_decided(jax.vmap(slots)(expert_GxSxK, slot_GxSxK)), probs_GxSxE), kept_GxSxK
 
 
 def token_sums(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
@@ -426,7 +442,8 @@ def importance_load_loss(
     loss = squared_variation(probs_GxSxE)
     if config.gate_noise == 0 or logits_GxSxE is noisy_GxSxE:
         return loss
-    lowest_GxSx1 = jax.lax.top_k(noisy_GxSxE, config.num_selected_experts)[0][..., -1:]
+    index_GxSx1 = _decided(jax.lax.top_k(noisy_GxSxE, config.num_selected_experts)[1][..., -1:])
+    lowest_GxSx1 = jnp.take_along_axis(noisy_GxSxE, index_GxSx1, axis=-1)
     stddev = config.gate_noise / config.num_experts
     return loss + squared_variation(jax.scipy.stats.norm.sf((lowest_GxSx1 - logits_GxSxE) / stddev))
 

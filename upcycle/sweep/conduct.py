@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from upcycle import configuration, cost
-from upcycle.checkpoints import open_checkpoint
+from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
 from upcycle.metrics import clock
 from upcycle.report.compare import half_width
@@ -77,13 +77,13 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
     """
     entries: dict[str, Entry] = {}
     elsewhere: set[str] = set()
-    seen: dict[str, int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     mistakes: list[str] = []
     for point in points:
         if not set(point.after) <= entries.keys() | elsewhere:
             continue  # what it comes after has a mistake
         try:
-            run = configuration.load(point.gin_files, point.bindings)
+            run = configuration.as_it_began(configuration.load(point.gin_files, point.bindings))
             configuration.claim(run, configuration.resolved(), write=False)
             finished = point.finished(run.total_steps)
             start = 0 if finished or not here else _start(run, point, entries, seen)
@@ -101,18 +101,18 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
     return list(entries.values())
 
 
-def _start(run: Run, point: Point, entries: Mapping[str, Entry], seen: dict[str, int]) -> int:
-    """The step at which a run begins."""
+def _start(run: Run, point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...], int]) -> int:
+    """The step at which a run begins; of several checkpoints, the largest."""
     path = run.initial_checkpoint_path
     if path is None:
         return 0
     if point.after:
         step = entries[point.after[0]].total_steps
     else:
-        if path not in seen:
-            reader = open_checkpoint(path)
-            seen[path] = reader.step if 'step' in reader.leaves() else 0
-        step = seen[path]
+        paths = (path,) if isinstance(path, str) else tuple(path)
+        if paths not in seen:
+            seen[paths] = open_checkpoints(path).step or 0
+        step = seen[paths]
     return step if run.dense_step is None else run.dense_step
 
 

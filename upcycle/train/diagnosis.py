@@ -1,7 +1,6 @@
 """What is not finite in a step that was skipped. Off the fast path: the step's gradient is computed once more."""
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -17,17 +16,26 @@ from upcycle.train.trainable import Frozen
 _SHOWN = 3
 
 
-def diagnose(state: TrainState, batch: Batch, *, model: Model, num_microbatches: int, frozen: Frozen) -> str:
+def diagnose(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Model,
+    num_microbatches: int,
+    frozen: Frozen,
+    when: str = 'before the step',
+) -> str:
     """Says in a clause what is not finite, causes before effects: the batch, parameters, the loss, leaves of the gradient.
 
     Args:
-      state: before the step.
+      state: its parameters, and the step's number.
       batch: of the step.
       model, num_microbatches, frozen: as `train_step` takes them.
+      when: of which point in time the parameters are, in words.
     """
     look = jax.jit(functools.partial(_look, model=model, num_microbatches=num_microbatches, frozen=frozen))
     found = jax.device_get(look(state, batch))
-    for what, broken in (('the batch holds', found['batch']), ('before the step, parameters hold', found['params'])):
+    for what, broken in (('the batch holds', found['batch']), (f'{when}, parameters hold', found['params'])):
         if names := [name for name, count in broken.items() if count]:
             return f'{what} NaN or infinity in {_listed(names)}'
     loss = f'the loss is {found["loss"]:.4g}'
@@ -36,7 +44,7 @@ def diagnose(state: TrainState, batch: Batch, *, model: Model, num_microbatches:
     if 0 < len(names) < len(gradients):
         return (
             f'{loss} and {len(names)} of {len(gradients)} leaves of the gradient hold NaN or infinity, nearest to the loss '
-            f'{max(names, key=_depth)}'
+            f'{max(names, key=_forward_order(model, batch).index)}'
         )
     if names or not np.isfinite(found['loss']):
         weights = found['params_largest']
@@ -63,10 +71,17 @@ def _look(state: TrainState, batch: Batch, *, model: Model, num_microbatches: in
     }
 
 
-def _depth(name: str) -> tuple[bool, int]:
-    """Where in the network a leaf is: the decoder after the encoder, and layers by their numbers."""
-    number = re.search(r'\d+', name)
-    return 'decoder' in name, int(number[0]) if number else -1
+def _forward_order(model: Model, batch: Batch) -> list[str]:
+    """The parameters' names in the order in which the forward pass comes to them: Flax makes each one there."""
+    names: list[str] = []
+
+    def init(key: jax.Array) -> None:
+        # Here and not from the result, since JAX sorts the keys of what comes out of a traced function.
+        boxed = model.init(key, {name: (array.shape, array.dtype) for name, array in batch.items()})
+        names.extend(flatten_dict({'params': boxed}, sep='/'))
+
+    jax.eval_shape(init, jax.random.key(0))
+    return names
 
 
 def _not_finite(array: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate import diversity, few_shot, tasks, token_statistics, validation
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress, warn
+from upcycle.models import identify
 from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import folder as run_folder
 from upcycle.train import preemption
@@ -243,6 +244,8 @@ class _Trainer:
 
     def _restore(self, manager: CheckpointManager, step: int) -> TrainState:
         tree, data, metadata = manager.restore(step, states.as_dict(self.layout.abstract))
+        path = f'{self.run.model_dir}/checkpoints/{step}'
+        identify.require_function(path, self.run.model, identify.facts_of(metadata))
         run_folder.require_same_data(self.run, data['fingerprint'], self.data_identity)
         readers = partitioning.share_of(self.batch_sharding).count
         # Older checkpoints say of how many processes they are, each of which was a reader.
@@ -255,7 +258,7 @@ class _Trainer:
         self.receipt = metadata.get('receipt')
         self.unfinished = metadata.get('unfinished', [])
         if self.receipt is not None:
-            require_match(f'{self.run.model_dir}/checkpoints/{step}', self.receipt, self.layout.flat())
+            require_match(path, self.receipt, self.layout.flat())
         return TrainState(**tree)
 
     def _loop(self, state: TrainState, manager: CheckpointManager, log: MetricsLog | None) -> TrainState:
@@ -415,8 +418,10 @@ class _Trainer:
         self.window = Window(self.health, window)
 
     def _diagnosis(self, found: NotFiniteError) -> str:
-        """Of the first of the steps that were not finite; since then the state has not changed."""
+        """Of the first of the steps that were not finite. Since then the state has changed only where a step was taken that was
+        under way already, and then the message says so."""
         run, first = self.run, found.first - 1
+        taken = self.window.taken_under_way()
         batch = next(self._batches(run.train_data, first + self.health.values['batches_left_out']))
         what = diagnose(
             self.state.replace(step=jax.device_put(np.int32(first), self.state.step.sharding)),
@@ -424,12 +429,14 @@ class _Trainer:
             model=run.model,
             num_microbatches=run.num_microbatches,
             frozen=run.trainable.frozen(self.layout.abstract.params, run.model.moe_layers(), self.ledger.start_step),
+            when='before the step' if taken is None else f'after step {taken}',
         )
         with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
             newest = manager.latest_step()
+        at = f'at step {found.first}' + ('' if taken is None else f' (with the parameters after step {taken})')
         return (
             f'steps {found.first} to {found.last} were not finite and changed nothing, more in a row than MAX_SKIPPED_STEPS = '
-            f'{run.limits.max_skipped_steps}: at step {found.first}, {what}; step {first} was the last good one, and the newest '
+            f'{run.limits.max_skipped_steps}: {at}, {what}; step {first} was the last good one, and the newest '
             f'checkpoint in {run.model_dir} is of step {newest}: mend the data, start another run from there with a lower '
             'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and go on.'
         )
@@ -506,6 +513,11 @@ class Window:
     def settle(self) -> None:
         """Waits for the steps added so far; raises as `add` does."""
         self._settle(0)
+
+    def taken_under_way(self) -> int | None:
+        """The newest step that was under way when `add` or `settle` raised, and was not skipped; None: there is none."""
+        steps = enumerate(self._pending, self._health.step + 1)
+        return max((step for step, metrics in steps if not jax.device_get(metrics['skipped'])), default=None)
 
     def close(self) -> dict[str, Any]:
         """The means, none where every step was skipped; the window starts again."""

@@ -144,11 +144,7 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
                 'learning-rate schedule needs.'
             )
         leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
-    for part in readers_of(reader):
-        check_facts(run.model, part, run.surgery)
-        for data in (run.train_data, run.eval_data):
-            if (check := getattr(data, 'check_sentinels', None)) is not None:
-                check(part.path, part.metadata.get('sentinels'))
+    check_source(run, reader, run.surgery)
     if run.surgery.operator is not None and not run.model.moe_layers():
         raise UserError(
             f'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/{run.model.family}.gin, or use '
@@ -191,6 +187,19 @@ def _in_words(sizes: Sequence[Difference], others: Sequence[Difference] = ()) ->
 def in_gin(value: Any) -> str:
     """A value as it is written behind --gin.NAME=."""
     return str(value) if isinstance(value, str) else repr(value)
+
+
+def check_source(run: Run, reader: Reader, surgery: Surgery) -> None:
+    """Compares what the checkpoints of a reader say of themselves with the run that reads them; every load begins with it.
+
+    Raises:
+      UserError: one was made by another function than the model's, or trained with other sentinels than those of the data.
+    """
+    for part in readers_of(reader):
+        check_facts(run.model, part, surgery)
+        for data in (run.train_data, run.eval_data):
+            if (check := getattr(data, 'check_sentinels', None)) is not None:
+                check(part.path, part.metadata.get('sentinels'))
 
 
 def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
@@ -314,6 +323,7 @@ def params_from(run: Run, where: Layout, reader: Reader) -> tuple[Any, str | Non
             'runs/upcycle.gin, to evaluate the model as it is upcycled.'
         )
     spec = run.surgery if expands else Surgery(operator=None)
+    check_source(run, reader, spec)
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
     with in_gin_words(run.model, reader):
         what = plan(stored, wanted, spec, where.logical_axes)
