@@ -14,7 +14,7 @@ HOST = '127.0.0.1'
 
 @contextlib.contextmanager
 def served():
-    """Runs the stand-in, and points every client of this process at it."""
+    """Runs the stand-in, and yields its address."""
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
 
@@ -31,9 +31,24 @@ def served():
     from gcp_storage_emulator.server import create_server
 
     with create_server(HOST, 0, in_memory=True, default_bucket='bucket') as server:
-        address = f'http://{HOST}:{server._api._httpd.server_port}'
-        os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+        yield f'http://{HOST}:{server._api._httpd.server_port}'
+
+
+@contextlib.contextmanager
+def clients_at(address):
+    """Points every client of this process at the stand-in; at one only, as they remember it."""
+    from etils.epath import gpath
+
+    before = dict(os.environ)
+    os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+    gpath._is_tf_installed.cache_clear()
+    try:
         yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+        gpath._is_tf_installed.cache_clear()
 
 
 def main(folder: str) -> None:
@@ -68,5 +83,5 @@ def main(folder: str) -> None:
 
 
 if __name__ == '__main__':
-    with served():
+    with served() as address, clients_at(address):
         main(*sys.argv[1:])

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import upcycle
 from upcycle import interrupts, warning
-from upcycle.errors import INTERRUPTED, UserError, status_of, whole_list, without_password
+from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, status_of, whole_list, without_password
 from upcycle.formats import FORMATS
 from upcycle.host_memory import keep_freed_memory
 
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BaseException as error:
         code = _explain(error)
+        _end_together(code, error)
     if arguments is None:
         _say_no_more(code)
     elif before is not None:
@@ -76,6 +77,14 @@ def _explain(error: BaseException) -> int:
             traceback.print_exception(error)
         _say(f'unexpected {without_password(said)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
     return code
+
+
+def _end_together(code: int, error: BaseException) -> None:
+    """Ends the other processes of a run, but where all have been asked to stop and do so at the same step."""
+    from upcycle import hosts
+
+    if code != PREEMPTED:
+        hosts.end_together(code, without_password(' '.join(str(error).split()) or type(error).__name__))
 
 
 def _is_traced() -> bool:

@@ -20,7 +20,7 @@ from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_ch
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
-from upcycle.errors import UserError
+from upcycle.errors import Unavailable, UserError
 from upcycle.leaf_names import grouped
 from upcycle.models import identify
 
@@ -91,10 +91,11 @@ def transfer(
 
 @contextlib.contextmanager
 def discarded_if_refused(writer: Writer) -> Iterator[None]:
-    """Leaves nothing behind where the source turns out to be bad; what a cut or a full disk interrupted stays for another try."""
+    """Leaves nothing behind where the source turns out to be bad; what a cut, a store that does not answer or a full disk
+    interrupted stays for another try."""
     try:
         yield
-    except WriteError:
+    except (WriteError, Unavailable):
         raise
     except UserError:
         writer.discard()
