@@ -8,6 +8,7 @@ TensorFlow knows Google's own address only, so paths are read by gcsfs here.
 import contextlib
 import os
 import sys
+from unittest import mock
 
 HOST = '127.0.0.1'
 
@@ -49,6 +50,36 @@ def clients_at(address):
             del os.environ[name]
         os.environ |= before
         gpath._is_tf_installed.cache_clear()
+
+
+REQUESTS = ('write_bytes', 'write_text', 'read_bytes', 'read_text', 'mkdir', 'exists', 'is_dir', 'unlink', 'rmtree')
+
+
+@contextlib.contextmanager
+def outages():
+    """While a run is under way, each kind of request on each object of a bucket fails once; yields those that did."""
+    import gcsfs.retry
+    from etils.epath import gpath
+
+    from upcycle import files
+
+    failed = set()
+
+    def failing(name, method):
+        def request(self, *arguments, **named):
+            if files.is_remote(self) and files._Patience.of_all and (name, str(self)) not in failed:
+                failed.add((name, str(self)))
+                raise gcsfs.retry.HttpError({'code': 503, 'message': 'backend error'})
+            return method(self, *arguments, **named)
+
+        return request
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(files, '_PAUSES', (0.0,)))
+        for name in REQUESTS:
+            method = failing(name, getattr(gpath.PosixGPath, name))
+            patches.enter_context(mock.patch.object(gpath.PosixGPath, name, method))
+        yield failed
 
 
 def main(folder: str) -> None:
