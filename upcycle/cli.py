@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     before = interrupts.listen()
     _open_standard_streams()
+    failure: BaseException | None = None
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BaseException as error:
         code = _explain(error)
-        _end_together(code, error)
+        failure = error
+    code = _part(code, failure)
     if arguments is None:
         _say_no_more(code)
     elif before is not None:
@@ -79,12 +81,20 @@ def _explain(error: BaseException) -> int:
     return code
 
 
-def _end_together(code: int, error: BaseException) -> None:
-    """Ends the other processes of a run, but where all have been asked to stop and do so at the same step."""
+def _part(code: int, failure: BaseException | None) -> int:
+    """Parts from the other processes of a run, which end with this one; asked to stop, all do so at the same step.
+
+    Returns:
+      The exit status.
+    """
     from upcycle import hosts
 
-    if code != PREEMPTED:
-        hosts.end_together(code, without_password(' '.join(str(error).split()) or type(error).__name__))
+    told = None if failure is None or code == PREEMPTED else ' '.join(str(failure).split()) or type(failure).__name__
+    try:
+        hosts.part(code, None if told is None else without_password(told))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
 
 
 def _is_traced() -> bool:

@@ -117,7 +117,8 @@ class Together:
     """
 
     _FAILED = 'upcycle/failed'
-    _ENDED = 'upcycle/ended'
+    _DONE = 'upcycle/done'  # has come to its end
+    _ENDED = 'upcycle/ended'  # will make no request any more
 
     def __init__(self, store: Any, index: int, count: int, end: Callable[[int], None], grace: float = _GRACE):
         self._store, self._index, self._count = store, index, count
@@ -130,6 +131,14 @@ class Together:
         """Looks no more."""
         self._over.set()
         self._watching.join()
+
+    def part(self) -> None:
+        """Returns when all have come to their end, so that JAX takes nothing down while one of them may still fail."""
+        self._announce(self._DONE)
+        self._await(self._DONE, TIMEOUT)
+        if lookup(self._store, self._FAILED) is not None:
+            self._watching.join()
+        self.close()
 
     def fail(self, status: int, text: str) -> None:
         """Tells the others why this process ends; of several that fail, the first is heard.
@@ -157,12 +166,21 @@ class Together:
 
     def _leave(self) -> None:
         """Returns when this process may end."""
+        self._announce(self._ENDED)
+        if self._index == 0:
+            self._await(self._ENDED, 2 * (self._grace + _POLL))
+            time.sleep(0.5)  # until they really have
+
+    def _announce(self, what: str) -> None:
+        with contextlib.suppress(Exception):  # the service is gone
+            self._store.key_value_set(f'{what}/{self._index}', '', allow_overwrite=True)
+
+    def _await(self, what: str, seconds: float) -> None:
+        """Returns when all have announced it, one has failed first, or the time is over."""
+        end = time.monotonic() + seconds
         with contextlib.suppress(Exception):
-            self._store.key_value_set(f'{self._ENDED}/{self._index}', '')
-            end = time.monotonic() + 2 * (self._grace + _POLL)
-            while self._index == 0 and time.monotonic() < end:
-                if len(self._store.key_value_dir_get(self._ENDED)) >= self._count:
-                    time.sleep(0.5)  # until they really have
+            while len(self._store.key_value_dir_get(what)) < self._count and time.monotonic() < end:
+                if what == self._DONE and lookup(self._store, self._FAILED) is not None:
                     return
                 time.sleep(0.1)
 
@@ -176,19 +194,19 @@ def _watch_others() -> None:
 
     if state.num_processes > 1:
         _together = Together(store(), state.process_id, state.num_processes, _end)
-        # Before JAX takes its client down.
-        atexit.register(_together.close)
 
 
-def end_together(status: int, text: str) -> None:
-    """Ends the other processes, where there are some, because this one ends early; to be called at its end.
+def part(status: int, failure: str | None) -> None:
+    """Parts from the other processes, where there are some, at the end of this one.
 
     Args:
       status: the exit status.
-      text: why, in a sentence.
+      failure: why this process ends early, in a sentence, with which the others end, too; None: it has done all.
     """
-    if _together is not None:
-        _together.fail(status, text)
+    if _together is not None and failure is None:
+        _together.part()
+    elif _together is not None:
+        _together.fail(status, failure)
         # JAX's client would wait for the others.
         atexit.register(_end, status)
 

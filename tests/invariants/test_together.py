@@ -20,7 +20,7 @@ from upcycle.errors import Unavailable, UserError, status_of
 SILENCE = 'gs://bucket/run does not answer (backend error, 503): check the network, and repeat the command.'
 
 
-def end(failing):
+def end(failing, done):
     """What each process did that is not told to fail: the statuses it ended with, and what it said."""
     ended, over, said = [], threading.Event(), io.StringIO()
 
@@ -32,25 +32,29 @@ def end(failing):
         together = hosts.Together(hosts.store(), jax.process_index(), 2, note, grace=0.1 if len(failing) == 1 else 60.0)
         if jax.process_index() in failing:
             together.fail(69, SILENCE)
+        elif done:
+            together.part()
         else:
             over.wait()
         together.close()
     integrity.by_process_0(lambda: 0, '')
-    for key in (together._FAILED, together._ENDED):
+    for key in (together._FAILED, together._DONE, together._ENDED):
         hosts.store().key_value_delete(key)
     integrity.by_process_0(lambda: 0, '')
     return ended, said.getvalue()
 
 
+@pytest.mark.parametrize('done', [False, True], ids=['it waits', 'it has done all'])
 @pytest.mark.parametrize('failing', [[0], [1]])
-def test_all_processes_end_with_the_one_that_cannot_go_on(failing):
-    found = processes(2, 4).call(end, failing)
+def test_each_process_ends_with_the_one_that_cannot_go_on(failing, done):
+    found = processes(2, 4).call(end, failing, done)
     assert found[failing[0]] == ([], '')
     assert found[1 - failing[0]] == ([69], f'upcycle: process {failing[0]} ended the run: {SILENCE}\n')
 
 
-def test_processes_that_fail_together_say_so_themselves():
-    assert processes(2, 4).call(end, [0, 1]) == [([], ''), ([], '')]
+@pytest.mark.parametrize('failing', [[0, 1], []], ids=['fail', 'have done all'])
+def test_processes_that_end_together_do_so_by_themselves(failing):
+    assert processes(2, 4).call(end, failing, done=True) == [([], ''), ([], '')]
 
 
 ERRORS = {
@@ -146,22 +150,25 @@ def test_files_are_dealt_out_by_size():
 
 
 FAILS = f"""
+import sys
+
 from upcycle import cli, metrics
 from upcycle.errors import Unavailable
 
-def write(self, step, split, values):
+def fails(self, *_):
     raise Unavailable({SILENCE!r})
 
-metrics.MetricsLog.write = write
+setattr(metrics.MetricsLog, sys.argv.pop(1), fails)
 cli.main()
 """
 
 
 @pytest.mark.exhaustive
-def test_two_commands_end_with_one_status_and_one_sentence(shallow, tmp_path):
-    """Process 0 alone writes the log; the other one is in the next step then."""
+@pytest.mark.parametrize('method', ['write', 'close'])
+def test_two_commands_end_with_one_status_and_one_sentence(method, shallow, tmp_path):
+    """Process 0 alone has a log; the other one is in the next step when it is written, and at its end when it is closed."""
     commands = two_commands('upcycle', tmp_path / 'run', 10, shallow)
-    running = start_together([['-c', FAILS, *command[2:]] for command in commands], devices=4)
+    running = start_together([['-c', FAILS, method, *command[2:]] for command in commands], devices=4)
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [69, 69], outputs
     assert outputs[0].splitlines()[-1] == f'upcycle: {SILENCE}'

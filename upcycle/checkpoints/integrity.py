@@ -1,9 +1,9 @@
 """Checksums of a step's files: written before the step gets its name, compared before anything is read from it.
 
 `checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written when every other
-file is, and before Orbax gives the step its name: a step that can be seen has one. Steps by older versions of `upcycle train`,
-and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have none, nor have steps in a bucket,
-whose store has its own.
+file is, and before Orbax gives the step its name: a step that can be seen has one. All processes hash; see `hashing`. Steps by
+older versions of `upcycle train`, and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have
+none, nor have steps in a bucket, whose store has its own.
 """
 
 from __future__ import annotations
