@@ -1,5 +1,6 @@
 """`upcycle import` and `upcycle export`: what is refused, what a cut leaves behind, and how it goes on."""
 
+import errno
 import json
 import os
 import pathlib
@@ -271,3 +272,14 @@ def test_what_is_discarded_stays_away(tmp_path):
         writer.discard()
         writer.close()
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('format', ['huggingface', 'vit_npz'])
+def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch, capsys):
+    """These formats begin again, so that what was written is of no use."""
+    source = trees.write(tmp_path / 'source', 'upcycle', trees.vit(False, state=False))
+    monkeypatch.setattr(os, 'fsync', lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left')))
+    command = ['export', f'--from={source}', f'--to={tmp_path}/new/model.npz', f'--format={format}']
+    code, _, error = call(command, capsys)
+    assert code == 2 and error.splitlines()[-1].endswith('cannot be written ([Errno 28] No space left).'), error
+    assert os.listdir(tmp_path) == ['source']

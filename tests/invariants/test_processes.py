@@ -110,6 +110,8 @@ def train_in_a_bucket(kind, address, model_dir, steps, start):
 
 
 def test_an_outage_of_process_0_s_bucket_ends_no_process(kind, start, whole):
+    for client in ('gcsfs', 'gcp_storage_emulator'):
+        pytest.importorskip(client)
     with on_a_bucket.served() as address:
         found = processes(2, 4).call(train_in_a_bucket, kind, address, 'gs://bucket/run', 8, start)
     assert found[0][1] > 10 and found[1][1] == 0
