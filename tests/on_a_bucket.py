@@ -8,13 +8,14 @@ TensorFlow knows Google's own address only, so paths are read by gcsfs here.
 import contextlib
 import os
 import sys
+from unittest import mock
 
 HOST = '127.0.0.1'
 
 
 @contextlib.contextmanager
 def served():
-    """Runs the stand-in, and points every client of this process at it."""
+    """Runs the stand-in, and yields its address."""
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
 
@@ -31,9 +32,54 @@ def served():
     from gcp_storage_emulator.server import create_server
 
     with create_server(HOST, 0, in_memory=True, default_bucket='bucket') as server:
-        address = f'http://{HOST}:{server._api._httpd.server_port}'
-        os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+        yield f'http://{HOST}:{server._api._httpd.server_port}'
+
+
+@contextlib.contextmanager
+def clients_at(address):
+    """Points every client of this process at the stand-in; at one only, as they remember it."""
+    from etils.epath import gpath
+
+    before = dict(os.environ)
+    os.environ |= {'EPATH_USE_TF': 'false', 'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address}
+    gpath._is_tf_installed.cache_clear()
+    try:
         yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ |= before
+        gpath._is_tf_installed.cache_clear()
+
+
+REQUESTS = ('write_bytes', 'write_text', 'read_bytes', 'read_text', 'mkdir', 'exists', 'is_dir', 'unlink', 'rmtree')
+
+
+@contextlib.contextmanager
+def outages():
+    """While a run is under way, each kind of request on each object of a bucket fails once; yields those that did."""
+    import gcsfs.retry
+    from etils.epath import gpath
+
+    from upcycle import files
+
+    failed = set()
+
+    def failing(name, method):
+        def request(self, *arguments, **named):
+            if files.is_remote(self) and files._Patience.of_all and (name, str(self)) not in failed:
+                failed.add((name, str(self)))
+                raise gcsfs.retry.HttpError({'code': 503, 'message': 'backend error'})
+            return method(self, *arguments, **named)
+
+        return request
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(files, '_PAUSES', (0.0,)))
+        for name in REQUESTS:
+            method = failing(name, getattr(gpath.PosixGPath, name))
+            patches.enter_context(mock.patch.object(gpath.PosixGPath, name, method))
+        yield failed
 
 
 def main(folder: str) -> None:
@@ -68,5 +114,5 @@ def main(folder: str) -> None:
 
 
 if __name__ == '__main__':
-    with served():
+    with served() as address, clients_at(address):
         main(*sys.argv[1:])

@@ -63,7 +63,7 @@ def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
     }
     with monkeypatch.context() as patch:
         patch.setattr(*last[format], full)
-        with pytest.raises(writing.WriteError, match='No space left on device.: make room .* name another --to'):
+        with pytest.raises(writing.WriteError, match='cannot be written .*No space left on device'):
             transfer(source, target, format)
     with pytest.raises(UserError):
         open_checkpoint(target)
@@ -264,14 +264,14 @@ def test_the_journal_waits_for_the_disk(tmp_path, monkeypatch):
     settle = writing.FolderWriter._settle_one
     monkeypatch.setattr(writing.FolderWriter, '_settle_one', lambda self: written.append(1) or settle(self))
     noted = []
-    close = writing.FolderWriter.close
+    let_go = writing.FolderWriter._let_go
 
     def look(self):
-        close(self)
+        let_go(self)
         if not noted:
             noted.extend((self.folder / writing.JOURNAL).read_text().splitlines()[1:])
 
-    monkeypatch.setattr(writing.FolderWriter, 'close', look)
+    monkeypatch.setattr(writing.FolderWriter, '_let_go', look)
     tree = trees.t5(False, state=False)
     path = trees.write(tmp_path / 'x', 'upcycle', tree)
     assert sorted(json.loads(line)[0] for line in noted) == sorted(tree)
@@ -300,3 +300,14 @@ def test_what_is_discarded_stays_away(tmp_path):
         writer.discard()
         writer.close()
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('format', ['huggingface', 'vit_npz'])
+def test_a_full_disk_at_the_end_leaves_nothing(format, tmp_path, monkeypatch, capsys):
+    """These formats begin again, so that what was written is of no use."""
+    source = trees.write(tmp_path / 'source', 'upcycle', trees.vit(False, state=False))
+    monkeypatch.setattr(os, 'fsync', lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left')))
+    command = ['export', f'--from={source}', f'--to={tmp_path}/new/model.npz', f'--format={format}']
+    code, _, error = call(command, capsys)
+    assert code == 2 and error.splitlines()[-1].endswith('cannot be written ([Errno 28] No space left).'), error
+    assert os.listdir(tmp_path) == ['source']

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import upcycle
 from upcycle import interrupts, warning
-from upcycle.errors import INTERRUPTED, UserError, status_of, whole_list, without_password
+from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, status_of, whole_list, without_password
 from upcycle.formats import FORMATS
 from upcycle.host_memory import keep_freed_memory
 
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     before = interrupts.listen()
     _open_standard_streams()
+    failure: BaseException | None = None
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
     except BaseException as error:
         code = _explain(error)
+        failure = error
+    code = _part(code, failure)
     if arguments is None:
         _say_no_more(code)
     elif before is not None:
@@ -75,6 +78,22 @@ def _explain(error: BaseException) -> int:
         if traced := _is_traced():
             traceback.print_exception(error)
         _say(f'unexpected {without_password(said)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
+    return code
+
+
+def _part(code: int, failure: BaseException | None) -> int:
+    """Parts from the other processes of a run, which end with this one; asked to stop, all do so at the same step.
+
+    Returns:
+      The exit status.
+    """
+    from upcycle import hosts
+
+    told = None if failure is None or code == PREEMPTED else ' '.join(str(failure).split()) or type(failure).__name__
+    try:
+        hosts.part(code, None if told is None else without_password(told))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return code
 
 

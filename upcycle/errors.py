@@ -162,15 +162,12 @@ def one_of(kind: type[Member], value: str, binding: str) -> Member:
 
 
 @contextlib.contextmanager
-def writing_to(
-    folder: str | os.PathLike[str], way_out: str = 'name another MODEL_DIR', kind: type[UserError] = UserError
-) -> Iterator[None]:
+def writing_to(folder: str | os.PathLike[str], way_out: str = 'name another MODEL_DIR') -> Iterator[None]:
     """Around whatever writes to a folder.
 
     Args:
       folder: what the system refuses elsewhere is not its fault.
       way_out: what the message advises where neither room nor permissions help.
-      kind: what is raised.
 
     Raises:
       UserError: the disk is full, or the folder or a file in it cannot be made or written.
@@ -184,7 +181,7 @@ def writing_to(
         known = error.errno in _REFUSALS or (error.filename is not None and not os.path.isdir(where))
         if not known or os.path.commonpath([where, file]) != where:
             raise
-        raise kind(
+        raise UserError(
             f'{file} cannot be written ({error.strerror}): make room or change its permissions, and give the same command '
             f'again, or {way_out}.'
         ) from error

@@ -1,14 +1,22 @@
 """Files of a run, in a local folder or in a bucket."""
 
+import contextlib
 import functools
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
+from etils.epath import gpath
 
 from upcycle.errors import Unavailable, UserError, without_password
 
@@ -16,6 +24,12 @@ from upcycle.errors import Unavailable, UserError, without_password
 STORES = {'gs': 'gcs', 's3': 's3'}
 # What pathlib and os.path.normpath leave of an address.
 _DAMAGED_ADDRESS = re.compile(f'({"|".join(STORES)}):/?(?!/)(.*)')
+# Seconds between tries; the last pause is repeated until `PATIENCE` is over.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+PATIENCE = 120.0
+_BLOCK_BYTES = 16 << 20
+
+Answer = TypeVar('Answer')
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
@@ -99,6 +113,7 @@ def refused_by_bucket(error: BaseException, arguments: Sequence[str] = ()) -> Us
         by_python = isinstance(cause, OSError | ImportError | ValueError | KeyError) and (
             bool(named)
             or ('bucket' in text.lower())
+            or text.startswith(('http://', 'https://'))  # gcsfs, where the bucket does not exist
             or kind.__name__ in ('gaierror', 'TimeoutError', 'PermissionError')
             or (isinstance(cause, ImportError) and re.search('gcsfs|s3fs', text) is not None)
         )
@@ -162,6 +177,105 @@ def _short(text: str, longest: int = 300) -> str:
     return text if len(text) <= longest else f'{text[:longest]}...'
 
 
+class _Patience(threading.local):
+    """How long this thread asks a bucket that does not answer, in seconds; None: as long as all threads."""
+
+    of_all: float = 0.0
+    here: float | None = None
+
+
+_patience = _Patience()
+
+
+@contextlib.contextmanager
+def patient(seconds: float = PATIENCE) -> Iterator[None]:
+    """Inside, every thread asks a bucket that does not answer again, with growing pauses; after the retries of its client.
+
+    Args:
+      seconds: after which no other try begins.
+    """
+    before = _Patience.of_all
+    _Patience.of_all = seconds
+    try:
+        yield
+    finally:
+        _Patience.of_all = before
+
+
+@contextlib.contextmanager
+def asking_once() -> Iterator[None]:
+    """Inside, this thread leaves another try to its caller."""
+    before, _patience.here = _patience.here, 0.0
+    try:
+        yield
+    finally:
+        _patience.here = before
+
+
+def patiently(
+    ask: Callable[[], Answer], where: str | os.PathLike[str], done: type[Exception] | None = None
+) -> Answer | None:
+    """What a function returns, which may be called several times; see `patient`.
+
+    Args:
+      ask: asks a bucket.
+      where: an address in it.
+      done: what it raises where an earlier try has succeeded and its answer was lost.
+    """
+    end = time.monotonic() + (_patience.of_all if _patience.here is None else _patience.here)
+    for tries, pause in enumerate(itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1]))):
+        try:
+            return ask()
+        except Exception as error:
+            if done is not None and tries and isinstance(error, done):
+                return None
+            refusal = refused_by_bucket(error, [os.fspath(where)])
+            if not isinstance(refusal, Unavailable) or time.monotonic() + pause > end:
+                raise
+            if not tries:
+                said = _short(' '.join(str(error).split())) or type(error).__name__
+                print(f'warning: {where} does not answer ({said}): trying again.', file=sys.stderr, flush=True)
+        time.sleep(pause)
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def unanswered(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what is repeated later if it fails: suppresses errors of a disk, and a bucket's refusal or silence."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and refused_by_bucket(error, [os.fspath(where)]) is None:
+            raise
+
+
+class _BucketPath(gpath.PosixGPath):
+    """A path in a bucket, for every library that asks `epath.Path`: each request is made patiently."""
+
+    def iterdir(self) -> Iterator[epath.Path]:
+        return iter(patiently(lambda: list(super(_BucketPath, self).iterdir()), self))
+
+    def glob(self, pattern: str) -> Iterator[epath.Path]:
+        return iter(patiently(lambda: list(super(_BucketPath, self).glob(pattern)), self))
+
+
+def _request(name: str, done: type[Exception] | None) -> Callable[..., Any]:
+    def request(self: _BucketPath, *arguments: Any, **named: Any) -> Any:
+        return patiently(lambda: getattr(super(_BucketPath, self), name)(*arguments, **named), self, done)
+
+    return request
+
+
+for _name, _done in {
+    **dict.fromkeys(('exists', 'is_dir', 'stat', 'read_bytes', 'read_text', 'write_bytes', 'write_text')),
+    'mkdir': FileExistsError,
+    'unlink': FileNotFoundError,
+    'rmtree': FileNotFoundError,
+}.items():
+    setattr(_BucketPath, _name, _request(_name, _done))
+epath.register_path_cls([f'{scheme}://' for scheme in STORES])(_BucketPath)
+
+
 def replace_text(path: epath.Path, text: str) -> None:
     """Writes a file at once: whoever reads sees the old text or the new one."""
     if is_remote(path):
@@ -176,6 +290,23 @@ def replace_text(path: epath.Path, text: str) -> None:
         raise
 
 
+def send(source: pathlib.Path, target: epath.Path) -> None:
+    """Copies a local file to a bucket, in blocks.
+
+    Raises:
+      OSError: fewer bytes have arrived.
+    """
+
+    def copy() -> None:
+        with source.open('rb') as read, target.open('wb') as write:
+            shutil.copyfileobj(read, write, _BLOCK_BYTES)
+        sent, arrived = source.stat().st_size, target.stat().length
+        if arrived != sent:
+            raise OSError(f'{target} has {arrived} bytes after {sent} were sent')
+
+    patiently(copy, target)
+
+
 class Mirror:
     """A folder to which files are appended: the folder itself, or, of a bucket, a local one that is copied there.
 
@@ -184,29 +315,33 @@ class Mirror:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self._folder = absolute(folder)
-        self._local = tempfile.TemporaryDirectory() if is_remote(folder) else None
+        self.target = absolute(folder)
+        self._local = pathlib.Path(tempfile.mkdtemp(prefix='upcycle_')) if is_remote(folder) else None
         self._copied: dict[pathlib.Path, int] = {}
 
     @property
     def path(self) -> epath.Path:
         """Where to write."""
-        return self._folder if self._local is None else epath.Path(self._local.name)
+        return self.target if self._local is None else epath.Path(self._local)
 
     def copy(self) -> None:
         """Sends what has grown since the last time; nothing where the folder is local."""
-        if self._local is None:
-            return
-        local = pathlib.Path(self._local.name)
-        for file in local.rglob('*'):
+        for file in sorted(self._local.rglob('*')) if self._local is not None else ():
             if file.is_file() and self._copied.get(file) != (size := file.stat().st_size):
-                target = self._folder / file.relative_to(local).as_posix()
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+                (self.target / file.relative_to(self._local).as_posix()).write_bytes(file.read_bytes())
                 self._copied[file] = size
 
     def close(self) -> None:
-        """Sends the rest."""
-        self.copy()
+        """Sends the rest.
+
+        Raises:
+          Unavailable, UserError: the bucket does not take it. The local folder stays, and the message names it.
+        """
+        try:
+            self.copy()
+        except Exception as error:
+            if (refusal := refused_by_bucket(error, [os.fspath(self.target)])) is None:
+                raise
+            raise type(refusal)(f'{refusal} What was to be sent there is in {self._local}.') from error
         if self._local is not None:
-            self._local.cleanup()
+            shutil.rmtree(self._local)

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import glob
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -11,13 +12,17 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from upcycle.errors import Unavailable, UserError, status_of
 
 TIMEOUT = 300  # seconds, as JAX's
+# Seconds between looks at what other processes say, and those that a process is given to end by itself.
+_POLL = 1.0
+_GRACE = 5.0
 _ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>\d{1,5})')
 # Of TPUs, by either of their drivers.
 _CHIPS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
@@ -74,11 +79,136 @@ def join(address: str | None, count: int | None, index: int | None, timeout: flo
             raise Unavailable(_who_is_missing(address, count, index, timeout))
         if found:
             raise UserError(f'the processes do not find each other: {_reason(found[0])}') from found[0]
+        _watch_others()
     except BaseException as error:
         if thread.is_alive() or isinstance(error.__cause__, RuntimeError):
             # What client and service hold cannot be taken down while they wait, or after they have failed.
             atexit.register(_end, status_of(error))
         raise
+
+
+def store() -> Any | None:
+    """The key-value store of JAX's coordination service, which disturbs no collective; None: it does not run."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def lookup(store: Any, key: str) -> str | None:
+    """What a key of the store holds; None: nothing, or the store does not answer."""
+    try:
+        return store.key_value_try_get(key)
+    except Exception:  # JAX raises RuntimeErrors of its own
+        return None
+
+
+class Together:
+    """Ends all processes of a run with the one that cannot go on, for which they would wait in their next collective.
+
+    What ended a process stands in the key-value store of JAX's coordination service. A thread of every other process looks there,
+    gives its process time to end by itself, and then ends it: in a collective, Python code is not reached. Process 0, with which
+    the service ends and JAX aborts the others, is the last.
+
+    Args:
+      store: see `store`.
+      index, count: this process, and how many there are.
+      end: ends this process with a status.
+      grace: seconds that a process is given to end by itself.
+    """
+
+    _FAILED = 'upcycle/failed'
+    _DONE = 'upcycle/done'  # has come to its end
+    _ENDED = 'upcycle/ended'  # will make no request any more
+
+    def __init__(self, store: Any, index: int, count: int, end: Callable[[int], None], grace: float = _GRACE):
+        self._store, self._index, self._count = store, index, count
+        self._end, self._grace = end, grace
+        self._over = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name='watching the other processes', daemon=True)
+        self._watching.start()
+
+    def close(self) -> None:
+        """Looks no more."""
+        self._over.set()
+        self._watching.join()
+
+    def part(self) -> None:
+        """Returns when all have come to their end, so that JAX takes nothing down while one of them may still fail."""
+        self._announce(self._DONE)
+        self._await(self._DONE, TIMEOUT)
+        if lookup(self._store, self._FAILED) is not None:
+            self._watching.join()
+        self.close()
+
+    def fail(self, status: int, text: str) -> None:
+        """Tells the others why this process ends; of several that fail, the first is heard.
+
+        Args:
+          status: its exit status, and that of the others.
+          text: a sentence.
+        """
+        self.close()
+        with contextlib.suppress(Exception):  # another process was first, or the service is gone
+            self._store.key_value_set(self._FAILED, json.dumps({'process': self._index, 'status': status, 'why': text}))
+        self._leave()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_POLL):
+            if (told := lookup(self._store, self._FAILED)) is None:
+                continue
+            if self._over.wait(self._grace):
+                return
+            failed = json.loads(told)
+            print(f'upcycle: process {failed["process"]} ended the run: {failed["why"]}', file=sys.stderr, flush=True)
+            self._leave()
+            self._end(failed['status'])
+            return
+
+    def _leave(self) -> None:
+        """Returns when this process may end."""
+        self._announce(self._ENDED)
+        if self._index == 0:
+            self._await(self._ENDED, 2 * (self._grace + _POLL))
+            time.sleep(0.5)  # until they really have
+
+    def _announce(self, what: str) -> None:
+        with contextlib.suppress(Exception):  # the service is gone
+            self._store.key_value_set(f'{what}/{self._index}', '', allow_overwrite=True)
+
+    def _await(self, what: str, seconds: float) -> None:
+        """Returns when all have announced it, one has failed first, or the time is over."""
+        end = time.monotonic() + seconds
+        with contextlib.suppress(Exception):
+            while len(self._store.key_value_dir_get(what)) < self._count and time.monotonic() < end:
+                if what == self._DONE and lookup(self._store, self._FAILED) is not None:
+                    return
+                time.sleep(0.1)
+
+
+_together: Together | None = None
+
+
+def _watch_others() -> None:
+    global _together
+    from jax._src.distributed import global_state as state  # and not JAX's own functions, which set the devices up
+
+    if state.num_processes > 1:
+        _together = Together(store(), state.process_id, state.num_processes, _end)
+
+
+def part(status: int, failure: str | None) -> None:
+    """Parts from the other processes, where there are some, at the end of this one.
+
+    Args:
+      status: the exit status.
+      failure: why this process ends early, in a sentence, with which the others end, too; None: it has done all.
+    """
+    if _together is not None and failure is None:
+        _together.part()
+    elif _together is not None:
+        _together.fail(status, failure)
+        # JAX's client would wait for the others.
+        atexit.register(_end, status)
 
 
 def _require_free(port: int) -> None:

@@ -47,7 +47,7 @@ def train(
     start = preflight(run, identity)
     if jax.process_index() == 0:
         print(describe(run, start.where, start.mesh), flush=True)
-    with lock.held(run.model_dir) as still_ours:
+    with files.patient(), lock.held(run.model_dir) as still_ours:
         if jax.process_index() == 0:
             with writing_to(run.model_dir):
                 configuration.claim(run, identity)

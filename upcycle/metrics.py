@@ -17,8 +17,10 @@ from upcycle import files
 from upcycle.errors import UserError
 
 Batch = TypeVar('Batch')
-# Seconds: a bucket takes whole objects only, so that each copy sends all that the run has logged.
+# Seconds: a bucket takes whole objects only, so that each copy sends all that the run has logged. The period doubles, up to the
+# longest, while the bucket does not take them.
 COPY_PERIOD = 60.0
+LONGEST_COPY_PERIOD = 960.0
 # What resuming takes out of the log.
 SET_ASIDE = 'metrics.set_aside.jsonl'
 # Around a line; a machine that loses power may leave zeros.
@@ -71,6 +73,7 @@ class MetricsLog:
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
         self._events: dict[str, EventFile] = {}
         self._copied = time.monotonic()
+        self._period = COPY_PERIOD
 
     def _set_aside(self, lines: Sequence[bytes], earlier: epath.Path) -> None:
         """Appends lines to the file of those that were set aside before, and returns when they are on disk."""
@@ -95,22 +98,48 @@ class MetricsLog:
             self._events[split] = EventFile(self._mirror.path / split)
         scalars = {name: value for name, value in line.items() if isinstance(value, int | float) and name != 'step'}
         self._events[split].write(step, scalars)
-        if time.monotonic() - self._copied > COPY_PERIOD:
+        if time.monotonic() - self._copied > self._period:
             self.copy()
 
     def copy(self) -> None:
-        """Where the run's folder is in a bucket, sends there what has been written."""
-        self._mirror.copy()
+        """Where the run's folder is in a bucket, sends there what has been written; what the bucket does not take, the next copy
+        sends, and that is said."""
+        try:
+            with files.asking_once():
+                self._mirror.copy()
+            self._period = COPY_PERIOD
+        except Exception as error:
+            refusal = files.refused_by_bucket(error, [str(self._mirror.target)])
+            if refusal is None:
+                raise
+            self._period = min(2 * self._period, LONGEST_COPY_PERIOD)
+            warn(f'the log is kept in {self._mirror.path} and sent later: {refusal}')
         self._copied = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes every file."""
+        """Flushes and closes every file, and sends the rest.
+
+        Raises:
+          Unavailable, UserError: the bucket does not take the rest, which stays on this machine; see `files.Mirror`.
+        """
         # The last that is entered is closed first, and all are, even where one cannot write what it still holds.
         with contextlib.ExitStack() as closing:
             closing.callback(self._mirror.close)
             for events in self._events.values():
                 closing.callback(events.close)
             closing.callback(self._file.close)
+
+    def __enter__(self) -> 'MetricsLog':
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError as refusal:
+            if kind is None:
+                raise
+            # What ends the run is said, and decides the exit status.
+            warn(str(refusal))
 
 
 class EventFile:

@@ -46,7 +46,8 @@ def check(name: str, path: str | os.PathLike[str], kind: Kind, *, needed: int = 
 
     Args:
       name: the option or binding, for the message, such as '--out'.
-      path: local, or an address of a bucket, of which only the contents are looked at.
+      path: local, or an address of a bucket, where a byte is written and removed; but for `Kind.FOLDER`, whose first file is
+        written soon.
       kind: what is to be there afterwards.
       needed: bytes of the checkpoint that will be written; 0: a few lines.
       local: refuse addresses.
@@ -67,10 +68,14 @@ def check(name: str, path: str | os.PathLike[str], kind: Kind, *, needed: int = 
     if not files.is_remote(full):
         _check_local(shown, os.fspath(full), kind, needed)
         full = epath.Path(os.path.realpath(full))
+    elif kind in (Kind.FILE, Kind.NEW_FILE) and '/' not in os.fspath(full).partition('://')[2]:
+        raise UserError(f'{shown} names a bucket and no file in it: write {full}/NAME.')
     if kind in (Kind.NEW_FILE, Kind.NEW_FOLDER):
         refuse_existing(full, kind)
     if kind is Kind.FILE and full.exists():
         _refuse_file_of_run(shown, full)
+    if files.is_remote(full) and kind is not Kind.FOLDER:
+        _check_bucket(shown, full, kind)
     return full
 
 
@@ -201,6 +206,19 @@ def _check_local(shown: str, path: str, kind: Kind, needed: int) -> None:
             f'{shown} cannot be written: {folder} has {size(free)} free, and {size(_LITTLE)} are needed: make room, or name '
             'another path.'
         )
+
+
+def _check_bucket(shown: str, path: epath.Path, kind: Kind) -> None:
+    """By trying it, too: whether the bucket exists, and lets us write and remove."""
+    is_folder = kind is Kind.NEW_FOLDER
+    probe = path / f'probe{STAGING[1]}' if is_folder else path.with_name(path.name + STAGING[1])
+    try:
+        probe.write_bytes(b'\n')
+        probe.unlink(missing_ok=True)  # another process of ours may have been faster
+    except Exception as error:
+        if (refusal := files.refused_by_bucket(error, [os.fspath(path)])) is None:
+            raise
+        raise type(refusal)(f'{shown} cannot be written: {refusal}') from error
 
 
 def _check_names(shown: str, path: str, folder: str, deeper: int) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_ch
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
-from upcycle.errors import UserError, writing_to
+from upcycle.errors import Unavailable, UserError
 from upcycle.leaf_names import grouped, not_read
 from upcycle.models import identify
 
@@ -92,18 +91,17 @@ def transfer(
 
 @contextlib.contextmanager
 def discarded_if_refused(writer: Writer) -> Iterator[None]:
-    """Leaves nothing behind where the source turns out to be bad; what a cut or a full disk interrupted stays for another try."""
-    # What is written last, an index or what was held back, may find the disk full too.
-    with writing_to(os.path.dirname(writer.path), 'name another --to', WriteError):
-        try:
-            yield
-        except WriteError:
-            raise
-        except UserError:
-            writer.discard()
-            raise
-        finally:
-            writer.close()
+    """Leaves nothing behind where the source turns out to be bad; what a cut, a store that does not answer or a full disk
+    interrupted stays for another try."""
+    try:
+        yield
+    except (WriteError, Unavailable):
+        raise
+    except UserError:
+        writer.discard()
+        raise
+    finally:
+        writer.close()
 
 
 def known_step(reader: Reader, step: int | str | None) -> int | None:

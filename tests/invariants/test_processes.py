@@ -1,12 +1,14 @@
 """Runs of several processes, and checkpoints that move between meshes: one program, eight devices, however they are dealt."""
 
+import contextlib
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import on_a_bucket, runs
 from tests.invariants.devices import free_port, on_devices, processes, start_together
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import PREEMPTED
@@ -97,6 +99,24 @@ def test_a_checkpoint_moves_from_eight_devices_to_one_to_two_processes(kind, sta
     train(kind, path, 8, start)
     processes(2, 4).call(train, kind, path, 10, start)
     assert_same(read_metrics(path / 'metrics.jsonl'), whole)
+
+
+def train_in_a_bucket(kind, address, model_dir, steps, start):
+    """In each of two processes: the outages are those of process 0. Returns the log, and how many requests failed."""
+    with on_a_bucket.clients_at(address):
+        with on_a_bucket.outages() if jax.process_index() == 0 else contextlib.nullcontext(()) as failed:
+            train(kind, model_dir, steps, start)
+        return read_metrics(f'{model_dir}/metrics.jsonl'), len(failed)
+
+
+def test_an_outage_of_process_0_s_bucket_ends_no_process(kind, start, whole):
+    for client in ('gcsfs', 'gcp_storage_emulator'):
+        pytest.importorskip(client)
+    with on_a_bucket.served() as address:
+        found = processes(2, 4).call(train_in_a_bucket, kind, address, 'gs://bucket/run', 8, start)
+    assert found[0][1] > 10 and found[1][1] == 0
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][0], [line for line in whole if line['step'] <= 8])
 
 
 @pytest.mark.exhaustive

@@ -23,8 +23,8 @@ import tensorstore as ts
 from etils import epath
 
 from upcycle import casts, schema
-from upcycle.errors import UserError
-from upcycle.files import STORES, is_remote
+from upcycle.errors import Unavailable, UserError
+from upcycle.files import STORES, is_remote, refused_by_bucket
 
 ORBAX_INDEX = '_METADATA'
 _COMMITTED = 'commit_success.txt'
@@ -398,6 +398,8 @@ class ArrayReader:
         try:
             return result()
         except DAMAGE as error:
+            if is_remote(self.path) and isinstance(refusal := refused_by_bucket(error, [self.path]), Unavailable):
+                raise refusal from error
             reason = ' '.join(str(error).partition(' [')[0].split())
             raise UserError(
                 f'{name} of {self.path} cannot be read ({reason}): '

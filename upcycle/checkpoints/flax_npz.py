@@ -8,6 +8,7 @@ and utils.py (`load_params`, `recover_dtype`); vmoe/nn/vit_moe.py; flax's `conve
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -332,7 +333,6 @@ class NpzWriter:
     def __init__(self, path: epath.Path, leaves: writing.Leaves):
         if path.suffix != '.npz':
             raise UserError(f'{path} must end in .npz: name another --to.')
-        outputs.refuse_existing(path, outputs.Kind.NEW_FILE)
         self.path = os.fspath(path)
         self.left_out = {'rng': 'a file of parameters has no random key'} if 'rng' in leaves else {}
         self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
@@ -346,12 +346,10 @@ class NpzWriter:
                     else ''
                 )
                 raise UserError(f'{name} has no counterpart in vit_npz, which holds the parameters of a ViT{way_out}.')
-        self._final, self._staging = path, path.with_name(path.name + '.tmp-upcycle')
-        if '://' not in self.path:
-            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
-            outputs.check_space(path.parent, size)
-        self._made = writing.make_folders(path.parent)
-        self._file = self._staging.open('wb')
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
+        self._staging = writing.Staging(path, outputs.Kind.NEW_FILE, size)
+        self._finished = False
+        self._file = self._staging.path.open('wb')
         self._archive = zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)
         self._member: Any = None
 
@@ -364,7 +362,7 @@ class NpzWriter:
         leaf = self._leaves[name]
         # As NumPy itself writes bfloat16.
         stored = 'V2' if leaf.dtype.name == 'bfloat16' else leaf.dtype
-        try:
+        with writing.not_refused(self._staging.path, name):
             if region == writing.WHOLE or region[0].start == 0:
                 self._member = self._archive.open(f'{name}.npy', 'w', force_zip64=True)
                 header = {
@@ -376,31 +374,29 @@ class NpzWriter:
             self._member.write(np.asarray(value, order='C').reshape(-1).view(np.uint8).data)
             if region == writing.WHOLE or region[0].stop == leaf.shape[0]:
                 self._member.close()
-        except OSError as error:
-            raise writing.WriteError(f'{name} cannot be written to {self._staging} ({error}).') from error
 
     def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
         """See `writing.Writer`."""
-        self._archive.writestr(METADATA, json.dumps(dict(metadata)))
-        self._archive.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.close()
-        check(NpzReader(self._staging))
-        outputs.refuse_existing(self._final, outputs.Kind.NEW_FILE)
-        self._staging.rename(self._final)
+        with writing.not_refused(self._staging.path):
+            self._archive.writestr(METADATA, json.dumps(dict(metadata)))
+            self._archive.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        check(NpzReader(self._staging.path))
+        self._staging.publish()
+        self._finished = True
 
     def close(self) -> None:
         """See `writing.Writer`."""
-        if self._member is not None:
-            self._member.close()
-        if self._archive.fp is not None:
-            self._archive.close()
-        self._file.close()
+        if not self._finished:
+            self.discard()
 
     def discard(self) -> None:
         """See `writing.Writer`."""
-        self.close()
-        self._staging.unlink(missing_ok=True)
-        for parent in self._made:
-            parent.rmdir()
+        # A full disk takes no end of the archive either.
+        for part in filter(None, (self._member, self._archive, self._file)):
+            with contextlib.suppress(OSError, ValueError):
+                part.close()
+        self._staging.discard()
+        self._finished = True

@@ -10,13 +10,13 @@ safetensors format's own description.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -586,20 +586,15 @@ class HuggingFaceWriter:
 
     def __init__(self, path: epath.Path, leaves: writing.Leaves, shard_bytes: int = _SHARD_BYTES):
         self.path = os.fspath(path)
-        outputs.refuse_existing(path)
         self.left_out = {'rng': 'Hugging Face models have no random key'} if 'rng' in leaves else {}
         self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
         self._family, self._config, self._table = _their_names(self._leaves)
-        self._final = path
-        self._folder = path.parent / f'{path.name}.tmp-upcycle'
         self._step: int | None = None
         self._place(shard_bytes)
-        if '://' not in self.path:
-            outputs.check_space(path.parent, sum(header_and_size[1] for header_and_size in self._files.values()))
-        self._made = writing.make_folders(path.parent)
-        self._folder.rmtree(missing_ok=True)
-        self._folder.mkdir()
-        self._lock = threading.Lock()
+        size = sum(header_and_size[1] for header_and_size in self._files.values())
+        self._staging = writing.Staging(path, outputs.Kind.NEW_FOLDER, size)
+        self._folder = self._staging.path
+        self._finished = False
         self._streams: dict[str, Any] = {}
 
     def todo(self) -> dict[str, list[arrays.Region]]:
@@ -617,16 +612,22 @@ class HuggingFaceWriter:
             # Adding -0 changes no number, not even -0: the token keeps its own.
             turned = np.concatenate([np.full_like(turned[:, :1], -0.0), turned], axis=1)
         file, offset = self._where[theirs]
-        try:
+        with writing.not_refused(self._folder, name):
             if file not in self._streams:
                 self._streams[file] = (self._folder / file).open('wb')
             self._streams[file].seek(offset)
             self._streams[file].write(turned.reshape(-1).view(np.uint8).data)
-        except OSError as error:
-            raise writing.WriteError(f'{name} cannot be written to {self._folder} ({error}).') from error
 
     def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
         """See `writing.Writer`."""
+        with writing.not_refused(self._folder):
+            self._write_rest(metadata)
+        check(HuggingFaceReader(self._folder))
+        self._staging.publish(last=SINGLE if len(self._files) == 1 else INDEX)
+        self._finished = True
+
+    def _write_rest(self, metadata: Mapping[str, Any]) -> None:
+        """What is not arrays: headers, index, configuration."""
         notes = {'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)})
         for file, (entries, _) in self._files.items():
             header = json.dumps({'__metadata__': notes, **entries}).encode()
@@ -636,27 +637,26 @@ class HuggingFaceWriter:
             stream.write((self._header_bytes - 8).to_bytes(8, 'little') + header.ljust(self._header_bytes - 8))
             stream.flush()
             os.fsync(stream.fileno())
+            stream.close()
         if len(self._files) > 1:
             total = sum(size for _, size in self._files.values())
             index = {'metadata': {'total_size': total}, 'weight_map': {n: file for n, (file, _) in self._where.items()}}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
         config = _their_config(self._family, self._config, metadata)
         (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
-        self.close()
-        check(HuggingFaceReader(self._folder))
-        writing.give_name(self._folder, self._final)
 
     def close(self) -> None:
         """See `writing.Writer`."""
-        for stream in self._streams.values():
-            stream.close()
+        if not self._finished:
+            self.discard()
 
     def discard(self) -> None:
         """See `writing.Writer`."""
-        self.close()
-        self._folder.rmtree(missing_ok=True)
-        for parent in self._made:
-            parent.rmdir()
+        for stream in self._streams.values():
+            with contextlib.suppress(OSError):  # a full disk takes no rest either
+                stream.close()
+        self._staging.discard()
+        self._finished = True
 
     def _place(self, shard_bytes: int) -> None:
         """Gives every array a file and an offset."""

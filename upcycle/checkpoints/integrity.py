@@ -1,20 +1,17 @@
 """Checksums of a step's files: written before the step gets its name, compared before anything is read from it.
 
 `checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written when every other
-file is, and before Orbax gives the step its name: a step that can be seen has one. Steps by older versions of `upcycle train`,
-and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have none, nor have steps in a bucket,
-whose store has its own.
+file is, and before Orbax gives the step its name: a step that can be seen has one. All processes hash; see `hashing`. Steps by
+older versions of `upcycle train`, and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have
+none, nor have steps in a bucket, whose store has its own.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -22,22 +19,24 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from upcycle import files
-from upcycle.checkpoints import arrays
-from upcycle.errors import UserError
+from upcycle.checkpoints import arrays, hashing
+from upcycle.errors import Unavailable, UserError
 
 RECORD = 'checksums.json'
 
-_BLOCK_BYTES = 4 << 20
-# Hashing lets go of the interpreter, and object stores answer late.
-_FILES_AT_ONCE = 8
-_NO_STEP, _REFUSED = -1, -2
+_NO_STEP, _REFUSED, _UNANSWERED, _FAILED = -1, -2, -3, -4
 
 
 def write_record(folder: epath.Path) -> None:
-    """Reads every file of a step back and writes its checksums; no file of its items may change any more."""
-    names = list(_files(folder))
-    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        found = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
+    """Reads every file of a step back and writes its checksums; no file of its items may change any more.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found = hashing.describe(folder, {name: (folder / name).stat().length for name in _files(folder)})
+    for name, file in found.items():
+        if 'wrong' in file:
+            raise OSError(f'{folder / name} {file["wrong"]}')
     (folder / RECORD).write_text(json.dumps({'files': found}, indent=1))
 
 
@@ -57,20 +56,18 @@ def damage(folder: epath.Path) -> str | None:
         if not all(map(arrays.is_plain_name, name.split('/'))):
             return f'{RECORD} names {name!r}, which is no file of the step'
 
-    def compare(name: str) -> str | None:
+    found = hashing.describe(
+        folder, {name: size if isinstance(size, int) else 0 for name, (size, _) in sorted(expected.items())}
+    )
+    for name, file in found.items():
         size, digest = expected[name]
-        try:
-            found = _describe(folder / name)
-        except FileNotFoundError:
-            return f'{name} is missing'
-        except OSError as error:
-            return f'{name} cannot be read ({error.strerror or error})'
-        if found['bytes'] != size:
-            return f'{name} has {found["bytes"]} bytes and was saved with {size}'
-        return None if found['sha256'] == digest else f'bytes of {name} are not those that were saved'
-
-    with concurrent.futures.ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        return next(filter(None, pool.map(compare, sorted(expected))), None)
+        if 'wrong' in file:
+            return f'{name} {file["wrong"]}'
+        if file['bytes'] != size:
+            return f'{name} has {file["bytes"]} bytes and was saved with {size}'
+        if file['sha256'] != digest:
+            return f'bytes of {name} are not those that were saved'
+    return None
 
 
 def require_whole(path: str) -> None:
@@ -175,28 +172,37 @@ def _files(folder: epath.Path, below: str = '') -> Iterator[str]:
             yield name
 
 
-def _describe(file: epath.Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with file.open('rb') as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return {'bytes': size, 'sha256': digest.hexdigest()}
+def by_process_0(look: Callable[[], int], refusal: str) -> int:
+    """What process 0 finds, on all processes.
 
+    Args:
+        look: called by process 0; what it returns is not negative, or `_NO_STEP`.
+        refusal: what the others say where process 0 raises a UserError.
 
-def by_process_0(look: Any, refusal: str) -> int:
-    """What process 0 finds, on all; its UserError there, and one that says `refusal` elsewhere."""
+    Raises:
+        UserError, Unavailable: process 0 raised one, or a bucket did not answer it.
+        RuntimeError: on the others, where process 0 raised anything else.
+    """
     if jax.process_count() == 1:
         return look()
-    found, error = _REFUSED, None
+    hashing.serve()
+    found, error = 0, None
     if jax.process_index() == 0:
         try:
             found = look()
-        except UserError as raised:
-            error = raised
+        except Exception as raised:  # else the others would wait for ever
+            error, found = raised, _FAILED
+            kinds = [raised, files.refused_by_bucket(raised, [refusal])]
+            for kind, code in ((UserError, _REFUSED), (Unavailable, _UNANSWERED)):
+                if any(isinstance(each, kind) for each in kinds):
+                    found = code
     found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     if error is not None:
         raise error
     if found == _REFUSED:
         raise UserError(refusal)
+    if found == _UNANSWERED:
+        raise Unavailable('a store did not answer process 0, which says more: repeat the command.')
+    if found == _FAILED:
+        raise RuntimeError('process 0 failed, and says how')
     return found

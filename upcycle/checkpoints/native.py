@@ -24,11 +24,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from upcycle import casts, files
-from upcycle.checkpoints import arrays, integrity, writing
-from upcycle.errors import DifferentLeaves, UserError, writing_to
+from upcycle.checkpoints import arrays, hashing, integrity, writing
+from upcycle.errors import DifferentLeaves, Unavailable, UserError, writing_to
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
 _LEAVES_IN_FLIGHT = 8
+# Seconds for which the other processes wait until process 0 has given a step its name; Orbax's own 600 are few for a slow disk.
+_LONGEST_SAVE = 3600
 _policies = ocp.checkpoint_managers
 # Where Orbax's failures are logged.
 _LOGGERS = ('absl', 'asyncio')
@@ -129,10 +131,11 @@ class CheckpointManager:
                 for interrupted in ocp.utils.tmp_checkpoints(self._folder):
                     interrupted.get().rmtree()
         self._saving: tuple[int, dict[str, Any]] | None = None
+        hashing.serve()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policies.AnyPreservationPolicy(kept),
             # By process 0, when everything is written, and before the step gets its name and older ones are removed.
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=_LONGEST_SAVE),
         )
         handlers = {
             'state': ocp.StandardCheckpointHandler(),
@@ -234,11 +237,20 @@ class CheckpointManager:
         """TensorStore and the system say that a disk is full by exceptions of their own."""
         try:
             yield
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            step = self._saving[0] if self._saving else None
+            if files.is_remote(self._folder) and (refusal := files.refused_by_bucket(error, [os.fspath(self._folder)])):
+                raise type(refusal)(f'step {step} cannot be saved: {refusal}') from error
+            if isinstance(error, TimeoutError):
+                raise Unavailable(
+                    f'step {step} cannot be saved to {self._folder}: another process did not answer ({error}); the same command '
+                    'goes on from the newest step.'
+                ) from error
+            if not isinstance(error, OSError | ValueError):
+                raise
             code = _OS_ERROR.search(str(error))
             number = int(code[1]) if code else getattr(error, 'errno', None)
             reason = os.strerror(number) if number else ' '.join(str(error).split())
-            step = self._saving[0] if self._saving else None
             raise UserError(
                 f'step {step} cannot be saved to {self._folder} ({reason}): the steps before it are as they were, and the same '
                 'command goes on from the newest when the folder can be written again.'

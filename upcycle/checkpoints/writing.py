@@ -2,14 +2,15 @@
 
 A part is a leaf, one expert of a leaf, or some rows of a large one. Each is a chunk of its own on disk, so that any
 expert-parallel layout reads only its own experts. What is finished is noted in a journal, and the same command goes on from
-there after a cut. In a bucket, which cannot rename and append, a commit file is written last instead, and a cut write starts
-again.
+there after a cut. In a bucket, which cannot rename and append, parts are written under their final names and a commit file last;
+what cannot be finished is removed. Formats of whole files are put together in a `Staging` place.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import json
 import math
@@ -18,7 +19,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -26,7 +27,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from upcycle import outputs
+from upcycle import files, outputs, warning
 from upcycle.checkpoints import arrays
 from upcycle.errors import UserError
 
@@ -95,7 +96,8 @@ class Writer(Protocol):
         ...
 
     def close(self) -> None:
-        """Waits for what is on its way and lets go; what is there stays for the same command to go on from."""
+        """Waits for what is on its way and lets go. What is not finished stays for the same command to go on from, or is removed
+        where none could."""
         ...
 
     def discard(self) -> None:
@@ -176,7 +178,8 @@ class FolderWriter:
         arrays.kvstore(self._final)  # refuses a name that cannot be opened, before anything is made
         self.path = os.fspath(self._final)
         outputs.refuse_existing(self._final)
-        remote = '://' in self.path
+        remote = files.is_remote(self._final)
+        self._finished = False
         self.folder = self._final if remote else self._final.parent / (self._final.name + STAGING[layout.format])
         self.inline: dict[str, np.ndarray] = {}
         self._opened: dict[str, ts.Future] = {}
@@ -236,16 +239,23 @@ class FolderWriter:
         missing = [name for name in self.todo() if name not in self.inline]
         if missing:
             raise ValueError(f'not written: {missing[:3]}')
-        self._layout.commit(self, metadata)
+        with not_refused(self.folder):
+            self._layout.commit(self, metadata)
         check(self._layout.reader(self.folder))
-        self.close()
+        self._let_go()
         if self._journal is not None:
             (self.folder / JOURNAL).unlink()
             os.sync()
-            give_name(self.folder, self._final)
+            give_name(self.folder, self._final, outputs.Kind.NEW_FOLDER)
+        self._finished = True
 
     def close(self) -> None:
         """See `Writer`."""
+        if self._journal is None and not self._finished:
+            self.discard()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._settle()
         if self._journal is not None and not self._journal.closed:
             self._note(wait=True)
@@ -260,7 +270,8 @@ class FolderWriter:
             future.exception()
         self._in_flight.clear()
         self._written.clear()
-        self.folder.rmtree(missing_ok=True)
+        self._finished = True
+        remove(self.folder)
         for parent in self._made:
             parent.rmdir()
 
@@ -333,6 +344,8 @@ class FolderWriter:
         try:
             future.result()
         except (ValueError, OSError) as error:
+            if refusal := files.refused_by_bucket(error, [self.path]):
+                raise refusal from error
             reason = ' '.join(str(error).partition(' [')[0].split())
             raise WriteError(f'{name} cannot be written to {self.folder} ({reason}).') from error
         self._done.add((name, _start(region)))
@@ -383,6 +396,107 @@ def _has_links(folder: epath.Path) -> bool:
     return True
 
 
+class Staging:
+    """Where the file or folder of a format that is not written part by part is put together: on a disk beside its final name,
+    for a bucket in the folder for temporary files.
+
+    Args:
+        final: what the user named.
+        kind: what that is to be.
+        needed: bytes.
+
+    Attributes:
+        path: of the file or folder to write; what a cut write has left there is removed.
+
+    Raises:
+        UserError: something has the final name, or there is too little space.
+    """
+
+    def __init__(self, final: epath.Path, kind: outputs.Kind, needed: int):
+        outputs.refuse_existing(final, kind)
+        self._final, self._kind = final, kind
+        self._temporary: str | None = None
+        self._made: list[epath.Path] = []
+        if files.is_remote(final):
+            outputs.check_space(tempfile.gettempdir(), needed, 'set TMPDIR to a folder on a larger disk')
+            self._temporary = tempfile.mkdtemp(prefix='upcycle_')
+            self.path = epath.Path(self._temporary) / final.name
+        else:
+            outputs.check_space(final.parent, needed)
+            self._made = make_folders(final.parent)
+            self.path = final.parent / f'{final.name}{outputs.STAGING[1]}'
+            self.path.rmtree(missing_ok=True)
+        if kind is outputs.Kind.NEW_FOLDER:
+            self.path.mkdir()
+
+    def publish(self, last: str = '') -> None:
+        """Gives what was put together its final name.
+
+        Args:
+            last: the file by which readers know the folder, which is sent to a bucket last.
+
+        Raises:
+            UserError: something has that name now, or the bucket does not take it; nothing of it stays there.
+        """
+        if self._temporary is None:
+            give_name(self.path, self._final, self._kind)
+            return
+        outputs.refuse_existing(self._final, self._kind)
+        place = pathlib.Path(self.path)
+        names = sorted((file.name for file in place.iterdir()), key=last.__eq__) if place.is_dir() else ['']
+        sent: list[epath.Path] = []
+        try:
+            for name in names:
+                sent.append(self._final / name if name else self._final)
+                files.send(place / name, sent[-1])
+        except BaseException as error:
+            for target in sent:
+                remove(target)
+            if refusal := files.refused_by_bucket(error, [os.fspath(self._final)]):
+                raise refusal from error
+            raise
+        shutil.rmtree(self._temporary)
+
+    def discard(self) -> None:
+        """Removes what was written, and the folders that were made for it."""
+        self.path.rmtree(missing_ok=True)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        for parent in self._made:
+            parent.rmdir()
+        self._made = []
+
+
+@contextlib.contextmanager
+def not_refused(place: epath.Path, what: str = '') -> Iterator[None]:
+    """Around writing to a local disk.
+
+    Args:
+        place: the file or folder.
+        what: the leaf that is written; '': what stands beside the leaves.
+
+    Raises:
+        WriteError: the disk takes no more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if files.is_remote(place):
+            raise
+        sentence = f'{what} cannot be written to {place}' if what else f'{place} cannot be written'
+        raise WriteError(f'{sentence} ({error}).') from error
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file or folder that was not finished; where a bucket does not let us, says that it stays."""
+    try:
+        path.rmtree(missing_ok=True)
+    except Exception as error:
+        if files.refused_by_bucket(error, [os.fspath(path)]) is None:
+            raise
+        warning.once(f'{path} was not finished and cannot be removed: delete it.')
+
+
 def make_folders(folder: epath.Path) -> list[epath.Path]:
     """Makes a folder and those above it; those that were not there before, innermost first."""
     made = []
@@ -394,12 +508,12 @@ def make_folders(folder: epath.Path) -> list[epath.Path]:
     return made
 
 
-def give_name(folder: epath.Path, final: epath.Path) -> None:
+def give_name(written: epath.Path, final: epath.Path, kind: outputs.Kind) -> None:
     """Makes what a writer has finished visible; an empty folder may be there already."""
-    outputs.refuse_existing(final)
+    outputs.refuse_existing(final, kind)
     if final.is_dir():
         final.rmdir()
-    folder.rename(final)
+    written.rename(final)
 
 
 def _start(region: arrays.Region) -> int:

@@ -62,7 +62,7 @@ def sweep(
         raise UserError('--only chooses runs, and the compiled scale has programs: leave it out.')
     out = os.path.join('runs', what.name) if out is None else out
     if where != PRINT:
-        outputs.check('--out', out, outputs.Kind.FOLDER)
+        outputs.check('--out', out, outputs.Kind.FOLDER, local=bool(what.get('compile')))
     if what.get('compile'):
         return compile_all(what, out, where, environment, cluster, gin_files, bindings)
     every = grid.resolve(what, out, gin_files if config is not None else (), bindings)

@@ -221,8 +221,8 @@ class Lock:
         sleep: Callable[[float], None] = time.sleep,
     ):
         self._model_dir = model_dir
-        path = files.absolute(model_dir) / NAME
-        self._store: _Store = _Object(path) if files.is_remote(path) else _LocalFile(path)
+        self._path = files.absolute(model_dir) / NAME
+        self._store: _Store = _Object(self._path) if files.is_remote(self._path) else _LocalFile(self._path)
         since = time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())
         self._me = {**(this_process() if me is None else me), 'since': since, 'token': secrets.token_hex(16)}
         self._clock, self._sleep = clock, sleep
@@ -280,8 +280,8 @@ class Lock:
 
     def beat(self) -> None:
         """Raises the heartbeat, or notices that the lock is another process's."""
-        # Another process may be changing the lock, or the disk may not answer: the next heartbeat counts.
-        with contextlib.suppress(_BusyError, OSError):
+        # Another process may be changing the lock, or disk or bucket may not answer: the next heartbeat counts.
+        with contextlib.suppress(_BusyError), files.unanswered(self._path), files.asking_once():
             self._beats += 1
             if not self._store.change(self._is_mine, self._text()) and not self._is_mine(self._store.read() or b''):
                 self._lost.set()
@@ -294,11 +294,13 @@ class Lock:
     def check(self, *, look: bool = True) -> None:
         """Raises UserError where the lock is another process's; `look` False: where that has been noticed."""
         if look and not self._lost.is_set():
-            with contextlib.suppress(OSError):
+            with files.unanswered(self._path):
                 if not self._is_mine(self._store.read() or b''):
                     self._lost.set()
         if self._lost.is_set():
-            now = self._store.read()
+            now = None
+            with files.unanswered(self._path):
+                now = self._store.read()
             why = f'its {NAME} was removed'
             if now is not None:
                 why = f'{_in_words(_parse(now))} took it over, as this process gave no sign of life for {PATIENCE:g} s'
@@ -311,12 +313,11 @@ class Lock:
         self._released.set()
         for _ in range(20):
             try:
-                self._store.change(self._is_mine, None)
+                with files.unanswered(self._path), files.asking_once():
+                    self._store.change(self._is_mine, None)
                 return
             except _BusyError:
                 self._sleep(0.01)
-            except OSError:
-                return
 
     def _is_mine(self, text: bytes) -> bool:
         return self._me['token'].encode() in text

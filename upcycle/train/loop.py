@@ -208,23 +208,22 @@ class _Trainer:
         self.health.step = int(state.step)
         if self.before is not None:
             self._leave_out(int(state.step))
-        log = None
-        if jax.process_index() == 0:
-            run_folder.record(run.model_dir, saved=newest is not None)
-            log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
-        try:
-            with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
-                if newest is None and run.eval_data is not None:
-                    self._evaluate(state, int(state.step), log)
-                if newest is None and run.diversity_period is not None:
-                    self._look(state, int(state.step), log)
-                return self._loop(state, manager, log)
-        except NotFiniteError as found:
-            raise UserError(self._diagnosis(found)) from None
-        finally:
-            self.profile.close()
-            if log is not None:
-                log.close()
+        with contextlib.ExitStack() as closing:
+            log = None
+            if jax.process_index() == 0:
+                run_folder.record(run.model_dir, saved=newest is not None)
+                log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
+                closing.enter_context(log)
+            closing.callback(self.profile.close)
+            try:
+                with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
+                    if newest is None and run.eval_data is not None:
+                        self._evaluate(state, int(state.step), log)
+                    if newest is None and run.diversity_period is not None:
+                        self._look(state, int(state.step), log)
+                    return self._loop(state, manager, log)
+            except NotFiniteError as found:
+                raise UserError(self._diagnosis(found)) from None
 
     def _first_state(self) -> TrainState:
         run = self.run
@@ -363,10 +362,11 @@ class _Trainer:
             log.write(step, split, {**metrics, **self.ledger.for_the_log(self.mesh.size)})
 
     def _note_saved(self) -> None:
-        """Writes down that the first save is finished, when it is."""
-        if self.saves and run_folder.newest_step(self.run.model_dir) is not None:
-            run_folder.record(self.run.model_dir, saved=True)
-            self.saves = False
+        """Writes down that the first save is finished, when it is; a bucket that does not answer is asked at the next line."""
+        with files.unanswered(self.run.model_dir), files.asking_once():
+            if self.saves and run_folder.newest_step(self.run.model_dir) is not None:
+                run_folder.record(self.run.model_dir, saved=True)
+                self.saves = False
 
     def _wait(self, manager: CheckpointManager) -> None:
         """Returns when everything is saved."""

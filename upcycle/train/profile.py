@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 
+from upcycle import files
 from upcycle.errors import UserError
+from upcycle.metrics import warn
 
 
 def parse(text: str) -> range:
@@ -31,6 +33,7 @@ class Profile:
 
     def __init__(self, steps: range, folder: str):
         self._steps, self._folder = steps, folder
+        self._mirror: files.Mirror | None = None
         self._running = self._done = False
         self._annotation = contextlib.ExitStack()
 
@@ -38,7 +41,9 @@ class Profile:
         """A step is about to be taken."""
         if step in self._steps and not self._done:
             if not self._running:
-                jax.profiler.start_trace(self._folder)
+                # JAX's profiler knows no buckets.
+                self._mirror = files.Mirror(self._folder)
+                jax.profiler.start_trace(str(self._mirror.path))
                 self._running = True
             self._annotation.enter_context(jax.profiler.StepTraceAnnotation('train', step_num=step))
 
@@ -50,7 +55,11 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced; once, also where steps are taken again."""
+        """Writes what was traced; once, also where steps are taken again. A bucket that does not take it is no reason to stop."""
         if self._running:
             jax.profiler.stop_trace()
             self._running, self._done = False, True
+            try:
+                self._mirror.close()
+            except UserError as refusal:
+                warn(str(refusal))
