@@ -86,6 +86,16 @@ def use(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def on_one_device(device: jax.Device) -> Iterator[None]:
+    """Inside, what is computed eagerly or by `jax.jit` from host arrays lies on one device of this process, also within `use`.
+
+    A mesh in use puts such arrays on all of its devices, those of other processes included, whatever the default device.
+    """
+    with jax.set_mesh(None), jax.default_device(device):
+        yield
+
+
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `use`; None outside, and where it is a single device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -165,6 +175,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole leaf on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put_whole(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A leaf that every process holds on its host, on its devices: each gets its part.
+
+    `jax.device_put` to a sharding that spans several processes gathers the leaf from all of them first, to compare.
+    """
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

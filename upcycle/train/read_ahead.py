@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from upcycle.checkpoints.arrays import require_finite
-from upcycle.surgery.execute import Read, sha256_of, without_leading_axis
+from upcycle.surgery.execute import Read, sha256_of
 from upcycle.surgery.plan import Action, Plan
 
 Request = tuple[str, jax.sharding.Sharding | None]
@@ -96,13 +96,13 @@ class Examination:
 
 
 def requests_of(plan: Plan, shardings: Mapping[str, jax.sharding.Sharding]) -> list[Request]:
-    """What `surgery.execute` will ask for, about in its order."""
+    """What `surgery.execute` will ask for, about in its order.
+
+    Left out are the leaves of a mean, of which devices have room for one at a time.
+    """
     requests: list[Request] = []
     for row in plan.in_order():
-        sharding = None
-        if row.action is Action.KEEP:
-            sharding = shardings[row.target]
-        elif row.action in (Action.EXPERTS, Action.TILE) and plan.alike(row):
-            sharding = without_leading_axis(shardings[row.target])
-        requests += [(name, sharding) for name in row.sources]
+        if row.action is not Action.MEAN:
+            sharding = shardings[row.target] if row.action is Action.KEEP else None
+            requests += [(name, sharding) for name in row.sources]
     return requests
