@@ -28,9 +28,7 @@ class Unread:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
-def streamed(
-    function: Callable[..., Mapping[str, Any]], params: Any, *arguments: Any
-) -> Iterator[tuple[str, Any]]:
+def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments: Any) -> Iterator[tuple[str, Any]]:
     """Computes a function in pieces, one after the other, and yields each result as soon as it is known.
 
     The function is traced whole and cut where the parameters of a piece would exceed the largest one that is unread. Pieces that

@@ -66,9 +66,7 @@ class Model(Protocol):
     def moe_module(self, path: str) -> 'nn.Module':
         """One MoE layer on its own."""
 
-    def real_tokens(
-        self, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]
-    ) -> 'dict[str, jax.Array]':
+    def real_tokens(self, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]) -> 'dict[str, jax.Array]':
         """For each path of an MLP or MoE layer, which of the tokens that it reads are real: bool (B, L)."""
 
     def token_kinds(self, batch: Mapping[str, 'jax.Array']) -> 'dict[str, tuple[jax.Array, int]]':

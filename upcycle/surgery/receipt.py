@@ -15,10 +15,10 @@ import upcycle
 from upcycle.models import Model, Params
 from upcycle.models.activations import forward_and_activations
 from upcycle.moe.router import covered_tokens
+from upcycle.streamed import streamed
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, Plan, Row
 from upcycle.surgery.router_init import INHERITED
-from upcycle.streamed import streamed
 
 
 def receipt(
