@@ -99,8 +99,8 @@ def _needed(program: Any) -> list[Any]:
 
 
 def _pieces(equations: Sequence[Any], unread: Mapping[Any, Unread]) -> list[list[Any]]:
-    """Cuts equations so that no piece needs more unread bytes than the largest parameter has, unless one equation does."""
-    limit = max((leaf.nbytes for leaf in unread.values()), default=0)
+    """Cuts equations so that no piece needs more unread bytes than the largest parameter of all, unless one equation does."""
+    limit = max((unread[variable].nbytes for variable in _inputs(equations) if variable in unread), default=0)
     pieces: list[list[Any]] = [[]]
     held: set[Any] = set()
     for equation in equations:

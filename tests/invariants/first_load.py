@@ -7,6 +7,7 @@ import resource
 import unittest.mock
 
 import jax
+import numpy as np
 
 from tests import runs
 from upcycle import configuration, partitioning
@@ -104,17 +105,16 @@ def load(files, bindings):
         'resident': grown[0],
         'receipt': receipt,
         'made': dict(made),
-        'shards': {name: _shards(leaf) for name, leaf in leaves.items()},
+        'shards': {name: where_they_lie(leaf) for name, leaf in leaves.items()},
     }
 
 
-def _shards(leaf):
-    """Where the parts of a leaf that this process holds lie in it, and their bytes."""
+def where_they_lie(leaf):
+    """Of the parts of a leaf that this process holds: start and stop along every axis, and their bytes."""
     return [
-        (tuple(axis.indices(size)[:2] for axis, size in zip(shard.index, leaf.shape, strict=True)), _bytes(shard.data))
+        (
+            tuple(axis.indices(size)[:2] for axis, size in zip(shard.index, leaf.shape, strict=True)),
+            np.asarray(shard.data).tobytes(),
+        )
         for shard in leaf.addressable_shards
     ]
-
-
-def _bytes(data):
-    return jax.device_get(data).tobytes()
