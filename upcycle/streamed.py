@@ -55,9 +55,10 @@ def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments
     unread = {variable: known.pop(variable) for variable in program.invars if isinstance(known[variable], Unread)}
     pieces = _pieces(_needed(program), unread)
     del values
+    last_piece = {variable: number for number, piece in enumerate(pieces) for variable in _inputs(piece)}
     compiled: dict[Any, jax.stages.Compiled] = {}
     for number, piece in enumerate(pieces):
-        later = {variable for other in pieces[number + 1 :] for variable in _inputs(other)}
+        later = {variable for variable, last in last_piece.items() if last > number}
         made = dict.fromkeys(variable for equation in piece for variable in equation.outvars)
         inputs = [variable for variable in _inputs(piece) if variable not in made]
         outs = [variable for variable in made if variable in later | _still(wanted)]

@@ -54,7 +54,7 @@ def load(files, bindings):
     Returns:
       `extra`: the most bytes that each device held at any leaf apart from its part of the state; `own`: that part; `leaf`: bytes
       of the largest leaf of source or state, whole; `resident`: the most bytes by which the process grew; the `receipt`; for each
-      leaf `shards`: where they lie and their bytes; `made`: experts made by this process.
+      leaf `shards`: where they lie and their bytes, and `types`: its type and shape; `made`: experts made by this process.
     """
     run = configuration.load(files, bindings)
     mesh = loop.check(run)
@@ -105,6 +105,7 @@ def load(files, bindings):
         'resident': grown[0],
         'receipt': receipt,
         'made': dict(made),
+        'types': {name: (leaf.dtype.name, leaf.shape) for name, leaf in leaves.items()},
         'shards': {name: where_they_lie(leaf) for name, leaf in leaves.items()},
     }
 

@@ -39,11 +39,8 @@ SURGERIES = {
 }
 
 
-SIZES = {'emb_dim': 64, 'mlp_dim': 128}
-
-
-def model_of(num_experts: int, sizes=SIZES, **moe) -> EncoderDecoderModel:
-    return EncoderDecoderModel(with_moe(small_t5(**sizes), num_experts=num_experts, **moe))
+def model_of(num_experts: int, **moe) -> EncoderDecoderModel:
+    return EncoderDecoderModel(with_moe(small_t5(emb_dim=64, mlp_dim=128), num_experts=num_experts, **moe))
 
 
 def with_states(leaves: dict, value_of) -> dict:

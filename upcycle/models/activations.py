@@ -31,7 +31,7 @@ def forward_and_activations(
     unrolled = dataclasses.replace(model.config, scan_layers=False, remat='none')
     seen: dict[str, tuple[jax.Array, jax.Array]] = {}
 
-    def look(call: Any, arguments: Any, named: Any, context: nn.module.InterceptorContext) -> Any:
+    def look(call: Any, arguments: Any, named: Any, context: Any) -> Any:
         y = call(*arguments, **named)
         path = '/'.join(context.module.path)
         if context.method_name == '__call__' and path in paths:

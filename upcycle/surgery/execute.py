@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle import casts, partitioning
+from upcycle import casts, leaf_names, partitioning
 from upcycle.errors import UserError
-from upcycle.surgery.operators import Leaf, Lineage, Operator, Start, key_for
+from upcycle.surgery.operators import DenseOperator, Leaf, Lineage, Operator, Start, key_for
 from upcycle.surgery.plan import Action, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.positions import resize_positions
 from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, inherited
@@ -144,9 +144,8 @@ class Maker:
             case Action.NEW:
                 return self.new[row.target]
             case Action.REMAKE:
-                sources = [self.source(name) for name in row.sources]
-                key = key_of(spec.seed, row.target)
-                made = spec.dense_operator.make(sources, row.shape, row.axes, row.target, key)
+                make = _compiled_whole(spec.dense_operator, row.shape, row.axes, leaf_names.pattern(row.target))
+                made = make([self.source(name) for name in row.sources], key_of(spec.seed, row.target))
                 return casts.cast(row.target, made, row.dtype)
         assert row.action is Action.ROUTER, row
         if not row.shape:
@@ -205,6 +204,11 @@ def _compiled(operator: Operator, name: str, mlp: tuple[tuple[str, Leaf], ...], 
         return made.astype(jnp.promote_types(dtype, made.dtype))
 
     return jax.jit(make)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_whole(operator: DenseOperator, shape: tuple[int, ...], axes: tuple[str | None, ...], name: str):
+    return jax.jit(lambda sources, key: operator.make(sources, shape, axes, name, key))
 
 
 def _mean(row: Row, count: int, leaves: Iterable[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:

@@ -120,7 +120,8 @@ class Carried:
             }
             return check_function(model, unread_params(reader, leaves, resized), params, batch, source)
 
-        # What the conversion found of single layers stays where there is no more to say.
         found = reported(check)
-        kept = self.paper['function_check'] if isinstance(found['whole_model'], str) else {}
-        return {**self.paper, 'function_check': {**found, **{k: v for k, v in kept.items() if k != 'whole_model'}}}
+        if isinstance(found.get('whole_model'), str):
+            # What the conversion found of single layers stays.
+            found = {**self.paper['function_check'], 'whole_model': found['whole_model']}
+        return {**self.paper, 'function_check': found}

@@ -257,7 +257,9 @@ def from_checkpoint(
         leaf = read(name, None)
         return casts.cast(name, leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))  # as on a device
 
-    sources = {name: _shape_of(name, reader) for row in what.rows for name in row.sources}
+    # Where the checkpoint does not say the step, it is given.
+    stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
+    sources = {name: stored.get(name, step) for row in what.rows for name in row.sources}
     averaged = {name for row in what.rows if row.action is Action.MEAN for name in row.sources}
     whole, look = sources.keys(), sha256_of
     if not upcycles:
@@ -345,8 +347,3 @@ def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
     # What is not asked for is not computed.
     shardings = {name: where.flat()[name].sharding for name in names}
     return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))
-
-
-def _shape_of(name: str, reader: Reader) -> jax.ShapeDtypeStruct:
-    """Of a leaf; of the step also where the checkpoint does not say it."""
-    return reader.leaves().get(name, jax.ShapeDtypeStruct((), jnp.int32))
