@@ -88,7 +88,7 @@ def loaded(case, checkpoints, layout, mesh):
     return _FOUND[key]
 
 
-OFTEN = [('drop', FOUR, (2, 2, 2)), ('converted', EIGHT, (1, 1, 8)), ('converted', FOUR, (2, 2, 2))]
+OFTEN = [(case, FOUR, (2, 2, 2)) for case in ('drop', 'converted')]
 SELDOM = [
     (case, layout, mesh)
     for case in ('copy', 'drop', 'noise', 'random', 'branches', 'hidden', 'converted', 'imported')
