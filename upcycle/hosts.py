@@ -15,15 +15,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
-from upcycle.errors import Unavailable, UserError, status_of
+import numpy as np
+
+from upcycle.errors import STATUSES, Unavailable, UserError, status_of
 
 TIMEOUT = 300  # seconds, as JAX's
 # Seconds between looks at what other processes say, and those that a process is given to end by itself.
 _POLL = 1.0
 _GRACE = 5.0
 _ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>\d{1,5})')
+_LONGEST_TEXT = 4096  # bytes that processes tell each other of an error
+Result = TypeVar('Result')
 # Of TPUs, by either of their drivers.
 _CHIPS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 
@@ -243,6 +247,49 @@ def _who_is_missing(address: str | None, count: int | None, index: int | None, t
         except OSError as error:
             return f'process 0 does not answer at {address} ({error.strerror or error}), and {what}: {way_out}'
     return f'{what}{"" if address is None else f" to {address}"}: {way_out}'
+
+
+def gathered(values: np.ndarray) -> np.ndarray:
+    """The array of every process, (processes, *shape), in all of them; they call it at the same point."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    # Wider types would be cut to 32 bits without a word.
+    assert values.dtype.itemsize <= 4, values.dtype
+    with jax.set_mesh(None):
+        return np.asarray(multihost_utils.process_allgather(values)).reshape(jax.process_count(), *values.shape)
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """What an action returns in this process, when it has returned in all of them.
+
+    An action that one process fails in alone must not have others wait for that one before they return.
+
+    Raises:
+      UserError: with the sentence of the first process that failed, the same in all.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    text = ('' if error is None else f'{status_of(error)} {type(error).__name__}: {error}').encode()[:_LONGEST_TEXT]
+    found = gathered(np.frombuffer(text.ljust(_LONGEST_TEXT, b'\0'), np.uint8))
+    texts = [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in found]
+    failed = next((index for index, text in enumerate(texts) if text), None)
+    if failed is None:
+        return result
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    status, _, text = texts[failed].partition(' ')
+    if int(status) not in (STATUSES[UserError], STATUSES[Unavailable]):
+        raise UserError(f'process {failed} of {len(texts)} failed ({text}): see its output.') from error
+    kind = Unavailable if int(status) == STATUSES[Unavailable] else UserError
+    raise kind(text.partition(': ')[2]) from error
 
 
 def devices() -> list[Any]:

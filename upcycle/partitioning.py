@@ -16,7 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from upcycle import hosts
-from upcycle.data import DataSource, Share
+from upcycle.data import WHOLE, DataSource, Share
 from upcycle.data.kept import Kept
 from upcycle.errors import UserError
 
@@ -86,6 +86,16 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
 def use(mesh: Mesh) -> Iterator[None]:
     """Inside, logical constraints on activations mean this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+@contextlib.contextmanager
+def on_one_device(device: jax.Device) -> Iterator[None]:
+    """Inside, what is computed eagerly or by `jax.jit` from host arrays lies on one device of this process, also within `use`.
+
+    A mesh in use puts such arrays on all of its devices, those of other processes included, whatever the default device.
+    """
+    with jax.set_mesh(None), jax.default_device(device):
         yield
 
 
@@ -170,6 +180,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def put_whole(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A leaf that every process holds on its host, on its devices: each gets its part.
+
+    `jax.device_put` to a sharding that spans several processes gathers the leaf from all of them first, to compare.
+    """
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
 def share_of(sharding: NamedSharding, process: int | None = None) -> Share:
     """The rows of a batch that a process reads: those that its devices hold, by their places on the mesh.
 
@@ -201,13 +219,13 @@ def _shares(sharding: NamedSharding) -> dict[int, Share]:
     return {process: next(reader for reader in readers if parts <= {*reader.parts}) for process, parts in held.items()}
 
 
-def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, share: Share) -> dict[str, jax.Array]:
+def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, share: Share = WHOLE) -> dict[str, jax.Array]:
     """A global batch on the mesh: each device is given its rows.
 
     Args:
       batch: of each feature the rows of `share`.
       sharding: see `batch_sharding`.
-      share: what this process has read: that of `share_of`, or `data.WHOLE`.
+      share: what this process has read: that of `share_of`, or the whole batch.
     """
 
     def put(rows: np.ndarray) -> jax.Array:

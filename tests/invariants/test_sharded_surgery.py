@@ -1,9 +1,10 @@
-"""Upcycling onto a mesh: the same bytes as on one device, and no device ever holds more than its own experts."""
+"""Upcycling onto a mesh, of one process or several: the same bytes as offline, and nobody holds or makes more than its part."""
 
 import collections
 import dataclasses
 import functools
 import gc
+import hashlib
 import math
 import unittest.mock
 
@@ -12,16 +13,17 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tests.invariants.devices import on_devices
+from tests.invariants.devices import processes
+from tests.invariants.first_load import held, where_they_lie
 from tests.small import random_batch, small_t5, with_moe
 from tests.surgery.in_memory import abstract
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
-from upcycle.surgery.execute import Maker, execute, sha256_of
+from upcycle.surgery.execute import Maker, execute
 from upcycle.surgery.operators import EXPERT_OPERATORS, Start
 from upcycle.surgery.operators.dense import Noise
 from upcycle.surgery.operators.sparse import Grow
-from upcycle.surgery.plan import Action, Row, Surgery, plan
+from upcycle.surgery.plan import Action, Plan, Row, Surgery, plan
 
 E = 8
 SURGERIES = {
@@ -50,10 +52,15 @@ def with_states(leaves: dict, value_of) -> dict:
 
 
 @functools.cache
-def sources() -> dict[Start, dict[str, np.ndarray]]:
+def source_of(start: Start) -> dict[str, np.ndarray]:
     """What surgeries start from."""
     rng = np.random.default_rng(0)
-    first, second, moe = (
+    models = {
+        Start.DENSE: [model_of(E).dense()],
+        Start.SEVERAL: [model_of(E).dense(), model_of(E).dense()],
+        Start.MOE: [model_of(4)],
+    }[start]
+    found = [
         with_states(
             {
                 name: rng.standard_normal(leaf.shape).astype(leaf.dtype)
@@ -62,76 +69,86 @@ def sources() -> dict[Start, dict[str, np.ndarray]]:
             np.square,
         )
         | {'step': np.int32(7)}
-        for model in (model_of(E).dense(), model_of(E).dense(), model_of(4))
-    )
-    several = {f'{name}@{i}': leaf for i, one in enumerate((first, second)) for name, leaf in one.items()}
-    return {Start.DENSE: first, Start.SEVERAL: several, Start.MOE: moe}
+        for model in models
+    ]
+    if start is Start.SEVERAL:
+        return {f'{name}@{i}': leaf for i, one in enumerate(found) for name, leaf in one.items()}
+    return found[0]
 
 
-def upcycle(name: str, shape: tuple[int, int, int]) -> dict:
-    """Upcycles a small T5 in that way, on a mesh of that shape: the hash of every leaf and the most bytes that a device held.
-
-    On one device also the hashes of what is made one expert after the other, as offline.
-    """
+def plan_of(name: str) -> tuple[Plan, dict, dict]:
+    """The surgery of that name, its source, and the logical axes of the target."""
     spec = SURGERIES[name]
-    source = sources()[spec.operator.starts_from]
-    mesh = partitioning.make_mesh(shape, E, jax.devices()[: math.prod(shape)])
+    source = source_of(spec.operator.starts_from)
     model = model_of(E, granularity=1 if spec.operator.keeps_shape else 2)
     shapes, axes = abstract(model, random_batch())
     shapes = with_states(shapes, lambda leaf: leaf)
     axes = {name: names for name, names in with_states(axes, lambda names: names).items() if name != 'opt_state/count'}
-    shapes['opt_state/count'] = jax.ShapeDtypeStruct((), np.int32)
+    shapes |= dict.fromkeys(('opt_state/count', 'step'), jax.ShapeDtypeStruct((), np.int32))
     if spec.operator.keeps_shape:
         spec = dataclasses.replace(spec, optimizer_state='tile')
-    shapes['step'] = jax.ShapeDtypeStruct((), np.int32)
-    shardings = {
-        target: NamedSharding(mesh, partitioning.mesh_axes(PartitionSpec(*axes[target]), leaf.shape, mesh))
-        if target in axes
-        else partitioning.replicated(mesh)
-        for target, leaf in shapes.items()
-    }
     stored = {leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for leaf, value in source.items()}
-    what = plan(stored, shapes, spec, axes)
+    return plan(stored, shapes, spec, axes), source, axes
+
+
+def upcycle(name: str, shape: tuple[int, int, int]) -> dict:
+    """Upcycles a small T5 in that way, on a mesh of that shape, as a run does. Called in each process.
+
+    Returns:
+      `shards`: of each leaf where the parts that this process holds lie, and their fingerprints; `extra`: the most bytes that a
+      device held at any leaf apart from its part, by device; `leaf`: bytes of the largest leaf; `made`: how many experts this
+      process made, by leaf.
+    """
+    what, source, axes = plan_of(name)
+    mesh = partitioning.make_mesh(shape, E, jax.devices()[: math.prod(shape)])
+    shardings = {
+        row.target: NamedSharding(mesh, partitioning.mesh_axes(PartitionSpec(*axes[row.target]), row.shape, mesh))
+        if row.target in axes
+        else partitioning.replicated(mesh)
+        for row in what.rows
+    }
     gc.collect()
-    before, most = held(), dict.fromkeys((device.id for device in mesh.devices.flat), 0)
+    before, most, made = held(), collections.Counter(), collections.Counter()
 
     def look(*_) -> None:
-        now = held()
-        for device in most:
-            most[device] = max(most[device], now[device] - before[device])
+        for device, count in held().items():
+            most[device] = max(most[device], count - before[device])
 
-    # Without a sharding it is wanted on the host.
-    def read(name, sharding):
-        return source[name] if sharding is None else jax.device_put(source[name], sharding)
+    def reader(name, sharding):
+        leaf = np.asarray(source[name])
+        return leaf if sharding is None else partitioning.put_whole(leaf, sharding)
 
     make = Maker.expert
 
     def expert(maker, row, index):
-        made = make(maker, row, index)
+        one = make(maker, row, index)
+        made[row.target] += 1
         look()
-        return made
+        return one
 
-    with unittest.mock.patch.object(Maker, 'expert', expert):
-        target = execute(what, read, shardings, new={}, on_source=look, progress=look)
-    experts = [row.target for row in what.rows if row.action is Action.EXPERTS]
-    found = {
-        'hashes': {name: sha256_of(name, np.asarray(leaf)) for name, leaf in target.items()},
-        'most': most,
-        'end': {device: held()[device] - before[device] for device in most},
-        'largest_source': max(leaf.nbytes for leaf in source.values()),
-        # The experts of a device, before their widths are split.
-        'largest_experts': max(
-            np.asarray(target[name].addressable_shards[0].data).shape[0] * target[name][0].nbytes for name in experts
-        ),
-        'experts_on_a_device': {
-            name: [shard.data.shape[0] for shard in target[name].addressable_shards] for name in experts
+    with partitioning.use(mesh), unittest.mock.patch.object(Maker, 'expert', expert):
+        target = execute(what, reader, shardings, new={}, on_source=look, progress=look)
+    own = collections.Counter()
+    for leaf in target.values():
+        for shard in leaf.addressable_shards:
+            own[shard.device.id] += shard.data.nbytes
+    return {
+        'shards': {
+            name: [(where, hashlib.sha256(data).digest()) for where, data in where_they_lie(leaf)]
+            for name, leaf in target.items()
         },
+        'extra': {device: most[device] - own[device] for device in own},
+        'leaf': max(leaf.nbytes for leaf in (*source.values(), *target.values())),
+        'made': dict(made),
     }
-    del target
-    if mesh.size == 1:
-        maker = Maker(what, read, new={})
-        found['offline'] = {row.target: sha256_of(row.target, whole(maker, row)) for row in what.in_order()}
-    return found
+
+
+@functools.cache
+def offline(name: str) -> dict[str, np.ndarray]:
+    """The same leaves made one expert after the other on one device, as `upcycle convert` does."""
+    what, source, _ = plan_of(name)
+    maker = Maker(what, lambda name, sharding: source[name], new={})
+    return {row.target: whole(maker, row) for row in what.in_order()}
 
 
 def whole(maker: Maker, row: Row) -> np.ndarray:
@@ -140,22 +157,21 @@ def whole(maker: Maker, row: Row) -> np.ndarray:
     return np.asarray(pieces[0][1]) if pieces[0][0] is None else np.stack([np.asarray(piece) for _, piece in pieces])
 
 
-def held() -> collections.Counter[int]:
-    """Bytes on each device."""
-    totals: collections.Counter[int] = collections.Counter()
-    for array in jax.live_arrays():
-        for shard in array.addressable_shards:
-            totals[shard.device.id] += shard.data.nbytes
-    return totals
-
-
 @functools.cache
-def on(shape: tuple[int, int, int], name: str) -> dict:
-    """What `upcycle` returns there."""
-    return on_devices(8, upcycle, name, shape)
+def on(layout: tuple[int, int], shape: tuple[int, int, int], name: str) -> list[dict]:
+    """What `upcycle` returns there, of each process."""
+    return processes(*layout).call(upcycle, name, shape)
 
 
-ONE, EIGHT, SPLIT = (1, 1, 1), (1, 8, 1), (2, 2, 2)
+# One process with eight devices, and four with two; of the four each holds so many experts.
+ONE, FOUR = (1, 8), (4, 2)
+SHARE = {(1, 8, 1): 2, (2, 2, 2): 4, (1, 2, 4): 4, (1, 1, 8): 8, (4, 2, 1): 8}
+OFTEN = [(ONE, (1, 8, 1)), (FOUR, (2, 2, 2))]
+SELDOM = [
+    *((ONE, shape) for shape in [(1, 1, 1), (2, 2, 2)]),
+    *((FOUR, shape) for shape in [(1, 8, 1), (1, 2, 4), (1, 1, 8), (4, 2, 1)]),
+]
+LAYOUTS = [*OFTEN, *(pytest.param(*layout, marks=pytest.mark.exhaustive) for layout in SELDOM)]
 
 
 def test_every_operator_is_here():
@@ -163,19 +179,35 @@ def test_every_operator_is_here():
 
 
 @pytest.mark.parametrize('name', SURGERIES)
-def test_the_same_bytes_on_one_device_and_on_eight(name):
-    one, eight, split = (on(shape, name) for shape in (ONE, EIGHT, SPLIT))
-    assert one['hashes'] == eight['hashes'] == split['hashes'] == one['offline']
-    assert all(counts == [1] * 8 for counts in eight['experts_on_a_device'].values())
-    assert all(counts == [4] * 8 for counts in split['experts_on_a_device'].values())
+@pytest.mark.parametrize(('layout', 'shape'), LAYOUTS)
+def test_the_same_bytes_as_offline(layout, shape, name):
+    expected = offline(name)
+    for found in on(layout, shape, name):
+        assert found['shards'].keys() == expected.keys()
+        for leaf, shards in found['shards'].items():
+            for where, digest in shards:
+                part = expected[leaf][tuple(slice(*axis) for axis in where)]
+                assert hashlib.sha256(part.tobytes()).digest() == digest, (leaf, where)
 
 
 @pytest.mark.parametrize('name', SURGERIES)
-@pytest.mark.parametrize('shape', [ONE, EIGHT, SPLIT])
-def test_memory(shape, name):
-    """Apart from what it keeps, a device holds at most the leaf that is being spread, or sources and one device's experts."""
-    surgery = on(shape, name)
-    extra = 2 * surgery['largest_source'] + (0 if name == 'copy' else surgery['largest_experts'])
-    assert len(surgery['most']) == math.prod(shape)
-    for device, most in surgery['most'].items():
-        assert most <= surgery['end'][device] + extra, device
+@pytest.mark.parametrize(('layout', 'shape'), LAYOUTS)
+def test_memory(layout, shape, name):
+    """Apart from its part a device holds one leaf at most."""
+    for found in on(layout, shape, name):
+        assert len(found['extra']) == min(layout[1], math.prod(shape))
+        for device, extra in found['extra'].items():
+            assert extra <= found['leaf'], device
+
+
+@pytest.mark.parametrize('name', SURGERIES)
+@pytest.mark.parametrize(('layout', 'shape'), LAYOUTS)
+def test_work(layout, shape, name):
+    """A process makes the experts that its devices hold, each once, and no others."""
+    what, _, _ = plan_of(name)
+    differ = {row.target for row in what.rows if row.action in (Action.EXPERTS, Action.TILE) and not what.alike(row)}
+    for found in on(layout, shape, name):
+        assert found['made'].keys() == differ
+        for leaf in differ:
+            held_here = {index for where, _ in found['shards'][leaf] for index in range(*where[0])}
+            assert found['made'][leaf] == len(held_here) == (E if layout == ONE else SHARE[shape])

@@ -8,6 +8,7 @@ import pytest
 
 from tests.surgery.in_memory import leaves_of, plan_for
 from tests.surgery.test_function import dense_params, model_of
+from upcycle import partitioning
 from upcycle.surgery.plan import Action, Surgery, plan
 from upcycle.surgery.receipt import carried_on, mismatches, receipt
 from upcycle.train import carried
@@ -83,7 +84,9 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
         'plan': [],
         'function_check': {'whole_model': 'pending'},
     }
-    complete = carried.Carried('there', paper).complete(model, {}, batch, None)
+    whole = partitioning.replicated(partitioning.make_mesh((1, 1, 1), None, jax.devices()[:1]))
+    leaves = {'params/x': jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
+    complete = carried.Carried('there', paper).complete(model, {}, batch, leaves)
     if 'undescribed' in operator:
         assert complete['function_check']['whole_model'].startswith('not compared: the metadata of here')
         assert 'does not describe its model' in capsys.readouterr().err

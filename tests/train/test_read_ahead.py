@@ -8,7 +8,7 @@ import pytest
 from upcycle.errors import UserError
 from upcycle.surgery.execute import sha256_of
 from upcycle.train import read_ahead
-from upcycle.train.read_ahead import Examination, ReadAhead
+from upcycle.train.read_ahead import Examination, ReadAhead, deal
 
 
 class Source:
@@ -48,13 +48,27 @@ def test_a_damaged_leaf_is_reported_where_it_is_asked_for():
             reading('broken', None)
 
 
+def examine(leaves):
+    """Looks at all of them, at those with even numbers whole."""
+    whole = [name for name in leaves if name.isdigit() and int(name) % 2 == 0]
+    examination = Examination('here', leaves, whole, sha256_of, leaves.get)
+    try:
+        for name, leaf in leaves.items():
+            examination.add(name, leaf)
+        return examination.result()
+    finally:
+        examination.close()
+
+
 def test_examination():
     leaves = {str(i): np.arange(i, dtype=np.float32) for i in range(20)}
-    examination = Examination('here')
-    for name, leaf in leaves.items():
-        examination.add(name, leaf, fingerprint=int(name) % 2 == 0)
-    assert examination.result() == {name: sha256_of(name, leaf) for name, leaf in leaves.items() if int(name) % 2 == 0}
-    examination = Examination('here')
-    examination.add('x', np.array([1.0, np.nan], np.float32), fingerprint=True)
-    with pytest.raises(UserError, match='x of here holds 1 numbers that are NaN'):
-        examination.result()
+    assert examine(leaves) == {name: sha256_of(name, leaf) for name, leaf in leaves.items() if int(name) % 2 == 0}
+    for name in ('x', '22'):
+        with pytest.raises(UserError, match=f'{name} of here holds 1 numbers that are NaN'):
+            examine({**leaves, name: np.array([1.0, np.nan], np.float32)})
+
+
+def test_leaves_are_dealt_out_by_size():
+    sizes = {'a': 5, 'b': 1, 'c': 3, 'd': 3, 'e': 4}
+    assert deal(sizes, 2) == [['a', 'd'], ['e', 'c', 'b']]
+    assert deal({}, 3) == [[], [], []]

@@ -164,11 +164,17 @@ def is_finished(folder: epath.Path) -> bool:
 
 def require_finite(path: str, name: str, value: np.ndarray) -> None:
     """Raises UserError where weights hold NaN or infinity."""
-    if value.dtype.kind in 'iu':
-        return
-    finite = np.isfinite(value)
-    if not finite.all():
-        count = value.size - int(np.count_nonzero(finite))
+    refuse_not_finite(path, name, count_not_finite(value))
+
+
+def count_not_finite(value: np.ndarray) -> int:
+    """How many numbers are NaN or infinite."""
+    return 0 if value.dtype.kind in 'iu' else value.size - int(np.count_nonzero(np.isfinite(value)))
+
+
+def refuse_not_finite(path: str, name: str, count: int) -> None:
+    """Raises UserError where that many numbers of a leaf are NaN or infinite, and not none."""
+    if count:
         raise UserError(
             f'{name} of {path} holds {count} numbers that are NaN or infinite: the model was broken when it was saved, take an '
             'earlier step.'

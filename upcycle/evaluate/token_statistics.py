@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.models import Model, Params
+from upcycle.models.activations import forward_and_activations
 from upcycle.moe.config import RouterType
 from upcycle.moe.router import Choices, Routing
 
@@ -45,7 +46,8 @@ def token_statistics(params: Params, batch: Batch, *, model: Model) -> dict[str,
     kinds = model.token_kinds(batch)
     paths = layers_of(model)
     found, total = {}, 0.0
-    for path, (x_BxLxD, _, real_BxL) in model.mlp_activations(params, batch, paths).items():
+    _, activations = forward_and_activations(model, params, batch, paths)
+    for path, (x_BxLxD, _, real_BxL) in activations.items():
         layer_params = functools.reduce(dict.__getitem__, path.split('/'), params)
         # The compiler leaves out what only the output needs: the experts.
         _, written = model.moe_module(path).apply(

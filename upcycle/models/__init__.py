@@ -19,6 +19,8 @@ BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
 class Model(Protocol):
     """One family's model: sizes, loss, and where its MoE layers are. It must be hashable: shapes are cached by model."""
 
+    config: Any
+    """Sizes, and how the stack is compiled: a dataclass."""
     family: str
     head: tuple[str, ...]
     """Paths of the parameters that belong to the training task and not to the model: what fine-tuning may start afresh."""
@@ -64,10 +66,8 @@ class Model(Protocol):
     def moe_module(self, path: str) -> 'nn.Module':
         """One MoE layer on its own."""
 
-    def mlp_activations(
-        self, params: Params, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]
-    ) -> 'dict[str, tuple[jax.Array, jax.Array, jax.Array]]':
-        """For each path, what the MLP or MoE layer there reads and writes: (input, output, which tokens are real)."""
+    def real_tokens(self, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]) -> 'dict[str, jax.Array]':
+        """For each path of an MLP or MoE layer, which of the tokens that it reads are real: bool (B, L)."""
 
     def token_kinds(self, batch: Mapping[str, 'jax.Array']) -> 'dict[str, tuple[jax.Array, int]]':
         """What tells the tokens of each MoE layer apart, by its path: (int32 kinds (B, L), how many kinds there are)."""

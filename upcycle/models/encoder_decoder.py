@@ -8,7 +8,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from upcycle import cost
 from upcycle.errors import UserError
@@ -170,33 +169,10 @@ class EncoderDecoderModel:
         """One MoE layer on its own."""
         return moe_layer(self.config, self.moe_layers()[path])
 
-    def mlp_activations(
-        self, params: Any, batch: Batch, paths: tuple[str, ...]
-    ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-        """What the MLPs, or the MoE layers in their places, read and write on a batch; see `models.Model`."""
-        # Layer by layer, since a loop's layers have no names to look at.
-        module = Transformer(dataclasses.replace(self.config, scan_layers=False, remat='none'))
-        wanted = {tuple(path.split('/')[:-1]) for path in paths}
-
-        def keep(mdl: nn.Module, method: str) -> bool:
-            return method == '__call__' and mdl.path[:-1] in wanted and mdl.name in ('pre_mlp_layer_norm', 'mlp')
-
-        _, written = module.apply(
-            {'params': params}, **_inputs(batch), capture_intermediates=keep, mutable=['intermediates']
-        )
-        seen = flatten_dict(written['intermediates'], sep='/')
-        real = {
-            'encoder': batch['encoder_input_tokens'] > 0,
-            'decoder': batch['decoder_target_tokens'] > 0,
-        }
-        return {
-            path: (
-                seen[path.removesuffix('mlp') + 'pre_mlp_layer_norm/__call__'][0],
-                seen[f'{path}/__call__'][0],
-                real[path.split('/')[0]],
-            )
-            for path in paths
-        }
+    def real_tokens(self, batch: Batch, paths: tuple[str, ...]) -> dict[str, jax.Array]:
+        """Which tokens are no padding; see `models.Model`."""
+        real = {'encoder': batch['encoder_input_tokens'] > 0, 'decoder': batch['decoder_target_tokens'] > 0}
+        return {path: real[path.split('/')[0]] for path in paths}
 
     def token_kinds(self, batch: Batch) -> dict[str, tuple[jax.Array, int]]:
         """The ids of the tokens that a layer's stack reads; see `models.Model`."""

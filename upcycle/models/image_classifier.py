@@ -9,7 +9,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from upcycle import cost
 from upcycle.errors import UserError, one_of
@@ -192,31 +191,10 @@ class ImageClassifier:
         """One MoE layer on its own."""
         return moe_layer(self.config, self.moe_layers()[path])
 
-    def mlp_activations(
-        self, params: Any, batch: Batch, paths: tuple[str, ...]
-    ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
-        """What the MLPs, or the MoE layers in their places, read and write on a batch; see `models.Model`."""
-        # Layer by layer, since a loop's layers have no names to look at.
-        module = VisionTransformer(dataclasses.replace(self.config, scan_layers=False, remat='none'))
-        wanted = {tuple(path.split('/')[:-1]) for path in paths}
-
-        def keep(mdl: nn.Module, method: str) -> bool:
-            return method == '__call__' and mdl.path[:-1] in wanted and mdl.name in ('LayerNorm_1', 'MlpBlock_0')
-
-        _, written = module.apply(
-            {'params': params}, batch['image'], capture_intermediates=keep, mutable=['intermediates']
-        )
-        seen = flatten_dict(written['intermediates'], sep='/')
+    def real_tokens(self, batch: Batch, paths: tuple[str, ...]) -> dict[str, jax.Array]:
+        """The tokens of images that do not only fill up the batch; see `models.Model`."""
         shape = (batch['image'].shape[0], self.config.num_tokens)
-        real_BxL = jnp.broadcast_to(batch['weights'][:, None] > 0, shape)
-        return {
-            path: (
-                seen[path.replace('MlpBlock_0', 'LayerNorm_1/__call__')][0],
-                seen[f'{path}/__call__'][0],
-                real_BxL,
-            )
-            for path in paths
-        }
+        return dict.fromkeys(paths, jnp.broadcast_to(batch['weights'][:, None] > 0, shape))
 
     def token_kinds(self, batch: Batch) -> dict[str, tuple[jax.Array, int]]:
         """The first label of a patch's image; see `models.Model`."""

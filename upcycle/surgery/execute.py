@@ -4,24 +4,24 @@ import functools
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle import casts
+from upcycle import casts, leaf_names, partitioning
 from upcycle.errors import UserError
-from upcycle.surgery.operators import Leaf, Lineage, Operator, Start, key_for
+from upcycle.surgery.operators import DenseOperator, Leaf, Lineage, Operator, Start, key_for
 from upcycle.surgery.plan import Action, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.positions import resize_positions
 from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, inherited
 
 Read = Callable[[str, jax.sharding.Sharding | None], jax.Array | np.ndarray]
 OnSource = Callable[[str, jax.Array | np.ndarray], None]
-# (path of an MLP) -> hidden states (N, D) of real tokens that it reads.
-Hidden = Callable[[str], jax.Array]
+# (path of an MLP) -> hidden states (N, D) of real tokens that it reads, on the host.
+Hidden = Callable[[str], np.ndarray]
 Progress = Callable[[str, int, int], None]
 
 NEEDS_DATA = (
@@ -36,18 +36,19 @@ def execute(
     *,
     new: Mapping[str, jax.Array],
     on_source: OnSource = lambda name, leaf: None,
-    hidden: Callable[[Mapping[str, jax.Array], str], jax.Array] | None = None,
+    hidden: Callable[[Mapping[str, jax.Array], str], np.ndarray] | None = None,
     progress: Progress | None = None,
     lineages: dict[str, Lineage] | None = None,
 ) -> dict[str, jax.Array]:
     """Makes every leaf of the target.
 
-    Leaf by leaf: a source is read, without its expert axis, and spread. Where experts differ, one device makes them, as many at a
-    time as a device holds. Beside the target no more than that and one source are alive.
+    Leaf by leaf: sources are read, and each device gets its part. What has to be computed from whole leaves is computed on one
+    device of each process; of experts that differ, a process makes those that its devices hold, one at a time. Apart from the
+    target, a device holds at most one leaf at any time.
 
     Args:
       plan: what to make from what.
-      read: reads one leaf of the source onto a sharding, or whole onto the host.
+      read: reads one leaf of the source onto a sharding, or whole onto the host where that is None.
       shardings: of each target leaf.
       new: leaves whose action is NEW.
       on_source: called with every leaf that was read, before it is freed.
@@ -116,7 +117,7 @@ class Maker:
             made_of = (0,)  # the dense MLP's state, though the expert may start from scratch
         parents = [self._parent(row, i) for i in made_of]
         if row.action is Action.TILE or self.plan.spec.operator.identical:
-            return _mean(row, parents)
+            return _mean(row, len(parents), parents)
         mlp, name = mlp_of(row.target), within_mlp(row.target)
         make = _compiled(self.plan.spec.operator, name, tuple(self.plan.mlps[mlp].items()), jnp.dtype(row.dtype))
         return casts.cast(row.target, make(parents, index, key_of(self.plan.spec.seed, mlp)), row.dtype)
@@ -135,17 +136,16 @@ class Maker:
         spec = self.plan.spec
         match row.action:
             case Action.KEEP | Action.MEAN:
-                return _mean(row, [self.source(name) for name in row.sources])
+                return _mean(row, len(row.sources), map(self.source, row.sources))
             case Action.RESIZE:
-                return resize_positions(_mean(row, [self.source(name) for name in row.sources]), row.shape[1])
+                return resize_positions(_mean(row, len(row.sources), map(self.source, row.sources)), row.shape[1])
             case Action.ZEROS:
                 return jnp.zeros(row.shape, row.dtype)
             case Action.NEW:
                 return self.new[row.target]
             case Action.REMAKE:
-                sources = [self.source(name) for name in row.sources]
-                key = key_of(spec.seed, row.target)
-                made = spec.dense_operator.make(sources, row.shape, row.axes, row.target, key)
+                make = _compiled_whole(spec.dense_operator, row.shape, row.axes, leaf_names.pattern(row.target))
+                made = make([self.source(name) for name in row.sources], key_of(spec.seed, row.target))
                 return casts.cast(row.target, made, row.dtype)
         assert row.action is Action.ROUTER, row
         if not row.shape:
@@ -166,7 +166,8 @@ class Maker:
         elif spec.router_init is RouterInit.HIDDEN:
             if self.hidden is None:
                 raise UserError(NEEDS_DATA)
-            kernel = clusters(self.hidden(mlp_of(row.target)), shape[1], spec.router_stddev, key)
+            states_NxD = jnp.asarray(self.hidden(mlp_of(row.target)))
+            kernel = clusters(states_NxD, shape[1], spec.router_stddev, key)
         else:
             kernel = DRAWN[spec.router_init](shape, spec.router_stddev, key)
         return casts.cast(row.target, kernel[:, jnp.asarray(columns)], row.dtype)
@@ -205,43 +206,75 @@ def _compiled(operator: Operator, name: str, mlp: tuple[tuple[str, Leaf], ...], 
     return jax.jit(make)
 
 
-def _mean(row: Row, leaves: Sequence[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:
-    """The mean of floating-point leaves; the largest of whole numbers."""
-    if len(leaves) == 1:
-        return casts.cast(row.target, leaves[0], row.dtype)
-    if not jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        return casts.cast(row.target, functools.reduce(jnp.maximum, leaves), row.dtype)
-    total = functools.reduce(jnp.add, [jnp.asarray(leaf).astype(jnp.float32) for leaf in leaves])
-    return casts.cast(row.target, total / len(leaves), row.dtype)
+@functools.lru_cache(maxsize=64)
+def _compiled_whole(operator: DenseOperator, shape: tuple[int, ...], axes: tuple[str | None, ...], name: str):
+    return jax.jit(lambda sources, key: operator.make(sources, shape, axes, name, key))
+
+
+def _mean(row: Row, count: int, leaves: Iterable[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:
+    """The mean of that many floating-point leaves; the largest of whole numbers. No more than one is held at a time."""
+    leaves = iter(leaves)
+    total = next(leaves)
+    if count > 1 and jnp.issubdtype(total.dtype, jnp.floating):
+        total = jnp.array(total, jnp.float32, copy=True)
+        for leaf in leaves:
+            total = _add(total, leaf)
+            del leaf
+        total = total / count
+    else:
+        total = functools.reduce(jnp.maximum, leaves, total)
+    return casts.cast(row.target, total, row.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: jax.Array, leaf: jax.Array) -> jax.Array:
+    return total + leaf.astype(total.dtype)
 
 
 def _place(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
     """A leaf on its devices."""
-    if row.action is Action.KEEP:
-        # The step counts for the optimizer's clock too, whose leaf is one of its own.
-        return casts.cast(row.target, maker.source(row.sources[0], sharding), row.dtype)
-    if row.action is Action.ZEROS:
-        return _zeros(row.shape, row.dtype, sharding)()
-    if row.action is Action.NEW:
-        return jax.device_put(maker.leaf(row), sharding)
+    match row.action:
+        case Action.KEEP | Action.MEAN:
+            # The step counts for the optimizer's clock too, whose leaf is a copy of it.
+            return _mean(row, len(row.sources), (maker.source(name, sharding) for name in row.sources))
+        case Action.ZEROS:
+            return _zeros(row.shape, row.dtype, sharding)()
+        case Action.NEW:
+            return jax.device_put(maker.leaf(row), sharding)
+    device = min(sharding.addressable_devices, key=lambda device: device.id)
     if row.action not in (Action.EXPERTS, Action.TILE):
-        # From the host, since the leaf may be on one device and the sharding span several processes.
-        return jax.device_put(np.asarray(maker.leaf(row)), sharding)
+        with partitioning.on_one_device(device):
+            leaf = np.asarray(maker.leaf(row))
+        return partitioning.put_whole(leaf, sharding)
     if maker.plan.alike(row):
-        leaf = maker.source(row.sources[0], without_leading_axis(sharding))
-        return _tile(row.shape, sharding)(casts.cast(row.target, leaf, row.dtype))
-    # Experts are made on one device, as many as another one holds, and each device gets its part of its own.
-    where = sharding.addressable_devices_indices_map(row.shape)
-    holders: dict[range, list[jax.Device]] = {}
-    for device, index in where.items():
-        holders.setdefault(range(*index[0].indices(row.shape[0])), []).append(device)
-    parts = {}
-    with jax.default_device(next(iter(where))):
-        for held, devices in holders.items():
-            experts = jnp.stack([maker.expert(row, index) for index in held])
-            for device in devices:
-                parts[device] = jax.device_put(experts[:, *where[device][1:]], device)
-    return jax.make_array_from_single_device_arrays(row.shape, sharding, [parts[device] for device in where])
+        leaf = casts.cast(row.target, np.asarray(maker.source(row.sources[0])), row.dtype)
+        return _tile(row.shape, sharding)(partitioning.put_whole(leaf, without_leading_axis(sharding)))
+    with partitioning.on_one_device(device):
+        parts = _parts(maker, row, sharding)
+    return jax.make_array_from_callback(row.shape, sharding, lambda index: parts[_bounds(index, row.shape)])
+
+
+Bounds = tuple[tuple[int, int], ...]
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    """Slices as pairs of start and stop, which can be looked up."""
+    return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
+
+
+def _parts(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> dict[Bounds, np.ndarray]:
+    """What the devices of this process hold of a leaf whose experts differ, on the host; no other experts are made."""
+    indices = sharding.addressable_devices_indices_map(row.shape).values()
+    parts = {
+        bounds: np.empty([stop - start for start, stop in bounds], row.dtype)
+        for bounds in dict.fromkeys(_bounds(index, row.shape) for index in indices)
+    }
+    for index in sorted({index for (experts, *_) in parts for index in range(*experts)}):
+        made = np.asarray(maker.expert(row, index))
+        for ((start, stop), *rest), part in parts.items():
+            if start <= index < stop:
+                part[index - start] = made[tuple(slice(*axis) for axis in rest)]
+    return parts
 
 
 # Leaves of one shape share a program: compiling one for each takes longer than reading the checkpoint.

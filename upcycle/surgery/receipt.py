@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ from flax.traverse_util import unflatten_dict
 
 import upcycle
 from upcycle.models import Model, Params
+from upcycle.models.activations import forward_and_activations
 from upcycle.moe.router import covered_tokens
+from upcycle.streamed import streamed
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, Plan, Row
 from upcycle.surgery.router_init import INHERITED
@@ -114,6 +117,17 @@ class LayerCheck:
     gap: float
 
 
+def reported(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A function check, or why there is none: it is a report, and whatever goes wrong in it ends no run."""
+    try:
+        return check()
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), '') or type(error).__name__
+        print(f'the model is not compared with its source: {reason}', file=sys.stderr, flush=True)
+        # No longer pending: what is trained from here on is not what the surgery made.
+        return dict.fromkeys(('whole_model', 'layers'), f'not compared: {reason}')
+
+
 def check_function(
     model: Model,
     dense_params: Params,
@@ -127,7 +141,7 @@ def check_function(
 
     Args:
       model: the sparse model.
-      dense_params: of the source.
+      dense_params: of the source: arrays, or `streamed.Unread`, of which devices hold one layer's at a time.
       sparse_params: of `model`.
       batch: any batch; evaluation capacity is used.
       source: None: `model.dense()`; or a model with fewer experts, or any other one.
@@ -135,41 +149,56 @@ def check_function(
     Returns:
       {'layers': {path: LayerCheck as a dict}, 'whole_model': {...}}.
     """
-    losses, layers = function_checks(model, model.dense() if source is None else source)
-    whole = {name: float(value) for name, value in losses(dense_params, sparse_params, batch).items()}
+    loss, source_results, compare = function_checks(model, model.dense() if source is None else source)
+    layers, whole = {}, {}
+    for name, value in streamed(source_results, dense_params, batch):
+        if name == LOSS:
+            whole['dense_loss'] = float(value)
+        else:
+            values = compare(name, _below(sparse_params, name), *value)
+            layers[name] = dataclasses.asdict(LayerCheck(*(float(value) for value in values)))
+        # Else this layer's activations would be held while the next one's are computed.
+        del value
+    whole['sparse_loss'] = float(loss(sparse_params, batch))
     whole['loss_gap'] = whole['sparse_loss'] - whole['dense_loss']
-    checked = layers(dense_params, sparse_params, batch) if model.moe_layers() else {}
-    return {
-        'layers': {
-            path: dataclasses.asdict(LayerCheck(*(float(value) for value in values)))
-            for path, values in checked.items()
-        },
-        'whole_model': whole,
-    }
+    return {'layers': layers, 'whole_model': whole}
 
 
-def function_checks(model: Model, source: Model) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two jitted programs of `check_function`: the losses of both models, and the comparison of every MoE layer."""
-    paths = tuple(model.moe_layers())
-    of_mlp = not source.moe_layers()
+LOSS = 'loss'
 
-    @jax.jit
-    def layers(dense_params, sparse_params, batch):
-        io = source.mlp_activations(dense_params, batch, paths)
-        return {
-            path: _compare(model.moe_module(path), _below(sparse_params, path), *io[path], of_mlp=of_mlp)
-            for path in paths
-        }
+
+def function_checks(model: Model, source: Model) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """The programs of `check_function`.
+
+    Returns:
+      The loss of the model, (parameters, batch) -> scalar; to be streamed, from the source's parameters and the batch to its loss
+      and the activations of its MLPs at the paths of the model's MoE layers; and (path, the MoE layer's parameters, activations)
+      -> the values of `LayerCheck`.
+    """
+    layers = model.moe_layers()
+
+    def mean(sums: Mapping[str, jax.Array]) -> jax.Array:
+        return (sums['loss'] - sums['z_loss']) / jnp.maximum(sums['weight'], 1e-9)
 
     @jax.jit
-    def losses(dense_params, sparse_params, batch):
-        out = {}
-        for name, which, params in (('dense', source, dense_params), ('sparse', model, sparse_params)):
-            sums, _, _ = which.forward(params, batch, None, training=False, num_microbatches=1)
-            out[f'{name}_loss'] = (sums['loss'] - sums['z_loss']) / jnp.maximum(sums['weight'], 1e-9)
-        return out
+    def loss(params: Params, batch: Mapping[str, jax.Array]) -> jax.Array:
+        return mean(model.forward(params, batch, None, training=False, num_microbatches=1)[0])
 
-    return losses, layers
+    def source_results(params: Params, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
+        sums, activations = forward_and_activations(source, params, batch, tuple(layers))
+        return {LOSS: mean(sums), **activations}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compare_kind(path: str, *arguments: Any) -> tuple[jax.Array, ...]:
+        return _compare(model.moe_module(path), *arguments, of_mlp=not source.moe_layers())
+
+    return loss, source_results, lambda path, *arguments: compare_kind(_first_alike(model, path), *arguments)
+
+
+def _first_alike(model: Model, path: str) -> str:
+    """The first MoE layer of the same kind, whose program this one can share."""
+    layers = model.moe_layers()
+    return next(other for other in layers if layers[other] == layers[path])
 
 
 def check_layer(
@@ -184,13 +213,11 @@ def check_layer(
       sparse: leaves of the layer by theirs: 'expert/wi_0/kernel', 'router/router_weights/w/kernel'.
       num_tokens: of the activations, all in one group.
     """
-    layers = model.moe_layers()
-    # Layers of one kind share a program.
-    alike = next(other for other in layers if layers[other] == layers[path])
     width = next(leaf.shape[0] for name, leaf in sparse.items() if name.startswith('router/') and leaf.ndim == 2)
     mlp_dim = next(size for leaf in dense.values() if leaf.ndim == 2 for size in _without(leaf.shape, width))
     sizes = (num_tokens, width, mlp_dim)
-    values = _check_layer(model, alike, sizes, unflatten_dict(dense, sep='/'), unflatten_dict(sparse, sep='/'))
+    kind = _first_alike(model, path)
+    values = _check_layer(model, kind, sizes, unflatten_dict(dense, sep='/'), unflatten_dict(sparse, sep='/'))
     return LayerCheck(*(float(value) for value in values))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from upcycle import partitioning, schema
+from upcycle import casts, hosts, partitioning, schema
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
@@ -23,10 +22,10 @@ from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model, identify
 from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
-from upcycle.surgery.execute import execute, print_progress
+from upcycle.surgery.execute import execute, print_progress, sha256_of
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
-from upcycle.surgery.receipt import carried_on, check_function, receipt
+from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
 from upcycle.train.carried import Carried, source_of
 from upcycle.train.read_ahead import Examination, ReadAhead, requests_of
 from upcycle.train.run import Run
@@ -256,47 +255,60 @@ def from_checkpoint(
     upcycles = run.surgery.made_by is not None
     leaves = where.flat()
     source = Source(run.model, what, reader, leaves)
-    examination = Examination(str(reader.path))
 
-    def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
-        if name.partition('@')[0] == 'step' and run.dense_step is not None:
-            return jax.device_put(jnp.asarray(run.dense_step, jnp.int32), sharding)
-        return reader.read(name, sharding)
+    def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
+        if name.partition('@')[0] != 'step' or run.dense_step is None:
+            return reader.read(name, sharding)
+        step = np.asarray(run.dense_step, np.int32)
+        return step if sharding is None else partitioning.put_whole(step, sharding)
+
+    def read_whole(name: str) -> np.ndarray:
+        leaf = read(name, None)
+        return casts.cast(name, leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))  # as on a device
+
+    # Where the checkpoint does not say the step, it is given.
+    stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
+    sources = {name: stored.get(name, step) for row in what.rows for name in row.sources}
+    averaged = {name for row in what.rows if row.action is Action.MEAN for name in row.sources}
+    whole, look = sources.keys(), sha256_of
+    if not upcycles:
+        whole, look = (set(), None) if carried is None else (carried.comparable() & whole, carried.compare)
+    examination = Examination(str(reader.path), sources, whole, look, read_whole)
 
     def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
-        # On many hosts no process sees a whole leaf.
-        if jax.process_count() == 1:
-            examination.add(name, leaf, fingerprint=upcycles)
-            if carried is not None:
-                carried.compare(name, leaf)
-        source.keep(name, leaf)
+        examination.add(name, leaf)
+        if name in averaged:  # and so not part of the state
+            examination.settle()
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
     shardings = {name: leaf.sharding for name, leaf in leaves.items()}
     lineages: dict[str, Lineage] = {}
-    with ReadAhead(read, requests_of(what, shardings)) as reading:
-        flat = execute(
-            what,
-            reading,
-            shardings,
-            new={'rng': run_key, **new_head(run, where, what)},
-            on_source=on_source,
-            hidden=functools.partial(source.hidden_states, batch),
-            progress=print_progress('upcycling' if upcycles else 'loading'),
-            lineages=lineages,
+    new = {'rng': run_key, **new_head(run, where, what)}
+    with contextlib.closing(examination), ReadAhead(read, requests_of(what, shardings)) as reading:
+        flat = hosts.together(
+            lambda: execute(
+                what,
+                reading,
+                shardings,
+                new=new,
+                on_source=on_source,
+                hidden=functools.partial(source.hidden_states, batch),
+                progress=print_progress('upcycling' if upcycles else 'loading'),
+                lineages=lineages,
+            )
         )
-    hashes = examination.result()
+        hashes = examination.result()
     state = TrainState(**unflatten_dict(flat, sep='/'))
     if not upcycles:
         if carried is None:
             return state, None, reader
-        whole = leaves['step'].sharding
-        paper = carried.complete(run.model, state.params, batch, whole, new_head=run.surgery.new_head)
+        paper = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
         return state, carried_on(paper, what), reader
     started_from = source_of(reader, int(state.step))
-    paper = receipt(what, source=started_from, hashes=hashes or _metadata_hashes(reader), lineages=lineages)
-    if source.model is not None:
-        paper['function_check'] = check_function(run.model, source.params(flat), state.params, batch, source.model)
+    paper = receipt(what, source=started_from, hashes=hashes, lineages=lineages)
+    paper['function_check'] = reported(
+        lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
+    )
     return state, paper, reader
 
 
@@ -345,11 +357,3 @@ def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
     # What is not asked for is not computed.
     shardings = {name: where.flat()[name].sharding for name in names}
     return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))
-
-
-def _metadata_hashes(reader: Reader) -> dict[str, str]:
-    """On many hosts no process sees a whole leaf: the receipt then identifies leaves by their metadata."""
-    return {
-        name: f'metadata:{leaf.dtype}{list(leaf.shape)}:{math.prod(leaf.shape)}'
-        for name, leaf in reader.leaves().items()
-    }

@@ -54,13 +54,13 @@ class DenseOperator:
         name: str,
         key: jax.Array,
     ) -> jax.Array:
-        """One leaf.
+        """One leaf. Pure, and traceable: it is compiled once for all leaves of a kind.
 
         Args:
           sources: what it is made of.
           shape: wanted.
           axes: its logical axes.
-          name: of the target.
+          name: of the target, with a `*` for the number of its layer.
           key: of this leaf.
         """
         raise NotImplementedError

@@ -1,0 +1,46 @@
+"""What the MLPs of a model read and write, whatever its family."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from upcycle.models import Model, Params
+
+# What an MLP, or an MoE layer in its place, reads and writes, both (B, L, D), and which tokens are real, bool (B, L).
+Activations = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def forward_and_activations(
+    model: Model, params: Params, batch: Mapping[str, jax.Array], paths: tuple[str, ...]
+) -> tuple[dict[str, jax.Array], dict[str, Activations]]:
+    """One forward pass at evaluation.
+
+    Args:
+      model: of any family.
+      params: of it.
+      batch: to be read.
+      paths: of MLPs or MoE layers ('encoder/layers_1/mlp').
+
+    Returns:
+      The sums over targets of `models.Model.forward`; for each path its activations.
+    """
+    # Layer by layer, since a loop's layers have no names to look at.
+    unrolled = dataclasses.replace(model.config, scan_layers=False, remat='none')
+    seen: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def look(call: Any, arguments: Any, named: Any, context: Any) -> Any:
+        y = call(*arguments, **named)
+        path = '/'.join(context.module.path)
+        if context.method_name == '__call__' and path in paths:
+            seen[path] = arguments[0], y
+        return y
+
+    with nn.intercept_methods(look):
+        sums, _, _ = dataclasses.replace(model, config=unrolled).forward(
+            params, batch, None, training=False, num_microbatches=1
+        )
+    real = model.real_tokens(batch, paths)
+    return sums, {path: (*seen[path], real[path]) for path in paths}

@@ -1,0 +1,141 @@
+"""Runs a function of parameters that do not fit into memory: each is read when it is first needed, and freed after its use."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """A parameter that is read each time it is needed.
+
+    Attributes:
+      shape, dtype: of it.
+      read: gives the array, on its devices.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], jax.Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Computes a function in pieces, one after the other, and yields each result as soon as it is known.
+
+    The function is traced whole and cut where the parameters of a piece would exceed the largest one that is unread. Pieces that
+    are equal, such as those of alike layers, are compiled once. A piece is done before the parameters of the next are read.
+
+    Args:
+      function: from `params` and the other arguments to results by name. It is pure, and traceable.
+      params: arrays, or `Unread`.
+      *arguments: arrays.
+
+    Yields:
+      The name of a result and its value, in the order in which they are computed.
+    """
+    values, structure = jax.tree.flatten((params, *arguments))
+    abstract = [jax.ShapeDtypeStruct(value.shape, jax.dtypes.canonicalize_dtype(value.dtype)) for value in values]
+    closed, results = jax.make_jaxpr(lambda flat: function(*structure.unflatten(flat)), return_shape=True)(abstract)
+    program = closed.jaxpr
+    wanted: dict[str, tuple[Any, list[Any]]] = {}
+    outputs = iter(program.outvars)
+    for name, result in sorted(results.items()):  # as JAX flattens a dictionary
+        leaves, shape = jax.tree.flatten(result)
+        wanted[name] = shape, [next(outputs) for _ in leaves]
+    known = dict(zip([*program.constvars, *program.invars], [*closed.consts, *values], strict=True))
+    unread = {variable: known.pop(variable) for variable in program.invars if isinstance(known[variable], Unread)}
+    pieces = _pieces(_needed(program), unread)
+    del values
+    last_piece = {variable: number for number, piece in enumerate(pieces) for variable in _inputs(piece)}
+    compiled: dict[Any, jax.stages.Compiled] = {}
+    for number, piece in enumerate(pieces):
+        later = {variable for variable, last in last_piece.items() if last > number}
+        made = dict.fromkeys(variable for equation in piece for variable in equation.outvars)
+        inputs = [variable for variable in _inputs(piece) if variable not in made]
+        outs = [variable for variable in made if variable in later | _still(wanted)]
+        # What was read has no other name, and so is freed after the call.
+        given = [unread[variable].read() if variable in unread else known[variable] for variable in inputs]
+        known |= zip(outs, _run(piece, inputs, outs, given, compiled), strict=True)
+        del given
+        for name, (shape, atoms) in list(wanted.items()):
+            if all(atom in known for atom in atoms if _is_variable(atom)):
+                del wanted[name]
+                yield name, shape.unflatten([known[atom] if _is_variable(atom) else atom.val for atom in atoms])
+        known = {variable: value for variable, value in known.items() if variable in later | _still(wanted)}
+    assert not wanted, wanted
+
+
+def _still(wanted: Mapping[str, tuple[Any, list[Any]]]) -> set[Any]:
+    """The variables of the results that are still to come."""
+    return {atom for _, atoms in wanted.values() for atom in atoms if _is_variable(atom)}
+
+
+def _is_variable(atom: Any) -> bool:
+    return not isinstance(atom, core.Literal)
+
+
+def _inputs(piece: Sequence[Any]) -> list[Any]:
+    """The variables that equations read, each once, those included that one of them makes."""
+    return list(dict.fromkeys(v for equation in piece for v in equation.invars if _is_variable(v)))
+
+
+def _needed(program: Any) -> list[Any]:
+    """The equations on which a result depends."""
+    wanted = {variable for variable in program.outvars if _is_variable(variable)}
+    equations = []
+    for equation in reversed(program.eqns):
+        if wanted.intersection(equation.outvars):
+            equations.append(equation)
+            wanted.update(_inputs([equation]))
+    return equations[::-1]
+
+
+def _pieces(equations: Sequence[Any], unread: Mapping[Any, Unread]) -> list[list[Any]]:
+    """Cuts equations so that no piece needs more unread bytes than the largest parameter of all, unless one equation does."""
+    limit = max((unread[variable].nbytes for variable in _inputs(equations) if variable in unread), default=0)
+    pieces: list[list[Any]] = [[]]
+    held: set[Any] = set()
+    for equation in equations:
+        more = {variable for variable in _inputs([equation]) if variable in unread}
+        if pieces[-1] and more - held and sum(unread[variable].nbytes for variable in held | more) > limit:
+            pieces.append([])
+            held = set()
+        pieces[-1].append(equation)
+        held |= more
+    return pieces
+
+
+def _run(
+    piece: Sequence[Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    operands: Sequence[Any],
+    compiled: dict[Any, jax.stages.Compiled],
+) -> list[jax.Array]:
+    """The values of `outputs`, when they are there."""
+
+    def program(*operands: jax.Array) -> list[jax.Array]:
+        values = dict(zip(inputs, operands, strict=True))
+        for equation in piece:
+            given = [values[atom] if _is_variable(atom) else atom.val for atom in equation.invars]
+            made = equation.primitive.bind(*given, **equation.primitive.get_bind_params(equation.params))
+            values |= zip(equation.outvars, made if equation.primitive.multiple_results else [made], strict=True)
+        return [values[variable] for variable in outputs]
+
+    lowered = jax.jit(program).lower(*operands)
+    which = lowered.as_text(), tuple(getattr(operand, 'sharding', None) for operand in operands)
+    if any(np.ndim(atom.val) for equation in piece for atom in equation.invars if not _is_variable(atom)):
+        # JAX may pass arrays that the function holds apart from the text.
+        which = object()
+    if which not in compiled:
+        compiled[which] = lowered.compile()
+    return jax.block_until_ready(compiled[which](*operands))
