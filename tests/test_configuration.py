@@ -92,6 +92,10 @@ def test_impossible_combinations_are_all_said():
         ({'upcycle.train.run.Run.sed': 1}, 'upcycle.train.run.Run has no parameter sed (did you mean seed?)'),
         ({'\tupcycle.train.run.Run.seed': 1}, "binds '\\tupcycle.train.run.Run.seed', which is no name"),
         ({'DATA SEED': 1}, "binds 'DATA SEED', which is no name"),
+        (
+            {'TASK_FEATURE_LENGTHS': {}},
+            "TASK_FEATURE_LENGTHS = {} must name the lengths of both 'inputs' and 'targets'",
+        ),
         ({'upcycle.train.rum.Run.seed': 1}, 'upcycle.train.rum.Run is not known (did you mean upcycle.train.run.Run?)'),
     ],
 )

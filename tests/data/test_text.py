@@ -280,6 +280,7 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
             "'stdlib_span_coruption' is not registered",
         ),
         ({'source': None, 'module': 'no.such.module'}, "MIXTURE_OR_TASK_MODULE = 'no.such.module' cannot be imported"),
+        ({'source': None, 'task_feature_lengths': {'inputs': 32}}, "lengths of both 'inputs' and 'targets'"),
         ({'split': 'test'}, "no split 'test'"),
         ({'task_feature_lengths': {'inputs': 32, 'targets': 7}}, "bind 'targets' to 8 or more"),
         ({'task_feature_lengths': {'inputs': 400, 'targets': 400}, 'split': 'validation'}, 'give it more text'),

@@ -7,7 +7,7 @@ quietly and without accelerators (`tensorflow_quiet.py`), when a data source tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from upcycle.errors import UserError
@@ -63,6 +63,14 @@ class Share:
 
 WHOLE = Share()
 """All rows, for the only reader."""
+
+
+def require_lengths(task_feature_lengths: Mapping[str, int]) -> None:
+    """Raises UserError unless TASK_FEATURE_LENGTHS has the lengths that an encoder-decoder needs."""
+    if not {'inputs', 'targets'} <= task_feature_lengths.keys():
+        raise UserError(
+            f"TASK_FEATURE_LENGTHS = {dict(task_feature_lengths)!r} must name the lengths of both 'inputs' and 'targets'."
+        )
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from upcycle.data import tensorflow_quiet
+from upcycle.data import require_lengths, tensorflow_quiet
 from upcycle.data.sentinels import counted_down
 from upcycle.errors import UserError
 
@@ -69,9 +69,8 @@ def checked_lengths(sequence_length: Mapping[str, int], sentinels: Sequence[int]
     Raises:
         UserError: if the targets would be cut, or there are fewer sentinels than spans.
     """
-    binding = f'TASK_FEATURE_LENGTHS = {dict(sequence_length or {})!r}'
-    if not sequence_length or {'inputs', 'targets'} - set(sequence_length):
-        raise UserError(f"{binding} must name the lengths of both 'inputs' and 'targets'.")
+    require_lengths(sequence_length or {})
+    binding = f'TASK_FEATURE_LENGTHS = {dict(sequence_length)!r}'
     inputs, targets = sequence_length['inputs'], sequence_length['targets']
     if inputs < 4:
         raise UserError(f"{binding} leaves no room for a token, a sentinel and EOS: bind 'inputs' to 4 or more.")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from upcycle.data import JSON, WHOLE, Share, draws
+from upcycle.data import JSON, WHOLE, Share, draws, require_lengths
 from upcycle.schema import Count, Whole
 
 Batch = dict[str, np.ndarray]
@@ -63,6 +63,9 @@ class SyntheticText(_Endless):
     batch_size: Count
     seed: Whole = 0
     num_batches: Count | None = None
+
+    def __post_init__(self):
+        require_lengths(self.task_feature_lengths)
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names, unpacked."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle.data import JSON, WHOLE, Share, tensorflow_quiet
+from upcycle.data import JSON, WHOLE, Share, require_lengths, tensorflow_quiet
 from upcycle.data.sentinels import TRAINED_WITH, counted_down
 from upcycle.data.text_files import TextFiles
 from upcycle.errors import MissingData, UserError
@@ -68,6 +68,9 @@ class DatasetConfig:
     source: TextFiles | None = None
 
     harmless = MappingProxyType({'module': re.compile(r'(upcycle|t5|seqio)(\.\w+)*')})  # see `gin_files.HARMLESS`
+
+    def __post_init__(self):
+        require_lengths(self.task_feature_lengths)
 
     @functools.cached_property
     def task(self) -> seqio.Task | seqio.Mixture:
