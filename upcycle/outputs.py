@@ -3,6 +3,7 @@
 import enum
 import errno
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -210,11 +211,12 @@ def _check_local(shown: str, path: str, kind: Kind, needed: int) -> None:
 
 def _check_bucket(shown: str, path: epath.Path, kind: Kind) -> None:
     """By trying it, too: whether the bucket exists, and lets us write and remove."""
-    is_folder = kind is Kind.NEW_FOLDER
-    probe = path / f'probe{STAGING[1]}' if is_folder else path.with_name(path.name + STAGING[1])
+    # Buckets let an object be written once a second, and several processes of a run may try.
+    name = f'{secrets.token_hex(4)}{STAGING[1]}'
+    probe = path / name if kind is Kind.NEW_FOLDER else path.with_name(f'{path.name}.{name}')
     try:
         probe.write_bytes(b'\n')
-        probe.unlink(missing_ok=True)  # another process of ours may have been faster
+        probe.unlink()
     except Exception as error:
         if (refusal := files.refused_by_bucket(error, [os.fspath(path)])) is None:
             raise

@@ -239,7 +239,7 @@ class FolderWriter:
         missing = [name for name in self.todo() if name not in self.inline]
         if missing:
             raise ValueError(f'not written: {missing[:3]}')
-        with not_refused(self.folder):
+        with not_refused(self.folder), files.patient():
             self._layout.commit(self, metadata)
         check(self._layout.reader(self.folder))
         self._let_go()
@@ -446,9 +446,10 @@ class Staging:
         names = sorted((file.name for file in place.iterdir()), key=last.__eq__) if place.is_dir() else ['']
         sent: list[epath.Path] = []
         try:
-            for name in names:
-                sent.append(self._final / name if name else self._final)
-                files.send(place / name, sent[-1])
+            with files.patient():
+                for name in names:
+                    sent.append(self._final / name if name else self._final)
+                    files.send(place / name, sent[-1])
         except BaseException as error:
             for target in sent:
                 remove(target)
@@ -509,7 +510,7 @@ def make_folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def give_name(written: epath.Path, final: epath.Path, kind: outputs.Kind) -> None:
-    """Makes what a writer has finished visible; an empty folder may be there already."""
+    """Makes what a writer has finished on a disk visible; an empty folder may be there already."""
     outputs.refuse_existing(final, kind)
     if final.is_dir():
         final.rmdir()
