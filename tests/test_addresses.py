@@ -249,8 +249,21 @@ def test_on_a_machine_without_a_tpu_libtpu_says_nothing_and_jax_warns(monkeypatc
 
     monkeypatch.setattr(jax, 'devices', noisy)
     monkeypatch.setattr(hosts, '_CHIPS', ())
+    monkeypatch.delenv('XLA_FLAGS')
     hosts.devices()
     assert capfd.readouterr().err == 'warning: An NVIDIA GPU may be present\n'
+
+
+def test_xla_says_which_flag_it_does_not_know():
+    environment = {**os.environ, 'XLA_FLAGS': '--xla_no_such_flag=1'}
+    ended = subprocess.run(
+        [sys.executable, '-c', 'from upcycle import hosts; hosts.devices()'],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode != 0
+    assert 'Unknown flag in XLA_FLAGS: --xla_no_such_flag=1' in ended.stderr
 
 
 @pytest.mark.parametrize('address', ['gs:/my-bucket/run', 's3:/my-bucket/run', 'gs:my-bucket/run'])

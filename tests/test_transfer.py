@@ -20,7 +20,7 @@ from tests.test_cli import call
 from upcycle import outputs
 from upcycle.checkpoints import create_checkpoint, huggingface, native, open_checkpoint, t5x, writing
 from upcycle.errors import UserError
-from upcycle.transfer import transfer
+from upcycle.transfer import transfer, write
 
 
 def transfer_by_command(tmp_path, capsys, source, *more, name='import'):
@@ -68,6 +68,29 @@ def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
     with pytest.raises(UserError):
         open_checkpoint(target)
     assert open_checkpoint(transfer(source, target, format)).leaves()
+
+
+@pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 'huggingface', 'vit_npz'])
+def test_two_commands_do_not_write_one_checkpoint(format, tmp_path, monkeypatch):
+    if format == 'vit_npz':
+        np.savez(tmp_path / 'source.npz', **vits.ours())
+        source, target = tmp_path / 'source.npz', tmp_path / 'out.npz'
+    else:
+        source, target = trees.write(tmp_path / 't5x', 't5x_orbax', trees.t5(False, state=False)), tmp_path / 'out'
+    refused = []
+
+    def again(*arguments):
+        monkeypatch.undo()
+        with pytest.raises(
+            UserError, match=f'{target}.* is being written by another process: wait for its end'
+        ) as error:
+            transfer(source, target, format)
+        refused.append(error)
+        return write(*arguments)
+
+    monkeypatch.setattr('upcycle.transfer.write', again)
+    written = transfer(source, target, format)
+    assert refused and open_checkpoint(written).leaves()
 
 
 # What is wrong with the tree, options, words of the message.

@@ -342,8 +342,11 @@ def _no_platform(error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """On a machine without a TPU, holds back what an installed libtpu writes to standard error; JAX's own warnings stay."""
-    if any(glob.glob(pattern) for pattern in _CHIPS):
+    """On a machine without a TPU, holds back what an installed libtpu writes to standard error; JAX's own warnings stay.
+
+    With XLA_FLAGS everything is shown, since XLA ends the process at a flag that it does not know, and says so there.
+    """
+    if any(glob.glob(pattern) for pattern in _CHIPS) or os.environ.get('XLA_FLAGS'):
         yield
         return
     warnings = _Records()

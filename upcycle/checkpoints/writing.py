@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import json
 import math
@@ -195,6 +196,7 @@ class FolderWriter:
         self._copies = concurrent.futures.ThreadPoolExecutor(4)
         self._synced = time.monotonic()
         self._made: list[epath.Path] = []
+        self._claim: Claim | None = None
         self._journal = None if remote else self._begin(dict(identity))
 
     def todo(self) -> dict[str, list[arrays.Region]]:
@@ -262,6 +264,8 @@ class FolderWriter:
             self._journal.close()
         self._pool.shutdown()
         self._copies.shutdown()
+        if self._claim is not None:
+            self._claim.release()
 
     def discard(self) -> None:
         """See `Writer`."""
@@ -300,7 +304,7 @@ class FolderWriter:
         )
         outputs.check_space(self._final.parent, needed)
         self._made = make_folders(self._final.parent)
-        self.folder.mkdir(exist_ok=True)
+        self._claim = Claim(self.folder, self._final, outputs.Kind.NEW_FOLDER)
         with journal.open('w') as file:
             file.write(''.join(json.dumps(line) + '\n' for line in [identity, *sorted(self._done)]))
         return journal.open('a')
@@ -396,6 +400,47 @@ def _has_links(folder: epath.Path) -> bool:
     return True
 
 
+class Claim:
+    """Keeps other processes from writing to a place on a disk, until it is released or this process ends.
+
+    Args:
+        place: the file or folder that a writer fills; it is made where it is not there.
+        final: the name that it will be given, for the message.
+        kind: what it is to be.
+
+    Raises:
+        UserError: another process writes there.
+    """
+
+    def __init__(self, place: epath.Path, final: epath.Path, kind: outputs.Kind):
+        self._descriptor: int | None = None
+        while True:
+            if kind is outputs.Kind.NEW_FOLDER:
+                place.mkdir(exist_ok=True)
+            else:
+                pathlib.Path(place).touch()
+            self._descriptor = os.open(place, os.O_RDONLY)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self.release()
+                raise UserError(
+                    f'{final} is being written by another process: wait for its end, or name another --to.'
+                ) from error
+            except OSError:  # this disk has no locks
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(place)):
+                    return
+            self.release()  # the process before has finished, or removed it
+
+    def release(self) -> None:
+        """Lets other processes write there."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 class Staging:
     """Where the file or folder of a format that is not written part by part is put together: on a disk beside its final name,
     for a bucket in the folder for temporary files.
@@ -416,18 +461,21 @@ class Staging:
         outputs.refuse_existing(final, kind)
         self._final, self._kind = final, kind
         self._temporary: str | None = None
+        self._claim: Claim | None = None
         self._made: list[epath.Path] = []
         if files.is_remote(final):
             outputs.check_space(tempfile.gettempdir(), needed, 'set TMPDIR to a folder on a larger disk')
             self._temporary = tempfile.mkdtemp(prefix='upcycle_')
             self.path = epath.Path(self._temporary) / final.name
+            if kind is outputs.Kind.NEW_FOLDER:
+                self.path.mkdir()
         else:
             outputs.check_space(final.parent, needed)
             self._made = make_folders(final.parent)
             self.path = final.parent / f'{final.name}{outputs.STAGING[1]}'
-            self.path.rmtree(missing_ok=True)
-        if kind is outputs.Kind.NEW_FOLDER:
-            self.path.mkdir()
+            self._claim = Claim(self.path, final, kind)
+            for left in self.path.iterdir() if self.path.is_dir() else ():
+                left.rmtree()
 
     def publish(self, last: str = '') -> None:
         """Gives what was put together its final name.
@@ -440,6 +488,7 @@ class Staging:
         """
         if self._temporary is None:
             give_name(self.path, self._final, self._kind)
+            self._claim.release()
             return
         outputs.refuse_existing(self._final, self._kind)
         place = pathlib.Path(self.path)
@@ -461,6 +510,8 @@ class Staging:
     def discard(self) -> None:
         """Removes what was written, and the folders that were made for it."""
         self.path.rmtree(missing_ok=True)
+        if self._claim is not None:
+            self._claim.release()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
         for parent in self._made:
