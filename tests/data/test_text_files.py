@@ -45,6 +45,13 @@ def first_batch(source):
     return next(source.batches())
 
 
+def test_a_single_file_has_no_validation_split(folder):
+    with pytest.raises(
+        UserError, match="'validation' holds no text .* bind VALIDATION_FILES, or give TRAIN_FILES several"
+    ):
+        first_batch(config(TextFiles(str(folder / '0.txt')), split='validation'))
+
+
 def test_sentencepiece(folder, model):
     source = config(TextFiles(str(folder / '*.txt'), vocabulary=model))
     assert source.vocabulary_size == 140

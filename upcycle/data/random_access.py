@@ -192,6 +192,11 @@ def check_split(source: RandomAccessSource, split: str, lengths: span_corruption
         raise UserError(f"There is no split {split!r} here: bind DatasetConfig.split to 'train' or 'validation'.")
     size = source.corpus.splits[split][1]
     chunks = chunks_per_epoch(size, length, shuffle)
+    if size == 0 and split == 'validation':
+        raise UserError(
+            "The split 'validation' holds no text (of a single file none is held out): bind VALIDATION_FILES, or give "
+            'TRAIN_FILES several files.'
+        )
     if chunks < 1:
         raise UserError(
             f'The split {split!r} holds {size} tokens and TASK_FEATURE_LENGTHS asks for {(1 + shuffle) * length} at '
