@@ -123,9 +123,9 @@ def test_what_cannot_be_finished_is_removed(exported, bucket, monkeypatch, capsy
         ('gs://bucket', 'names a bucket and no file in it'),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_anything_is_read(target, words, bucket, dense, monkeypatch, capsys):
+def test_what_cannot_be_written_is_refused_before_anything_is_read(target, words, bucket, shallow, capsys):
     case = 'huggingface' if target.endswith('model') else 'vit_npz'
-    for command in (export(case, dense, target), ['eval', f'--from={dense}', f'--out={target}']):
+    for command in (export(case, shallow, target), ['eval', f'--from={shallow}', f'--out={target}']):
         code, _, error = call(command, capsys)
         assert code == 2 and words in error and error.count('\n') == 1, error
 
