@@ -9,6 +9,7 @@ import pytest
 from tests import runs
 from upcycle import jobs
 from upcycle.errors import UserError
+from upcycle.transfer import transfer
 
 PRETRAIN = (runs.TINY, runs.TASK, 'runs/pretrain.gin')
 
@@ -53,6 +54,16 @@ def test_plan_refuses_what_train_refuses(more, words, tmp_path, dense, upcycled)
     before = sorted(path.name for path in tmp_path.rglob('*'))
     said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (jobs.train, jobs.plan)]
     assert words in said[0] and said[0] == said[1]
+    assert sorted(path.name for path in tmp_path.rglob('*')) == before
+
+
+def test_a_run_does_not_begin_in_the_folder_of_a_foreign_checkpoint(tmp_path, dense):
+    transfer(dense, str(tmp_path / 'theirs'), 'huggingface', optimizer_state='none')
+    before = sorted(path.name for path in tmp_path.rglob('*'))
+    bindings = runs.bindings('upcycle', tmp_path / 'theirs', 6, INITIAL_CHECKPOINT_PATH=dense)
+    for command in (jobs.train, jobs.plan):
+        said = refusal(command, runs.FILES['upcycle'], bindings)
+        assert 'holds a checkpoint of the format huggingface' in said and 'name another MODEL_DIR' in said
     assert sorted(path.name for path in tmp_path.rglob('*')) == before
 
 

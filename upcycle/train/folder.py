@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from upcycle import files
+from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.integrity import finished_steps
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
@@ -51,6 +52,19 @@ def require_checkpoint(run: Run) -> None:
         f'MODEL_DIR = {run.model_dir!r} has a metrics.jsonl up to step {last:g}, and its checkpoints are gone: bring them back, '
         'name another MODEL_DIR, or remove that metrics.jsonl to start the run again.'
     )
+
+
+def require_no_other_format(run: Run) -> None:
+    """Raises UserError where the folder holds a checkpoint of another format, which readers would take for the run's."""
+    try:
+        reader = open_checkpoint(run.model_dir)
+    except UserError:  # it is not there, or holds none
+        return
+    if reader.format != 'upcycle':
+        raise UserError(
+            f'MODEL_DIR = {run.model_dir!r} holds a checkpoint of the format {reader.format}, which would be read in place of '
+            "the run's: name another MODEL_DIR."
+        )
 
 
 def _was_saved(folder: epath.Path, lines: list[dict[str, Any]], run: Run) -> bool:

@@ -52,6 +52,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     newest = folder.newest_step(run.model_dir)
     if newest is None:
         folder.require_checkpoint(run)
+        folder.require_no_other_format(run)
         if run.initial_checkpoint_path is None:
             check_start(run, 0)
         else:
