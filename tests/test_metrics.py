@@ -88,6 +88,14 @@ def test_lines_are_whole_however_they_are_separated(change, what, tmp_path):
     assert not (tmp_path / SET_ASIDE).exists()
 
 
+def test_a_log_that_is_missing_on_resuming_is_a_warning(tmp_path, capsys):
+    MetricsLog(str(tmp_path), None).close()
+    assert capsys.readouterr().err == ''
+    (tmp_path / 'metrics.jsonl').unlink()
+    MetricsLog(str(tmp_path), 4).close()
+    assert f'{tmp_path}/metrics.jsonl is missing: the log begins after step 4.' in capsys.readouterr().err
+
+
 def test_a_folder_in_place_of_the_log_is_refused(tmp_path):
     (tmp_path / 'metrics.jsonl').mkdir()
     with pytest.raises(UserError, match=r'metrics.jsonl is not a file'):

@@ -69,6 +69,8 @@ class MetricsLog:
                 f'{earlier}, line {which}: not a line of a log of ours (a JSON object with step and split). It is now in '
                 f'{SET_ASIDE}; every other line is kept.'
             )
+        if last_step is not None and not earlier.exists():
+            warn(f'{earlier} is missing: the log begins after step {last_step}.')
         files.replace_text(path, ''.join(line.decode('utf-8-sig').strip(_PADDING) + '\n' for line in kept))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
         self._events: dict[str, EventFile] = {}
