@@ -15,11 +15,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.errors import STATUSES, Unavailable, UserError, status_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TIMEOUT = 300  # seconds, as JAX's
 # Seconds between looks at what other processes say, and those that a process is given to end by itself.
@@ -249,9 +250,10 @@ def _who_is_missing(address: str | None, count: int | None, index: int | None, t
     return f'{what}{"" if address is None else f" to {address}"}: {way_out}'
 
 
-def gathered(values: np.ndarray) -> np.ndarray:
+def gathered(values: 'np.ndarray') -> 'np.ndarray':
     """The array of every process, (processes, *shape), in all of them; they call it at the same point."""
     import jax
+    import numpy as np
     from jax.experimental import multihost_utils
 
     # Wider types would be cut to 32 bits without a word.
@@ -269,6 +271,7 @@ def together(action: Callable[[], Result]) -> Result:
       UserError: with the sentence of the first process that failed, the same in all.
     """
     import jax
+    import numpy as np
 
     if jax.process_count() == 1:
         return action()

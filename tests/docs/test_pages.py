@@ -30,6 +30,7 @@ OTHER_NAMES = {
     'UPCYCLE_TEST_CACHE',
     'UPCYCLE_TRACEBACK',
     'XLA_FLAGS',
+    'TMPDIR',
 }
 # Files of a run's folder, and of flaxformer.
 ELSEWHERE = {'config.gin', 'experts_choose_base.gin'}

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.invariants.devices import processes
 from tests.invariants.first_load import held, where_they_lie
+from tests.invariants.test_mesh import often_and_exhaustive
 from tests.small import random_batch, small_t5, with_moe
 from tests.surgery.in_memory import abstract
 from upcycle import partitioning
@@ -166,20 +167,22 @@ def on(layout: tuple[int, int], shape: tuple[int, int, int], name: str) -> list[
 # One process with eight devices, and four with two; of the four each holds so many experts.
 ONE, FOUR = (1, 8), (4, 2)
 SHARE = {(1, 8, 1): 2, (2, 2, 2): 4, (1, 2, 4): 4, (1, 1, 8): 8, (4, 2, 1): 8}
-OFTEN = [(ONE, (1, 8, 1)), (FOUR, (2, 2, 2))]
-SELDOM = [
-    *((ONE, shape) for shape in [(1, 1, 1), (2, 2, 2)]),
-    *((FOUR, shape) for shape in [(1, 8, 1), (1, 2, 4), (1, 1, 8), (4, 2, 1)]),
+OFTEN = [
+    *((ONE, (1, 8, 1), name) for name in ('copy', 'noise', 'granular', 'partial', 'merge')),
+    *((FOUR, (2, 2, 2), name) for name in ('random', 'drop', 'branches', 'grow')),
 ]
-LAYOUTS = [*OFTEN, *(pytest.param(*layout, marks=pytest.mark.exhaustive) for layout in SELDOM)]
+LAYOUTS = [
+    *((ONE, shape) for shape in [(1, 8, 1), (1, 1, 1), (2, 2, 2)]),
+    *((FOUR, shape) for shape in [(2, 2, 2), (1, 8, 1), (1, 2, 4), (1, 1, 8), (4, 2, 1)]),
+]
+CASES = often_and_exhaustive([(*layout, name) for layout in LAYOUTS for name in SURGERIES], OFTEN)
 
 
 def test_every_operator_is_here():
-    assert {*SURGERIES} == {*EXPERT_OPERATORS}
+    assert {*SURGERIES} == {*EXPERT_OPERATORS} == {name for _, _, name in OFTEN}
 
 
-@pytest.mark.parametrize('name', SURGERIES)
-@pytest.mark.parametrize(('layout', 'shape'), LAYOUTS)
+@pytest.mark.parametrize(('layout', 'shape', 'name'), CASES)
 def test_the_same_bytes_as_offline(layout, shape, name):
     expected = offline(name)
     for found in on(layout, shape, name):
@@ -190,8 +193,7 @@ def test_the_same_bytes_as_offline(layout, shape, name):
                 assert hashlib.sha256(part.tobytes()).digest() == digest, (leaf, where)
 
 
-@pytest.mark.parametrize('name', SURGERIES)
-@pytest.mark.parametrize(('layout', 'shape'), LAYOUTS)
+@pytest.mark.parametrize(('layout', 'shape', 'name'), CASES)
 def test_memory(layout, shape, name):
     """Apart from its part a device holds one leaf at most."""
     for found in on(layout, shape, name):
@@ -200,8 +202,7 @@ def test_memory(layout, shape, name):
             assert extra <= found['leaf'], device
 
 
-@pytest.mark.parametrize('name', SURGERIES)
-@pytest.mark.parametrize(('layout', 'shape'), LAYOUTS)
+@pytest.mark.parametrize(('layout', 'shape', 'name'), CASES)
 def test_work(layout, shape, name):
     """A process makes the experts that its devices hold, each once, and no others."""
     what, _, _ = plan_of(name)

@@ -10,6 +10,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from tests.invariants.devices import processes, start_together
 from tests.invariants.test_processes import two_commands
@@ -96,6 +97,8 @@ def hash_step(folder, what, deaf):
     if deaf:
         hashing._LONGER = 0.0
         hosts.lookup = lambda store, key: None if key.endswith('/answer') else lookup(store, key)
+    # Process 0 may ask only once the other one takes notes.
+    multihost_utils.sync_global_devices('hash_step')
     try:
         integrity.by_process_0(lambda: found.append(getattr(integrity, what)(integrity.epath.Path(folder))) or 0, '')
     finally:
