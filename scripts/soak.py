@@ -12,6 +12,7 @@ for bit. Two processes are joined over loopback, as a launcher starts them. CPU;
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -55,6 +56,7 @@ DENSE_STEPS = 2
 AIMS = ('anywhere', 'start', 'second', 'step', 'save', 'evaluation')
 DAMAGE = ('truncated', 'deleted', 'flipped', 'half-written')
 SHARE_DAMAGED = 0.3
+SHARE_UPCYCLING = 0.5  # of the first kills of a run
 POLL_SECONDS = 0.002
 LINE_BYTES = 20_000  # more than two lines of the metrics
 LONGEST_SECONDS = 1800  # of a start
@@ -165,6 +167,17 @@ class Leg:
         self.end()
         return alive
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stops its processes (SIGSTOP), which take up their work again afterwards."""
+        for process in self.processes:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in self.processes:
+                process.send_signal(signal.SIGCONT)
+
     def __enter__(self) -> 'Leg':
         return self
 
@@ -242,12 +255,10 @@ def convert(family: str, dense: str, folder: pathlib.Path) -> str:
 
 
 def refuse_second(leg: Leg, case: Case, dense: str, total: int, account: Account) -> None:
-    """Starts the same run once more in its folder, and raises SoakError unless that is refused while the first one runs."""
-    with Leg(case, leg.run, dense, total, name=f'{leg.run.name}_second') as second:
+    """Starts the same run once more in its folder, and raises SoakError unless that is refused. The first one stands still."""
+    with leg.standing_still(), Leg(case, leg.run, dense, total, name=f'{leg.run.name}_second') as second:
         end = time.monotonic() + LONGEST_SECONDS
         while None in second.codes() and time.monotonic() < end:
-            if any(code is not None for code in leg.codes()):
-                return
             time.sleep(0.05)
         if any(code is not None for code in leg.codes()):
             return
@@ -418,7 +429,7 @@ def disturb(
     for number in range(MOST_STARTS):
         account.starts += 1
         # The beginning of a run is where it upcycles.
-        aim = 'upcycle' if number < 2 else chance.choice(AIMS)
+        aim = 'upcycle' if number == 0 and chance.random() < SHARE_UPCYCLING else chance.choice(AIMS)
         sent = chance.choice((signal.SIGKILL, signal.SIGTERM)) if account.kills < kills else None
         with Leg(case, run, dense, total) as leg:
             if sent is None or not watch(leg, moments(leg, aim, chance, typical_seconds)):
