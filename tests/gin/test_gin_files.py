@@ -98,7 +98,13 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
     assert moments.shape[0] == 4 and (moments != 0).any()
 
 
-@pytest.mark.parametrize('kind', runs.FILES)
+# Their files are those of others, and `test_mesh`, `test_learning_curves` and the fixtures train dense models of both families.
+SELDOM = ('text dense', 'vit dense')
+
+
+@pytest.mark.parametrize(
+    'kind', [pytest.param(kind, marks=[pytest.mark.exhaustive] if kind in SELDOM else []) for kind in runs.FILES]
+)
 def test_runs_step_twice(kind, tmp_path, request):
     more = {}
     if kind.endswith(('continue', 'upcycle')):
@@ -164,7 +170,14 @@ def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
     }
 
 
-@pytest.mark.parametrize('file', ['surgery/random', 'surgery/granular', 'recipes/soft_moe', 'recipes/shared_experts'])
+@pytest.mark.parametrize(
+    'file',
+    [
+        'recipes/soft_moe',
+        *(pytest.param(f'{kind}', marks=pytest.mark.exhaustive) for kind in ('surgery/random', 'surgery/granular')),
+        pytest.param('recipes/shared_experts', marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_vit_takes_them_too(file, tmp_path, dense_vit):
     bindings = runs.bindings('vit upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense_vit)
     if file.startswith('recipes/'):

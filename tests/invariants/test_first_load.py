@@ -88,7 +88,7 @@ def loaded(case, checkpoints, layout, mesh):
     return _FOUND[key]
 
 
-OFTEN = [(case, FOUR, (2, 2, 2)) for case in ('drop', 'converted')]
+OFTEN = [('converted', FOUR, (2, 2, 2))]
 SELDOM = [
     (case, layout, mesh)
     for case in ('copy', 'drop', 'noise', 'random', 'branches', 'hidden', 'converted', 'imported')

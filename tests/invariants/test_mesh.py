@@ -11,7 +11,7 @@ from tests.invariants.devices import on_devices, processes
 from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
 
 # With slots and without they are compared on every kind of split; what else differs, on the mesh that splits everything.
-WIDELY = dict.fromkeys(('gather', 'ragged'), ('8x1x1', '1x8x1', ALL_AXES))
+WIDELY = dict.fromkeys(('gather', 'ragged'), ('8x1x1', '1x8x1', ALL_AXES)) | {'scanned and rematerialised': ()}
 # Of two processes: experts over both, and all that splits.
 OF_PROCESSES = [(case, mesh) for case in ('gather', 'einsum', 'ragged') for mesh in ('1x8x1', ALL_AXES)]
 OFTEN_OF_PROCESSES = [('ragged', ALL_AXES)]  # others: `test_many_hosts.py`

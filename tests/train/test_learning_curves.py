@@ -92,6 +92,7 @@ def test_follows_t5x(kind):
     assert max(distances.values()) < RMS_BOUND[kind], sorted(distances.items(), key=lambda item: -item[1])[:3]
 
 
+@pytest.mark.exhaustive
 @requires_fixtures
 def test_the_curve_notices_a_wrong_optimizer():
     """The bounds above would be worth nothing if another factoring passed them."""
