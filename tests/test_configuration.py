@@ -90,8 +90,8 @@ def test_impossible_combinations_are_all_said():
         ({'DROPOUT_RATE': 1}, 'DROPOUT_RATE = 1 must be a number in [0, 1)'),
         ({'SCAN_LAYERS': 1}, 'SCAN_LAYERS = 1 must be True or False'),
         ({'upcycle.train.run.Run.sed': 1}, 'upcycle.train.run.Run has no parameter sed (did you mean seed?)'),
-        ({'\tupcycle.train.run.Run.seed': 1}, "binds '\\tupcycle.train.run.Run.seed', which is no name"),
-        ({'DATA SEED': 1}, "binds 'DATA SEED', which is no name"),
+        ({'\tupcycle.train.run.Run.seed': 1}, "binds '\\tupcycle.train.run.Run.seed', which is not a name"),
+        ({'DATA SEED': 1}, "binds 'DATA SEED', which is not a name"),
         (
             {'TASK_FEATURE_LENGTHS': {}},
             "TASK_FEATURE_LENGTHS = {} must name the lengths of both 'inputs' and 'targets'",

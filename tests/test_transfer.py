@@ -27,6 +27,14 @@ def transfer_by_command(tmp_path, capsys, source, *more, name='import'):
     return call([name, '--from', str(source), '--to', str(tmp_path / 'out'), *more], capsys)
 
 
+def source_and_target(format, folder):
+    """A checkpoint that can be written in a format, and where to."""
+    if format == 'vit_npz':
+        np.savez(folder / 'source.npz', **vits.ours())
+        return folder / 'source.npz', folder / 'out.npz'
+    return trees.write(folder / 't5x', 't5x_orbax', trees.t5(False, state=False)), folder / 'out'
+
+
 def test_import_and_export_by_command(tmp_path, capsys):
     tree = trees.t5(True, state=True)
     source = trees.write(tmp_path / 't5x', 't5x_orbax', tree)
@@ -46,11 +54,7 @@ def test_import_and_export_by_command(tmp_path, capsys):
 @pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 'huggingface', 'vit_npz'])
 def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
     """What is written last is an index, or metadata. The same command goes on when there is room."""
-    if format == 'vit_npz':
-        np.savez(tmp_path / 'source.npz', **vits.ours())
-        source, target = tmp_path / 'source.npz', tmp_path / 'out.npz'
-    else:
-        source, target = trees.write(tmp_path / 't5x', 't5x_orbax', trees.t5(False, state=False)), tmp_path / 'out'
+    source, target = source_and_target(format, tmp_path)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -72,11 +76,7 @@ def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 'huggingface', 'vit_npz'])
 def test_two_commands_do_not_write_one_checkpoint(format, tmp_path, monkeypatch):
-    if format == 'vit_npz':
-        np.savez(tmp_path / 'source.npz', **vits.ours())
-        source, target = tmp_path / 'source.npz', tmp_path / 'out.npz'
-    else:
-        source, target = trees.write(tmp_path / 't5x', 't5x_orbax', trees.t5(False, state=False)), tmp_path / 'out'
+    source, target = source_and_target(format, tmp_path)
     refused = []
 
     def again(*arguments):

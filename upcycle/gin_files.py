@@ -90,7 +90,7 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Found:
             continue
         if not _NAME.fullmatch(name):
             reader.found.mistakes.append(
-                f'{label} binds {name!r}, which is no name: write --gin.NAME=VALUE without spaces.'
+                f'{label} binds {name!r}, which is not a name: write --gin.NAME=VALUE without spaces.'
             )
             continue
         before = len(reader.found.mistakes)

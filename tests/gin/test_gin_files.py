@@ -98,7 +98,7 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
     assert moments.shape[0] == 4 and (moments != 0).any()
 
 
-# Their files are those of others, and `test_mesh`, `test_learning_curves` and the fixtures train dense models of both families.
+# Other kinds step the same gin files.
 SELDOM = ('text dense', 'vit dense')
 
 
@@ -174,8 +174,10 @@ def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
     'file',
     [
         'recipes/soft_moe',
-        *(pytest.param(f'{kind}', marks=pytest.mark.exhaustive) for kind in ('surgery/random', 'surgery/granular')),
-        pytest.param('recipes/shared_experts', marks=pytest.mark.exhaustive),
+        *(
+            pytest.param(file, marks=pytest.mark.exhaustive)
+            for file in ('surgery/random', 'surgery/granular', 'recipes/shared_experts')
+        ),
     ],
 )
 def test_a_vit_takes_them_too(file, tmp_path, dense_vit):

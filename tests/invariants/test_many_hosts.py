@@ -13,6 +13,7 @@ import pytest
 from tests import runs
 from tests.evaluate import small_tasks
 from tests.evaluate.probe_on_a_mesh import probe
+from tests.invariants import test_processes
 from tests.invariants.many_hosts import MESHES, ORDERS, call
 from tests.invariants.on_eight_devices import step
 from tests.invariants.test_mesh import assert_same, often_and_exhaustive, on_eight
@@ -78,16 +79,7 @@ def test_gradients(shape, order):
     assert_same(on_eight('gather', 'one device'), call(step, 'gather', shape, order=order)[0])
 
 
-# A small rate, since fresh Adafactor turns rounding into whole steps.
-SETTINGS = {
-    'NUM_EXPERTS': 8,
-    'BASE_LEARNING_RATE': 0.01,
-    'BATCH_SIZE': 8,
-    'GROUPS_MULTIPLE_OF': 8,
-    'LOG_PERIOD': 1,
-    'EVAL_PERIOD': 2,
-    **runs.ONE_SPARSE_LAYER,
-}
+SETTINGS = {**test_processes.SETTINGS, **runs.ONE_SPARSE_LAYER}
 
 
 def train(model_dir, steps, start, shape):

@@ -164,7 +164,7 @@ def on(layout: tuple[int, int], shape: tuple[int, int, int], name: str) -> list[
     return processes(*layout).call(upcycle, name, shape)
 
 
-# One process with eight devices, and four with two; of the four each holds so many experts.
+# One process with eight devices, and four with two. SHARE: the experts that each of the four holds, by mesh.
 ONE, FOUR = (1, 8), (4, 2)
 SHARE = {(1, 8, 1): 2, (2, 2, 2): 4, (1, 2, 4): 4, (1, 1, 8): 8, (4, 2, 1): 8}
 OFTEN = [

@@ -1,4 +1,4 @@
-"""What several processes do together beside training: end when one cannot go on, and hash the files of a step."""
+"""What several processes do together apart from training: end when one cannot go on, and hash the files of a step."""
 
 import contextlib
 import io

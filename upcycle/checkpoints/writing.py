@@ -442,7 +442,7 @@ class Claim:
 
 
 class Staging:
-    """Where the file or folder of a format that is not written part by part is put together: on a disk beside its final name,
+    """Where the file or folder of a format that is not written part by part is put together: on a disk next to its final name,
     for a bucket in the folder for temporary files.
 
     Args:
@@ -525,7 +525,7 @@ def not_refused(place: epath.Path, what: str = '') -> Iterator[None]:
 
     Args:
         place: the file or folder.
-        what: the leaf that is written; '': what stands beside the leaves.
+        what: the leaf that is written; '': anything else.
 
     Raises:
         WriteError: the disk takes no more.
