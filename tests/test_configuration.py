@@ -499,6 +499,51 @@ def test_files_in_an_order_in_which_one_undoes_another(files, first, second):
     assert len(said) == 1 and said[0].startswith(f'{first} stands before {second}, which sets '), found
 
 
+@pytest.mark.parametrize('folder', ['', 'models'])
+def test_an_own_file_that_one_of_ours_replaces(folder, tmp_path, capsys):
+    """A warning, unless its folder's name says where it belongs, as those of ours do."""
+    own = tmp_path / folder / 'mine.gin'
+    own.parent.mkdir(exist_ok=True)
+    own.write_text('WARMUP_STEPS = 3\nEVAL_STEPS = 7\n')
+    dense = runs.FILES['dense']
+    bindings = runs.bindings('dense', '/nowhere', 6)
+    del bindings['EVAL_STEPS']
+    shipped = configuration.load(dense, bindings)
+    capsys.readouterr()
+    assert configuration.load((str(own), *dense), bindings) == shipped
+    words = (
+        f'warning: runs/pretrain.gin comes after {own} and replaces its EVAL_STEPS: name {own} last to use its values.'
+    )
+    assert (words in capsys.readouterr().err) == (not folder)
+    if not folder:
+        assert configuration.load((*dense, str(own)), bindings) != shipped
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('bound', 'instead'),
+    [
+        (
+            'synthetic.SyntheticText.seed',
+            'train/synthetic.SyntheticText.seed or validation/synthetic.SyntheticText.seed',
+        ),
+        ('train/synthetic.SyntheticText.seed', None),
+    ],
+)
+def test_a_binding_that_a_scope_replaces(bound, instead):
+    bindings = runs.bindings('dense', '/nowhere', 6) | {bound: '77'}
+    if instead is None:
+        assert configuration.load(runs.FILES['dense'], bindings).train_data.seed == 77
+    else:
+        (found,) = mistakes(runs.FILES['dense'], bindings)
+        assert found == f'--gin.{bound}=77 has no effect, because it is bound in a scope too: bind {instead}.'
+
+
+def test_a_folder_as_a_gin_file():
+    (found,) = mistakes((*runs.FILES['dense'], 'runs'), runs.bindings('dense', '/nowhere', 6))
+    assert found == '--gin_file=runs is a folder: name a file in it.'
+
+
 def test_an_order_that_changes_nothing_is_taken():
     """The two set nothing in common; or what they do is given on the command line."""
     files = (runs.TINY, runs.TASK, 'moe/t5.gin', 'runs/scratch.gin')

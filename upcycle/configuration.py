@@ -61,6 +61,8 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
     if not names:
         raise UserError('No configuration: name one with --gin_file, such as --gin_file=models/t5_1_1_base.gin.')
     found = gin_files.read(names, bindings)
+    for sentence in found.warnings:
+        warn(sentence)
     try:
         has_run = bool(gin.get_bindings(Run, resolve_references=False))
     except ValueError:  # gin has never met it
@@ -497,7 +499,8 @@ def _not_set(macro: str) -> str:
         return f'{macro} is not set{similar}: mend the name, or give --gin.{macro}=...'
     if not files:
         return f'{macro} is not set: give --gin.{macro}=...'
-    choice = files[0] if len(files) == 1 else f'{files[0]} or another of {len(files)}'
+    folders = ' or '.join(dict.fromkeys(file.partition('/')[0] + '/' for file in files))
+    choice = files[0] if len(files) == 1 else f'{files[0]} (or another file of {folders} that sets it)'
     return f'{macro} is not set: add --gin_file={choice}, or give --gin.{macro}=...'
 
 
@@ -525,15 +528,23 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
     ours = set() if whole else gin_files.macros_of(gin_files.shipped().values())
     used_macros: set[str] = set()
     used_parameters: set[str] = set()
-    for selector, _, values in _reachable():
+    # By the binding that takes effect: in gin, that of the innermost scope.
+    setters: set[str] = set()
+    for selector, target, values in _reachable():
         used_parameters |= {f'{selector}.{name}' for name in values}
+        scopes = selector.split('/')[:-1]
+        setters |= {f'{_full_name(_setter(scopes, target, name), target)}.{name}' for name in values}
         for value in values.values():
             used_macros |= {macro for reference in _references(value) if (macro := _macro(reference))}
     for name in found.bound:
         if '.' in name:
             *scopes, selector = name.split('/')
             wanted = '/'.join([*scopes, _full_parameter(selector)])
-            if any(parameter == wanted or parameter.endswith('/' + wanted) for parameter in used_parameters):
+            if wanted in setters:
+                continue
+            if scoped := sorted(known for known in used_parameters if known.endswith('/' + wanted)):
+                instead = ' or '.join(f'{known.removesuffix(wanted)}{name}' for known in scoped)
+                yield f'--gin.{name}={bindings[name]} has no effect, because it is bound in a scope too: bind {instead}.'
                 continue
             known = used_parameters
         elif name in used_macros or name in ours:
@@ -542,6 +553,16 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
             known = used_macros | ours
         hint = nearest(name, known)
         yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: mend the name or leave it out.'
+
+
+def _setter(scopes: Sequence[str], target: Any, parameter: str) -> Sequence[str]:
+    """The scopes in which a parameter is bound that takes effect, of a configurable that is called in `scopes`."""
+    while scopes:
+        with gin.config_scope('/'.join(scopes)):
+            if parameter in gin.get_bindings(target, resolve_references=False, inherit_scopes=False):
+                break
+        scopes = scopes[:-1]
+    return scopes
 
 
 def _full_parameter(selector_and_parameter: str) -> str:

@@ -49,6 +49,7 @@ class Found:
 
     Attributes:
       mistakes: a sentence each.
+      warnings: a sentence each.
       files: the files, with those that they include, by the names they were called by.
       bound: names on the command line that were understood.
       macros: where each macro of a file was last set.
@@ -56,6 +57,7 @@ class Found:
     """
 
     mistakes: list[str] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
     files: list[str] = dataclasses.field(default_factory=list)
     bound: list[str] = dataclasses.field(default_factory=list)
     macros: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -295,22 +297,34 @@ class _Reader:
         # By which file of the command line a binding was last set; and which was overridden by a file that it should follow.
         self._setters: dict[str, str] = {}
         self._overridden: dict[tuple[str, str], list[str]] = {}
+        # Files of the command line that are shipped with this package.
+        self._ours: set[str] = set()
 
     def wrong_order(self, bindings: Mapping[str, str]) -> Iterator[str]:
-        """Of two files in the wrong order, where that changes anything."""
+        """Of two files in the wrong order, where that changes anything. A user's file before one of ours is only a warning."""
         for (first, second), names in self._overridden.items():
-            if found := [name for name in names if name not in bindings]:
+            if not (found := [name for name in names if name not in bindings]):
+                continue
+            if _folder(second) in FOLLOWS.get(_folder(first), ()):
                 yield (
                     f'{first} stands before {second}, which sets {found[0]} again: name the files in the order models, moe, '
                     'tasks, runs, and then those of recipes and surgery.'
                 )
+                continue
+            what = found[0] if len(found) == 1 else f'{found[0]} and {len(found) - 1} more'
+            self.found.warnings.append(
+                f'{second} comes after {first} and replaces its {what}: name {first} last to use its values.'
+            )
 
     def file(self, name: str, label: str, within: tuple[str, ...]) -> None:
         """A file and what it includes; `within`: the files that it is included by."""
         path = next((p for p in (os.path.join(folder, name) for folder in search_paths()) if os.path.isfile(p)), None)
         if path is None:
             looked = ', '.join(dict.fromkeys(search_paths()))
-            self._note(f'{label} does not exist{nearest(name, shipped())}: looked in {looked}.')
+            if any(os.path.isdir(os.path.join(folder, name)) for folder in search_paths()):
+                self._note(f'{label} is a folder: name a file in it.')
+            else:
+                self._note(f'{label} does not exist{nearest(name, shipped())}: looked in {looked}.')
             return
         if path in within:
             self._note(f'{label} includes itself.')
@@ -318,6 +332,8 @@ class _Reader:
         self.found.files.append(name)
         if not within:
             self._named = name
+            if pathlib.Path(path).resolve().is_relative_to(_gin_folder().resolve()):
+                self._ours.add(name)
         try:
             with open(path, encoding='utf-8') as file:
                 text = file.read()
@@ -399,7 +415,9 @@ class _Reader:
         if not self._in_file:
             return
         before = self._setters.get(name, '')
-        if _folder(self._named) in FOLLOWS.get(_folder(before), ()):
+        in_wrong_order = _folder(self._named) in FOLLOWS.get(_folder(before), ())
+        in_order = _folder(before) in FOLLOWS.get(_folder(self._named), ())
+        if in_wrong_order or (before and before not in self._ours and self._named in self._ours and not in_order):
             self._overridden.setdefault((before, self._named), []).append(name)
         self._setters[name] = self._named
 
