@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from upcycle import streamed
 from upcycle.evaluate import diversity, few_shot, token_statistics, validation
 from upcycle.surgery import receipt
 from upcycle.train import loop
@@ -24,6 +25,7 @@ def share() -> None:
     for module in (validation, few_shot, token_statistics):
         module.compiled = functools.lru_cache(maxsize=KEPT)(module.compiled)
     diversity.compiled = _shared(diversity.compiled, lambda layers: repr(layers))
+    streamed.cut_into_pieces = functools.lru_cache(maxsize=KEPT)(streamed.cut_into_pieces)
     receipt.function_checks = functools.lru_cache(maxsize=KEPT)(receipt.function_checks)
     states.initializer = _shared(states.initializer, lambda run, where: (_shapes(run, where), _rest(run)))
     loop.lower_step = _shared(_lower_step(loop.lower_step), _step)

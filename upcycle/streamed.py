@@ -22,11 +22,6 @@ class Unread:
     dtype: Any
     read: Callable[[], jax.Array]
 
-    @property
-    def nbytes(self) -> int:
-        """Of the whole."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
 
 def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments: Any) -> Iterator[tuple[str, Any]]:
     """Computes a function in pieces, one after the other, and yields each result as soon as it is known.
@@ -43,28 +38,21 @@ def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments
       The name of a result and its value, in the order in which they are computed.
     """
     values, structure = jax.tree.flatten((params, *arguments))
-    abstract = [jax.ShapeDtypeStruct(value.shape, jax.dtypes.canonicalize_dtype(value.dtype)) for value in values]
-    closed, results = jax.make_jaxpr(lambda flat: function(*structure.unflatten(flat)), return_shape=True)(abstract)
-    program = closed.jaxpr
-    wanted: dict[str, tuple[Any, list[Any]]] = {}
-    outputs = iter(program.outvars)
-    for name, result in sorted(results.items()):  # as JAX flattens a dictionary
-        leaves, shape = jax.tree.flatten(result)
-        wanted[name] = shape, [next(outputs) for _ in leaves]
-    known = dict(zip([*program.constvars, *program.invars], [*closed.consts, *values], strict=True))
-    unread = {variable: known.pop(variable) for variable in program.invars if isinstance(known[variable], Unread)}
-    pieces = _pieces(_needed(program), unread)
+    abstract = tuple(jax.ShapeDtypeStruct(value.shape, jax.dtypes.canonicalize_dtype(value.dtype)) for value in values)
+    cut = cut_into_pieces(function, structure, abstract, tuple(isinstance(value, Unread) for value in values))
+    known = dict(zip([*cut.program.constvars, *cut.program.invars], [*cut.constants, *values], strict=True))
+    unread = {variable: known.pop(variable) for variable in cut.program.invars if isinstance(known[variable], Unread)}
     del values
-    last_piece = {variable: number for number, piece in enumerate(pieces) for variable in _inputs(piece)}
-    compiled: dict[Any, jax.stages.Compiled] = {}
-    for number, piece in enumerate(pieces):
+    wanted = dict(cut.results)
+    last_piece = {variable: number for number, piece in enumerate(cut.pieces) for variable in _inputs(piece)}
+    for number, piece in enumerate(cut.pieces):
         later = {variable for variable, last in last_piece.items() if last > number}
         made = dict.fromkeys(variable for equation in piece for variable in equation.outvars)
         inputs = [variable for variable in _inputs(piece) if variable not in made]
         outs = [variable for variable in made if variable in later | _still(wanted)]
         # What was read has no other name, and so is freed after the call.
         given = [unread[variable].read() if variable in unread else known[variable] for variable in inputs]
-        known |= zip(outs, _run(piece, inputs, outs, given, compiled), strict=True)
+        known |= zip(outs, _run(piece, inputs, outs, given, cut.compiled), strict=True)
         del given
         for name, (shape, atoms) in list(wanted.items()):
             if all(atom in known for atom in atoms if _is_variable(atom)):
@@ -72,6 +60,54 @@ def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments
                 yield name, shape.unflatten([known[atom] if _is_variable(atom) else atom.val for atom in atoms])
         known = {variable: value for variable, value in known.items() if variable in later | _still(wanted)}
     assert not wanted, wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """A traced function in pieces.
+
+    Attributes:
+      program: the function as a jaxpr.
+      constants: of the program.
+      pieces: the equations on which a result depends.
+      results: by name, the structure and the atoms of each.
+      compiled: pieces by what identifies their programs; it is filled as they are run.
+    """
+
+    program: Any
+    constants: Sequence[Any]
+    pieces: Sequence[Sequence[Any]]
+    results: Mapping[str, tuple[Any, list[Any]]]
+    compiled: dict[Any, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
+
+
+def cut_into_pieces(
+    function: Callable[..., Mapping[str, Any]],
+    structure: Any,
+    inputs: tuple[jax.ShapeDtypeStruct, ...],
+    unread: tuple[bool, ...],
+) -> Cut:
+    """Traces a function and cuts it.
+
+    Args:
+      function: as for `streamed`.
+      structure: of its arguments, as a tree.
+      inputs: the leaves of this tree.
+      unread: which of them are.
+    """
+    closed, shapes = jax.make_jaxpr(lambda flat: function(*structure.unflatten(flat)), return_shape=True)(list(inputs))
+    program = closed.jaxpr
+    results: dict[str, tuple[Any, list[Any]]] = {}
+    outputs = iter(program.outvars)
+    for name, result in sorted(shapes.items()):  # as JAX flattens a dictionary
+        leaves, shape = jax.tree.flatten(result)
+        results[name] = shape, [next(outputs) for _ in leaves]
+    sizes = {
+        variable: leaf.size * leaf.dtype.itemsize
+        for variable, leaf, is_unread in zip(program.invars, inputs, unread, strict=True)
+        if is_unread
+    }
+    return Cut(program, closed.consts, _pieces(_needed(program), sizes), results)
 
 
 def _still(wanted: Mapping[str, tuple[Any, list[Any]]]) -> set[Any]:
@@ -99,14 +135,14 @@ def _needed(program: Any) -> list[Any]:
     return equations[::-1]
 
 
-def _pieces(equations: Sequence[Any], unread: Mapping[Any, Unread]) -> list[list[Any]]:
+def _pieces(equations: Sequence[Any], sizes: Mapping[Any, int]) -> list[list[Any]]:
     """Cuts equations so that no piece needs more unread bytes than the largest parameter of all, unless one equation does."""
-    limit = max((unread[variable].nbytes for variable in _inputs(equations) if variable in unread), default=0)
+    limit = max((sizes[variable] for variable in _inputs(equations) if variable in sizes), default=0)
     pieces: list[list[Any]] = [[]]
     held: set[Any] = set()
     for equation in equations:
-        more = {variable for variable in _inputs([equation]) if variable in unread}
-        if pieces[-1] and more - held and sum(unread[variable].nbytes for variable in held | more) > limit:
+        more = {variable for variable in _inputs([equation]) if variable in sizes}
+        if pieces[-1] and more - held and sum(sizes[variable] for variable in held | more) > limit:
             pieces.append([])
             held = set()
         pieces[-1].append(equation)
@@ -131,11 +167,15 @@ def _run(
             values |= zip(equation.outvars, made if equation.primitive.multiple_results else [made], strict=True)
         return [values[variable] for variable in outputs]
 
-    lowered = jax.jit(program).lower(*operands)
-    which = lowered.as_text(), tuple(getattr(operand, 'sharding', None) for operand in operands)
-    if any(np.ndim(atom.val) for equation in piece for atom in equation.invars if not _is_variable(atom)):
-        # JAX may pass arrays that the function holds apart from the text.
-        which = object()
-    if which not in compiled:
-        compiled[which] = lowered.compile()
-    return jax.block_until_ready(compiled[which](*operands))
+    shardings = tuple(getattr(operand, 'sharding', None) for operand in operands)
+    same = (*map(id, piece), shardings)
+    if same not in compiled:
+        lowered = jax.jit(program).lower(*operands)
+        alike = lowered.as_text(), shardings
+        if any(np.ndim(atom.val) for equation in piece for atom in equation.invars if not _is_variable(atom)):
+            # JAX may pass arrays that the function holds apart from the text.
+            alike = same
+        if alike not in compiled:
+            compiled[alike] = lowered.compile()
+        compiled[same] = compiled[alike]
+    return jax.block_until_ready(compiled[same](*operands))
