@@ -1,5 +1,6 @@
 """Every format into every other and back, dense and MoE, with and without optimizer state: to the bit, or refused by name."""
 
+import itertools
 import os
 
 import numpy as np
@@ -46,10 +47,14 @@ def _often(model):
     return pytest.param(model, marks=pytest.mark.exhaustive) if model == 'umt5 moe' else model
 
 
+def _pair(source, target):
+    # Each reader meets our writer and each writer our reader. Nothing knows which two formats meet.
+    return pytest.param(source, target, marks=[] if 'upcycle' in (source, target) else pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize('state', [False, True], ids=['parameters', 'state'])
 @pytest.mark.parametrize('model', [_often(model) for model in MODELS])
-@pytest.mark.parametrize('target', FORMATS)
-@pytest.mark.parametrize('source', FORMATS)
+@pytest.mark.parametrize(('source', 'target'), [_pair(*pair) for pair in itertools.product(FORMATS, FORMATS)])
 def test_round_trip(source, target, model, state, tmp_path, capsys):
     tree = MODELS[model](state)
     if not holds(source, model, state):

@@ -22,6 +22,7 @@ def test_outputs_are_stripped(cells):
     assert all(cell['outputs'] == [] and cell['execution_count'] is None for cell in cells)
 
 
+@pytest.mark.exhaustive
 def test_it_runs(cells, tmp_path, monkeypatch, capsys):
     plt = pytest.importorskip('matplotlib.pyplot')
     plt.switch_backend('Agg')

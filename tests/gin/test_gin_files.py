@@ -41,8 +41,7 @@ RECIPES = (
 RATES = ('restarted_rate', 'constant_minimum')
 T5_1_0 = tuple(f't5_1_0_{size}' for size in ('small', 'base', 'large', '3b', '11b'))
 FULL_SIZES = (*(f't5_1_1_{size}' for size in ('small', 'base', 'large', 'xl')), *T5_1_0)
-DEEP = ('t5_1_1_large', 't5_1_1_xl', *T5_1_0[2:], 'l32', 'l16', 'h14')
-SCANNED = {'SCAN_LAYERS': 'True'}  # as such stacks are trained: one block is traced, not 24 or 32
+SCANNED = {'SCAN_LAYERS': 'True'}  # as deep stacks are trained: one block is traced, not 12 or 32
 VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 
 
@@ -216,8 +215,10 @@ def test_dense_surgeries_step(name, sizes, tmp_path, dense, sparse):
     assert np.isfinite(receipt['function_check']['whole_model']['loss_gap'])
 
 
+# What they compute is tested on routers and layers, in seconds.
+@pytest.mark.parametrize('abstractly', [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize('name', RECIPES)
-def test_recipes_step(name, tmp_path):
+def test_recipes_step(name, abstractly, tmp_path):
     small = dict(runs.ONE_SPARSE_LAYER)
     if name == 'soft_moe':
         small['GROUP_SIZE'] = '32'  # of the task's sequences
@@ -225,6 +226,9 @@ def test_recipes_step(name, tmp_path):
     run = configuration.load((*runs.FILES['scratch'], f'recipes/{name}.gin'), bindings)
     plain = configuration.load(runs.FILES['scratch'], bindings)
     assert run != plain
+    if abstractly:
+        step_abstractly(run)
+        return
     mesh = loop.check(run)
     with partitioning.use(mesh):
         where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
@@ -394,7 +398,7 @@ def full_t5(size, sparse):
         files.insert(1, 'moe/t5.gin')
     lengths = "{'inputs': 512, 'targets': 114}"
     bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '32128', 'TASK_FEATURE_LENGTHS': lengths}
-    bindings |= SCANNED if size in DEEP else {}
+    bindings |= SCANNED
     return configuration.load(files, bindings)
 
 
@@ -476,7 +480,7 @@ def full_vit(size, sparse, photos):
         files.insert(1, 'moe/vit.gin')
     bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'TRAIN_FOLDER': str(photos), 'NUM_CLASSES': '1000'}
     bindings |= {'IMAGE_SIZE': '224', 'EVAL_STEPS': '1', 'BATCH_SIZE': '8'}
-    bindings |= SCANNED if size in DEEP else {}
+    bindings |= SCANNED
     return configuration.load(files, bindings)
 
 

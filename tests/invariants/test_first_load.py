@@ -15,7 +15,7 @@ from upcycle.errors import UserError
 from upcycle.train import state as states
 
 # Layers enough that all their MLPs are larger than one leaf of experts, and sequences so short that activations are small.
-SIZES = {'EMBED_DIM': 64, 'MLP_DIM': 256, 'NUM_ENCODER_LAYERS': 4, 'NUM_DECODER_LAYERS': 4}
+SIZES = {'EMBED_DIM': 64, 'MLP_DIM': 256, 'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2}
 RUN = {
     **SIZES,
     'NUM_EXPERTS': 4,

@@ -152,7 +152,7 @@ def answer(shape):
     return found, small_tasks.ANSWERS[-1], small_tasks.SCORES[-1]
 
 
-@everywhere(SCATTERED)
+@everywhere()
 def test_task_scores_belong_to_their_examples(shape, order):
     metrics, (targets, answers), (_, scores) = answer((1, 1, 1))
     assert len(set(answers)) > 1 and len({round(float(score), 3) for score in scores}) == len(scores)

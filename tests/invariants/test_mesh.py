@@ -10,8 +10,8 @@ from tests.invariants import types_on_eight_devices as types
 from tests.invariants.devices import on_devices, processes
 from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
 
-# With slots and without they are compared on every kind of split; what else differs, on the mesh that splits everything.
-WIDELY = dict.fromkeys(('gather', 'ragged'), ('8x1x1', '1x8x1', ALL_AXES)) | {'scanned and rematerialised': ()}
+# All on the mesh that splits everything, but for two that repeat what others show.
+WIDELY = {'gather': ('8x1x1', ALL_AXES), 'scanned and rematerialised': (), 'vit, top 2': ()}
 # Of two processes: experts over both, and all that splits.
 OF_PROCESSES = [(case, mesh) for case in ('gather', 'einsum', 'ragged') for mesh in ('1x8x1', ALL_AXES)]
 OFTEN_OF_PROCESSES = [('ragged', ALL_AXES)]  # others: `test_many_hosts.py`
@@ -80,7 +80,7 @@ def updated(name, mesh, over_data):
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
-@pytest.mark.parametrize(('mesh', 'over_data'), often_and_exhaustive(LAYOUTS, [(ALL_AXES, False), (ALL_AXES, True)]))
+@pytest.mark.parametrize(('mesh', 'over_data'), often_and_exhaustive(LAYOUTS, [(ALL_AXES, True)]))
 def test_an_update_on_a_mesh_equals_that_on_one_device(name, mesh, over_data):
     """Of one gradient, at sizes that Adafactor factors: means over split axes, clipping, norms over all leaves."""
     expected, actual = updated(name, 'one device', False), updated(name, mesh, over_data)
@@ -98,9 +98,7 @@ def low_precision(kind, router, mesh):
 
 @pytest.mark.parametrize('router', types.ROUTERS)
 @pytest.mark.parametrize('kind', types.TYPES)
-@pytest.mark.parametrize(
-    'mesh', often_and_exhaustive([(mesh,) for mesh in list(types.MESHES)[1:]], [('8x1x1',), (ALL_AXES,)])
-)
+@pytest.mark.parametrize('mesh', often_and_exhaustive([(mesh,) for mesh in list(types.MESHES)[1:]], [(ALL_AXES,)]))
 def test_bfloat16_on_a_mesh_is_that_of_one_device_to_its_rounding(kind, router, mesh):
     """Routing is of float32: the same choices everywhere. What is rounded is rounded elsewhere, by at most some 2 ** -8."""
     expected, actual = low_precision(kind, router, 'one device'), low_precision(kind, router, mesh)
