@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.invariants.devices import environment
 from upcycle.checkpoints import Reader, native, open_checkpoint
 from upcycle.errors import UserError
 
@@ -52,7 +52,7 @@ def run(tmp_path_factory):
 
 
 def run_python(code, devices=1):
-    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    env = environment(devices)
     checkout = pathlib.Path(__file__).parents[2]
     command = [sys.executable, '-W', 'error::DeprecationWarning:jax.*', '-c', textwrap.dedent(code)]
     return subprocess.run(command, env=env, cwd=checkout, capture_output=True, text=True)

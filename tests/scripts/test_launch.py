@@ -10,6 +10,7 @@ import sysconfig
 import pytest
 
 from tests import vision
+from tests.invariants.devices import environment
 from upcycle.errors import PREEMPTED, UNAVAILABLE
 from upcycle.metrics import read_metrics
 
@@ -157,8 +158,9 @@ def test_two_processes_are_one_run(tmp_path, stand_in):
     bindings = vision.bindings(tmp_path / 'run', 2, NUM_LAYERS=1, EVAL_STEPS=1)
     files = [f'--gin_file={file}' for file in (vision.MODEL, vision.TASK, 'runs/pretrain.gin')]
     options = [f'--gin.{name}={value}' for name, value in bindings.items()]
-    cpu = {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}
-    result = launch('processes.sh', 2, 'train', *files, *options, folder=tmp_path, **cpu)
+    result = launch(
+        'processes.sh', 2, 'train', *files, *options, folder=tmp_path, XLA_FLAGS=environment(1)['XLA_FLAGS']
+    )
     logs = [(tmp_path / 'processes' / f'{i}.txt').read_text() for i in range(2)]
     assert result.returncode == 0, (result.stderr, logs)
     assert "mesh    {'data': 2, 'expert': 1, 'model': 1}" in logs[0]
