@@ -15,7 +15,7 @@ from upcycle import configuration, cost, files, outputs, partitioning
 from upcycle.checkpoints import open_checkpoint, open_checkpoints
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError, writing_to
-from upcycle.evaluate import few_shot, tasks, validation
+from upcycle.evaluate.protocol import Subject
 from upcycle.gin_files import require_data
 from upcycle.leaf_names import grouped, not_read
 from upcycle.metrics import counted, plain
@@ -123,21 +123,17 @@ def evaluate(
     if run.eval_data is None:
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
     mesh = loop.check(run)
-    metrics: dict[str, Any] = {}
     with partitioning.use(mesh):
         where = layout(run, mesh)
         params, operator = params_from(run, where, reader)
         if operator is not None:
             print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
-        sharding = partitioning.batch_sharding(mesh)
-        batches = counted(partitioning.batches(run.eval_data, 0, sharding), 'validation')
-        metrics['validation'] = validation.evaluate(validation.compiled(run.model), params, batches)
-        if run.few_shot is not None:
-            features = few_shot.compiled(run.model)
-            metrics['few_shot'] = few_shot.evaluate(run.few_shot, features, params, run.eval_data, sharding, counted)
-        if run.task_metrics is not None:
-            evaluator = tasks.TaskEvaluator(run.task_metrics, run.model, run.eval_data, sharding)
-            metrics['tasks'] = evaluator.evaluate(params)
+        subject = Subject(run.model, run.eval_data, partitioning.batch_sharding(mesh), counted)
+        metrics = {
+            evaluator.name: evaluator.prepare(subject)(params)
+            for evaluator in run.evaluators
+            if evaluator.of_checkpoints
+        }
     result = {
         'checkpoint': str(reader.path),
         'format': reader.format,

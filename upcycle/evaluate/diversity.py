@@ -1,16 +1,57 @@
 """How far the experts of each MoE layer have come apart."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-Diversity = Callable[[Any], dict[str, jax.Array]]
+from upcycle.data import DataSource
+from upcycle.errors import UserError
+from upcycle.evaluate import token_statistics
+from upcycle.evaluate.protocol import Subject
+from upcycle.models import Model, Params
+from upcycle.schema import Count
 
 
-def compiled(paths: Sequence[str]) -> Diversity:
+@dataclasses.dataclass(frozen=True)
+class Diversity:
+    """An evaluator (see `evaluate.protocol`): cosines between experts, and what each reads of the first evaluation batch.
+
+    Attributes:
+      period: steps between evaluations [DIVERSITY_PERIOD].
+    """
+
+    period: Count
+    name: ClassVar[str] = 'diversity'
+    at_start: ClassVar[bool] = True
+    of_checkpoints: ClassVar[bool] = False
+
+    def check(self, model: Model, data: DataSource | None) -> None:
+        """Raises UserError unless the model has experts."""
+        if not model.moe_layers():
+            raise UserError('DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.')
+
+    def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
+        """See `diversity` and `token_statistics`."""
+        cosines = compiled(subject.model.moe_layers())
+        read = None
+        if subject.data is not None and token_statistics.layers_of(subject.model):
+            read = token_statistics.compiled(subject.model)
+
+        def evaluate(params: Params) -> dict[str, Any]:
+            found = jax.device_get(cosines(params))
+            if read is not None:
+                statistics = jax.device_get(read(params, next(subject.batches(self.name))))
+                found |= token_statistics.in_words(statistics, subject.data)
+            return found
+
+        return evaluate
+
+
+def compiled(paths: Sequence[str]) -> Callable[[Params], dict[str, jax.Array]]:
     """`diversity` of the MoE layers at these paths, ready to be called on parameters."""
     return jax.jit(functools.partial(diversity, paths=tuple(paths)))
 

@@ -17,7 +17,7 @@ to zero, so the bias is orthogonal to them and is solved on its own: the Gram ma
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ import numpy as np
 
 from upcycle import partitioning
 from upcycle.errors import UserError
+from upcycle.evaluate.protocol import Subject
 from upcycle.models import Model, Params
 
 BIAS = 100.0
@@ -34,7 +35,9 @@ _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    """Which probes. Gin macros in brackets. Features come from the evaluation data's preprocessing, at evaluation capacity.
+    """Which probes: an evaluator (see `evaluate.protocol`). Gin macros in brackets.
+
+    Features come from the evaluation data's preprocessing, at evaluation capacity.
 
     Attributes:
       shots: images a class, a probe each [FEW_SHOT_SHOTS]. The paper: 10.
@@ -51,6 +54,9 @@ class FewShot:
     train_split: str = 'train'
     test_split: str | None = None
     period: int | None = None
+    name: ClassVar[str] = 'few_shot'
+    at_start: ClassVar[bool] = False
+    of_checkpoints: ClassVar[bool] = True
 
     def __post_init__(self):
         for binding, field in (('FEW_SHOT_SHOTS', 'shots'), ('FEW_SHOT_L2', 'l2')):
@@ -74,6 +80,11 @@ class FewShot:
             )
         if eval_data is None or not hasattr(eval_data, 'num_classes'):
             raise UserError('FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.')
+
+    def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
+        """See `evaluate`."""
+        features = compiled(subject.model)
+        return lambda params: evaluate(self, features, params, subject.data, subject.sharding, subject.watch)
 
     def data(self, eval_data: Any) -> tuple[Any, Any]:
         """The images to draw from and those to classify: one pass each, preprocessed as for evaluation.

@@ -6,8 +6,8 @@ Shape suffixes: `B` rows of a batch, `L` length in tokens.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import numpy as np
 from upcycle import partitioning
 from upcycle.data import WHOLE, tensorflow_quiet
 from upcycle.errors import UserError
+from upcycle.evaluate.protocol import Subject
 from upcycle.models import Model, Params
 from upcycle.models.decoding import generate
 from upcycle.models.losses import cross_entropy
@@ -24,7 +25,9 @@ from upcycle.schema import Count
 
 @dataclasses.dataclass(frozen=True)
 class TaskMetrics:
-    """Which tasks, and how they are answered. Gin macros in brackets. Lengths and batch size are those of EVAL_DATASET.
+    """Which tasks, and how they are answered: an evaluator (see `evaluate.protocol`). Gin macros in brackets.
+
+    Lengths and batch size are those of EVAL_DATASET.
 
     Attributes:
       mixture_or_task_name: None: that of EVAL_DATASET. Tasks without the split or without metrics are passed over
@@ -42,6 +45,9 @@ class TaskMetrics:
     num_decodes: Count = 1
     alpha: float = 0.6
     period: Count | None = None
+    name: ClassVar[str] = 'tasks'
+    at_start: ClassVar[bool] = False
+    of_checkpoints: ClassVar[bool] = True
 
     def check(self, model: Model, eval_data: Any) -> None:
         """Raises UserError unless the model writes text and the data says how it is to be read."""
@@ -51,6 +57,10 @@ class TaskMetrics:
             )
         if eval_data is None or not hasattr(eval_data, 'task_feature_lengths'):
             raise UserError('TASK_METRICS needs a text task in EVAL_DATASET, such as that of tasks/superglue.gin.')
+
+    def prepare(self, subject: Subject) -> Callable[[Params], dict[str, float]]:
+        """See `TaskEvaluator.evaluate`."""
+        return TaskEvaluator(self, subject.model, subject.data, subject.sharding).evaluate
 
 
 class TaskEvaluator:

@@ -1,18 +1,44 @@
 """Loss, accuracy and routing over a split: the one evaluation loop, of the trainer and of `upcycle eval`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
+from upcycle.data import DataSource
 from upcycle.errors import UserError
+from upcycle.evaluate.protocol import Subject
 from upcycle.models import Model, Params
 from upcycle.models.losses import summarize
+from upcycle.schema import Count
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """An evaluator (see `evaluate.protocol`): means over the whole evaluation split, or EVAL_STEPS batches of it.
+
+    Attributes:
+      period: steps between evaluations [EVAL_PERIOD].
+    """
+
+    period: Count
+    name: ClassVar[str] = 'validation'
+    at_start: ClassVar[bool] = True
+    of_checkpoints: ClassVar[bool] = True
+
+    def check(self, model: Model, data: DataSource | None) -> None:
+        """Every model has a loss."""
+
+    def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
+        """See `evaluate`."""
+        step = compiled(subject.model)
+        return lambda params: evaluate(step, params, subject.batches(self.name))
 
 
 def eval_step(params: Params, batch: Batch, *, model: Model) -> Metrics:

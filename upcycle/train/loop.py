@@ -18,9 +18,8 @@ from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.data import DataSource
-from upcycle.data.kept import Kept
 from upcycle.errors import Preempted, UserError, writing_to
-from upcycle.evaluate import diversity, few_shot, tasks, token_statistics, validation
+from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress, warn
 from upcycle.models import identify
@@ -36,6 +35,8 @@ from upcycle.train.run import Run
 from upcycle.train.step import TrainState, train_step
 
 NO_STEPS = range(0)
+# Evaluators that a checkpoint may call by the names that earlier versions had for them.
+_FORMERLY = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
 # The devices always have one to go on with.
 _STEPS_UNDER_WAY = 2
 
@@ -164,9 +165,7 @@ class _Trainer:
         self.data_identity = run.train_data.fingerprint()
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
         self.step_tokens = run.model.num_tokens(run.train_data.batch_spec())
-        self.eval_data = Kept(run.eval_data) if run.eval_data is not None else None
-        self.eval_step = validation.compiled(run.model)
-        self.features = None if run.few_shot is None else few_shot.compiled(run.model)
+        self.subject = Subject(run.model, run.eval_data, self.batch_sharding)
 
     @functools.cached_property
     def step(self):
@@ -174,19 +173,9 @@ class _Trainer:
         return lower_step(self.run, self.layout, self.batch_sharding, self.ledger.start_step).compile()
 
     @functools.cached_property
-    def cosines(self) -> diversity.Diversity:
-        """Of experts and of routers, by the parameters."""
-        return diversity.compiled(self.run.model.moe_layers())
-
-    @functools.cached_property
-    def token_statistics(self):
-        """`evaluate.token_statistics`, compiled."""
-        return token_statistics.compiled(self.run.model)
-
-    @functools.cached_property
-    def tasks(self) -> tasks.TaskEvaluator:
-        """Measures the model on seqio's tasks."""
-        return tasks.TaskEvaluator(self.run.task_metrics, self.run.model, self.run.eval_data, self.batch_sharding)
+    def evaluations(self) -> dict[str, Callable[[Any], Mapping[str, Any]]]:
+        """By the names of the run's evaluators what they make of parameters, prepared when the first is needed."""
+        return {evaluator.name: evaluator.prepare(self.subject) for evaluator in self.run.evaluators}
 
     def train(self) -> TrainState:
         run = self.run
@@ -217,10 +206,9 @@ class _Trainer:
             closing.callback(self.profile.close)
             try:
                 with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
-                    if newest is None and run.eval_data is not None:
-                        self._evaluate(state, int(state.step), log)
-                    if newest is None and run.diversity_period is not None:
-                        self._look(state, int(state.step), log)
+                    if newest is None:
+                        begins = [evaluator.name for evaluator in run.evaluators if evaluator.at_start]
+                        self._evaluate(begins, state, int(state.step), log)
                     return self._loop(state, manager, log)
             except NotFiniteError as found:
                 raise UserError(self._diagnosis(found)) from None
@@ -237,7 +225,7 @@ class _Trainer:
         fresh = self.receipt is not None and 'step_0' not in self.receipt
         if fresh and run.eval_data is not None and run.step_0_factors:
             self.receipt['step_0'] = quality_at_step_0(
-                run.model, state.params, lambda: self._batches(self.eval_data, 0), run.step_0_factors
+                run.model, state.params, lambda: self.subject.batches('step 0'), run.step_0_factors
             )
         return state
 
@@ -255,7 +243,7 @@ class _Trainer:
         self.ledger = Ledger(**metadata['cost'])
         self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
-        self.unfinished = metadata.get('unfinished', [])
+        self.unfinished = [_FORMERLY.get(name, name) for name in metadata.get('unfinished', [])]
         if self.receipt is not None:
             require_match(path, self.receipt, self.layout.flat())
         return TrainState(**tree)
@@ -270,7 +258,7 @@ class _Trainer:
         batches = self._endless(first + self.health.values['batches_left_out'])
         with contextlib.ExitStack() as closing:
             asked_to_stop = closing.enter_context(preemption.watch(first))
-            self._take_stock(self.unfinished, state, first, log)
+            self._evaluate(self.unfinished, state, first, log)
             timer = closing.enter_context(_Timer(self.ledger, first))
             for step in range(first + 1, run.total_steps + 1):
                 self.profile.before(step)
@@ -295,14 +283,16 @@ class _Trainer:
                 # The last step ends as it would: a checkpoint of it says that the run is finished.
                 stop = asked_to_stop(step) and not last
                 due = [
-                    name for name, period in self.periods.items() if period is not None and (step % period == 0 or last)
+                    evaluator.name
+                    for evaluator in run.evaluators
+                    if last or (evaluator.period is not None and step % evaluator.period == 0)
                 ]
                 saves = stop or last or step % run.checkpoint_period == 0
                 if due or saves:
                     self.window.settle()
                     timer.book('seconds')
                     # Evaluating could take longer than whoever asked will wait.
-                    self._take_stock([] if stop else due, state, step, log)
+                    self._evaluate([] if stop else due, state, step, log)
                     timer.book('evaluation_seconds')
                     if saves:
                         if log is not None:
@@ -317,43 +307,11 @@ class _Trainer:
         self._wait(manager)
         return state
 
-    @functools.cached_property
-    def periods(self) -> dict[str, int | None]:
-        """Steps between looks at the model, by kind; None: it is not looked at so. All are due at the last step."""
-        run = self.run
-        probing = None if run.few_shot is None else run.few_shot.period or run.total_steps
-        measuring = None if run.task_metrics is None else run.task_metrics.period or run.total_steps
-        evaluating = None if run.eval_data is None else run.eval_period
-        return {'evaluate': evaluating, 'probe': probing, 'measure': measuring, 'look': run.diversity_period}
-
-    def _take_stock(self, kinds: Sequence[str], state: TrainState, step: int, log: MetricsLog | None) -> None:
-        looks = {'evaluate': self._evaluate, 'probe': self._probe, 'measure': self._measure, 'look': self._look}
-        for kind in kinds:
-            looks[kind](state, step, log)
-
-    def _evaluate(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
-        """Means over the whole evaluation split (or EVAL_STEPS batches of it)."""
-        means = validation.evaluate(self.eval_step, state.params, self._batches(self.eval_data, 0))
-        self._write(log, step, 'validation', means)
-
-    def _look(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
-        """How far the experts have come apart, and what each of them reads of the first evaluation batch."""
-        found = jax.device_get(self.cosines(state.params))
-        if self.run.eval_data is not None and token_statistics.layers_of(self.run.model):
-            batch = next(self._batches(self.eval_data, 0))
-            read = jax.device_get(self.token_statistics(state.params, batch))
-            found |= token_statistics.in_words(read, self.run.eval_data)
-        self._write(log, step, 'diversity', found)
-
-    def _probe(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
-        """Linear probes of the features."""
-        run = self.run
-        metrics = few_shot.evaluate(run.few_shot, self.features, state.params, run.eval_data, self.batch_sharding)
-        self._write(log, step, 'few_shot', metrics)
-
-    def _measure(self, state: TrainState, step: int, log: MetricsLog | None) -> None:
-        """Answers to seqio's tasks."""
-        self._write(log, step, 'tasks', self.tasks.evaluate(state.params))
+    def _evaluate(self, names: Sequence[str], state: TrainState, step: int, log: MetricsLog | None) -> None:
+        """Runs evaluators; one that the run no longer has is passed over."""
+        for name in names:
+            if name in self.evaluations:
+                self._write(log, step, name, self.evaluations[name](state.params))
 
     def _write(self, log: MetricsLog | None, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         if log is not None:
@@ -456,7 +414,7 @@ class _Trainer:
             'or missing files, let it repeat, or lower TRAIN_STEPS.'
         )
 
-    def _batches(self, data: DataSource | Kept, start: int) -> Iterator[dict[str, jax.Array]]:
+    def _batches(self, data: DataSource, start: int) -> Iterator[dict[str, jax.Array]]:
         return partitioning.batches(data, start, self.batch_sharding)
 
 

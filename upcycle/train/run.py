@@ -5,8 +5,11 @@ from collections.abc import Iterator, Sequence
 
 from upcycle.data import DataSource
 from upcycle.errors import UserError, refuse
+from upcycle.evaluate.diversity import Diversity
 from upcycle.evaluate.few_shot import FewShot
+from upcycle.evaluate.protocol import Evaluator
 from upcycle.evaluate.tasks import TaskMetrics
+from upcycle.evaluate.validation import Validation
 from upcycle.models import Model
 from upcycle.moe.config import check_readers
 from upcycle.schema import Count, Natural, Whole
@@ -84,10 +87,8 @@ class Run:
         refuse(self._nonsense())
         for data in filter(None, (self.train_data, self.eval_data)):
             self.model.check_data(data)
-        if self.few_shot is not None:
-            self.few_shot.check(self.model, self.eval_data)
-        if self.task_metrics is not None:
-            self.task_metrics.check(self.model, self.eval_data)
+        for evaluator in self.evaluators:
+            evaluator.check(self.model, self.eval_data)
 
     def _nonsense(self) -> Iterator[str]:
         """What is wrong, a sentence each."""
@@ -102,11 +103,10 @@ class Run:
                 yield f'{binding} = {value!r} must be a whole number of at least 1.'
         if not all(isinstance(factor, int | float) and factor > 0 for factor in self.step_0_factors):
             yield f'STEP_0_CAPACITY_FACTORS = {self.step_0_factors!r} must be numbers above 0.'
-        if self.diversity_period is not None:
-            if not isinstance(self.diversity_period, int) or self.diversity_period < 1:
-                yield (f'DIVERSITY_PERIOD = {self.diversity_period!r} must be a whole number of at least 1, or None.')
-            if not self.model.moe_layers():
-                yield 'DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.'
+        if self.diversity_period is not None and (
+            not isinstance(self.diversity_period, int) or self.diversity_period < 1
+        ):
+            yield (f'DIVERSITY_PERIOD = {self.diversity_period!r} must be a whole number of at least 1, or None.')
         yield from check_readers(tuple(self.model.moe_layers().values()))
         if not isinstance(self.model_dir, str) or not self.model_dir:
             yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
@@ -122,6 +122,13 @@ class Run:
                 f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' says how a dense run's schedule is left, and this run "
                 "starts from scratch: leave it at 'continue', or set INITIAL_CHECKPOINT_PATH."
             )
+
+    @property
+    def evaluators(self) -> tuple[Evaluator, ...]:
+        """What is measured as it trains, in this order."""
+        validation = None if self.eval_data is None else Validation(self.eval_period)
+        diversity = None if self.diversity_period is None else Diversity(self.diversity_period)
+        return tuple(filter(None, (validation, self.few_shot, self.task_metrics, diversity)))
 
     @property
     def num_experts(self) -> int | None:
