@@ -144,6 +144,12 @@ def test_what_another_process_does_not_answer_is_hashed_by_process_0(step):
     assert len(first) == 4 and not integrity.damage(integrity.epath.Path(step))
 
 
+def test_a_process_that_has_missed_a_question_answers_the_next(step):
+    processes(2, 4).call(hash_step, str(step), 'write_record', deaf=True)
+    (_, first), (_, second) = processes(2, 4).call(hash_step, str(step), 'write_record', deaf=False)
+    assert sorted(first + second) == ['data/metadata', 'state/d/0', 'state/d/1', 'state/d/2'] and second
+
+
 def test_files_are_dealt_out_by_size():
     sizes = {f'{n:03}': size for n, size in enumerate(np.random.default_rng(0).integers(0, 1000, 200).tolist())}
     shares = hashing.deal(sizes, 7)
