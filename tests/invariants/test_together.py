@@ -150,6 +150,21 @@ def test_a_process_that_has_missed_a_question_answers_the_next(step):
     assert sorted(first + second) == ['data/metadata', 'state/d/0', 'state/d/1', 'state/d/2'] and second
 
 
+def look_at(folder, steps):
+    """Why the step that this process has found is refused."""
+    try:
+        integrity.require_whole(os.path.join(folder, steps[jax.process_index()]))
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_that_find_different_steps_read_none(tmp_path):
+    """The newest step of a run that saves one while they start."""
+    found = processes(2, 4).call(look_at, str(tmp_path), ('4', '6'))
+    assert found[0] == found[1] and f'different steps in {tmp_path} (4, 6)' in found[0]
+    assert processes(2, 4).call(look_at, str(tmp_path), ('4', '4')) == [None, None]
+
+
 def test_files_are_dealt_out_by_size():
     sizes = {f'{n:03}': size for n, size in enumerate(np.random.default_rng(0).integers(0, 1000, 200).tolist())}
     shares = hashing.deal(sizes, 7)
