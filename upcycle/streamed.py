@@ -96,7 +96,7 @@ def cut_into_pieces(
       function: as for `streamed`.
       structure: of its arguments, as a tree.
       inputs: the leaves of this tree.
-      unread: which of them are.
+      unread: for each leaf, whether it is `Unread`.
     """
     closed, shapes = jax.make_jaxpr(lambda flat: function(*structure.unflatten(flat)), return_shape=True)(list(inputs))
     program = closed.jaxpr
