@@ -419,9 +419,7 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
     return f'({", ".join(map(str, leaf.shape))}) {leaf.dtype}'
 
 
-def _explain(
-    problems: list[str], dense: Abstract, wanted: Abstract, spec: Surgery, head: Sequence[str]
-) -> UserError:
+def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surgery, head: Sequence[str]) -> UserError:
     if not any(name.startswith(STATES) for name in dense) and all(p.startswith('opt_state/') for p in problems):
         return UserError(
             "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
