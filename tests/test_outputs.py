@@ -30,6 +30,8 @@ def places(tmp_path):
     (folder / 'loop').symlink_to(folder / 'pool')
     (folder / 'pool').symlink_to(folder / 'loop')
     os.mkfifo(folder / 'pipe')
+    (folder / 'run' / 'checkpoints' / '4' / 'state').mkdir(parents=True)
+    (folder / 'run' / 'checkpoints' / '4' / 'state' / '_METADATA').write_text('{}')
     return folder
 
 
@@ -50,6 +52,9 @@ NEVER = {
     'zero byte': ('a\0b', ['zero byte']),
     'no such store': ('ftp://host/x', ['ftp://host/x']),
     'no bucket': ('gs://', ['names no bucket']),
+    'home of nobody': ('~nobody_here/x', ['~nobody_here/x', 'no user of this machine']),
+    'among checkpoints': ('run/checkpoints/new', ['run/checkpoints, which holds checkpoints such as 4']),
+    'in a checkpoint': ('run/checkpoints/4/state/x', ['run/checkpoints, which holds checkpoints such as 4']),
 }
 
 
@@ -59,9 +64,9 @@ def test_a_path_that_takes_nothing(case, kind, places):
     path, words = NEVER[case]
     before = listing(places)
     with pytest.raises(UserError) as error:
-        outputs.check('--out', path if not path or '://' in path else places / path, kind)
+        outputs.check('--out', path if not path or '://' in path or '~' in path else places / path, kind)
     message = str(error.value)
-    assert message.startswith('--out') or 'bucket' in message
+    assert message.startswith(('--out', '~')) or 'bucket' in message
     assert '\n' not in message and all(word in message for word in words), message
     assert listing(places) == before
 
