@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import gc
+import pathlib
+import resource
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -36,6 +38,14 @@ def _leave_alone_what_is_imported() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def trim(limit: int) -> None:
+    """Lets go of what JAX keeps of programs if this process holds more than `limit` bytes of memory; on Linux only."""
+    statm = pathlib.Path('/proc/self/statm')
+    if statm.exists() and int(statm.read_text().split()[1]) * resource.getpagesize() > limit:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _shared(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:

@@ -158,6 +158,18 @@ def test_what_differs_comes_first_and_fits_a_screen(case, checkpoints, capsys, t
         assert f'({len(lines) - 1} leaves)' in lines[0] and f'({len(lines) - 1} leaves)' in message
 
 
+@pytest.mark.parametrize(
+    ('name', 'options', 'said'),
+    [
+        ('moe', CONTINUE, 'it has experts and the model has none: include the file of moe/ that it was trained with'),
+        ('dense', [*MOE, *CONTINUE], 'the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out'),
+    ],
+)
+def test_only_one_of_them_has_experts(name, options, said, checkpoints, capsys):
+    code, _, error = call(['plan', f'--from={checkpoints[name]}', *t5_of(), *options], capsys)
+    assert code == 2 and said in error.splitlines()[0] and error.count('\n') <= SCREEN, error
+
+
 def test_the_bindings_make_it_fit(checkpoints, capsys):
     wrong = ['plan', f'--from={checkpoints["dense"]}', '--gin_file=models/t5_1_1_base.gin', *MOE, *UPCYCLE]
     code, _, error = call(wrong, capsys)

@@ -20,7 +20,8 @@ def cast(name: str, value: Array, dtype: Any) -> Array:
 
     Args:
       name: of the leaf, for messages.
-      value: any shape; NaN and infinity stay what they are.
+      value: any shape; NaN and infinity stay what they are. Of an array of several processes, each one looks at its own part, and
+        only that process warns or raises.
       dtype: wanted.
 
     Raises:
@@ -29,6 +30,12 @@ def cast(name: str, value: Array, dtype: Any) -> Array:
     old, new = jnp.dtype(value.dtype), jnp.dtype(dtype)
     if old == new:
         return value
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        # Each process looks at its own part, without waiting for the others: one of them may have failed.
+        if parts := [np.asarray(shard.data) for shard in value.addressable_shards if shard.replica_id == 0]:
+            own = np.stack(parts)
+            cast(name if own.size == value.size else f'{name} (the part of process {jax.process_index()})', own, dtype)
+        return value.astype(new)
     (old_lowest, old_highest, old_least), (lowest, highest, least) = _limits(old), _limits(new)
     xp = jnp if isinstance(value, jax.Array) else np
     with np.errstate(over='ignore', invalid='ignore', under='ignore'):

@@ -36,7 +36,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are.
 
     Raises:
-      UserError: an address of a kind that we do not read.
+      UserError: an address of a kind that we do not read, or the home of nobody.
     """
     name = os.fspath(path)
     if not is_remote(name):
@@ -45,7 +45,13 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
             raise UserError(
                 f'{name} is no address of a bucket: write {scheme}://{bucket}, with two slashes, or ./{name} for a local path.'
             )
-        return epath.Path(os.path.abspath(os.path.expanduser(name)))
+        expanded = os.path.expanduser(name)
+        if expanded.startswith('~'):
+            user = name.partition('/')[0]
+            raise UserError(
+                f'{name} is in the home of {user[1:]}, who is no user of this machine: write ./{name} for a local path.'
+            )
+        return epath.Path(os.path.abspath(expanded))
     scheme = name.partition('://')[0]
     if scheme not in STORES or without_password(name) != name:
         raise UserError(

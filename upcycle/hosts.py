@@ -27,7 +27,7 @@ TIMEOUT = 300  # seconds, as JAX's
 _POLL = 1.0
 _GRACE = 5.0
 _ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>\d{1,5})')
-_LONGEST_TEXT = 4096  # bytes that processes tell each other of an error
+_LONGEST_TEXT = 4096  # bytes that processes tell each other
 Result = TypeVar('Result')
 # Of TPUs, by either of their drivers.
 _CHIPS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
@@ -108,11 +108,11 @@ def lookup(store: Any, key: str) -> str | None:
 
 
 class Together:
-    """Ends all processes of a run with the one that cannot go on, for which they would wait in their next collective.
+    """Ends every process of a run when one of them fails. Otherwise the others would wait for it in their next collective.
 
-    What ended a process stands in the key-value store of JAX's coordination service. A thread of every other process looks there,
-    gives its process time to end by itself, and then ends it: in a collective, Python code is not reached. Process 0, with which
-    the service ends and JAX aborts the others, is the last.
+    The process that fails writes why into the key-value store of JAX's coordination service. In every other process a thread
+    reads the store, gives its process time to end by itself, and then ends it, since a process that waits in a collective runs no
+    Python code. Process 0 ends last: the service ends with it, and JAX aborts every process that is still connected.
 
     Args:
       store: see `store`.
@@ -262,6 +262,14 @@ def gathered(values: 'np.ndarray') -> 'np.ndarray':
         return np.asarray(multihost_utils.process_allgather(values)).reshape(jax.process_count(), *values.shape)
 
 
+def texts(text: str) -> list[str]:
+    """The text of every process, cut off where it is very long, in all of them; they call it at the same point."""
+    import numpy as np
+
+    encoded = text.encode()[:_LONGEST_TEXT].ljust(_LONGEST_TEXT, b'\0')
+    return [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in gathered(np.frombuffer(encoded, np.uint8))]
+
+
 def together(action: Callable[[], Result]) -> Result:
     """What an action returns in this process, when it has returned in all of them.
 
@@ -271,7 +279,6 @@ def together(action: Callable[[], Result]) -> Result:
       UserError: with the sentence of the first process that failed, the same in all.
     """
     import jax
-    import numpy as np
 
     if jax.process_count() == 1:
         return action()
@@ -280,17 +287,15 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except Exception as raised:
         error = raised
-    text = ('' if error is None else f'{status_of(error)} {type(error).__name__}: {error}').encode()[:_LONGEST_TEXT]
-    found = gathered(np.frombuffer(text.ljust(_LONGEST_TEXT, b'\0'), np.uint8))
-    texts = [bytes(row).rstrip(b'\0').decode(errors='ignore') for row in found]
-    failed = next((index for index, text in enumerate(texts) if text), None)
+    found = texts('' if error is None else f'{status_of(error)} {type(error).__name__}: {error}')
+    failed = next((index for index, text in enumerate(found) if text), None)
     if failed is None:
         return result
     if error is not None and not isinstance(error, UserError):
         raise error
-    status, _, text = texts[failed].partition(' ')
+    status, _, text = found[failed].partition(' ')
     if int(status) not in (STATUSES[UserError], STATUSES[Unavailable]):
-        raise UserError(f'process {failed} of {len(texts)} failed ({text}): see its output.') from error
+        raise UserError(f'process {failed} of {len(found)} failed ({text}): see its output.') from error
     kind = Unavailable if int(status) == STATUSES[Unavailable] else UserError
     raise kind(text.partition(': ')[2]) from error
 

@@ -71,6 +71,7 @@ def check(name: str, path: str | os.PathLike[str], kind: Kind, *, needed: int = 
         full = epath.Path(os.path.realpath(full))
     elif kind in (Kind.FILE, Kind.NEW_FILE) and '/' not in os.fspath(full).partition('://')[2]:
         raise UserError(f'{shown} names a bucket and no file in it: write {full}/NAME.')
+    _refuse_among_steps(shown, full)
     if kind in (Kind.NEW_FILE, Kind.NEW_FOLDER):
         refuse_existing(full, kind)
     if kind is Kind.FILE and full.exists():
@@ -115,6 +116,17 @@ def _refuse_file_of_run(shown: str, path: epath.Path) -> None:
     first = path.relative_to(run).parts[0]
     if first in _OF_A_RUN:
         raise UserError(f'{shown} is a file of the run in {run}, which would be lost: name another path.')
+
+
+def _refuse_among_steps(shown: str, path: epath.Path) -> None:
+    """Keeps a folder of checkpoints to what is saved there: older steps are removed with all that lies in them."""
+    for folder in (path, *path.parents):
+        if folder.name == 'checkpoints' and folder.is_dir():
+            steps = (child for child in folder.iterdir() if child.name.isdecimal())
+            if step := next((step for step in steps if (step / 'state' / '_METADATA').exists()), None):
+                raise UserError(
+                    f'{shown} lies in {folder}, which holds checkpoints such as {step.name}: name another path.'
+                )
 
 
 def refuse_runs(path: epath.Path) -> None:

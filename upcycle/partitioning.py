@@ -191,8 +191,9 @@ def put_whole(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 def share_of(sharding: NamedSharding, process: int | None = None) -> Share:
     """The rows of a batch that a process reads: those that its devices hold, by their places on the mesh.
 
-    Processes that hold a part in common, as where `model` crosses them, read the same rows, and so does whoever shares another
-    part with one of them. Where such groups are of different sizes, all processes read the whole batch.
+    Processes that hold a part in common, as where `model` crosses them, are one group, and so are those that are linked by a
+    chain of such processes. A group reads the rows of all its parts. If groups have different numbers of parts, every process
+    reads the whole batch.
 
     Args:
       sharding: see `batch_sharding`.

@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core
+from jax.sharding import NamedSharding, Sharding
+
+from upcycle import partitioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ def cut_into_pieces(
       function: as for `streamed`.
       structure: of its arguments, as a tree.
       inputs: the leaves of this tree.
-      unread: which of them are.
+      unread: for each leaf, whether it is `Unread`.
     """
     closed, shapes = jax.make_jaxpr(lambda flat: function(*structure.unflatten(flat)), return_shape=True)(list(inputs))
     program = closed.jaxpr
@@ -170,7 +173,7 @@ def _run(
     shardings = tuple(getattr(operand, 'sharding', None) for operand in operands)
     same = (*map(id, piece), shardings)
     if same not in compiled:
-        lowered = jax.jit(program).lower(*operands)
+        lowered = jax.jit(program, out_shardings=_by_rows(outputs, operands)).lower(*operands)
         alike = lowered.as_text(), shardings
         if any(np.ndim(atom.val) for equation in piece for atom in equation.invars if not _is_variable(atom)):
             # JAX may pass arrays that the function holds apart from the text.
@@ -179,3 +182,17 @@ def _run(
             compiled[alike] = lowered.compile()
         compiled[same] = compiled[alike]
     return jax.block_until_ready(compiled[same](*operands))
+
+
+def _by_rows(outputs: Sequence[Any], operands: Sequence[Any]) -> list[Sharding | None]:
+    """Where the values lie that one piece hands to the next: split by rows, as batches are, or whole.
+
+    Left to itself, XLA may split another axis into parts of different sizes, which JAX refuses between programs.
+    """
+    shardings = [operand.sharding for operand in operands if isinstance(operand, jax.Array)]
+    mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)
+    if mesh is None:
+        return [None] * len(outputs)
+    rows, shards = partitioning.batch_sharding(mesh), partitioning.batch_shards(mesh)
+    shapes = [variable.aval.shape for variable in outputs]
+    return [rows if shape and shape[0] % shards == 0 else partitioning.replicated(mesh) for shape in shapes]

@@ -1,6 +1,7 @@
 import json
 import logging
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -56,6 +57,17 @@ def run_python(code, devices=1):
     checkout = pathlib.Path(__file__).parents[2]
     command = [sys.executable, '-W', 'error::DeprecationWarning:jax.*', '-c', textwrap.dedent(code)]
     return subprocess.run(command, env=env, cwd=checkout, capture_output=True, text=True)
+
+
+def test_a_step_that_was_moved_and_linked_is_kept(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / 'run') / 'checkpoints'
+    shutil.move(folder / '7', tmp_path / 'elsewhere')
+    (folder / '7').symlink_to(tmp_path / 'elsewhere')
+    with native.CheckpointManager(tmp_path / 'run', keep=1) as manager:
+        for step in (8, 9):
+            manager.save(step, make_state(), {'position': 3}, {'family': 't5', 'receipt': None})
+    assert sorted(path.name for path in folder.iterdir()) == ['7', '9']
+    assert (tmp_path / 'elsewhere' / 'state').is_dir()
 
 
 def test_round_trip_is_exact(run):

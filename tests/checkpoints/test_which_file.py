@@ -237,6 +237,18 @@ def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
     assert said() == ''
 
 
+@pytest.mark.parametrize('kind', ['a link that leads nowhere', 'a file'])
+def test_a_newer_step_that_is_no_folder_is_reported(steps, said, kind):
+    run, finished, _ = steps
+    newer = run / finished.format(2000)
+    newer.write_bytes(b'') if kind == 'a file' else newer.symlink_to('/nowhere/2000')
+    (run / finished.format(3)).symlink_to('/nowhere/3')
+    assert open_checkpoint(run).step == 100
+    text = said()
+    assert f'{newer} is passed over and ' in text and text.count('warning:') == 1
+    assert f'it is {kind}' in text
+
+
 def test_a_newer_step_whose_arrays_have_not_all_arrived(steps, said):
     run, finished, _ = steps
     newer = run / finished.format(2000)

@@ -16,6 +16,8 @@ from typing import Any
 
 # Seconds. A process that does not end by itself is killed then.
 LONGEST_EXIT = 60
+# Bytes of memory. A process that holds more lets go of its programs.
+LARGEST = 3 << 29
 _SPAWN = multiprocessing.get_context('spawn')
 
 
@@ -143,6 +145,7 @@ def _serve(pipe: connection.Connection, devices: int, hosts: tuple[str, int, int
         except BaseException:  # reported to the caller
             pipe.send((None, traceback.format_exc()))
         gc.collect()
+        programs.trim(LARGEST)
 
 
 def start_together(commands: list[list[str]], devices: int) -> list[subprocess.Popen]:

@@ -51,7 +51,7 @@ class Checkpoints:
             run = runs.build('upcycle', 'unused', 10, **more, INITIAL_CHECKPOINT_PATH=self['dense'])
             convert.convert(run, path, 'upcycle')
         elif kind == 'imported':
-            transfer.transfer(self['dense'], f'{path}_t5x', 't5x_legacy')
+            transfer.transfer(self['dense'], f'{path}_t5x', 't5x_legacy', optimizer_state='none')
             transfer.transfer(f'{path}_t5x', path, 'upcycle')
 
 

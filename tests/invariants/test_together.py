@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from tests.invariants.devices import processes, start_together
 from tests.invariants.test_processes import two_commands
-from upcycle import hosts
+from upcycle import casts, hosts, partitioning
 from upcycle.checkpoints import hashing, integrity
 from upcycle.errors import Unavailable, UserError, status_of
 
@@ -142,6 +142,53 @@ def test_damage_is_found_whoever_hashes(damage, name, step):
 def test_what_another_process_does_not_answer_is_hashed_by_process_0(step):
     (_, first), _ = processes(2, 4).call(hash_step, str(step), 'write_record', deaf=True)
     assert len(first) == 4 and not integrity.damage(integrity.epath.Path(step))
+
+
+def test_a_process_that_has_missed_a_question_answers_the_next(step):
+    processes(2, 4).call(hash_step, str(step), 'write_record', deaf=True)
+    (_, first), (_, second) = processes(2, 4).call(hash_step, str(step), 'write_record', deaf=False)
+    assert sorted(first + second) == ['data/metadata', 'state/d/0', 'state/d/1', 'state/d/2'] and second
+
+
+def look_at(folder, steps):
+    """Why the step that this process has found is refused."""
+    try:
+        integrity.require_whole(os.path.join(folder, steps[jax.process_index()]))
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_that_find_different_steps_read_none(tmp_path):
+    """The newest step of a run that saves one while they start."""
+    found = processes(2, 4).call(look_at, str(tmp_path), ('4', '6'))
+    assert found[0] == found[1] and f'different steps in {tmp_path} (4, 6)' in found[0]
+    assert processes(2, 4).call(look_at, str(tmp_path), ('4', '4')) == [None, None]
+
+
+def cast_alone(process):
+    """What one process makes of its part of a leaf, in whose last row is a number that float16 cannot hold."""
+    mesh = partitioning.make_mesh((8, 1, 1), None)
+    rows = np.zeros((8, 3), np.float32)
+    rows[-1, 1], rows[0] = 1e6, 1.0
+    leaf = partitioning.put_whole(rows, partitioning.batch_sharding(mesh))
+    if jax.process_index() != process:
+        return None
+    try:
+        made = casts.cast('params/x', leaf, 'float16')
+    except UserError as error:
+        return str(error)
+    return made.dtype.name, [np.asarray(shard.data).tolist() for shard in made.addressable_shards][0]
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_a_process_casts_its_part_of_a_leaf_without_the_others(process):
+    """Which may not come, where one of them could not read the leaf."""
+    found = processes(2, 4).call(cast_alone, process)
+    assert found[1 - process] is None
+    if process == 0:
+        assert found[0] == ('float16', [[1.0, 1.0, 1.0]])
+    else:
+        assert found[1].startswith('params/x (the part of process 1) holds 1 of 12 numbers that float16 cannot hold')
 
 
 def test_files_are_dealt_out_by_size():

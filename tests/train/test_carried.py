@@ -4,11 +4,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from tests.invariants.devices import processes
 from tests.surgery.in_memory import leaves_of, plan_for
 from tests.surgery.test_function import dense_params, model_of
-from upcycle import partitioning
+from upcycle import hosts, partitioning
+from upcycle.errors import UserError
 from upcycle.surgery.plan import Action, Surgery, plan
 from upcycle.surgery.receipt import carried_on, mismatches, receipt
 from upcycle.train import carried
@@ -97,6 +100,40 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
     assert of is model and complete['function_check'] == {'whole_model': {}}
     assert compared == (model.dense() if operator == 'copy' else four)
     assert leaves_of(source_params).keys() == source.leaves().keys()
+
+
+def complete_without_source():
+    """What a receipt says in this process of the whole model. Process 1 does not find the source, as on a disk of its own."""
+    model, batch = model_of('t5', num_experts=8)
+
+    def find(path):
+        if jax.process_index() == 1:
+            raise UserError('the dense checkpoint is not on this machine.')
+        return Checkpoint(leaves_of(dense_params('t5')), {})
+
+    def compare(*arguments):
+        return {'whole_model': hosts.gathered(np.zeros(1, np.float32)).tolist()}
+
+    paper = {
+        'operator': 'copy',
+        'source': {'path': 'here'},
+        'plan': [],
+        'function_check': {'whole_model': 'pending'},
+    }
+    leaves = {
+        'params/x': jax.ShapeDtypeStruct(
+            (), jnp.float32, sharding=partitioning.replicated(partitioning.make_mesh('auto', None))
+        )
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(carried, 'open_checkpoints', find)
+        patch.setattr(carried, 'check_function', compare)
+        return carried.Carried('there', paper).complete(model, {}, batch, leaves)['function_check']['whole_model']
+
+
+def test_a_source_that_one_process_does_not_find_is_compared_by_none():
+    found = processes(2, 4).call(complete_without_source)
+    assert found == ['not compared: the dense checkpoint is not on this machine.'] * 2
 
 
 def test_a_new_head_is_not_compared(capsys):

@@ -115,12 +115,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     if reader := _open_step(folder):
         return reader
     steps = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
-    children = [child for child in steps.iterdir() if child.is_dir()] if steps.is_dir() else []
+    children = list(steps.iterdir()) if steps.is_dir() else []
     passed_over: dict[str, str] = {}
     for _, child in sorted(((_number(child.name), child) for child in children), reverse=True):
         if _number(child.name) < 0:
             break
-        reader = _open_step(child) if _STEP.fullmatch(child.name) else None
+        reader = _open_step(child) if _STEP.fullmatch(child.name) and child.is_dir() else None
         if reader is not None and not (missing := reader.missing()):
             for name, reason in passed_over.items():
                 if _number(name) > _number(child.name):
@@ -185,6 +185,8 @@ def _why_not_read(step: epath.Path) -> str:
         return 'its save was interrupted'
     if _DAMAGED.fullmatch(step.name):
         return 'it was set aside as damaged'
+    if not step.is_dir():
+        return 'it is a file, and steps are folders' if step.exists() else 'it is a link that leads nowhere'
     if not any(step.iterdir()):
         return 'it is empty'
     if (step / 'state' / '_METADATA').exists():

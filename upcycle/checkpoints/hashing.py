@@ -65,8 +65,13 @@ def describe(folder: epath.Path, sizes: Mapping[str, int]) -> dict[str, dict[str
     for key, names in waiting.items():
         while (answer := hosts.lookup(store, f'{key}/answer')) is None and time.monotonic() < end:
             time.sleep(0.05)
-        found |= _describe_here(folder, names) if answer is None else json.loads(answer)
-        store.key_value_delete(key)
+        if answer is not None:
+            found |= json.loads(answer)
+            store.key_value_delete(key)
+            continue
+        # Questions are answered in order, so this one stays, about no file.
+        store.key_value_set(key, json.dumps([str(folder), []]), allow_overwrite=True)
+        found |= _describe_here(folder, names)
     return {name: found[name] for name in sizes}
 
 

@@ -1,9 +1,9 @@
 """Checksums of a step's files: written before the step gets its name, compared before anything is read from it.
 
-`checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written when every other
-file is, and before Orbax gives the step its name: a step that can be seen has one. All processes hash; see `hashing`. Steps by
-older versions of `upcycle train`, and by `upcycle import` and `convert`, which put a checksum beside each chunk instead, have
-none, nor have steps in a bucket, whose store has its own.
+`checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written after all other files
+and before Orbax renames the folder to the step's name, so that every visible step has one. All processes hash; see `hashing`.
+Three kinds of steps have none: those saved by older versions of `upcycle train`; those of `upcycle import` and `convert`, which
+store a checksum with each chunk instead; and those in a bucket, where the object store checks its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from upcycle import files
+from upcycle import files, hosts
 from upcycle.checkpoints import arrays, hashing
 from upcycle.errors import Unavailable, UserError
 
@@ -71,8 +71,18 @@ def damage(folder: epath.Path) -> str | None:
 
 
 def require_whole(path: str) -> None:
-    """Raises UserError where a step has a record and its files differ from it; process 0 looks for all."""
+    """Looks at a checkpoint that all processes are about to read; process 0 looks for all.
+
+    Raises:
+        UserError: it has a record and its files differ from it, or the processes have found different steps.
+    """
     folder = epath.Path(path)
+    names = [folder.name] if jax.process_count() == 1 else hosts.texts(folder.name)
+    if len(set(names)) > 1:
+        raise UserError(
+            f'the processes have found different steps in {folder.parent} ({", ".join(dict.fromkeys(names))}), as one was saved '
+            'while they started: name the folder of one step.'
+        )
 
     def look() -> int:
         if has_record(folder) and (wrong := damage(folder)):

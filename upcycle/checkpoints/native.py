@@ -10,12 +10,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,12 +108,23 @@ class NativeLayout:
         return NativeReader(folder)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Linked:
+    """Preserves steps that are links: somebody has moved them elsewhere, and Orbax cannot remove a link."""
+
+    folder: epath.Path
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """See `orbax.checkpoint.checkpoint_managers.PreservationPolicy`."""
+        return [os.path.islink(self.folder / str(checkpoint.step)) for checkpoint in checkpoints]
+
+
 class CheckpointManager:
     """Saves and restores the steps of one run. One writer a run: opening it removes what an interrupted save left.
 
     Args:
         model_dir: the run's folder; steps lie in its `checkpoints`.
-        keep: how many of the newest steps to keep; None keeps all.
+        keep: how many of the newest steps to keep; None keeps all. A step that is a link is kept, too.
         keep_period: also keep every step that is a multiple of this, for good.
     """
 
@@ -120,8 +132,10 @@ class CheckpointManager:
         for name, value in (('keep', keep), ('keep_period', keep_period)):
             if value is not None and value < 1:
                 raise UserError(f'{name} is {value}: it is at least 1, or None.')
-        kept = [_policies.LatestN(keep), *([_policies.EveryNSteps(keep_period)] if keep_period else [])]
         self._folder = files.absolute(model_dir) / 'checkpoints'
+        kept = [_policies.LatestN(keep), _Linked(self._folder)]
+        if keep_period:
+            kept.append(_policies.EveryNSteps(keep_period))
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_is_no_failed_save)
         # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can

@@ -45,7 +45,7 @@ def _needed(jaxpr: Any, outputs: Sequence[bool], dtype: Any) -> list[bool]:
 
 
 def _needed_by(equation: Any, needed: set[Any], dtype: Any) -> list[bool]:
-    """The same of the inputs of one operation; `needed` holds its outputs that are."""
+    """Of each input of one operation, whether it is needed in its own type; `needed` holds the outputs that are."""
     name, number = equation.primitive.name, len(equation.invars)
     outputs = [var in needed for var in equation.outvars]
     if name == 'convert_element_type' and equation.params['new_dtype'] == dtype:

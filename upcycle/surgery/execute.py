@@ -123,7 +123,11 @@ class Maker:
         return casts.cast(row.target, make(parents, index, key_of(self.plan.spec.seed, mlp)), row.dtype)
 
     def pieces(self, row: Row) -> Iterator[tuple[int | None, jax.Array | np.ndarray]]:
-        """A leaf for who has no room for a whole layer: (index of an expert, its part), or (None, the whole)."""
+        """Yields a leaf in pieces, for callers without room for a whole stack of experts.
+
+        Yields:
+          (index of an expert, its part), or (None, the whole leaf) where it has no expert axis.
+        """
         if row.action not in (Action.EXPERTS, Action.TILE):
             yield None, self.leaf(row)
         elif self.plan.alike(row):

@@ -280,7 +280,7 @@ def plan(
         else:
             problems.append(f'{source} {_show(leaf)} of the checkpoint is used by no leaf of the model')
     if problems:
-        raise _explain(problems, base, spec, head)
+        raise _explain(problems, base, sparse, spec, head)
     return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
 
 
@@ -419,14 +419,14 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
     return f'({", ".join(map(str, leaf.shape))}) {leaf.dtype}'
 
 
-def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence[str]) -> UserError:
+def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surgery, head: Sequence[str]) -> UserError:
     if not any(name.startswith(STATES) for name in dense) and all(p.startswith('opt_state/') for p in problems):
         return UserError(
             "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
             "what is there and not read): set OPTIMIZER_STATE = 'fresh'."
         )
     what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
-    has_experts = any(EXPERT in name.split('/') for name in dense)
+    has_experts, wants_experts = (any(EXPERT in name.split('/') for name in leaves) for leaves in (dense, wanted))
     wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
     inside = wrong_shape and all({EXPERT, SHARED} & {*segments} for segments in wrong_shape)
     if all(any(f'/{part}/' in problem for part in head) for problem in problems):
@@ -436,6 +436,10 @@ def _explain(problems: list[str], dense: Abstract, spec: Surgery, head: Sequence
         )
     elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
         what += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
+    elif has_experts and not wants_experts and spec.operator is None:
+        what += ' (it has experts and the model has none: include the file of moe/ that it was trained with)'
+    elif wants_experts and not has_experts and spec.operator is None:
+        what += ' (the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out)'
     elif inside and any(EXPERT in segments for segments in wrong_shape):
         what += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
     elif inside:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from upcycle import hosts
 from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.several import readers_of
 from upcycle.errors import DifferentLeaves, UserError
@@ -38,7 +39,7 @@ def require_match(path: str, paper: Mapping[str, Any], leaves: Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """The receipt of a checkpoint that is an MoE already, on its way into the run that goes on with it."""
+    """The receipt of the MoE checkpoint that a run starts from."""
 
     path: str
     paper: dict[str, Any]
@@ -112,13 +113,18 @@ class Carried:
         def check() -> dict[str, Any]:
             if new_head:
                 raise UserError('NEW_HEAD = True gives it another task.')
-            reader = open_checkpoints(self.paper['source']['path'])
-            source = source_model(model, self.paper['operator'], reader)
             flat = flatten_dict({'params': params}, sep='/')
             resized = {
                 row['sources'][0]: flat[row['target']] for row in self.paper['plan'] if row['action'] == Action.RESIZE
             }
-            return check_function(model, unread_params(reader, leaves, resized), params, batch, source)
+
+            def opened() -> tuple[Params, Model]:
+                reader = open_checkpoints(self.paper['source']['path'])
+                return unread_params(reader, leaves, resized), source_model(model, self.paper['operator'], reader)
+
+            # It may lie on the disk of one process alone, and they compare together or not at all.
+            source_params, source = hosts.together(opened)
+            return check_function(model, source_params, params, batch, source)
 
         found = reported(check)
         if isinstance(found.get('whole_model'), str):

@@ -24,14 +24,14 @@ class Limits:
     """What a run puts up with, and what it does then. Gin macros in brackets.
 
     Attributes:
-      max_skipped_steps: so many steps in a row whose loss or gradient is not finite are skipped; one more, and the run stops
-        [MAX_SKIPPED_STEPS].
-      spike_deviations: a loss above the median of the steps before by so many standard deviations, as estimated from the
-        median absolute deviation, and by as many hundredths of that median, is a spike; None: spikes are not looked for
+      max_skipped_steps: number of steps in a row that may be skipped because their loss or gradient is not finite; after one
+        more the run stops [MAX_SKIPPED_STEPS].
+      spike_deviations: d. A loss is a spike if it exceeds the median m of the losses before it by d times the larger of their
+        standard deviation, estimated from the median absolute deviation, and m / 100. None: no loss is a spike
         [SPIKE_DEVIATIONS].
-      spike_window: how many steps before [SPIKE_WINDOW].
-      max_rollbacks: at so many spikes of a run it goes back to its newest checkpoint, or to its start, and on without the
-        batches since; at others it only says so [MAX_ROLLBACKS].
+      spike_window: number of losses that the median is taken of [SPIKE_WINDOW].
+      max_rollbacks: number of spikes at which a run returns to its newest checkpoint, or to its start, and leaves out the batches
+        it has trained on since. Later spikes are only reported [MAX_ROLLBACKS].
     """
 
     max_skipped_steps: int = 10

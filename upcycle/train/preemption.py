@@ -22,8 +22,8 @@ def watch(first: int) -> Iterator[Callable[[int], bool]]:
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         reached = multihost_utils.reached_preemption_sync_point
-        # A notice asks for a stop at one more than the furthest number that a process has called with, which is 0 at first: a
-        # request that came before would wait for number 1 for ever, so none is left out.
+        # JAX stops all processes one step after the largest step that any of them has reported, or at step 1 where none has
+        # reported one yet. A resumed run therefore reports the steps up to `first`, too.
         before = any(reached(step) for step in range(1, first + 1))
         yield lambda step: reached(step) or before
         return

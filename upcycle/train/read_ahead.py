@@ -52,11 +52,11 @@ class ReadAhead:
 
 
 class Examination:
-    """Looks at leaves behind: none may hold NaN or infinity, and some are looked at whole, as for their fingerprints.
+    """Checks leaves in the background: none may hold NaN or infinity, and some are also checked whole, as for their hashes.
 
-    One process looks at what it is given. Of several, each counts NaN and infinity in the shards that it holds, and the leaves to
-    be looked at whole are dealt out: each is read once more by one process, which has one of them in memory at a time. All
-    processes find the same.
+    A single process checks the leaves that `add` is given. Of several processes, each counts NaN and infinity in its own shards.
+    A leaf to be checked whole is assigned to one process, which reads it again; a process holds one such leaf at a time. `result`
+    is the same in all processes.
 
     Args:
       path: of the checkpoint, for messages.
