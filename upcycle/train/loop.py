@@ -36,7 +36,7 @@ from upcycle.train.run import Run
 from upcycle.train.step import TrainState, train_step
 
 NO_STEPS = range(0)
-# The devices always have one to go on with.
+# Steps that are dispatched before the host waits for one, so that the devices never wait for the host.
 _STEPS_UNDER_WAY = 2
 
 
@@ -424,7 +424,7 @@ class _Trainer:
         taken = self.window.taken_under_way()
         batch = next(self._batches(run.train_data, first + self.health.values['batches_left_out']))
         what = diagnose(
-            self.state.replace(step=jax.device_put(np.int32(first), self.state.step.sharding)),
+            self.state.replace(step=partitioning.put_whole(np.asarray(first, np.int32), self.state.step.sharding)),
             batch,
             model=run.model,
             num_microbatches=run.num_microbatches,
