@@ -22,7 +22,7 @@ from upcycle.metrics import counted, plain
 from upcycle.surgery.plan import Plan
 from upcycle.train import lock, loop
 from upcycle.train.describe import describe
-from upcycle.train.preflight import preflight
+from upcycle.train.preflight import check_measurements, preflight
 from upcycle.train.state import Layout, check_start, layout, make_plan, params_from
 from upcycle.train.step import TrainState
 
@@ -122,6 +122,7 @@ def evaluate(
         run = configuration.load(gin_files, named)
     if run.eval_data is None:
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
+    check_measurements(run)
     mesh = loop.check(run)
     metrics: dict[str, Any] = {}
     with partitioning.use(mesh):

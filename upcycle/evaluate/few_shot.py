@@ -29,6 +29,7 @@ from upcycle.errors import UserError
 from upcycle.models import Model, Params
 
 BIAS = 100.0
+_NO_IMAGES = 'FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.'
 _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -73,14 +74,19 @@ class FewShot:
                 f'FEW_SHOT probes image classifiers, and this model is of the family {model.family}: leave it out.'
             )
         if eval_data is None or not hasattr(eval_data, 'num_classes'):
-            raise UserError('FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.')
+            raise UserError(_NO_IMAGES)
 
     def data(self, eval_data: Any) -> tuple[Any, Any]:
         """The images to draw from and those to classify: one pass each, preprocessed as for evaluation.
 
         Both are in a fixed random order: with Expert Choice an image's features depend on which images share its group, and
         sources sorted by class would make groups of one class.
+
+        Raises:
+          UserError: EVAL_DATASET has no splits.
         """
+        if not hasattr(eval_data, 'split'):  # random images
+            raise UserError(_NO_IMAGES)
         one_pass = dataclasses.replace(eval_data, num_batches=None, repeat=False, shuffle=True, seed=0)
         test_split = eval_data.split if self.test_split is None else self.test_split
         return dataclasses.replace(one_pass, split=self.train_split), dataclasses.replace(one_pass, split=test_split)

@@ -64,6 +64,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     data = run.train_data.fingerprint()
     for source in filter(None, (run.train_data, run.eval_data)):
         source.batches(share=partitioning.share_of(partitioning.batch_sharding(mesh)))
+    check_measurements(run)
     if newest is not None:
         stored = data
         # A step that cannot be read is set aside, or refused, when the run resumes.
@@ -72,3 +73,16 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             stored = reader.data.get('fingerprint', data)
         folder.require_same_data(run, stored, data)
     return start
+
+
+def check_measurements(run: Run) -> None:
+    """Looks at the data that FEW_SHOT and TASK_METRICS name, which a run may not read before its last step.
+
+    Raises:
+      UserError: there is no such split, or no such task.
+    """
+    if run.few_shot is not None:
+        for data in run.few_shot.data(run.eval_data):
+            data.batches()
+    if run.task_metrics is not None:
+        run.task_metrics.data(run.eval_data)
