@@ -122,6 +122,8 @@ def evaluate(
         run = configuration.load(gin_files, named)
     if run.eval_data is None:
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
+    for evaluator in run.evaluators:
+        evaluator.check_data(run.eval_data)
     mesh = loop.check(run)
     with partitioning.use(mesh):
         where = layout(run, mesh)

@@ -14,6 +14,7 @@ from tests.checkpoints import trees
 from tests.docs.pages import ROOT, commands, languages, pages
 from tests.test_cli import call
 from upcycle import configuration, gin_files, jobs
+from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.models import identify
 from upcycle.transfer import transfer
 
@@ -137,10 +138,10 @@ def test_commands_of_a_page(page, small, capsys, monkeypatch):
         jobs.loop, 'train', lambda run, *more: train(run, *more) if (page, run.model_dir) in TRAINED else None
     )
     if page not in dict(TRAINED):
-        monkeypatch.setattr(jobs.validation, 'evaluate', lambda *arguments: {})
-        monkeypatch.setattr(jobs.few_shot, 'evaluate', lambda *arguments: {})
+        monkeypatch.setattr(validation, 'evaluate', lambda *arguments: {})
+        monkeypatch.setattr(few_shot, 'evaluate', lambda *arguments: {})
         idle = types.SimpleNamespace(evaluate=lambda params: {})
-        monkeypatch.setattr(jobs.tasks, 'TaskEvaluator', lambda *arguments: idle)
+        monkeypatch.setattr(tasks, 'TaskEvaluator', lambda *arguments: idle)
 
     def stop(files, bindings):
         small(files, bindings)

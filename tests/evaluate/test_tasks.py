@@ -111,6 +111,26 @@ def test_a_run_folder_needs_no_other_files(learnt, capsys):
     assert targets == ['True', 'False'] and set(answers) <= set(targets)
 
 
+@pytest.mark.parametrize(
+    'binding',
+    [{'TASK_METRICS_OF': 'small_unmeasured'}, {'TASK_METRICS_OF': 'typo'}, {'TASK_METRICS_SPLIT': 'typo'}],
+    ids=str,
+)
+@pytest.mark.parametrize('command', [jobs.train, jobs.evaluate])
+def test_what_cannot_be_measured_is_refused_before_anything_is_done(command, binding, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, 'params_from', None)
+    arguments = [*FILES, METRICS], bindings(tmp_path / 'run', MIXTURE_OR_TASK_NAME='small_boolq', **binding)
+    with pytest.raises(UserError, match=r'no task with metrics and a split|typo'):
+        command(*arguments, *([str(dense)] if command is jobs.evaluate else []))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_random_tokens_are_no_task(tmp_path):
+    with pytest.raises(UserError, match='TASK_METRICS needs a text task in EVAL_DATASET'):
+        jobs.train([*runs.FILES['dense'], METRICS], runs.bindings('dense', tmp_path / 'run', 1))
+    assert not (tmp_path / 'run').exists()
+
+
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match=r'small_unmeasured.*TASK_METRICS_OF'):
         run = configuration.load([*FILES, METRICS], bindings(TASK_METRICS_OF='small_unmeasured'))

@@ -34,6 +34,9 @@ class Diversity:
         if not model.moe_layers():
             raise UserError('DIVERSITY_PERIOD is set, and the model has no experts: leave it at None.')
 
+    def check_data(self, data: DataSource | None) -> None:
+        """It was there when the run was built."""
+
     def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
         """See `diversity` and `token_statistics`."""
         cosines = compiled(subject.model.moe_layers())

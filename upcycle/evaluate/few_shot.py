@@ -30,6 +30,7 @@ from upcycle.evaluate.protocol import Subject
 from upcycle.models import Model, Params
 
 BIAS = 100.0
+_NO_IMAGES = 'FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.'
 _exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -79,7 +80,12 @@ class FewShot:
                 f'FEW_SHOT probes image classifiers, and this model is of the family {model.family}: leave it out.'
             )
         if eval_data is None or not hasattr(eval_data, 'num_classes'):
-            raise UserError('FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.')
+            raise UserError(_NO_IMAGES)
+
+    def check_data(self, data: Any) -> None:
+        """Raises UserError where one of the two splits is not there."""
+        for split in self.data(data):
+            split.batches()
 
     def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
         """See `evaluate`."""
@@ -91,7 +97,12 @@ class FewShot:
 
         Both are in a fixed random order: with Expert Choice an image's features depend on which images share its group, and
         sources sorted by class would make groups of one class.
+
+        Raises:
+          UserError: EVAL_DATASET has no splits.
         """
+        if not hasattr(eval_data, 'split'):  # random images
+            raise UserError(_NO_IMAGES)
         one_pass = dataclasses.replace(eval_data, num_batches=None, repeat=False, shuffle=True, seed=0)
         test_split = eval_data.split if self.test_split is None else self.test_split
         return dataclasses.replace(one_pass, split=self.train_split), dataclasses.replace(one_pass, split=test_split)

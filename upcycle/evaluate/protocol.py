@@ -63,6 +63,10 @@ class Evaluator(Protocol):
         """Raises UserError where this cannot be measured of the model on the data."""
         ...
 
+    def check_data(self, data: DataSource | None) -> None:
+        """Raises UserError where the data that is measured on is not there. No example is read."""
+        ...
+
     def prepare(self, subject: Subject) -> Callable[[Params], Metrics]:
         """The evaluation as a function of the parameters. What takes long is done here once: programs are compiled, data is read.
 

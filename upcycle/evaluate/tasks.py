@@ -22,6 +22,8 @@ from upcycle.models.decoding import generate
 from upcycle.models.losses import cross_entropy
 from upcycle.schema import Count
 
+_NO_TASK = 'TASK_METRICS needs a text task in EVAL_DATASET, such as that of tasks/superglue.gin.'
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskMetrics:
@@ -56,7 +58,30 @@ class TaskMetrics:
                 f'TASK_METRICS is for models that write text, and this one is of the family {model.family}: leave it out.'
             )
         if eval_data is None or not hasattr(eval_data, 'task_feature_lengths'):
-            raise UserError('TASK_METRICS needs a text task in EVAL_DATASET, such as that of tasks/superglue.gin.')
+            raise UserError(_NO_TASK)
+
+    def data(self, eval_data: Any) -> Any:
+        """EVAL_DATASET with the tasks to answer; none of their examples is read.
+
+        Raises:
+          UserError: EVAL_DATASET is no task, or no task of that name has the split and a metric.
+        """
+        if not hasattr(eval_data, 'mixture_or_task_name'):  # random tokens
+            raise UserError(_NO_TASK)
+        other = self.mixture_or_task_name
+        data = eval_data if other is None else dataclasses.replace(eval_data, mixture_or_task_name=other, source=None)
+        # Looking the task up says what is wrong with its name.
+        subtasks = tensorflow_quiet.seqio().get_subtasks(data.task)
+        if not any(self.split in task.splits and task.metric_objs for task in subtasks):
+            raise UserError(
+                f'{data.mixture_or_task_name} has no task with metrics and a split {self.split!r}: name one that has in '
+                'TASK_METRICS_OF, or another TASK_METRICS_SPLIT.'
+            )
+        return data
+
+    def check_data(self, data: Any) -> None:
+        """Raises UserError where there is no such task, or none with the split and a metric."""
+        self.data(data)
 
     def prepare(self, subject: Subject) -> Callable[[Params], dict[str, float]]:
         """See `TaskEvaluator.evaluate`."""
@@ -80,9 +105,7 @@ class TaskEvaluator:
         spec.check(model, eval_data)
         self._spec, self._sharding = spec, sharding
         self._batch_size = eval_data.batch_size
-        other = spec.mixture_or_task_name
-        data = eval_data if other is None else dataclasses.replace(eval_data, mixture_or_task_name=other, source=None)
-        self._evaluator = _evaluator(data, spec)
+        self._evaluator = _evaluator(spec.data(eval_data), spec)
         whole = partitioning.replicated(sharding.mesh)
         length = eval_data.task_feature_lengths['targets']
         self._predict = jax.jit(functools.partial(predict, model=model, spec=spec, length=length), out_shardings=whole)
@@ -159,18 +182,9 @@ def summarize(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def _evaluator(data: Any, spec: TaskMetrics) -> Any:
     seqio = tensorflow_quiet.seqio()
-    # Looking the task up says what is wrong with its name.
-    subtasks = seqio.get_subtasks(data.task)
-    name = data.mixture_or_task_name
-    measured = [task for task in subtasks if spec.split in task.splits and task.metric_objs]
-    if not measured:
-        raise UserError(
-            f'{name} has no task with metrics and a split {spec.split!r}: name one that has in TASK_METRICS_OF, or another '
-            'TASK_METRICS_SPLIT.'
-        )
     with data.reading():
         return seqio.Evaluator(
-            name,
+            data.mixture_or_task_name,
             seqio.EncDecFeatureConverter(pack=False),
             eval_split=spec.split,
             use_cached=data.use_cached,

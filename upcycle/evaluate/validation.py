@@ -35,6 +35,9 @@ class Validation:
     def check(self, model: Model, data: DataSource | None) -> None:
         """Every model has a loss."""
 
+    def check_data(self, data: DataSource | None) -> None:
+        """It was there when the run was built."""
+
     def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
         """See `evaluate`."""
         step = compiled(subject.model)

@@ -37,7 +37,7 @@ from upcycle.train.step import TrainState, train_step
 NO_STEPS = range(0)
 # Evaluators that a checkpoint may call by the names that earlier versions had for them.
 _FORMERLY = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
-# The devices always have one to go on with.
+# Steps that are dispatched before the host waits for one, so that the devices never wait for the host.
 _STEPS_UNDER_WAY = 2
 
 
@@ -382,7 +382,7 @@ class _Trainer:
         taken = self.window.taken_under_way()
         batch = next(self._batches(run.train_data, first + self.health.values['batches_left_out']))
         what = diagnose(
-            self.state.replace(step=jax.device_put(np.int32(first), self.state.step.sharding)),
+            self.state.replace(step=partitioning.put_whole(np.asarray(first, np.int32), self.state.step.sharding)),
             batch,
             model=run.model,
             num_microbatches=run.num_microbatches,

@@ -64,6 +64,8 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     data = run.train_data.fingerprint()
     for source in filter(None, (run.train_data, run.eval_data)):
         source.batches(share=partitioning.share_of(partitioning.batch_sharding(mesh)))
+    for evaluator in run.evaluators:
+        evaluator.check_data(run.eval_data)
     if newest is not None:
         stored = data
         # A step that cannot be read is set aside, or refused, when the run resumes.
