@@ -80,21 +80,14 @@ def test_the_others_may_be_cast_before(case):
 
 
 def test_what_is_found_through_a_program():
-    """Moves and calls are looked through, and what is returned, or used once more, is needed."""
+    """Moves and calls are looked through, loops are not, and what is returned, or used once more, is needed."""
     half = functools.partial(jax.lax.convert_element_type, new_dtype=jnp.bfloat16)
 
     def branches(x, y):
         return jax.lax.cond(x.sum() > 0, lambda y: half(y[:2]), lambda y: half(y[2:4]), y)
 
-    def loop(x, y, z):
-        """`y` is cast in every iteration; `z` is carried and cast after the last one, or, changed, no longer the same."""
-
-        def body(carry, row):
-            kept, changed, total = carry
-            return (kept, changed + 1, total + half(y).sum() + half(row).sum()), None
-
-        (kept, changed, total), _ = jax.lax.scan(body, (z, z, half(0.0)), x)
-        return half(kept).sum() + half(changed).sum() + total
+    def loop(x, y):
+        return jax.lax.scan(lambda total, row: (total + half(y).sum() + half(row).sum(), None), half(0.0), x)[0]
 
     x = jnp.arange(12.0).reshape(4, 3)
     for function, arguments, expected in (
@@ -105,7 +98,7 @@ def test_what_is_found_through_a_program():
         (jax.jit(lambda x, y: half(x @ y.T)), (x, x), (True, True)),
         (jax.checkpoint(lambda x: jnp.sin(half(jax.lax.optimization_barrier(x)))), (x,), (False,)),
         (branches, (x, x), (True, False)),
-        (loop, (x, x, x), (False, False, True)),
+        (loop, (x, x), (True, True)),
         (lambda x, y: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x + half(y), x), (half(x), x), (True, True)),
     ):
         tree = dict(enumerate(arguments))

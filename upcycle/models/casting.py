@@ -1,6 +1,5 @@
 """Which arguments of a function are cast before anything else is done with them, found out from its jaxpr."""
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,9 @@ _MOVES = {
     *('broadcast_in_dim', 'copy', 'dynamic_slice', 'gather', 'optimization_barrier', 'pcast', 'pvary', 'reshape'),
     *('rev', 'sharding_constraint', 'slice', 'squeeze', 'transpose'),
 }
+# All that a loop reads is needed as it is: a step may read what an earlier one has made. The parameters of our layers are read by
+# none.
+_LOOPS = {'scan', 'while'}
 
 
 def needed_as_they_are(function: Callable[..., Any], dtype: Any, tree: Any, *arguments: Any) -> Any:
@@ -54,18 +56,9 @@ def _needed_by(equation: Any, needed: set[Any], dtype: Any) -> list[bool]:
         # Indices come after what they choose from.
         return [*outputs, *[True] * (number - len(outputs))]
     inner = list(jaxprs_in_params(equation.params))
-    if name == 'scan':
-        first = equation.params['num_consts']
-        carry = equation.params['num_carry']
-        while True:
-            found = _needed(inner[0], outputs, dtype)
-            again = [*map(operator.or_, outputs[:carry], found[first : first + carry]), *outputs[carry:]]
-            if again == outputs:
-                return found
-            outputs = again
     first = 1 if name == 'cond' else 0  # the number of the branch
     same = all((len(each.invars), len(each.outvars)) == (number - first, len(outputs)) for each in inner)
-    if not inner or not same or name == 'while':
+    if not inner or not same or name in _LOOPS:
         return [True] * number
     found = [_needed(each, outputs, dtype) for each in inner]
     return [True] * first + [any(flags) for flags in zip(*found, strict=True)]
