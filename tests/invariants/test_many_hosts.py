@@ -24,13 +24,15 @@ from upcycle.evaluate import tasks
 from upcycle.metrics import read_metrics
 
 EVERYWHERE = [(shape, order) for shape in MESHES for order in ORDERS]
+# Every mesh, and every order, for what takes long.
+EACH = [case for case in EVERYWHERE if case[1] == 'interleaved' or case[0] == (2, 2, 2)]
 # `model` across processes, and rows of a process that do not follow each other.
 SCATTERED = (2, 2, 2), 'interleaved'
 
 
-def everywhere(*often):
+def meshes_and_orders(cases, *often):
     """Parameters `shape` and `order`; those outside `often` are left to `make test-all`."""
-    return pytest.mark.parametrize(('shape', 'order'), often_and_exhaustive(EVERYWHERE, often))
+    return pytest.mark.parametrize(('shape', 'order'), often_and_exhaustive(cases, often))
 
 
 def sources():
@@ -74,7 +76,7 @@ def test_every_device_is_given_its_rows(order):
                     np.testing.assert_array_equal(rows, whole[feature][index])
 
 
-@everywhere()
+@meshes_and_orders(EVERYWHERE)
 def test_gradients(shape, order):
     assert_same(on_eight('gather', 'one device'), call(step, 'gather', shape, order=order)[0])
 
@@ -94,7 +96,7 @@ def whole(shallow, tmp_path_factory):
     return path
 
 
-@everywhere(SCATTERED)
+@meshes_and_orders(EACH, SCATTERED)
 def test_training_and_resuming(shape, order, whole, shallow, tmp_path):
     """Two steps and their evaluations on many hosts; then by one process, and on many hosts again."""
     path = tmp_path / 'run'
@@ -117,7 +119,7 @@ def evaluate(checkpoint, shape, out):
     return jobs.evaluate(runs.FILES['dense'], bindings, checkpoint, out=str(out))['metrics']
 
 
-@everywhere(((1, 1, 8), 'by process'))
+@meshes_and_orders(EACH, ((1, 1, 8), 'interleaved'))
 def test_evaluation_of_a_checkpoint(shape, order, shallow, tmp_path):
     expected = evaluate(shallow, (1, 1, 1), tmp_path / 'one.json')
     found = call(evaluate, shallow, shape, tmp_path / 'four.json', order=order)
@@ -152,7 +154,7 @@ def answer(shape):
     return found, small_tasks.ANSWERS[-1], small_tasks.SCORES[-1]
 
 
-@everywhere()
+@meshes_and_orders(EACH)
 def test_task_scores_belong_to_their_examples(shape, order):
     metrics, (targets, answers), (_, scores) = answer((1, 1, 1))
     assert len(set(answers)) > 1 and len({round(float(score), 3) for score in scores}) == len(scores)
@@ -162,7 +164,7 @@ def test_task_scores_belong_to_their_examples(shape, order):
         assert found == pytest.approx(metrics, rel=1e-5)
 
 
-@everywhere(SCATTERED)
+@meshes_and_orders(EACH, SCATTERED)
 def test_few_shot_probes(shape, order):
     one = probe((1, 1, 1))
     for found in call(probe, shape, order=order):
