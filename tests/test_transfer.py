@@ -14,6 +14,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.checkpoints import trees, vits
 from tests.test_cli import call
@@ -91,6 +92,20 @@ def test_two_commands_do_not_write_one_checkpoint(format, tmp_path, monkeypatch)
     monkeypatch.setattr('upcycle.transfer.write', again)
     written = transfer(source, target, format)
     assert refused and open_checkpoint(written).leaves()
+
+
+def test_a_claim_on_what_another_writer_has_just_finished(tmp_path, monkeypatch):
+    """It renames the place between this writer's looking at it and opening it."""
+    place, opened = epath.Path(tmp_path / 'out.tmp'), os.open
+
+    def finished(*arguments):
+        monkeypatch.undo()
+        os.rename(place, tmp_path / 'out')
+        return opened(*arguments)
+
+    monkeypatch.setattr(os, 'open', finished)
+    writing.Claim(place, epath.Path(tmp_path / 'out'), outputs.Kind.NEW_FOLDER).release()
+    assert place.is_dir()
 
 
 # What is wrong with the tree, options, words of the message.

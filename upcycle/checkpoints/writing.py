@@ -419,7 +419,10 @@ class Claim:
                 place.mkdir(exist_ok=True)
             else:
                 pathlib.Path(place).touch()
-            self._descriptor = os.open(place, os.O_RDONLY)
+            try:
+                self._descriptor = os.open(place, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # the process before has just given it its name
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
