@@ -9,6 +9,11 @@ import pytest
 from tests.earlier import kinds
 from upcycle import configuration, transfer
 from upcycle.checkpoints import open_checkpoint
+from upcycle.evaluate.diversity import Diversity
+from upcycle.evaluate.few_shot import FewShot
+from upcycle.evaluate.tasks import TaskMetrics
+from upcycle.evaluate.validation import Validation
+from upcycle.train import loop
 
 VERSIONS = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.name[0].isdigit())
 # With router state, and with a task of its own for evaluation; the others repeat what these go through.
@@ -96,3 +101,9 @@ def test_exported(kind, version, tmp_path):
         for leaves in (expected(version, kind)['leaves'], kinds.digests(open_checkpoint(out)))
     )
     assert found == before
+
+
+def test_former_names_of_evaluators():
+    """What a checkpoint says was due when its run was stopped."""
+    names = {kind.name for kind in (Validation, FewShot, TaskMetrics, Diversity)}
+    assert set(loop.FORMER_NAMES.values()) == names and not names & loop.FORMER_NAMES.keys()

@@ -36,7 +36,7 @@ from upcycle.train.step import TrainState, train_step
 
 NO_STEPS = range(0)
 # Evaluators that a checkpoint may call by the names that earlier versions had for them.
-_FORMERLY = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
+FORMER_NAMES = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
 # Steps that are dispatched before the host waits for one, so that the devices never wait for the host.
 _STEPS_UNDER_WAY = 2
 
@@ -243,7 +243,7 @@ class _Trainer:
         self.ledger = Ledger(**metadata['cost'])
         self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
-        self.unfinished = [_FORMERLY.get(name, name) for name in metadata.get('unfinished', [])]
+        self.unfinished = [FORMER_NAMES.get(name, name) for name in metadata.get('unfinished', [])]
         if self.receipt is not None:
             require_match(path, self.receipt, self.layout.flat())
         return TrainState(**tree)
