@@ -115,7 +115,7 @@ def test_training_and_resuming(shape, order, whole, shallow, tmp_path):
 
 def evaluate(checkpoint, shape, out):
     """`upcycle eval` of a dense run."""
-    bindings = runs.bindings('dense', 'unused', 1, MESH_SHAPE=shape, EVAL_BATCH_SIZE=8, **runs.ONE_LAYER)
+    bindings = runs.bindings('dense', 'unused', 1, MESH_SHAPE=shape, BATCH_SIZE=8, EVAL_BATCH_SIZE=8, **runs.ONE_LAYER)
     return jobs.evaluate(runs.FILES['dense'], bindings, checkpoint, out=str(out))['metrics']
 
 
