@@ -87,12 +87,9 @@ def shared_programs() -> Iterator[None]:
 
 @pytest.fixture(scope='module', autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """After each module, frees what only cycles of references hold, and where a worker is large, programs."""
-    from tests import programs
-
+    """After each module, frees what only cycles of references hold: compiled programs among them."""
     yield
     gc.collect()
-    programs.trim(3 << 30)
 
 
 @pytest.fixture(scope='session')
