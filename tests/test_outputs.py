@@ -52,7 +52,7 @@ NEVER = {
     'zero byte': ('a\0b', ['zero byte']),
     'no such store': ('ftp://host/x', ['ftp://host/x']),
     'no bucket': ('gs://', ['names no bucket']),
-    'home of nobody': ('~nobody_here/x', ['~nobody_here/x', 'no user of this machine']),
+    'home of nobody': ('~nobody_here/x', ['~nobody_here/x', 'an unknown user']),
     'among checkpoints': ('run/checkpoints/new', ['run/checkpoints, which holds checkpoints such as 4']),
     'in a checkpoint': ('run/checkpoints/4/state/x', ['run/checkpoints, which holds checkpoints such as 4']),
 }

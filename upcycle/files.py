@@ -48,9 +48,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
         expanded = os.path.expanduser(name)
         if expanded.startswith('~'):
             user = name.partition('/')[0]
-            raise UserError(
-                f'{name} is in the home of {user[1:]}, who is no user of this machine: write ./{name} for a local path.'
-            )
+            raise UserError(f'{name} is in the home of {user[1:]}, an unknown user: write ./{name} for a local path.')
         return epath.Path(os.path.abspath(expanded))
     scheme = name.partition('://')[0]
     if scheme not in STORES or without_password(name) != name:

@@ -16,7 +16,7 @@ from upcycle.evaluate.validation import Validation
 from upcycle.train import loop
 
 VERSIONS = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.name[0].isdigit())
-# With router state, and with a task of its own for evaluation; the others repeat what these go through.
+# With router state, and with few-shot probes; the others repeat what these go through.
 OFTEN = ('t5_router_state', 'vit_upcycled')
 KINDS = pytest.mark.parametrize('kind', kinds.KINDS)
 # Formats, and what becomes of the optimizer state: T5X factors that of experts, which these sizes do not.
