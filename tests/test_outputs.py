@@ -246,7 +246,7 @@ def test_what_is_written_replaces_a_file_at_once(places):
 def test_a_file_of_a_run_is_not_replaced(name, dense, tmp_path):
     run = shutil.copytree(dense, tmp_path / 'run')
     assert (run / name).is_file()
-    with pytest.raises(UserError, match='is a file of the run in|holds checkpoints such as'):
+    with pytest.raises(UserError, match='holds checkpoints' if '/' in name else 'is a file of the run in'):
         outputs.check('--out', run / name, outputs.Kind.FILE)
     outputs.check('--out', run / 'eval.json', outputs.Kind.FILE)
 
