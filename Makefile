@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
 # The tests that repeat an invariant at another size or layout, too.
-test-all: ARGS += -m ""
+test-all: override ARGS += -m ""
 test-all: test
 
 # Pages into site/; the page of macros is written first.
