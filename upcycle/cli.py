@@ -17,16 +17,18 @@ from upcycle import interrupts, warning
 from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, status_of, whole_list, without_password
 from upcycle.formats import FORMATS
 from upcycle.host_memory import keep_freed_memory
+from upcycle.models.quickstart import JOBS
+from upcycle.models.registry import EXAMPLE
 
 TRACEBACK = 'UPCYCLE_TRACEBACK'  # an environment variable
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.
 
 A run is described by gin files (--gin_file, repeatable: models, moe, tasks, runs, in that order) and bindings
 (--gin.NAME=VALUE), as in T5X:
 
-  upcycle train --gin_file=models/t5_1_1_base.gin --gin_file=moe/t5.gin --gin_file=tasks/c4_span_corruption.gin \\
+  upcycle train {' '.join(f'--gin_file={file}' for file in EXAMPLE)} \\
     --gin_file=runs/upcycle.gin --gin.INITIAL_CHECKPOINT_PATH=... --gin.MODEL_DIR=... --gin.TRAIN_STEPS=1100000
 """
 
@@ -214,7 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = add(
         'quickstart', _quickstart, 'the main job on real data that needs no download, 20 to 50 minutes on 2 cores'
     )
-    quickstart.add_argument('--family', default='language', help='language (T5 on text) or vision (ViT on images)')
+    families = ' or '.join(f'{name} ({job.what})' for name, job in JOBS.items())
+    quickstart.add_argument('--family', default='language', help=families)
     quickstart.add_argument('--out', help='folder for the runs and the report (runs/quickstart_FAMILY)')
     quickstart.add_argument('--budget', type=float, default=1.0, help='scales the number of steps (%(default)s)')
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')

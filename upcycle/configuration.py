@@ -16,6 +16,7 @@ from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.gin_files import UNKNOWN, nearest
 from upcycle.metrics import warn
+from upcycle.models.registry import EXAMPLE
 from upcycle.train.health import Limits
 from upcycle.train.run import Run
 
@@ -59,7 +60,7 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
       MissingData: nothing is wrong but that.
     """
     if not names:
-        raise UserError('No configuration: name one with --gin_file, such as --gin_file=models/t5_1_1_base.gin.')
+        raise UserError(f'No configuration: name one with --gin_file, such as --gin_file={EXAMPLE[0]}.')
     found = gin_files.read(names, bindings)
     for sentence in found.warnings:
         warn(sentence)

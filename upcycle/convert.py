@@ -81,7 +81,7 @@ def convert(
         require_whole(part.path)
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
-    where = layout(run, mesh, identify.smallest_batch(run.model))
+    where = layout(run, mesh, run.model.smallest_batch())
     wanted = {
         name: with_dtype(name, leaf, dtype)
         for name, leaf in where.flat().items()

@@ -27,7 +27,6 @@ from timing import medians, table
 
 from upcycle import configuration, partitioning
 from upcycle.checkpoints import arrays, open_checkpoint
-from upcycle.models import identify
 from upcycle.surgery.execute import without_leading_axis
 from upcycle.train import state as states
 
@@ -54,7 +53,7 @@ def compare(options: argparse.Namespace, files: list[str], dense: str) -> None:
     bindings = {'INITIAL_CHECKPOINT_PATH': dense, 'NUM_EXPERTS': str(options.experts)}
     run = configuration.load(files, bindings)
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
-    where = states.layout(run, mesh, identify.smallest_batch(run.model))
+    where = states.layout(run, mesh, run.model.smallest_batch())
     targets = where.flat()
     reads: collections.Counter[str] = collections.Counter()
 

@@ -24,7 +24,6 @@ import jax
 from convert import make_dense, peak
 
 from upcycle import configuration, partitioning
-from upcycle.models import identify
 from upcycle.train import state as states
 
 DENSE_STEP = 1000
@@ -36,7 +35,7 @@ def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
     """Prints what the sparse state takes, and the process at its peak."""
     run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': path, 'DENSE_STEP': str(DENSE_STEP), **bindings})
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
-    where = states.layout(run, mesh, identify.smallest_batch(run.model))
+    where = states.layout(run, mesh, run.model.smallest_batch())
     states.check_function = lambda *arguments: {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()

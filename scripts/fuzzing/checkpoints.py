@@ -173,7 +173,7 @@ def random_tree(files: tuple[str, ...], **bindings: str) -> dict[str, np.ndarray
     run = dataclasses.replace(run, optimizer=Adafactor(min_dim_size_to_factor=16))
     mesh = partitioning.make_mesh((1, 1, 1), None, jax.devices()[:1])
     with partitioning.use(mesh):
-        leaves = layout(run, mesh, identify.smallest_batch(run.model)).flat()
+        leaves = layout(run, mesh, run.model.smallest_batch()).flat()
     rng = np.random.default_rng(0)
     tree = {name: rng.random(leaf.shape).astype(leaf.dtype) for name, leaf in leaves.items()}
     return tree | {name: np.asarray(100, np.int32) for name in ('step', 'opt_state/count')}

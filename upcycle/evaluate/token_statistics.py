@@ -1,4 +1,4 @@
-"""Which tokens go to which expert: of text by their ids, of images by their label."""
+"""Which tokens go to which expert, by what the model says tells them apart (`Model.token_kinds`)."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -245,6 +245,8 @@ class MoEConfig:
             yield f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.'
         if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
             yield f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.'
+        if self.causal:
+            yield from looks_ahead(self)
         if self.router in (RouterType.SOFT, RouterType.MERGED) and self.logit_normalization is not None:
             yield (
                 f"ROUTER_LOGIT_NORMALIZATION is of logits over experts, and the router '{self.router}' has none: set it to "
@@ -262,10 +264,6 @@ class MoEConfig:
                 yield f'AVERAGE_SHARED_WEIGHT = {self.merged_shared_weight!r} must lie in [0, 1].'
             return
         if self.router is RouterType.SOFT:
-            if self.causal:
-                yield (
-                    "DECODER_ROUTER = 'soft' mixes every token with later ones, which leaks the future in a decoder: use 'top_k'."
-                )
             if self.dispatch is Dispatch.RAGGED:
                 yield "DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'."
             if self.shared_weights is SharedWeights.XFT:
@@ -283,11 +281,6 @@ class MoEConfig:
                 yield (
                     "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
                     "the router 'top_k'."
-                )
-            if self.causal:
-                yield (
-                    "DECODER_ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the "
-                    "future in a decoder: use 'top_k'."
                 )
             return
         if not 1 <= self.num_selected_experts <= self.num_experts:
@@ -326,10 +319,6 @@ class MoEConfig:
                 "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
                 "'gather'."
             )
-        if self.causal and self.fill_order is FillOrder.PRIORITY:
-            yield (
-                "FILL_ORDER = 'priority' lets later tokens push earlier ones out of a decoder's buffers: use 'token_major'."
-            )
 
     def _nonsense_of_default_output(self) -> Iterator[str]:
         if not 0 <= self.default_output_decay < 1:
@@ -345,14 +334,38 @@ class MoEConfig:
             )
 
 
-def check_mixing(config: MoEConfig, num_tokens: int, length: int) -> None:
-    """Refuses Soft MoE whose groups hold parts of several sequences or images: a slot is a mean over all tokens of its group, so
-    that an output would depend on what else is in the batch.
+def looks_ahead(config: MoEConfig, prefix: str = '') -> Iterator[str]:
+    """Why a layer may not be in a causal stack, a sentence each: its routing would depend on later tokens.
+
+    Args:
+      config: of the layer.
+      prefix: of the macros of its stack.
+    """
+    if config.router is RouterType.SOFT:
+        yield (
+            f"{prefix}ROUTER = 'soft' mixes every token with later ones, which leaks the future in a causal stack: use 'top_k'."
+        )
+    if config.router is RouterType.EXPERT_CHOICE:
+        yield (
+            f"{prefix}ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the future in a "
+            "causal stack: use 'top_k'."
+        )
+    if config.router in (RouterType.TOP_K, RouterType.DENSE) and config.fill_order is FillOrder.PRIORITY:
+        yield (
+            f"{prefix}FILL_ORDER = 'priority' lets later tokens push earlier ones out of a causal stack's buffers: use "
+            "'token_major'."
+        )
+
+
+def check_mixing(config: MoEConfig, num_tokens: int, length: int, way_out: str) -> None:
+    """Refuses Soft MoE whose groups hold parts of several examples: a slot is a mean over all tokens of its group, so that an
+    output would depend on the other examples of the batch.
 
     Args:
       config: of the layer.
       num_tokens: of a batch.
-      length: of a sequence or an image, in tokens.
+      length: of an example, in tokens.
+      way_out: the binding that makes groups of whole examples.
 
     Raises:
       UserError: they do.
@@ -363,7 +376,7 @@ def check_mixing(config: MoEConfig, num_tokens: int, length: int) -> None:
     if length % size:
         raise UserError(
             f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
-            f'GROUP_SIZE = {length} (of a ViT: GROUP_IMAGES = 1).'
+            f'{way_out}.'
         )
 
 
@@ -394,8 +407,8 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
     """Indices of the layers that are MoE layers.
 
     Args:
-      spec: 'every_other' (1, 3, 5, ...: the paper's choice for T5, flaxformer's MIXED layout with half of the layers sparse),
-        'last_half' (the paper's choice for ViT), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
+      spec: 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
+        sparse), 'last_half' (the paper's choice for vision), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
       num_layers: of the stack.
       binding: the gin macro that holds `spec`, for the message.
 

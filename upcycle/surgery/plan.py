@@ -27,7 +27,6 @@ from upcycle.surgery.router_init import INHERITED, RouterInit
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 Axes = Mapping[str, tuple[str | None, ...]]
 EXPERT, ROUTER, SHARED, ROUTER_STATE, MIXING = 'expert', 'router', 'shared', 'router_state', 'mixing'
-POSITIONS = 'pos_embedding'
 COUNT = 'opt_state/count'
 PARAMS, STATES = 'params/', 'opt_state/param_states/'
 # Second moments, of which the mean over all entries is that of the parameter's squared gradients.
@@ -107,7 +106,7 @@ class Action(enum.StrEnum):
     EXPERTS = 'experts'  # by the expert operator
     REMAKE = 'remake'  # by the dense operator
     ROUTER = 'router'  # by the router's initialisation, perhaps out of the checkpoint's router
-    RESIZE = 'resize'  # learned positions of an image, interpolated to another number of patches
+    RESIZE = 'resize'  # learned positions on a square grid, interpolated to a grid of another size
     TILE = 'tile'  # the source, repeated over a leading expert axis; of several parents, each expert's own
     ZEROS = 'zeros'
     NEW = 'new'  # by the trainer: the run's own random key, and a new head
@@ -168,7 +167,7 @@ class Plan:
 
 
 def mlp_of(target: str) -> str:
-    """Path of the MLP that a leaf of an MoE layer, or of its optimizer state, belongs to: 'params/encoder/layers_1/mlp'."""
+    """Path of the MLP that a leaf of an MoE layer, or of its optimizer state, belongs to: such as 'params/layers_1/mlp'."""
     segments = (PARAMS + target.removeprefix(STATES).removeprefix(PARAMS)).split('/')
     return '/'.join(segments[: next(i for i, segment in enumerate(segments) if segment in (EXPERT, ROUTER, SHARED))])
 
@@ -180,7 +179,13 @@ def within_mlp(target: str) -> str:
 
 
 def plan(
-    dense: Abstract, sparse: Abstract, spec: Surgery, axes: Axes | None = None, *, head: Sequence[str] = ()
+    dense: Abstract,
+    sparse: Abstract,
+    spec: Surgery,
+    axes: Axes | None = None,
+    *,
+    head: Sequence[str] = (),
+    grids: Sequence[str] = (),
 ) -> Plan:
     """Finds every target leaf's source.
 
@@ -190,6 +195,7 @@ def plan(
       spec: what to do.
       axes: logical axes of the target's parameters, which operators that work along an axis need.
       head: paths of the parameters that `spec.new_head` starts afresh.
+      grids: last segments of the names of parameters that may be interpolated; see `models.Model`.
 
     Returns:
       The plan; it reads nothing.
@@ -250,7 +256,7 @@ def plan(
                 problems.append(found)
             else:
                 add(target, *found)
-        elif isinstance(found := _source(target, leaf, base, spec, logical.get(target, ())), str):
+        elif isinstance(found := _source(target, leaf, base, spec, logical.get(target, ()), grids), str):
             problems.append(found)
         else:
             add(target, *found)
@@ -355,7 +361,12 @@ def _remake(
 
 
 def _source(
-    target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, spec: Surgery, axes: tuple[str | None, ...]
+    target: str,
+    leaf: jax.ShapeDtypeStruct,
+    dense: Abstract,
+    spec: Surgery,
+    axes: tuple[str | None, ...],
+    grids: Sequence[str],
 ) -> tuple[Action, str] | str:
     """The action and source of a leaf that must come from the checkpoint, or what is wrong."""
     segments = target.split('/')
@@ -376,7 +387,8 @@ def _source(
         want = spec.operator.source_shape(Leaf(tuple(leaf.shape), axes))
     if is_new_expert and from_moe:
         want = (*old[:1], *want)
-    if _resizable(target, old, want):
+    is_grid = target.startswith(PARAMS) and target.rpartition('/')[2] in grids
+    if is_grid and _is_resized(old, want):
         return Action.RESIZE, source
     if old != want and source == target:
         return f'{target} {_NEEDS} {want}, not {old}'
@@ -407,9 +419,9 @@ def _measured(rows: list[Row], dense: Abstract, spec: Surgery) -> dict[str, tupl
     return {mlp: tuple(leaves) for mlp, leaves in found.items()}
 
 
-def _resizable(target: str, old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Positions (1, L, D) of two square images of different size; their optimizer state is not."""
-    if not target.startswith('params/') or target.split('/')[-1] != POSITIONS or len(old) != 3 or len(new) != 3:
+def _is_resized(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether these are shapes (1, L, D) of positions on two square grids of different size."""
+    if len(old) != 3 or len(new) != 3:
         return False
     squares = all(math.isqrt(shape[1]) ** 2 == shape[1] for shape in (old, new))
     return squares and old[1] != new[1] and (old[0], old[2]) == (new[0], new[2])

@@ -7,9 +7,6 @@ from upcycle.moe.config import MoEConfig, RouterType
 from upcycle.train.run import Run
 from upcycle.train.state import Layout
 
-# The features that say how large a batch is.
-_SHOWN = ('encoder_input_tokens', 'decoder_input_tokens', 'image')
-
 
 def describe(run: Run, where: Layout, mesh: Mesh) -> str:
     """Model, MoE layers, data, steps and mesh, a line each."""
@@ -28,7 +25,7 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
     for path, moe in layers.items():
         stacks.setdefault(moe, []).append(path.rpartition('/')[0])
     lines += [f'MoE     {", ".join(paths)}: {_moe(moe)}' for moe, paths in stacks.items()]
-    shapes = ', '.join(f'{name} {shape}' for name, (shape, _) in spec.items() if name in _SHOWN)
+    shapes = ', '.join(f'{name} {shape}' for name, (shape, _) in spec.items() if name in run.model.inputs)
     lines.append(f'data    {shapes}; {run.train_data.promise()}')
     source = 'from scratch' if run.initial_checkpoint_path is None else f'from {run.initial_checkpoint_path}'
     if run.surgery is not None:

@@ -217,7 +217,7 @@ def saturation(means: Mapping[str, Any], layer: str) -> str | None:
 
     Args:
       means: metrics of the log.
-      layer: 'experts/encoder/layers_1'.
+      layer: such as 'experts/layers_1'.
     """
     even = math.log(len(means[f'{layer}/load']))
     entropy, z_loss = (means.get(f'{layer}/{name}') for name in ('router_entropy', 'router_z_loss'))

@@ -52,7 +52,7 @@ class Ledger:
       evaluation_seconds: between steps, in evaluations and other looks at the model.
       checkpoint_seconds: between steps, until a save let the run go on.
       flops: of this run's training steps, by `cost.py`.
-      tokens: in the batches of these steps, padding included; of images their patches.
+      tokens: in the batches of these steps, padding included.
       sunk_seconds, sunk_flops: of the checkpoint it started from; 0 when unknown or from scratch.
     """
 

@@ -39,7 +39,7 @@ class Run:
       dense_flops: what a checkpoint that does not say so had cost [DENSE_FLOPS].
       step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
         `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
-      few_shot: linear probes of an image classifier's features [FEW_SHOT]; None: none.
+      few_shot: linear probes of a classifier's features [FEW_SHOT]; None: none.
       task_metrics: predictions and scores of a language model on seqio's tasks [TASK_METRICS]; None: none.
       diversity_period: steps between looks at how far experts have come apart [DIVERSITY_PERIOD]; None: none.
       eval_period: steps between evaluations [EVAL_PERIOD].

@@ -151,7 +151,12 @@ def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any]
         )
     with in_gin_words(run.model, reader):
         return plan(
-            leaves, where.flat() if wanted is None else wanted, run.surgery, where.logical_axes, head=run.model.head
+            leaves,
+            where.flat() if wanted is None else wanted,
+            run.surgery,
+            where.logical_axes,
+            head=run.model.head,
+            grids=run.model.grids,
         )
 
 
