@@ -157,9 +157,9 @@ def _annotation(kind: type, field: str) -> typing.Any:
 
 def _documented(kind: type, field: str) -> str:
     """What a dataclass's docstring says of a field, without the macro's name; of an enum, what its members mean."""
-    for _, names, text in re.findall(
-        r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', inspect.getdoc(kind) or '', re.MULTILINE
-    ):
+    # A field may be inherited.
+    docstrings = '\n'.join(inspect.getdoc(each) or '' for each in kind.__mro__ if dataclasses.is_dataclass(each))
+    for _, names, text in re.findall(r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', docstrings, re.MULTILINE):
         if field in names.split(', '):
             plain = re.sub(r'\s*\[[A-Z_0-9, ]+\]', '', ' '.join(text.split())).strip(' .')
             break

@@ -578,3 +578,16 @@ def test_a_model_before_another_one_of_another_family():
         'models/vit_mini.gin is for models of the family vit' in sentence
         for sentence in mistakes(files, runs.bindings('dense', '/nowhere', 6))
     )
+
+
+def test_a_model_needs_less_than_a_run():
+    """`eval`, `convert` and `compile` ask for nothing that they do not read."""
+    found = wrong('upcycle', MODEL_DIR='%gin.REQUIRED', TRAIN_STEPS='%gin.REQUIRED')
+    assert [sentence.split()[0] for sentence in found] == ['MODEL_DIR', 'TRAIN_STEPS', 'INITIAL_CHECKPOINT_PATH']
+    small = {name: value for name, value in runs.SMALL_STEPS.items() if name != 'TRAIN_STEPS'}
+    run = configuration.load_model(runs.FILES['upcycle'], small)
+    assert run.total_steps is None and run.initial_checkpoint_path is None and run.surgery.operator.name == 'copy'
+    assert configuration.load_model(runs.FILES['upcycle'], {**small, 'TRAIN_STEPS': '7'}).total_steps == 7
+    for name, value in {'TRAIN_STEPS': '0', 'NUM_HEADS': 'many', 'BATCH_SIZ': '4'}.items():
+        with pytest.raises(UserError, match=f'{name} = {value}|{name}={value}|{name} = .{value}.'):
+            configuration.load_model(runs.FILES['upcycle'], {**small, name: value})

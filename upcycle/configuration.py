@@ -18,7 +18,7 @@ from upcycle.gin_files import UNKNOWN, nearest
 from upcycle.metrics import warn
 from upcycle.models.registry import EXAMPLE
 from upcycle.train.health import Limits
-from upcycle.train.run import Run
+from upcycle.train.run import ModelRun, Run
 
 # These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
 MAY_CHANGE = (
@@ -47,7 +47,14 @@ _LISTED = 5
 
 
 def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
-    """Builds the run that gin files and bindings describe. Nothing is allocated, and no device is looked for.
+    """Builds the run that gin files and bindings describe; see `load_model`."""
+    return _load(names, bindings, Run)
+
+
+def load_model(names: Sequence[str], bindings: Mapping[str, str]) -> ModelRun:
+    """Builds the part of a run that `eval`, `convert` and `compile` need: what only training needs may be missing.
+
+    Nothing is allocated, and no device is looked for.
 
     Args:
       names: of gin files, in the order models, moe, tasks, runs; a later one overrides an earlier one.
@@ -59,6 +66,10 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
       UserErrors: several are; all of them are said.
       MissingData: nothing is wrong but that.
     """
+    return _load(names, bindings, ModelRun)
+
+
+def _load(names: Sequence[str], bindings: Mapping[str, str], kind: type[ModelRun]) -> Any:
     if not names:
         raise UserError(f'No configuration: name one with --gin_file, such as --gin_file={EXAMPLE[0]}.')
     found = gin_files.read(names, bindings)
@@ -72,7 +83,7 @@ def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
         refuse(
             [*found.mistakes, 'No run: end the list of files with one of runs/, such as --gin_file=runs/pretrain.gin.']
         )
-    builder = _Builder()
+    builder = _Builder(kind)
     run = builder.make((), Run)
     others = [*found.mistakes, *builder.mistakes]
     family = next((made.family for made in builder.made() if hasattr(made, 'family')), None)
@@ -106,7 +117,7 @@ def as_it_began(run: Run) -> Run:
     while new := {name: stored[name] for name in _not_bound() if name in stored and name not in taken}:
         gin_files.bind(as_gin(new), f'{path}')
         taken |= new
-    builder = _Builder()
+    builder = _Builder(Run)
     run = builder.make((), Run)
     refuse(builder.mistakes)
     return run
@@ -364,11 +375,15 @@ def _show(value: Any) -> str:
 class _Builder:
     """Makes what the bindings describe, from the leaves up, and goes on where something is wrong, so that every mistake is found.
 
+    Args:
+      root: what is made of the bindings of `Run`, whose other fields are passed over.
+
     Attributes:
       mistakes: a sentence each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: type[ModelRun]) -> None:
+        self._root = root
         self.mistakes: list[str] = []
         self.missing_data: list[str] = []  # of these, those of data that is not here
         self._made: dict[str, Any] = {}
@@ -393,6 +408,15 @@ class _Builder:
         before = len(self.mistakes)
         name = '/'.join([*scopes, target.__qualname__])
         bindings = _bindings_of(scopes, target)
+        if target is Run and self._root is not Run:
+            target = self._root
+            fields = schema.parameters(target)
+            optional = fields.keys() - schema.required(target)
+            bindings = {
+                key: value
+                for key, value in bindings.items()
+                if key in fields and not (key in optional and self._is_left_open(value))
+            }
         arguments = {key: self._argument(f'{name}.{key}', value, target, key) for key, value in bindings.items()}
         for key in schema.required(target):
             if key not in arguments:
@@ -428,6 +452,11 @@ class _Builder:
         if not schema.fits(outline, hint):
             return self._mistake(f'{name} = {schema.shown(outline)} must be {schema.in_words(hint)}.')
         return self._each(value, self._call)
+
+    def _is_left_open(self, value: Any) -> bool:
+        """Whether a value is a macro that the gin files leave to the command line."""
+        macro = self._innermost(value)
+        return _is_required(value if macro is None else _macro_value(macro))
 
     def _innermost(self, value: Any) -> str | None:
         """The macro that a chain of them ends in; None where the value is no macro."""

@@ -30,7 +30,7 @@ from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, with
 from upcycle.surgery.receipt import check_layer, receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.train.carried import source_of
-from upcycle.train.run import Run
+from upcycle.train.run import ModelRun
 from upcycle.train.state import layout, make_plan
 from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
 
@@ -41,7 +41,7 @@ _ALIGNMENT = 64  # of an array that XLA takes without a copy
 
 
 def convert(
-    run: Run,
+    run: ModelRun,
     target: str,
     format: str,
     *,
@@ -116,7 +116,7 @@ def convert(
     return writer.path
 
 
-def _metadata(run: Run, reader: Reader, paper: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(run: ModelRun, reader: Reader, paper: Mapping[str, Any]) -> dict[str, Any]:
     """What a trainer would save: the dense run's cost goes along, all of it sunk."""
     kept = {name: reader.metadata[name] for name in ('cost', 'optimizer') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))

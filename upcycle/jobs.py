@@ -110,23 +110,19 @@ def evaluate(
         outputs.check('--out', out, outputs.Kind.FILE)
     reader = open_checkpoint(checkpoint)
     require_whole(reader.path)
-    named = dict(bindings)
     if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
         with _config_of(checkpoint) as config:
-            run = configuration.load([config, *gin_files], named)
+            run = configuration.load_model([config, *gin_files], bindings)
     else:
-        if os.path.basename(gin_files[0]) != configuration.CONFIG:
-            # Neither says anything about the weights, and a run needs both.
-            unused = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000000'}
-            named = {**unused, 'INITIAL_CHECKPOINT_PATH': checkpoint, **bindings}
-        run = configuration.load(gin_files, named)
+        run = configuration.load_model(gin_files, bindings)
     if run.eval_data is None:
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
     for evaluator in run.evaluators:
         evaluator.check_data(run.eval_data)
-    mesh = loop.check(run)
+    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+    loop.check_batches(run, mesh, training=False)
     with partitioning.use(mesh):
-        where = layout(run, mesh)
+        where = layout(run, mesh, run.eval_data.batch_spec())
         params, operator = params_from(run, where, reader)
         if operator is not None:
             print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
@@ -210,13 +206,13 @@ def convert(
         # Operators and recipes change what a run says.
         later = [i for i, folder in enumerate(folders) if folder in ('surgery', 'recipes')]
         files.insert(min(later, default=len(files)), 'runs/convert.gin')
-    run = configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', **bindings})
+    run = configuration.load_model(files, bindings)
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     # What is named of a run that is to train the result.
     if run.train_data is not None:
         loop.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
-    if 'TRAIN_STEPS' in bindings:
+    if run.total_steps is not None:
         step = open_checkpoints(run.initial_checkpoint_path).step if run.dense_step is None else run.dense_step
         if step is not None:
             check_start(run, step)
@@ -242,9 +238,7 @@ def compile_(
 
     if not 0 < utilization <= 1:
         raise UserError(f'--utilization={utilization:g} must lie in (0, 1].')
-    # Neither is read, and a run needs both.
-    named = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **bindings}
-    run = configuration.load(gin_files, named)
+    run = configuration.load_model(gin_files, bindings)
     account, text = aot.compile_run(run, topology, num_slices=num_slices)
     if hlo is not None:
         outputs.write('--hlo', hlo, text)

@@ -38,7 +38,7 @@ _INTERPRETER = 'import upcycle.jobs, upcycle.convert, jax; jax.devices()'
 
 def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindings: str) -> str:
     """A dense checkpoint with random weights, leaf by leaf."""
-    run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': 'unused', **bindings})
+    run = configuration.load_model(files, {'INITIAL_CHECKPOINT_PATH': 'unused', **bindings})
     leaves = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in identify.shapes(run.model.dense()).items()
     } | {'step': jax.ShapeDtypeStruct((), np.int32)}

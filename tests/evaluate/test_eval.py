@@ -43,6 +43,8 @@ def test_a_checkpoint_without_its_folder_needs_the_files(dense, tmp_path, capsys
         for name in ('ACTIVATION_DTYPE', 'BATCH_SIZE', 'NUM_EMBEDDINGS', 'TASK_FEATURE_LENGTHS')
     }
     files = options((runs.TINY, runs.TASK, 'runs/eval.gin'), {**small, 'EVAL_STEPS': 2})
+    # A training step could not cut its batch so; nothing is trained.
+    files += options((), {'NUM_MICROBATCHES': 3})
     code, out, _ = call(['eval', f'--from={tmp_path}/moved', *files], capsys)
     assert code == 0
     logged = lines_of(dense, 'validation')[-1]

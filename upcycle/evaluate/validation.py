@@ -27,7 +27,7 @@ class Validation:
       period: steps between evaluations [EVAL_PERIOD].
     """
 
-    period: Count
+    period: Count | None = None
     name: ClassVar[str] = 'validation'
     at_start: ClassVar[bool] = True
     of_checkpoints: ClassVar[bool] = True

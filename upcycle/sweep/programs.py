@@ -47,7 +47,7 @@ def compile_all(
         values = {name: grid.text_of(value) for name, value in program['bindings'].items()} | dict(bindings or {})
         files = (*gin_files, *program['gin_files'])
         try:
-            configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **values})
+            configuration.load_model(files, values)
         except UserError as error:
             raise UserError(f'{program["name"]}: {error}') from error
         commands[program['name']] = [

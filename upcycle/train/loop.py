@@ -31,7 +31,7 @@ from upcycle.train.carried import require_match
 from upcycle.train.diagnosis import diagnose
 from upcycle.train.health import Health, NotFiniteError, Rollback
 from upcycle.train.profile import Profile
-from upcycle.train.run import Run
+from upcycle.train.run import ModelRun, Run
 from upcycle.train.step import TrainState, train_step
 
 NO_STEPS = range(0)
@@ -116,16 +116,22 @@ def train(
                 trainer.go_back(rollback)
 
 
-def check(run: Run) -> jax.sharding.Mesh:
+def check(run: ModelRun) -> jax.sharding.Mesh:
     """The run's mesh, after refusing sizes that do not divide."""
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
     check_batches(run, mesh)
     return mesh
 
 
-def check_batches(run: Run, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError unless the run's batches, and their routing groups, divide among the devices."""
-    batches = [('BATCH_SIZE', states.data_of(run), run.num_microbatches)]
+def check_batches(run: ModelRun, mesh: jax.sharding.Mesh, *, training: bool = True) -> None:
+    """Raises UserError unless the run's batches, and their routing groups, divide among the devices.
+
+    Args:
+      run: with its data.
+      mesh: the devices.
+      training: False: only batches of the evaluation data are used.
+    """
+    batches = [('BATCH_SIZE', states.data_of(run), run.num_microbatches)] if training else []
     if run.eval_data is not None:
         batches.append(('EVAL_BATCH_SIZE', run.eval_data, 1))
     layers = run.model.moe_layers()
@@ -419,7 +425,7 @@ class _Trainer:
 
 
 def lower_step(
-    run: Run, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
+    run: ModelRun, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
 ) -> jax.stages.Lowered:
     """`train_step` for the run's shapes, on the mesh in use, ready to be compiled; `start_step`: of the run's first state."""
     step = jax.jit(

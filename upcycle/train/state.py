@@ -28,7 +28,7 @@ from upcycle.surgery.plan import EXPERT, Action, Plan, Surgery, plan
 from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
 from upcycle.train.carried import Carried, source_of
 from upcycle.train.read_ahead import Examination, ReadAhead, requests_of
-from upcycle.train.run import Run
+from upcycle.train.run import ModelRun, Run
 from upcycle.train.source import Source
 from upcycle.train.step import TrainState
 
@@ -57,7 +57,7 @@ class Layout:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
 
-def data_of(run: Run) -> DataSource:
+def data_of(run: ModelRun) -> DataSource:
     """What a run trains on.
 
     Raises:
@@ -68,7 +68,7 @@ def data_of(run: Run) -> DataSource:
     return run.train_data
 
 
-def layout(run: Run, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
+def layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
     spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
     boxed = _boxed_shapes(run.model, tuple(sorted(spec.items())))
@@ -126,7 +126,7 @@ def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
     return jax.jit(init, out_shardings=where.shardings)
 
 
-def make_plan(run: Run, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
+def make_plan(run: ModelRun, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
     """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
     if run.surgery is None:
         raise UserError(
@@ -193,7 +193,7 @@ def in_gin(value: Any) -> str:
     return str(value) if isinstance(value, str) else repr(value)
 
 
-def check_source(run: Run, reader: Reader, surgery: Surgery) -> None:
+def check_source(run: ModelRun, reader: Reader, surgery: Surgery) -> None:
     """Compares what the checkpoints of a reader say of themselves with the run that reads them; every load begins with it.
 
     Raises:
@@ -229,7 +229,7 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
         raise UserError('\n  '.join([str(error), *_in_words(sizes, others)])) from None
 
 
-def check_start(run: Run, step: int) -> None:
+def check_start(run: ModelRun, step: int) -> None:
     """Raises UserError when a start at `step` leaves the run nothing to do, or no room for its learning rate."""
     if step >= run.total_steps:
         raise UserError(
@@ -317,7 +317,7 @@ def from_checkpoint(
     return state, paper, reader
 
 
-def params_from(run: Run, where: Layout, reader: Reader) -> tuple[Any, str | None]:
+def params_from(run: ModelRun, where: Layout, reader: Reader) -> tuple[Any, str | None]:
     """A checkpoint's parameters alone, as the run's model wants them.
 
     Args:
@@ -343,12 +343,12 @@ def params_from(run: Run, where: Layout, reader: Reader) -> tuple[Any, str | Non
     check_source(run, reader, spec)
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
     with in_gin_words(run.model, reader):
-        what = plan(stored, wanted, spec, where.logical_axes)
+        what = plan(stored, wanted, spec, where.logical_axes, grids=run.model.grids)
     flat = execute(what, reader.read, shardings, new={}, progress=print_progress('loading'))
     return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)
 
 
-def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
+def new_head(run: ModelRun, where: Layout, what: Plan) -> dict[str, jax.Array]:
     """The parameters that a plan starts afresh, as a run from scratch with the same seed would."""
     names = [row.target for row in what.rows if row.action is Action.NEW and row.target.startswith('params/')]
     if not names:
