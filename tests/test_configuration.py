@@ -16,7 +16,8 @@ from etils import epath
 
 import gin
 from tests import runs
-from upcycle import configuration, gin_files, jobs, schema
+from upcycle import configuration, gin_files, schema
+from upcycle.commands import train
 from upcycle.errors import UserError, UserErrors, mistakes_of
 from upcycle.models.vit import Gelu
 from upcycle.moe.config import BalanceLoss
@@ -413,7 +414,7 @@ def test_what_may_change_follows_the_command(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.jobs.train()', '[', "'x'\nimport os"])
+@pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.commands.train.run()', '[', "'x'\nimport os"])
 def test_defaults_in_a_folder_are_data(value, tmp_path):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', value)])
     with pytest.raises(UserError, match='config.gin holds defaults that are no data|must be a number'):
@@ -424,7 +425,7 @@ def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
     """`train` and the check of a sweep."""
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     seen = []
-    monkeypatch.setattr(jobs.loop, 'train', lambda run, *_: seen.append(run.optimizer.clipping_threshold))
+    monkeypatch.setattr(train.loop, 'train', lambda run, *_: seen.append(run.optimizer.clipping_threshold))
     runs.train('dense', tmp_path / 'run', 6)
     assert seen == [0.5]
     point = Point(name='a', gin_files=runs.FILES['dense'], bindings=runs.bindings('dense', tmp_path / 'run', 6))

@@ -15,7 +15,7 @@ from tests import runs
 from tests.checkpoints import trees
 from tests.test_cli import call
 from upcycle import configuration, outputs, partitioning
-from upcycle import convert as offline
+from upcycle import conversion as offline
 from upcycle.checkpoints import arrays, open_checkpoint, writing
 from upcycle.errors import UserError
 from upcycle.train import loop

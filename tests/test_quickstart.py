@@ -45,7 +45,7 @@ def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypat
     assert 'upcycle train' in html
     for branch in ('dense', 'dense_continuation', 'upcycled', 'scratch'):
         assert read_metrics(str(out / 'seed_0' / branch / 'metrics.jsonl'))[-1]['split'] == 'validation'
-    monkeypatch.setattr(quick.jobs, 'train', None)  # nothing is left to train
+    monkeypatch.setattr(quick.train, 'run', None)  # nothing is left to train
     assert quick.quickstart(str(out), family=family, budget=0.002) == page
     with pytest.raises(UserError, match='--budget'):
         quick.quickstart(str(out), family=family, budget=0.003)

@@ -396,21 +396,21 @@ def _quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 def _train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     keep_freed_memory()
     _join_hosts(options)
-    from upcycle import jobs
+    from upcycle.commands import train
     from upcycle.train import notice, profile
 
     steps = range(0) if options.profile_steps is None else profile.parse(options.profile_steps)
     with notice.listen(options.preemption_notice):
-        jobs.train(options.gin_file, bindings, profile_steps=steps)
+        train.run(options.gin_file, bindings, profile_steps=steps)
 
 
 def _plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    from upcycle import jobs
+    from upcycle.commands import plan
 
     if options.source is not None:
         bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source)}
     with warning.last():
-        jobs.plan(options.gin_file, bindings, as_json=options.json)
+        plan.run(options.gin_file, bindings, as_json=options.json)
 
 
 def _one_or_several(paths: list[str]) -> str:
@@ -420,10 +420,10 @@ def _one_or_several(paths: list[str]) -> str:
 def _evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     keep_freed_memory()
     _join_hosts(options)
-    from upcycle import jobs
+    from upcycle.commands import evaluate
 
-    files = [*options.gin_file, *([jobs.FEW_SHOT] if options.few_shot else [])]
-    jobs.evaluate(files, bindings, options.source, as_json=options.json, out=options.out)
+    files = [*options.gin_file, *([evaluate.FEW_SHOT] if options.few_shot else [])]
+    evaluate.run(files, bindings, options.source, as_json=options.json, out=options.out)
 
 
 def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
@@ -432,9 +432,9 @@ def _compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'
     # No chip is touched, so several compilations may run beside each other.
     os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
-    from upcycle import jobs
+    from upcycle.commands import compile
 
-    jobs.compile_(
+    compile.run(
         options.gin_file,
         bindings,
         options.topology,
@@ -461,9 +461,9 @@ def _convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         'DENSE_STEP': options.step,
         'OPTIMIZER_STATE': 'fresh' if options.optimizer_state == 'none' else options.optimizer_state,
     }
-    from upcycle import jobs
+    from upcycle.commands import convert
 
-    path = jobs.convert(
+    path = convert.run(
         options.gin_file,
         {**bindings, **{name: value for name, value in named.items() if value is not None}},
         options.target,

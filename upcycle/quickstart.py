@@ -10,7 +10,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, hosts, jobs, outputs
+from upcycle import configuration, cost, hosts, outputs
+from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.models.quickstart import JOBS, Job
 from upcycle.report.html import compare_seeds, print_table, write_report
@@ -56,7 +57,7 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
         for branch in branches(job, os.path.join(out, f'seed_{seed}'), budget, seed):
             print(f'\n$ {branch.command}', flush=True)
             if not branch.finished(int(branch.bindings['TRAIN_STEPS'])):
-                jobs.train(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
+                train.run(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
             group[branch.name] = load_run(branch.model_dir, branch.role, branch.name)
             if seed == seeds[0]:
                 commands[branch.name] = branch.command

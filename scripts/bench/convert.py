@@ -33,7 +33,7 @@ from upcycle.surgery.plan import Action, Plan, Row, Surgery
 FILES = ['models/t5_1_1_{size}.gin', 'moe/t5.gin', 'runs/convert.gin']
 _PIECE = 8 << 20
 # What the command loads, before it does anything.
-_INTERPRETER = 'import upcycle.jobs, upcycle.convert, jax; jax.devices()'
+_INTERPRETER = 'import upcycle.commands.convert, jax; jax.devices()'
 
 
 def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindings: str) -> str:

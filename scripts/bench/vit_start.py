@@ -28,7 +28,7 @@ from upcycle.train import state as states
 
 DENSE_STEP = 1000
 # What the command loads, before it does anything.
-_INTERPRETER = 'import upcycle.jobs, upcycle.transfer, jax; jax.devices()'
+_INTERPRETER = 'import upcycle.commands.train, upcycle.transfer, jax; jax.devices()'
 
 
 def start(path: str, files: list[str], bindings: dict[str, str]) -> None:

@@ -12,7 +12,8 @@ import jax
 
 from fuzzing.case import ANOTHER, REFUSED, SAME, SILENT, TRACEBACK, Case
 from fuzzing.damage import damaged, misspelt
-from upcycle import cli, configuration, gin_files, jobs, partitioning
+from upcycle import cli, configuration, gin_files, partitioning
+from upcycle.commands import train
 from upcycle.train import loop
 from upcycle.train.state import layout
 
@@ -204,13 +205,13 @@ class Configurations:
 
     def _run(self, number: int, arguments: list[str], bindings: Mapping[str, str]) -> str:
         found = []
-        old, jobs.train = jobs.train, lambda files, named, **_: found.append(configuration.load(files, named))
+        old, train.run = train.run, lambda files, named, **_: found.append(configuration.load(files, named))
         try:
             cli.run(arguments)
         except SystemExit as stop:  # argparse has said what is wrong
             return REFUSED if stop.code == 2 else TRACEBACK
         finally:
-            jobs.train = old
+            train.run = old
         (run,) = found
         identity = configuration.resolved()
         same = identity == self._identities[number]

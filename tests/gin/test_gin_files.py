@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict
 
 from tests import runs, vision
 from tests.checkpoints import trees
-from upcycle import configuration, cost, jobs, partitioning
+from upcycle import configuration, cost, partitioning
+from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
@@ -86,12 +87,12 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
     small = runs.bindings('dense', tmp_path / 'dense', 2, BASE_LEARNING_RATE=0.01, **runs.ONE_LAYER)
     model, *rest = runs.FILES['dense']
     optimizer = f'optimizers/{name}.gin'
-    jobs.train((model, optimizer, *rest), small)
+    train.run((model, optimizer, *rest), small)
     tiled = {'BASE_LEARNING_RATE': 0.01, 'OPTIMIZER_STATE': 'tile', **runs.ONE_SPARSE_LAYER}
     upcycle = runs.bindings('upcycle', tmp_path / 'up', 4, **tiled)
     model, *rest = runs.FILES['upcycle']
     upcycle['INITIAL_CHECKPOINT_PATH'] = str(tmp_path / 'dense')
-    state = jobs.train((model, optimizer, *rest), upcycle)
+    state = train.run((model, optimizer, *rest), upcycle)
     assert state.opt_state['count'] == 4
     moments = state.opt_state['param_states']['encoder']['layers_0']['mlp']['expert']['wo']['kernel']['m']
     assert moments.shape[0] == 4 and (moments != 0).any()
@@ -276,9 +277,9 @@ def test_text_files_task_steps_twice(tmp_path):
         (corpus / f'{i}.txt').write_text(f'This is sentence {i} of a small corpus. ' * 40)
     files = (runs.TINY, 'tasks/text_files_span_corruption.gin', 'runs/pretrain.gin')
     more = {'TRAIN_FILES': str(corpus / '*.txt')}
-    from upcycle import jobs
+    from upcycle.commands import train
 
-    state = jobs.train(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
+    state = train.run(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
     assert int(state.step) == 2
 
 
@@ -295,7 +296,7 @@ VIT_STEPS = {
 
 def test_mnist5k_task_steps_twice(tmp_path):
     more = {'MODEL_DIR': str(tmp_path), 'EVAL_AUGMENT_STRENGTH': '1.0'}
-    state = jobs.train((VIT, 'tasks/mnist5k.gin', 'runs/pretrain.gin'), VIT_STEPS | more)
+    state = train.run((VIT, 'tasks/mnist5k.gin', 'runs/pretrain.gin'), VIT_STEPS | more)
     assert int(state.step) == 2
 
 
@@ -309,7 +310,7 @@ def test_image_folder_task_steps_twice_and_counts_classes(tmp_path):
     more = {'MODEL_DIR': str(tmp_path / 'run'), **photos}
     with pytest.raises(UserError, match='NUM_CLASSES'):
         configuration.load(files, VIT_STEPS | more | {'NUM_CLASSES': '2'})
-    assert int(jobs.train(files, VIT_STEPS | more).step) == 2
+    assert int(train.run(files, VIT_STEPS | more).step) == 2
 
 
 @pytest.mark.parametrize(
@@ -327,17 +328,17 @@ def test_tfds_tasks_step_twice(task, splits, num_classes, tmp_path):
         more |= {'TRAIN_SPLIT': 'full[10:]', 'EVAL_SPLIT': 'full[:10]'}
     if task != 'cifar10':
         more |= {'RESIZE_SMALL': '32'}
-    assert int(jobs.train((VIT, f'tasks/{task}.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
+    assert int(train.run((VIT, f'tasks/{task}.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
 
 
 def test_synthetic_tasks_step_twice(tmp_path):
     more = {'MODEL_DIR': str(tmp_path / 'images'), 'NUM_CLASSES': '7', 'IMAGE_CHANNELS': '1'}
-    assert int(jobs.train((VIT, 'tasks/synthetic_images.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
+    assert int(train.run((VIT, 'tasks/synthetic_images.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
     small = {'TASK_FEATURE_LENGTHS': "{'inputs': 16, 'targets': 8}", 'NUM_EMBEDDINGS': '100', 'BATCH_SIZE': '4'}
     small |= runs.ONE_LAYER
     more = {'MODEL_DIR': str(tmp_path / 'text'), 'EVAL_STEPS': '1', 'TRAIN_STEPS': '2'}
     files = (runs.TINY, 'tasks/synthetic_text.gin', 'runs/pretrain.gin')
-    assert int(jobs.train(files, small | more).step) == 2
+    assert int(train.run(files, small | more).step) == 2
 
 
 def test_c4_task_builds_or_says_what_to_install():

@@ -8,7 +8,7 @@ from tests import runs
 from tests.checkpoints import trees
 from tests.invariants import first_load
 from tests.invariants.devices import processes
-from upcycle import convert, transfer
+from upcycle import conversion, transfer
 from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.errors import UserError
@@ -49,7 +49,7 @@ class Checkpoints:
         elif kind == 'converted':
             more = {name: value for name, value in RUN.items() if name != 'GROUPS_MULTIPLE_OF'}
             run = runs.build('upcycle', 'unused', 10, **more, INITIAL_CHECKPOINT_PATH=self['dense'])
-            convert.convert(run, path, 'upcycle')
+            conversion.convert(run, path, 'upcycle')
         elif kind == 'imported':
             transfer.transfer(self['dense'], f'{path}_t5x', 't5x_legacy', optimizer_state='none')
             transfer.transfer(f'{path}_t5x', path, 'upcycle')

@@ -9,8 +9,8 @@ import pytest
 
 from tests import runs, vision
 from tests.test_cli import call
-from upcycle import jobs
 from upcycle.checkpoints import open_checkpoint
+from upcycle.commands import train
 from upcycle.metrics import read_metrics
 
 FILES = (vision.MODEL, vision.TASK, 'runs/finetune_vit.gin')
@@ -29,7 +29,7 @@ def test_an_upcycled_t5_starts_where_it_ended_and_counts_from_zero(tmp_path, upc
     files = (runs.TINY, 'moe/t5.gin', runs.TASK, 'runs/finetune.gin')
     more = {'INITIAL_CHECKPOINT_PATH': upcycled, 'EXPERT_DROPOUT_RATE': 0.3, 'LOG_PERIOD': 1, 'EVAL_PERIOD': 100}
     small = runs.bindings('upcycle', tmp_path / 'run', 2, **more)
-    state = jobs.train(files, {name: value for name, value in small.items() if name != 'WARMUP_STEPS'})
+    state = train.run(files, {name: value for name, value in small.items() if name != 'WARMUP_STEPS'})
     assert (int(state.step), int(state.opt_state['count'])) == (2, 2)
     first, *rest = lines_of(tmp_path / 'run')
     before = [line for line in lines_of(upcycled) if line['split'] == 'validation'][-1]
@@ -50,7 +50,7 @@ def test_an_upcycled_t5_starts_where_it_ended_and_counts_from_zero(tmp_path, upc
 
 def test_vit_gets_a_new_head_for_other_classes(tmp_path, dense_vit):
     more = {'INITIAL_CHECKPOINT_PATH': dense_vit, 'NUM_CLASSES': 12, 'BASE_LEARNING_RATE': 0.0}
-    jobs.train(FILES, vision.bindings(tmp_path / 'run', 2, **more))
+    train.run(FILES, vision.bindings(tmp_path / 'run', 2, **more))
     old, new = open_checkpoint(dense_vit), open_checkpoint(str(tmp_path / 'run'))
     assert new.leaves()['params/head/kernel'].shape == (16, 12)
     names = [name for name in new.leaves() if name.startswith('params/') and '/head/' not in name]
@@ -75,6 +75,6 @@ def test_the_plan_names_the_new_head_and_the_old_one(tmp_path, dense_vit, capsys
 
 def test_vit_warms_up_and_follows_a_cosine(tmp_path, dense_vit):
     more = {'INITIAL_CHECKPOINT_PATH': dense_vit, 'BASE_LEARNING_RATE': 0.03, 'EVAL_PERIOD': 100, 'WARMUP_STEPS': 1}
-    jobs.train(FILES, vision.bindings(tmp_path / 'run', 3, **more))
+    train.run(FILES, vision.bindings(tmp_path / 'run', 3, **more))
     rates = [line['learning_rate'] for line in lines_of(tmp_path / 'run') if line['split'] == 'train']
     assert rates == pytest.approx([0.0, 0.03, 0.015])

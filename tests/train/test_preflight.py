@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from tests import runs
-from upcycle import jobs
+from upcycle import configuration
+from upcycle.commands import convert, plan, train
 from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
@@ -52,7 +53,7 @@ def test_plan_refuses_what_train_refuses(more, words, tmp_path, dense, upcycled)
         more = {}
     bindings = runs.bindings('upcycle', folder, 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
     before = sorted(path.name for path in tmp_path.rglob('*'))
-    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (jobs.train, jobs.plan)]
+    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (train.run, plan.run)]
     assert words in said[0] and said[0] == said[1]
     assert sorted(path.name for path in tmp_path.rglob('*')) == before
 
@@ -61,7 +62,7 @@ def test_a_run_does_not_begin_in_the_folder_of_a_foreign_checkpoint(tmp_path, de
     transfer(dense, str(tmp_path / 'theirs'), 'huggingface', optimizer_state='none')
     before = sorted(path.name for path in tmp_path.rglob('*'))
     bindings = runs.bindings('upcycle', tmp_path / 'theirs', 6, INITIAL_CHECKPOINT_PATH=dense)
-    for command in (jobs.train, jobs.plan):
+    for command in (train.run, plan.run):
         said = refusal(command, runs.FILES['upcycle'], bindings)
         assert 'holds a checkpoint of the format huggingface' in said and 'name another MODEL_DIR' in said
     assert sorted(path.name for path in tmp_path.rglob('*')) == before
@@ -82,15 +83,15 @@ class Changed:
 
 def test_a_run_whose_data_have_changed(tmp_path, upcycled, monkeypatch):
     folder = shutil.copytree(upcycled, tmp_path / 'run')
-    load = jobs.configuration.load
+    load = configuration.load
 
     def changed(*arguments):
         run = load(*arguments)
         return dataclasses.replace(run, train_data=Changed(run.train_data))
 
-    monkeypatch.setattr(jobs.configuration, 'load', changed)
+    monkeypatch.setattr(configuration, 'load', changed)
     bindings = runs.bindings('upcycle', folder, 8, INITIAL_CHECKPOINT_PATH=dense_of(folder))
-    for command in (jobs.train, jobs.plan):
+    for command in (train.run, plan.run):
         assert 'was trained on other data (files differ)' in refusal(command, runs.FILES['upcycle'], bindings)
 
 
@@ -103,7 +104,7 @@ def dense_of(folder):
 def test_a_checkpoint_without_a_surgery(tmp_path, dense):
     """As in T5X, where the path is enough."""
     bindings = runs.bindings('dense', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
-    for command in (jobs.train, jobs.plan):
+    for command in (train.run, plan.run):
         said = refusal(command, PRETRAIN, bindings)
         assert 'use runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/' in said
     assert not (tmp_path / 'run').exists()
@@ -112,7 +113,7 @@ def test_a_checkpoint_without_a_surgery(tmp_path, dense):
 def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
     """It goes on from its own checkpoint, and the dense one is planned as at its beginning."""
     folder = shutil.copytree(upcycled, tmp_path / 'run')
-    jobs.plan(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense_of(folder)))
+    plan.run(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense_of(folder)))
     assert 'parameters_after' in capsys.readouterr().out
 
 
@@ -120,10 +121,10 @@ def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
 def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, dense):
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
 
-    def convert(files, bindings):
-        jobs.convert(files, bindings, str(tmp_path / 'sparse'), 'upcycle')
+    def converts(files, bindings):
+        convert.run(files, bindings, str(tmp_path / 'sparse'), 'upcycle')
 
-    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (convert, jobs.plan)]
+    said = [refusal(command, runs.FILES['upcycle'], bindings) for command in (converts, plan.run)]
     assert said[0] == said[1] or 'SURGERY' in more
     assert not list(tmp_path.iterdir())
 
@@ -150,15 +151,15 @@ class Unreadable:
 
 @pytest.mark.parametrize('which', ['train_data', 'eval_data'])
 def test_data_that_cannot_be_opened(which, tmp_path, dense, monkeypatch):
-    load = jobs.configuration.load
+    load = configuration.load
 
     def broken(*arguments):
         run = load(*arguments)
         object.__setattr__(run, which, Unreadable(getattr(run, which)))
         return run
 
-    monkeypatch.setattr(jobs.configuration, 'load', broken)
+    monkeypatch.setattr(configuration, 'load', broken)
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
-    for work in (jobs.train, jobs.plan):
+    for work in (train.run, plan.run):
         assert refusal(work, runs.FILES['upcycle'], bindings) == 'this split is not there'
     assert not (tmp_path / 'run').exists()

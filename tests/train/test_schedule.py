@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests import runs, vision
-from upcycle import jobs
+from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.train.schedule import LearningRate
@@ -116,9 +116,9 @@ def test_a_run_from_scratch_has_no_dense_schedule_to_leave(tmp_path):
 
 def test_a_run_that_cools_down_cannot_be_made_longer(tmp_path):
     files = (vision.MODEL, vision.TASK, 'runs/pretrain.gin')
-    jobs.train(files, vision.bindings(tmp_path / 'run', 2, COOLDOWN_STEPS=1))
+    train.run(files, vision.bindings(tmp_path / 'run', 2, COOLDOWN_STEPS=1))
     with pytest.raises(UserError, match='total_steps is 2 and not 3'):
-        jobs.train(files, vision.bindings(tmp_path / 'run', 3, COOLDOWN_STEPS=1))
+        train.run(files, vision.bindings(tmp_path / 'run', 3, COOLDOWN_STEPS=1))
 
 
 def test_a_restarted_run_logs_its_peak_also_when_it_is_resumed(tmp_path):
@@ -126,8 +126,8 @@ def test_a_restarted_run_logs_its_peak_also_when_it_is_resumed(tmp_path):
     more = {'INITIAL_CHECKPOINT_PATH': dense, 'LEARNING_RATE_POLICY': 'restart', 'PEAK_LEARNING_RATE': 0.5}
     more |= {'MIN_LEARNING_RATE': 0, 'CHECKPOINT_PERIOD': 1, 'CHECKPOINT_KEEP': None}
     files = (vision.MODEL, vision.TASK, 'runs/continue_dense.gin')
-    jobs.train(files, vision.bindings(tmp_path / 'run', 4, **more))
+    train.run(files, vision.bindings(tmp_path / 'run', 4, **more))
     shutil.rmtree(tmp_path / 'run' / 'checkpoints' / '4')
-    jobs.train(files, vision.bindings(tmp_path / 'run', 4, **more))
+    train.run(files, vision.bindings(tmp_path / 'run', 4, **more))
     lines = [line for line in read_metrics(str(tmp_path / 'run' / 'metrics.jsonl')) if line['split'] == 'train']
     assert [line['learning_rate'] for line in lines] == pytest.approx([0.5, 0.25])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle import schema
-from upcycle.models.protocol import known_fields
+from upcycle.errors import UserError
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, moe_metrics
 
@@ -93,3 +93,20 @@ def told(config: type, facts: Mapping[str, Any], names: tuple[str, ...]) -> dict
         if not schema.fits(value, schema.parameters(config)[name].annotation):
             raise ValueError(f'{name} = {schema.shown(value)}, of what it says of itself,')
     return found
+
+
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows.
+
+    Raises:
+      UserError: a value is of another type than its field.
+    """
+    fields = schema.parameters(kind)
+    known = {name: value for name, value in values.items() if name in fields}
+    for name, value in known.items():
+        # Of a configuration within a configuration JSON tells the fields.
+        if not isinstance(value, dict) and not schema.fits(value, fields[name].annotation):
+            raise UserError(
+                f'the checkpoint says {name} = {schema.shown(value)} of its model: its metadata is damaged.'
+            )
+    return known

@@ -6,9 +6,6 @@ Axis letters are those of `upcycle.moe`. `models.registry` lists the families.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from upcycle import schema
-from upcycle.errors import UserError
-
 if TYPE_CHECKING:
     import flax.linen as nn
     import jax
@@ -147,20 +144,3 @@ class Model(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """The configuration as JSON, for checkpoints."""
-
-
-def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows.
-
-    Raises:
-      UserError: a value is of another type than its field.
-    """
-    fields = schema.parameters(kind)
-    known = {name: value for name, value in values.items() if name in fields}
-    for name, value in known.items():
-        # Of a configuration within a configuration JSON tells the fields.
-        if not isinstance(value, dict) and not schema.fits(value, fields[name].annotation):
-            raise UserError(
-                f'the checkpoint says {name} = {schema.shown(value)} of its model: its metadata is damaged.'
-            )
-    return known
