@@ -42,7 +42,7 @@ earlier one; the command line overrides all. A name that nothing in the run uses
 
 
 # Of these every other file of the folder overrides something.
-BASES = ('models/t5_1_1.gin', 'models/vit.gin', 'runs/pretrain.gin')
+BASES = ('models/t5_1_1.gin', 'models/vit.gin', 'moe/base.gin', 'runs/pretrain.gin')
 
 
 class Reference(str):

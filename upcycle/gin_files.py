@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import gin
 from gin import config_parser
 from upcycle.errors import UserError, without_password
+from upcycle.models.registry import FAMILIES
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # Folders of gin files, and those whose files they are named after, since they override them.
@@ -31,6 +32,8 @@ FOLLOWS = {
     'recipes': ('models', 'moe', 'tasks', 'runs'),
     'surgery': ('models', 'moe', 'tasks', 'runs'),
 }
+# The name of files that only others of their folder include.
+BASE = 'base.gin'
 # The attribute of a dataclass that says which texts its fields may have in a file that nobody has named: a pattern for each
 # field whose value can choose code that is imported or downloaded.
 HARMLESS = 'harmless'
@@ -113,11 +116,10 @@ def shipped() -> dict[str, str]:
 def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
     """What is wrong with files of ours that name another family of models in their own names, as moe/FAMILY.gin does."""
     ours = shipped()
-    families = {pathlib.PurePath(name).stem for name in ours if name.startswith('moe/')}
     for name in dict.fromkeys('/'.join(pathlib.PurePath(file).parts[-2:]) for file in files):
         folder, _, stem = name.removesuffix('.gin').rpartition('/')
         words = stem.split('_')
-        others = [word for word in words if word in families and word != family]
+        others = [word for word in words if word in FAMILIES and word != family]
         if name not in ours or not others or family in words:
             continue
         instead = (
@@ -130,12 +132,16 @@ def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
 
 
 def definers(macro: str) -> list[str]:
-    """Which of our files set a macro to something."""
-    return [
+    """Which of our files set a macro to something; for one that is only there to be included, those that include it."""
+    ours = shipped()
+    found = [
         name
-        for name, text in shipped().items()
+        for name, text in ours.items()
         if re.search(rf'^{re.escape(macro)} = (?!%gin.REQUIRED|None)', text, re.MULTILINE)
     ]
+    bases = [name for name in found if pathlib.PurePath(name).name == BASE]
+    including = [name for name, text in ours.items() if any(f"include '{base}'" in text for base in bases)]
+    return sorted({*found, *including} - {*bases})
 
 
 def macros_of(texts: Iterable[str]) -> set[str]:

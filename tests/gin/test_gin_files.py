@@ -53,7 +53,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
-    covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
+    covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin', 'moe/base.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
@@ -73,7 +73,7 @@ def test_what_t5x_goes_on_with_is_our_recipe():
         lines = (GIN / file).read_text().splitlines()
         return dict(line.split(' = ', 1) for line in lines if re.match('[A-Z_]+ = ', line))
 
-    ours, theirs = macros('moe/t5.gin'), macros('t5x/continue_upcycled.gin')
+    ours, theirs = macros('moe/base.gin') | macros('moe/t5.gin'), macros('t5x/continue_upcycled.gin')
     both = {'NUM_EXPERTS', 'TRAIN_EXPERT_CAPACITY_FACTOR', 'EVAL_EXPERT_CAPACITY_FACTOR', 'GROUP_SIZE'}
     both |= {'NUM_SELECTED_EXPERTS', 'AUX_LOSS_FACTOR'}
     for name in both:
