@@ -12,8 +12,10 @@ from typing import Any
 
 from upcycle import configuration, cost, hosts, jobs, outputs
 from upcycle.errors import UserError
-from upcycle.report.html import compare_seeds, print_table, write_report
+from upcycle.report.compare import compare_seeds
+from upcycle.report.html import write_report
 from upcycle.report.runs import Role, load_run
+from upcycle.report.tables import print_table
 from upcycle.sweep.points import Point
 
 

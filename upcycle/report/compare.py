@@ -1,4 +1,4 @@
-"""The comparison the paper makes: the same dense checkpoint, the same extra cost, which branch ends better?"""
+"""The paper's comparison: of branches from one dense checkpoint, which is best at equal extra cost?"""
 
 import dataclasses
 import math
@@ -271,3 +271,15 @@ def half_width(values: Sequence[float]) -> float | None:
     expansion = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
     t = _T_975[n - 1] if n <= len(_T_975) else expansion
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def compare_seeds(runs: Sequence[Run] | Sequence[Mapping[str, Run]]) -> list[Report]:
+    """One report per seed; a mapping's keys become the names of its runs, so that seeds line up."""
+    if not runs or isinstance(runs[0], Run):
+        return [Report.compare(runs)]
+    return [Report.compare([dataclasses.replace(run, name=n) for n, run in group.items()]) for group in runs]
+
+
+def warnings_of(reports: Sequence[Report]) -> list[str]:
+    """Of all seeds, each once."""
+    return list(dict.fromkeys(warning for report in reports for warning in report.warnings))

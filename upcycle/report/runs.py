@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: who a run is, what it logged, and where it stands on each axis of cost."""
+"""Run folders as the report reads them: the role of a run, what it logged, and its cost on each axis."""
 
 import dataclasses
 import enum
@@ -85,12 +85,19 @@ class Run:
 
     @property
     def routed_layers(self) -> list[str]:
-        """MoE layers with metrics of their own, such as `encoder/layers_1`, in the order of the network."""
+        """MoE layers with metrics of their own, such as `STACK/layers_1`: stack by stack, by the numbers in their names.
+
+        Logs do not say in which order a model has its stacks; here it is the reverse of the alphabet's.
+        """
         match = [re.fullmatch(r'experts/(.+)/[^/]+', key) for record in self.records for key in record]
         layers = {m.group(1) for m in match if m}
-        return sorted(
-            layers, key=lambda s: ('decoder' in s, [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', s)])
-        )
+        by_number = sorted(layers, key=lambda s: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', s)])
+        return sorted(by_number, key=stack_of, reverse=True)
+
+
+def stack_of(layer: str) -> str:
+    """The stack that a layer belongs to: the first part of its path."""
+    return layer.partition('/')[0]
 
 
 def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str | None = None) -> Run:
@@ -108,6 +115,15 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
     metrics = path / 'metrics.jsonl'
     if not metrics.is_file():
         raise UserError(f'{path} is not a run folder: it has no metrics.jsonl; give the MODEL_DIR of a run.')
+    records = _read_log(metrics)
+    receipt = _read_receipt(path / 'receipt.json')
+    # A folder's name need not be UTF-8, and what is drawn must.
+    name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
+    run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
+    return run if role else dataclasses.replace(run, role=infer_role(run))
+
+
+def _read_log(metrics: epath.Path) -> list[Record]:
     records = []
     # The last line of a run in progress may be cut off.
     for number, line in enumerate(lines_of(metrics.read_bytes())[:-1], 1):
@@ -118,18 +134,19 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
         records.append(record)
     if not records:
         raise UserError(f'{metrics} holds no complete line yet; wait for the run to log its first step.')
-    receipt = None
-    if (path / 'receipt.json').is_file():
-        try:
-            receipt = json.loads((path / 'receipt.json').read_text(encoding='utf-8'))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f'{path / "receipt.json"} is not JSON ({error}): remove it, or convert again.') from error
-        if not isinstance(receipt, dict):
-            raise UserError(f'{path / "receipt.json"} is not a JSON object: remove it, or convert again.')
-    # A folder's name need not be UTF-8, and what is drawn must.
-    name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
-    run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
-    return run if role else dataclasses.replace(run, role=infer_role(run))
+    return records
+
+
+def _read_receipt(file: epath.Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        receipt = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{file} is not JSON ({error}): remove it, or convert again.') from error
+    if not isinstance(receipt, dict):
+        raise UserError(f'{file} is not a JSON object: remove it, or convert again.')
+    return receipt
 
 
 def infer_role(run: Run) -> Role:

@@ -24,6 +24,7 @@ import itertools
 import os
 import pathlib
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -135,17 +136,12 @@ def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
     Raises:
       UserError: there is no such file, it is no config, or has no such scale.
     """
-    places = [pathlib.Path(folder) / path for folder in gin_files.search_paths()]
-    file = next((place for place in places if place.is_file()), None)
+    file = find(path)
     if file is None:
-        raise UserError(f'--config={path} does not exist: looked in {", ".join(str(p.parent) for p in places)}.')
-    spec = importlib.util.spec_from_file_location(f'upcycle_config_{file.stem}', file)
-    if spec is None:
-        raise UserError(f'--config={path} is no Python file.')
-    module = importlib.util.module_from_spec(spec)
+        places = ', '.join(str((pathlib.Path(folder) / path).parent) for folder in gin_files.search_paths())
+        raise UserError(f'--config={path} does not exist: looked in {places}.')
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(**({} if scale is None else {'scale': scale}))
+        config = executed(file).get_config(**({} if scale is None else {'scale': scale}))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # it is code, and may do anything
@@ -155,6 +151,26 @@ def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
             f'--config={path} describes no experiment: get_config must set `name`, and `points` or `compile`.'
         )
     return config
+
+
+def find(path: str) -> pathlib.Path | None:
+    """A file such as 'configs/operators.py': looked for here, and in the checkout or the installed package."""
+    places = (pathlib.Path(folder) / path for folder in gin_files.search_paths())
+    return next((place for place in places if place.is_file()), None)
+
+
+def executed(file: pathlib.Path) -> types.ModuleType:
+    """A Python file as a module, which is not imported by its name.
+
+    Raises:
+      UserError: it is no Python file.
+    """
+    spec = importlib.util.spec_from_file_location(f'upcycle_config_{file.stem}', file)
+    if spec is None:
+        raise UserError(f'{file} is not a Python file.')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def one_of_scales(scale: str, *scales: str) -> None:
