@@ -183,9 +183,9 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if status_of(error) != 1:
             raise
-        from upcycle import files, hosts
+        from upcycle import files, platforms
 
-        refusal = files.refused_by_bucket(error, arguments) or hosts.refused_by_jax(error)
+        refusal = files.refused_by_bucket(error, arguments) or platforms.refused_by_jax(error)
         if refusal is None:
             raise
         raise refusal from error

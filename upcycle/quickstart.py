@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, hosts, jobs, outputs
+from upcycle import configuration, cost, jobs, outputs, platforms
 from upcycle.errors import UserError
 from upcycle.report.compare import compare_seeds
 from upcycle.report.html import write_report
@@ -100,7 +100,7 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
-    hosts.devices()
+    platforms.devices()
     _claim(out, {'family': family, 'budget': budget})
     job = FAMILIES[family]
     groups, commands = [], {}

@@ -1,4 +1,4 @@
-"""Branches against one of them at several budgets: who is ahead early, and who late?"""
+"""Branches against one of them at several budgets: which is ahead early, and which late?"""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from upcycle.report.plots.figure import INK, ROLE_COLOURS, RULE, SOFT, Panel, Pl
 from upcycle.report.runs import Axis, Role
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
-# Whole numbers of steps of different cost end this close together.
+# Runs of equal budgets end this close together: their steps are whole numbers.
 _ROUNDING = 0.01
 
 
@@ -84,7 +84,7 @@ def _sorted(rows: Sequence[AtBudget]) -> tuple[list[float], dict[str, dict[float
 
 
 def as_plot(rows: Sequence[AtBudget], base: str) -> Plot:
-    """The table to look at: a panel a budget, a line a branch in the same order in all."""
+    """The table as a plot: a panel a budget, a line a branch, in the same order in all."""
     shares, by_branch = _sorted(rows)
     bars = (
         ' Dots: seeds; bars: the 95% interval of their mean.' if any(len(row.differences) > 1 for row in rows) else ''

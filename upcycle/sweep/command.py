@@ -1,4 +1,4 @@
-"""`upcycle sweep`: from the command line's options to a grid that is carried out or printed."""
+"""`upcycle sweep`: from the command line's options to a grid that is run or printed."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def sweep(
     environment: Mapping[str, str],
     only: str | None = None,
 ) -> int:
-    """Carries out what is missing of a grid.
+    """Runs the points of a grid that are not finished.
 
     Args:
       config: a file of `configs/`; None: the grid is `axes` over `gin_files`.
@@ -57,15 +57,15 @@ def sweep(
         raise UserError(f'--jobs={jobs} must be at least 1.')
     if scale is not None and config is None:
         raise UserError(f"--scale={scale} is an experiment's: it goes with --config.")
-    what = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
-    if only is not None and what.get('compile'):
+    experiment = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
+    if only is not None and experiment.get('compile'):
         raise UserError('--only chooses runs, and the compiled scale has programs: leave it out.')
-    out = os.path.join('runs', what.name) if out is None else out
+    out = os.path.join('runs', experiment.name) if out is None else out
     if where != PRINT:
-        outputs.check('--out', out, outputs.Kind.FOLDER, local=bool(what.get('compile')))
-    if what.get('compile'):
-        return compile_all(what, out, where, environment, cluster, gin_files, bindings)
-    every = grid.resolve(what, out, gin_files if config is not None else (), bindings)
+        outputs.check('--out', out, outputs.Kind.FOLDER, local=bool(experiment.get('compile')))
+    if experiment.get('compile'):
+        return compile_all(experiment, out, where, environment, cluster, gin_files, bindings)
+    every = grid.resolve(experiment, out, gin_files if config is not None else (), bindings)
     points = every if only is None else grid.only(every, only)
     if where == PRINT:
         conduct.check(points, here=False)
@@ -74,22 +74,22 @@ def sweep(
         return 0
     entries = conduct.check(points)
     # The sweep's own files are local; its runs may lie in a bucket.
-    out = os.path.join('runs', what.name) if files.is_remote(out) else out
+    out = os.path.join('runs', experiment.name) if files.is_remote(out) else out
     # Seeds of one setting are one program.
     environment = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath(os.path.join(out, 'programs')), **environment}
     with conduct.lock(out) as held:
-        conduct.record(points, out, {'name': what.name, 'config': config, 'scale': scale})
+        conduct.record(points, out, {'name': experiment.name, 'config': config, 'scale': scale})
         launcher = launchers.make(where, environment, held, jobs, cluster)
         if not _run(entries, out, launcher):
             return 1
         if len(points) < len(every):
             print(f'--only left out {len(every) - len(points)} of {len(every)} runs: no report.')
             return 0
-        return _conclude(what, entries, out, launcher)
+        return _conclude(experiment, entries, out, launcher)
 
 
 def _run(entries: list[conduct.Entry], out: str, launcher: Launcher) -> bool:
-    """Runs what is not finished; whether everything is now."""
+    """Runs the points that are not finished; returns whether all are now."""
     with Board(launcher.slots) as board:
         conduct.conduct(entries, out, launcher, board.show)
     for entry in entries:
@@ -101,23 +101,23 @@ def _run(entries: list[conduct.Entry], out: str, launcher: Launcher) -> bool:
     return True
 
 
-def _conclude(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
+def _conclude(experiment: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
     """Reports, means and the best point of a grid whose runs are all finished; the exit status."""
-    for report in what.get('reports', ()):
+    for report in experiment.get('reports', ()):
         write_comparison(report, {entry.point.name: entry.point.command for entry in entries}, out)
-    if what.get('mean'):
-        write_means(what.mean, entries, out)
-    return _best(what, entries, out, launcher) if what.get('select') else 0
+    if experiment.get('mean'):
+        write_means(experiment.mean, entries, out)
+    return _best(experiment, entries, out, launcher) if experiment.get('select') else 0
 
 
-def _best(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
-    """Names the best point, and evaluates it on what did not choose it."""
-    entry, value = conduct.best_of(entries, what.select)
-    print(f'best by {what.select.metric}: {entry.point.name}, {value:.4f}')
-    if not what.get('test'):
+def _best(experiment: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
+    """Prints the best point, and evaluates it with the bindings of `test`; the exit status."""
+    entry, value = conduct.best_of(entries, experiment.select)
+    print(f'best by {experiment.select.metric}: {entry.point.name}, {value:.4f}')
+    if not experiment.get('test'):
         return 0
     point = entry.point
-    bindings = {**point.bindings, **{name: grid.text_of(v) for name, v in what.test.items()}}
+    bindings = {**point.bindings, **{name: grid.text_of(v) for name, v in experiment.test.items()}}
     path = os.path.join(out, 'test.json')
     arguments = ['eval', f'--from={point.model_dir}', f'--out={path}']
     arguments += [f'--gin_file={file}' for file in point.gin_files]
@@ -126,5 +126,5 @@ def _best(what: ml_collections.ConfigDict, entries: list[conduct.Entry], out: st
     if code := conduct.run_to_end(launcher, arguments, log):
         print(f'its evaluation failed: {conduct.reason_of(log, code)} ({log})')
         return 1
-    print(f'evaluated with {", ".join(f"{n}={v}" for n, v in what.test.items())}: {path}')
+    print(f'evaluated with {", ".join(f"{n}={v}" for n, v in experiment.test.items())}: {path}')
     return 0

@@ -18,22 +18,22 @@ from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 from upcycle.train.run import Run
 
-# How often the run folders are looked at, in seconds.
+# Seconds between looks at the run folders.
 PERIOD = 1.0
 
 
 @dataclasses.dataclass
 class Entry:
-    """A point and where it stands.
+    """A point and its state.
 
     Attributes:
       point: what to run.
-      total_steps: at which it ends.
-      start_step: at which it will begin, where that is known before it has.
+      total_steps: the step at which it ends.
+      start_step: the step at which it begins, where that is known before it does.
       step_flops: of one of its steps.
       status: see `Status`.
       progress: by its log.
-      overhead: seconds of it that were not spent on steps: starting, compiling, evaluating, saving; None before it has ended.
+      overhead: seconds not spent on steps: starting, compiling, evaluating, saving; None before it has ended.
       reason: why it failed.
     """
 
@@ -59,11 +59,11 @@ class Entry:
 
 
 def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
-    """Builds every point, so that what is wrong with one is known before any is started.
+    """Builds every point, so that every mistake is found before any point is started.
 
     Args:
       points: in an order in which each comes after those it needs.
-      here: they will be run from here, so that their checkpoints are looked at and their data must be there.
+      here: they will be run from here, so their checkpoints are read and their data must exist.
 
     Raises:
       UserError: a point's configuration, folder or checkpoint does not fit; it names the point.
@@ -121,7 +121,7 @@ def lock(out: str) -> Iterator[int]:
     """Holds a sweep's folder; yields the descriptor that the lock is on.
 
     Raises:
-      UserError: another sweep, or a run that one left behind, holds it.
+      UserError: another sweep, or a run that another sweep left behind, holds it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(writing_to(out, 'name another --out'))
@@ -225,12 +225,12 @@ def run_to_end(launcher: Launcher, arguments: Sequence[str], log: str) -> int:
 
 
 def log_of(out: str, name: str) -> str:
-    """The file of what a point printed, apart from its run folder, which a run may refuse to make."""
+    """The file with the output of a point; not in its run folder, which a run may refuse to make."""
     return os.path.join(out, 'logs', f'{name}.txt')
 
 
 def reason_of(log: str, code: int) -> str:
-    """Why a command failed: its own sentence, or the last line it printed."""
+    """Why a command failed: its error message, or the last line it printed."""
     lines = []
     if os.path.exists(log):
         with open(log, encoding='utf-8', errors='replace') as file:
@@ -240,16 +240,23 @@ def reason_of(log: str, code: int) -> str:
 
 
 def seconds_left(entries: Sequence[Entry], slots: int = 1) -> float | None:
-    """Of runs so many at once, by the FLOPs and seconds in the logs, and what runs took beside; None before there are any."""
+    """Seconds until a grid ends; None before any run has logged.
+
+    Steps are taken to run at the FLOPs per second of the logs, and every run to come to have the mean overhead of finished ones.
+
+    Args:
+      entries: of the grid.
+      slots: runs at once.
+    """
     seconds = sum(entry.progress.seconds for entry in entries)
     flops = sum(entry.progress.flops for entry in entries)
     if not seconds or not flops:
         return None
     waiting = [entry for entry in entries if entry.status is Status.WAITING]
     running = [entry for entry in entries if entry.status is Status.RUNNING]
-    beside = [entry.overhead for entry in entries if entry.overhead is not None and entry.status is Status.FINISHED]
+    overheads = [entry.overhead for entry in entries if entry.overhead is not None and entry.status is Status.FINISHED]
     steps = sum(entry.flops_left for entry in waiting + running) * seconds / flops
-    work = steps + (len(waiting) * sum(beside) / len(beside) if beside else 0.0)
+    work = steps + (len(waiting) * statistics.fmean(overheads) if overheads else 0.0)
     return work / max(min(slots, len(waiting) + len(running)), 1)
 
 
@@ -275,14 +282,14 @@ def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry,
 
 
 def means_of(entries: Sequence[Entry], prefix: str) -> dict[str, tuple[float, float | None]]:
-    """(mean, half of its 95% interval) over the points, of each metric with such a name that all of them have logged last."""
+    """(mean, half of its 95% interval) over the points, of each metric with this prefix that all of them have logged."""
     having = set.intersection(*({*entry.progress.metrics} for entry in entries))
     values = {name: [entry.progress.metrics[name] for entry in entries] for name in having if name.startswith(prefix)}
     return {name: (statistics.fmean(found), half_width(found)) for name, found in sorted(values.items())}
 
 
 def record(points: Sequence[Point], out: str, facts: Mapping[str, Any]) -> None:
-    """Writes `sweep.json`: what the grid is, for reports."""
+    """Writes `sweep.json`: the grid, for reports."""
     shown = [
         {
             'name': point.name,

@@ -23,17 +23,17 @@ def report_experiment(*, config: str, scale: str | None, out: str | None) -> Non
     Raises:
       UserError: the experiment has no reports, or none of its runs has begun.
     """
-    what = grid.load(config, scale)
-    out = os.path.join('runs', what.name) if out is None else out
-    if not what.get('reports'):
+    experiment = grid.load(config, scale)
+    out = os.path.join('runs', experiment.name) if out is None else out
+    if not experiment.get('reports'):
         raise UserError(f'--config={config}: this experiment has no report at this scale.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
-    points = grid.resolve(what, out)
+    points = grid.resolve(experiment, out)
     begun = {point.name for point in points if point.records()}
     if not begun:
         raise UserError(f'--out={out}: no run of the experiment has begun there; `upcycle sweep` begins them.')
     print(f'{len(begun)} of {len(points)} runs have begun.')
-    for report in what.reports:
+    for report in experiment.reports:
         groups = [
             {branch: names for branch, names in group.items() if begun.issuperset(names)} for group in report['groups']
         ]

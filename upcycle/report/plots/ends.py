@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from upcycle.log_lines import is_number
 from upcycle.report.claims import curve_of
 from upcycle.report.compare import Report, half_width
 from upcycle.report.plots.axes import add_legend, leave_empty
 from upcycle.report.plots.figure import EXTRA_COLOURS, ROLE_COLOURS, SOFT, WORDS, Plot, of_the_first
-from upcycle.report.runs import Axis, Role, Run, is_number
+from upcycle.report.runs import Axis, Role, Run
 
 
 def step_zero_plot(reports: Sequence[Report]) -> list[Plot]:

@@ -9,11 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import PercentFormatter
 
+from upcycle.log_lines import is_number
 from upcycle.report.compare import Report
 from upcycle.report.plots.axes import leave_empty, name_lines, set_ticks, set_title
 from upcycle.report.plots.figure import INK, WORDS, Plot, of_the_first
 from upcycle.report.plots.steps import OverSteps, denser
-from upcycle.report.runs import Run, is_number, stack_of
+from upcycle.report.runs import Run, stack_of
 
 # Of the layers of a stack; a model has seldom more than two.
 SHADES = ('Oranges', 'Blues', 'Greens', 'Purples')

@@ -7,11 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from upcycle.log_lines import is_number
 from upcycle.report.compare import Report
 from upcycle.report.plots.axes import Label, leave_empty, name_lines, set_ticks
 from upcycle.report.plots.figure import SOFT, Plot
 from upcycle.report.plots.lines import Bundle, bundles_of
-from upcycle.report.runs import Axis, Curve, Role, Run, is_number
+from upcycle.report.runs import Axis, Curve, Role, Run
 
 
 def schedule_plot(reports: Sequence[Report]) -> Plot:
