@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from tests.test_cli import call, command
-from upcycle import files, hosts
+from upcycle import files, hosts, platforms
 from upcycle.data import tensorflow_quiet
 from upcycle.errors import Unavailable, UserError
 
@@ -245,19 +245,19 @@ def test_a_platform_that_is_not_there(name, error, reason, tmp_path, dense, monk
 def test_on_a_machine_without_a_tpu_libtpu_says_nothing_and_jax_warns(monkeypatch, capfd):
     def noisy():
         os.write(2, b'WARNING: Logging before InitGoogle() is written to STDERR\n')
-        hosts.logging.getLogger('jax._src.xla_bridge').warning('An NVIDIA GPU may be present')
+        platforms.logging.getLogger('jax._src.xla_bridge').warning('An NVIDIA GPU may be present')
 
     monkeypatch.setattr(jax, 'devices', noisy)
-    monkeypatch.setattr(hosts, '_CHIPS', ())
+    monkeypatch.setattr(platforms, '_CHIPS', ())
     monkeypatch.delenv('XLA_FLAGS')
-    hosts.devices()
+    platforms.devices()
     assert capfd.readouterr().err == 'warning: An NVIDIA GPU may be present\n'
 
 
 def test_xla_says_which_flag_it_does_not_know():
     environment = {**os.environ, 'XLA_FLAGS': '--xla_no_such_flag=1'}
     ended = subprocess.run(
-        [sys.executable, '-c', 'from upcycle import hosts; hosts.devices()'],
+        [sys.executable, '-c', 'from upcycle import platforms; platforms.devices()'],
         env=environment,
         capture_output=True,
         text=True,

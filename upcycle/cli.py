@@ -185,9 +185,9 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if status_of(error) != 1:
             raise
-        from upcycle import files, hosts
+        from upcycle import files, platforms
 
-        refusal = files.refused_by_bucket(error, arguments) or hosts.refused_by_jax(error)
+        refusal = files.refused_by_bucket(error, arguments) or platforms.refused_by_jax(error)
         if refusal is None:
             raise
         raise refusal from error
@@ -540,12 +540,12 @@ def _sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
 
 def _report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     if options.config is not None and not options.runs:
-        from upcycle.sweep.command import report_experiment
+        from upcycle.sweep.reports import report_experiment
 
         report_experiment(config=options.config, scale=options.scale, out=options.out)
         return
     if options.config is not None or options.scale is not None or not options.runs:
         raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
-    from upcycle.report.html import report_main
+    from upcycle.report.command import report_main
 
     report_main(options.runs, 'report' if options.out is None else options.out)

@@ -10,12 +10,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, hosts, outputs
+from upcycle import configuration, cost, outputs, platforms
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.models.quickstart import JOBS, Job
-from upcycle.report.html import compare_seeds, print_table, write_report
+from upcycle.report.compare import compare_seeds
+from upcycle.report.html import write_report
 from upcycle.report.runs import Role, load_run
+from upcycle.report.tables import print_table
 from upcycle.sweep.points import Point
 
 
@@ -48,7 +50,7 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
-    hosts.devices()
+    platforms.devices()
     _claim(out, {'family': family, 'budget': budget})
     job = JOBS[family]
     groups, commands = [], {}
