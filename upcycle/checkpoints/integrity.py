@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from upcycle import files, hosts
-from upcycle.checkpoints import arrays, hashing
+from upcycle.checkpoints import hashing, json_files, orbax_item
 from upcycle.errors import Unavailable, UserError
 
 RECORD = 'checksums.json'
@@ -53,7 +53,7 @@ def damage(folder: epath.Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'{RECORD} cannot be read ({error})'
     for name in expected:
-        if not all(map(arrays.is_plain_name, name.split('/'))):
+        if not all(map(json_files.is_plain_name, name.split('/'))):
             return f'{RECORD} names {name!r}, which is no file of the step'
 
     found = hashing.describe(
@@ -160,7 +160,7 @@ def finished_steps(folder: epath.Path) -> list[int]:
     return [
         int(child.name)
         for child in folder.iterdir()
-        if re.fullmatch('0|[1-9][0-9]*', child.name) and arrays.is_finished(child)
+        if re.fullmatch('0|[1-9][0-9]*', child.name) and orbax_item.is_finished(child)
     ]
 
 

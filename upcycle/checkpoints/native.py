@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from upcycle import casts, files
-from upcycle.checkpoints import arrays, hashing, integrity, writing
+from upcycle.checkpoints import arrays, folder_writer, hashing, integrity, json_files, orbax_item, writing
 from upcycle.errors import DifferentLeaves, Unavailable, UserError, writing_to
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
@@ -46,13 +46,13 @@ class NativeReader(arrays.ArrayReader):
 
     def __init__(self, path: epath.Path, sources: Mapping[tuple[str, ...], arrays.Source] | None = None):
         if sources is None:
-            sources = arrays.orbax_arrays(path / 'state')
+            sources = orbax_item.orbax_arrays(path / 'state')
         super().__init__(path, {'/'.join(keys): source for keys, source in sources.items()})
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
         """The JSON item: family, configuration, sunk cost, receipt."""
-        return arrays.checked_metadata(f'{self.path}/metadata', self._json('metadata'))
+        return json_files.checked_metadata(f'{self.path}/metadata', self._json('metadata'))
 
     @functools.cached_property
     def data(self) -> Mapping[str, Any]:
@@ -60,11 +60,11 @@ class NativeReader(arrays.ArrayReader):
         return self._json('data')
 
     def _json(self, item: str) -> Mapping[str, Any]:
-        return arrays.read_json(epath.Path(self.path) / item / 'metadata')
+        return json_files.read_json(epath.Path(self.path) / item / 'metadata')
 
 
 class NativeLayout:
-    """Our own format, written part by part; see `writing.Layout`. Orbax restores it as if it had saved it."""
+    """Our own format, written part by part; see `folder_writer.Layout`. Orbax restores it as if it had saved it."""
 
     format = 'upcycle'
     state = 'state'
@@ -94,17 +94,17 @@ class NativeLayout:
             },
         }
 
-    def commit(self, writer: writing.FolderWriter, metadata: Mapping[str, Any]) -> None:
+    def commit(self, writer: folder_writer.FolderWriter, metadata: Mapping[str, Any]) -> None:
         """The index and the JSON items."""
         shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
-        (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes, zarr3=True))
+        (writer.folder / self.state / orbax_item.ORBAX_INDEX).write_text(orbax_item.orbax_index(shapes, zarr3=True))
         for item, content in (('data', {}), ('metadata', dict(metadata))):
             (writer.folder / item).mkdir(exist_ok=True)
             (writer.folder / item / 'metadata').write_text(json.dumps(content))
-        arrays.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
+        orbax_item.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
 
     def reader(self, folder: epath.Path) -> NativeReader:
-        """See `writing.Layout`."""
+        """See `folder_writer.Layout`."""
         return NativeReader(folder)
 
 

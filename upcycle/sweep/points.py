@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle import files
-from upcycle.checkpoints.arrays import is_finished
+from upcycle.checkpoints.orbax_item import is_finished
 from upcycle.metrics import read_metrics
 
 

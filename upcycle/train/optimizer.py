@@ -45,7 +45,7 @@ class Adafactor:
 
     Attributes:
       decay_rate: the second moment decays at 1 - t ** -decay_rate.
-      decay_cap: that decay is at most this (Zhai et al. 2022 for ViT: 0.999); None: 1.
+      decay_cap: that decay is at most this (Zhai et al. 2022: 0.999); None: 1.
       step_offset: subtracted from the count in that clock.
       clipping_threshold: an update's root mean square is clipped to it; None: not clipped.
       multiply_by_parameter_scale: the step is relative to the parameter's root mean square (at least epsilon2).

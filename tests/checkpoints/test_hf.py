@@ -7,7 +7,8 @@ import pytest
 from etils import epath
 
 from tests.checkpoints import trees, vits
-from upcycle.checkpoints import huggingface, open_checkpoint
+from upcycle.checkpoints import open_checkpoint, safetensors
+from upcycle.checkpoints.hf.writer import HuggingFaceWriter
 from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
@@ -32,7 +33,7 @@ def folder(tmp_path):
 def test_shards(tmp_path):
     tree = trees.t5(False, state=False)
     leaves = open_checkpoint(trees.write(tmp_path / 'x', 'upcycle', tree)).leaves()
-    writer = huggingface.HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, shard_bytes=20_000)
+    writer = HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, shard_bytes=20_000)
     for name in writer.todo():
         writer.write(name, (), tree[name])
     writer.finish({})
@@ -51,10 +52,8 @@ def test_the_library_reads_what_we_write(folder):
 
 def test_opening_reads_the_header_and_a_region_its_rows(folder, monkeypatch):
     asked = []
-    read = huggingface._Tensor.read
-    monkeypatch.setattr(
-        huggingface._Tensor, 'read', lambda self, region: asked.append(self.shape) or read(self, region)
-    )
+    read = safetensors.Tensor.read
+    monkeypatch.setattr(safetensors.Tensor, 'read', lambda self, region: asked.append(self.shape) or read(self, region))
     reader = open_checkpoint(folder)
     assert len(reader.leaves()) > 50 and asked == []
     name = 'params/token_embedder/embedding'

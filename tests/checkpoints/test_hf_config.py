@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import trees, vits
-from tests.checkpoints.test_huggingface import add
+from tests.checkpoints.test_hf import add
 from upcycle import cli, warning
-from upcycle.checkpoints import foreign, open_checkpoint
+from upcycle.checkpoints import open_checkpoint
+from upcycle.checkpoints.hf import t5
 from upcycle.errors import UserError
 from upcycle.models import identify
 
@@ -174,7 +175,7 @@ def test_dense_act_fn_overrides_feed_forward_proj(folders, fields, expected):
     assert list(identify.check('here', reader.leaves(), reader.metadata['facts']).config.mlp_activations) == expected
 
 
-@pytest.mark.parametrize('activations', foreign.ACTIVATIONS.values())
+@pytest.mark.parametrize('activations', t5.ACTIVATIONS.values())
 def test_activations_go_there_and_back(tmp_path, activations):
     tree = trees.t5(False, state=False, mlp_activations=activations)
     trees.write(tmp_path / 'x', 'huggingface', tree, {'facts': {'mlp_activations': list(activations)}})
