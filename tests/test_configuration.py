@@ -425,7 +425,7 @@ def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
     """`train` and the check of a sweep."""
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     seen = []
-    monkeypatch.setattr(train.loop, 'train', lambda run, *_: seen.append(run.optimizer.clipping_threshold))
+    monkeypatch.setattr(train.loop, 'train', lambda start, *_: seen.append(start.run.optimizer.clipping_threshold))
     runs.train('dense', tmp_path / 'run', 6)
     assert seen == [0.5]
     point = Point(name='a', gin_files=runs.FILES['dense'], bindings=runs.bindings('dense', tmp_path / 'run', 6))

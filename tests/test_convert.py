@@ -18,8 +18,9 @@ from upcycle import configuration, outputs, partitioning
 from upcycle import conversion as offline
 from upcycle.checkpoints import arrays, folder_writer, open_checkpoint, writing
 from upcycle.errors import UserError
-from upcycle.train import loop
-from upcycle.train.state import as_dict, from_checkpoint, layout
+from upcycle.train.first_state import from_checkpoint
+from upcycle.train.start import Start
+from upcycle.train.state import as_dict
 
 MODEL = (runs.TINY, 'moe/t5.gin')
 
@@ -37,11 +38,11 @@ def run_of(dense, tmp_path, **more):
 
 def first_state(run):
     """What a trainer starts from, flat and without its random key, and the receipt."""
-    mesh = loop.check(run)
-    with partitioning.use(mesh):
+    start = Start.of(run)
+    with partitioning.use(start.mesh):
         batch = next(run.train_data.batches(0))
-        batch = partitioning.put_batch(batch, partitioning.batch_sharding(mesh))
-        state, paper, _ = from_checkpoint(run, layout(run, mesh), batch)
+        batch = partitioning.put_batch(batch, partitioning.batch_sharding(start.mesh))
+        state, paper = from_checkpoint(start, batch)
     flat = flatten_dict(as_dict(state), sep='/')
     del flat['rng']
     return flat, paper

@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from upcycle import cost, partitioning
 from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
-from upcycle.train import loop
+from upcycle.train import loop, start
 from upcycle.train.run import ModelRun
 from upcycle.train.state import layout
 
@@ -161,7 +161,7 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     run = dataclasses.replace(run, total_steps=run.total_steps or STEPS)
     devices = _devices(topology, num_slices)
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
-    loop.check_batches(run, mesh)
+    start.check_batches(run, mesh)
     where = layout(run, mesh)
     with partitioning.use(mesh), _ticking(f'compiling for {len(devices)} devices of {topology}') as elapsed:
         lowered = loop.lower_step(run, where, partitioning.batch_sharding(mesh))

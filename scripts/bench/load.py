@@ -28,7 +28,9 @@ from timing import medians, table
 from upcycle import configuration, partitioning
 from upcycle.checkpoints import arrays, open_checkpoint
 from upcycle.surgery.execute import without_leading_axis
+from upcycle.train import first_state
 from upcycle.train import state as states
+from upcycle.train.start import Start
 
 
 def main() -> None:
@@ -58,13 +60,13 @@ def compare(options: argparse.Namespace, files: list[str], dense: str) -> None:
     reads: collections.Counter[str] = collections.Counter()
 
     read = arrays.ArrayReader.read
-    states.check_function = lambda *arguments: {}
+    first_state.check_function = lambda *arguments: {}
 
     def ours():
         arrays.ArrayReader.read = lambda self, name, *rest, **more: (
             reads.update([name]) or read(self, name, *rest, **more)
         )
-        state, _, _ = states.from_checkpoint(run, where, {})
+        state, _ = first_state.from_checkpoint(Start(run, mesh, where), {})
         arrays.ArrayReader.read = read
         return state.params, state.opt_state
 

@@ -24,7 +24,9 @@ import jax
 from convert import make_dense, peak
 
 from upcycle import configuration, partitioning
+from upcycle.train import first_state
 from upcycle.train import state as states
+from upcycle.train.start import Start
 
 DENSE_STEP = 1000
 # What the command loads, before it does anything.
@@ -36,10 +38,10 @@ def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
     run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': path, 'DENSE_STEP': str(DENSE_STEP), **bindings})
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
     where = states.layout(run, mesh, run.model.smallest_batch())
-    states.check_function = lambda *arguments: {}
+    first_state.check_function = lambda *arguments: {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
-    state, _, _ = states.from_checkpoint(run, where, {})
+    state, _ = first_state.from_checkpoint(Start(run, mesh, where), {})
     jax.block_until_ready(state)
     seconds = time.monotonic() - begin
     # What is not split lies on every device.

@@ -14,7 +14,7 @@ from fuzzing.case import ANOTHER, REFUSED, SAME, SILENT, TRACEBACK, Case
 from fuzzing.damage import damaged, misspelt
 from upcycle import cli, configuration, gin_files, partitioning
 from upcycle.commands import train
-from upcycle.train import loop
+from upcycle.train.start import check_batches
 from upcycle.train.state import layout
 
 LARGE = 200_000_000  # parameters, above which a valid configuration is not laid out
@@ -217,7 +217,8 @@ class Configurations:
         same = identity == self._identities[number]
         if same and any(self._said(name, bindings, number) for name in bindings):
             return SILENT
-        mesh = loop.check(run)
+        mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+        check_batches(run, mesh)
         if jax.tree.reduce(lambda a, b: a + b, _guess(run)) < LARGE:
             with partitioning.use(mesh):
                 layout(run, mesh)

@@ -136,7 +136,7 @@ def arguments_of(command):
 def test_commands_of_a_page(page, small, capsys, monkeypatch):
     train_loop = loop.train
     monkeypatch.setattr(
-        loop, 'train', lambda run, *more: train_loop(run, *more) if (page, run.model_dir) in TRAINED else None
+        loop, 'train', lambda start, *more: train_loop(start, *more) if (page, start.run.model_dir) in TRAINED else None
     )
     if page not in dict(TRAINED):
         monkeypatch.setattr(validation, 'evaluate', lambda *arguments: {})

@@ -18,9 +18,10 @@ from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
-from upcycle.train import loop
+from upcycle.train import loop, start
 from upcycle.train import state as states
-from upcycle.train.state import from_checkpoint, layout
+from upcycle.train.first_state import from_checkpoint
+from upcycle.train.state import layout
 from upcycle.train.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
@@ -122,14 +123,14 @@ def first_step(files, bindings, *, trained=True):
     Without a step where it is not `trained`.
     """
     run = configuration.load(files, bindings)
-    mesh = loop.check(run)
-    with partitioning.use(mesh):
-        where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+    begin = start.Start.of(run)
+    with partitioning.use(begin.mesh):
+        sharding = partitioning.batch_sharding(begin.mesh)
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
-        state, receipt, _ = from_checkpoint(run, where, batch)
+        state, receipt = from_checkpoint(begin, batch)
         if trained:
-            state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
+            state, metrics = loop.lower_step(run, begin.layout, sharding).compile()(state, batch)
             assert np.isfinite(metrics['loss'])
     return receipt, state
 
@@ -230,9 +231,9 @@ def test_recipes_step(name, abstractly, tmp_path):
     if abstractly:
         step_abstractly(run)
         return
-    mesh = loop.check(run)
-    with partitioning.use(mesh):
-        where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+    begin = start.Start.of(run)
+    with partitioning.use(begin.mesh):
+        where, sharding = begin.layout, partitioning.batch_sharding(begin.mesh)
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
         # Without a program to initialise it.

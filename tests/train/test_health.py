@@ -19,6 +19,7 @@ from upcycle.models.image_classifier import ImageClassifier
 from upcycle.train import diagnosis, health, loop
 from upcycle.train.diagnosis import diagnose
 from upcycle.train.health import Health, Limits, NotFiniteError
+from upcycle.train.start import Start
 from upcycle.train.step import TrainState
 from upcycle.train.trainable import NOTHING
 
@@ -53,7 +54,7 @@ def train(kind, model_dir, steps, poisoned=None, **more):
     run = runs.build(kind, model_dir, steps, **more)
     if poisoned is not None:
         run = dataclasses.replace(run, train_data=poisoned(run.train_data))
-    return loop.train(run)
+    return loop.train(Start.of(run))
 
 
 def assert_same_run(one, other):

@@ -14,6 +14,7 @@ from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import Preempted, UserError
 from upcycle.metrics import read_metrics
 from upcycle.train import loop
+from upcycle.train.start import Start
 
 
 def lines_of(model_dir):
@@ -211,7 +212,7 @@ def test_evaluation_batches_are_made_once(tmp_path):
             return self._source.batches(*args, **hosts)
 
     run = runs.build('dense', tmp_path, 3, EVAL_PERIOD=1)
-    loop.train(dataclasses.replace(run, eval_data=Counted(run.eval_data)))
+    loop.train(Start.of(dataclasses.replace(run, eval_data=Counted(run.eval_data))))
     assert [line['step'] for line in lines_of(tmp_path) if line['split'] == 'validation'] == [0, 1, 2, 3]
     assert len(asked) == 1
 
@@ -237,7 +238,7 @@ def test_other_data_is_refused_on_resume(tmp_path):
     runs.train('dense', tmp_path, 2)
     run = runs.build('dense', tmp_path, 4, DATA_SEED=1)
     with pytest.raises(UserError, match='trained on other data .*seed'):
-        loop.train(run)
+        loop.train(Start.of(run))
 
 
 def test_a_checkpoint_past_the_end_is_refused(tmp_path, dense):
@@ -338,7 +339,7 @@ def test_where_the_time_went(slow, tmp_path, monkeypatch):
             add(self, metrics)
 
         monkeypatch.setattr(loop.Window, 'add', wait_and_add)
-    loop.train(run)
+    loop.train(Start.of(run))
     last = [line for line in read_metrics(f'{tmp_path}/metrics.jsonl') if line['split'] == 'train'][-1]
     assert last['seconds'] == 20
     assert last['data_seconds'] == (20 if slow == 'data' else 0)

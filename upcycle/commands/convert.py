@@ -8,7 +8,7 @@ import jax
 from upcycle import configuration, conversion, partitioning
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import UserError
-from upcycle.train import loop
+from upcycle.train import start
 from upcycle.train.state import check_start
 
 
@@ -35,7 +35,7 @@ def run(
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     # What is named of a run that is to train the result.
     if run.train_data is not None:
-        loop.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
+        start.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
     if run.total_steps is not None:
         step = open_checkpoints(run.initial_checkpoint_path).step if run.dense_step is None else run.dense_step
         if step is not None:

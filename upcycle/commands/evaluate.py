@@ -17,7 +17,7 @@ from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
 from upcycle.gin_files import require_data
 from upcycle.metrics import counted, plain
-from upcycle.train import loop
+from upcycle.train import start
 from upcycle.train.state import layout, params_from
 
 FEW_SHOT = 'runs/few_shot.gin'
@@ -62,7 +62,7 @@ def run(
     for evaluator in run.evaluators:
         evaluator.check_data(run.eval_data)
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
-    loop.check_batches(run, mesh, training=False)
+    start.check_batches(run, mesh, training=False)
     with partitioning.use(mesh):
         where = layout(run, mesh, run.eval_data.batch_spec())
         params, operator = params_from(run, where, reader)

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle import configuration, cost
-from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import UserError
 from upcycle.leaf_names import grouped, not_read
 from upcycle.surgery.plan import Plan
 from upcycle.train.describe import describe
 from upcycle.train.preflight import preflight
-from upcycle.train.state import Layout, make_plan
+from upcycle.train.state import Layout
 
 
 def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:
@@ -25,10 +24,8 @@ def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool 
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     start = preflight(run, configuration.resolved())
-    mesh, where = start.mesh, start.where
     # A run that would resume from its own checkpoint is planned as at its first start.
-    reader = start.reader or open_checkpoints(run.initial_checkpoint_path)
-    what = start.surgery or make_plan(run, where, reader)
+    where, reader, what = start.layout, start.reader, start.plan
     facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
     if as_json:
         rows = [_row(row, where) for row in what.rows]
@@ -39,7 +36,7 @@ def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool 
         print(line)
     for line in grouped((f'dropped  {name}  because {reason}' for name, reason in what.dropped.items()), None):
         print(line)
-    print(describe(run, where, mesh))
+    print(describe(start))
     print('  '.join(f'{name}: {value}' for name, value in facts.items()))
 
 

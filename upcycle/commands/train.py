@@ -28,9 +28,9 @@ def run(
         )
     start = preflight(run, identity)
     if jax.process_index() == 0:
-        print(describe(run, start.where, start.mesh), flush=True)
+        print(describe(start), flush=True)
     with files.patient(), lock.held(run.model_dir) as still_ours:
         if jax.process_index() == 0:
             with writing_to(run.model_dir):
                 configuration.claim(run, identity)
-        return loop.train(run, name, profile_steps, still_ours)
+        return loop.train(start, name, profile_steps, still_ours)

@@ -1,16 +1,14 @@
 """A run in a few lines: what was resolved, before anything is allocated."""
 
-from jax.sharding import Mesh
-
 from upcycle import cost
 from upcycle.moe.config import MoEConfig, RouterType
-from upcycle.train.run import Run
-from upcycle.train.state import Layout
+from upcycle.train.start import Start
 
 
-def describe(run: Run, where: Layout, mesh: Mesh) -> str:
+def describe(start: Start) -> str:
     """Model, MoE layers, data, steps and mesh, a line each."""
-    params = where.abstract.params
+    run, state = start.run, start.layout.abstract
+    params = state.params
     layers = run.model.moe_layers()
     total = cost.num_parameters(params)
     active = cost.num_active_parameters(params, layers)
@@ -18,7 +16,7 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
     flops = cost.step_flops(run.model, spec)
     sizes = f'{total / 1e6:.2f}M parameters' + (f', {active / 1e6:.2f}M of them active for a token' if layers else '')
     lines = [
-        f'model   {run.model.family}, {sizes}; {cost.bytes_per_device(where.abstract) / 2**20:.0f} MiB of state on a device; '
+        f'model   {run.model.family}, {sizes}; {cost.bytes_per_device(state) / 2**20:.0f} MiB of state on a device; '
         f'{flops / 1e9:.2f} GFLOP a step',
     ]
     stacks: dict[MoEConfig, list[str]] = {}
@@ -32,7 +30,7 @@ def describe(run: Run, where: Layout, mesh: Mesh) -> str:
         operator = run.surgery.made_by or 'no MLP expanded'
         source += f' ({operator}, optimizer state {run.surgery.optimizer_state})'
     lines.append(f'steps   to {run.total_steps}, {source}; into {run.model_dir}')
-    lines.append(f'mesh    {dict(mesh.shape)}')
+    lines.append(f'mesh    {dict(start.mesh.shape)}')
     return '\n'.join(lines)
 
 

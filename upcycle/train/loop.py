@@ -23,15 +23,16 @@ from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress, warn
 from upcycle.models import identify
-from upcycle.moe.config import check_groups, microbatch_groups
 from upcycle.train import folder as run_folder
 from upcycle.train import preemption
 from upcycle.train import state as states
 from upcycle.train.carried import require_match
 from upcycle.train.diagnosis import diagnose
+from upcycle.train.first_state import from_checkpoint
 from upcycle.train.health import Health, NotFiniteError, Rollback
 from upcycle.train.profile import Profile
-from upcycle.train.run import ModelRun, Run
+from upcycle.train.run import ModelRun
+from upcycle.train.start import Start
 from upcycle.train.step import TrainState, train_step
 
 NO_STEPS = range(0)
@@ -85,7 +86,7 @@ class Ledger:
 
 
 def train(
-    run: Run,
+    start: Start,
     name: str = 'train',
     profile_steps: range = NO_STEPS,
     still_ours: Callable[[bool], None] = lambda look: None,
@@ -93,7 +94,7 @@ def train(
     """Trains until `run.total_steps`; picks up where an earlier leg of the same run stopped.
 
     Args:
-      run: what to do.
+      start: the run, and how it starts.
       name: shown on the progress line.
       profile_steps: to be traced into `MODEL_DIR/profile`.
       still_ours: what `lock.held` yields; nothing by default, for a caller who keeps other processes out.
@@ -106,9 +107,8 @@ def train(
         many steps were not finite, or the folder cannot be written any more, or is another process's now.
       Preempted: the process got SIGTERM, and the state is saved.
     """
-    mesh = check(run)
-    with partitioning.use(mesh), writing_to(run.model_dir):
-        trainer = _Trainer(run, mesh, name, profile_steps, still_ours)
+    with partitioning.use(start.mesh), writing_to(start.run.model_dir):
+        trainer = _Trainer(start, name, profile_steps, still_ours)
         while True:
             try:
                 return trainer.train()
@@ -116,49 +116,23 @@ def train(
                 trainer.go_back(rollback)
 
 
-def check(run: ModelRun) -> jax.sharding.Mesh:
-    """The run's mesh, after refusing sizes that do not divide."""
-    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
-    check_batches(run, mesh)
-    return mesh
-
-
-def check_batches(run: ModelRun, mesh: jax.sharding.Mesh, *, training: bool = True) -> None:
-    """Raises UserError unless the run's batches, and their routing groups, divide among the devices.
-
-    Args:
-      run: with its data.
-      mesh: the devices.
-      training: False: only batches of the evaluation data are used.
-    """
-    batches = [('BATCH_SIZE', states.data_of(run), run.num_microbatches)] if training else []
-    if run.eval_data is not None:
-        batches.append(('EVAL_BATCH_SIZE', run.eval_data, 1))
-    layers = run.model.moe_layers()
-    for binding, data, microbatches in batches:
-        partitioning.check_batch(data.batch_size, mesh, microbatches, binding)
-        for path, tokens in run.model.moe_tokens(data.batch_spec()).items():
-            moe = dataclasses.replace(layers[path], num_microbatches=microbatches)
-            check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))
-
-
 class _Trainer:
     """The moving parts of one call of `train`."""
 
     def __init__(
         self,
-        run: Run,
-        mesh: jax.sharding.Mesh,
+        start: Start,
         name: str,
         profile_steps: range,
         still_ours: Callable[[bool], None],
     ):
-        self.run, self.mesh, self.name, self.still_ours = run, mesh, name, still_ours
+        run = start.run
+        self.start, self.run, self.name, self.still_ours = start, run, name, still_ours
         # Whether a save has begun of which it is not known yet that it was finished.
         self.saves = False
         self.profile = Profile(profile_steps, str(files.absolute(run.model_dir) / 'profile'))
-        self.layout = states.layout(run, mesh)
-        self.batch_sharding = partitioning.batch_sharding(mesh)
+        self.layout = start.layout
+        self.batch_sharding = partitioning.batch_sharding(start.mesh)
         self.ledger = Ledger()
         self._watch()
         # The last step before a rollback, and what was known then.
@@ -224,8 +198,8 @@ class _Trainer:
         if run.initial_checkpoint_path is None:
             return states.from_scratch(run, self.layout)
         batch = next(self._batches(run.train_data, 0))
-        state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
-        self.ledger.start_from(int(state.step), reader.metadata, run.dense_flops)
+        state, self.receipt = from_checkpoint(self.start, batch)
+        self.ledger.start_from(int(state.step), self.start.reader.metadata, run.dense_flops)
         states.check_start(run, self.ledger.start_step)
         # A model that has trained since its surgery keeps the account of its own step 0.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
@@ -323,7 +297,7 @@ class _Trainer:
         if log is not None:
             self.still_ours(False)
             self._note_saved()
-            log.write(step, split, {**metrics, **self.ledger.for_the_log(self.mesh.size)})
+            log.write(step, split, {**metrics, **self.ledger.for_the_log(self.start.mesh.size)})
 
     def _note_saved(self) -> None:
         """Writes down that the first save is finished, when it is; a bucket that does not answer is asked at the next line."""
