@@ -260,7 +260,7 @@ class Made:
 def booked(events):
     """A ledger after seconds of 'data', 'step' (one begins and is finished) and 'long step' (one begins, and lasts)."""
     clock, ledger, ends = Made(), loop.Ledger(), []
-    with loop._Timer(ledger, 0, clock) as timer:
+    with loop.Timer(ledger, 0, clock) as timer:
         for event, seconds in events:
             timer.book('seconds')
             if event == 'data':
@@ -291,7 +291,7 @@ def test_data_is_waited_for_only_while_no_step_is_under_way(events, waited, whol
 
 def test_a_step_that_ends_while_data_is_made_splits_the_time():
     clock, ledger = Made(), loop.Ledger()
-    with loop._Timer(ledger, 0, clock) as timer:
+    with loop.Timer(ledger, 0, clock) as timer:
         timer._finished = concurrent.futures.Future()
         clock.now = 3.0
         timer._finished.set_result(clock.now)
@@ -323,12 +323,12 @@ def test_where_the_time_went(slow, tmp_path, monkeypatch):
     run = runs.build('dense', tmp_path, 4, EVAL_PERIOD=100, CHECKPOINT_PERIOD=100, LOG_PERIOD=4, EVAL_STEPS=1)
     clock, timers = Made(), []
 
-    class Timer(loop._Timer):
+    class Timer(loop.Timer):
         def __init__(self, ledger, step):
             super().__init__(ledger, step, clock)
             timers.append(self)
 
-    monkeypatch.setattr(loop, '_Timer', Timer)
+    monkeypatch.setattr(loop, 'Timer', Timer)
     if slow == 'data':
         run = dataclasses.replace(run, train_data=Slow(run.train_data, clock, timers))
     else:

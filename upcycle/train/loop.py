@@ -1,13 +1,10 @@
 """The loop around the training step: state in, batches through, metrics and checkpoints out."""
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,59 +27,16 @@ from upcycle.train.carried import require_match
 from upcycle.train.diagnosis import diagnose
 from upcycle.train.first_state import from_checkpoint
 from upcycle.train.health import Health, NotFiniteError, Rollback
+from upcycle.train.ledger import Ledger, Timer
 from upcycle.train.profile import Profile
 from upcycle.train.run import ModelRun
 from upcycle.train.start import Start
 from upcycle.train.step import TrainState, train_step
+from upcycle.train.window import Window
 
 NO_STEPS = range(0)
 # Evaluators that a checkpoint may call by the names that earlier versions had for them.
 FORMER_NAMES = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
-# Steps that are dispatched before the host waits for one, so that the devices never wait for the host.
-_STEPS_UNDER_WAY = 2
-
-
-@dataclasses.dataclass
-class Ledger:
-    """What the run has cost, and what the dense checkpoint that it started from had cost before.
-
-    Attributes:
-      start_step: step of the first state.
-      seconds: spent in training steps of this run, waiting for their data included (not compiling, evaluating or saving).
-      data_seconds: of these, waiting for the next batch while no step was under way.
-      evaluation_seconds: between steps, in evaluations and other looks at the model.
-      checkpoint_seconds: between steps, until a save let the run go on.
-      flops: of this run's training steps, by `cost.py`.
-      tokens: in the batches of these steps, padding included.
-      sunk_seconds, sunk_flops: of the checkpoint it started from; 0 when unknown or from scratch.
-    """
-
-    start_step: int = 0
-    seconds: float = 0.0
-    flops: float = 0.0
-    sunk_seconds: float = 0.0
-    sunk_flops: float = 0.0
-    data_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    checkpoint_seconds: float = 0.0
-    tokens: float = 0.0
-
-    def for_the_log(self, num_devices: int) -> dict[str, float]:
-        """What every line of the log says of the cost. Core-days are an estimate: what its FLOPs would take on TPU v4."""
-        derived = {
-            'device_seconds': self.seconds * num_devices,
-            'estimated_core_days': cost.core_days(self.flops, cost.TPU_V4_CORE, cost.UTILIZATION),
-        }
-        if self.sunk_flops:
-            derived['percent_of_sunk_flops'] = 100.0 * self.flops / self.sunk_flops
-        return dataclasses.asdict(self) | derived
-
-    def start_from(self, step: int, metadata: Mapping[str, Any], flops: float | None = None) -> None:
-        """Books a dense checkpoint's whole cost as sunk; `flops`: of one that does not say what it had cost."""
-        spent = metadata.get('cost', {})
-        self.start_step = step
-        self.sunk_seconds = spent.get('seconds', 0.0) + spent.get('sunk_seconds', 0.0)
-        self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0) or flops or 0.0
 
 
 def train(
@@ -239,7 +193,7 @@ class _Trainer:
         with contextlib.ExitStack() as closing:
             asked_to_stop = closing.enter_context(preemption.watch(first))
             self._evaluate(self.unfinished, state, first, log)
-            timer = closing.enter_context(_Timer(self.ledger, first))
+            timer = closing.enter_context(Timer(self.ledger, first))
             for step in range(first + 1, run.total_steps + 1):
                 self.profile.before(step)
                 timer.book('seconds')
@@ -421,102 +375,3 @@ def lower_step(
         for name, (shape, dtype) in run.train_data.batch_spec().items()
     }
     return step.lower(where.abstract, batch)
-
-
-class Window:
-    """Means of the training metrics since the last line of the log, over the steps that were not skipped.
-
-    What has been added is fetched two steps later, so that steps are not held up; it is added up in order on the host, and saved
-    with a checkpoint, so that a resumed run's lines are those of an uninterrupted one.
-
-    Args:
-      health: sees every step.
-      values: as saved; None: a window begins.
-    """
-
-    def __init__(self, health: Health, values: dict[str, Any] | None = None):
-        self.values: dict[str, Any] = values or {'count': 0, 'sums': {}}
-        self._health = health
-        self._pending: collections.deque[Any] = collections.deque()
-
-    def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes one step's metrics, without waiting for them, but for those of earlier steps.
-
-        Raises:
-          NotFiniteError, Rollback: see `Health.see`.
-        """
-        self._pending.append(metrics)
-        self._settle(_STEPS_UNDER_WAY)
-
-    def settle(self) -> None:
-        """Waits for the steps added so far; raises as `add` does."""
-        self._settle(0)
-
-    def taken_under_way(self) -> int | None:
-        """The newest step that was under way when `add` or `settle` raised, and was not skipped; None: there is none."""
-        steps = enumerate(self._pending, self._health.step + 1)
-        return max((step for step, metrics in steps if not jax.device_get(metrics['skipped'])), default=None)
-
-    def close(self) -> dict[str, Any]:
-        """The means, none where every step was skipped; the window starts again."""
-        self.settle()
-        count = self.values['count']
-        means = {name: (np.asarray(value) / count).tolist() for name, value in self.values['sums'].items()}
-        self.values = {'count': 0, 'sums': {}}
-        return means
-
-    def _settle(self, under_way: int) -> None:
-        while len(self._pending) > under_way:
-            metrics = jax.device_get(self._pending.popleft())
-            if not self._health.see(metrics):
-                continue
-            sums = self.values['sums']
-            for name, value in metrics.items():
-                new = np.asarray(value, np.float64) + np.asarray(sums.get(name, 0.0))
-                sums[name] = new.tolist()
-            self.values['count'] += 1
-
-
-class _Timer:
-    """Books the time between its calls in the ledger."""
-
-    def __init__(self, ledger: Ledger, step: int, clock: Callable[[], float] = time.monotonic):
-        self._ledger, self._clock = ledger, clock
-        self._seconds, self._step = ledger.seconds, step
-        self._since = clock()
-        # Waits for the newest step, since only a thread learns when it was finished while this one waits for data.
-        self._watcher = concurrent.futures.ThreadPoolExecutor(1)
-        self._finished: concurrent.futures.Future[float] | None = None
-
-    def __enter__(self) -> '_Timer':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._watcher.shutdown(wait=False, cancel_futures=True)
-
-    def under_way(self, metrics: Any) -> None:
-        """A step has begun; it is finished when its metrics are there."""
-        self._finished = self._watcher.submit(lambda: jax.block_until_ready(metrics) and self._clock())
-
-    def book(self, *accounts: str) -> None:
-        """The time since the last call, in each of these fields of the ledger; in none, it is forgotten."""
-        now = self._clock()
-        for account in accounts:
-            setattr(self._ledger, account, getattr(self._ledger, account) + now - self._since)
-        self._since = now
-
-    def book_data(self) -> None:
-        """The time since the last call was spent on a batch; it was waited for from when no step was under way any more."""
-        now = self._clock()
-        if self._finished is None:
-            self._ledger.data_seconds += now - self._since
-        elif self._finished.done():
-            self._ledger.data_seconds += max(0.0, now - max(self._since, self._finished.result()))
-        self.book('seconds')
-
-    def rate(self, step: int) -> float:
-        """Steps a second since the last call."""
-        seconds = self._ledger.seconds - self._seconds
-        steps = step - self._step
-        self._seconds, self._step = self._ledger.seconds, step
-        return steps / seconds if seconds > 0 else 0.0
