@@ -16,7 +16,7 @@ from etils import epath
 
 import gin
 from tests import runs
-from upcycle import configuration, gin_files, schema
+from upcycle import configuration, gin_files, gin_values, run_config, schema
 from upcycle.commands import train
 from upcycle.errors import UserError, UserErrors, mistakes_of
 from upcycle.models.vit import Gelu
@@ -290,29 +290,29 @@ def claim_of(tmp_path, kind='dense', **more):
     ids=str,
 )
 def test_a_value_is_the_same_however_it_is_written(before, now, tmp_path):
-    configuration.claim(*claim_of(tmp_path, 'scratch', **before))
-    configuration.claim(*claim_of(tmp_path, 'scratch', **now), write=False)
+    run_config.claim(*claim_of(tmp_path, 'scratch', **before))
+    run_config.claim(*claim_of(tmp_path, 'scratch', **now), write=False)
 
 
 def test_a_default_is_the_same_bound_or_not(tmp_path):
     """Whichever binding of a run is left out, as an older gin file may do."""
     run, bindings = claim_of(tmp_path, 'scratch', ENCODER_ROUTER='top_k')
-    defaults = configuration._defaults()
+    defaults = run_config.defaults_of_now()
     checked = 0
     for name, value in bindings.items():
         if value == defaults.get(name):
             fewer = {other: text for other, text in bindings.items() if other != name}
             for old, new in ((bindings, fewer), (fewer, bindings)):
                 (tmp_path / 'run' / 'config.gin').unlink(missing_ok=True)
-                configuration.claim(run, old)
-                configuration.claim(run, new)
+                run_config.claim(run, old)
+                run_config.claim(run, new)
             checked += 1
     assert checked > 20
 
 
 def began_with(tmp_path, kind='dense', changes=(), **more):
     """The config.gin of a run that began with other defaults: `changes` are (parameter, its value then; None: not there)."""
-    configuration.claim(*claim_of(tmp_path, kind, **more))
+    run_config.claim(*claim_of(tmp_path, kind, **more))
     path = tmp_path / 'run' / 'config.gin'
     lines = path.read_text().splitlines(keepends=True)
     first_default = next(i for i, line in enumerate(lines) if line.startswith('# Defaults'))
@@ -325,20 +325,20 @@ def began_with(tmp_path, kind='dense', changes=(), **more):
 
 
 def resumed(tmp_path, kind='dense', **more):
-    run = configuration.as_it_began(claim_of(tmp_path, kind, **more)[0])
-    configuration.claim(run, configuration.resolved())
+    run = run_config.as_it_began(claim_of(tmp_path, kind, **more)[0])
+    run_config.claim(run, configuration.resolved())
     return run
 
 
 def test_the_configuration_holds_every_operative_value(tmp_path):
     """Each parameter of everything that the run is made of, bound or not."""
-    configuration.claim(*claim_of(tmp_path, 'scratch'))
-    stored = configuration._read_config(tmp_path / 'run' / 'config.gin').all
+    run_config.claim(*claim_of(tmp_path, 'scratch'))
+    stored = run_config._read_config(tmp_path / 'run' / 'config.gin').all
     for name in ('Adafactor.clipping_threshold', 'decoder/upcycle.moe.config.MoEConfig.min_capacity', 'Run.dense_step'):
         assert any(found.endswith(name) for found in stored), name
     missing = {
         f'{selector}.{name}'
-        for selector, target, _ in configuration._reachable()
+        for selector, target, _ in gin_values.reachable()
         for name in schema.parameters(target)
         if f'{selector}.{name}' not in stored
     }
@@ -375,7 +375,7 @@ def test_todays_default_is_another_run_if_it_is_asked_for(tmp_path):
 
 
 def test_what_was_bound_is_not_taken_back_by_leaving_it_out(tmp_path):
-    configuration.claim(*claim_of(tmp_path, DROPOUT_RATE=0.5))
+    run_config.claim(*claim_of(tmp_path, DROPOUT_RATE=0.5))
     with pytest.raises(UserError, match='dropout_rate is 0.5 and not 0.0'):
         resumed(tmp_path)
 
@@ -384,7 +384,7 @@ def test_an_older_configuration_takes_todays_defaults_and_says_so(tmp_path, caps
     run, bindings = claim_of(tmp_path)
     path = tmp_path / 'run' / 'config.gin'
     path.parent.mkdir()
-    path.write_text(configuration.as_gin(bindings))
+    path.write_text(run_config.as_gin(bindings))
     assert resumed(tmp_path) == run
     said = capsys.readouterr().err
     assert re.search(
@@ -446,17 +446,17 @@ def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
     ids=str,
 )
 def test_the_first_difference_that_is_named_is_one(more, kind, words, tmp_path):
-    configuration.claim(*claim_of(tmp_path))
+    run_config.claim(*claim_of(tmp_path))
     with pytest.raises(UserError) as error:
-        configuration.claim(*claim_of(tmp_path, kind, **more), write=False)
+        run_config.claim(*claim_of(tmp_path, kind, **more), write=False)
     assert words in str(error.value) and '<' not in str(error.value)
 
 
 def test_a_dense_run_is_no_sparse_one(tmp_path):
     """Not by a setting of experts that the dense one had never heard of."""
-    configuration.claim(*claim_of(tmp_path))
+    run_config.claim(*claim_of(tmp_path))
     with pytest.raises(UserError, match=r'EncoderDecoderModel.\w+ is 0.0 and not 0.01|_moe is None and not @'):
-        configuration.claim(*claim_of(tmp_path, 'scratch'), write=False)
+        run_config.claim(*claim_of(tmp_path, 'scratch'), write=False)
 
 
 @pytest.mark.parametrize('text', ['', '\0\0\0', '\udcff', 'from __gin__ import dynamic_registration\n'])
@@ -464,14 +464,14 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
     run, identity = claim_of(tmp_path)
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'config.gin').write_bytes(text.encode(errors='surrogateescape'))
-    configuration.claim(run, identity, write=False)
+    run_config.claim(run, identity, write=False)
     (tmp_path / 'run' / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='checkpoints but a config.gin that describes no run: bring that file back'):
-        configuration.claim(run, identity)
+        run_config.claim(run, identity)
     (tmp_path / 'run' / 'config.gin').unlink()
     (tmp_path / 'run' / 'config.gin').mkdir()
     with pytest.raises(UserError, match=r'config.gin cannot be read \(Is a directory\)'):
-        configuration.claim(run, identity)
+        run_config.claim(run, identity)
 
 
 @pytest.mark.parametrize(

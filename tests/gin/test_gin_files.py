@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from tests import runs, vision
 from tests.checkpoints import trees
-from upcycle import configuration, cost, partitioning
+from upcycle import configuration, cost, partitioning, run_config
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
@@ -518,8 +518,8 @@ def test_config_gin_builds_the_same_run(tmp_path, dense):
     run = runs.build('upcycle', tmp_path / 'run', 10, INITIAL_CHECKPOINT_PATH=dense)
     first = configuration.resolved()
     path = tmp_path / 'config.gin'
-    path.write_text(configuration.as_gin(first))
+    path.write_text(run_config.as_gin(first))
     configuration.load([str(path)], {})
     assert configuration.resolved() == first
-    configuration.claim(run, first)
+    run_config.claim(run, first)
     assert configuration.load([str(tmp_path / 'run' / 'config.gin')], {}) == run

@@ -12,7 +12,7 @@ import pytest
 from tests import runs
 from tests.small import image_batch, random_batch, small_t5, small_vit
 from tests.train.test_loop import killed_at, leaves_of, lines_of
-from upcycle import configuration
+from upcycle import configuration, run_config
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
@@ -349,28 +349,28 @@ def test_what_is_put_up_with_may_change_between_legs(tmp_path):
     more = {'MAX_ROLLBACKS': 2, 'MAX_SKIPPED_STEPS': 0, 'LEAF_GRADIENT_NORMS': True}
     for changed in ({}, more):
         run = runs.build('dense', tmp_path, 4, **changed)
-        configuration.claim(run, configuration.resolved())
+        run_config.claim(run, configuration.resolved())
     # A folder of a version that had no limits.
     config = tmp_path / 'config.gin'
     lines = config.read_text().splitlines(keepends=True)
     old = [line for line in lines if 'health' not in line and 'leaf_gradient_norms' not in line]
     assert len(old) < len(lines)
     config.write_text(''.join(old))
-    configuration.claim(run, configuration.resolved())
+    run_config.claim(run, configuration.resolved())
 
 
 def test_what_an_older_version_did_not_bind_had_its_default(tmp_path):
     run = runs.build('dense', tmp_path, 4)
-    configuration.claim(run, configuration.resolved())
+    run_config.claim(run, configuration.resolved())
     config = tmp_path / 'config.gin'
     lines = config.read_text().splitlines(keepends=True)
     old = [line for line in lines if 'Run.dense_step = None' not in line]
     assert len(old) == len(lines) - 1
     config.write_text(''.join(old))
-    configuration.claim(run, configuration.resolved(), write=False)
+    run_config.claim(run, configuration.resolved(), write=False)
     run = runs.build('dense', tmp_path, 4, DENSE_STEP=3)
     with pytest.raises(UserError, match=r'holds another run, in which .*dense_step is None and not 3'):
-        configuration.claim(run, configuration.resolved())
+        run_config.claim(run, configuration.resolved())
 
 
 @pytest.mark.parametrize(

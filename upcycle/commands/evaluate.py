@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from upcycle import configuration, files, outputs, partitioning
+from upcycle import configuration, files, outputs, partitioning, run_config
 from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError
@@ -99,7 +99,7 @@ def _config_of(checkpoint: str) -> Iterator[str]:
       UserError: there is none, or it is more than data.
     """
     path = files.absolute(checkpoint)
-    for config in (folder / configuration.CONFIG for folder in (path, path.parent, path.parent.parent)):
+    for config in (folder / run_config.CONFIG for folder in (path, path.parent, path.parent.parent)):
         if not config.is_file():
             continue
         if not files.is_remote(config):

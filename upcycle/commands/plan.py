@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upcycle import configuration, cost
+from upcycle import configuration, cost, run_config
 from upcycle.errors import UserError
 from upcycle.leaf_names import grouped, not_read
 from upcycle.surgery.plan import Plan
@@ -20,7 +20,7 @@ def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool 
     Raises:
       UserError: `train` would refuse the run before its first step.
     """
-    run = configuration.as_it_began(configuration.load(gin_files, bindings))
+    run = run_config.as_it_began(configuration.load(gin_files, bindings))
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     start = preflight(run, configuration.resolved())

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from upcycle import configuration, files
+from upcycle import configuration, files, run_config
 from upcycle.errors import UserError, writing_to
 from upcycle.train import lock, loop
 from upcycle.train.describe import describe
@@ -20,7 +20,7 @@ def run(
     Raises:
       UserError: before anything is written, where the configuration, the folder or the checkpoint do not fit.
     """
-    run = configuration.as_it_began(configuration.load(gin_files, bindings))
+    run = run_config.as_it_began(configuration.load(gin_files, bindings))
     identity = configuration.resolved()
     if profile_steps and profile_steps[-1] > run.total_steps:
         raise UserError(
@@ -32,5 +32,5 @@ def run(
     with files.patient(), lock.held(run.model_dir) as still_ours:
         if jax.process_index() == 0:
             with writing_to(run.model_dir):
-                configuration.claim(run, identity)
+                run_config.claim(run, identity)
         return loop.train(start, name, profile_steps, still_ours)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from upcycle import configuration, cost
+from upcycle import configuration, cost, run_config
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
 from upcycle.report.compare import half_width
@@ -91,8 +91,8 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
 
 def _entry(point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...], int], *, here: bool) -> Entry:
     """A point, built; see `check`. `seen` has the steps of the checkpoints looked at so far."""
-    run = configuration.as_it_began(configuration.load(point.gin_files, point.bindings))
-    configuration.claim(run, configuration.resolved(), write=False)
+    run = run_config.as_it_began(configuration.load(point.gin_files, point.bindings))
+    run_config.claim(run, configuration.resolved(), write=False)
     finished = point.finished(run.total_steps)
     start = 0 if finished or not here else _start(run, point, entries, seen)
     flops = cost.step_flops(run.model, run.train_data.batch_spec())

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 
-from upcycle import configuration, cost, files, outputs, partitioning
+from upcycle import cost, files, outputs, partitioning, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
@@ -24,7 +24,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
       UserError: `train` cannot start or resume: see the functions that are called here.
     """
     arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
-    configuration.claim(run, identity, write=False)
+    run_config.claim(run, identity, write=False)
     start = Start.of(run)
     outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER, needed=cost.num_bytes(start.layout.abstract))
     newest = folder.newest_step(run.model_dir)
