@@ -578,3 +578,20 @@ def test_a_model_before_another_one_of_another_family():
         'models/vit_mini.gin is for models of the family vit' in sentence
         for sentence in mistakes(files, runs.bindings('dense', '/nowhere', 6))
     )
+
+
+def test_another_process_begins_the_run_while_this_one_looks(tmp_path, monkeypatch):
+    """Between a look for config.gin and a look for checkpoints, process 0 may write both."""
+    run = runs.build('dense', tmp_path / 'run', 6)
+    bound, read = configuration.resolved(), configuration._read_config
+
+    def read_early(path):
+        found = read(path)
+        monkeypatch.undo()
+        configuration.claim(run, bound)
+        (tmp_path / 'run' / 'checkpoints').mkdir()
+        return found
+
+    monkeypatch.setattr(configuration, '_read_config', read_early)
+    configuration.claim(run, bound, write=False)
+    assert (tmp_path / 'run' / 'config.gin').exists()
