@@ -592,3 +592,20 @@ def test_a_model_needs_less_than_a_run():
     for name, value in {'TRAIN_STEPS': '0', 'NUM_HEADS': 'many', 'BATCH_SIZ': '4'}.items():
         with pytest.raises(UserError, match=f'{name} = {value}|{name}={value}|{name} = .{value}.'):
             configuration.load_model(runs.FILES['upcycle'], {**small, name: value})
+
+
+def test_another_process_begins_the_run_while_this_one_looks(tmp_path, monkeypatch):
+    """Between a look for config.gin and a look for checkpoints, process 0 may write both."""
+    run = runs.build('dense', tmp_path / 'run', 6)
+    bound, read = configuration.resolved(), run_config._read_config
+
+    def read_early(path):
+        found = read(path)
+        monkeypatch.undo()
+        run_config.claim(run, bound)
+        (tmp_path / 'run' / 'checkpoints').mkdir()
+        return found
+
+    monkeypatch.setattr(run_config, '_read_config', read_early)
+    run_config.claim(run, bound, write=False)
+    assert (tmp_path / 'run' / 'config.gin').exists()

@@ -86,6 +86,8 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
     fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
     folder = files.absolute(model_dir)
     path = folder / CONFIG
+    # The first look: a run writes its config.gin before checkpoints, and may begin in another process meanwhile.
+    has_checkpoints = (folder / 'checkpoints').is_dir()
     old = _read_config(path)
     default = defaults_of_now()
     if old.bound:
@@ -99,7 +101,7 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
                     f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {was or "not set"} and not '
                     f'{now or "unset"}: name another MODEL_DIR, or take the binding back.'
                 )
-    elif (folder / 'checkpoints').is_dir():
+    elif has_checkpoints:
         state = 'a config.gin that describes no run' if path.exists() else 'no config.gin'
         raise UserError(
             f'MODEL_DIR = {model_dir!r} holds checkpoints but {state}: bring that file back, or name another MODEL_DIR.'
