@@ -49,6 +49,18 @@ MISTAKES = {
     'steps': ('dense', {'TRAIN_STEPS': 'many'}, ['TRAIN_STEPS']),
     'vocabulary': ('text dense', {'NUM_EMBEDDINGS': 128}, ['NUM_EMBEDDINGS', '359']),
     'dtype': ('dense', {'ACTIVATION_DTYPE': 'float8'}, ['ACTIVATION_DTYPE']),
+    'activation': (
+        'dense',
+        {'MLP_ACTIVATIONS': "('gelu', 'linaer')"},
+        ["MLP_ACTIVATIONS = ('gelu', 'linaer')", 'gelu, relu, silu, linear'],
+    ),
+    'no activation': ('dense', {'MLP_ACTIVATIONS': '()'}, ['MLP_ACTIVATIONS = () must be one or several of']),
+    'mesh in a word': ('dense', {'MESH_SHAPE': 'atuo'}, ["MESH_SHAPE = 'atuo' is neither 'auto' nor three sizes"]),
+    'checkpoints, but none': (
+        'upcycle',
+        {'INITIAL_CHECKPOINT_PATH': '()'},
+        ['INITIAL_CHECKPOINT_PATH = () names no checkpoint'],
+    ),
     'task': (
         'text dense',
         {'MIXTURE_OR_TASK_NAME': 'stdlib_span_corruptio'},
