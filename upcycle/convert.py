@@ -118,7 +118,7 @@ def convert(
 
 def _metadata(run: Run, reader: Reader, paper: Mapping[str, Any]) -> dict[str, Any]:
     """What a trainer would save: the dense run's cost goes along, all of it sunk."""
-    kept = {name: reader.metadata[name] for name in ('cost', 'optimizer') if name in reader.metadata}
+    kept = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
     return {**kept, 'family': run.model.family, 'model': model, 'receipt': dict(paper)}
 
