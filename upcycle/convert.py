@@ -82,6 +82,7 @@ def convert(
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
     where = layout(run, mesh, identify.smallest_batch(run.model))
+    run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     wanted = {
         name: with_dtype(name, leaf, dtype)
         for name, leaf in where.flat().items()

@@ -116,7 +116,11 @@ def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
     assert 'parameters_after' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('more', [{'TRAIN_STEPS': 4}, {'NUM_MICROBATCHES': 3}, {'SURGERY': None}], ids=str)
+@pytest.mark.parametrize(
+    'more',
+    [{'TRAIN_STEPS': 4}, {'NUM_MICROBATCHES': 3}, {'SURGERY': None}, {'TRAINABLE': 'no_such_leaf'}],
+    ids=str,
+)
 def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, dense):
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
 
