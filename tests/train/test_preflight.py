@@ -1,6 +1,7 @@
 """What `train` refuses before it begins, `plan` refuses too, in the same words."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -78,6 +79,17 @@ class Changed:
 
     def fingerprint(self):
         return self._source.fingerprint() | {'files': 'others'}
+
+
+@pytest.mark.parametrize('stored', [3, None, [], 'text', {}])
+def test_a_checkpoint_that_does_not_say_what_its_data_were(stored, tmp_path, upcycled):
+    folder = shutil.copytree(upcycled, tmp_path / 'run')
+    for step in (folder / 'checkpoints').iterdir():
+        (step / 'data' / 'metadata').write_text(json.dumps({'fingerprint': stored}))
+        (step / 'checksums.json').unlink()
+    bindings = runs.bindings('upcycle', folder, 8, INITIAL_CHECKPOINT_PATH=dense_of(folder))
+    for command in (jobs.train, jobs.plan):
+        assert 'was trained on other data' in refusal(command, runs.FILES['upcycle'], bindings)
 
 
 def test_a_run_whose_data_have_changed(tmp_path, upcycled, monkeypatch):

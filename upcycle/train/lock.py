@@ -121,7 +121,8 @@ class _LocalFile:
             kind = os.lstat(self._path).st_mode
             if not stat.S_ISREG(kind) and not (stat.S_ISLNK(kind) and os.path.isfile(self._path)):
                 raise UserError(
-                    f'{self._path} is not a file, as the lock of a run is: delete it, or name another MODEL_DIR.'
+                    f'{self._path} cannot be written: it is no file, and the lock of a run is one: delete it, or name another '
+                    'MODEL_DIR.'
                 )
 
 
