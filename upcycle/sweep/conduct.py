@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from upcycle import configuration, cost
+from upcycle import configuration, cost, tables
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
 from upcycle.metrics import clock
@@ -276,7 +275,7 @@ def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:
     logged = {name for entry in entries for name in entry.progress.metrics}
     few_shot = sorted(name for name in logged if name.startswith('few_shot/') and name.endswith('shot'))
     columns = [*COLUMNS, *few_shot, *sorted(logged & {'tasks/average'})]
-    table = Table('point', 'status', 'step', *columns, title=title, box=None, pad_edge=False, title_justify='left')
+    table = tables.table('point', 'status', 'step', *columns, title=title, title_justify='left')
     for entry in entries:
         values = [entry.progress.metrics.get(name) for name in columns]
         table.add_row(
@@ -297,7 +296,7 @@ class Board:
 
     def __init__(self, slots: int = 1) -> None:
         self._slots = slots
-        self._console = Console()
+        self._console = tables.console(200)
         self._live: Live | None = None
         self._entries: Sequence[Entry] = ()
         self._shown: dict[str, Status] = {}
@@ -313,7 +312,7 @@ class Board:
         if self._live is not None:
             self._live.__exit__(*exception)
         elif self._entries:
-            Console(width=200).print(table_of(self._entries, self._slots))
+            self._console.print(table_of(self._entries, self._slots))
 
     def show(self, entries: Sequence[Entry]) -> None:
         """Prints where the grid is."""

@@ -160,6 +160,7 @@ class _Trainer:
         # After the newest step, for a diagnosis.
         self.state: TrainState | None = None
         self.receipt: dict[str, Any] | None = None
+        self.sentinels = states.sentinels_of(run, {})
         # What was due at the newest checkpoint's step when the run was asked to stop.
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
@@ -220,6 +221,7 @@ class _Trainer:
         batch = next(self._batches(run.train_data, 0))
         state, self.receipt, reader = states.from_checkpoint(run, self.layout, batch)
         self.ledger.start_from(int(state.step), reader.metadata, run.dense_flops)
+        self.sentinels = states.sentinels_of(run, reader.metadata)
         states.check_start(run, self.ledger.start_step)
         # A model that has trained since its surgery keeps the account of its own step 0.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
@@ -243,6 +245,7 @@ class _Trainer:
         self.ledger = Ledger(**metadata['cost'])
         self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
+        self.sentinels = states.sentinels_of(self.run, metadata)
         self.unfinished = [FORMER_NAMES.get(name, name) for name in metadata.get('unfinished', [])]
         if self.receipt is not None:
             require_match(path, self.receipt, self.layout.flat())
@@ -340,6 +343,7 @@ class _Trainer:
             'window': self.window.values,
             'health': self.health.values,
             'receipt': self.receipt,
+            **({'sentinels': self.sentinels} if self.sentinels else {}),
             **({'unfinished': unfinished} if unfinished else {}),
         }
         left_out = self.health.values['batches_left_out']

@@ -44,6 +44,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
       UserError: `train` cannot start or resume: see the functions that are called here.
     """
     arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
+    folder.require_files(run.model_dir)
     configuration.claim(run, identity, write=False)
     mesh = loop.check(run)
     where = layout(run, mesh)
