@@ -149,6 +149,7 @@ def test_an_address_without_a_bucket(address, capsys):
         'a b:80',
         '',
         'u@h:1',
+        'x:１２３',
     ],
 )
 def test_a_coordinator_that_is_no_address(address, tmp_path, capsys):
@@ -170,6 +171,51 @@ def test_a_coordinator_s_address(address):
 def test_a_wait_that_is_none(options, capsys):
     code, _, error = call(['eval', '--from=x', *options], capsys)
     assert code == 2 and '--coordinator_timeout=' in error
+
+
+class Store:
+    """The key-value store of JAX's coordination service, in this process."""
+
+    def __init__(self):
+        self.held = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.held
+        self.held[key] = value
+
+    def key_value_try_get(self, key):
+        return self.held[key]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        return self.held[key]
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.held.items() if key.startswith(prefix)]
+
+
+def test_processes_that_were_told_different_numbers(monkeypatch):
+    """JAX goes by process 0. The one that was told another number ends, and so do the others, with the same sentence."""
+    from jax._src.distributed import global_state
+
+    store, ended = Store(), []
+    monkeypatch.setattr(hosts, '_together', None)
+    monkeypatch.setattr(hosts, '_end', ended.append)
+    monkeypatch.setattr(hosts, '_POLL', 0.01)
+    monkeypatch.setattr(global_state, 'client', store)
+    for index, count in ((0, 2), (1, 2)):
+        monkeypatch.setattr(global_state, 'process_id', index)
+        monkeypatch.setattr(global_state, 'num_processes', count)
+        hosts._watch_others()
+        hosts._together.close()
+    first = hosts.Together(store, 0, 2, ended.append, 0.01)
+    monkeypatch.setattr(global_state, 'num_processes', 4)
+    with pytest.raises(
+        UserError, match='--process_count=4, and process 0 was started with 2: give the same number'
+    ) as refusal:
+        hosts._watch_others()
+    hosts._together.fail(2, str(refusal.value))
+    first._watching.join()
+    assert ended == [2]
 
 
 def processes(*indices, port, count=2, timeout=4):

@@ -132,6 +132,8 @@ def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch, capsys):
     )
 
 
+SPEAKS_AND_WORKS = 'print("x" * 99999, flush=True); print("x" * 99999, file=sys.stderr); open("made", "w").write("x")'
+CLOSES_ITS_TERMINAL = 'a, b = pty.openpty(); os.dup2(b, 1); os.dup2(b, 2); os.close(a); os.close(b)'
 SHELL = {
     # Redirections, what the command does, status, words on standard error.
     'no stdout': ('>&-', 'print("x")', 0, ''),
@@ -141,6 +143,16 @@ SHELL = {
     'full stdout, much': ('>/dev/full', 'print("x" * 100000)', 2, 'standard output cannot be written'),
     'full stderr': ('2>/dev/full', 'raise UserError("x")', 2, ''),
     'nobody reads': ('| true', 'print("x" * 100000)', 0, ''),
+    'nobody reads, and there is work to do': ('2>&1 | true', SPEAKS_AND_WORKS, 0, ''),
+    'nobody reads, and it ends in an error': (
+        '2>&1 | true',
+        'print("x" * 100000, flush=True); raise UserError("x")',
+        2,
+        '',
+    ),
+    'nobody reads a table': ('| true', 'from rich.console import Console; Console().print("x " * 100000)', 0, ''),
+    'nobody reads what is not buffered': ('2>&1 | true', f'assert sys.stdout.write_through; {SPEAKS_AND_WORKS}', 0, ''),
+    'a terminal that is gone': ('', f'{CLOSES_ITS_TERMINAL}; {SPEAKS_AND_WORKS}', 0, ''),
 }
 
 
@@ -149,14 +161,14 @@ def test_streams_that_take_nothing(case, tmp_path):
     redirection, what, status, words = SHELL[case]
     script = tmp_path / 'script.py'
     script.write_text(
-        f'import sys\nfrom upcycle import cli\nfrom upcycle.errors import UserError\n'
+        f'import os, pty, sys\nfrom upcycle import cli\nfrom upcycle.errors import UserError\n'
         f'def run(arguments):\n    {what}\n    return 0\ncli.run = run\ncli.main()\n'
     )
-    shell = f'set -o pipefail; "{sys.executable}" "{script}" {redirection}'
+    shell = f'set -o pipefail; "{sys.executable}" {"-u" * ("buffered" in case)} "{script}" {redirection}'
     done = subprocess.run(['bash', '-c', shell], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == status, done.stderr
     assert words in done.stderr and len(done.stderr.splitlines()) == bool(words)
-    if case == 'none at all':
+    if 'made' in what:
         assert (tmp_path / 'made').read_text() == 'x'
 
 

@@ -1,15 +1,17 @@
 """The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
 import signal
+import stat
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from upcycle import arguments, interrupts, warning
 from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, status_of, whole_list, without_password
@@ -30,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except SystemExit as stop:  # argparse has said what there is to say
-        # Rich, too, stops where nobody reads our output any more.
-        code = 0 if isinstance(stop.__context__, BrokenPipeError) else stop.code
+        code = stop.code
     except BaseException as error:
         code = _explain(error)
         failure = error
@@ -46,10 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _explain(error: BaseException) -> int:
     """Says why a command ended early; its exit status."""
     code = INTERRUPTED if interrupts.came() else status_of(error)
-    if isinstance(error, BrokenPipeError):
-        # Whoever reads our output, such as `head`, has seen enough.
-        _drop(sys.stdout)
-        return 0
     if code == INTERRUPTED:
         _say('interrupted; the same command goes on from the last checkpoint, where it has written one.')
     elif code != 1:
@@ -111,7 +108,8 @@ def _drop(stream: TextIO) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Makes all three usable: closed ones lead nowhere, and what an encoding lacks is spelt out (as '\\xb1')."""
+    """Makes all three usable: closed ones lead nowhere, as do those that nobody reads any more, and what an encoding lacks is
+    spelt out (as '\\xb1')."""
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         stream = getattr(sys, name)
         if stream is None:
@@ -123,7 +121,38 @@ def _open_standard_streams() -> None:
             stream = open(number, 'r' if number == 0 else 'w', encoding='utf-8', closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
         if number and isinstance(stream, io.TextIOWrapper):
+            stream = _that_may_go(stream)
+            setattr(sys, name, stream)
             stream.reconfigure(errors='backslashreplace')
+
+
+class _MayGo(io.FileIO):
+    """A pipe or terminal that leads nowhere once it is gone: a command ends when its work is done, read or not."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return super().write(data)
+
+
+def _that_may_go(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The same stream, where it is a pipe or a terminal, on a `_MayGo`."""
+    before = getattr(stream.buffer, 'raw', stream.buffer)
+    if type(before) is not io.FileIO or stat.S_ISREG(os.fstat(before.fileno()).st_mode):
+        return stream
+    raw = _MayGo(before.fileno(), 'w', closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.buffer is before else io.BufferedWriter(raw),  # PYTHONUNBUFFERED
+        stream.encoding,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def _say_no_more(code: int) -> None:

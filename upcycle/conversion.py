@@ -82,6 +82,7 @@ def convert(
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
     where = layout(run, mesh, run.model.smallest_batch())
+    run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     wanted = {
         name: with_dtype(name, leaf, dtype)
         for name, leaf in where.flat().items()
@@ -118,7 +119,7 @@ def convert(
 
 def _metadata(run: ModelRun, reader: Reader, paper: Mapping[str, Any]) -> dict[str, Any]:
     """What a trainer would save: the dense run's cost goes along, all of it sunk."""
-    kept = {name: reader.metadata[name] for name in ('cost', 'optimizer') if name in reader.metadata}
+    kept = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
     return {**kept, 'family': run.model.family, 'model': model, 'receipt': dict(paper)}
 

@@ -23,7 +23,7 @@ TIMEOUT = 300  # seconds, as JAX's
 # Seconds between polls of the store, and seconds that a process is given to end by itself.
 _POLL = 1.0
 _GRACE = 5.0
-_ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>\d{1,5})')
+_ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>[0-9]{1,5})')
 _LONGEST_TEXT = 4096  # bytes of a text that processes exchange
 Result = TypeVar('Result')
 
@@ -193,7 +193,19 @@ def _watch_others() -> None:
     from jax._src.distributed import global_state as state  # jax.process_count() would set the devices up
 
     if state.num_processes > 1:
-        _together = Together(store(), state.process_id, state.num_processes, _end)
+        count = _count(store(), state.process_id, state.num_processes)
+        _together = Together(store(), state.process_id, count, _end)
+        if count != state.num_processes:
+            raise UserError(
+                f'--process_count={state.num_processes}, and process 0 was started with {count}: give the same number in each.'
+            )
+
+
+def _count(store: Any, index: int, count: int) -> int:
+    """How many processes there are, as process 0 was told, and with it JAX."""
+    if index == 0:
+        store.key_value_set('upcycle/count', str(count))
+    return int(store.blocking_key_value_get('upcycle/count', 1000 * TIMEOUT))
 
 
 def part(status: int, failure: str | None) -> None:

@@ -139,13 +139,12 @@ def _pairs(gram: np.ndarray) -> dict[str, float]:
 
 
 def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from upcycle import tables
 
-    console = Console(width=None if Console().is_terminal else 160)
+    console = tables.console(160)
     step = 'unknown' if facts['step'] is None else facts['step']
     console.print(f'{facts["path"]}  format: {facts["format"]}  step: {step}', soft_wrap=True)
-    numbers = Table('component', 'leaves', 'numbers', 'MB', 'dtype', box=None, pad_edge=False)
+    numbers = tables.table('component', 'leaves', 'numbers', 'MB', 'dtype')
     for name, entry in facts['components'].items():
         numbers.add_row(
             name,
@@ -168,7 +167,7 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
             soft_wrap=True,
         )
     if all_leaves:
-        table = Table('leaf', 'shape', 'dtype', box=None, pad_edge=False)
+        table = tables.table('leaf', 'shape', 'dtype')
         for name, leaf in reader.leaves().items():
             table.add_row(name, str(tuple(leaf.shape)), leaf.dtype.name)
         console.print(table)
@@ -183,9 +182,9 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
 
 
 def _experts_table(layers: Mapping[str, Mapping[str, Any]]):
-    from rich.table import Table
+    from upcycle import tables
 
-    table = Table(
+    table = tables.table(
         'MoE layer',
         'experts',
         'cosine of pairs',
@@ -195,8 +194,6 @@ def _experts_table(layers: Mapping[str, Mapping[str, Any]]):
         'std',
         'largest',
         'cosine',
-        box=None,
-        pad_edge=False,
     )
     for layer, found in layers.items():
         cosine, router = found.get('cosine', {}), found.get('router', {})

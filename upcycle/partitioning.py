@@ -19,6 +19,7 @@ from upcycle import platforms
 from upcycle.data import WHOLE, DataSource, Share
 from upcycle.data.kept import Kept
 from upcycle.errors import UserError
+from upcycle.schema import shown
 
 MESH_AXES = ('data', 'expert', 'model')
 
@@ -58,9 +59,9 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     if shape == 'auto':
         expert = math.gcd(count // slices, num_experts) if num_experts else 1
         shape = (count // expert, expert, 1)
+    if isinstance(shape, str) or len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise UserError(f"MESH_SHAPE = {shown(shape)} is neither 'auto' nor three sizes (data, expert, model).")
     shape = tuple(shape)
-    if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise UserError(f"MESH_SHAPE = {shape!r} is neither 'auto' nor three sizes (data, expert, model).")
     if math.prod(shape) != count:
         raise UserError(f'MESH_SHAPE = {shape!r} needs {math.prod(shape)} devices, and there are {count}.')
     if num_experts and num_experts % shape[1]:

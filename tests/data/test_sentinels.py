@@ -159,6 +159,43 @@ def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # 
             assert call(['plan', f'--from={path}', *options, '--gin.SENTINELS=byt5'], capsys)[0] == 0
 
 
+@pytest.mark.parametrize('command, sentinels', [('convert', "'byt5'"), ('train', "'byt5'"), ('train', '(383, 382)')])
+def test_what_is_made_of_a_checkpoint_keeps_its_sentinels(command, sentinels, folder, tmp_path, capsys):  # noqa: F811
+    """Else the next run would take others without a word, which the model has never seen."""
+    tree = trees.t5(False, state=False, vocab_size=384)
+    source = trees.write(tmp_path / 'in', 'huggingface', {k: v for k, v in tree.items() if k != 'step'})
+    config_file = tmp_path / 'in' / 'config.json'
+    if command == 'convert':
+        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {'tokenizer_class': 'ByT5Tokenizer'}))
+    sizes = {'EMBED_DIM': 16, 'NUM_HEADS': 2, 'HEAD_DIM': 6, 'MLP_DIM': 24, 'DENSE_STEP': 5, 'NUM_EMBEDDINGS': 384}
+    depth = {'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2}
+    data = {'TASK_FEATURE_LENGTHS': {'inputs': 32, 'targets': 9}, 'TRAIN_FILES': f'{folder}/*.txt', 'BATCH_SIZE': 2}
+    run = {'MODEL_DIR': tmp_path / 'run', 'TRAIN_STEPS': 6, 'OPTIMIZER_STATE': 'fresh', 'EVAL_DATASET': 'None'}
+
+    def options(*files, **named):
+        return [*(f'--gin_file={file}' for file in files), *(f'--gin.{k}={v}' for k, v in named.items())]
+
+    files = ['models/t5_1_1_tiny.gin', 'tasks/text_files_span_corruption.gin', 'runs/continue_dense.gin']
+    if command == 'convert':
+        moe = {'NUM_EXPERTS': 2, 'DECODER_MOE_LAYERS': '(1,)', 'ENCODER_MOE_LAYERS': '(1,)'}
+        made = options('models/t5_1_1_tiny.gin', 'moe/t5.gin', **sizes, **depth, **moe)
+        code, _, error = call(['convert', f'--from={source}', f'--to={tmp_path / "run"}', *made], capsys)
+        files, sizes = [files[0], 'moe/t5.gin', *files[1:]], sizes | moe
+    else:
+        named = sizes | depth | data | run | {'SENTINELS': sentinels}
+        code, _, error = call(['train', *options(*files, INITIAL_CHECKPOINT_PATH=source, **named)], capsys)
+    assert code == 0, error
+    assert 'sentinels' in open_checkpoint(tmp_path / 'run').metadata
+    later = sizes | depth | data | run | {'MODEL_DIR': tmp_path / 'later', 'TRAIN_STEPS': 9}
+    later.pop('DENSE_STEP')
+    code, _, error = call(['plan', f'--from={tmp_path / "run"}', *options(*files, **later)], capsys)
+    assert code == 2 and 'was trained with the sentinels' in error and 'takes 358, 357, ...: set SENTINELS =' in error
+    code, _, error = call(
+        ['plan', f'--from={tmp_path / "run"}', *options(*files, **later, SENTINELS=sentinels)], capsys
+    )
+    assert code == 0, error
+
+
 @pytest.mark.parametrize(
     'model_type, rows, first',
     [('umt5', 256_384, '256299, 256298'), ('mt5', 250_112, '250099, 250098'), ('umt5', 384, None)],

@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from tests import runs
+from upcycle import configuration
 from upcycle.errors import UserError
 from upcycle.metrics import SET_ASIDE, read_metrics
 from upcycle.train import folder
+from upcycle.train.preflight import preflight
 
 
 @pytest.fixture
@@ -70,6 +72,11 @@ def damaged_log(run):
 GONE = (remove, empty, set_aside, half_written, older, damaged_record, events_too, stopped_early, damaged_log)
 
 
+def look(kind, model_dir, steps):
+    """As `upcycle plan` does."""
+    return preflight(runs.build(kind, model_dir, steps), configuration.resolved())
+
+
 def contents(run):
     return {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
 
@@ -117,13 +124,15 @@ def test_a_log_of_evaluations_at_the_start_is_no_training(run):
     assert int(runs.train('dense', run, 4).step) == 4
 
 
-@pytest.mark.parametrize('name', ['saved.json', 'lock.json'])
-def test_a_folder_where_a_file_is_written_is_named(name, run):
+@pytest.mark.parametrize('command', [runs.train, look])
+@pytest.mark.parametrize('name', folder.FILES)
+def test_a_folder_where_a_file_is_written_is_named(name, command, run):
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
-    with pytest.raises(UserError, match=f'{name}.* cannot be written'):
-        runs.train('dense', run, 6)
-    assert not list(run.glob('*.new'))
+    before = sorted(run.rglob('*'))
+    with pytest.raises(UserError, match=f'{name}.* cannot be (written|read)'):
+        command('dense', run, 6)
+    assert sorted(run.rglob('*')) == before
 
 
 def test_names_that_no_run_gives_a_step_are_none(tmp_path):

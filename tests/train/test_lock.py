@@ -85,15 +85,17 @@ UNKNOWN = {
     'another PID namespace': {'process': ENDED, 'pid_namespace': 'pid:[1]'},
     'a system that does not say': {'process': ENDED, 'boot': None, 'pid_namespace': None},
     'here, and stopped': {},
-    'a text that was cut off': None,
-    'nothing': None,
+    'a text that was cut off': b'{"host": "a',
+    'nothing': b'',
+    'more than a lock holds': b'{"process": 1}' + b' ' * 5000,
+    'deeper than a lock is': b'[' * 100_000,
 }
 
 
 @pytest.mark.parametrize('kind', UNKNOWN)
 def test_any_other_is_followed_when_its_heartbeat_stands_still(kind, tmp_path, capsys):
-    if UNKNOWN[kind] is None:
-        (tmp_path / NAME).write_bytes(b'{"host": "a' if kind != 'nothing' else b'')
+    if isinstance(UNKNOWN[kind], bytes):
+        (tmp_path / NAME).write_bytes(UNKNOWN[kind])
     else:
         lock(tmp_path, **UNKNOWN[kind]).take()
     clock, calls = Clock(), 1
@@ -102,7 +104,33 @@ def test_any_other_is_followed_when_its_heartbeat_stands_still(kind, tmp_path, c
         calls += 1
     assert PATIENCE <= clock.now < PATIENCE + 1 and calls > 5
     assert holder(tmp_path)['process'] == os.getpid()
+    ours.check()
     assert 'may be in use: waiting 60 s for a sign of life of' in capsys.readouterr().err
+
+
+NO_FILE = {
+    'a folder': lambda path: path.mkdir(),
+    'a link to nothing': lambda path: path.symlink_to('/nowhere/at/all'),
+    'a link to itself': lambda path: path.symlink_to(path),
+    'a pipe': os.mkfifo,
+}
+
+
+@pytest.mark.parametrize('kind', NO_FILE)
+def test_what_is_no_file_is_refused_and_kept(kind, tmp_path):
+    NO_FILE[kind](tmp_path / NAME)
+    with pytest.raises(UserError, match=rf'{NAME} cannot be written: it is no file, and the lock of a run is one'):
+        lock(tmp_path).take(1)
+    assert os.path.lexists(tmp_path / NAME)
+
+
+def test_a_link_to_a_lock_is_one(tmp_path):
+    lock(tmp_path, process=ENDED).take()
+    (tmp_path / NAME).rename(tmp_path / 'elsewhere.json')
+    (tmp_path / NAME).symlink_to('elsewhere.json')
+    ours = lock(tmp_path)
+    assert ours.take(1)
+    ours.check()
 
 
 @pytest.mark.parametrize('kind', ['another boot', 'here, and stopped'])

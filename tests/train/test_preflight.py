@@ -1,6 +1,7 @@
 """What `train` refuses before it begins, `plan` refuses too, in the same words."""
 
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -81,6 +82,17 @@ class Changed:
         return self._source.fingerprint() | {'files': 'others'}
 
 
+@pytest.mark.parametrize('stored', [3, None, [], 'text', {}])
+def test_a_checkpoint_that_does_not_say_what_its_data_were(stored, tmp_path, upcycled):
+    folder = shutil.copytree(upcycled, tmp_path / 'run')
+    for step in (folder / 'checkpoints').iterdir():
+        (step / 'data' / 'metadata').write_text(json.dumps({'fingerprint': stored}))
+        (step / 'checksums.json').unlink()
+    bindings = runs.bindings('upcycle', folder, 8, INITIAL_CHECKPOINT_PATH=dense_of(folder))
+    for command in (train.run, plan.run):
+        assert 'was trained on other data' in refusal(command, runs.FILES['upcycle'], bindings)
+
+
 def test_a_run_whose_data_have_changed(tmp_path, upcycled, monkeypatch):
     folder = shutil.copytree(upcycled, tmp_path / 'run')
     load = configuration.load
@@ -117,7 +129,11 @@ def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
     assert 'parameters_after' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('more', [{'TRAIN_STEPS': 4}, {'NUM_MICROBATCHES': 3}, {'SURGERY': None}], ids=str)
+@pytest.mark.parametrize(
+    'more',
+    [{'TRAIN_STEPS': 4}, {'NUM_MICROBATCHES': 3}, {'SURGERY': None}, {'TRAINABLE': 'no_such_leaf'}],
+    ids=str,
+)
 def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, dense):
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, **{'INITIAL_CHECKPOINT_PATH': dense, **more})
 

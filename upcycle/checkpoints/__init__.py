@@ -265,6 +265,8 @@ def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:
         return open_checkpoint(paths)
     from upcycle.checkpoints.several import SeveralReader
 
+    if not paths:
+        raise UserError('INITIAL_CHECKPOINT_PATH = () names no checkpoint: name one, or several.')
     readers = [open_checkpoint(path) for path in paths]
     return readers[0] if len(readers) == 1 else SeveralReader(readers)
 

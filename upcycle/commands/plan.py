@@ -67,10 +67,9 @@ def _row(row: Any, where: Layout) -> dict[str, Any]:
 
 
 def _print_table(what: Plan, where: Layout) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from upcycle import tables
 
-    table = Table('target', 'from', 'action', 'shape', 'dtype', 'sharding', box=None, pad_edge=False)
+    table = tables.table('target', 'from', 'action', 'shape', 'dtype', 'sharding')
     for row in what.rows:
         shown = _row(row, where)
         source = ', '.join(shown['sources'])
@@ -82,4 +81,4 @@ def _print_table(what: Plan, where: Layout) -> None:
             shown['dtype'],
             str(tuple(shown['sharding'])),
         )
-    Console(width=None if Console().is_terminal else 220).print(table)
+    tables.console(220).print(table)

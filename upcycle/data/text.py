@@ -153,24 +153,30 @@ class DatasetConfig:
         if self._random_access is not None:
             self._lengths()
 
-    def check_sentinels(self, path: str, kind: str | None) -> None:
+    def bound_sentinels(self) -> list[int] | None:
+        """The first two, where SENTINELS says which."""
+        bound = self.source is not None and self.source.sentinels is not None
+        return list(self._random_access.sentinels[:2]) if bound else None
+
+    def check_sentinels(self, path: str, known: str | Sequence[int] | None) -> None:
         """Looks whether a task of ours has the sentinels of a checkpoint, unless SENTINELS says which.
 
         Args:
             path: of the checkpoint.
-            kind: of its sentinels, a name that SENTINELS takes; None: unknown.
+            known: of its sentinels: a name that SENTINELS takes, or the first two; None: nothing.
 
         Raises:
             UserError: it has others.
         """
-        source = self._random_access
-        bound = self.source is not None and self.source.sentinels is not None
-        if source is None or bound or kind not in TRAINED_WITH or source.sentinels[:2] == TRAINED_WITH[kind]:
+        source, names = self._random_access, {ids: name for name, ids in TRAINED_WITH.items()}
+        ids = TRAINED_WITH.get(known) if known is None or isinstance(known, str) else tuple(known)
+        if source is None or self.bound_sentinels() or ids is None or source.sentinels[:2] == ids:
             return
+        first = ', '.join(map(str, ids))
+        binding = repr(names[ids]) if ids in names else f'({first}, ...)'
         raise UserError(
-            f'{path} was trained with the sentinels {", ".join(map(str, TRAINED_WITH[kind]))}, ..., and '
-            f'{self.mixture_or_task_name} takes '
-            f"{', '.join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = '{kind}' with "
+            f'{path} was trained with the sentinels {first}, ..., and {self.mixture_or_task_name} takes '
+            f'{", ".join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = {binding} with '
             'tasks/text_files_span_corruption.gin.'
         )
 

@@ -27,20 +27,18 @@ def mask_value(dtype: DType) -> float:
     return float(jnp.finfo(dtype).min) / 2
 
 
-def activation_function(name: str) -> Callable[[jax.Array], jax.Array]:
-    """T5X's activations by name; its GELU is the tanh approximation."""
-    named = {
-        'gelu': gelu,
-        'relu': jax.nn.relu,
-        'silu': jax.nn.silu,
-        'linear': lambda x: x,
-    }
-    return named[name]
-
-
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh approximation. In float32 its gradient is made from the result, without another tanh."""
     return _gelu(x) if x.dtype == jnp.float32 else jax.nn.gelu(x, approximate=True)
+
+
+# T5X's activations by name; its GELU is the tanh approximation.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'gelu': gelu,
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+    'linear': lambda x: x,
+}
 
 
 @jax.custom_vjp
@@ -234,7 +232,7 @@ class MlpBlock(nn.Module):
         parts = [wi(name=name)(x, group_sizes) for name in names]
 
         def activate(*parts: jax.Array, key: jax.Array | None) -> jax.Array:
-            activated = (activation_function(name)(part) for name, part in zip(self.activations, parts, strict=True))
+            activated = (ACTIVATION_FUNCTIONS[name](part) for name, part in zip(self.activations, parts, strict=True))
             return drop(functools.reduce(operator.mul, activated), key, self.dropout_rate, self.dropout_broadcast_axis)
 
         # Of all this the backward pass need only keep the products with `wi`.

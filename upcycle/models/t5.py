@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from upcycle.errors import UserError, one_of, refuse
 from upcycle.models.layers import (
+    ACTIVATION_FUNCTIONS,
     Dense,
     Dropout,
     LayerNorm,
@@ -25,7 +26,7 @@ from upcycle.models.layers import (
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, looks_ahead, sparse_layers
 from upcycle.moe.layer import MoELayer
-from upcycle.schema import Count, Depth, Rate
+from upcycle.schema import Count, Depth, Rate, shown
 
 
 class PositionBiases(enum.StrEnum):
@@ -88,6 +89,11 @@ class T5Config:
     def __post_init__(self):
         # gin hands over lists; a module's attributes must hash.
         object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+        if not self.mlp_activations or not ACTIVATION_FUNCTIONS.keys() >= {*self.mlp_activations}:
+            raise UserError(
+                f'MLP_ACTIVATIONS = {shown(self.mlp_activations)} must be one or several of '
+                f"{', '.join(ACTIVATION_FUNCTIONS)}, such as ('gelu', 'linear')."
+            )
         for name in ('encoder_moe_layers', 'decoder_moe_layers'):
             if not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

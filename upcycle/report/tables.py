@@ -30,7 +30,7 @@ def print_table(report: Report | Sequence[Report], console: rich.console.Console
     for name, (head, body) in tables_of(reports).items():
         table = rich.table.Table(title=name, title_justify='left', box=rich.box.SIMPLE_HEAD)
         for i, column in enumerate(head):
-            table.add_column(column, justify='right' if i else 'left')
+            table.add_column(column, justify='right' if i else 'left', overflow='fold')
         for row in body:
             table.add_row(*map(rich.markup.escape, row))
         console.print(table)

@@ -4,10 +4,10 @@ import re
 import time
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from upcycle import tables
 from upcycle.metrics import clock
 from upcycle.sweep.conduct import Entry, seconds_left
 from upcycle.sweep.points import Status
@@ -26,7 +26,7 @@ def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:
         title += f'; {clock(left)} left'
     logged = {name for entry in entries for name in entry.progress.metrics}
     columns = [*COLUMNS, *sorted(name for name in logged if SUMMARIES.fullmatch(name))]
-    table = Table('point', 'status', 'step', *columns, title=title, box=None, pad_edge=False, title_justify='left')
+    table = tables.table('point', 'status', 'step', *columns, title=title, title_justify='left')
     for entry in entries:
         values = [entry.progress.metrics.get(name) for name in columns]
         table.add_row(
@@ -47,7 +47,7 @@ class Board:
 
     def __init__(self, slots: int = 1) -> None:
         self._slots = slots
-        self._console = Console()
+        self._console = tables.console(200)
         self._live: Live | None = None
         self._entries: Sequence[Entry] = ()
         self._shown: dict[str, Status] = {}
@@ -63,7 +63,7 @@ class Board:
         if self._live is not None:
             self._live.__exit__(*exception)
         elif self._entries:
-            Console(width=200).print(table_of(self._entries, self._slots))
+            self._console.print(table_of(self._entries, self._slots))
 
     def show(self, entries: Sequence[Entry]) -> None:
         """Prints where the grid is."""

@@ -16,6 +16,8 @@ from upcycle.train.run import Run
 
 # Tells a run that was killed before its first checkpoint, which begins again, from one that has lost its checkpoints.
 RECORD = 'saved.json'
+# What a run writes, but for checkpoints and events.
+FILES = ('config.gin', 'lock.json', 'metrics.jsonl', 'receipt.json', RECORD)
 
 
 def newest_step(model_dir: str) -> int | None:
@@ -23,9 +25,21 @@ def newest_step(model_dir: str) -> int | None:
     return max(finished_steps(files.absolute(model_dir) / 'checkpoints'), default=None)
 
 
+def require_files(model_dir: str) -> None:
+    """Raises UserError where something else stands where a run writes a file, in a local folder."""
+    folder = files.absolute(model_dir)
+    for name in () if files.is_remote(folder) else FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(
+                f'{folder / name} cannot be written: it is no file, and a run writes one there: delete it, or name another '
+                'MODEL_DIR.'
+            )
+
+
 def require_same_data(run: Run, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError where a checkpoint of the run was trained on other data, by its fingerprint."""
     if stored != now:
+        stored = stored if isinstance(stored, Mapping) else {}
         changed = [name for name in sorted({*stored, *now}) if stored.get(name) != now.get(name)]
         raise UserError(
             f'MODEL_DIR = {run.model_dir!r} was trained on other data ({", ".join(changed)} differ): bring the data back, or '

@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import sys
 import threading
 import time
@@ -69,6 +70,7 @@ class _LocalFile:
         try:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
+            self._require_file()
             return False
         try:
             _write(file, text)
@@ -101,15 +103,27 @@ class _LocalFile:
                 pass
             # It may have been removed, and another one created, since it was opened.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.stat(self._path)) and is_expected(os.pread(file, _SIZE, 0)):
+                now = os.fstat(file)
+                if os.path.samestat(now, os.stat(self._path)) and is_expected(os.pread(file, now.st_size, 0)):
                     if text is None:
                         os.unlink(self._path)
                     else:
                         _write(file, text)
+                        os.ftruncate(file, len(text))  # what was there may have been longer
                     return True
             return False
         finally:
             os.close(file)
+
+    def _require_file(self) -> None:
+        """Raises UserError where something else is there, which would never become ours."""
+        with contextlib.suppress(FileNotFoundError):  # it has just been removed
+            kind = os.lstat(self._path).st_mode
+            if not stat.S_ISREG(kind) and not (stat.S_ISLNK(kind) and os.path.isfile(self._path)):
+                raise UserError(
+                    f'{self._path} cannot be written: it is no file, and the lock of a run is one: delete it, or name another '
+                    'MODEL_DIR.'
+                )
 
 
 def _write(file: int, text: bytes) -> None:
@@ -327,10 +341,10 @@ class Lock:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """What a lock says; {} where it was cut off."""
+    """What a lock says; {} where it was cut off, or is something else."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -94,6 +94,7 @@ class _Trainer:
         # After the newest step, for a diagnosis.
         self.state: TrainState | None = None
         self.receipt: dict[str, Any] | None = None
+        self.sentinels = states.sentinels_of(run, {})
         # What was due at the newest checkpoint's step when the run was asked to stop.
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
@@ -153,7 +154,9 @@ class _Trainer:
             return states.from_scratch(run, self.layout)
         batch = next(self._batches(run.train_data, 0))
         state, self.receipt = from_checkpoint(self.start, batch)
-        self.ledger.start_from(int(state.step), self.start.reader.metadata, run.dense_flops)
+        metadata = self.start.reader.metadata
+        self.ledger.start_from(int(state.step), metadata, run.dense_flops)
+        self.sentinels = states.sentinels_of(run, metadata)
         states.check_start(run, self.ledger.start_step)
         # A model that has trained since its surgery keeps the account of its own step 0.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
@@ -177,6 +180,7 @@ class _Trainer:
         self.ledger = Ledger(**metadata['cost'])
         self._watch(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
+        self.sentinels = states.sentinels_of(self.run, metadata)
         self.unfinished = [FORMER_NAMES.get(name, name) for name in metadata.get('unfinished', [])]
         if self.receipt is not None:
             require_match(path, self.receipt, self.layout.flat())
@@ -274,6 +278,7 @@ class _Trainer:
             'window': self.window.values,
             'health': self.health.values,
             'receipt': self.receipt,
+            **({'sentinels': self.sentinels} if self.sentinels else {}),
             **({'unfinished': unfinished} if unfinished else {}),
         }
         left_out = self.health.values['batches_left_out']

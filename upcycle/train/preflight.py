@@ -24,6 +24,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
       UserError: `train` cannot start or resume: see the functions that are called here.
     """
     arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
+    folder.require_files(run.model_dir)
     run_config.claim(run, identity, write=False)
     start = Start.of(run)
     outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER, needed=cost.num_bytes(start.layout.abstract))

@@ -199,6 +199,12 @@ def check_source(run: ModelRun, reader: Reader, surgery: Surgery) -> None:
                 check(part.path, part.metadata.get('sentinels'))
 
 
+def sentinels_of(run: Run, metadata: Mapping[str, Any]) -> str | Sequence[int] | None:
+    """Those that a run trains a model with, for `check_source`: as bound, or else as what it starts from says of itself."""
+    bound = getattr(run.train_data, 'bound_sentinels', None)
+    return (None if bound is None else bound()) or metadata.get('sentinels')
+
+
 def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
     """Raises UserError where a checkpoint was made by another function than the model's, of which the shapes say nothing."""
     changed = () if surgery.dense_operator is None else surgery.dense_operator.changes
