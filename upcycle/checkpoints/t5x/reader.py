@@ -47,7 +47,7 @@ class T5XReader(arrays.ArrayReader):
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """What we wrote beside it; {} in a checkpoint that T5X saved."""
+        """The metadata that we wrote; {} in a checkpoint that T5X saved."""
         self.leaves()
         ours = {name: value for name, value in self.notes.items() if name != INDEX_HASH}
         return {**ours, 'not_read': self._left_out} if self._left_out else ours
@@ -105,7 +105,7 @@ class T5XReader(arrays.ArrayReader):
             if name not in _STEPS and not stack and _joined_heads_axis(name, leaf.shape) is None:
                 every[name] = leaf
                 continue
-            # The array itself is no leaf, and keeps T5X's name.
+            # The array itself is not a leaf, and keeps T5X's name.
             theirs = '/'.join(tree.their_keys(name))
             for by_name in (self._sources, self._opened):
                 if name in by_name:
