@@ -63,7 +63,7 @@ def headers(draw):
         header[name] = {'dtype': code, 'shape': shape, 'data_offsets': [end, end + length]}
         end += length
     for entry in header.values():
-        change = draw(st.sampled_from([None] * 6 + ['begin', 'end', 'both', 'shape', 'text', 'float', 'gone', 'type']))
+        change = draw(st.sampled_from([None] * 14 + ['begin', 'end', 'both', 'shape', 'text', 'float', 'gone', 'type']))
         by = draw(st.sampled_from([-4, -1, 1, 4]))
         begin, last = entry['data_offsets']
         entry |= {
@@ -79,7 +79,7 @@ def headers(draw):
             del entry['shape']
     notes = draw(st.sampled_from([None, {}, {'step': '1'}, {'step': 1}, []]))
     return header | ({} if notes is None else {'__metadata__': notes}), max(
-        0, end + draw(st.sampled_from([0, 0, 0, 1, -1]))
+        0, end + draw(st.sampled_from([*[0] * 8, 1, -1]))
     )
 
 
@@ -88,7 +88,7 @@ def test_the_library_takes_and_refuses_the_same_files(tmp_path):
     library = pytest.importorskip('safetensors')
     file, taken = tmp_path / 'any.safetensors', []
 
-    @settings(max_examples=400, deadline=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, derandomize=True)
     @given(headers())
     def run(case):
         header, size = case
@@ -105,7 +105,7 @@ def test_the_library_takes_and_refuses_the_same_files(tmp_path):
         taken.append(len(expected))
 
     run()
-    assert 100 < len(taken) < 300 and max(taken) == 3
+    assert 40 < len(taken) < 110 and max(taken) == 3
 
 
 def test_opening_reads_the_header_and_a_region_its_rows(folder, monkeypatch):
