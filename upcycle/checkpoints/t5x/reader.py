@@ -54,6 +54,7 @@ class T5XReader(arrays.ArrayReader):
 
     @functools.cached_property
     def notes(self) -> dict[str, Any]:
+        """Our file next to T5X's index; {} where there is none."""
         file = epath.Path(self.path) / tree.METADATA
         return json_files.checked_metadata(str(file), json_files.read_json(file)) if file.exists() else {}
 
@@ -71,14 +72,14 @@ class T5XReader(arrays.ArrayReader):
             return owner is not None and not (owner.shape == (1,) and slot in own_slots)
 
         every = {name: leaf for name, leaf in every.items() if not is_placeholder(name)}
-        self._leave_out_of_others(every)
+        self._leave_out_unknown(every)
         for row, column in tree.swapped_statistics(every):
             for by_name in (self._sources, self._opened, every):
                 if row in by_name:
                     by_name[row], by_name[column] = by_name[column], by_name[row]
         return every
 
-    def _leave_out_of_others(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def _leave_out_unknown(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
         """Takes out what no model of ours has: `flax_mutables`, and a state that is no parameter's (optax, MultiOptimizer)."""
         tops = {name.split('/')[0] for name in every} - {'params', 'opt_state', 'step', 'rng'}
         for top in sorted(tops):
