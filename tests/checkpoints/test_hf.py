@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.checkpoints import trees, vits
 from upcycle.checkpoints import open_checkpoint, safetensors
@@ -48,6 +50,62 @@ def test_the_library_reads_what_we_write(folder):
     tree = trees.t5(False, state=False)
     np.testing.assert_array_equal(theirs['lm_head.weight'].T, tree['params/decoder/logits_dense/kernel'])
     assert len(theirs) == len(tree) - 1
+
+
+@st.composite
+def headers(draw):
+    """Headers that are nearly right, and how many bytes of arrays follow."""
+    header, end = {}, 0
+    for name in draw(st.lists(st.sampled_from('abcd'), unique=True, max_size=3)):
+        code, size = draw(st.sampled_from([('F32', 4), ('BF16', 2), ('BOOL', 1), ('I64', 8)]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        length = int(np.prod(shape)) * size
+        header[name] = {'dtype': code, 'shape': shape, 'data_offsets': [end, end + length]}
+        end += length
+    for entry in header.values():
+        change = draw(st.sampled_from([None] * 14 + ['begin', 'end', 'both', 'shape', 'text', 'float', 'gone', 'type']))
+        by = draw(st.sampled_from([-4, -1, 1, 4]))
+        begin, last = entry['data_offsets']
+        entry |= {
+            'begin': {'data_offsets': [begin + by, last]},
+            'end': {'data_offsets': [begin, last + by]},
+            'both': {'data_offsets': [begin + by, last + by]},
+            'shape': {'shape': [*entry['shape'], by]},
+            'text': {'shape': [*entry['shape'], '1']},
+            'float': {'data_offsets': [float(begin), last]},
+            'type': {'dtype': 'F12'},
+        }.get(change, {})
+        if change == 'gone':
+            del entry['shape']
+    notes = draw(st.sampled_from([None, {}, {'step': '1'}, {'step': 1}, []]))
+    return header | ({} if notes is None else {'__metadata__': notes}), max(
+        0, end + draw(st.sampled_from([*[0] * 8, 1, -1]))
+    )
+
+
+def test_the_library_takes_and_refuses_the_same_files(tmp_path):
+    """The library is no part of the program; see `safetensors.py` why."""
+    library = pytest.importorskip('safetensors')
+    file, taken = tmp_path / 'any.safetensors', []
+
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(headers())
+    def run(case):
+        header, size = case
+        save(file, header, bytes(size))
+        try:
+            with library.safe_open(file, 'np') as theirs:
+                expected = {name: theirs.get_slice(name).get_shape() for name in theirs.offset_keys()}
+        except library.SafetensorError:
+            with pytest.raises(UserError):
+                safetensors.read_files(epath.Path(file))
+            return
+        tensors, _ = safetensors.read_files(epath.Path(file))
+        assert {name: list(tensor.shape) for name, tensor in tensors.items()} == expected
+        taken.append(len(expected))
+
+    run()
+    assert 40 < len(taken) < 110 and max(taken) == 3
 
 
 def test_opening_reads_the_header_and_a_region_its_rows(folder, monkeypatch):

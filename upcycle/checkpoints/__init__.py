@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
-# Orbax and T5X both write beside the final name and rename at the end, so these names are interrupted saves.
+# Orbax and T5X both write under another name and rename at the end, so these names are interrupted saves.
 _UNFINISHED = re.compile(r'(?:checkpoint_)?(\d+)\.(?:orbax-checkpoint-tmp|tmp-).*')
 _DAMAGED = re.compile(r'(\d+)\.damaged.*')  # as checkpoints.integrity sets steps aside
 _LOOKED_FOR = (
@@ -48,7 +48,7 @@ class Reader(Protocol):
         format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
         path: the step's folder, or the file.
         step: training steps taken when it was saved; None where it does not say.
-        metadata: the JSON saved beside our own checkpoints (family, configuration, sunk cost, receipt). Of others `family`,
+        metadata: the JSON saved with our own checkpoints (family, configuration, sunk cost, receipt). Of others `family`,
             and as `facts` what the format says of the model that shapes do not (its activation, its norms' epsilon, ...);
             {} where it says nothing.
     """
@@ -208,14 +208,14 @@ def create_checkpoint(
     identity: Mapping[str, Any],
     alike: Collection[str] = (),
 ) -> Writer:
-    """Begins a checkpoint, or goes on with one that was cut off.
+    """Begins a checkpoint, or continues one that was cut off.
 
     Args:
         path: where it will be; the formats with steps make a folder for the step there.
         format: one of `FORMATS`.
         leaves: everything that will be written, by our names.
         step: training steps taken, None where that is not known.
-        identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
         alike: leaves whose rows are all the same, such as experts that are copies.
 
     Raises:

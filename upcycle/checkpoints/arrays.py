@@ -200,7 +200,7 @@ class ArrayReader:
         return not isinstance(self._sources[name], np.ndarray)
 
     def _begin_read(self, name: str, region: views.Region) -> Callable[[], np.ndarray]:
-        """Starts reading where that can go on behind; the result gives the numbers."""
+        """Starts reading, in the background where the source allows it; the result gives the numbers."""
         source = self._sources[name]
         if isinstance(source, np.ndarray):
             return lambda: source[region]

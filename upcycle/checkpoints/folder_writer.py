@@ -1,7 +1,7 @@
 """The writer of checkpoints that are folders of zarr arrays: ours and T5X's.
 
 On a disk, parts are written into a staging folder, which gets its name when it is whole; what is finished is noted in a journal,
-and the same command goes on from there after a cut. In a bucket, which cannot rename and append, parts are written under their
+and the same command continues from there after a cut. In a bucket, which cannot rename and append, parts are written under their
 final names and a commit file last; what cannot be finished is removed.
 """
 
@@ -65,7 +65,7 @@ class Layout(Protocol):
         ...
 
     def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
-        """Writes what stands beside the arrays."""
+        """Writes the index and the metadata."""
         ...
 
     def reader(self, folder: epath.Path) -> arrays.ArrayReader:
@@ -81,7 +81,7 @@ class FolderWriter:
         path: what the user named.
         leaves: everything that will be written.
         step: of the checkpoint, None where it is unknown.
-        identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
         alike: leaves whose rows are all the same. On a disk, the files of their parts are one file with several names.
 
     Raises:
@@ -153,7 +153,7 @@ class FolderWriter:
         self._bytes_in_flight += value.nbytes
 
     def put(self, keys: tuple[str, ...], value: np.ndarray) -> ts.Future:
-        """Begins to write an array that is no leaf of ours, such as a placeholder."""
+        """Begins to write an array that is not a leaf of ours, such as a placeholder."""
         leaf = jax.ShapeDtypeStruct(value.shape, value.dtype)
         spec = self._spec(keys, leaf, list(value.shape))
         return ts.open(spec, create=True, open=True, context=self._context).result().write(value)
@@ -202,7 +202,7 @@ class FolderWriter:
             parent.rmdir()
 
     def _begin(self, identity: Mapping[str, Any]) -> Journal:
-        """Claims the place, and goes on from what an earlier attempt at the same has done."""
+        """Claims the place, and continues what an earlier attempt at the same has done."""
         journal = Journal(self.folder, identity)
         self._done = set(journal.done)
         linked = _has_links(self._final.parent)

@@ -93,7 +93,7 @@ def require_whole(path: str) -> None:
 
 
 def newest_whole_step(model_dir: str) -> int | None:
-    """The step that a run goes on from. Newer ones that are damaged are renamed to `STEP.damaged`, which is said.
+    """The step that a run resumes from. Newer steps that are damaged are renamed to `STEP.damaged`, and a line says so.
 
     Process 0 looks and renames, and all processes return the same; to be called before the folder is opened for writing.
 
@@ -173,7 +173,7 @@ def _rename_aside(step: epath.Path) -> epath.Path:
 
 
 def _files(folder: epath.Path, below: str = '') -> Iterator[str]:
-    """Files of the items. What lies beside the items is Orbax's note of the save, which it finishes last."""
+    """Files of the items. Files next to the items are Orbax's note of the save, which it finishes last."""
     for child in sorted(folder.iterdir(), key=lambda child: child.name):
         name = f'{below}{child.name}'
         if child.is_dir():

@@ -1,4 +1,4 @@
-"""The journal of a write on a local disk, from which the same command goes on after a cut."""
+"""The journal of a write on a local disk, from which the same command continues after a cut."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Journal:
         self._file = self._path.open('a')
 
     def add(self, part: Part) -> None:
-        """A part is written; it is noted once a sync has made it safe, which goes on in the background."""
+        """Takes a part that is written; it is noted once a sync in the background has made it safe."""
         self._written.append(part)
         if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
             self._note()

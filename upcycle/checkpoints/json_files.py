@@ -59,5 +59,5 @@ def checked_metadata(file: str, metadata: Any) -> dict[str, Any]:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether an index names something that lies beside it: no path, and nothing above."""
+    """Whether a name in an index is that of a file in the same folder: no path, and nothing above."""
     return isinstance(name, str) and name not in ('', '.', '..') and not {'/', '\\', '\0'} & {*name}

@@ -88,7 +88,7 @@ class NativeLayout:
             'metadata': {
                 'shape': list(leaf.shape),
                 'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': chunks}},
-                # `0.0.0` beside each other, not folders within folders.
+                # Chunks `0.0.0` in one folder, not folders within folders.
                 'chunk_key_encoding': {'name': 'v2', 'configuration': {'separator': '.'}},
                 'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
             },
@@ -125,17 +125,13 @@ class CheckpointManager:
     Args:
         model_dir: the run's folder; steps lie in its `checkpoints`.
         keep: how many of the newest steps to keep; None keeps all. A step that is a link is kept, too.
-        keep_period: also keep every step that is a multiple of this, for good.
     """
 
-    def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1, keep_period: int | None = None):
-        for name, value in (('keep', keep), ('keep_period', keep_period)):
-            if value is not None and value < 1:
-                raise UserError(f'{name} is {value}: it is at least 1, or None.')
+    def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1):
+        if keep is not None and keep < 1:
+            raise UserError(f'keep is {keep}: it is at least 1, or None.')
         self._folder = files.absolute(model_dir) / 'checkpoints'
         kept = [_policies.LatestN(keep), _Linked(self._folder)]
-        if keep_period:
-            kept.append(_policies.EveryNSteps(keep_period))
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_is_no_failed_save)
         # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
@@ -160,7 +156,7 @@ class CheckpointManager:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Mapping[str, Any], data: dict, metadata: dict) -> None:
-        """Copies `state` to the host and returns; the writing goes on behind, and the step appears whole or not at all.
+        """Copies `state` to the host and returns; writing continues in the background, and the step appears whole or not at all.
 
         A failure of the writing is raised by the next call.
 
@@ -179,7 +175,7 @@ class CheckpointManager:
             )
         # Nothing is cast on the way to the disk; the optimizer casts, and numbers may have grown without bound.
         casts.require_finite_state(arrays_of, f'step {step} is not saved to {self._folder}')
-        # Orbax turns JSON into text behind the training, which goes on counting in what it was given.
+        # Orbax serializes JSON in the background, while training continues to count in the dictionaries that it was given.
         data, metadata = copy.deepcopy((data, metadata))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), metadata=ocp.args.JsonSave(metadata)

@@ -21,7 +21,7 @@ from etils import epath
 from upcycle.checkpoints import arrays, json_files, views
 from upcycle.errors import UserError
 
-METADATA = 'metadata.json'  # a member of ours beside the arrays; those who read parameters only never look at it
+METADATA = 'metadata.json'  # our member of the archive; programs that read parameters only never look at it
 
 # No deflated byte stands for more.
 _MOST_COMPRESSION = 1032

@@ -51,7 +51,7 @@ _DTYPES = {
 }
 _MAX_HEADER = 100 << 20  # as in the library
 _READ_BYTES = 64 << 20
-# Of a header that is no safetensors header.
+# Raised by a header that is not one of safetensors.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
@@ -186,8 +186,9 @@ def _tensor(file: epath.Path, name: str, entry: Mapping[str, Any], start: int) -
     dtype = _DTYPES.get(entry['dtype'])
     if dtype is None:
         raise UserError(f'{name} of {file} has the type {entry["dtype"]}, which is not read.')
-    shape = tuple(int(axis) for axis in entry['shape'])
-    begin, end = entry['data_offsets']
+    shape, (begin, end) = tuple(entry['shape']), entry['data_offsets']
+    if not all(type(number) is int for number in (*shape, begin, end)):
+        raise ValueError(f'{name} has a shape or offsets that are no whole numbers')
     if min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise UserError(f'{name} of {file} should be {dtype}{list(shape)} and has {end - begin} bytes: copy it again.')
     return Tensor(file, shape, dtype, start + begin)

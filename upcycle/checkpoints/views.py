@@ -75,7 +75,7 @@ class SplitAxis:
     """The source with one axis cut into `count` equal pieces: (..., count * size, ...) becomes (..., count, size, ...).
 
     Raises:
-        ValueError: the source has no such axis, or its size is no multiple of `count`.
+        ValueError: the source has no such axis, or its size is not a multiple of `count`.
     """
 
     source: Lazy
@@ -204,7 +204,7 @@ class Stacked:
         return self.sources[0].dtype
 
     def read(self, region: Region) -> np.ndarray:
-        """See `Lazy`: one source after the other, into its place, so that no two of them are in memory beside the result."""
+        """See `Lazy`. Sources are read one after the other, so that memory holds the result and one source."""
         rows, *inside = bounds(region, self.shape)
         out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
         for row, source in zip(out, self.sources[rows], strict=True):

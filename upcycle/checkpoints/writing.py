@@ -82,8 +82,8 @@ class Writer(Protocol):
         ...
 
     def close(self) -> None:
-        """Waits for what is on its way and lets go. What is not finished stays for the same command to go on from, or is removed
-        where none could."""
+        """Waits for writes in flight and releases everything. An unfinished checkpoint stays for the same command to continue, or
+        is removed where none could."""
         ...
 
     def discard(self) -> None:

@@ -17,5 +17,5 @@ TITLES = ' and '.join(architecture.title for architecture in ARCHITECTURES)
 
 
 def of_leaves(shapes: Shapes) -> Architecture | None:
-    """The architecture that leaves of ours are of, by their names below `params/`."""
+    """The first architecture that holds leaves of ours, by their names below `params/`."""
     return next((architecture for architecture in ARCHITECTURES if architecture.holds(shapes)), None)

@@ -17,7 +17,7 @@ from upcycle.errors import UserError
 # Where a processor is described; the first counts, if it holds `image_processor`.
 _PROCESSOR_FILES = ('processor_config.json', 'preprocessor_config.json')
 # What transformers' ViTImageProcessor takes where the file says nothing.
-_PROCESSOR = {
+_DEFAULTS = {
     'do_resize': True,
     'size': 224,
     'resample': 2,
@@ -54,37 +54,37 @@ def check(folder: epath.Path, image_size: Any) -> None:
     """
     for name in _PROCESSOR_FILES:
         file = folder / name
-        found = json_files.read_json(file) if file.exists() else {}
-        found = found.get('image_processor', found if name == _PROCESSOR_FILES[-1] else {})
-        if not isinstance(found, Mapping):
+        processor = json_files.read_json(file) if file.exists() else {}
+        processor = processor.get('image_processor', processor if name == _PROCESSOR_FILES[-1] else {})
+        if not isinstance(processor, Mapping):
             raise UserError(
-                f'{file} is damaged (its image_processor is {schema.shown(found)}): copy the checkpoint again.'
+                f'{file} is damaged (its image_processor is {schema.shown(processor)}): copy the checkpoint again.'
             )
-        if found:
+        if processor:
             break
     else:
         return
-    found = {name: value for name, value in found.items() if value is not None}
-    differences = _range_differences(found) + _shape_differences(found, image_size)
-    kind = found.get('image_processor_type', found.get('feature_extractor_type', _PROCESSORS[0]))
+    processor = {name: value for name, value in processor.items() if value is not None}
+    differences = _range_differences(processor) + _shape_differences(processor, image_size)
+    kind = processor.get('image_processor_type', processor.get('feature_extractor_type', _PROCESSORS[0]))
     if kind not in _PROCESSORS:
         differences.append(f'{schema.shown(kind)} is a processor that is not known here')
-    if unknown := sorted(found.keys() - _PROCESSOR.keys() - _HARMLESS):
+    if unknown := sorted(processor.keys() - _DEFAULTS.keys() - _HARMLESS):
         differences.append(f'{", ".join(unknown)} {"is" if len(unknown) == 1 else "are"} not known here')
     if differences:
         warning.once(f'{file} asks for other images than our pipelines make: {"; ".join(differences)}.')
 
 
-def _range_differences(found: Mapping[str, Any]) -> list[str]:
+def _range_differences(processor: Mapping[str, Any]) -> list[str]:
     """Where black and white become something else than -1 and 1 in every channel."""
-    said = {**_PROCESSOR, **found}
+    settings = {**_DEFAULTS, **processor}
     try:
-        factor = float(said['rescale_factor']) if said['do_rescale'] else 1.0
+        factor = float(settings['rescale_factor']) if settings['do_rescale'] else 1.0
         mean, std = (
-            [float(x) for x in said[name]] if isinstance(said[name], list) else [float(said[name])]
+            [float(x) for x in settings[name]] if isinstance(settings[name], list) else [float(settings[name])]
             for name in ('image_mean', 'image_std')
         )
-        if not said['do_normalize']:
+        if not settings['do_normalize']:
             mean, std = [0.0], [1.0]
         channels = max(len(mean), len(std))
         mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
@@ -92,9 +92,9 @@ def _range_differences(found: Mapping[str, Any]) -> list[str]:
     except (TypeError, ValueError, ZeroDivisionError):
         return ['image_mean, image_std or rescale_factor are no numbers, or not one for each channel']
     fields = ', '.join(
-        f'{name} = {schema.shown(said[name])}'
+        f'{name} = {schema.shown(settings[name])}'
         for name in ('do_rescale', 'rescale_factor', 'do_normalize', 'image_mean', 'image_std')
-        if name in found
+        if name in processor
     )
     if all(abs(low + 1) + abs(high - 1) < 1e-3 for low, high in ranges):
         return []
@@ -106,36 +106,36 @@ def _range_differences(found: Mapping[str, Any]) -> list[str]:
     return [f'each channel has a range of its own ({fields}), and VALUE_RANGE is one for all']
 
 
-def _shape_differences(found: Mapping[str, Any], image_size: Any) -> list[str]:
-    said = {**_PROCESSOR, **found}
-    switches = [name for name in found if name in _PROCESSOR and name.startswith('do_')]
+def _shape_differences(processor: Mapping[str, Any], image_size: Any) -> list[str]:
+    settings = {**_DEFAULTS, **processor}
+    switches = [name for name in processor if name in _DEFAULTS and name.startswith('do_')]
     differences = [
-        f'{name} = {schema.shown(found[name])} is neither True nor False'
+        f'{name} = {schema.shown(processor[name])} is neither True nor False'
         for name in switches
-        if not isinstance(found[name], bool)
+        if not isinstance(processor[name], bool)
     ]
-    if not said['do_resize'] and not said['do_center_crop']:
+    if not settings['do_resize'] and not settings['do_center_crop']:
         differences.append('do_resize = False, and ours resize every image')
-    name = 'crop_size' if said['do_center_crop'] and said['crop_size'] is not None else 'size'
-    size = said[name] if name in found else image_size
+    name = 'crop_size' if settings['do_center_crop'] and settings['crop_size'] is not None else 'size'
+    size = settings[name] if name in processor else image_size
     sides = [size.get(side) for side in ('height', 'width')] if isinstance(size, Mapping) else size
     sides = sides if isinstance(sides, list) else [sides]
     if (
         (not sides or sides != [image_size] * len(sides))
         and None not in (size, image_size)
-        and not _within_crop(said, name)
+        and not _within_crop(settings, name)
     ):
         differences.append(
             f'{name} = {schema.shown(size)}, and image_size of config.json is {schema.shown(image_size)}'
         )
-    if 'resample' in found and found['resample'] != _PROCESSOR['resample']:
-        resample = found['resample']
+    if 'resample' in processor and processor['resample'] != _DEFAULTS['resample']:
+        resample = processor['resample']
         how = _RESAMPLING.get(resample, 'not known') if isinstance(resample, int) else 'not known'
         differences.append(f'resample = {schema.shown(resample)} ({how}), and ours is bilinear')
-    differences += [f'{name} = True' for name in ('do_flip_channel_order', 'do_pad') if said[name]]
+    differences += [f'{name} = True' for name in ('do_flip_channel_order', 'do_pad') if settings[name]]
     return differences
 
 
-def _within_crop(said: Mapping[str, Any], name: str) -> bool:
+def _within_crop(settings: Mapping[str, Any], name: str) -> bool:
     """Whether a size is what a crop is taken from, whose own size nothing says."""
-    return bool(said['do_center_crop']) and name == 'size'
+    return bool(settings['do_center_crop']) and name == 'size'

@@ -106,7 +106,7 @@ class T5(Architecture):
         is_umt5 = config['model_type'] == 'umt5'
         _validate_tensors(folder, config, activations, stored)
         # T5 1.0 scales before a head that is the embedding; mT5 never does. transformers 5 always says that the head is tied, and
-        # in a second field whether it scales; a head of its own is then there or not.
+        # in a second field whether it scales; a separate head is then there or not.
         scaled = config.get('scale_decoder_outputs', config.get('tie_word_embeddings', True))
         scaled = bool(scaled) and config['model_type'] != 'mt5'
         stored = _with_shared(folder, config, dict(stored), scaled)
@@ -124,7 +124,7 @@ class T5(Architecture):
 
     def holds(self, shapes: Shapes) -> bool:
         """See `Architecture`."""
-        return 'token_embedder/embedding' in shapes
+        return 'token_embedder/embedding' in shapes and any(name.startswith('encoder/') for name in shapes)
 
     def config_sizes(self, shapes: Shapes) -> dict[str, Any]:
         """See `Architecture`."""

@@ -131,7 +131,7 @@ class ViT(Architecture):
         sources = by_table(folder, stored, _table(layers, heads, prefix))
         table, cls = sources.get('pos_embedding'), sources.get('cls')
         if table is not None and cls is not None and len(table.shape) == 3 and cls.shape == (1, 1, table.shape[-1]):
-            # The token has a position of its own, which goes into the token: ours has none.
+            # Theirs adds a position to the token, ours does not: it goes into the token itself.
             sources['pos_embedding'], sources['cls'] = class_token.without_own_position(cls, table)
         epsilon = config.get('layer_norm_eps', 1e-12)
         return sources, {'gelu': gelu, 'norm_epsilon': epsilon, 'num_heads': heads}

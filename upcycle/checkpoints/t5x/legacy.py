@@ -1,4 +1,4 @@
-"""T5X's own layout, that of its published models: a msgpack index beside folders of zarr arrays."""
+"""T5X's own layout, that of its published models: a msgpack index and folders of zarr arrays."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _collect(folder: epath.Path, node: Any, keys: tuple[str, ...], out: dict[tup
 
 
 def _zarr(folder: epath.Path, spec: dict[str, Any]) -> arrays.Source:
-    """The spec of an array beside the index, wherever it was written. Its chunks and compressor are in the folder."""
+    """The spec of an array in the index's folder, wherever it was written. Chunks and compressor are in the array's folder."""
     # TensorStore before 0.1.14 wrote the path at the top.
     name = (spec['kvstore'].get('path') or spec['path']).rstrip('/')
     if not json_files.is_plain_name(name):
@@ -127,7 +127,7 @@ class LegacyLayout(T5XLayout):
             if name in writer.inline:
                 put(keys, writer.inline[name])
                 continue
-            # A path beside the index, so that the checkpoint can be moved.
+            # Relative to the index, so that the checkpoint can be moved.
             store = {'driver': 'file', 'path': '.'.join(keys) + '/'}
             array = self.zarr(leaf, writing.chunk_shape(name, leaf))
             put(keys, {**array, 'dtype': leaf.dtype.name, 'kvstore': store})

@@ -47,13 +47,14 @@ class T5XReader(arrays.ArrayReader):
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """What we wrote beside it; {} in a checkpoint that T5X saved."""
+        """The metadata that we wrote; {} in a checkpoint that T5X saved."""
         self.leaves()
         ours = {name: value for name, value in self.notes.items() if name != INDEX_HASH}
         return {**ours, 'not_read': self._left_out} if self._left_out else ours
 
     @functools.cached_property
     def notes(self) -> dict[str, Any]:
+        """Our file next to T5X's index; {} where there is none."""
         file = epath.Path(self.path) / tree.METADATA
         return json_files.checked_metadata(str(file), json_files.read_json(file)) if file.exists() else {}
 
@@ -71,14 +72,14 @@ class T5XReader(arrays.ArrayReader):
             return owner is not None and not (owner.shape == (1,) and slot in own_slots)
 
         every = {name: leaf for name, leaf in every.items() if not is_placeholder(name)}
-        self._leave_out_of_others(every)
+        self._leave_out_unknown(every)
         for row, column in tree.swapped_statistics(every):
             for by_name in (self._sources, self._opened, every):
                 if row in by_name:
                     by_name[row], by_name[column] = by_name[column], by_name[row]
         return every
 
-    def _leave_out_of_others(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def _leave_out_unknown(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
         """Takes out what no model of ours has: `flax_mutables`, and a state that is no parameter's (optax, MultiOptimizer)."""
         tops = {name.split('/')[0] for name in every} - {'params', 'opt_state', 'step', 'rng'}
         for top in sorted(tops):
@@ -105,7 +106,7 @@ class T5XReader(arrays.ArrayReader):
             if name not in _STEPS and not stack and _joined_heads_axis(name, leaf.shape) is None:
                 every[name] = leaf
                 continue
-            # The array itself is no leaf, and keeps T5X's name.
+            # The array itself is not a leaf, and keeps T5X's name.
             theirs = '/'.join(tree.their_keys(name))
             for by_name in (self._sources, self._opened):
                 if name in by_name:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-METADATA = 'upcycle.json'  # family, receipt, ...: ours, beside the index
+METADATA = 'upcycle.json'  # family, receipt, ...: ours, next to the index
 ADAFACTOR_SLOTS = ('m', 'v', 'v_row', 'v_col')
 PARAM_STATES = 'opt_state/param_states/'
 
