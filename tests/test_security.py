@@ -10,7 +10,7 @@ import types
 import pytest
 from etils import epath
 
-from upcycle import cli, configuration, files, gin_files
+from upcycle import cli, configuration, files, gin_data
 from upcycle.checkpoints import open_checkpoint
 from upcycle.commands import evaluate
 from upcycle.errors import UserError, without_password
@@ -106,7 +106,7 @@ def test_a_program_beside_a_checkpoint_is_not_run(program, tmp_path, capsys, mon
 
 
 def test_the_configuration_of_a_run_is_data(upcycled):
-    gin_files.require_data(f'{upcycled}/config.gin')
+    gin_data.require_data(f'{upcycled}/config.gin')
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_data_set_of_tfds_is_data(name, tmp_path):
     lines = ['from __gin__ import dynamic_registration', 'import upcycle.data.tfds_images']
     lines += [f'validation/upcycle.data.tfds_images.TfdsImages.name = {name!r}']
     (tmp_path / 'config.gin').write_text('\n'.join(lines))
-    gin_files.require_data(str(tmp_path / 'config.gin'))
+    gin_data.require_data(str(tmp_path / 'config.gin'))
 
 
 def test_a_copy_of_a_configuration_in_a_bucket_is_removed(tmp_path, monkeypatch):

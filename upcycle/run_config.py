@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import files, gin_files, schema
+from upcycle import files, gin_data, schema
 from upcycle.building import Builder
 from upcycle.configuration import resolved
 from upcycle.errors import UserError, refuse
@@ -59,7 +59,7 @@ def as_it_began(run: Run) -> Run:
     taken: dict[str, str] = {}
     # What is bound may itself have parameters.
     while new := {name: stored[name] for name in not_bound() if name in stored and name not in taken}:
-        gin_files.bind(as_gin(new), f'{path}')
+        gin_data.bind(as_gin(new), f'{path}')
         taken |= new
     builder = Builder(Run)
     run = builder.make((), Run)

@@ -24,7 +24,8 @@ from upcycle.surgery.execute import Maker, execute
 from upcycle.surgery.operators import EXPERT_OPERATORS, Start
 from upcycle.surgery.operators.dense import Noise
 from upcycle.surgery.operators.sparse import Grow
-from upcycle.surgery.plan import Action, Plan, Row, Surgery, plan
+from upcycle.surgery.plan import Action, Plan, Row, Surgery
+from upcycle.surgery.planning import plan
 
 E = 8
 SURGERIES = {

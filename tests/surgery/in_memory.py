@@ -11,7 +11,8 @@ from tests.small import module_inputs, spec_of
 from upcycle import partitioning
 from upcycle.models import Model
 from upcycle.surgery.execute import execute
-from upcycle.surgery.plan import Plan, Surgery, plan
+from upcycle.surgery.plan import Plan, Surgery
+from upcycle.surgery.planning import plan
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

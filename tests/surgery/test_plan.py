@@ -11,7 +11,8 @@ from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.moe import state as moe_state
-from upcycle.surgery.plan import Action, OptimizerState, Surgery, plan
+from upcycle.surgery.plan import Action, OptimizerState, Surgery
+from upcycle.surgery.planning import plan
 from upcycle.train.optimizer import Adafactor
 
 

@@ -8,7 +8,8 @@ import scipy.ndimage
 
 from upcycle.errors import UserError
 from upcycle.surgery.execute import execute
-from upcycle.surgery.plan import Action, Surgery, plan
+from upcycle.surgery.plan import Action, Surgery
+from upcycle.surgery.planning import plan
 from upcycle.surgery.positions import resize_positions
 
 

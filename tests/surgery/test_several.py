@@ -11,7 +11,8 @@ from tests.surgery.test_function import dense_params, model_of
 from upcycle.checkpoints.several import SeveralReader
 from upcycle.errors import UserError
 from upcycle.surgery.operators import Start
-from upcycle.surgery.plan import Action, Surgery, plan
+from upcycle.surgery.plan import Action, Surgery
+from upcycle.surgery.planning import plan
 
 BRANCHES = Surgery(operator='branches')
 

@@ -12,7 +12,8 @@ from tests.surgery.in_memory import leaves_of, plan_for
 from tests.surgery.test_function import dense_params, model_of
 from upcycle import hosts, partitioning
 from upcycle.errors import UserError
-from upcycle.surgery.plan import Action, Surgery, plan
+from upcycle.surgery.plan import Action, Surgery
+from upcycle.surgery.planning import plan
 from upcycle.surgery.receipt import carried_on, mismatches, receipt
 from upcycle.train import carried
 

@@ -15,7 +15,7 @@ from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
-from upcycle.gin_files import require_data
+from upcycle.gin_data import require_data
 from upcycle.metrics import counted, plain
 from upcycle.train import start
 from upcycle.train.state import layout, params_from

@@ -14,15 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.errors import UserError, one_of, refuse
-from upcycle.models.layers import (
-    ACTIVATION_FUNCTIONS,
-    Dense,
-    Dropout,
-    LayerNorm,
-    MlpBlock,
-    MultiHeadDotProductAttention,
-    RelativePositionBiases,
-)
+from upcycle.models.attention import MultiHeadDotProductAttention, RelativePositionBiases
+from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, looks_ahead, sparse_layers
 from upcycle.moe.layer import MoELayer

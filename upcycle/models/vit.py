@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle.errors import one_of, refuse
-from upcycle.models.layers import Dense, Dropout, after, attend, drop, drop_key, gelu
+from upcycle.models.attention import attend
+from upcycle.models.layers import Dense, Dropout, after, drop, drop_key, gelu
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
