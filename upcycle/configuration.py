@@ -34,9 +34,9 @@ MAY_CHANGE = (
     'leaf_gradient_norms',
     'mesh_shape',
     'parameters_over_data',
-    'remat',
-    'scan_layers',
 )
+# And these of a model.
+COMPILED = ('remat', 'scan_layers')
 _UNSET = object()
 _ROOT = f'{Run.__module__}.{Run.__name__}'
 CONFIG = 'config.gin'
@@ -265,6 +265,8 @@ def _may_change(name: str) -> bool:
     if parameter == 'max_bad_records':
         return True
     looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics, Limits))
+    if selector.startswith('upcycle.models.'):
+        return parameter in COMPILED
     return selector.startswith(('validation/', *looks)) or (selector == _ROOT and parameter in MAY_CHANGE)
 
 
