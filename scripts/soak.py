@@ -255,14 +255,20 @@ def convert(family: str, dense: str, folder: pathlib.Path) -> str:
 
 
 def refuse_second(leg: Leg, case: Case, dense: str, total: int, account: Account) -> None:
-    """Starts the same run once more in its folder, and raises SoakError unless that is refused. The first one stands still."""
-    with leg.standing_still(), Leg(case, leg.run, dense, total, name=f'{leg.run.name}_second') as second:
+    """Starts the same run once more in its folder, and raises SoakError unless that is refused.
+
+    The first run stands still until the second one waits for a sign of its life, or the first would be done too soon.
+    """
+    with Leg(case, leg.run, dense, total, name=f'{leg.run.name}_second') as second:
         end = time.monotonic() + LONGEST_SECONDS
+        with leg.standing_still():
+            while None in second.codes() and 'may be in use' not in second.said() and time.monotonic() < end:
+                time.sleep(0.05)
         while None in second.codes() and time.monotonic() < end:
             time.sleep(0.05)
         if any(code is not None for code in leg.codes()):
             return
-        if set(second.codes()) != {2}:
+        if set(second.codes()) != {2} or 'is in use' not in second.said():
             raise SoakError(f'a second start in {leg.run} ended with {second.codes()}: {second.said()[-3000:]}')
         account.second_starts += 1
 

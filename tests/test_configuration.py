@@ -452,6 +452,12 @@ def test_the_first_difference_that_is_named_is_one(more, kind, words, tmp_path):
     assert words in str(error.value) and '<' not in str(error.value)
 
 
+@pytest.mark.parametrize('more', [{'REMAT': 'full'}, {'SCAN_LAYERS': True}], ids=str)
+def test_how_a_model_is_compiled_may_change(more, tmp_path):
+    run_config.claim(*claim_of(tmp_path))
+    run_config.claim(*claim_of(tmp_path, **more))
+
+
 def test_a_dense_run_is_no_sparse_one(tmp_path):
     """Not by a setting of experts that the dense one had never heard of."""
     run_config.claim(*claim_of(tmp_path))

@@ -35,9 +35,9 @@ MAY_CHANGE = (
     'leaf_gradient_norms',
     'mesh_shape',
     'parameters_over_data',
-    'remat',
-    'scan_layers',
 )
+# And these of a model.
+COMPILED = ('remat', 'scan_layers')
 CONFIG = 'config.gin'
 # The line of a `config.gin` above what was not bound.
 _DEFAULTS = '# Defaults when the run began. A resumed run keeps them, even if a later version has other defaults.'
@@ -140,6 +140,8 @@ def _may_change(name: str) -> bool:
     if parameter == 'max_bad_records':
         return True
     looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics, Limits))
+    if selector.startswith('upcycle.models.'):
+        return parameter in COMPILED
     return selector.startswith(('validation/', *looks)) or (selector == ROOT and parameter in MAY_CHANGE)
 
 
