@@ -29,7 +29,7 @@ from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.receipt import check_layer, receipt
 from upcycle.surgery.router_init import RouterInit
-from upcycle.train.carried import source_of
+from upcycle.train.receipt_of_start import source_of
 from upcycle.train.run import ModelRun
 from upcycle.train.state import layout, make_plan
 from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype

@@ -15,7 +15,7 @@ from upcycle import configuration, partitioning
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.surgery.execute import Maker
-from upcycle.train import carried, first_state
+from upcycle.train import first_state, receipt_of_start
 from upcycle.train import state as states
 from upcycle.train.start import Start
 
@@ -90,7 +90,7 @@ def load(files, bindings):
             unittest.mock.patch.object(ArrayReader, 'read', looking(ArrayReader.read)),
             unittest.mock.patch.object(Maker, 'expert', looking(Maker.expert, counts=True)),
             unittest.mock.patch.object(first_state, 'check_function', at_entry(first_state.check_function)),
-            unittest.mock.patch.object(carried, 'check_function', at_entry(carried.check_function)),
+            unittest.mock.patch.object(receipt_of_start, 'check_function', at_entry(receipt_of_start.check_function)),
         ):
             state, receipt = first_state.from_checkpoint(start, batch)
         leaves = flatten_dict(states.as_dict(state), sep='/')

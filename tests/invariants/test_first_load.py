@@ -12,7 +12,7 @@ from upcycle import conversion, transfer
 from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.errors import UserError
-from upcycle.train import state as states
+from upcycle.train import first_state, receipt_of_start
 
 # Layers enough that all their MLPs are larger than one leaf of experts, and sequences so short that activations are small.
 SIZES = {'EMBED_DIM': 64, 'MLP_DIM': 256, 'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2}
@@ -198,12 +198,11 @@ def test_every_process_refuses_what_one_of_them_cannot_read(leaf, checkpoints):
 @pytest.mark.parametrize('error', [MemoryError('no room'), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no room')])
 @pytest.mark.parametrize('case', ['copy', 'converted'])
 def test_a_check_that_fails_ends_no_run(case, error, checkpoints, monkeypatch, capsys):
-    from upcycle.train import carried
 
     def fail(*_):
         raise error
 
-    for module in (states, carried):
+    for module in (first_state, receipt_of_start):
         monkeypatch.setattr(module, 'check_function', fail)
     found = first_load.load(*settings(case, checkpoints, (1, 1, 1)))
     assert found['receipt']['function_check']['whole_model'] == f'not compared: {error}'

@@ -75,9 +75,9 @@ class AdaptiveBalance:
     decay: float = 0.99
 
     def __post_init__(self):
-        refuse(self._nonsense())
+        refuse(self._invalid())
 
-    def _nonsense(self) -> Iterator[str]:
+    def _invalid(self) -> Iterator[str]:
         for binding, value in (('RATE', self.rate), ('LARGEST', self.largest)):
             if not value >= 0:
                 yield f'ADAPTIVE_BALANCE_{binding} = {value!r} must be at least 0.'
@@ -207,9 +207,9 @@ class MoEConfig:
         if isinstance(self.adaptive_balance, Mapping):
             # As a checkpoint's JSON tells it.
             object.__setattr__(self, 'adaptive_balance', AdaptiveBalance(**self.adaptive_balance))
-        refuse(self._nonsense())
+        refuse(self._invalid())
 
-    def _nonsense(self) -> Iterator[str]:
+    def _invalid(self) -> Iterator[str]:
         """What is wrong, a sentence each."""
         for binding, value in (
             ('NUM_EXPERTS', self.num_experts),
@@ -313,14 +313,14 @@ class MoEConfig:
         if self.inference_threshold is not None and not 0 < self.inference_threshold < 1:
             yield f'INFERENCE_THRESHOLD = {self.inference_threshold!r} must lie between 0 and 1, or be None.'
         if self.default_output_decay is not None:
-            yield from self._nonsense_of_default_output()
+            yield from self._invalid_default_output()
         if self.adaptive_balance is not None and self.dispatch is Dispatch.RAGGED:
             yield (
                 "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
                 "'gather'."
             )
 
-    def _nonsense_of_default_output(self) -> Iterator[str]:
+    def _invalid_default_output(self) -> Iterator[str]:
         if not 0 <= self.default_output_decay < 1:
             yield f'DEFAULT_OUTPUT_DECAY = {self.default_output_decay!r} must lie in [0, 1), or be None.'
         if self.normalize_combine_weights or self.shared_weights is SharedWeights.XFT:

@@ -17,10 +17,10 @@ from upcycle.surgery.execute import execute, print_progress, sha256_of
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.plan import Action, Plan
 from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
-from upcycle.train.carried import Carried, source_of
 from upcycle.train.read_ahead import Examination, ReadAhead, requests_of
+from upcycle.train.receipt_of_start import ReceiptOfStart, source_of
 from upcycle.train.run import Run
-from upcycle.train.source import Source
+from upcycle.train.source_model import SourceModel
 from upcycle.train.start import Start
 from upcycle.train.state import Layout
 from upcycle.train.step import TrainState
@@ -39,10 +39,10 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     run, reader, what = start.run, start.reader, start.plan
     for part in readers_of(reader):
         require_whole(part.path)
-    carried = Carried.of(reader)
+    carried = ReceiptOfStart.of(reader)
     upcycles = run.surgery.made_by is not None
     leaves = start.layout.flat()
-    source = Source(run.model, what, reader, leaves)
+    source = SourceModel(run.model, what, reader, leaves)
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
         if name.partition('@')[0] != 'step' or run.dense_step is None:

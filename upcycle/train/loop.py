@@ -23,12 +23,12 @@ from upcycle.models import identify
 from upcycle.train import folder as run_folder
 from upcycle.train import preemption
 from upcycle.train import state as states
-from upcycle.train.carried import require_match
 from upcycle.train.diagnosis import diagnose
 from upcycle.train.first_state import from_checkpoint
 from upcycle.train.health import Health, NotFiniteError, Rollback
 from upcycle.train.ledger import Ledger, Timer
 from upcycle.train.profile import Profile
+from upcycle.train.receipt_of_start import require_match
 from upcycle.train.run import ModelRun
 from upcycle.train.start import Start
 from upcycle.train.step import TrainState, train_step

@@ -65,13 +65,13 @@ class ModelRun:
     seed: Whole = 0
 
     def __post_init__(self):
-        refuse(self._nonsense())
+        refuse(self._invalid())
         for data in filter(None, (self.train_data, self.eval_data)):
             self.model.check_data(data)
         for evaluator in self.evaluators:
             evaluator.check(self.model, self.eval_data)
 
-    def _nonsense(self) -> Iterator[str]:
+    def _invalid(self) -> Iterator[str]:
         """What is wrong, a sentence each."""
         yield from check_readers(tuple(self.model.moe_layers().values()))
         if not self.model.moe_layers() and self.model != self.model.dense():
@@ -124,8 +124,8 @@ class Run(ModelRun):
     log_period: Count = 100
     limits: Limits = Limits()
 
-    def _nonsense(self) -> Iterator[str]:
-        yield from super()._nonsense()
+    def _invalid(self) -> Iterator[str]:
+        yield from super()._invalid()
         if not self.model_dir:
             yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
         if self.surgery is not None and self.initial_checkpoint_path is None:

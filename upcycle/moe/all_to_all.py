@@ -2,7 +2,7 @@
 
 On a mesh, tokens are split over `data` and `expert`, experts over `expert`. Each device routes its own groups, which never span
 devices, and two tiled all-to-alls over `expert` move the slots. Over `model` each device moves its own part of the width. The
-experts themselves sit between `send` and `receive`, where the compiler partitions them.
+experts themselves sit between `dispatch_tokens` and `combine_outputs`, where the compiler partitions them.
 """
 
 import functools
@@ -21,7 +21,7 @@ DATA, EXPERT, MODEL = 'data', 'expert', 'model'
 BATCH = (DATA, EXPERT)
 
 
-def send(
+def dispatch_tokens(
     x_BxLxD: jax.Array,
     logits_BxLxE: jax.Array,
     real_BxL: jax.Array,
@@ -69,14 +69,14 @@ def send(
     return jax.lax.with_sharding_constraint(x_ExGxCxD, P(EXPERT, DATA)), routing, metrics
 
 
-def receive(
+def combine_outputs(
     y_ExGxCxD: jax.Array, routing: Routing, shape: tuple[int, int, int], config: MoEConfig, mesh: AbstractMesh | None
 ) -> jax.Array:
     """Takes the experts' outputs back to their tokens, and adds them up.
 
     Args:
-      y_ExGxCxD: outputs for the slots of `send`.
-      routing: of `send`.
+      y_ExGxCxD: outputs for the slots of `dispatch_tokens`.
+      routing: of `dispatch_tokens`.
       shape: (B, L, D) of the tokens.
       config: the layer's.
       mesh: in use, or None for one device.
@@ -111,7 +111,7 @@ def receive(
     return jax.lax.with_sharding_constraint(moved(y_ExGxCxD, routing), P(BATCH))
 
 
-def send_mixed(
+def dispatch_mixed(
     x_BxLxD: jax.Array,
     logits_BxLxN: jax.Array,
     real_BxL: jax.Array,
@@ -119,7 +119,7 @@ def send_mixed(
     groups: int,
     mesh: AbstractMesh | None,
 ) -> tuple[jax.Array, Mixing, dict[str, jax.Array]]:
-    """Soft MoE's `send`: slots are means over the tokens of a group. Arguments as its, logits one for each of N = E * C slots."""
+    """Soft MoE's `dispatch_tokens`: slots are means over the tokens of a group. There is a logit for each of N = E * C slots."""
     shards = 1 if mesh is None else mesh.shape[DATA] * mesh.shape[EXPERT]
     across = here if mesh is None else functools.partial(jax.lax.psum, axis_name=BATCH)
 
@@ -143,10 +143,10 @@ def send_mixed(
     return jax.lax.with_sharding_constraint(x_ExGxCxD, P(EXPERT, DATA)), mixing, metrics
 
 
-def receive_mixed(
+def combine_mixed(
     y_ExGxCxD: jax.Array, mixing: Mixing, shape: tuple[int, int, int], config: MoEConfig, mesh: AbstractMesh | None
 ) -> jax.Array:
-    """Soft MoE's `receive`: tokens are means over the slots of their group."""
+    """Soft MoE's `combine_outputs`: tokens are means over the slots of their group."""
 
     def local(y_ExGxCxD, mixing):
         y_GxExCxD = _all_to_all(y_ExGxCxD, 1, 0, config, mesh).swapaxes(0, 1)

@@ -91,7 +91,7 @@ def _shardings(leaves: Leaves) -> Callable[[str, tuple[int, ...]], jax.sharding.
     return of
 
 
-class Source:
+class SourceModel:
     """The source of a surgery under way.
 
     Args:

@@ -16,7 +16,7 @@ from upcycle.models import Model, Params
 from upcycle.surgery.execute import sha256_of
 from upcycle.surgery.plan import Action
 from upcycle.surgery.receipt import check_function, mismatches, reported
-from upcycle.train.source import source_model, unread_params
+from upcycle.train.source_model import source_model, unread_params
 
 
 def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
@@ -38,14 +38,14 @@ def require_match(path: str, paper: Mapping[str, Any], leaves: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Carried:
+class ReceiptOfStart:
     """The receipt of the MoE checkpoint that a run starts from."""
 
     path: str
     paper: dict[str, Any]
 
     @classmethod
-    def of(cls, reader: Reader) -> 'Carried | None':
+    def of(cls, reader: Reader) -> 'ReceiptOfStart | None':
         """The receipt of a checkpoint, None where it has none.
 
         Raises:

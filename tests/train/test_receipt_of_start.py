@@ -15,7 +15,7 @@ from upcycle.errors import UserError
 from upcycle.surgery.plan import Action, Surgery
 from upcycle.surgery.planning import plan
 from upcycle.surgery.receipt import carried_on, mismatches, receipt
-from upcycle.train import carried
+from upcycle.train import receipt_of_start
 
 
 def shaped(shapes):
@@ -80,8 +80,10 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
     if operator == 'copy':
         source = Checkpoint(leaves_of(dense_params('t5')), {})
     seen = []
-    monkeypatch.setattr(carried, 'open_checkpoints', lambda path: source)
-    monkeypatch.setattr(carried, 'check_function', lambda *arguments: seen.append(arguments) or {'whole_model': {}})
+    monkeypatch.setattr(receipt_of_start, 'open_checkpoints', lambda path: source)
+    monkeypatch.setattr(
+        receipt_of_start, 'check_function', lambda *arguments: seen.append(arguments) or {'whole_model': {}}
+    )
     paper = {
         'operator': operator.split(',')[0],
         'source': {'path': 'here'},
@@ -90,12 +92,12 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
     }
     whole = partitioning.replicated(partitioning.make_mesh((1, 1, 1), None, jax.devices()[:1]))
     leaves = {'params/x': jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)}
-    complete = carried.Carried('there', paper).complete(model, {}, batch, leaves)
+    complete = receipt_of_start.ReceiptOfStart('there', paper).complete(model, {}, batch, leaves)
     if 'undescribed' in operator:
         assert complete['function_check']['whole_model'].startswith('not compared: the metadata of here')
         assert 'does not describe its model' in capsys.readouterr().err
         # What a run trains from here on is not what the surgery made, and later runs must not expect it to be.
-        assert not carried.Carried('there', complete).untouched
+        assert not receipt_of_start.ReceiptOfStart('there', complete).untouched
         return
     ((of, source_params, _, _, compared),) = seen
     assert of is model and complete['function_check'] == {'whole_model': {}}
@@ -127,9 +129,11 @@ def complete_without_source():
         )
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(carried, 'open_checkpoints', find)
-        patch.setattr(carried, 'check_function', compare)
-        return carried.Carried('there', paper).complete(model, {}, batch, leaves)['function_check']['whole_model']
+        patch.setattr(receipt_of_start, 'open_checkpoints', find)
+        patch.setattr(receipt_of_start, 'check_function', compare)
+        return receipt_of_start.ReceiptOfStart('there', paper).complete(model, {}, batch, leaves)['function_check'][
+            'whole_model'
+        ]
 
 
 def test_a_source_that_one_process_does_not_find_is_compared_by_none():
@@ -140,7 +144,7 @@ def test_a_source_that_one_process_does_not_find_is_compared_by_none():
 def test_a_new_head_is_not_compared(capsys):
     model, _ = model_of('t5', num_experts=4)
     paper = {**first_receipt(), 'function_check': {'whole_model': 'pending', 'layers': {'m': {}}}}
-    complete = carried.Carried('there', paper).complete(model, {}, {}, None, new_head=True)
+    complete = receipt_of_start.ReceiptOfStart('there', paper).complete(model, {}, {}, None, new_head=True)
     assert complete['function_check'] == {
         'whole_model': 'not compared: NEW_HEAD = True gives it another task.',
         'layers': {'m': {}},
