@@ -24,7 +24,8 @@ from upcycle.checkpoints.writing import WHOLE, Writer, parts
 from upcycle.errors import UserError
 from upcycle.leaf_names import grouped, not_read
 from upcycle.models import Model, identify
-from upcycle.surgery.execute import NEEDS_DATA, Maker, sha256_of
+from upcycle.surgery.fingerprint import sha256_of
+from upcycle.surgery.make import NEEDS_DATA, Maker
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.receipt import check_layer, receipt

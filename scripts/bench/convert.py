@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def pure(options: argparse.Namespace) -> None:
     """Time to make the experts of one MLP of T5 Base, by their number; nothing is written."""
-    from upcycle.surgery.execute import Maker
+    from upcycle.surgery.make import Maker
 
     rng = np.random.default_rng(0)
     shapes = {'wi_0': (768, 2048), 'wi_1': (768, 2048), 'wo': (2048, 768)}

@@ -27,7 +27,7 @@ from timing import medians, table
 
 from upcycle import configuration, partitioning
 from upcycle.checkpoints import arrays, open_checkpoint
-from upcycle.surgery.execute import without_leading_axis
+from upcycle.surgery.place import without_leading_axis
 from upcycle.train import first_state
 from upcycle.train import state as states
 from upcycle.train.start import Start

@@ -14,7 +14,7 @@ from tests import runs
 from upcycle import configuration, partitioning
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.checkpoints.native import CheckpointManager
-from upcycle.surgery.execute import Maker
+from upcycle.surgery.make import Maker
 from upcycle.train import first_state, receipt_of_start
 from upcycle.train import state as states
 from upcycle.train.start import Start

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UserError
-from upcycle.surgery.execute import sha256_of
+from upcycle.surgery.fingerprint import sha256_of
 from upcycle.train import read_ahead
 from upcycle.train.read_ahead import Examination, ReadAhead, deal
 

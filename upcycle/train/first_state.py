@@ -13,8 +13,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from upcycle import casts, hosts, partitioning
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
-from upcycle.surgery.execute import execute, print_progress, sha256_of
+from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.operators import Lineage
+from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import Action, Plan
 from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
 from upcycle.train.read_ahead import Examination, ReadAhead, requests_of

@@ -10,7 +10,7 @@ import numpy as np
 
 from upcycle import hosts
 from upcycle.checkpoints.arrays import count_not_finite, refuse_not_finite
-from upcycle.surgery.execute import Read
+from upcycle.surgery.make import Read
 from upcycle.surgery.plan import Action, Plan
 
 Request = tuple[str, jax.sharding.Sharding | None]
@@ -166,7 +166,7 @@ def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def requests_of(plan: Plan, shardings: Mapping[str, jax.sharding.Sharding]) -> list[Request]:
-    """What `surgery.execute` will ask for, about in its order.
+    """What `surgery.place.execute` will ask for, about in its order.
 
     Left out are the leaves of a mean, of which devices have room for one at a time.
     """

@@ -13,7 +13,7 @@ from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.checkpoints.several import readers_of
 from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import Model, Params
-from upcycle.surgery.execute import sha256_of
+from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.plan import Action
 from upcycle.surgery.receipt import check_function, mismatches, reported
 from upcycle.train.source_model import source_model, unread_params

@@ -13,8 +13,8 @@ from upcycle.errors import UserError
 from upcycle.models import Model, Params
 from upcycle.models.activations import forward_and_activations
 from upcycle.streamed import Unread, streamed
-from upcycle.surgery.execute import without_leading_axis
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
+from upcycle.surgery.place import without_leading_axis
 from upcycle.surgery.plan import EXPERT, Action, Plan
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]

@@ -20,7 +20,7 @@ from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model, identify
 from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
-from upcycle.surgery.execute import execute, print_progress
+from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
 from upcycle.surgery.planning import plan
 from upcycle.train.run import ModelRun, Run
