@@ -6,7 +6,7 @@ import os
 from tests import vision
 from upcycle import configuration
 from upcycle.commands import train as command
-from upcycle.train.run import Run
+from upcycle.training.run import Run
 
 # Random tokens: building and tracing seqio's pipelines costs more than the steps of a tiny model. What is about text takes TEXT.
 TASK = 'tasks/synthetic_text.gin'

@@ -23,7 +23,7 @@ from upcycle.models.vit import Gelu
 from upcycle.moe.config import BalanceLoss
 from upcycle.sweep import conduct
 from upcycle.sweep.points import Point
-from upcycle.train.trainable import Trainable
+from upcycle.training.trainable import Trainable
 
 
 def mistakes(files, bindings):
@@ -45,7 +45,7 @@ def test_all_mistakes_at_once():
         'NUM_HEADS': 0,
         'REMAT': 'some',
         'NUM_EXPERTS': 2.5,
-        'OPTIMIZER': '@upcycle.train.optimizer.Adafacto()',
+        'OPTIMIZER': '@upcycle.training.optimizer.Adafacto()',
         'MODEL_DIR': '[1, 2]',
     }
     found = wrong('scratch', **more)
@@ -59,7 +59,7 @@ def test_all_mistakes_at_once():
         "TRAIN_STEPS = 'many' must be a whole number of at least 1.",
         'NUM_EXPERTS = 2.5 must be a whole number',
         "REMAT = 'some' must be one of none, minimal, exchange, full.",
-        'did you mean upcycle.train.optimizer.Adafactor?',
+        'did you mean upcycle.training.optimizer.Adafactor?',
         'MODEL_DIR = [1, 2] must be a text.',
     ):
         assert words in text
@@ -74,9 +74,9 @@ def test_impossible_combinations_are_all_said():
 @pytest.mark.parametrize(
     ('more', 'words'),
     [
-        ({'MODEL': '@upcycle.train.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
+        ({'MODEL': '@upcycle.training.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
         (
-            {'OPTIMIZER': '@upcycle.train.optimizer.Adafactor'},
+            {'OPTIMIZER': '@upcycle.training.optimizer.Adafactor'},
             'OPTIMIZER = @Adafactor must be a Optimizer, written @NAME()',
         ),
         ({'DATA_SEED': '%RANDOM_SED'}, 'RANDOM_SED is not set (did you mean RANDOM_SEED?)'),
@@ -90,14 +90,17 @@ def test_impossible_combinations_are_all_said():
         ({'BASE_LEARNING_RATE': '1e999'}, 'BASE_LEARNING_RATE = inf must be a number'),
         ({'DROPOUT_RATE': 1}, 'DROPOUT_RATE = 1 must be a number in [0, 1)'),
         ({'SCAN_LAYERS': 1}, 'SCAN_LAYERS = 1 must be True or False'),
-        ({'upcycle.train.run.Run.sed': 1}, 'upcycle.train.run.Run has no parameter sed (did you mean seed?)'),
-        ({'\tupcycle.train.run.Run.seed': 1}, "binds '\\tupcycle.train.run.Run.seed', which is not a name"),
+        ({'upcycle.training.run.Run.sed': 1}, 'upcycle.training.run.Run has no parameter sed (did you mean seed?)'),
+        ({'\tupcycle.training.run.Run.seed': 1}, "binds '\\tupcycle.training.run.Run.seed', which is not a name"),
         ({'DATA SEED': 1}, "binds 'DATA SEED', which is not a name"),
         (
             {'TASK_FEATURE_LENGTHS': {}},
             "TASK_FEATURE_LENGTHS = {} must name the lengths of both 'inputs' and 'targets'",
         ),
-        ({'upcycle.train.rum.Run.seed': 1}, 'upcycle.train.rum.Run is not known (did you mean upcycle.train.run.Run?)'),
+        (
+            {'upcycle.training.rum.Run.seed': 1},
+            'upcycle.training.rum.Run is not known (did you mean upcycle.training.run.Run?)',
+        ),
     ],
 )
 def test_one_mistake(more, words):
@@ -117,7 +120,7 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
     path = tmp_path / 'mine.gin'
     path.write_text(
         'from __gin__ import dynamic_registration\n'
-        'from upcycle.train import optimiser\n'
+        'from upcycle.training import optimiser\n'
         'from upcycle.moe import config as moe\n'
         'BATCH_SIZ = 8\n'
         'MY_OWN = 4\n'
@@ -132,7 +135,7 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
     )
     found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
     for line, words in (
-        (2, 'upcycle.train.optimiser cannot be imported (did you mean upcycle.train.optimizer?)'),
+        (2, 'upcycle.training.optimiser cannot be imported (did you mean upcycle.training.optimizer?)'),
         (4, 'BATCH_SIZ is used by nothing (did you mean BATCH_SIZE?)'),
         (7, 'moe.MoEConfg is not known (did you mean moe.MoEConfig?)'),
         (9, 'moe.MoEConfig has no parameter num_expert (did you mean num_experts?)'),
@@ -250,7 +253,7 @@ def test_types(value, hint, expected):
         (jnp.zeros((), jnp.bfloat16).dtype, "'bfloat16'"),
         (pathlib.Path('/a/b'), "'/a/b'"),
         (epath.Path('/a/b'), "'/a/b'"),
-        (Trainable(), '@upcycle.train.trainable.Trainable()'),
+        (Trainable(), '@upcycle.training.trainable.Trainable()'),
         (None, 'None'),
         ("it's", '"it\'s"'),
     ],
@@ -371,7 +374,7 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(kind, name, value, 
 def test_todays_default_is_another_run_if_it_is_asked_for(tmp_path):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     with pytest.raises(UserError, match=r'clipping_threshold is 0.5 and not 1.0'):
-        resumed(tmp_path, **{'upcycle.train.optimizer.Adafactor.clipping_threshold': 1.0})
+        resumed(tmp_path, **{'upcycle.training.optimizer.Adafactor.clipping_threshold': 1.0})
 
 
 def test_what_was_bound_is_not_taken_back_by_leaving_it_out(tmp_path):
@@ -397,12 +400,14 @@ def test_an_older_configuration_takes_todays_defaults_and_says_so(tmp_path, caps
 def test_a_setting_that_is_newer_than_the_run_takes_its_default_and_says_so(tmp_path, capsys):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', None)])
     assert resumed(tmp_path).optimizer.clipping_threshold == 1.0
-    assert 'not hold 1 settings, which take the defaults of this version: upcycle.train.opt' in capsys.readouterr().err
+    assert (
+        'not hold 1 settings, which take the defaults of this version: upcycle.training.opt' in capsys.readouterr().err
+    )
 
 
 def test_a_setting_that_exists_no_longer_is_left_alone(tmp_path):
     path = began_with(tmp_path)
-    path.write_text(path.read_text() + 'upcycle.train.optimizer.Adafactor.old = 3\nupcycle.train.old.Old.x = 3\n')
+    path.write_text(path.read_text() + 'upcycle.training.optimizer.Adafactor.old = 3\nupcycle.training.old.Old.x = 3\n')
     resumed(tmp_path)
 
 
@@ -437,9 +442,9 @@ def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
     [
         ({'DATA_SEED': 1}, 'dense', 'SyntheticText.seed is 0 and not 1'),
         (
-            {'OPTIMIZER': '@optimizers/upcycle.train.optimizer.Adafactor()'},
+            {'OPTIMIZER': '@optimizers/upcycle.training.optimizer.Adafactor()'},
             'dense',
-            'Run.optimizer is @upcycle.train.optimizer.Adafactor() and not @optimizers/upcycle',
+            'Run.optimizer is @upcycle.training.optimizer.Adafactor() and not @optimizers/upcycle',
         ),
         ({'REMAT': 'full', 'DROPOUT_RATE': 0.5}, 'dense', 'dropout_rate is 0.0 and not 0.5'),
     ],

@@ -18,9 +18,9 @@ from upcycle import configuration, outputs, partitioning
 from upcycle import conversion as offline
 from upcycle.checkpoints import arrays, folder_writer, open_checkpoint, writing
 from upcycle.errors import UserError
-from upcycle.train.first_state import from_checkpoint
-from upcycle.train.start import Start
-from upcycle.train.state import as_dict
+from upcycle.training.first_state import from_checkpoint
+from upcycle.training.start import Start
+from upcycle.training.state import as_dict
 
 MODEL = (runs.TINY, 'moe/t5.gin')
 

@@ -82,7 +82,7 @@ def test_nothing_executes_what_it_reads():
 PROGRAMS = {
     'another module': 'import os\nA = @os.getcwd()\n',
     'a module of a module of ours': 'import upcycle.commands.train\nupcycle.commands.train.jax.devices.x = 1\n',
-    'a function of ours': 'import upcycle.commands.train\nupcycle.train.run.Run.seed = @upcycle.commands.train.run()\n',
+    'a function of ours': 'import upcycle.commands.train\nupcycle.training.run.Run.seed = @upcycle.commands.train.run()\n',
     'another module for tasks': "import upcycle.data.text\nupcycle.data.text.DatasetConfig.module = 'evil'\n",
     'code that TFDS downloads': "import upcycle.data.tfds_images\nupcycle.data.tfds_images.TfdsImages.name = 'huggingface:x/y'\n",
     'a namespace of TFDS': "import upcycle.data.tfds_images\ntrain/upcycle.data.tfds_images.TfdsImages.name = 'kaggle:x:1.0.0'\n",

@@ -17,7 +17,7 @@ from upcycle.gin_values import (
     references,
     set_macros,
 )
-from upcycle.train.run import ModelRun, Run
+from upcycle.training.run import ModelRun, Run
 
 
 class Builder:

@@ -22,9 +22,9 @@ from jax.experimental import topologies
 from upcycle import cost, partitioning
 from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
-from upcycle.train import loop, start
-from upcycle.train.run import ModelRun
-from upcycle.train.state import layout
+from upcycle.training import loop, start
+from upcycle.training.run import ModelRun
+from upcycle.training.state import layout
 
 GiB = 2**30
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
-from upcycle import gin_files
+from upcycle import aliases, gin_files
 from upcycle.building import Builder
 from upcycle.errors import MissingData, UserError, refuse
 from upcycle.gin_files import nearest
 from upcycle.gin_values import full_name, macro_of, reachable, references, show
 from upcycle.metrics import warn
 from upcycle.models.registry import EXAMPLE
-from upcycle.train.run import ModelRun, Run
+from upcycle.training.run import ModelRun, Run
 
 
 def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:
@@ -144,7 +144,7 @@ def _setter(scopes: Sequence[str], target: Any, parameter: str) -> Sequence[str]
 
 
 def _full_parameter(selector_and_parameter: str) -> str:
-    selector, parameter = selector_and_parameter.rsplit('.', 1)
+    selector, parameter = aliases.current(selector_and_parameter).rsplit('.', 1)
     configurable = gin.get_configurable(selector)
     target = getattr(configurable, '__wrapped__', configurable)
     return f'{target.__module__}.{target.__qualname__}.{parameter}'

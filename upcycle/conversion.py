@@ -30,9 +30,9 @@ from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.receipt import check_layer, receipt
 from upcycle.surgery.router_init import RouterInit
-from upcycle.train.receipt_of_start import source_of
-from upcycle.train.run import ModelRun
-from upcycle.train.state import layout, make_plan
+from upcycle.training.receipt_of_start import source_of
+from upcycle.training.run import ModelRun
+from upcycle.training.state import layout, make_plan
 from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
 
 # A larger MoE layer is not put together for the function check, which then waits for the first load.

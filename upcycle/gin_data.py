@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import gin
 from gin import config_parser
+from upcycle import aliases
 from upcycle.errors import UserError
 from upcycle.gin_files import one_line
 
@@ -108,7 +109,7 @@ def _danger_of(statement: Any, selectors: list[str]) -> str | None:
 
 
 def _our_dataclass(selector: str) -> type | None:
-    module, _, name = selector.rpartition('.')
+    module, _, name = aliases.current(selector).rpartition('.')
     if not _OUR_MODULE.fullmatch(module):
         return None
     try:

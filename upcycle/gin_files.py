@@ -18,6 +18,7 @@ from typing import Any
 
 import gin
 from gin import config_parser
+from upcycle import aliases
 from upcycle.errors import without_password
 from upcycle.models.registry import FAMILIES
 
@@ -179,9 +180,9 @@ class _Delegate(gin.config.ParserDelegate):
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
         self._reader.look_at_token()
-        if self._reader.configurable(scoped_selector.rpartition('/')[2]) is None:
+        if self._reader.configurable(aliases.current(scoped_selector.rpartition('/')[2])) is None:
             return UNKNOWN
-        return super().configurable_reference(scoped_selector, evaluate)
+        return super().configurable_reference(aliases.current(scoped_selector), evaluate)
 
 
 class _Reader:
@@ -248,7 +249,7 @@ class _Reader:
         outer = self._label, self._place, self._in_file, self._parser, self._context
         self._label, self._place, self._in_file, self._context = label, label, bool(within), context
         unknown: set[str] = set()
-        for statement in self._parsed(text, label):
+        for statement in map(_with_current_names, self._parsed(text, label)):
             self._place = f'{label}, line {statement.location.line_num}' if within else label
             if isinstance(statement, config_parser.ImportStatement):
                 self._import(statement)
@@ -330,6 +331,18 @@ class _Reader:
 
     def _note(self, mistake: str) -> None:
         self.found.mistakes.append(mistake)
+
+
+def _with_current_names(statement: Any) -> Any:
+    """A statement as this version would write it; see `aliases`."""
+    if isinstance(statement, config_parser.IncludeStatement):
+        return statement
+    if not isinstance(statement, config_parser.ImportStatement):
+        return statement._replace(selector=aliases.current(statement.selector))
+    module = aliases.current(statement.module)
+    if module != statement.module and statement.is_from:  # what follows uses the name that it was imported by
+        statement = statement._replace(alias=statement.bound_name())
+    return statement._replace(module=module)
 
 
 def _folder(file: str) -> str:

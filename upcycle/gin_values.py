@@ -5,7 +5,7 @@ from typing import Any
 
 import gin
 from upcycle import schema
-from upcycle.train.run import Run
+from upcycle.training.run import Run
 
 # Of a macro that nothing sets.
 UNSET = object()

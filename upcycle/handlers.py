@@ -50,7 +50,7 @@ def train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     keep_freed_memory()
     _join_hosts(options)
     from upcycle.commands import train
-    from upcycle.train import notice, profile
+    from upcycle.training import notice, profile
 
     steps = range(0) if options.profile_steps is None else profile.parse(options.profile_steps)
     with notice.listen(options.preemption_notice):

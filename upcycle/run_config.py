@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import files, gin_data, schema
+from upcycle import aliases, files, gin_data, schema
 from upcycle.building import Builder
 from upcycle.configuration import resolved
 from upcycle.errors import UserError, refuse
@@ -17,8 +17,8 @@ from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.gin_values import ROOT, full_name, reachable, show
 from upcycle.metrics import warn
-from upcycle.train.health import Limits
-from upcycle.train.run import Run
+from upcycle.training.health import Limits
+from upcycle.training.run import Run
 
 # These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
 MAY_CHANGE = (
@@ -167,6 +167,10 @@ def _read_config(path: epath.Path) -> _Stored:
     parts = (part.splitlines() for part in text.partition(_DEFAULTS)[::2])
     bound, defaults = (
         dict(line.split(' = ', 1) for line in part if ' = ' in line and not line.startswith('#')) for part in parts
+    )
+    bound, defaults = (
+        {aliases.current(name): aliases.current_value(value) for name, value in part.items()}
+        for part in (bound, defaults)
     )
     return _Stored(bound, defaults) if f'{ROOT}.model' in bound else _Stored()
 

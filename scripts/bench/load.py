@@ -28,9 +28,9 @@ from timing import medians, table
 from upcycle import configuration, partitioning
 from upcycle.checkpoints import arrays, open_checkpoint
 from upcycle.surgery.place import without_leading_axis
-from upcycle.train import first_state
-from upcycle.train import state as states
-from upcycle.train.start import Start
+from upcycle.training import first_state
+from upcycle.training import state as states
+from upcycle.training.start import Start
 
 
 def main() -> None:

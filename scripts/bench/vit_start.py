@@ -24,9 +24,9 @@ import jax
 from convert import make_dense, peak
 
 from upcycle import configuration, partitioning
-from upcycle.train import first_state
-from upcycle.train import state as states
-from upcycle.train.start import Start
+from upcycle.training import first_state
+from upcycle.training import state as states
+from upcycle.training.start import Start
 
 DENSE_STEP = 1000
 # What the command loads, before it does anything.

@@ -25,8 +25,8 @@ from upcycle.checkpoints import create_checkpoint, open_checkpoint
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.models import identify
-from upcycle.train.optimizer import Adafactor
-from upcycle.train.state import layout
+from upcycle.training.optimizer import Adafactor
+from upcycle.training.state import layout
 
 # Where a format keeps numbers without a checksum, a byte of them cannot be told from a weight.
 SEMANTIC = 'metadata'

@@ -14,8 +14,8 @@ from fuzzing.case import ANOTHER, REFUSED, SAME, SILENT, TRACEBACK, Case
 from fuzzing.damage import damaged, misspelt
 from upcycle import cli, configuration, gin_files, partitioning
 from upcycle.commands import train
-from upcycle.train.start import check_batches
-from upcycle.train.state import layout
+from upcycle.training.start import check_batches
+from upcycle.training.state import layout
 
 LARGE = 200_000_000  # parameters, above which a valid configuration is not laid out
 
@@ -130,13 +130,13 @@ ODD += (
     "it's",
 )
 ODD += (
-    '@upcycle.train.optimizer.Adafactor()',
-    '@upcycle.train.optimizer.Adafactor',
+    '@upcycle.training.optimizer.Adafactor()',
+    '@upcycle.training.optimizer.Adafactor',
     '@upcycle.moe.config.MoEConfig()',
     '(',
 )
 ODD += (
-    '@upcycle.train.run.Run()',
+    '@upcycle.training.run.Run()',
     '../../x',
     '/etc/passwd',
     'gs://bucket/x',
@@ -150,7 +150,7 @@ LINES = (
     'include "nowhere.gin"',
     'include "fuzz.gin"',
     'import nowhere',
-    'from upcycle.train import rum',
+    'from upcycle.training import rum',
 )
 LINES += (
     'BATCH_SIZ = 8',
@@ -251,7 +251,7 @@ class Configurations:
 
     def _name(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
         name = rng.choice(
-            [*bindings, 'upcycle.train.run.Run.total_steps', 'train/upcycle.data.text.DatasetConfig.seed']
+            [*bindings, 'upcycle.training.run.Run.total_steps', 'train/upcycle.data.text.DatasetConfig.seed']
         )
         bindings[misspelt(rng, name)] = bindings.get(name, '3')
 
@@ -275,7 +275,7 @@ class Configurations:
         if str(self._file) in files:
             return
         if rng.random() < 0.3 or files[at] not in shipped:
-            head = ['from __gin__ import dynamic_registration', '', 'from upcycle.train import run', '']
+            head = ['from __gin__ import dynamic_registration', '', 'from upcycle.training import run', '']
             lines = head + [rng.choice(LINES) for _ in range(rng.randint(1, 4))]
             files.append(str(self._file))
         else:

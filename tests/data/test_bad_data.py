@@ -14,8 +14,8 @@ from tests.data.test_tfds_images import by_place, config, numbers, prepare, stre
 from upcycle.data import WHOLE, Share, images, tensorflow_quiet, text
 from upcycle.data.synthetic import SyntheticImages
 from upcycle.errors import UserError
-from upcycle.train import loop
-from upcycle.train.start import Start
+from upcycle.training import loop
+from upcycle.training.start import Start
 
 seqio = tensorflow_quiet.seqio()
 

@@ -16,7 +16,7 @@ from tests.test_cli import call
 from upcycle import configuration, gin_files
 from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.models import identify
-from upcycle.train import loop
+from upcycle.training import loop
 from upcycle.transfer import transfer
 
 OURS = [command for command in commands() if command.words[0] == 'upcycle']

@@ -13,7 +13,7 @@ from upcycle.evaluate.diversity import Diversity
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.evaluate.validation import Validation
-from upcycle.train import loop
+from upcycle.training import loop
 
 VERSIONS = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.name[0].isdigit())
 # With router state, and with few-shot probes; the others repeat what these go through.

@@ -18,11 +18,11 @@ from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
-from upcycle.train import loop, start
-from upcycle.train import state as states
-from upcycle.train.first_state import from_checkpoint
-from upcycle.train.state import layout
-from upcycle.train.step import train_step
+from upcycle.training import loop, start
+from upcycle.training import state as states
+from upcycle.training.first_state import from_checkpoint
+from upcycle.training.state import layout
+from upcycle.training.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
 RECIPES = (

@@ -15,9 +15,9 @@ from upcycle import configuration, partitioning
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.surgery.make import Maker
-from upcycle.train import first_state, receipt_of_start
-from upcycle.train import state as states
-from upcycle.train.start import Start
+from upcycle.training import first_state, receipt_of_start
+from upcycle.training import state as states
+from upcycle.training.start import Start
 
 
 def save_dense(path, kind='dense', seed=0, **sizes):

@@ -29,7 +29,7 @@ from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.moe.config import AdaptiveBalance, RouterType, capacity, num_groups
 from upcycle.moe.layer import Router
-from upcycle.train.step import TrainState, train_step
+from upcycle.training.step import TrainState, train_step
 
 MESHES = {
     'one device': (1, 1, 1),

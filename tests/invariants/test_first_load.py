@@ -12,7 +12,7 @@ from upcycle import conversion, transfer
 from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.errors import UserError
-from upcycle.train import first_state, receipt_of_start
+from upcycle.training import first_state, receipt_of_start
 
 # Layers enough that all their MLPs are larger than one leaf of experts, and sequences so short that activations are small.
 SIZES = {'EMBED_DIM': 64, 'MLP_DIM': 256, 'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2}

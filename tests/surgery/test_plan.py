@@ -13,7 +13,7 @@ from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.moe import state as moe_state
 from upcycle.surgery.plan import Action, OptimizerState, Surgery
 from upcycle.surgery.planning import plan
-from upcycle.train.optimizer import Adafactor
+from upcycle.training.optimizer import Adafactor
 
 
 def leaves_of(config):

@@ -11,8 +11,8 @@ from tests.gin.test_gin_files import step_abstractly
 from upcycle import configuration, cost, partitioning
 from upcycle.errors import UserError
 from upcycle.sweep import grid, paper
-from upcycle.train import loop
-from upcycle.train.state import layout
+from upcycle.training import loop
+from upcycle.training.state import layout
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 EXPERIMENTS = sorted(

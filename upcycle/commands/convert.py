@@ -8,8 +8,8 @@ import jax
 from upcycle import configuration, conversion, partitioning
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import UserError
-from upcycle.train import start
-from upcycle.train.state import check_start
+from upcycle.training import start
+from upcycle.training.state import check_start
 
 
 def run(

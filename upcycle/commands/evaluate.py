@@ -17,8 +17,8 @@ from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
 from upcycle.gin_data import require_data
 from upcycle.metrics import counted, plain
-from upcycle.train import start
-from upcycle.train.state import layout, params_from
+from upcycle.training import start
+from upcycle.training.state import layout, params_from
 
 FEW_SHOT = 'runs/few_shot.gin'
 TASK_METRICS = 'runs/task_metrics.gin'

@@ -9,9 +9,9 @@ from upcycle import configuration, cost, run_config
 from upcycle.errors import UserError
 from upcycle.leaf_names import grouped, not_read
 from upcycle.surgery.plan import Plan
-from upcycle.train.describe import describe
-from upcycle.train.preflight import preflight
-from upcycle.train.state import Layout
+from upcycle.training.describe import describe
+from upcycle.training.preflight import preflight
+from upcycle.training.state import Layout
 
 
 def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:

@@ -6,10 +6,10 @@ import jax
 
 from upcycle import configuration, files, run_config
 from upcycle.errors import UserError, writing_to
-from upcycle.train import lock, loop
-from upcycle.train.describe import describe
-from upcycle.train.preflight import preflight
-from upcycle.train.step import TrainState
+from upcycle.training import lock, loop
+from upcycle.training.describe import describe
+from upcycle.training.preflight import preflight
+from upcycle.training.step import TrainState
 
 
 def run(

@@ -16,7 +16,7 @@ from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_
 from upcycle.report.compare import half_width
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
-from upcycle.train.run import Run
+from upcycle.training.run import Run
 
 # Seconds between looks at the run folders.
 PERIOD = 1.0

@@ -9,7 +9,7 @@ from tests import runs, vision
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.train.schedule import LearningRate
+from upcycle.training.schedule import LearningRate
 
 VISION = 'constant * linear_warmup * rsqrt * linear_cooldown'
 

@@ -2,7 +2,7 @@
 
 from upcycle import cost
 from upcycle.moe.config import MoEConfig, RouterType
-from upcycle.train.start import Start
+from upcycle.training.start import Start
 
 
 def describe(start: Start) -> str:

@@ -12,7 +12,7 @@ from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.integrity import finished_steps
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.train.run import Run
+from upcycle.training.run import Run
 
 # Tells a run that was killed before its first checkpoint, which begins again, from one that has lost its checkpoints.
 RECORD = 'saved.json'
@@ -99,5 +99,5 @@ def _was_saved(folder: epath.Path, lines: list[dict[str, Any]], run: Run) -> boo
 
 
 def _bound(text: str, field: str) -> int | None:
-    found = re.search(rf'^upcycle\.train\.run\.Run\.{field} = (\d+)$', text, re.MULTILINE)
+    found = re.search(rf'^upcycle\.train(?:ing)?\.run\.Run\.{field} = (\d+)$', text, re.MULTILINE)
     return int(found[1]) if found else None

@@ -7,8 +7,8 @@ import pytest
 
 from upcycle.errors import UserError
 from upcycle.surgery.fingerprint import sha256_of
-from upcycle.train import read_ahead
-from upcycle.train.read_ahead import Examination, ReadAhead, deal
+from upcycle.training import read_ahead
+from upcycle.training.read_ahead import Examination, ReadAhead, deal
 
 
 class Source:

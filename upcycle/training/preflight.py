@@ -7,10 +7,10 @@ from upcycle import cost, files, outputs, partitioning, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
-from upcycle.train import folder
-from upcycle.train.run import Run
-from upcycle.train.start import Start
-from upcycle.train.state import check_start
+from upcycle.training import folder
+from upcycle.training.run import Run
+from upcycle.training.start import Start
+from upcycle.training.state import check_start
 
 
 def preflight(run: Run, identity: Mapping[str, str]) -> Start:

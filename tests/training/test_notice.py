@@ -11,7 +11,7 @@ from upcycle import cli
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import PREEMPTED, UserError
 from upcycle.metrics import read_metrics
-from upcycle.train import loop, notice
+from upcycle.training import loop, notice
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -11,17 +11,17 @@ import pytest
 
 from tests import runs
 from tests.small import image_batch, random_batch, small_t5, small_vit
-from tests.train.test_loop import killed_at, leaves_of, lines_of
+from tests.training.test_loop import killed_at, leaves_of, lines_of
 from upcycle import configuration, run_config
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.train import diagnosis, health, loop
-from upcycle.train.diagnosis import diagnose
-from upcycle.train.health import Health, Limits, NotFiniteError
-from upcycle.train.start import Start
-from upcycle.train.step import TrainState
-from upcycle.train.trainable import NOTHING
+from upcycle.training import diagnosis, health, loop
+from upcycle.training.diagnosis import diagnose
+from upcycle.training.health import Health, Limits, NotFiniteError
+from upcycle.training.start import Start
+from upcycle.training.step import TrainState
+from upcycle.training.trainable import NOTHING
 
 
 class Poisoned:

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict
 
 from upcycle.models import Model
 from upcycle.models.losses import summarize
-from upcycle.train.step import Batch, TrainState, gradient
-from upcycle.train.trainable import Frozen
+from upcycle.training.step import Batch, TrainState, gradient
+from upcycle.training.trainable import Frozen
 
 _SHOWN = 3
 

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 from upcycle.models import Model
 from upcycle.models.losses import summarize
 from upcycle.moe import state as moe_state
-from upcycle.train.optimizer import Optimizer
-from upcycle.train.schedule import Schedule
-from upcycle.train.trainable import NOTHING, Frozen
+from upcycle.training.optimizer import Optimizer
+from upcycle.training.schedule import Schedule
+from upcycle.training.trainable import NOTHING, Frozen
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

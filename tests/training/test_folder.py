@@ -9,8 +9,8 @@ from tests import runs
 from upcycle import configuration
 from upcycle.errors import UserError
 from upcycle.metrics import SET_ASIDE, read_metrics
-from upcycle.train import folder
-from upcycle.train.preflight import preflight
+from upcycle.training import folder
+from upcycle.training.preflight import preflight
 
 
 @pytest.fixture

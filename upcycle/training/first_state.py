@@ -18,13 +18,13 @@ from upcycle.surgery.operators import Lineage
 from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import Action, Plan
 from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
-from upcycle.train.read_ahead import Examination, ReadAhead, requests_of
-from upcycle.train.receipt_of_start import ReceiptOfStart, source_of
-from upcycle.train.run import Run
-from upcycle.train.source_model import SourceModel
-from upcycle.train.start import Start
-from upcycle.train.state import Layout
-from upcycle.train.step import TrainState
+from upcycle.training.read_ahead import Examination, ReadAhead, requests_of
+from upcycle.training.receipt_of_start import ReceiptOfStart, source_of
+from upcycle.training.run import Run
+from upcycle.training.source_model import SourceModel
+from upcycle.training.start import Start
+from upcycle.training.state import Layout
+from upcycle.training.step import TrainState
 
 
 def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any] | None]:

@@ -13,8 +13,8 @@ from tests import runs
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import Preempted, UserError
 from upcycle.metrics import read_metrics
-from upcycle.train import loop
-from upcycle.train.start import Start
+from upcycle.training import loop
+from upcycle.training.start import Start
 
 
 def lines_of(model_dir):

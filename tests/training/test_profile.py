@@ -9,7 +9,7 @@ from upcycle import cli
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.train import profile
+from upcycle.training import profile
 
 
 def command(model_dir, steps, *more, **bindings):

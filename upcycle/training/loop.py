@@ -20,19 +20,19 @@ from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog, Progress, warn
 from upcycle.models import identify
-from upcycle.train import folder as run_folder
-from upcycle.train import preemption
-from upcycle.train import state as states
-from upcycle.train.diagnosis import diagnose
-from upcycle.train.first_state import from_checkpoint
-from upcycle.train.health import Health, NotFiniteError, Rollback
-from upcycle.train.ledger import Ledger, Timer
-from upcycle.train.profile import Profile
-from upcycle.train.receipt_of_start import require_match
-from upcycle.train.run import ModelRun
-from upcycle.train.start import Start
-from upcycle.train.step import TrainState, train_step
-from upcycle.train.window import Window
+from upcycle.training import folder as run_folder
+from upcycle.training import preemption
+from upcycle.training import state as states
+from upcycle.training.diagnosis import diagnose
+from upcycle.training.first_state import from_checkpoint
+from upcycle.training.health import Health, NotFiniteError, Rollback
+from upcycle.training.ledger import Ledger, Timer
+from upcycle.training.profile import Profile
+from upcycle.training.receipt_of_start import require_match
+from upcycle.training.run import ModelRun
+from upcycle.training.start import Start
+from upcycle.training.step import TrainState, train_step
+from upcycle.training.window import Window
 
 NO_STEPS = range(0)
 # Evaluators that a checkpoint may call by the names that earlier versions had for them.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from upcycle.train.health import Health
+from upcycle.training.health import Health
 
 # Steps that are dispatched before the host waits for one, so that the devices never wait for the host.
 _STEPS_UNDER_WAY = 2

@@ -15,7 +15,7 @@ from upcycle.errors import UserError
 from upcycle.surgery.plan import Action, Surgery
 from upcycle.surgery.planning import plan
 from upcycle.surgery.receipt import carried_on, mismatches, receipt
-from upcycle.train import receipt_of_start
+from upcycle.training import receipt_of_start
 
 
 def shaped(shapes):

@@ -37,7 +37,7 @@ def refusal(command, files, bindings):
         ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' names no parameter"),
         ({'LEARNING_RATE_FACTORS': 'constant * linear_cooldown', 'COOLDOWN_STEPS': 9}, 'COOLDOWN_STEPS'),
         ({'SURGERY': None}, 'SURGERY is None, which says what becomes of it: use runs/continue_dense.gin'),
-        ({'MODEL_DIR': 'the dense run'}, 'holds another run, in which upcycle.train.run.Run.'),
+        ({'MODEL_DIR': 'the dense run'}, 'holds another run, in which upcycle.training.run.Run.'),
         ({'MODEL_DIR': 'no run'}, 'holds checkpoints but no config.gin'),
         ({'MODEL_DIR': 'lost'}, 'its checkpoints are gone'),
     ],

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests.fixtures import fixtures_dir, requires_fixtures
 from tests.small import FIXTURE_T5, fixture, fixture_batch, fixture_tree, flaxformer_moe
 from upcycle.models.encoder_decoder import EncoderDecoderModel
-from upcycle.train.optimizer import Adafactor
-from upcycle.train.step import TrainState, train_step
+from upcycle.training.optimizer import Adafactor
+from upcycle.training.step import TrainState, train_step
 
 STEPS = 40
 # Relative root-mean-square distance of a leaf after 40 steps between two runs of ours whose initial parameters differ by one

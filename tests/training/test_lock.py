@@ -11,9 +11,9 @@ import pytest
 from tests import runs
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.train import lock as locks
-from upcycle.train import loop
-from upcycle.train.lock import NAME, PATIENCE, Lock
+from upcycle.training import lock as locks
+from upcycle.training import loop
+from upcycle.training.lock import NAME, PATIENCE, Lock
 
 # A process that has ended, whose id no other one has.
 ENDED = 2**22 + 1
@@ -220,7 +220,7 @@ def test_released_however_it_ends(end, tmp_path):
 
 HOLD = """
 import sys
-from upcycle.train import lock
+from upcycle.training import lock
 lock._LocalFile.beat = 0.05
 with lock.held(sys.argv[1]):
     print('held', flush=True)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from upcycle.train.optimizer import Adafactor, AdamW, Sgd
+from upcycle.training.optimizer import Adafactor, AdamW, Sgd
 
 D, F, E = 128, 256, 4
 

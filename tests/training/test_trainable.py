@@ -10,8 +10,8 @@ from tests.moe import one_layer
 from tests.moe.one_layer import OneLayer
 from upcycle.errors import UserError
 from upcycle.moe.config import MoEConfig
-from upcycle.train.optimizer import Adafactor
-from upcycle.train.trainable import Trainable
+from upcycle.training.optimizer import Adafactor
+from upcycle.training.trainable import Trainable
 
 MODEL = OneLayer(MoEConfig(4, router='top_k'))
 OPTIMIZER = Adafactor(beta1=0.9, weight_decay_rate=0.1, weight_decay_names='kernel', clip_global_norm=1.0)

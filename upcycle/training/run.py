@@ -14,10 +14,10 @@ from upcycle.models import Model
 from upcycle.moe.config import check_readers
 from upcycle.schema import Count, Natural, Positive, Whole
 from upcycle.surgery.plan import Surgery
-from upcycle.train.health import Limits
-from upcycle.train.optimizer import Optimizer
-from upcycle.train.schedule import LearningRate, Policy
-from upcycle.train.trainable import Trainable
+from upcycle.training.health import Limits
+from upcycle.training.optimizer import Optimizer
+from upcycle.training.schedule import LearningRate, Policy
+from upcycle.training.trainable import Trainable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from upcycle.models import Model, Params
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.plan import Action
 from upcycle.surgery.receipt import check_function, mismatches, reported
-from upcycle.train.source_model import source_model, unread_params
+from upcycle.training.source_model import source_model, unread_params
 
 
 def source_of(reader: Reader, step: int | None) -> dict[str, Any]:

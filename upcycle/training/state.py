@@ -23,8 +23,8 @@ from upcycle.moe import state as moe_state
 from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
 from upcycle.surgery.planning import plan
-from upcycle.train.run import ModelRun, Run
-from upcycle.train.step import TrainState
+from upcycle.training.run import ModelRun, Run
+from upcycle.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
