@@ -23,12 +23,12 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.vision(at)
+    setting = paper.setting_of('vision', at)
     mini = at is paper.Scale.MINI
     counts = (2, 4, 8, 16, 32) if mini else (2, 4, 8, 16, 32, 64, 128)
     layers = (1, 2, 3, 4) if mini else (1, 3, 5, 6, 7, 9, 11)
     usual_layers = 4 if mini else 6
-    ablation, plain = paper.ablation(at)
+    ablation, plain = setting.ablation
     experts = {n: paper.of_experts(n, plain, setting) for n in counts}
     last = {n: plain if n == usual_layers else f'last {n}, {plain}' for n in layers}
     branches = {plain: paper.upcycled(**ablation)}
@@ -48,6 +48,6 @@ def get_config(scale: str = 'mini') -> Any:
             panel.claim(f'MoE layers in the last {half} blocks end ahead of the last {n}.', last[half], last[n])
     text = f'Step by step too, MoE layers in the last {half} blocks end ahead of the last {layers[-1]}.'
     panel.claim(text, last[half], last[layers[-1]], per_step=True)
-    panel.final('experts', {'upcycled': experts}, log=True, metrics=paper.quality(at))
-    panel.final('last blocks with MoE layers', {'upcycled': last}, metrics=paper.quality(at))
+    panel.final('experts', {'upcycled': experts}, log=True, metrics=setting.end_metrics)
+    panel.final('last blocks with MoE layers', {'upcycled': last}, metrics=setting.end_metrics)
     return paper.experiment('figure_10', at, [panel])

@@ -18,8 +18,8 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.vision(at)
-    ablation, plain = paper.ablation(at)
+    setting = paper.setting_of('vision', at)
+    ablation, plain = setting.ablation
     counts = (4, 16, 32) if at is paper.Scale.MINI else (8, 32, 128)
     tiled = {n: paper.of_experts(n, plain, setting) for n in counts}
     fresh = {n: f'fresh state, {label}' for n, label in tiled.items()}

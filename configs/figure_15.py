@@ -20,7 +20,8 @@ def get_config(scale: str = 'mini') -> Any:
     at = paper.scale_of(scale)
     mini = at is paper.Scale.MINI
     panels = []
-    for setting in [paper.vision(at)] if mini else [paper.vision(at, 'b16'), paper.vision(at, 'l16')]:
+    for size in (None,) if mini else ('b16', 'l16'):
+        setting = paper.setting_of('vision', at, size)
         factors = (1.0, 2.0, 4.0, float(setting.num_experts))
         tiny = 0.5 / setting.extra_steps
         made = {

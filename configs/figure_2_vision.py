@@ -19,8 +19,7 @@ def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
-    for size in paper.VISION if at is not paper.Scale.MINI else (None,):
-        setting = paper.vision(at, size)
+    for setting in paper.every_size('vision', at):
         branches = {'dense continuation': paper.CONTINUATION, 'upcycled': paper.UPCYCLED}
         panel = paper.Panel(setting, f'Figure 2: {setting.name}, upcycled and continued', branches)
         panel.claim('Upcycled ends ahead of its dense continuation.', 'upcycled', 'dense continuation')

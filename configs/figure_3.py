@@ -35,8 +35,8 @@ def get_config(scale: str = 'mini') -> Any:
         'dense continuation': {0.0: 'dense', 0.5: 'dense continuation, half', 1.0: 'dense continuation'},
     }
     panels = []
-    for setting in (paper.language(at), paper.vision(at)):
-        task = paper.downstream(at, setting)
+    for setting in (paper.setting_of('language', at), paper.setting_of('vision', at)):
+        task = setting.downstream
         seeds = range(6) if at is paper.Scale.MINI and 'language' in setting.name else None
         title = f'Figure 3: {setting.name}, fine-tuned'
         panel = paper.Panel(setting, title, branches, seeds=seeds, downstream=task)

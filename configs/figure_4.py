@@ -20,7 +20,7 @@ def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
-    for setting in (paper.language(at), paper.vision(at)):
+    for setting in (paper.setting_of('language', at), paper.setting_of('vision', at)):
         upcycled, budget = ('upcycled', 1.0) if at is paper.Scale.MINI else ('upcycled, twice the budget', 2.0)
         branches = {
             'dense continuation': paper.CONTINUATION,

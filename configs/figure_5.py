@@ -19,7 +19,7 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.language(at)
+    setting = paper.setting_of('language', at)
     deeper = {'NUM_ENCODER_LAYERS': 2 * setting.num_layers, 'NUM_DECODER_LAYERS': 2 * setting.num_layers}
     tiling = paper.Branch(
         run='continue_dense', files=('surgery/depth.gin',), bindings=deeper, role=paper.Role.OTHER, moe=False

@@ -18,8 +18,8 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.vision(at)
-    ablation, plain = paper.ablation(at)
+    setting = paper.setting_of('vision', at)
+    ablation, plain = setting.ablation
     starts = (0.2, 0.4, 0.6, 0.8, 1.0)
     branches = {}
     for start in starts:
@@ -45,5 +45,5 @@ def get_config(scale: str = 'mini') -> Any:
         name: {start * setting.dense_steps: f'{name} after {start:.0%}' for start in starts}
         for name in (plain, 'dense continuation')
     }
-    panel.final('dense steps before', series, metrics=paper.quality(at))
+    panel.final('dense steps before', series, metrics=setting.end_metrics)
     return paper.experiment('figure_6', at, [panel])

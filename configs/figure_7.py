@@ -19,8 +19,8 @@ def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
-    for setting in (paper.vision(at), paper.language(at)):
-        ablation, copied = paper.ablation(at) if 'vision' in setting.name else ({}, 'upcycled')
+    for setting in (paper.setting_of('vision', at), paper.setting_of('language', at)):
+        ablation, copied = setting.ablation
         random = 'random experts' if not ablation else f'random experts, {copied}'  # as figure 13 calls them
         branches = {
             'dense continuation': paper.CONTINUATION,

@@ -18,7 +18,7 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.language(at)
+    setting = paper.setting_of('language', at)
     top_2 = paper.upcycled(ENCODER_ROUTER='top_k')
     # With one expert a token, a normalised weight would be 1 and give the router no gradient.
     switch = paper.upcycled(ENCODER_ROUTER='top_k', NUM_SELECTED_EXPERTS=1, NORMALIZE_COMBINE_WEIGHTS=False)

@@ -20,7 +20,10 @@ def get_config(scale: str = 'mini') -> Any:
     at = paper.scale_of(scale)
     panels = []
     of_vision = (1.0, 2.0, 3.0, 5.0) if at is paper.Scale.MINI else (1.0, 2.0, 3.0, 4.0, 5.0)
-    for setting, factors in ((paper.vision(at), of_vision), (paper.language(at), (1.0, 2.0, 3.0))):
+    for setting, factors in (
+        (paper.setting_of('vision', at), of_vision),
+        (paper.setting_of('language', at), (1.0, 2.0, 3.0)),
+    ):
         labels = {factor: 'upcycled' if factor == 2 else f'cf={factor:g}' for factor in factors}
         branches = {
             label: paper.upcycled(**paper.capacity(f)) if f != 2 else paper.UPCYCLED for f, label in labels.items()

@@ -23,8 +23,8 @@ def get_config(scale: str = 'mini') -> Any:
     at = paper.scale_of(scale)
     mini = at is paper.Scale.MINI
 
-    vision = paper.vision(at)
-    ablation, plain = paper.ablation(at)
+    vision = paper.setting_of('vision', at)
+    ablation, plain = vision.ablation
     small, large = (0.01, 0.2) if mini else (0.001, 0.023)
     noisy = {
         label: paper.upcycled('surgery/noise.gin', NOISE_STDDEV=stddev, NOISE_FRACTION=1.0, **ablation)
@@ -43,7 +43,7 @@ def get_config(scale: str = 'mini') -> Any:
     of_vision.claim('Copies end ahead of copies with large noise.', plain, 'large noise')
     of_vision.claim('Top-2 by priority ends ahead of first come.', 'Top-2', 'Top-2, first come')
 
-    language = paper.language(at)
+    language = paper.setting_of('language', at)
     normalized, raw = ('upcycled', 'raw weights') if mini else ('normalised weights', 'upcycled')
     other = {raw: False} if mini else {normalized: True}
     branches = {'dense continuation': paper.CONTINUATION, 'upcycled': paper.UPCYCLED} | {

@@ -23,7 +23,7 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.vision(at, 'l32')
+    setting = paper.setting_of('vision', at, 'l32')
     if at is not paper.Scale.MINI:
         # Seven epochs here, where the other figures start after fourteen.
         setting = dataclasses.replace(setting, name='vision_l32_7_epochs', dense_steps=setting.dense_steps // 2)

@@ -18,7 +18,7 @@ from upcycle.sweep import paper
 def get_config(scale: str = 'mini') -> Any:
     """Runs, and claims about them, at one of three scales."""
     at = paper.scale_of(scale)
-    setting = paper.vision(at, 'b32')
+    setting = paper.setting_of('vision', at, 'b32')
     branches = {}
     for factor in (1.0, 2.0):
         for name, normalized in (('raw', False), ('normalised', True)):
@@ -44,6 +44,6 @@ def get_config(scale: str = 'mini') -> Any:
     panel.final(
         'capacity factor',
         {name: {factor: f'scratch, {name}, cf={factor:g}' for factor in (1.0, 2.0)} for name in ('raw', 'normalised')},
-        metrics=paper.quality(at),
+        metrics=setting.end_metrics,
     )
     return paper.experiment('table_3', at, [panel])

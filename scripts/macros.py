@@ -42,7 +42,7 @@ earlier one; the command line overrides all. A name that nothing in the run uses
 
 
 # Of these every other file of the folder overrides something.
-BASES = ('models/t5_1_1.gin', 'models/vit.gin', 'runs/pretrain.gin')
+BASES = ('models/t5_1_1.gin', 'models/vit.gin', 'moe/base.gin', 'runs/pretrain.gin')
 
 
 class Reference(str):
@@ -157,9 +157,9 @@ def _annotation(kind: type, field: str) -> typing.Any:
 
 def _documented(kind: type, field: str) -> str:
     """What a dataclass's docstring says of a field, without the macro's name; of an enum, what its members mean."""
-    for _, names, text in re.findall(
-        r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', inspect.getdoc(kind) or '', re.MULTILINE
-    ):
+    # A field may be inherited.
+    docstrings = '\n'.join(inspect.getdoc(each) or '' for each in kind.__mro__ if dataclasses.is_dataclass(each))
+    for _, names, text in re.findall(r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', docstrings, re.MULTILINE):
         if field in names.split(', '):
             plain = re.sub(r'\s*\[[A-Z_0-9, ]+\]', '', ' '.join(text.split())).strip(' .')
             break

@@ -29,12 +29,12 @@ _TEMPORARY = compilation_cache.open_cache()
 LONGEST = (
     'on several devices',
     'tests/gin/test_gin_files.py',
-    'tests/train/test_loop.py',
+    'tests/training/test_loop.py',
     'tests/docs/test_commands.py',
     'tests/models/test_stack.py',
     'tests/test_compile.py',
-    'tests/train/test_learning_curves.py',
-    'tests/train/test_survival.py',
+    'tests/training/test_learning_curves.py',
+    'tests/training/test_survival.py',
     'tests/test_buckets.py',
     'tests/scripts/test_long_run.py',
 )

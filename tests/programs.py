@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from upcycle import streamed
 from upcycle.evaluate import diversity, few_shot, token_statistics, validation
 from upcycle.surgery import receipt
-from upcycle.train import loop
-from upcycle.train import state as states
+from upcycle.training import loop
+from upcycle.training import state as states
 
 # Of each kind; a compiled training step of a tiny model takes 30 MB.
 KEPT = 12

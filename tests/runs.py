@@ -4,8 +4,9 @@ import functools
 import os
 
 from tests import vision
-from upcycle import configuration, jobs
-from upcycle.train.run import Run
+from upcycle import configuration
+from upcycle.commands import train as command
+from upcycle.training.run import Run
 
 # Random tokens: building and tracing seqio's pipelines costs more than the steps of a tiny model. What is about text takes TEXT.
 TASK = 'tasks/synthetic_text.gin'
@@ -56,7 +57,7 @@ def build(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: obje
 
 def train(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object):
     """Trains it, as `upcycle train` does."""
-    return jobs.train(FILES[kind], bindings(kind, model_dir, steps, **more))
+    return command.run(FILES[kind], bindings(kind, model_dir, steps, **more))
 
 
 @functools.cache

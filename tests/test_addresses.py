@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from tests.test_cli import call, command
-from upcycle import files, hosts
+from upcycle import files, hosts, platforms
 from upcycle.data import tensorflow_quiet
 from upcycle.errors import Unavailable, UserError
 
@@ -291,19 +291,19 @@ def test_a_platform_that_is_not_there(name, error, reason, tmp_path, dense, monk
 def test_on_a_machine_without_a_tpu_libtpu_says_nothing_and_jax_warns(monkeypatch, capfd):
     def noisy():
         os.write(2, b'WARNING: Logging before InitGoogle() is written to STDERR\n')
-        hosts.logging.getLogger('jax._src.xla_bridge').warning('An NVIDIA GPU may be present')
+        platforms.logging.getLogger('jax._src.xla_bridge').warning('An NVIDIA GPU may be present')
 
     monkeypatch.setattr(jax, 'devices', noisy)
-    monkeypatch.setattr(hosts, '_CHIPS', ())
+    monkeypatch.setattr(platforms, '_CHIPS', ())
     monkeypatch.delenv('XLA_FLAGS')
-    hosts.devices()
+    platforms.devices()
     assert capfd.readouterr().err == 'warning: An NVIDIA GPU may be present\n'
 
 
 def test_xla_says_which_flag_it_does_not_know():
     environment = {**os.environ, 'XLA_FLAGS': '--xla_no_such_flag=1'}
     ended = subprocess.run(
-        [sys.executable, '-c', 'from upcycle import hosts; hosts.devices()'],
+        [sys.executable, '-c', 'from upcycle import platforms; platforms.devices()'],
         env=environment,
         capture_output=True,
         text=True,
@@ -343,7 +343,8 @@ def test_a_folder_of_checkpoints_that_tensorstore_cannot_open(name, words, tmp_p
 )
 def test_settings_that_jax_refuses_wherever_it_first_looks_at_them(settings, words):
     look = 'import jax; jax.process_index()'
-    program = f'import sys; from upcycle import cli; cli._evaluate = lambda *_: exec({look!r}); cli.main(sys.argv[1:])'
+    program = 'import sys; from upcycle import cli, handlers; '
+    program += f'handlers.evaluate = lambda *_: exec({look!r}); cli.main(sys.argv[1:])'
     arguments = [sys.executable, '-c', program, 'eval', '--from=x']
     done = subprocess.run(arguments, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1

@@ -20,8 +20,8 @@ from upcycle import files
 from upcycle.checkpoints import native, open_checkpoint, t5x
 from upcycle.errors import Unavailable
 from upcycle.metrics import MetricsLog, read_metrics
-from upcycle.train import lock as locks
-from upcycle.train import profile
+from upcycle.training import lock as locks
+from upcycle.training import profile
 
 gcsfs = pytest.importorskip('gcsfs', reason='needs gcsfs (pip install upcycle[test])')
 pytest.importorskip('gcp_storage_emulator', reason='needs gcp-storage-emulator (pip install upcycle[test])')

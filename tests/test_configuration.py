@@ -16,13 +16,14 @@ from etils import epath
 
 import gin
 from tests import runs
-from upcycle import configuration, gin_files, jobs, schema
+from upcycle import configuration, gin_files, gin_values, run_config, schema
+from upcycle.commands import train
 from upcycle.errors import UserError, UserErrors, mistakes_of
 from upcycle.models.vit import Gelu
 from upcycle.moe.config import BalanceLoss
 from upcycle.sweep import conduct
 from upcycle.sweep.points import Point
-from upcycle.train.trainable import Trainable
+from upcycle.training.trainable import Trainable
 
 
 def mistakes(files, bindings):
@@ -44,7 +45,7 @@ def test_all_mistakes_at_once():
         'NUM_HEADS': 0,
         'REMAT': 'some',
         'NUM_EXPERTS': 2.5,
-        'OPTIMIZER': '@upcycle.train.optimizer.Adafacto()',
+        'OPTIMIZER': '@upcycle.training.optimizer.Adafacto()',
         'MODEL_DIR': '[1, 2]',
     }
     found = wrong('scratch', **more)
@@ -58,7 +59,7 @@ def test_all_mistakes_at_once():
         "TRAIN_STEPS = 'many' must be a whole number of at least 1.",
         'NUM_EXPERTS = 2.5 must be a whole number',
         "REMAT = 'some' must be one of none, minimal, exchange, full.",
-        'did you mean upcycle.train.optimizer.Adafactor?',
+        'did you mean upcycle.training.optimizer.Adafactor?',
         'MODEL_DIR = [1, 2] must be a text.',
     ):
         assert words in text
@@ -73,9 +74,9 @@ def test_impossible_combinations_are_all_said():
 @pytest.mark.parametrize(
     ('more', 'words'),
     [
-        ({'MODEL': '@upcycle.train.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
+        ({'MODEL': '@upcycle.training.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
         (
-            {'OPTIMIZER': '@upcycle.train.optimizer.Adafactor'},
+            {'OPTIMIZER': '@upcycle.training.optimizer.Adafactor'},
             'OPTIMIZER = @Adafactor must be a Optimizer, written @NAME()',
         ),
         ({'DATA_SEED': '%RANDOM_SED'}, 'RANDOM_SED is not set (did you mean RANDOM_SEED?)'),
@@ -89,14 +90,17 @@ def test_impossible_combinations_are_all_said():
         ({'BASE_LEARNING_RATE': '1e999'}, 'BASE_LEARNING_RATE = inf must be a number'),
         ({'DROPOUT_RATE': 1}, 'DROPOUT_RATE = 1 must be a number in [0, 1)'),
         ({'SCAN_LAYERS': 1}, 'SCAN_LAYERS = 1 must be True or False'),
-        ({'upcycle.train.run.Run.sed': 1}, 'upcycle.train.run.Run has no parameter sed (did you mean seed?)'),
-        ({'\tupcycle.train.run.Run.seed': 1}, "binds '\\tupcycle.train.run.Run.seed', which is not a name"),
+        ({'upcycle.training.run.Run.sed': 1}, 'upcycle.training.run.Run has no parameter sed (did you mean seed?)'),
+        ({'\tupcycle.training.run.Run.seed': 1}, "binds '\\tupcycle.training.run.Run.seed', which is not a name"),
         ({'DATA SEED': 1}, "binds 'DATA SEED', which is not a name"),
         (
             {'TASK_FEATURE_LENGTHS': {}},
             "TASK_FEATURE_LENGTHS = {} must name the lengths of both 'inputs' and 'targets'",
         ),
-        ({'upcycle.train.rum.Run.seed': 1}, 'upcycle.train.rum.Run is not known (did you mean upcycle.train.run.Run?)'),
+        (
+            {'upcycle.training.rum.Run.seed': 1},
+            'upcycle.training.rum.Run is not known (did you mean upcycle.training.run.Run?)',
+        ),
     ],
 )
 def test_one_mistake(more, words):
@@ -116,7 +120,7 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
     path = tmp_path / 'mine.gin'
     path.write_text(
         'from __gin__ import dynamic_registration\n'
-        'from upcycle.train import optimiser\n'
+        'from upcycle.training import optimiser\n'
         'from upcycle.moe import config as moe\n'
         'BATCH_SIZ = 8\n'
         'MY_OWN = 4\n'
@@ -131,7 +135,7 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
     )
     found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
     for line, words in (
-        (2, 'upcycle.train.optimiser cannot be imported (did you mean upcycle.train.optimizer?)'),
+        (2, 'upcycle.training.optimiser cannot be imported (did you mean upcycle.training.optimizer?)'),
         (4, 'BATCH_SIZ is used by nothing (did you mean BATCH_SIZE?)'),
         (7, 'moe.MoEConfg is not known (did you mean moe.MoEConfig?)'),
         (9, 'moe.MoEConfig has no parameter num_expert (did you mean num_experts?)'),
@@ -249,7 +253,7 @@ def test_types(value, hint, expected):
         (jnp.zeros((), jnp.bfloat16).dtype, "'bfloat16'"),
         (pathlib.Path('/a/b'), "'/a/b'"),
         (epath.Path('/a/b'), "'/a/b'"),
-        (Trainable(), '@upcycle.train.trainable.Trainable()'),
+        (Trainable(), '@upcycle.training.trainable.Trainable()'),
         (None, 'None'),
         ("it's", '"it\'s"'),
     ],
@@ -289,29 +293,29 @@ def claim_of(tmp_path, kind='dense', **more):
     ids=str,
 )
 def test_a_value_is_the_same_however_it_is_written(before, now, tmp_path):
-    configuration.claim(*claim_of(tmp_path, 'scratch', **before))
-    configuration.claim(*claim_of(tmp_path, 'scratch', **now), write=False)
+    run_config.claim(*claim_of(tmp_path, 'scratch', **before))
+    run_config.claim(*claim_of(tmp_path, 'scratch', **now), write=False)
 
 
 def test_a_default_is_the_same_bound_or_not(tmp_path):
     """Whichever binding of a run is left out, as an older gin file may do."""
     run, bindings = claim_of(tmp_path, 'scratch', ENCODER_ROUTER='top_k')
-    defaults = configuration._defaults()
+    defaults = run_config.defaults_of_now()
     checked = 0
     for name, value in bindings.items():
         if value == defaults.get(name):
             fewer = {other: text for other, text in bindings.items() if other != name}
             for old, new in ((bindings, fewer), (fewer, bindings)):
                 (tmp_path / 'run' / 'config.gin').unlink(missing_ok=True)
-                configuration.claim(run, old)
-                configuration.claim(run, new)
+                run_config.claim(run, old)
+                run_config.claim(run, new)
             checked += 1
     assert checked > 20
 
 
 def began_with(tmp_path, kind='dense', changes=(), **more):
     """The config.gin of a run that began with other defaults: `changes` are (parameter, its value then; None: not there)."""
-    configuration.claim(*claim_of(tmp_path, kind, **more))
+    run_config.claim(*claim_of(tmp_path, kind, **more))
     path = tmp_path / 'run' / 'config.gin'
     lines = path.read_text().splitlines(keepends=True)
     first_default = next(i for i, line in enumerate(lines) if line.startswith('# Defaults'))
@@ -324,20 +328,20 @@ def began_with(tmp_path, kind='dense', changes=(), **more):
 
 
 def resumed(tmp_path, kind='dense', **more):
-    run = configuration.as_it_began(claim_of(tmp_path, kind, **more)[0])
-    configuration.claim(run, configuration.resolved())
+    run = run_config.as_it_began(claim_of(tmp_path, kind, **more)[0])
+    run_config.claim(run, configuration.resolved())
     return run
 
 
 def test_the_configuration_holds_every_operative_value(tmp_path):
     """Each parameter of everything that the run is made of, bound or not."""
-    configuration.claim(*claim_of(tmp_path, 'scratch'))
-    stored = configuration._read_config(tmp_path / 'run' / 'config.gin').all
+    run_config.claim(*claim_of(tmp_path, 'scratch'))
+    stored = run_config._read_config(tmp_path / 'run' / 'config.gin').all
     for name in ('Adafactor.clipping_threshold', 'decoder/upcycle.moe.config.MoEConfig.min_capacity', 'Run.dense_step'):
         assert any(found.endswith(name) for found in stored), name
     missing = {
         f'{selector}.{name}'
-        for selector, target, _ in configuration._reachable()
+        for selector, target, _ in gin_values.reachable()
         for name in schema.parameters(target)
         if f'{selector}.{name}' not in stored
     }
@@ -370,11 +374,11 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(kind, name, value, 
 def test_todays_default_is_another_run_if_it_is_asked_for(tmp_path):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     with pytest.raises(UserError, match=r'clipping_threshold is 0.5 and not 1.0'):
-        resumed(tmp_path, **{'upcycle.train.optimizer.Adafactor.clipping_threshold': 1.0})
+        resumed(tmp_path, **{'upcycle.training.optimizer.Adafactor.clipping_threshold': 1.0})
 
 
 def test_what_was_bound_is_not_taken_back_by_leaving_it_out(tmp_path):
-    configuration.claim(*claim_of(tmp_path, DROPOUT_RATE=0.5))
+    run_config.claim(*claim_of(tmp_path, DROPOUT_RATE=0.5))
     with pytest.raises(UserError, match='dropout_rate is 0.5 and not 0.0'):
         resumed(tmp_path)
 
@@ -383,7 +387,7 @@ def test_an_older_configuration_takes_todays_defaults_and_says_so(tmp_path, caps
     run, bindings = claim_of(tmp_path)
     path = tmp_path / 'run' / 'config.gin'
     path.parent.mkdir()
-    path.write_text(configuration.as_gin(bindings))
+    path.write_text(run_config.as_gin(bindings))
     assert resumed(tmp_path) == run
     said = capsys.readouterr().err
     assert re.search(
@@ -396,12 +400,14 @@ def test_an_older_configuration_takes_todays_defaults_and_says_so(tmp_path, caps
 def test_a_setting_that_is_newer_than_the_run_takes_its_default_and_says_so(tmp_path, capsys):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', None)])
     assert resumed(tmp_path).optimizer.clipping_threshold == 1.0
-    assert 'not hold 1 settings, which take the defaults of this version: upcycle.train.opt' in capsys.readouterr().err
+    assert (
+        'not hold 1 settings, which take the defaults of this version: upcycle.training.opt' in capsys.readouterr().err
+    )
 
 
 def test_a_setting_that_exists_no_longer_is_left_alone(tmp_path):
     path = began_with(tmp_path)
-    path.write_text(path.read_text() + 'upcycle.train.optimizer.Adafactor.old = 3\nupcycle.train.old.Old.x = 3\n')
+    path.write_text(path.read_text() + 'upcycle.training.optimizer.Adafactor.old = 3\nupcycle.training.old.Old.x = 3\n')
     resumed(tmp_path)
 
 
@@ -413,7 +419,7 @@ def test_what_may_change_follows_the_command(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.jobs.train()', '[', "'x'\nimport os"])
+@pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.commands.train.run()', '[', "'x'\nimport os"])
 def test_defaults_in_a_folder_are_data(value, tmp_path):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', value)])
     with pytest.raises(UserError, match='config.gin holds defaults that are no data|must be a number'):
@@ -424,7 +430,7 @@ def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
     """`train` and the check of a sweep."""
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     seen = []
-    monkeypatch.setattr(jobs.loop, 'train', lambda run, *_: seen.append(run.optimizer.clipping_threshold))
+    monkeypatch.setattr(train.loop, 'train', lambda start, *_: seen.append(start.run.optimizer.clipping_threshold))
     runs.train('dense', tmp_path / 'run', 6)
     assert seen == [0.5]
     point = Point(name='a', gin_files=runs.FILES['dense'], bindings=runs.bindings('dense', tmp_path / 'run', 6))
@@ -436,32 +442,32 @@ def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
     [
         ({'DATA_SEED': 1}, 'dense', 'SyntheticText.seed is 0 and not 1'),
         (
-            {'OPTIMIZER': '@optimizers/upcycle.train.optimizer.Adafactor()'},
+            {'OPTIMIZER': '@optimizers/upcycle.training.optimizer.Adafactor()'},
             'dense',
-            'Run.optimizer is @upcycle.train.optimizer.Adafactor() and not @optimizers/upcycle',
+            'Run.optimizer is @upcycle.training.optimizer.Adafactor() and not @optimizers/upcycle',
         ),
         ({'REMAT': 'full', 'DROPOUT_RATE': 0.5}, 'dense', 'dropout_rate is 0.0 and not 0.5'),
     ],
     ids=str,
 )
 def test_the_first_difference_that_is_named_is_one(more, kind, words, tmp_path):
-    configuration.claim(*claim_of(tmp_path))
+    run_config.claim(*claim_of(tmp_path))
     with pytest.raises(UserError) as error:
-        configuration.claim(*claim_of(tmp_path, kind, **more), write=False)
+        run_config.claim(*claim_of(tmp_path, kind, **more), write=False)
     assert words in str(error.value) and '<' not in str(error.value)
 
 
 @pytest.mark.parametrize('more', [{'REMAT': 'full'}, {'SCAN_LAYERS': True}], ids=str)
 def test_how_a_model_is_compiled_may_change(more, tmp_path):
-    configuration.claim(*claim_of(tmp_path))
-    configuration.claim(*claim_of(tmp_path, **more))
+    run_config.claim(*claim_of(tmp_path))
+    run_config.claim(*claim_of(tmp_path, **more))
 
 
 def test_a_dense_run_is_no_sparse_one(tmp_path):
     """Not by a setting of experts that the dense one had never heard of."""
-    configuration.claim(*claim_of(tmp_path))
+    run_config.claim(*claim_of(tmp_path))
     with pytest.raises(UserError, match=r'EncoderDecoderModel.\w+ is 0.0 and not 0.01|_moe is None and not @'):
-        configuration.claim(*claim_of(tmp_path, 'scratch'), write=False)
+        run_config.claim(*claim_of(tmp_path, 'scratch'), write=False)
 
 
 @pytest.mark.parametrize('text', ['', '\0\0\0', '\udcff', 'from __gin__ import dynamic_registration\n'])
@@ -469,14 +475,14 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
     run, identity = claim_of(tmp_path)
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'config.gin').write_bytes(text.encode(errors='surrogateescape'))
-    configuration.claim(run, identity, write=False)
+    run_config.claim(run, identity, write=False)
     (tmp_path / 'run' / 'checkpoints').mkdir()
     with pytest.raises(UserError, match='checkpoints but a config.gin that describes no run: bring that file back'):
-        configuration.claim(run, identity)
+        run_config.claim(run, identity)
     (tmp_path / 'run' / 'config.gin').unlink()
     (tmp_path / 'run' / 'config.gin').mkdir()
     with pytest.raises(UserError, match=r'config.gin cannot be read \(Is a directory\)'):
-        configuration.claim(run, identity)
+        run_config.claim(run, identity)
 
 
 @pytest.mark.parametrize(
@@ -586,18 +592,31 @@ def test_a_model_before_another_one_of_another_family():
     )
 
 
+def test_a_model_needs_less_than_a_run():
+    """`eval`, `convert` and `compile` ask for nothing that they do not read."""
+    found = wrong('upcycle', MODEL_DIR='%gin.REQUIRED', TRAIN_STEPS='%gin.REQUIRED')
+    assert [sentence.split()[0] for sentence in found] == ['MODEL_DIR', 'TRAIN_STEPS', 'INITIAL_CHECKPOINT_PATH']
+    small = {name: value for name, value in runs.SMALL_STEPS.items() if name != 'TRAIN_STEPS'}
+    run = configuration.load_model(runs.FILES['upcycle'], small)
+    assert run.total_steps is None and run.initial_checkpoint_path is None and run.surgery.operator.name == 'copy'
+    assert configuration.load_model(runs.FILES['upcycle'], {**small, 'TRAIN_STEPS': '7'}).total_steps == 7
+    for name, value in {'TRAIN_STEPS': '0', 'NUM_HEADS': 'many', 'BATCH_SIZ': '4'}.items():
+        with pytest.raises(UserError, match=f'{name} = {value}|{name}={value}|{name} = .{value}.'):
+            configuration.load_model(runs.FILES['upcycle'], {**small, name: value})
+
+
 def test_another_process_begins_the_run_while_this_one_looks(tmp_path, monkeypatch):
     """Between a look for config.gin and a look for checkpoints, process 0 may write both."""
     run = runs.build('dense', tmp_path / 'run', 6)
-    bound, read = configuration.resolved(), configuration._read_config
+    bound, read = configuration.resolved(), run_config._read_config
 
     def read_early(path):
         found = read(path)
         monkeypatch.undo()
-        configuration.claim(run, bound)
+        run_config.claim(run, bound)
         (tmp_path / 'run' / 'checkpoints').mkdir()
         return found
 
-    monkeypatch.setattr(configuration, '_read_config', read_early)
-    configuration.claim(run, bound, write=False)
+    monkeypatch.setattr(run_config, '_read_config', read_early)
+    run_config.claim(run, bound, write=False)
     assert (tmp_path / 'run' / 'config.gin').exists()

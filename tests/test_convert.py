@@ -15,11 +15,12 @@ from tests import runs
 from tests.checkpoints import trees
 from tests.test_cli import call
 from upcycle import configuration, outputs, partitioning
-from upcycle import convert as offline
-from upcycle.checkpoints import arrays, open_checkpoint, writing
+from upcycle import conversion as offline
+from upcycle.checkpoints import arrays, folder_writer, open_checkpoint, writing
 from upcycle.errors import UserError
-from upcycle.train import loop
-from upcycle.train.state import as_dict, from_checkpoint, layout
+from upcycle.training.first_state import from_checkpoint
+from upcycle.training.start import Start
+from upcycle.training.state import as_dict
 
 MODEL = (runs.TINY, 'moe/t5.gin')
 
@@ -37,11 +38,11 @@ def run_of(dense, tmp_path, **more):
 
 def first_state(run):
     """What a trainer starts from, flat and without its random key, and the receipt."""
-    mesh = loop.check(run)
-    with partitioning.use(mesh):
+    start = Start.of(run)
+    with partitioning.use(start.mesh):
         batch = next(run.train_data.batches(0))
-        batch = partitioning.put_batch(batch, partitioning.batch_sharding(mesh))
-        state, paper, _ = from_checkpoint(run, layout(run, mesh), batch)
+        batch = partitioning.put_batch(batch, partitioning.batch_sharding(start.mesh))
+        state, paper = from_checkpoint(start, batch)
     flat = flatten_dict(as_dict(state), sep='/')
     del flat['rng']
     return flat, paper
@@ -172,6 +173,23 @@ def test_more_experts_and_back_to_a_dense_model(dense, converted, tmp_path, caps
         np.testing.assert_allclose(made[name], leaf, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+def test_large_leaves_reach_hugging_face_in_parts(converted, tmp_path, capsys, monkeypatch):
+    """The conversion hands a leaf of more than 64 MiB over in rows, and a tensor lies there transposed."""
+    files = (runs.TINY, 'surgery/average.gin')
+    command = ['convert', *(f'--gin_file={file}' for file in files), '--gin.NUM_EMBEDDINGS=384', f'--from={converted}']
+    command += ['--optimizer_state=none', '--format=huggingface', '--verify']
+    assert call([*command, f'--to={tmp_path}/whole'], capsys)[0] == 0
+    monkeypatch.setattr(writing, '_SMALL_BYTES', 0)
+    monkeypatch.setattr(writing, '_PART_BYTES', 2000)
+    writing.parts.cache_clear()
+    try:
+        code, _, error = call([*command, f'--to={tmp_path}/parts'], capsys)
+    finally:
+        writing.parts.cache_clear()
+    assert code == 0, error
+    assert_equal(contents(tmp_path / 'parts'), contents(tmp_path / 'whole'))
+
+
 def test_what_needs_data_is_refused_before_anything_is_written(dense, tmp_path, capsys):
     code, _, error = call(arguments(dense, tmp_path / 'out', '--gin.ROUTER_INIT=hidden'), capsys)
     assert code == 2 and 'only `upcycle train` has' in error
@@ -233,7 +251,7 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
     run = run_of(dense, tmp_path)
     whole = offline.convert(run, str(tmp_path / 'whole'), 'upcycle')
     monkeypatch.setattr(writing, '_SMALL_BYTES', 0)  # an expert a chunk, however small
-    write = writing.FolderWriter.write
+    write = folder_writer.FolderWriter.write
     cut = []
 
     def fail(self, name, region, value):
@@ -242,12 +260,12 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(self, name, region, value)
 
-    monkeypatch.setattr(writing.FolderWriter, 'write', fail)
+    monkeypatch.setattr(folder_writer.FolderWriter, 'write', fail)
     with pytest.raises(KeyboardInterrupt):
         offline.convert(run, str(tmp_path / 'cut'), 'upcycle')
     again = []
     monkeypatch.setattr(
-        writing.FolderWriter,
+        folder_writer.FolderWriter,
         'write',
         lambda self, name, region, value: again.append((name, region)) or write(self, name, region, value),
     )
@@ -298,15 +316,15 @@ def test_killed_while_it_writes(dense, tmp_path, capsys, monkeypatch):
     code = f"""
 import os, signal
 from upcycle import cli
-from upcycle.checkpoints import writing
+from upcycle.checkpoints import folder_writer, writing
 writing._SMALL_BYTES = 0
-write, count = writing.FolderWriter.write, [0]
+write, count = folder_writer.FolderWriter.write, [0]
 def die(self, *arguments):
     count[0] += 1
     if count[0] == 60:
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, *arguments)
-writing.FolderWriter.write = die
+folder_writer.FolderWriter.write = die
 cli.main({command!r})
 """
     killed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -341,12 +359,12 @@ def test_verification_notices_a_disk_that_lies(dense, tmp_path, monkeypatch):
 def test_memory_holds_a_layer_and_not_a_model(dense, tmp_path, monkeypatch):
     """Parts reach the writer before the next MLP is read, and a source is read once."""
     order = []
-    read, write = offline._Conversion._source, writing.FolderWriter.write
+    read, write = offline._Conversion._source, folder_writer.FolderWriter.write
     monkeypatch.setattr(
         offline._Conversion, '_source', lambda self, name: order.append(('read', name)) or read(self, name)
     )
     monkeypatch.setattr(
-        writing.FolderWriter,
+        folder_writer.FolderWriter,
         'write',
         lambda self, name, *rest: order.append(('write', name)) or write(self, name, *rest),
     )

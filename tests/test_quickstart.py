@@ -10,9 +10,9 @@ from upcycle.metrics import read_metrics
 from upcycle.report.plots import Plot
 
 
-@pytest.mark.parametrize('family', quick.FAMILIES)
+@pytest.mark.parametrize('family', quick.JOBS)
 def test_equal_flops_and_the_same_batches(family):
-    dense, continuation, upcycled, scratch = quick.branches(quick.FAMILIES[family], '/nowhere', 1.0, seed=3)
+    dense, continuation, upcycled, scratch = quick.branches(quick.JOBS[family], '/nowhere', 1.0, seed=3)
     steps = {branch.name: int(branch.bindings['TRAIN_STEPS']) for branch in (dense, continuation, upcycled, scratch)}
     cost = {branch.name: quick._step_flops(branch) for branch in (dense, scratch)}
     extra = (steps['upcycled'] - steps['dense']) * cost['scratch']
@@ -32,10 +32,10 @@ ONE_LAYER = {
 
 @pytest.mark.parametrize('family', ['language', pytest.param('vision', marks=pytest.mark.exhaustive)])
 def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypatch):
-    out, small, job = tmp_path / 'out', tmp_path / 'small.gin', quick.FAMILIES[family]
+    out, small, job = tmp_path / 'out', tmp_path / 'small.gin', quick.JOBS[family]
     bindings = ['EVAL_STEPS = 1', 'NUM_EXPERTS = 4', 'STEP_0_CAPACITY_FACTORS = (2.0,)', *ONE_LAYER[family]]
     small.write_text('\n'.join([f"include '{job.settings}'", *bindings, '']))
-    monkeypatch.setitem(quick.FAMILIES, family, dataclasses.replace(job, settings=str(small)))
+    monkeypatch.setitem(quick.JOBS, family, dataclasses.replace(job, settings=str(small)))
     if family == 'language':
         monkeypatch.setattr(Plot, 'png', lambda self: b'')  # The page shows the SVG.
     page = quick.quickstart(str(out), family=family, budget=0.002)
@@ -45,7 +45,7 @@ def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypat
     assert 'upcycle train' in html
     for branch in ('dense', 'dense_continuation', 'upcycled', 'scratch'):
         assert read_metrics(str(out / 'seed_0' / branch / 'metrics.jsonl'))[-1]['split'] == 'validation'
-    monkeypatch.setattr(quick.jobs, 'train', None)  # nothing is left to train
+    monkeypatch.setattr(quick.train, 'run', None)  # nothing is left to train
     assert quick.quickstart(str(out), family=family, budget=0.002) == page
     with pytest.raises(UserError, match='--budget'):
         quick.quickstart(str(out), family=family, budget=0.003)

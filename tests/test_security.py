@@ -10,8 +10,9 @@ import types
 import pytest
 from etils import epath
 
-from upcycle import cli, gin_files, jobs
+from upcycle import cli, configuration, files, gin_data
 from upcycle.checkpoints import open_checkpoint
+from upcycle.commands import evaluate
 from upcycle.errors import UserError, without_password
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -80,14 +81,14 @@ def test_nothing_executes_what_it_reads():
 
 PROGRAMS = {
     'another module': 'import os\nA = @os.getcwd()\n',
-    'a module of a module of ours': 'import upcycle.jobs\nupcycle.jobs.os.getcwd.x = 1\n',
-    'a function of ours': 'import upcycle.jobs\nupcycle.train.run.Run.seed = @upcycle.jobs.train()\n',
+    'a module of a module of ours': 'import upcycle.commands.train\nupcycle.commands.train.jax.devices.x = 1\n',
+    'a function of ours': 'import upcycle.commands.train\nupcycle.training.run.Run.seed = @upcycle.commands.train.run()\n',
     'another module for tasks': "import upcycle.data.text\nupcycle.data.text.DatasetConfig.module = 'evil'\n",
     'code that TFDS downloads': "import upcycle.data.tfds_images\nupcycle.data.tfds_images.TfdsImages.name = 'huggingface:x/y'\n",
     'a namespace of TFDS': "import upcycle.data.tfds_images\ntrain/upcycle.data.tfds_images.TfdsImages.name = 'kaggle:x:1.0.0'\n",
     'a block': "import upcycle.data.tfds_images\nupcycle.data.tfds_images.TfdsImages:\n  name = ['a']\n",
     'another file': "include '/etc/passwd'\n",
-    'an alias': 'from upcycle import jobs as run\nrun.train.name = 3\n',
+    'an alias': 'from upcycle.commands import train as run\nrun.run.name = 3\n',
     'no gin': 'import os; os.getcwd()\n',
 }
 
@@ -95,9 +96,9 @@ PROGRAMS = {
 @pytest.mark.parametrize('program', PROGRAMS)
 def test_a_program_beside_a_checkpoint_is_not_run(program, tmp_path, capsys, monkeypatch):
     (tmp_path / 'config.gin').write_text('from __gin__ import dynamic_registration\n' + PROGRAMS[program])
-    monkeypatch.setattr(jobs, 'open_checkpoint', lambda path: types.SimpleNamespace(path=path))
-    monkeypatch.setattr(jobs, 'require_whole', lambda path: None)
-    monkeypatch.setattr(jobs.configuration, 'load', lambda *_: pytest.fail('it was read'))
+    monkeypatch.setattr(evaluate, 'open_checkpoint', lambda path: types.SimpleNamespace(path=path))
+    monkeypatch.setattr(evaluate, 'require_whole', lambda path: None)
+    monkeypatch.setattr(configuration, 'load_model', lambda *_: pytest.fail('it was read'))
     with pytest.raises(SystemExit) as stop:
         cli.main(['eval', f'--from={tmp_path}'])
     assert stop.value.code == 2
@@ -105,7 +106,7 @@ def test_a_program_beside_a_checkpoint_is_not_run(program, tmp_path, capsys, mon
 
 
 def test_the_configuration_of_a_run_is_data(upcycled):
-    gin_files.require_data(f'{upcycled}/config.gin')
+    gin_data.require_data(f'{upcycled}/config.gin')
 
 
 @pytest.mark.parametrize(
@@ -115,22 +116,22 @@ def test_a_data_set_of_tfds_is_data(name, tmp_path):
     lines = ['from __gin__ import dynamic_registration', 'import upcycle.data.tfds_images']
     lines += [f'validation/upcycle.data.tfds_images.TfdsImages.name = {name!r}']
     (tmp_path / 'config.gin').write_text('\n'.join(lines))
-    gin_files.require_data(str(tmp_path / 'config.gin'))
+    gin_data.require_data(str(tmp_path / 'config.gin'))
 
 
 def test_a_copy_of_a_configuration_in_a_bucket_is_removed(tmp_path, monkeypatch):
     """And the message names the bucket, and not the copy."""
     (tmp_path / 'config.gin').write_text('from __gin__ import dynamic_registration\n')
-    monkeypatch.setattr(jobs.files, 'is_remote', lambda path: True)
-    monkeypatch.setattr(jobs.files, 'absolute', epath.Path)
-    with jobs._config_of(str(tmp_path)) as copy:
+    monkeypatch.setattr(files, 'is_remote', lambda path: True)
+    monkeypatch.setattr(files, 'absolute', epath.Path)
+    with evaluate._config_of(str(tmp_path)) as copy:
         assert pathlib.Path(copy).read_text() == (tmp_path / 'config.gin').read_text()
     assert not os.path.exists(copy)
     (tmp_path / 'config.gin').write_text('import os\n')
     with pytest.raises(
         UserError, match=f'{tmp_path}/config.gin is not read unasked, .* name a local copy with --gin_file.'
     ):
-        jobs._config_of(str(tmp_path)).__enter__()
+        evaluate._config_of(str(tmp_path)).__enter__()
 
 
 def test_passwords_are_neither_shown_nor_kept(capsys, tmp_path):

@@ -38,7 +38,11 @@ def pod(topology, host=(2, 2, 1)):
     return [Device(i, process, coords, names[kind]) for i, (process, coords) in enumerate(sorted(found))]
 
 
-PAPER = {(topology, of['MESH_SHAPE']) for *both, topology in (paper._POD, paper._XL_POD) for of in both}
+PAPER = {
+    (pod.topology, bindings['MESH_SHAPE'])
+    for pod in (paper.POD, paper.FOUR_WAY_POD)
+    for bindings in (pod.bindings, pod.sparse)
+}
 OTHERS = {
     ('v4:2x2x4', (1, 1, 16)),
     ('v4:2x2x4', (2, 2, 4)),
@@ -71,7 +75,7 @@ def test_a_process_of_a_pod_reads_what_its_devices_hold(topology, shape):
 
 def test_model_crosses_hosts_on_the_papers_largest_mesh():
     """Two hosts hold each part of the batch, so they read the same rows."""
-    *_, topology = paper._XL_POD
+    topology = paper.FOUR_WAY_POD.topology
     for shape in ((2, 32, 4), (64, 1, 4)):
         sharding = partitioning.batch_sharding(partitioning.make_mesh(shape, None, pod(topology)))
         shares = [partitioning.share_of(sharding, process) for process in range(64)]

@@ -19,7 +19,17 @@ from etils import epath
 from tests.checkpoints import trees, vits
 from tests.test_cli import call
 from upcycle import outputs
-from upcycle.checkpoints import create_checkpoint, huggingface, native, open_checkpoint, t5x, writing
+from upcycle.checkpoints import (
+    create_checkpoint,
+    folder_writer,
+    journal,
+    native,
+    open_checkpoint,
+    safetensors,
+    staging,
+    t5x,
+    writing,
+)
 from upcycle.errors import UserError
 from upcycle.transfer import transfer, write
 
@@ -64,7 +74,7 @@ def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
         'vit_npz': (zipfile.ZipFile, 'writestr'),
         't5x_legacy': (t5x.LegacyLayout, 'commit'),
         'upcycle': (native.NativeLayout, 'commit'),
-        'huggingface': (huggingface.os, 'fsync'),
+        'huggingface': (safetensors.os, 'fsync'),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*last[format], full)
@@ -104,7 +114,7 @@ def test_a_claim_on_what_another_writer_has_just_finished(tmp_path, monkeypatch)
         return opened(*arguments)
 
     monkeypatch.setattr(os, 'open', finished)
-    writing.Claim(place, epath.Path(tmp_path / 'out'), outputs.Kind.NEW_FOLDER).release()
+    staging.Claim(place, epath.Path(tmp_path / 'out'), outputs.Kind.NEW_FOLDER).release()
     assert place.is_dir()
 
 
@@ -227,7 +237,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
 
 def interrupted(monkeypatch, after):
     """Makes the writer fail as a full disk does, after some parts."""
-    write = writing.FolderWriter.write
+    write = folder_writer.FolderWriter.write
     seen = []
 
     def fail(self, name, region, value):
@@ -236,7 +246,7 @@ def interrupted(monkeypatch, after):
             raise writing.WriteError('no space left')
         write(self, name, region, value)
 
-    monkeypatch.setattr(writing.FolderWriter, 'write', fail)
+    monkeypatch.setattr(folder_writer.FolderWriter, 'write', fail)
     return write
 
 
@@ -251,7 +261,7 @@ def test_goes_on_where_it_was_cut_off(format, tmp_path, monkeypatch):
         open_checkpoint(tmp_path / 'out')
     asked = []
     monkeypatch.setattr(
-        writing.FolderWriter, 'write', lambda self, name, *rest: asked.append(name) or write(self, name, *rest)
+        folder_writer.FolderWriter, 'write', lambda self, name, *rest: asked.append(name) or write(self, name, *rest)
     )
     with pytest.raises(UserError, match='is the beginning of another write .*leaves is'):
         transfer(source, tmp_path / 'out', format, dtype='bfloat16')
@@ -264,7 +274,7 @@ def test_goes_on_where_it_was_cut_off(format, tmp_path, monkeypatch):
         open_checkpoint(path),
         {name: value for name, value in tree.items() if name in kept},
     )
-    assert not (folder / writing.JOURNAL).exists() and len(list(folder.parent.iterdir())) == 1
+    assert not (folder / journal.FILE).exists() and len(list(folder.parent.iterdir())) == 1
 
 
 def test_killed_leaves_nothing_that_looks_finished(tmp_path):
@@ -277,12 +287,12 @@ def test_killed_leaves_nothing_that_looks_finished(tmp_path):
     code = f"""
 import os, signal
 from upcycle import cli
-from upcycle.checkpoints import writing
-finish = writing.FolderWriter.finish
+from upcycle.checkpoints import folder_writer
+finish = folder_writer.FolderWriter.finish
 def die(self, *arguments):
     self._settle()
     os.kill(os.getpid(), signal.SIGKILL)
-writing.FolderWriter.finish = die
+folder_writer.FolderWriter.finish = die
 cli.main({command!r})
 """
     killed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -295,21 +305,21 @@ cli.main({command!r})
 
 def test_the_journal_waits_for_the_disk(tmp_path, monkeypatch):
     """A part is noted only once it is safe from a crash of the machine."""
-    monkeypatch.setattr(writing, '_SECONDS_BETWEEN_SYNCS', 0.0)
+    monkeypatch.setattr(journal, '_SECONDS_BETWEEN_SYNCS', 0.0)
     synced = []
-    monkeypatch.setattr(writing.os, 'sync', lambda: time.sleep(0.01) or synced.append(len(written)))
+    monkeypatch.setattr(journal.os, 'sync', lambda: time.sleep(0.01) or synced.append(len(written)))
     written = []
-    settle = writing.FolderWriter._settle_one
-    monkeypatch.setattr(writing.FolderWriter, '_settle_one', lambda self: written.append(1) or settle(self))
+    settle = folder_writer.FolderWriter._settle_one
+    monkeypatch.setattr(folder_writer.FolderWriter, '_settle_one', lambda self: written.append(1) or settle(self))
     noted = []
-    let_go = writing.FolderWriter._let_go
+    let_go = folder_writer.FolderWriter._let_go
 
     def look(self):
         let_go(self)
         if not noted:
-            noted.extend((self.folder / writing.JOURNAL).read_text().splitlines()[1:])
+            noted.extend((self.folder / journal.FILE).read_text().splitlines()[1:])
 
-    monkeypatch.setattr(writing.FolderWriter, '_let_go', look)
+    monkeypatch.setattr(folder_writer.FolderWriter, '_let_go', look)
     tree = trees.t5(False, state=False)
     path = trees.write(tmp_path / 'x', 'upcycle', tree)
     assert sorted(json.loads(line)[0] for line in noted) == sorted(tree)

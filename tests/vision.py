@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from upcycle import jobs
+from upcycle.commands import train
 from upcycle.data import tensorflow_quiet
 
 MODEL, MOE, TASK = 'models/vit_mini.gin', 'moe/vit.gin', 'tasks/mnist5k.gin'
@@ -35,7 +35,7 @@ def bindings(model_dir: str | os.PathLike[str], steps: int, **more: object) -> d
 def dense_checkpoint(folder: str) -> str:
     """A dense run of two steps, made once for each folder."""
     path = os.path.join(folder, 'dense_vit')
-    jobs.train((MODEL, TASK, 'runs/pretrain.gin'), bindings(path, 2))
+    train.run((MODEL, TASK, 'runs/pretrain.gin'), bindings(path, 2))
     return path
 
 

@@ -22,9 +22,9 @@ from jax.experimental import topologies
 from upcycle import cost, partitioning
 from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
-from upcycle.train import loop
-from upcycle.train.run import Run
-from upcycle.train.state import layout
+from upcycle.training import loop, start
+from upcycle.training.run import ModelRun
+from upcycle.training.state import layout
 
 GiB = 2**30
 
@@ -58,6 +58,8 @@ CHIPS = {
     'v5p': Chip(459e12, 95 * GiB, 2765e9, 600e9, 2),
     'v6e': Chip(918e12, 32 * GiB, 1640e9, 448e9, 1),
 }
+# That core-days are estimated for where TRAIN_STEPS is not given; no other figure depends on it.
+STEPS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Account:
         )
 
 
-def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> tuple[Account, str]:
+def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[Account, str]:
     """Compiles a run's training step for a topology.
 
     Args:
@@ -156,9 +158,10 @@ def compile_run(run: Run, topology: str, *, num_slices: int = 1) -> tuple[Accoun
     Raises:
       UserError: libtpu is not installed, the topology is unknown, or the program does not fit.
     """
+    run = dataclasses.replace(run, total_steps=run.total_steps or STEPS)
     devices = _devices(topology, num_slices)
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
-    loop.check_batches(run, mesh)
+    start.check_batches(run, mesh)
     where = layout(run, mesh)
     with partitioning.use(mesh), _ticking(f'compiling for {len(devices)} devices of {topology}') as elapsed:
         lowered = loop.lower_step(run, where, partitioning.batch_sharding(mesh))
@@ -199,7 +202,7 @@ ADVICE = (
 )
 
 
-def show(account: Account, run: Run, utilization: float) -> str:
+def show(account: Account, run: ModelRun, utilization: float) -> str:
     """The account as text."""
     gb = 1e9
     lines = [
@@ -224,20 +227,21 @@ def show(account: Account, run: Run, utilization: float) -> str:
     seconds = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in account.seconds().items())
     loops = ' Memory traffic inside loops counts once, so that is too small.' if account.has_loops else ''
     lines.append(f'step, ESTIMATED      {seconds}; nothing was run.{loops}')
+    steps = run.total_steps or STEPS
     lines.append(
-        f'core-days, ESTIMATED {account.core_days(run.total_steps, utilization):.2f} for {run.total_steps} steps at '
+        f'core-days, ESTIMATED {account.core_days(steps, utilization):.2f} for {steps} steps at '
         f'{utilization:.0%} of the peak'
     )
     return '\n'.join(lines)
 
 
-def as_json(account: Account, run: Run, utilization: float) -> dict[str, Any]:
+def as_json(account: Account, run: ModelRun, utilization: float) -> dict[str, Any]:
     """The account for other programs."""
     return {
         **dataclasses.asdict(account),
         'fits': account.fits,
         'estimated_seconds': account.seconds(),
-        'estimated_core_days': account.core_days(run.total_steps, utilization),
+        'estimated_core_days': account.core_days(run.total_steps or STEPS, utilization),
     }
 
 

@@ -12,19 +12,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from etils import epath
 from etils.epath import gpath
 
+from upcycle.buckets import refused_by_bucket as refused_by_bucket
+from upcycle.buckets import shortened
 from upcycle.errors import Unavailable, UserError, without_password
 
 # TensorStore's drivers by the scheme of an address.
 STORES = {'gs': 'gcs', 's3': 's3'}
-# What pathlib and os.path.normpath leave of an address.
+# An address after pathlib or os.path.normpath.
 _DAMAGED_ADDRESS = re.compile(f'({"|".join(STORES)}):/?(?!/)(.*)')
-# Seconds between tries; the last pause is repeated until `PATIENCE` is over.
+# Seconds between tries; the last one is repeated until `PATIENCE` is over.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 PATIENCE = 120.0
 _BLOCK_BYTES = 16 << 20
@@ -36,7 +38,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are.
 
     Raises:
-      UserError: an address of a kind that we do not read, or the home of nobody.
+      UserError: an address of a kind that we do not read, or the home of an unknown user.
     """
     name = os.fspath(path)
     if not is_remote(name):
@@ -64,7 +66,7 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
 
 @functools.cache
 def _load_client() -> None:
-    """Where TensorFlow is what etils will read buckets with, loads it as all of us do: silently, and without accelerators."""
+    """Loads TensorFlow, where etils reads buckets with it, silently and without accelerators."""
     off = os.environ.get('EPATH_USE_TF', '').lower() in ('false', 'no', 'f', '0')
     if not off and importlib.util.find_spec('tensorflow') is not None:
         from upcycle.data import tensorflow_quiet
@@ -77,112 +79,8 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return '://' in os.fspath(path)
 
 
-# What the clients of buckets raise (TensorFlow's, fsspec's with gcsfs or s3fs, TensorStore), by the beginning of the module
-# that defines it. Their own retries are over by then.
-_CLIENTS = (
-    *('tensorflow.', 'gcsfs.', 's3fs.', 'fsspec.', 'aiohttp.', 'aiobotocore.', 'botocore.'),
-    *('google.', 'requests.', 'urllib3.'),
-)
-# Without an answer: nothing is said about the address. Status words are those of gRPC, as TensorFlow and TensorStore use them.
-_SILENCE = re.compile(
-    r'libcurl code|\bUNAVAILABLE\b|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\bABORTED\b|resolve|timed? ?out|Cannot connect|'
-    r'Could not connect|Connection (?:reset|refused|aborted)|Max retries|HTTP (?:response )?(?:code )?(?:429|5\d\d)\b|'
-    r'Name or service not known|Temporary failure|unreachable',
-    re.IGNORECASE,
-)
-_SILENT = (
-    *('Unavailable', 'DeadlineExceeded', 'ResourceExhausted', 'Aborted'),
-    *('Timeout', 'Connect', 'Transport', 'gaierror'),
-)
-_ADDRESS = re.compile(r'(?:gs|s3)://[^\s\'",;)\]]*')
-
-
-def refused_by_bucket(error: BaseException, arguments: Sequence[str] = ()) -> UserError | None:
-    """What the client of a bucket says, as a sentence.
-
-    Args:
-      error: whatever ended a command.
-      arguments: of the command; the addresses in them.
-
-    Returns:
-      `Unavailable` where nothing answered, another `UserError` where the answer was no; None: the error has nothing to do with a
-      bucket.
-    """
-    asked = [address for argument in arguments for address in _ADDRESS.findall(argument)]
-    for cause in _causes(error):
-        kind, text = type(cause), ' '.join(str(cause).split())
-        named = _ADDRESS.findall(text)
-        by_client = kind.__module__.startswith(_CLIENTS)
-        # Their clients also raise Python's own, and of those only some can be anything else.
-        by_python = isinstance(cause, OSError | ImportError | ValueError | KeyError) and (
-            bool(named)
-            or ('bucket' in text.lower())
-            or text.startswith(('http://', 'https://'))  # gcsfs, where the bucket does not exist
-            or kind.__name__ in ('gaierror', 'TimeoutError', 'PermissionError')
-            or (isinstance(cause, ImportError) and re.search('gcsfs|s3fs', text) is not None)
-        )
-        if not ((by_client and (asked or named)) or (by_python and asked)):
-            continue
-        where = without_password((named or asked)[0])
-        status = _http_status(cause)
-        if (
-            status in (408, 429)
-            or status >= 500
-            or (not status and (any(word in kind.__name__ for word in _SILENT) or _SILENCE.search(text)))
-        ):
-            return Unavailable(
-                f'{where} does not answer ({_short(text) or kind.__name__}): check the network, and repeat the command.'
-            )
-        if 'not implemented' in text and 'scheme' in text:
-            return UserError(
-                f'{where} cannot be used: TensorFlow has no client for it: set EPATH_USE_TF=false, and pip install '
-                f'{"s3fs" if where.startswith("s3") else "gcsfs"}.'
-            )
-        if isinstance(cause, ImportError):
-            return UserError(
-                f'{where} cannot be used ({_short(text)}): pip install {"s3fs" if where.startswith("s3") else "gcsfs"}.'
-            )
-        return UserError(
-            f'{where} cannot be used ({_short(text) or kind.__name__}): check the address, that the bucket exists, and that the '
-            'credentials of this machine may use it.'
-        )
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, those of a group, and what each was raised from."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        error = waiting.pop(0)
-        if error is None or id(error) in seen:
-            continue
-        seen.add(id(error))
-        yield error
-        waiting += [
-            *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()),
-            error.__cause__,
-            error.__context__,
-        ]
-
-
-def _http_status(error: BaseException) -> int:
-    """The status of an HTTP answer that an error carries; 0: none."""
-    response = getattr(error, 'response', None)
-    metadata = response.get('ResponseMetadata', {}) if isinstance(response, dict) else {}
-    for value in (metadata.get('HTTPStatusCode'), getattr(error, 'code', None), getattr(error, 'status', None)):
-        if isinstance(value, int | str) and str(value).isdigit() and 100 <= int(value) < 600:
-            return int(value)
-    return 0
-
-
-def _short(text: str, longest: int = 300) -> str:
-    text = without_password(text).rstrip('. ')
-    return text if len(text) <= longest else f'{text[:longest]}...'
-
-
 class _Patience(threading.local):
-    """How long this thread asks a bucket that does not answer, in seconds; None: as long as all threads."""
+    """For how many seconds a bucket that does not answer is asked again: by all threads, and by this one (None: as all)."""
 
     of_all: float = 0.0
     here: float | None = None
@@ -193,10 +91,10 @@ _patience = _Patience()
 
 @contextlib.contextmanager
 def patient(seconds: float = PATIENCE) -> Iterator[None]:
-    """Inside, every thread asks a bucket that does not answer again, with growing pauses; after the retries of its client.
+    """Inside, every thread repeats requests that a bucket does not answer, with growing pauses; after the retries of its client.
 
     Args:
-      seconds: after which no other try begins.
+      seconds: after which no new try begins.
     """
     before = _Patience.of_all
     _Patience.of_all = seconds
@@ -208,7 +106,7 @@ def patient(seconds: float = PATIENCE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def asking_once() -> Iterator[None]:
-    """Inside, this thread leaves another try to its caller."""
+    """Inside, this thread repeats no request."""
     before, _patience.here = _patience.here, 0.0
     try:
         yield
@@ -219,12 +117,12 @@ def asking_once() -> Iterator[None]:
 def patiently(
     ask: Callable[[], Answer], where: str | os.PathLike[str], done: type[Exception] | None = None
 ) -> Answer | None:
-    """What a function returns, which may be called several times; see `patient`.
+    """The result of a function, which may be called several times; see `patient`.
 
     Args:
       ask: asks a bucket.
       where: an address in it.
-      done: what it raises where an earlier try has succeeded and its answer was lost.
+      done: raised where an earlier try has succeeded and its answer was lost.
     """
     end = time.monotonic() + (_patience.of_all if _patience.here is None else _patience.here)
     for tries, pause in enumerate(itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1]))):
@@ -237,7 +135,7 @@ def patiently(
             if not isinstance(refusal, Unavailable) or time.monotonic() + pause > end:
                 raise
             if not tries:
-                said = _short(' '.join(str(error).split())) or type(error).__name__
+                said = shortened(' '.join(str(error).split())) or type(error).__name__
                 print(f'warning: {where} does not answer ({said}): trying again.', file=sys.stderr, flush=True)
         time.sleep(pause)
     raise AssertionError
@@ -245,7 +143,7 @@ def patiently(
 
 @contextlib.contextmanager
 def unanswered(where: str | os.PathLike[str]) -> Iterator[None]:
-    """Around what is repeated later if it fails: suppresses errors of a disk, and a bucket's refusal or silence."""
+    """Suppresses errors of a disk, and a bucket's refusal or silence: for writes that are repeated later."""
     try:
         yield
     except Exception as error:
@@ -281,7 +179,7 @@ epath.register_path_cls([f'{scheme}://' for scheme in STORES])(_BucketPath)
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file at once: whoever reads sees the old text or the new one."""
+    """Writes a file atomically: a reader sees the old text or the new one."""
     if is_remote(path):
         path.write_text(text)
         return
@@ -298,7 +196,7 @@ def send(source: pathlib.Path, target: epath.Path) -> None:
     """Copies a local file to a bucket, in blocks.
 
     Raises:
-      OSError: fewer bytes have arrived.
+      OSError: the bucket has fewer bytes.
     """
 
     def copy() -> None:
@@ -312,10 +210,10 @@ def send(source: pathlib.Path, target: epath.Path) -> None:
 
 
 class Mirror:
-    """A folder to which files are appended: the folder itself, or, of a bucket, a local one that is copied there.
+    """A folder of growing files: the folder itself, or, in a bucket, a local one that is copied there.
 
     Args:
-      folder: where the files are to be.
+      folder: of the files.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -339,7 +237,7 @@ class Mirror:
         """Sends the rest.
 
         Raises:
-          Unavailable, UserError: the bucket does not take it. The local folder stays, and the message names it.
+          Unavailable, UserError: the bucket does not accept it. The local folder stays, and the message names it.
         """
         try:
             self.copy()

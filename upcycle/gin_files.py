@@ -1,13 +1,12 @@
 """Reading gin files and bindings of the command line: statement by statement, so that one mistake does not hide the next.
 
 gin's own parser and registry do the work. A gin file may import and call any Python function: it is as much a program as a
-script, and only files that the user names are read so. What lies beside a checkpoint has to pass `require_data` first.
+script, and only files that the user names are read so. What lies beside a checkpoint has to pass `gin_data.require_data` first.
 """
 
 import ast
 import dataclasses
 import difflib
-import importlib
 import inspect
 import io
 import os
@@ -15,11 +14,13 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import gin
 from gin import config_parser
-from upcycle.errors import UserError, without_password
+from upcycle import aliases
+from upcycle.errors import without_password
+from upcycle.models.registry import FAMILIES
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 # Folders of gin files, and those whose files they are named after, since they override them.
@@ -31,13 +32,11 @@ FOLLOWS = {
     'recipes': ('models', 'moe', 'tasks', 'runs'),
     'surgery': ('models', 'moe', 'tasks', 'runs'),
 }
-# The attribute of a dataclass that says which texts its fields may have in a file that nobody has named: a pattern for each
-# field whose value can choose code that is imported or downloaded.
-HARMLESS = 'harmless'
+# The name of files that only others of their folder include.
+BASE = 'base.gin'
 # A reference that could not be resolved, of which a mistake already tells.
 UNKNOWN = object()
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
-_OUR_MODULE = re.compile(r'upcycle(\.[a-z]\w*)+')
 _MACRO = re.compile(r'%([A-Za-z_]\w*)')
 # Of a macro or a parameter, with scopes: train/synthetic.SyntheticText.seed.
 _NAME = re.compile(r'[A-Za-z_][\w./]*')
@@ -113,11 +112,10 @@ def shipped() -> dict[str, str]:
 def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
     """What is wrong with files of ours that name another family of models in their own names, as moe/FAMILY.gin does."""
     ours = shipped()
-    families = {pathlib.PurePath(name).stem for name in ours if name.startswith('moe/')}
     for name in dict.fromkeys('/'.join(pathlib.PurePath(file).parts[-2:]) for file in files):
         folder, _, stem = name.removesuffix('.gin').rpartition('/')
         words = stem.split('_')
-        others = [word for word in words if word in families and word != family]
+        others = [word for word in words if word in FAMILIES and word != family]
         if name not in ours or not others or family in words:
             continue
         instead = (
@@ -130,12 +128,16 @@ def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
 
 
 def definers(macro: str) -> list[str]:
-    """Which of our files set a macro to something."""
-    return [
+    """Which of our files set a macro to something; for one that is only there to be included, those that include it."""
+    ours = shipped()
+    found = [
         name
-        for name, text in shipped().items()
+        for name, text in ours.items()
         if re.search(rf'^{re.escape(macro)} = (?!%gin.REQUIRED|None)', text, re.MULTILINE)
     ]
+    bases = [name for name in found if pathlib.PurePath(name).name == BASE]
+    including = [name for name, text in ours.items() if any(f"include '{base}'" in text for base in bases)]
+    return sorted({*found, *including} - {*bases})
 
 
 def macros_of(texts: Iterable[str]) -> set[str]:
@@ -147,107 +149,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean X?)', or nothing where no known name is similar."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f' (did you mean {close[0]}?)' if close else ''
-
-
-def require_data(path: str, shown: str | None = None) -> None:
-    """Makes sure that a gin file does nothing but describe a run of ours, before it is read as one.
-
-    A `config.gin` lies beside weights that may come from anywhere, and nobody has asked to run it. So it may import our own
-    modules only, call our own dataclasses only, and give their fields only values that choose no foreign code: see
-    `HARMLESS`.
-
-    Args:
-      path: of the file.
-      shown: its path for the message, where that is a copy.
-
-    Raises:
-      UserError: it could do something else.
-    """
-    try:
-        with open(path, encoding='utf-8') as file:
-            reason = _more_than_data(file)
-    except Exception as error:  # gin's parser and Python's tokenizer raise nearly every built-in type
-        reason = _one_line(error)
-    if reason is not None:
-        way_out = f'name it with --gin_file={path}' if shown is None else 'name a local copy with --gin_file'
-        raise UserError(
-            f'{shown or path} is not read unasked, because it is more than the description of a run ({reason}): look at it, and '
-            f'if you trust whoever wrote it, {way_out}.'
-        )
-
-
-def bind(text: str, path: str) -> None:
-    """Puts bindings that a run has stored into gin's configuration.
-
-    Args:
-      text: a gin file.
-      path: of the file that it is a part of.
-
-    Raises:
-      UserError: it does not parse, or could do more than describe a run.
-    """
-    try:
-        reason = _more_than_data(io.StringIO(text))
-        if reason is None:
-            gin.parse_config(text)
-    except Exception as error:
-        reason = _one_line(error)
-    if reason is not None:
-        raise UserError(f'{path} holds defaults that are no data ({reason}): correct it, or name another MODEL_DIR.')
-
-
-def _more_than_data(file: TextIO) -> str | None:
-    """Why a gin file may do more than describe a run; None where it may not."""
-
-    class Names(config_parser.ParserDelegate):
-        def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
-            selectors.append(scoped_configurable_name.rpartition('/')[2])
-            return scoped_configurable_name
-
-        def macro(self, macro_name: str) -> str:
-            return macro_name
-
-    selectors: list[str] = []
-    reason = None
-    for statement in config_parser.ConfigParser(file, Names()):
-        reason = reason or _danger_of(statement, selectors)
-    return reason
-
-
-def _danger_of(statement: Any, selectors: list[str]) -> str | None:
-    """Why a statement may do more than describe, None where it may not. `selectors`: references so far; they are taken."""
-    if isinstance(statement, config_parser.ImportStatement):
-        ours = _OUR_MODULE.fullmatch(statement.module) and not statement.alias
-        return None if ours or statement.module.startswith('__gin__.') else f'it imports {statement.module}'
-    if isinstance(statement, config_parser.IncludeStatement):
-        return f'it includes {statement.filename}'
-    if isinstance(statement, config_parser.BindingStatement):
-        if not statement.arg_name:
-            return f'it sets the macro {statement.selector}'
-        selectors.append(statement.selector)
-    else:
-        selectors.append(statement.selector)
-    foreign = next((selector for selector in selectors if _our_dataclass(selector) is None), None)
-    selectors.clear()
-    if foreign is not None:
-        return f'it names {foreign}'
-    if isinstance(statement, config_parser.BindingStatement):
-        harmless = getattr(_our_dataclass(statement.selector), HARMLESS, {}).get(statement.arg_name)
-        if harmless is not None and statement.value is not None and not harmless.fullmatch(str(statement.value)):
-            return f'it sets {statement.arg_name} to {statement.value!r}, which may run code from elsewhere'
-    return None
-
-
-def _our_dataclass(selector: str) -> type | None:
-    module, _, name = selector.rpartition('.')
-    if not _OUR_MODULE.fullmatch(module):
-        return None
-    try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
-    ours = inspect.isclass(kind) and dataclasses.is_dataclass(kind) and kind.__module__.startswith('upcycle.')
-    return kind if ours else None
 
 
 def _gin_folder() -> pathlib.Path:
@@ -279,9 +180,9 @@ class _Delegate(gin.config.ParserDelegate):
 
     def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
         self._reader.look_at_token()
-        if self._reader.configurable(scoped_selector.rpartition('/')[2]) is None:
+        if self._reader.configurable(aliases.current(scoped_selector.rpartition('/')[2])) is None:
             return UNKNOWN
-        return super().configurable_reference(scoped_selector, evaluate)
+        return super().configurable_reference(aliases.current(scoped_selector), evaluate)
 
 
 class _Reader:
@@ -338,7 +239,7 @@ class _Reader:
             with open(path, encoding='utf-8') as file:
                 text = file.read()
         except (OSError, ValueError) as error:
-            self._note(f'{label} cannot be read: {_one_line(error)}.')
+            self._note(f'{label} cannot be read: {one_line(error)}.')
             return
         with gin.config._parse_scope() as context:
             self.statements(text, name, context, (*within, path))
@@ -348,7 +249,7 @@ class _Reader:
         outer = self._label, self._place, self._in_file, self._parser, self._context
         self._label, self._place, self._in_file, self._context = label, label, bool(within), context
         unknown: set[str] = set()
-        for statement in self._parsed(text, label):
+        for statement in map(_with_current_names, self._parsed(text, label)):
             self._place = f'{label}, line {statement.location.line_num}' if within else label
             if isinstance(statement, config_parser.ImportStatement):
                 self._import(statement)
@@ -385,7 +286,7 @@ class _Reader:
         except Exception as error:  # from the parser and from Python's tokenizer alike
             line = getattr(error, 'lineno', None)
             where = f'{label}, line {line}' if line and '\n' in text else label
-            reason = getattr(error, 'msg', None) or _one_line(error)
+            reason = getattr(error, 'msg', None) or one_line(error)
             self._note(f'{where} does not parse ({reason}): mend what is written there.')
 
     def _import(self, statement: config_parser.ImportStatement) -> None:
@@ -393,7 +294,7 @@ class _Reader:
             self._context.process_import(statement)
         except Exception as error:  # whatever the module raises
             hint = nearest(statement.module, (name for name in sys.modules if name.startswith('upcycle.')))
-            self._note(f'{self._place}: {statement.module} cannot be imported{hint}: {_one_line(error)}.')
+            self._note(f'{self._place}: {statement.module} cannot be imported{hint}: {one_line(error)}.')
 
     def _bind(self, statement: config_parser.BindingStatement) -> None:
         scope, selector, name, value, _ = statement
@@ -432,9 +333,21 @@ class _Reader:
         self.found.mistakes.append(mistake)
 
 
+def _with_current_names(statement: Any) -> Any:
+    """A statement as this version would write it; see `aliases`."""
+    if isinstance(statement, config_parser.IncludeStatement):
+        return statement
+    if not isinstance(statement, config_parser.ImportStatement):
+        return statement._replace(selector=aliases.current(statement.selector))
+    module = aliases.current(statement.module)
+    if module != statement.module and statement.is_from:  # what follows uses the name that it was imported by
+        statement = statement._replace(alias=statement.bound_name())
+    return statement._replace(module=module)
+
+
 def _folder(file: str) -> str:
     return pathlib.PurePath(file).parent.name
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return ' '.join(str(error).split()) or type(error).__name__

@@ -1,36 +1,31 @@
-"""The processes of a run and their devices: finding each other, and refusing in a sentence what cannot be set up."""
+"""The processes of a run: how they find each other, wait for each other, and end together."""
 
 import atexit
 import contextlib
-import glob
 import ipaddress
 import json
-import logging
 import os
 import re
 import socket
 import sys
-import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from upcycle.errors import STATUSES, Unavailable, UserError, status_of
+from upcycle.platforms import reason_of
 
 if TYPE_CHECKING:
     import numpy as np
 
 TIMEOUT = 300  # seconds, as JAX's
-# Seconds between looks at what other processes say, and those that a process is given to end by itself.
+# Seconds between polls of the store, and seconds that a process is given to end by itself.
 _POLL = 1.0
 _GRACE = 5.0
 _ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>[0-9]{1,5})')
-_LONGEST_TEXT = 4096  # bytes that processes tell each other
+_LONGEST_TEXT = 4096  # bytes of a text that processes exchange
 Result = TypeVar('Result')
-# Of TPUs, by either of their drivers.
-_CHIPS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -51,18 +46,18 @@ def parse_address(text: str) -> tuple[str, int]:
 def join(address: str | None, count: int | None, index: int | None, timeout: float = TIMEOUT) -> None:
     """Joins the other processes of a run.
 
-    JAX's client ends its process by SIGABRT when its time is over, and hears no signal meanwhile. So it waits in a thread, longer
-    than we do.
+    JAX's client ends its process by SIGABRT at its timeout, and handles no signal meanwhile. So it runs in a thread, with a
+    longer timeout than ours.
 
     Args:
-      address: of process 0; None, as the others: whatever the platform says.
+      address: of process 0; None, also of the others: as the platform says.
       count: of processes.
       index: of this one.
       timeout: seconds.
 
     Raises:
-      UserError: the platform does not say, or process 0 cannot listen there.
-      Unavailable: not all came in time.
+      UserError: the platform does not say, or process 0 cannot listen at the address.
+      Unavailable: not all processes came in time.
     """
     import jax
 
@@ -83,35 +78,35 @@ def join(address: str | None, count: int | None, index: int | None, timeout: flo
         if thread.is_alive():
             raise Unavailable(_who_is_missing(address, count, index, timeout))
         if found:
-            raise UserError(f'the processes do not find each other: {_reason(found[0])}') from found[0]
+            raise UserError(f'the processes do not find each other: {reason_of(found[0])}') from found[0]
         _watch_others()
     except BaseException as error:
         if thread.is_alive() or isinstance(error.__cause__, RuntimeError):
-            # What client and service hold cannot be taken down while they wait, or after they have failed.
+            # Client and service cannot be shut down while they wait, or after they have failed.
             atexit.register(_end, status_of(error))
         raise
 
 
 def store() -> Any | None:
-    """The key-value store of JAX's coordination service, which disturbs no collective; None: it does not run."""
+    """The key-value store of JAX's coordination service, which works during collectives; None: the service does not run."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def lookup(store: Any, key: str) -> str | None:
-    """What a key of the store holds; None: nothing, or the store does not answer."""
+    """The value of a key of the store; None: there is none, or the store does not answer."""
     try:
         return store.key_value_try_get(key)
-    except Exception:  # JAX raises RuntimeErrors of its own
+    except Exception:  # a RuntimeError of JAX
         return None
 
 
 class Together:
-    """Ends every process of a run when one of them fails. Otherwise the others would wait for it in their next collective.
+    """Ends every process of a run when one of them fails; the others would wait for it in their next collective.
 
-    The process that fails writes why into the key-value store of JAX's coordination service. In every other process a thread
-    reads the store, gives its process time to end by itself, and then ends it, since a process that waits in a collective runs no
+    The failing process writes the reason into the key-value store of JAX's coordination service. In every other process a thread
+    polls the store, gives its process time to end by itself, and then ends it: a process that waits in a collective runs no
     Python code. Process 0 ends last: the service ends with it, and JAX aborts every process that is still connected.
 
     Args:
@@ -122,8 +117,8 @@ class Together:
     """
 
     _FAILED = 'upcycle/failed'
-    _DONE = 'upcycle/done'  # has come to its end
-    _ENDED = 'upcycle/ended'  # will make no request any more
+    _DONE = 'upcycle/done'  # is finished
+    _ENDED = 'upcycle/ended'  # makes no more requests
 
     def __init__(self, store: Any, index: int, count: int, end: Callable[[int], None], grace: float = _GRACE):
         self._store, self._index, self._count = store, index, count
@@ -133,12 +128,12 @@ class Together:
         self._watching.start()
 
     def close(self) -> None:
-        """Looks no more."""
+        """Stops polling."""
         self._over.set()
         self._watching.join()
 
     def part(self) -> None:
-        """Returns when all have come to their end, so that JAX takes nothing down while one of them may still fail."""
+        """Returns when all processes are finished, so that JAX shuts nothing down while one of them may still fail."""
         self._announce(self._DONE)
         self._await(self._DONE, TIMEOUT)
         if lookup(self._store, self._FAILED) is not None:
@@ -146,7 +141,7 @@ class Together:
         self.close()
 
     def fail(self, status: int, text: str) -> None:
-        """Tells the others why this process ends; of several that fail, the first is heard.
+        """Tells the others why this process ends; of several that fail, the first one counts.
 
         Args:
           status: its exit status, and that of the others.
@@ -181,7 +176,7 @@ class Together:
             self._store.key_value_set(f'{what}/{self._index}', '', allow_overwrite=True)
 
     def _await(self, what: str, seconds: float) -> None:
-        """Returns when all have announced it, one has failed first, or the time is over."""
+        """Returns when all processes have announced it, one has failed first, or at the timeout."""
         end = time.monotonic() + seconds
         with contextlib.suppress(Exception):
             while len(self._store.key_value_dir_get(what)) < self._count and time.monotonic() < end:
@@ -195,7 +190,7 @@ _together: Together | None = None
 
 def _watch_others() -> None:
     global _together
-    from jax._src.distributed import global_state as state  # and not JAX's own functions, which set the devices up
+    from jax._src.distributed import global_state as state  # jax.process_count() would set the devices up
 
     if state.num_processes > 1:
         count = _count(store(), state.process_id, state.num_processes)
@@ -214,11 +209,11 @@ def _count(store: Any, index: int, count: int) -> int:
 
 
 def part(status: int, failure: str | None) -> None:
-    """Parts from the other processes, where there are some, at the end of this one.
+    """Leaves the other processes, where there are some, at the end of this one.
 
     Args:
       status: the exit status.
-      failure: why this process ends early, in a sentence, with which the others end, too; None: it has done all.
+      failure: why this process ends early, a sentence that ends the others, too; None: it is finished.
     """
     if _together is not None and failure is None:
         _together.part()
@@ -229,7 +224,7 @@ def part(status: int, failure: str | None) -> None:
 
 
 def _require_free(port: int) -> None:
-    """JAX crashes where its service cannot listen."""
+    """Raises UserError where the port is taken: JAX would crash."""
     try:
         if socket.has_dualstack_ipv6():
             socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True).close()
@@ -263,19 +258,19 @@ def _who_is_missing(address: str | None, count: int | None, index: int | None, t
 
 
 def gathered(values: 'np.ndarray') -> 'np.ndarray':
-    """The array of every process, (processes, *shape), in all of them; they call it at the same point."""
+    """The arrays of all processes, (processes, *shape); every process must call it at the same point."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    # Wider types would be cut to 32 bits without a word.
+    # Wider types would silently be cut to 32 bits.
     assert values.dtype.itemsize <= 4, values.dtype
     with jax.set_mesh(None):
         return np.asarray(multihost_utils.process_allgather(values)).reshape(jax.process_count(), *values.shape)
 
 
 def texts(text: str) -> list[str]:
-    """The text of every process, cut off where it is very long, in all of them; they call it at the same point."""
+    """The texts of all processes, cut off where very long; every process must call it at the same point."""
     import numpy as np
 
     encoded = text.encode()[:_LONGEST_TEXT].ljust(_LONGEST_TEXT, b'\0')
@@ -283,12 +278,12 @@ def texts(text: str) -> list[str]:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """What an action returns in this process, when it has returned in all of them.
+    """The result of an action in this process, once it has returned in all of them.
 
-    An action that one process fails in alone must not have others wait for that one before they return.
+    An action that may fail in one process alone must not contain a collective: the others would wait in it.
 
     Raises:
-      UserError: with the sentence of the first process that failed, the same in all.
+      UserError: the message of the first process that failed, the same in all.
     """
     import jax
 
@@ -310,95 +305,3 @@ def together(action: Callable[[], Result]) -> Result:
         raise UserError(f'process {failed} of {len(found)} failed ({text}): see its output.') from error
     kind = Unavailable if int(status) == STATUSES[Unavailable] else UserError
     raise kind(text.partition(': ')[2]) from error
-
-
-def devices() -> list[Any]:
-    """JAX's devices, of all processes. The first call sets them up, whose failure is the user's to correct.
-
-    Raises:
-      UserError: JAX cannot set up the platform that it was told to use, or any.
-    """
-    import jax
-
-    try:
-        with _without_noise():
-            return jax.devices()
-    except Exception as error:
-        raise _no_platform(error) from error
-
-
-def refused_by_jax(error: BaseException) -> UserError | None:
-    """What JAX says of its environment, as a sentence, whichever of its functions was the first to look at it.
-
-    Args:
-      error: whatever ended a command.
-
-    Returns:
-      None: the error has nothing to do with JAX's platforms or settings.
-    """
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = [(frame.f_globals.get('__name__'), frame.f_code.co_name) for frame in frames]
-    if not isinstance(error, Exception) or not frames:
-        return None
-    if ('jax._src.xla_bridge', 'backends') in names:
-        return _no_platform(error)
-    if names[-1][0] == 'jax._src.config':
-        given = ', '.join(f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith('JAX_'))
-        return UserError(f'JAX does not take its settings, {given} ({_reason(error)}): correct or unset the variable.')
-    return None
-
-
-def _no_platform(error: Exception) -> UserError:
-    import jax
-
-    asked = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
-    where = f'JAX_PLATFORMS={asked}' if asked else 'the devices of this machine'
-    reason = _reason(error) or 'this JAX has no support for it, or the machine has no such device'
-    return UserError(
-        f'{where} cannot be used: {reason}: name a platform that this machine has, such as JAX_PLATFORMS=cpu, install '
-        "upcycle's extra for it ([gpu] or [tpu]), or end the process that holds its devices."
-    )
-
-
-@contextlib.contextmanager
-def _without_noise() -> Iterator[None]:
-    """On a machine without a TPU, holds back what an installed libtpu writes to standard error; JAX's own warnings stay.
-
-    With XLA_FLAGS everything is shown, since XLA ends the process at a flag that it does not know, and says so there.
-    """
-    if any(glob.glob(pattern) for pattern in _CHIPS) or os.environ.get('XLA_FLAGS'):
-        yield
-        return
-    warnings = _Records()
-    logger = logging.getLogger('jax')
-    logger.addHandler(warnings)
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            logger.removeHandler(warnings)
-    for text in warnings.texts:
-        print(f'warning: {text}', file=sys.stderr, flush=True)
-
-
-class _Records(logging.Handler):
-    """Keeps warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what JAX says, without its own advice and final stop."""
-    first = next(iter(str(error).splitlines()), '')
-    return re.sub(r'\s*\((?:set|you may need) .*\)$', '', first).rstrip('. ')

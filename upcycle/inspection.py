@@ -1,5 +1,6 @@
 """`upcycle inspect`: what a checkpoint of any format holds, as tables or JSON."""
 
+import functools
 import json
 import math
 import re
@@ -11,11 +12,8 @@ import numpy as np
 from upcycle import schema
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.leaf_names import grouped, not_read
-from upcycle.models import identify
+from upcycle.models import identify, registry
 from upcycle.surgery.receipt import mismatches
-
-_ATTENTION = ('attention', 'self_attention', 'encoder_decoder_attention', 'MultiHeadDotProductAttention_0')
-_MLP = ('mlp', 'MlpBlock_0')
 
 
 def inspect(path: str, *, as_json: bool = False, all_leaves: bool = False, quick: bool = False) -> int:
@@ -72,12 +70,13 @@ def describe(reader: Reader, *, quick: bool = False) -> dict[str, Any]:
 
 
 def component(name: str) -> str:
-    """What a leaf is a part of, the same for every layer: 'encoder/layers_*/attention'."""
+    """What a leaf is a part of, the same for every layer: 'layers_*/attention'."""
     top, *segments = name.split('/')
     if top != 'params':
         return top
-    segments = [re.sub(r'^(layers|encoderblock)_\d+$', r'\1_*', segment) for segment in segments]
-    for names in (('expert',), ('router',), _MLP, _ATTENTION):
+    blocks, components = _modules()
+    segments = [re.sub(rf'^({blocks})_\d+$', r'\1_*', segment) for segment in segments]
+    for names in (('expert',), ('router',), components):
         for i, segment in enumerate(segments):
             if segment in names:
                 return '/'.join(segments[: i + 1])
@@ -86,12 +85,20 @@ def component(name: str) -> str:
     return '/'.join(segments[:-1]) or segments[-1]
 
 
+@functools.cache
+def _modules() -> tuple[str, tuple[str, ...]]:
+    """A pattern of the numbered modules' names, and the names of the modules within a layer, in models of any family."""
+    kinds = tuple(registry.families())
+    blocks = '|'.join(block for kind in kinds for block in kind.blocks)
+    return blocks, tuple(component for kind in kinds for component in kind.components)
+
+
 def layer_statistics(reader: Reader, layer: str) -> dict[str, Any]:
     """How alike the experts of one MoE layer are, and how large its router's weights.
 
     Args:
       reader: the checkpoint.
-      layer: 'params/encoder/layers_1/mlp'.
+      layer: its path, such as 'params/layers_1/mlp'.
 
     Returns:
       `num_experts`; `cosine` between the whole parameter vectors of each pair of experts (`mean`, `min`, `max`; 1: copies);

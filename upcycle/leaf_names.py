@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The first number of a name is the layer's: decoder/layers_3/mlp/wi_0/kernel, decoder.block.3.layer.0.
+# The first number of a name is the layer's: STACK/layers_3/mlp/wi_0/kernel, STACK.block.3.layer.0.
 _LAYER = re.compile(r'(?<=[_.])\d+(?=[/.])')
 _NAME = re.compile(r"[^\s,:;()'\"]*[/.][^\s,:;()'\"]*")
 

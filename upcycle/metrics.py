@@ -1,4 +1,4 @@
-"""What a run writes about itself: `metrics.jsonl`, TensorBoard events, and a progress line."""
+"""What a run logs: `metrics.jsonl`, TensorBoard events, and a progress line."""
 
 import contextlib
 import json
@@ -15,33 +15,30 @@ from etils import epath
 
 from upcycle import files
 from upcycle.errors import UserError
+from upcycle.log_lines import PADDING, lines_of, parse_line, what_is_wrong
 
 Batch = TypeVar('Batch')
-# Seconds: a bucket takes whole objects only, so that each copy sends all that the run has logged. The period doubles, up to the
-# longest, while the bucket does not take them.
+# Seconds between copies to a bucket. It takes whole objects only, so each copy sends the whole log; the period doubles, up to the
+# longest, while the bucket does not accept them.
 COPY_PERIOD = 60.0
 LONGEST_COPY_PERIOD = 960.0
-# What resuming takes out of the log.
+# Lines that a resumed run removes from the log.
 SET_ASIDE = 'metrics.set_aside.jsonl'
-# Around a line; a machine that loses power may leave zeros.
-_PADDING = ' \t\r\0'
-# Running totals, whose differences the report takes.
-_COSTS = ('start_step', 'flops', 'seconds', 'sunk_flops', 'sunk_seconds')
 
 
 class MetricsLog:
-    """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files beside it.
+    """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files in the same folder.
 
-    No line is ever lost: what an earlier leg has logged and this one does not keep is appended to `SET_ASIDE`, byte for byte.
+    No line is ever lost: earlier lines that the log does not keep are appended to `SET_ASIDE`, byte for byte.
 
     Args:
       model_dir: the run's folder.
-      last_step: lines after this step are set aside: they came from a leg of the run that was cut off and is now repeated. None:
-        all are, because the run begins.
-      only_training_at_it: of that step itself keep lines of training only: the rest is about to be written again.
+      last_step: lines after this step are set aside: the run wrote them before it was killed, and repeats those steps now. None:
+        all lines are, because the run begins.
+      only_training_at_it: of that step itself keep lines of training only: the others are written again.
 
     Raises:
-      UserError: what has the name of the log is no file.
+      UserError: the log exists and is not a file.
     """
 
     def __init__(self, model_dir: str, last_step: int | None, *, only_training_at_it: bool = False):
@@ -71,14 +68,14 @@ class MetricsLog:
             )
         if last_step is not None and not earlier.exists():
             warn(f'{earlier} is missing: the log begins after step {last_step}.')
-        files.replace_text(path, ''.join(line.decode('utf-8-sig').strip(_PADDING) + '\n' for line in kept))
+        files.replace_text(path, ''.join(line.decode('utf-8-sig').strip(PADDING) + '\n' for line in kept))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
         self._events: dict[str, EventFile] = {}
         self._copied = time.monotonic()
         self._period = COPY_PERIOD
 
     def _set_aside(self, lines: Sequence[bytes], earlier: epath.Path) -> None:
-        """Appends lines to the file of those that were set aside before, and returns when they are on disk."""
+        """Appends lines to `SET_ASIDE`, and returns when they are on disk."""
         if not any(line.strip() for line in lines):
             return
         path = self._mirror.path / SET_ASIDE
@@ -91,8 +88,10 @@ class MetricsLog:
         self._mirror.copy()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns (of a bucket: within a minute); lists, such as the load of each expert, go into the
-        line only."""
+        """Appends one line, on disk when this returns (in a bucket: within a minute).
+
+        Lists, such as the load of each expert, are not written as events.
+        """
         line = {'step': step, 'split': split} | {name: plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line) + '\n')
         self._file.flush()
@@ -104,8 +103,10 @@ class MetricsLog:
             self.copy()
 
     def copy(self) -> None:
-        """Where the run's folder is in a bucket, sends there what has been written; what the bucket does not take, the next copy
-        sends, and that is said."""
+        """Sends the log to the bucket, where the run's folder is in one.
+
+        Warns where the bucket does not accept it; the next copy sends it again.
+        """
         try:
             with files.asking_once():
                 self._mirror.copy()
@@ -122,9 +123,9 @@ class MetricsLog:
         """Flushes and closes every file, and sends the rest.
 
         Raises:
-          Unavailable, UserError: the bucket does not take the rest, which stays on this machine; see `files.Mirror`.
+          Unavailable, UserError: the bucket does not accept the rest, which stays on this machine; see `files.Mirror`.
         """
-        # The last that is entered is closed first, and all are, even where one cannot write what it still holds.
+        # In reverse order; all are closed, even where one of them cannot write its buffer.
         with contextlib.ExitStack() as closing:
             closing.callback(self._mirror.close)
             for events in self._events.values():
@@ -140,7 +141,7 @@ class MetricsLog:
         except UserError as refusal:
             if kind is None:
                 raise
-            # What ends the run is said, and decides the exit status.
+            # The error that ends the run is raised, and decides the exit status.
             warn(str(refusal))
 
 
@@ -181,7 +182,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; [] where there is none. Lines that were cut off or damaged are left out.
 
     Raises:
-      UserError: what has that name is no file.
+      UserError: the path is not a file.
     """
     records = map(parse_line, _read(files.absolute(path)))
     return [record for record in records if what_is_wrong(record) is None]
@@ -194,59 +195,6 @@ def _read(file: epath.Path) -> list[bytes]:
     if not file.is_file():
         raise UserError(f'{file} is not a file, and the log of a run is written there: move it away.')
     return lines_of(file.read_bytes().removesuffix(b'\n'))
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number (a diverged run logs nan)."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    # Axes are longer than what is drawn on them, and no metric of a model that works comes near.
-    return abs(value) < 2**996
-
-
-def lines_of(log: bytes) -> list[bytes]:
-    """The lines of a `metrics.jsonl`; the last one is what follows the last line break, nothing where no line was cut off."""
-    return log.split(b'\n')
-
-
-def parse_line(line: bytes) -> Any:
-    """A line's JSON; None where it is none. Numbers that JSON has no word for (`NaN`, `Infinity`) are read."""
-    try:
-        return json.loads(line.decode('utf-8-sig').strip(_PADDING))
-    except (ValueError, RecursionError):
-        return None
-
-
-def what_is_wrong(record: Any) -> str | None:
-    """Why a line of a log, parsed, is none that a run has written; None: it is one."""
-    if not isinstance(record, dict):
-        return 'is not a JSON object'
-    for name in ('step', 'split'):
-        if name not in record:
-            return f'has no {name!r}'
-    if not isinstance(record['split'], str):
-        return f"has 'split': {_shown(record['split'])}, which is not a word"
-    for name in ('step', *_COSTS):
-        value = record.get(name, 0)
-        whole = name not in ('step', 'start_step') or isinstance(value, int)
-        if not (is_number(value) and value >= 0 and whole):
-            return f'has {name!r}: {_shown(value)}, which is not a number of {"steps" if "step" in name else name}'
-    for name, value in record.items():
-        if not _is_metric(value):
-            return f'has {name!r}: {_shown(value)}, which is not a metric'
-    return None
-
-
-def _is_metric(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_metric, value))
-    # A float holds no larger whole number.
-    return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**1023)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f'{text[:60]}...'
 
 
 def plain(value: Any) -> Any:
@@ -267,7 +215,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints where the run is."""
+        """Prints the progress of the run."""
         if self._quiet:
             return
         seconds = time.monotonic() - self._start
@@ -284,19 +232,19 @@ class Progress:
         )
 
     def end(self) -> None:
-        """Leaves the line as it is."""
+        """Ends the line."""
         if self._terminal:
             print(file=sys.stderr)
 
 
 def warn(text: str) -> None:
-    """A line on standard error, below the progress line that may stand there."""
+    """A line on standard error, after the progress line if there is one."""
     start = '\n' if sys.stderr.isatty() else ''
     print(f'{start}warning: {text}', file=sys.stderr, flush=True)
 
 
 def counted(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """The batches, and every ten seconds a line on standard error that says how many there have been."""
+    """The batches; prints their number on standard error every ten seconds."""
     start = last = time.monotonic()
     for count, batch in enumerate(batches, 1):
         yield batch

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from upcycle import hosts
+from upcycle import platforms
 from upcycle.data import WHOLE, DataSource, Share
 from upcycle.data.kept import Kept
 from upcycle.errors import UserError
@@ -53,7 +53,7 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     Raises:
       UserError: the shape does not use the devices, or the experts do not divide.
     """
-    devices = hosts.devices() if devices is None else devices
+    devices = platforms.devices() if devices is None else devices
     count = len(devices)
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
     if shape == 'auto':

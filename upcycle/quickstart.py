@@ -10,63 +10,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, hosts, jobs, outputs
+from upcycle import configuration, cost, outputs, platforms
+from upcycle.commands import train
 from upcycle.errors import UserError
-from upcycle.report.html import compare_seeds, print_table, write_report
+from upcycle.models.quickstart import JOBS, Job
+from upcycle.report.compare import compare_seeds
+from upcycle.report.html import write_report
 from upcycle.report.runs import Role, load_run
+from upcycle.report.tables import print_table
 from upcycle.sweep.points import Point
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """The main job of one model family.
-
-    Attributes:
-      title: of the report.
-      task: the data, in words.
-      counts: what its accuracy counts, in the plural.
-      model, moe, data, settings: gin files, in the order of inclusion; the run's own comes before `settings`.
-      dense_steps, upcycle_steps: at --budget=1. Those of the other two branches follow from equal FLOPs.
-      cooldown_steps: at --budget=1; over the last ones of each branch, not of the dense run, the learning rate falls to 0.
-    """
-
-    title: str
-    task: str
-    counts: str
-    model: str
-    moe: str
-    data: str
-    settings: str
-    dense_steps: int
-    upcycle_steps: int
-    cooldown_steps: int = 0
-
-
-FAMILIES = {
-    'language': Family(
-        title='Sparse upcycling on embedded text',
-        task='stdlib_span_corruption: span corruption of the source code of the running Python, tokens are bytes',
-        counts='tokens',
-        model='models/t5_1_1_mini.gin',
-        moe='moe/t5.gin',
-        data='tasks/stdlib_span_corruption.gin',
-        settings='runs/quickstart.gin',
-        dense_steps=2000,
-        upcycle_steps=2000,
-    ),
-    'vision': Family(
-        title='Sparse upcycling on embedded images',
-        task='mnist5k: 5,000 scanned digits of 28 x 28 pixels, distorted anew in every epoch',
-        counts='images',
-        model='models/vit_mini.gin',
-        moe='moe/vit.gin',
-        data='tasks/mnist5k.gin',
-        settings='runs/quickstart_vision.gin',
-        dense_steps=10000,
-        upcycle_steps=4000,
-        cooldown_steps=1000,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +33,7 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
 
     Args:
       out: folder of the runs (`seed_S/BRANCH`) and of the report (`report/`).
-      family: a name in `FAMILIES`.
+      family: a name in `JOBS`.
       budget: multiplies the numbers of steps; nothing depends on the clock.
       seeds: of initialisation, data order and surgery; each is a whole comparison.
 
@@ -91,23 +43,23 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     Raises:
       UserError: an unknown family, or the folder holds another comparison.
     """
-    if family not in FAMILIES:
-        raise UserError(f'--family={family} is not one of {", ".join(FAMILIES)}.')
+    if family not in JOBS:
+        raise UserError(f'--family={family} is not one of {", ".join(JOBS)}.')
     if not 0 < budget <= 1e6:
         raise UserError(f'--budget={budget:g} must be above 0, and at most 1e6; 1 is 20 to 50 minutes.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
-    hosts.devices()
+    platforms.devices()
     _claim(out, {'family': family, 'budget': budget})
-    job = FAMILIES[family]
+    job = JOBS[family]
     groups, commands = [], {}
     for seed in seeds:
         group = {}
         for branch in branches(job, os.path.join(out, f'seed_{seed}'), budget, seed):
             print(f'\n$ {branch.command}', flush=True)
             if not branch.finished(int(branch.bindings['TRAIN_STEPS'])):
-                jobs.train(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
+                train.run(branch.gin_files, branch.bindings, f'{branch.name} (seed {seed})')
             group[branch.name] = load_run(branch.model_dir, branch.role, branch.name)
             if seed == seeds[0]:
                 commands[branch.name] = branch.command
@@ -127,7 +79,7 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     return page
 
 
-def branches(job: Family, folder: str, budget: float, seed: int) -> list[Branch]:
+def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
     """The dense run and its three branches. All three see the same batches in the same order.
 
     The extra FLOPs of the dense continuation are those of upcycling, and MoE from scratch gets the FLOPs of the dense run and

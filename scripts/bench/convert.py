@@ -33,12 +33,12 @@ from upcycle.surgery.plan import Action, Plan, Row, Surgery
 FILES = ['models/t5_1_1_{size}.gin', 'moe/t5.gin', 'runs/convert.gin']
 _PIECE = 8 << 20
 # What the command loads, before it does anything.
-_INTERPRETER = 'import upcycle.jobs, upcycle.convert, jax; jax.devices()'
+_INTERPRETER = 'import upcycle.commands.convert, jax; jax.devices()'
 
 
 def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindings: str) -> str:
     """A dense checkpoint with random weights, leaf by leaf."""
-    run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': 'unused', **bindings})
+    run = configuration.load_model(files, {'INITIAL_CHECKPOINT_PATH': 'unused', **bindings})
     leaves = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in identify.shapes(run.model.dense()).items()
     } | {'step': jax.ShapeDtypeStruct((), np.int32)}
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
 
 def pure(options: argparse.Namespace) -> None:
     """Time to make the experts of one MLP of T5 Base, by their number; nothing is written."""
-    from upcycle.surgery.execute import Maker
+    from upcycle.surgery.make import Maker
 
     rng = np.random.default_rng(0)
     shapes = {'wi_0': (768, 2048), 'wi_1': (768, 2048), 'wo': (2048, 768)}

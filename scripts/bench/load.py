@@ -27,9 +27,10 @@ from timing import medians, table
 
 from upcycle import configuration, partitioning
 from upcycle.checkpoints import arrays, open_checkpoint
-from upcycle.models import identify
-from upcycle.surgery.execute import without_leading_axis
-from upcycle.train import state as states
+from upcycle.surgery.place import without_leading_axis
+from upcycle.training import first_state
+from upcycle.training import state as states
+from upcycle.training.start import Start
 
 
 def main() -> None:
@@ -54,18 +55,18 @@ def compare(options: argparse.Namespace, files: list[str], dense: str) -> None:
     bindings = {'INITIAL_CHECKPOINT_PATH': dense, 'NUM_EXPERTS': str(options.experts)}
     run = configuration.load(files, bindings)
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
-    where = states.layout(run, mesh, identify.smallest_batch(run.model))
+    where = states.layout(run, mesh, run.model.smallest_batch())
     targets = where.flat()
     reads: collections.Counter[str] = collections.Counter()
 
     read = arrays.ArrayReader.read
-    states.check_function = lambda *arguments: {}
+    first_state.check_function = lambda *arguments: {}
 
     def ours():
         arrays.ArrayReader.read = lambda self, name, *rest, **more: (
             reads.update([name]) or read(self, name, *rest, **more)
         )
-        state, _, _ = states.from_checkpoint(run, where, {})
+        state, _ = first_state.from_checkpoint(Start(run, mesh, where), {})
         arrays.ArrayReader.read = read
         return state.params, state.opt_state
 

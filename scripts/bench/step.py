@@ -24,8 +24,8 @@ from upcycle import cost, partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
 from upcycle.moe.config import MoEConfig
-from upcycle.train.optimizer import Adafactor
-from upcycle.train.step import TrainState, train_step
+from upcycle.training.optimizer import Adafactor
+from upcycle.training.step import TrainState, train_step
 
 
 def batch_of(rows: int, inputs: int, targets: int, vocabulary: int) -> dict[str, jax.Array]:

@@ -24,23 +24,24 @@ import jax
 from convert import make_dense, peak
 
 from upcycle import configuration, partitioning
-from upcycle.models import identify
-from upcycle.train import state as states
+from upcycle.training import first_state
+from upcycle.training import state as states
+from upcycle.training.start import Start
 
 DENSE_STEP = 1000
 # What the command loads, before it does anything.
-_INTERPRETER = 'import upcycle.jobs, upcycle.transfer, jax; jax.devices()'
+_INTERPRETER = 'import upcycle.commands.train, upcycle.transfer, jax; jax.devices()'
 
 
 def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
     """Prints what the sparse state takes, and the process at its peak."""
     run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': path, 'DENSE_STEP': str(DENSE_STEP), **bindings})
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
-    where = states.layout(run, mesh, identify.smallest_batch(run.model))
-    states.check_function = lambda *arguments: {}
+    where = states.layout(run, mesh, run.model.smallest_batch())
+    first_state.check_function = lambda *arguments: {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()
-    state, _, _ = states.from_checkpoint(run, where, {})
+    state, _ = first_state.from_checkpoint(Start(run, mesh, where), {})
     jax.block_until_ready(state)
     seconds = time.monotonic() - begin
     # What is not split lies on every device.

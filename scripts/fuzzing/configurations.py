@@ -12,9 +12,10 @@ import jax
 
 from fuzzing.case import ANOTHER, REFUSED, SAME, SILENT, TRACEBACK, Case
 from fuzzing.damage import damaged, misspelt
-from upcycle import cli, configuration, gin_files, jobs, partitioning
-from upcycle.train import loop
-from upcycle.train.state import layout
+from upcycle import cli, configuration, gin_files, partitioning
+from upcycle.commands import train
+from upcycle.training.start import check_batches
+from upcycle.training.state import layout
 
 LARGE = 200_000_000  # parameters, above which a valid configuration is not laid out
 
@@ -129,13 +130,13 @@ ODD += (
     "it's",
 )
 ODD += (
-    '@upcycle.train.optimizer.Adafactor()',
-    '@upcycle.train.optimizer.Adafactor',
+    '@upcycle.training.optimizer.Adafactor()',
+    '@upcycle.training.optimizer.Adafactor',
     '@upcycle.moe.config.MoEConfig()',
     '(',
 )
 ODD += (
-    '@upcycle.train.run.Run()',
+    '@upcycle.training.run.Run()',
     '../../x',
     '/etc/passwd',
     'gs://bucket/x',
@@ -149,7 +150,7 @@ LINES = (
     'include "nowhere.gin"',
     'include "fuzz.gin"',
     'import nowhere',
-    'from upcycle.train import rum',
+    'from upcycle.training import rum',
 )
 LINES += (
     'BATCH_SIZ = 8',
@@ -204,19 +205,20 @@ class Configurations:
 
     def _run(self, number: int, arguments: list[str], bindings: Mapping[str, str]) -> str:
         found = []
-        old, jobs.train = jobs.train, lambda files, named, **_: found.append(configuration.load(files, named))
+        old, train.run = train.run, lambda files, named, **_: found.append(configuration.load(files, named))
         try:
             cli.run(arguments)
         except SystemExit as stop:  # argparse has said what is wrong
             return REFUSED if stop.code == 2 else TRACEBACK
         finally:
-            jobs.train = old
+            train.run = old
         (run,) = found
         identity = configuration.resolved()
         same = identity == self._identities[number]
         if same and any(self._said(name, bindings, number) for name in bindings):
             return SILENT
-        mesh = loop.check(run)
+        mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+        check_batches(run, mesh)
         if jax.tree.reduce(lambda a, b: a + b, _guess(run)) < LARGE:
             with partitioning.use(mesh):
                 layout(run, mesh)
@@ -249,7 +251,7 @@ class Configurations:
 
     def _name(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
         name = rng.choice(
-            [*bindings, 'upcycle.train.run.Run.total_steps', 'train/upcycle.data.text.DatasetConfig.seed']
+            [*bindings, 'upcycle.training.run.Run.total_steps', 'train/upcycle.data.text.DatasetConfig.seed']
         )
         bindings[misspelt(rng, name)] = bindings.get(name, '3')
 
@@ -273,7 +275,7 @@ class Configurations:
         if str(self._file) in files:
             return
         if rng.random() < 0.3 or files[at] not in shipped:
-            head = ['from __gin__ import dynamic_registration', '', 'from upcycle.train import run', '']
+            head = ['from __gin__ import dynamic_registration', '', 'from upcycle.training import run', '']
             lines = head + [rng.choice(LINES) for _ in range(rng.randint(1, 4))]
             files.append(str(self._file))
         else:

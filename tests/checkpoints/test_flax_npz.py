@@ -15,7 +15,7 @@ from etils import epath
 from tests.checkpoints import vits
 from tests.checkpoints.trees import assert_same
 from tests.fixtures import fixtures_dir, requires_fixtures
-from upcycle.checkpoints import Reader, flax_npz, open_checkpoint
+from upcycle.checkpoints import Reader, npz, open_checkpoint
 from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
@@ -45,7 +45,7 @@ def test_many_threads_read_what_is_there(tmp_path):
     tree = {**vits.ours(), 'params/stack': np.random.default_rng(0).normal(size=(50, 30, 20)).astype('f')}
     tree = {f'params/{i}/{name}': value for i in range(3) for name, value in tree.items()}
     np.savez(tmp_path / 'any.npz', **tree)
-    members, _ = flax_npz._members(epath.Path(tmp_path / 'any.npz'))
+    members, _ = npz.read_members(epath.Path(tmp_path / 'any.npz'))
 
     def read(number):
         name = list(tree)[number % len(tree)]
@@ -152,13 +152,13 @@ def test_a_part_of_a_larger_checkpoint(tmp_path):
 def test_opening_reads_headers_and_reading_one_array(tmp_path, monkeypatch):
     path = save(tmp_path / 'vit.npz', vits.scanned(vits.ours('map')))
     asked = []
-    read = flax_npz._Member._bytes
+    read = npz.Member._bytes
 
     def count(member, start, count):
         asked.append(member.info.filename)
         return read(member, start, count)
 
-    monkeypatch.setattr(flax_npz._Member, '_bytes', count)
+    monkeypatch.setattr(npz.Member, '_bytes', count)
     reader = open_checkpoint(path)
     assert len(reader.leaves()) > 50 and asked == []
     kernel = 'params/Transformer/encoderblock_1/MlpBlock_0/Dense_0/kernel'

@@ -144,12 +144,9 @@ def test_saved_is_what_was_there_at_the_call(tmp_path):
     assert_same_bits(reader.read('params/encoder/layers_0/mlp/wi_0/kernel'), kernel)
 
 
-@pytest.mark.parametrize(
-    ('keep', 'keep_period', 'left'),
-    [(1, None, [5]), (2, None, [4, 5]), (None, None, [1, 2, 3, 4, 5]), (1, 2, [2, 4, 5])],
-)
-def test_keep(tmp_path, keep, keep_period, left):
-    with native.CheckpointManager(tmp_path, keep=keep, keep_period=keep_period) as manager:
+@pytest.mark.parametrize(('keep', 'left'), [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])])
+def test_keep(tmp_path, keep, left):
+    with native.CheckpointManager(tmp_path, keep=keep) as manager:
         for step in range(1, 6):
             manager.save(step, {'step': jnp.int32(step)}, {}, {})
     assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == left

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints import trees
-from upcycle.checkpoints import arrays, open_checkpoint
+from upcycle.checkpoints import json_files, open_checkpoint
 from upcycle.errors import UserError
 
 SETTINGS = settings(
@@ -19,7 +19,7 @@ SETTINGS = settings(
 )
 pieces = st.sampled_from(['..', '.', '', '/', 'a', 'model.safetensors', '\0', '\\', 'C:', '~', 'outside'])
 # Names that lead elsewhere: with a slash, a backslash or a NUL, above, or nothing.
-away = st.lists(pieces, min_size=1, max_size=5).map('/'.join).filter(lambda name: not arrays.is_plain_name(name))
+away = st.lists(pieces, min_size=1, max_size=5).map('/'.join).filter(lambda name: not json_files.is_plain_name(name))
 HUGE = st.integers(2**41, 2**70)
 
 
@@ -36,7 +36,7 @@ def written(tmp_path_factory):
 
 @given(st.text(max_size=8))
 def test_a_plain_name_lies_directly_below(name):
-    if arrays.is_plain_name(name):
+    if json_files.is_plain_name(name):
         assert pathlib.PurePosixPath('/folder', name).parent == pathlib.PurePosixPath('/folder')
         assert pathlib.PureWindowsPath('c:/folder').joinpath(name).name in (name, '') or ':' in name
 
@@ -92,7 +92,7 @@ def test_t5x_indices(written):
     before = index.read_bytes()
 
     @SETTINGS
-    @given(away.filter(lambda name: not arrays.is_plain_name(name.rstrip('/'))))  # it names folders
+    @given(away.filter(lambda name: not json_files.is_plain_name(name.rstrip('/'))))  # it names folders
     def run(name):
         tree = msgpack.unpackb(before, raw=False)
         tree['optimizer']['target']['token_embedder']['embedding']['kvstore']['path'] = name

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoints import trees
-from tests.checkpoints.test_huggingface import header_of, save
+from tests.checkpoints.test_hf import header_of, save
 from upcycle import cli, warning
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError

@@ -12,7 +12,7 @@ from upcycle import partitioning
 from upcycle.checkpoints import create_checkpoint
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
-from upcycle.train.optimizer import Adafactor
+from upcycle.training.optimizer import Adafactor
 
 STEP = 100
 # T5X factors every expert, whatever its size.

@@ -14,7 +14,8 @@ from tests.data.test_tfds_images import by_place, config, numbers, prepare, stre
 from upcycle.data import WHOLE, Share, images, tensorflow_quiet, text
 from upcycle.data.synthetic import SyntheticImages
 from upcycle.errors import UserError
-from upcycle.train import loop
+from upcycle.training import loop
+from upcycle.training.start import Start
 
 seqio = tensorflow_quiet.seqio()
 
@@ -155,7 +156,7 @@ def test_a_host_without_examples_is_told(streamed):  # noqa: F811
 def test_a_training_source_that_ends_stops_the_run(tmp_path):
     run = runs.build('vit dense', tmp_path, 6, EVAL_PERIOD=100, **{'train/images.DatasetConfig.num_batches': 3})
     with pytest.raises(UserError, match='TRAIN_DATASET ends after 3 batches, and TRAIN_STEPS = 6 asks for more'):
-        loop.train(run)
+        loop.train(Start.of(run))
 
 
 def test_a_missing_file_of_a_seqio_task_is_one_sentence(tmp_path):

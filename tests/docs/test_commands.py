@@ -13,9 +13,10 @@ from tests import runs, vision
 from tests.checkpoints import trees
 from tests.docs.pages import ROOT, commands, languages, pages
 from tests.test_cli import call
-from upcycle import configuration, gin_files, jobs
+from upcycle import configuration, gin_files
 from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.models import identify
+from upcycle.training import loop
 from upcycle.transfer import transfer
 
 OURS = [command for command in commands() if command.words[0] == 'upcycle']
@@ -133,9 +134,9 @@ def arguments_of(command):
 
 @pytest.mark.parametrize('page', dict.fromkeys(command.page for command in OURS))
 def test_commands_of_a_page(page, small, capsys, monkeypatch):
-    train = jobs.loop.train
+    train_loop = loop.train
     monkeypatch.setattr(
-        jobs.loop, 'train', lambda run, *more: train(run, *more) if (page, run.model_dir) in TRAINED else None
+        loop, 'train', lambda start, *more: train_loop(start, *more) if (page, start.run.model_dir) in TRAINED else None
     )
     if page not in dict(TRAINED):
         monkeypatch.setattr(validation, 'evaluate', lambda *arguments: {})

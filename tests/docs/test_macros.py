@@ -30,7 +30,7 @@ def test_every_macro_of_our_gin_files_is_there_and_means_something(script):
 
 def test_defaults_and_overrides(script):
     found = script['macros']()
-    assert found['NUM_EXPERTS'].default() == {'moe/t5.gin': '32', 'moe/vit.gin': '32'}
+    assert found['NUM_EXPERTS'].default() == {'moe/base.gin': '32'}
     assert found['EVAL_PERIOD'].default() == {'runs/pretrain.gin': '1000'}
     assert found['DROP_RATIO'].meaning().startswith('r, the share')
     assert "`'tile'`: repeated over the experts" in found['OPTIMIZER_STATE'].meaning()

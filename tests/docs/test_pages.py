@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.docs.pages import DOCS, ROOT, code, pages
-from upcycle import cli, moe
+from upcycle import arguments, moe
 
 # Names in capitals that are no macros of gin/: environment variables, and what stands for a name.
 OTHER_NAMES = {
@@ -89,7 +89,7 @@ def test_some_macros_are_looked_at():
 
 @functools.cache
 def subcommands():
-    (action,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (action,) = (a for a in arguments.parser()._actions if isinstance(a, argparse._SubParsersAction))
     return {name: set(parser._option_string_actions) for name, parser in action.choices.items()}
 
 

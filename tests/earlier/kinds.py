@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests import programs, runs, vision
-from upcycle import jobs
 from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.commands import evaluate
+from upcycle.commands import train as command
 from upcycle.metrics import read_metrics
 
 _COMMON = {
@@ -113,7 +114,7 @@ def bindings(kind: str, model_dir: str | pathlib.Path, steps: int) -> dict[str, 
 
 def train(kind: str, model_dir: str | pathlib.Path, steps: int) -> None:
     """`upcycle train`."""
-    jobs.train(KINDS[kind][1], bindings(kind, model_dir, steps))
+    command.run(KINDS[kind][1], bindings(kind, model_dir, steps))
 
 
 def digests(reader: Reader) -> dict[str, str]:
@@ -128,7 +129,7 @@ def told(kind: str) -> dict[str, Any]:
       `leaves`: digests of the leaves; `evaluation`: metrics of `upcycle eval`; `lines`: of the log of the two steps after it.
     """
     leaves = digests(open_checkpoint(kind))
-    evaluation = jobs.evaluate((), {}, kind)['metrics']
+    evaluation = evaluate.run((), {}, kind)['metrics']
     with tempfile.TemporaryDirectory() as scratch:
         again = pathlib.Path(scratch) / 'again'
         shutil.copytree(kind, again)

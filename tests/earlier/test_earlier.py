@@ -7,13 +7,13 @@ import tarfile
 import pytest
 
 from tests.earlier import kinds
-from upcycle import configuration, transfer
+from upcycle import configuration, run_config, transfer
 from upcycle.checkpoints import open_checkpoint
 from upcycle.evaluate.diversity import Diversity
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.evaluate.validation import Validation
-from upcycle.train import loop
+from upcycle.training import loop
 
 VERSIONS = sorted(path for path in pathlib.Path(__file__).parent.iterdir() if path.name[0].isdigit())
 # With router state, and with few-shot probes; the others repeat what these go through.
@@ -60,7 +60,7 @@ def test_leaves(kind, version):
 def test_configurations(kind):
     """The same command is the same run, and so is the stored configuration."""
     run = configuration.load(kinds.KINDS[kind][1], kinds.bindings(kind, kind, kinds.saved(kind) + 2))
-    configuration.claim(run, configuration.resolved(), write=False)
+    run_config.claim(run, configuration.resolved(), write=False)
     stored = configuration.load([f'{kind}/config.gin'], {})
     assert stored.model == run.model and stored.optimizer == run.optimizer and stored.surgery == run.surgery
 

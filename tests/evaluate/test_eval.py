@@ -8,7 +8,7 @@ import pytest
 
 from tests import runs, vision
 from tests.test_cli import call
-from upcycle import jobs
+from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 
@@ -43,6 +43,8 @@ def test_a_checkpoint_without_its_folder_needs_the_files(dense, tmp_path, capsys
         for name in ('ACTIVATION_DTYPE', 'BATCH_SIZE', 'NUM_EMBEDDINGS', 'TASK_FEATURE_LENGTHS')
     }
     files = options((runs.TINY, runs.TASK, 'runs/eval.gin'), {**small, 'EVAL_STEPS': 2})
+    # A training step could not cut its batch so; nothing is trained.
+    files += options((), {'NUM_MICROBATCHES': 3})
     code, out, _ = call(['eval', f'--from={tmp_path}/moved', *files], capsys)
     assert code == 0
     logged = lines_of(dense, 'validation')[-1]
@@ -95,10 +97,10 @@ def test_a_run_is_not_resumed_as_another_function(dense, tmp_path):
 def test_probes_of_the_trainer_and_of_the_command_are_one(tmp_path, capsys):
     files = (vision.MODEL, vision.TASK, 'runs/pretrain.gin', 'runs/few_shot.gin')
     few = {'FEW_SHOT_SEEDS': 2, 'FEW_SHOT_SHOTS': '(5, 10)', 'FEW_SHOT_PERIOD': 2, 'EVAL_PERIOD': 100}
-    jobs.train(files, vision.bindings(tmp_path / 'run', 3, **few))
+    train.run(files, vision.bindings(tmp_path / 'run', 3, **few))
     # Probes are no part of what a run is: the same run goes on with others.
     few |= {'FEW_SHOT_SHOTS': '(1, 5, 10)'}
-    jobs.train(files, vision.bindings(tmp_path / 'run', 3, **few))
+    train.run(files, vision.bindings(tmp_path / 'run', 3, **few))
     capsys.readouterr()
     logged = lines_of(tmp_path / 'run', 'few_shot')
     assert [line['step'] for line in logged] == [2, 3]

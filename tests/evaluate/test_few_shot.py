@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from tests import runs, vision
 from tests.evaluate.probe_on_a_mesh import probe
 from tests.invariants.devices import on_devices, processes
-from upcycle import jobs
+from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot
 from upcycle.evaluate.few_shot import Features, FewShot
@@ -146,7 +146,7 @@ def test_mistakes(settings, words):
 def test_random_images_have_no_split(tmp_path):
     files = [vision.MODEL, 'tasks/synthetic_images.gin', 'runs/pretrain.gin', 'runs/few_shot.gin']
     with pytest.raises(UserError, match='FEW_SHOT needs labelled images in EVAL_DATASET'):
-        jobs.train(files, runs.bindings('vit dense', tmp_path / 'run', 1))
+        train.run(files, runs.bindings('vit dense', tmp_path / 'run', 1))
     assert not (tmp_path / 'run').exists()
 
 
@@ -154,7 +154,7 @@ def test_random_images_have_no_split(tmp_path):
 def test_a_split_that_is_not_there_is_refused_before_the_first_step(binding, tmp_path):
     files = [*runs.FILES['vit dense'], 'runs/few_shot.gin']
     with pytest.raises(UserError, match='typo'):
-        jobs.train(files, runs.bindings('vit dense', tmp_path / 'run', 1, **{binding: 'typo'}))
+        train.run(files, runs.bindings('vit dense', tmp_path / 'run', 1, **{binding: 'typo'}))
     assert not (tmp_path / 'run').exists()
 
 

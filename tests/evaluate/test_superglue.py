@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests import runs
-from upcycle import configuration, jobs, partitioning
+from upcycle import configuration, partitioning
+from upcycle.commands import train
 from upcycle.evaluate import tasks
 from upcycle.metrics import read_metrics
 
@@ -215,7 +216,7 @@ def test_the_scores_are_what_t5s_own_metrics_say(prepared, monkeypatch):
 
 
 def test_a_sparse_model_is_trained_on_the_mixture_and_measured_on_all_of_it(prepared, tmp_path):
-    jobs.train(FILES, bindings(tmp_path / 'run'))
+    train.run(FILES, bindings(tmp_path / 'run'))
     (line,) = [line for line in read_metrics(tmp_path / 'run' / 'metrics.jsonl') if line['split'] == 'tasks']
     measured = {f'super_glue_{name}/{metric}' for name, metrics in MEASURED.items() for metric in metrics}
     assert measured | {'average'} <= line.keys()

@@ -9,7 +9,8 @@ import pytest
 from tests import runs
 from tests.evaluate import small_tasks
 from tests.test_cli import call
-from upcycle import configuration, jobs, partitioning
+from upcycle import configuration, partitioning
+from upcycle.commands import evaluate, train
 from upcycle.errors import UserError
 from upcycle.evaluate import tasks
 from upcycle.metrics import read_metrics
@@ -85,7 +86,7 @@ def learnt(tmp_path_factory):
     path = tmp_path_factory.mktemp('learnt') / 'run'
     steps = {'TRAIN_STEPS': 160, 'EVAL_PERIOD': 160, 'CHECKPOINT_PERIOD': 160, 'LOG_PERIOD': 20, 'BATCH_SIZE': 8}
     more = {'TASK_METRICS_PERIOD': 80, 'WARMUP_STEPS': 100, 'MIXTURE_OR_TASK_NAME': 'small_boolq', **steps}
-    jobs.train([*FILES, METRICS], bindings(path, **more))
+    train.run([*FILES, METRICS], bindings(path, **more))
     return path
 
 
@@ -116,18 +117,18 @@ def test_a_run_folder_needs_no_other_files(learnt, capsys):
     [{'TASK_METRICS_OF': 'small_unmeasured'}, {'TASK_METRICS_OF': 'typo'}, {'TASK_METRICS_SPLIT': 'typo'}],
     ids=str,
 )
-@pytest.mark.parametrize('command', [jobs.train, jobs.evaluate])
+@pytest.mark.parametrize('command', [train.run, evaluate.run])
 def test_what_cannot_be_measured_is_refused_before_anything_is_done(command, binding, dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, 'params_from', None)
+    monkeypatch.setattr(evaluate, 'params_from', None)
     arguments = [*FILES, METRICS], bindings(tmp_path / 'run', MIXTURE_OR_TASK_NAME='small_boolq', **binding)
     with pytest.raises(UserError, match=r'no task with metrics and a split|typo'):
-        command(*arguments, *([str(dense)] if command is jobs.evaluate else []))
+        command(*arguments, *([str(dense)] if command is evaluate.run else []))
     assert not (tmp_path / 'run').exists()
 
 
 def test_random_tokens_are_no_task(tmp_path):
     with pytest.raises(UserError, match='TASK_METRICS needs a text task in EVAL_DATASET'):
-        jobs.train([*runs.FILES['dense'], METRICS], runs.bindings('dense', tmp_path / 'run', 1))
+        train.run([*runs.FILES['dense'], METRICS], runs.bindings('dense', tmp_path / 'run', 1))
     assert not (tmp_path / 'run').exists()
 
 

@@ -13,14 +13,16 @@ from flax.traverse_util import flatten_dict
 
 from tests import runs, vision
 from tests.checkpoints import trees
-from upcycle import configuration, cost, jobs, partitioning
+from upcycle import configuration, cost, partitioning, run_config
+from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
-from upcycle.train import loop
-from upcycle.train import state as states
-from upcycle.train.state import from_checkpoint, layout
-from upcycle.train.step import train_step
+from upcycle.training import loop, start
+from upcycle.training import state as states
+from upcycle.training.first_state import from_checkpoint
+from upcycle.training.state import layout
+from upcycle.training.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
 RECIPES = (
@@ -52,7 +54,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
-    covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin'}
+    covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin', 'moe/base.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
     covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
@@ -72,7 +74,7 @@ def test_what_t5x_goes_on_with_is_our_recipe():
         lines = (GIN / file).read_text().splitlines()
         return dict(line.split(' = ', 1) for line in lines if re.match('[A-Z_]+ = ', line))
 
-    ours, theirs = macros('moe/t5.gin'), macros('t5x/continue_upcycled.gin')
+    ours, theirs = macros('moe/base.gin') | macros('moe/t5.gin'), macros('t5x/continue_upcycled.gin')
     both = {'NUM_EXPERTS', 'TRAIN_EXPERT_CAPACITY_FACTOR', 'EVAL_EXPERT_CAPACITY_FACTOR', 'GROUP_SIZE'}
     both |= {'NUM_SELECTED_EXPERTS', 'AUX_LOSS_FACTOR'}
     for name in both:
@@ -86,12 +88,12 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
     small = runs.bindings('dense', tmp_path / 'dense', 2, BASE_LEARNING_RATE=0.01, **runs.ONE_LAYER)
     model, *rest = runs.FILES['dense']
     optimizer = f'optimizers/{name}.gin'
-    jobs.train((model, optimizer, *rest), small)
+    train.run((model, optimizer, *rest), small)
     tiled = {'BASE_LEARNING_RATE': 0.01, 'OPTIMIZER_STATE': 'tile', **runs.ONE_SPARSE_LAYER}
     upcycle = runs.bindings('upcycle', tmp_path / 'up', 4, **tiled)
     model, *rest = runs.FILES['upcycle']
     upcycle['INITIAL_CHECKPOINT_PATH'] = str(tmp_path / 'dense')
-    state = jobs.train((model, optimizer, *rest), upcycle)
+    state = train.run((model, optimizer, *rest), upcycle)
     assert state.opt_state['count'] == 4
     moments = state.opt_state['param_states']['encoder']['layers_0']['mlp']['expert']['wo']['kernel']['m']
     assert moments.shape[0] == 4 and (moments != 0).any()
@@ -121,14 +123,14 @@ def first_step(files, bindings, *, trained=True):
     Without a step where it is not `trained`.
     """
     run = configuration.load(files, bindings)
-    mesh = loop.check(run)
-    with partitioning.use(mesh):
-        where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+    begin = start.Start.of(run)
+    with partitioning.use(begin.mesh):
+        sharding = partitioning.batch_sharding(begin.mesh)
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
-        state, receipt, _ = from_checkpoint(run, where, batch)
+        state, receipt = from_checkpoint(begin, batch)
         if trained:
-            state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
+            state, metrics = loop.lower_step(run, begin.layout, sharding).compile()(state, batch)
             assert np.isfinite(metrics['loss'])
     return receipt, state
 
@@ -229,9 +231,9 @@ def test_recipes_step(name, abstractly, tmp_path):
     if abstractly:
         step_abstractly(run)
         return
-    mesh = loop.check(run)
-    with partitioning.use(mesh):
-        where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+    begin = start.Start.of(run)
+    with partitioning.use(begin.mesh):
+        where, sharding = begin.layout, partitioning.batch_sharding(begin.mesh)
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
         # Without a program to initialise it.
@@ -276,9 +278,9 @@ def test_text_files_task_steps_twice(tmp_path):
         (corpus / f'{i}.txt').write_text(f'This is sentence {i} of a small corpus. ' * 40)
     files = (runs.TINY, 'tasks/text_files_span_corruption.gin', 'runs/pretrain.gin')
     more = {'TRAIN_FILES': str(corpus / '*.txt')}
-    from upcycle import jobs
+    from upcycle.commands import train
 
-    state = jobs.train(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
+    state = train.run(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
     assert int(state.step) == 2
 
 
@@ -295,7 +297,7 @@ VIT_STEPS = {
 
 def test_mnist5k_task_steps_twice(tmp_path):
     more = {'MODEL_DIR': str(tmp_path), 'EVAL_AUGMENT_STRENGTH': '1.0'}
-    state = jobs.train((VIT, 'tasks/mnist5k.gin', 'runs/pretrain.gin'), VIT_STEPS | more)
+    state = train.run((VIT, 'tasks/mnist5k.gin', 'runs/pretrain.gin'), VIT_STEPS | more)
     assert int(state.step) == 2
 
 
@@ -309,7 +311,7 @@ def test_image_folder_task_steps_twice_and_counts_classes(tmp_path):
     more = {'MODEL_DIR': str(tmp_path / 'run'), **photos}
     with pytest.raises(UserError, match='NUM_CLASSES'):
         configuration.load(files, VIT_STEPS | more | {'NUM_CLASSES': '2'})
-    assert int(jobs.train(files, VIT_STEPS | more).step) == 2
+    assert int(train.run(files, VIT_STEPS | more).step) == 2
 
 
 @pytest.mark.parametrize(
@@ -327,17 +329,17 @@ def test_tfds_tasks_step_twice(task, splits, num_classes, tmp_path):
         more |= {'TRAIN_SPLIT': 'full[10:]', 'EVAL_SPLIT': 'full[:10]'}
     if task != 'cifar10':
         more |= {'RESIZE_SMALL': '32'}
-    assert int(jobs.train((VIT, f'tasks/{task}.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
+    assert int(train.run((VIT, f'tasks/{task}.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
 
 
 def test_synthetic_tasks_step_twice(tmp_path):
     more = {'MODEL_DIR': str(tmp_path / 'images'), 'NUM_CLASSES': '7', 'IMAGE_CHANNELS': '1'}
-    assert int(jobs.train((VIT, 'tasks/synthetic_images.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
+    assert int(train.run((VIT, 'tasks/synthetic_images.gin', 'runs/pretrain.gin'), VIT_STEPS | more).step) == 2
     small = {'TASK_FEATURE_LENGTHS': "{'inputs': 16, 'targets': 8}", 'NUM_EMBEDDINGS': '100', 'BATCH_SIZE': '4'}
     small |= runs.ONE_LAYER
     more = {'MODEL_DIR': str(tmp_path / 'text'), 'EVAL_STEPS': '1', 'TRAIN_STEPS': '2'}
     files = (runs.TINY, 'tasks/synthetic_text.gin', 'runs/pretrain.gin')
-    assert int(jobs.train(files, small | more).step) == 2
+    assert int(train.run(files, small | more).step) == 2
 
 
 def test_c4_task_builds_or_says_what_to_install():
@@ -516,8 +518,8 @@ def test_config_gin_builds_the_same_run(tmp_path, dense):
     run = runs.build('upcycle', tmp_path / 'run', 10, INITIAL_CHECKPOINT_PATH=dense)
     first = configuration.resolved()
     path = tmp_path / 'config.gin'
-    path.write_text(configuration.as_gin(first))
+    path.write_text(run_config.as_gin(first))
     configuration.load([str(path)], {})
     assert configuration.resolved() == first
-    configuration.claim(run, first)
+    run_config.claim(run, first)
     assert configuration.load([str(tmp_path / 'run' / 'config.gin')], {}) == run

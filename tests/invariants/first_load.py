@@ -8,20 +8,22 @@ import unittest.mock
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from tests import runs
 from upcycle import configuration, partitioning
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.checkpoints.native import CheckpointManager
-from upcycle.surgery.execute import Maker
-from upcycle.train import carried, loop
-from upcycle.train import state as states
+from upcycle.surgery.make import Maker
+from upcycle.training import first_state, receipt_of_start
+from upcycle.training import state as states
+from upcycle.training.start import Start
 
 
 def save_dense(path, kind='dense', seed=0, **sizes):
     """A dense run's checkpoint of step 4, as it was initialised."""
     run = runs.build(kind, path, 10, **sizes)
-    where = states.layout(run, loop.check(run))
+    where = Start.of(run).layout
     state = states.as_dict(states.initializer(run, where)(jax.random.key(seed)))
     model = json.loads(json.dumps(run.model.describe(), default=str))
     with CheckpointManager(path) as manager:
@@ -57,11 +59,10 @@ def load(files, bindings):
       leaf `shards`: where they lie and their bytes, and `types`: its type and shape; `made`: experts made by this process.
     """
     run = configuration.load(files, bindings)
-    mesh = loop.check(run)
+    start = Start.of(run)
     most, made = collections.Counter(), collections.Counter()
-    with partitioning.use(mesh):
-        where = states.layout(run, mesh)
-        batch = next(partitioning.batches(run.train_data, 0, partitioning.batch_sharding(mesh)))
+    with partitioning.use(start.mesh):
+        batch = next(partitioning.batches(run.train_data, 0, partitioning.batch_sharding(start.mesh)))
         gc.collect()
         before, started = held(), resident()
         grown = [0]
@@ -85,19 +86,19 @@ def load(files, bindings):
             return lambda *arguments: (look(), function(*arguments))[1]
 
         with (
-            unittest.mock.patch.object(states, 'print_progress', lambda what: look),
+            unittest.mock.patch.object(first_state, 'print_progress', lambda what: look),
             unittest.mock.patch.object(ArrayReader, 'read', looking(ArrayReader.read)),
             unittest.mock.patch.object(Maker, 'expert', looking(Maker.expert, counts=True)),
-            unittest.mock.patch.object(states, 'check_function', at_entry(states.check_function)),
-            unittest.mock.patch.object(carried, 'check_function', at_entry(carried.check_function)),
+            unittest.mock.patch.object(first_state, 'check_function', at_entry(first_state.check_function)),
+            unittest.mock.patch.object(receipt_of_start, 'check_function', at_entry(receipt_of_start.check_function)),
         ):
-            state, receipt, reader = states.from_checkpoint(run, where, batch)
-        leaves = states.flatten_dict(states.as_dict(state), sep='/')
+            state, receipt = first_state.from_checkpoint(start, batch)
+        leaves = flatten_dict(states.as_dict(state), sep='/')
         own = collections.Counter()
         for leaf in leaves.values():
             for shard in leaf.addressable_shards:
                 own[shard.device.id] += shard.data.nbytes
-        sizes = [leaf.size * leaf.dtype.itemsize for leaf in (*reader.leaves().values(), *leaves.values())]
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in (*start.reader.leaves().values(), *leaves.values())]
     return {
         'extra': {device: most[device] - own[device] for device in own},
         'own': dict(own),

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from tests.invariants.devices import processes
-from upcycle import hosts
+from upcycle import platforms
 
 # Processes, and devices of each.
 LAYOUT = (4, 2)
@@ -38,5 +38,5 @@ def call(function: Callable[..., Any], *arguments: Any, order: str = 'by process
 def _in_order(order: str, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """Called in a process."""
     devices = jax.devices()
-    with unittest.mock.patch.object(hosts, 'devices', lambda: [devices[i] for i in ORDERS[order]]):
+    with unittest.mock.patch.object(platforms, 'devices', lambda: [devices[i] for i in ORDERS[order]]):
         return function(*arguments, **named)

@@ -22,14 +22,14 @@ from tests.small import (
     vit_moe,
     with_moe,
 )
-from upcycle import hosts, partitioning
+from upcycle import partitioning, platforms
 from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.moe.config import AdaptiveBalance, RouterType, capacity, num_groups
 from upcycle.moe.layer import Router
-from upcycle.train.step import TrainState, train_step
+from upcycle.training.step import TrainState, train_step
 
 MESHES = {
     'one device': (1, 1, 1),
@@ -149,7 +149,7 @@ def step(case: str, mesh_shape: str | tuple[int, int, int]) -> dict[str, np.ndar
     model, microbatches, over_data = CASES[case]
     batch, params, boxed = _inputs(case)
     shape = MESHES.get(mesh_shape, mesh_shape)
-    mesh = partitioning.make_mesh(shape, 8, hosts.devices()[: int(np.prod(shape))])
+    mesh = partitioning.make_mesh(shape, 8, platforms.devices()[: int(np.prod(shape))])
     with partitioning.use(mesh):
         specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
         state, metrics = _step(model, params, specs, batch, mesh, microbatches, look=case in LOOKED_AT)

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from tests.moe.quick import jit
 from upcycle import partitioning
-from upcycle.train.optimizer import Adafactor, AdamW, Sgd
+from upcycle.training.optimizer import Adafactor, AdamW, Sgd
 
 E, D, F, V = 8, 128, 256, 512
 OPTIMIZERS = {

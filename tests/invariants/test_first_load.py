@@ -8,11 +8,11 @@ from tests import runs
 from tests.checkpoints import trees
 from tests.invariants import first_load
 from tests.invariants.devices import processes
-from upcycle import convert, transfer
+from upcycle import conversion, transfer
 from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.arrays import ArrayReader
 from upcycle.errors import UserError
-from upcycle.train import state as states
+from upcycle.training import first_state, receipt_of_start
 
 # Layers enough that all their MLPs are larger than one leaf of experts, and sequences so short that activations are small.
 SIZES = {'EMBED_DIM': 64, 'MLP_DIM': 256, 'NUM_ENCODER_LAYERS': 2, 'NUM_DECODER_LAYERS': 2}
@@ -49,7 +49,7 @@ class Checkpoints:
         elif kind == 'converted':
             more = {name: value for name, value in RUN.items() if name != 'GROUPS_MULTIPLE_OF'}
             run = runs.build('upcycle', 'unused', 10, **more, INITIAL_CHECKPOINT_PATH=self['dense'])
-            convert.convert(run, path, 'upcycle')
+            conversion.convert(run, path, 'upcycle')
         elif kind == 'imported':
             transfer.transfer(self['dense'], f'{path}_t5x', 't5x_legacy', optimizer_state='none')
             transfer.transfer(f'{path}_t5x', path, 'upcycle')
@@ -198,12 +198,11 @@ def test_every_process_refuses_what_one_of_them_cannot_read(leaf, checkpoints):
 @pytest.mark.parametrize('error', [MemoryError('no room'), jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no room')])
 @pytest.mark.parametrize('case', ['copy', 'converted'])
 def test_a_check_that_fails_ends_no_run(case, error, checkpoints, monkeypatch, capsys):
-    from upcycle.train import carried
 
     def fail(*_):
         raise error
 
-    for module in (states, carried):
+    for module in (first_state, receipt_of_start):
         monkeypatch.setattr(module, 'check_function', fail)
     found = first_load.load(*settings(case, checkpoints, (1, 1, 1)))
     assert found['receipt']['function_check']['whole_model'] == f'not compared: {error}'

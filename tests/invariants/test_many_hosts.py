@@ -17,7 +17,8 @@ from tests.invariants import test_processes
 from tests.invariants.many_hosts import MESHES, ORDERS, call
 from tests.invariants.on_eight_devices import step
 from tests.invariants.test_mesh import assert_same, often_and_exhaustive, on_eight
-from upcycle import configuration, jobs, partitioning
+from upcycle import configuration, partitioning
+from upcycle.commands import evaluate as command
 from upcycle.data.images import DatasetConfig, Mnist5k, ScanAugmentation
 from upcycle.data.synthetic import SyntheticText
 from upcycle.evaluate import tasks
@@ -116,7 +117,7 @@ def test_training_and_resuming(shape, order, whole, shallow, tmp_path):
 def evaluate(checkpoint, shape, out):
     """`upcycle eval` of a dense run."""
     bindings = runs.bindings('dense', 'unused', 1, MESH_SHAPE=shape, BATCH_SIZE=8, EVAL_BATCH_SIZE=8, **runs.ONE_LAYER)
-    return jobs.evaluate(runs.FILES['dense'], bindings, checkpoint, out=str(out))['metrics']
+    return command.run(runs.FILES['dense'], bindings, checkpoint, out=str(out))['metrics']
 
 
 @meshes_and_orders(EACH, ((1, 1, 8), 'interleaved'))

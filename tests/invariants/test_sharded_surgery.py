@@ -20,11 +20,13 @@ from tests.small import random_batch, small_t5, with_moe
 from tests.surgery.in_memory import abstract
 from upcycle import partitioning
 from upcycle.models.encoder_decoder import EncoderDecoderModel
-from upcycle.surgery.execute import Maker, execute
+from upcycle.surgery.make import Maker
 from upcycle.surgery.operators import EXPERT_OPERATORS, Start
 from upcycle.surgery.operators.dense import Noise
 from upcycle.surgery.operators.sparse import Grow
-from upcycle.surgery.plan import Action, Plan, Row, Surgery, plan
+from upcycle.surgery.place import execute
+from upcycle.surgery.plan import Action, Plan, Row, Surgery
+from upcycle.surgery.planning import plan
 
 E = 8
 SURGERIES = {

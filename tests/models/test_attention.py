@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle.models.layers import attend, softmax
+from upcycle.models.attention import attend, softmax
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32) * 4
 

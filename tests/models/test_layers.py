@@ -10,9 +10,10 @@ import pytest
 from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
 from upcycle.models import layers
+from upcycle.models.attention import attend
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.models.layers import after, attend, computed_again, drop, gelu
+from upcycle.models.layers import after, computed_again, drop, gelu
 
 
 def reference_gelu(x):

@@ -24,8 +24,9 @@ from tests.small import (
     with_moe,
 )
 from upcycle.errors import UserError
+from upcycle.models.attention import relative_position_bucket
 from upcycle.models.encoder_decoder import EncoderDecoderModel
-from upcycle.models.layers import Dropout, relative_position_bucket
+from upcycle.models.layers import Dropout
 from upcycle.models.t5 import T5Config, Transformer
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS

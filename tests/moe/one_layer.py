@@ -14,7 +14,7 @@ from upcycle.models.layers import LayerNorm, MlpBlock
 from upcycle.moe import state as moe_state
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, MoELayer, moe_metrics
-from upcycle.train.step import TrainState, train_step
+from upcycle.training.step import TrainState, train_step
 
 B, L, D, F = 4, 8, 16, 32
 MLP = 'layers_0/mlp'

@@ -17,7 +17,7 @@ from upcycle.moe import state as moe_state
 from upcycle.moe.config import AdaptiveBalance, MoEConfig, RoutePadding, capacity
 from upcycle.moe.dispatch import masks
 from upcycle.moe.layer import METRICS, MoELayer
-from upcycle.train.optimizer import Adafactor
+from upcycle.training.optimizer import Adafactor
 
 E = 4
 # Config and capacity are static; one program for a router, not one for each of its operations.

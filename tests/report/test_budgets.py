@@ -7,9 +7,9 @@ import struct
 import matplotlib.figure
 import pytest
 
-from upcycle.report import plots
 from upcycle.report.budgets import as_markdown, as_plot, at_budgets
-from upcycle.report.html import compare_seeds
+from upcycle.report.compare import compare_seeds
+from upcycle.report.plots.axes import name_lines
 from upcycle.report.runs import Axis, Role, Run, chain
 
 STEPS = range(0, 101, 2)
@@ -95,7 +95,7 @@ def test_names_stay_beside_the_axis_however_many_they_are():
     ax = matplotlib.figure.Figure().add_subplot()
     for number in (3, 30):
         ax.clear()
-        plots._label(ax, [(0.99, f'line {i}', 'black') for i in range(number)])
+        name_lines(ax, [(0.99, f'line {i}', 'black') for i in range(number)])
         at = sorted(text.xyann[1] for text in ax.texts)
         assert len(at) == number and at[0] > -0.01 and at[-1] < 1.06
 

@@ -10,8 +10,9 @@ from tests.moe.quick import random_params
 from tests.small import module_inputs, spec_of
 from upcycle import partitioning
 from upcycle.models import Model
-from upcycle.surgery.execute import execute
-from upcycle.surgery.plan import Plan, Surgery, plan
+from upcycle.surgery.place import execute
+from upcycle.surgery.plan import Plan, Surgery
+from upcycle.surgery.planning import plan
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -28,8 +28,10 @@ from tests.surgery.in_memory import abstract
 from tests.surgery.test_plan import DENSE, SPARSE, leaves_of
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.surgery.execute import execute, sha256_of
-from upcycle.surgery.plan import Surgery, plan
+from upcycle.surgery.fingerprint import sha256_of
+from upcycle.surgery.place import execute
+from upcycle.surgery.plan import Surgery
+from upcycle.surgery.planning import plan
 from upcycle.surgery.receipt import check_function
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UserError
-from upcycle.surgery.execute import Maker
+from upcycle.surgery.make import Maker
 from upcycle.surgery.operators import EXPERT_OPERATORS, Start
 from upcycle.surgery.operators.dense import Copy, Drop, Noise, Random
 from upcycle.surgery.plan import Action, Plan, Row, Surgery

@@ -11,8 +11,9 @@ from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.moe import state as moe_state
-from upcycle.surgery.plan import Action, OptimizerState, Surgery, plan
-from upcycle.train.optimizer import Adafactor
+from upcycle.surgery.plan import Action, OptimizerState, Surgery
+from upcycle.surgery.planning import plan
+from upcycle.training.optimizer import Adafactor
 
 
 def leaves_of(config):

@@ -11,7 +11,8 @@ from tests.surgery.test_function import dense_params, model_of
 from upcycle.checkpoints.several import SeveralReader
 from upcycle.errors import UserError
 from upcycle.surgery.operators import Start
-from upcycle.surgery.plan import Action, Surgery, plan
+from upcycle.surgery.plan import Action, Surgery
+from upcycle.surgery.planning import plan
 
 BRANCHES = Surgery(operator='branches')
 
@@ -79,7 +80,7 @@ def test_state_goes_with_the_branch_and_the_step_is_the_largest():
         state(sparse),
         Surgery(operator='branches', optimizer_state='tile'),
     )
-    from upcycle.surgery.execute import execute
+    from upcycle.surgery.place import execute
 
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     made = execute(what, lambda name, sharding: values[name], dict.fromkeys(state(sparse), one), new={})

@@ -12,9 +12,10 @@ from flax.traverse_util import flatten_dict
 from tests.surgery.in_memory import ONE, abstract, leaves_of, params_of, plan_for, upcycle
 from tests.surgery.test_function import dense_params, model_of
 from upcycle.errors import UserError
-from upcycle.surgery.execute import execute
 from upcycle.surgery.operators.sparse import Grow, Merge
-from upcycle.surgery.plan import Surgery, plan
+from upcycle.surgery.place import execute
+from upcycle.surgery.plan import Surgery
+from upcycle.surgery.planning import plan
 from upcycle.surgery.receipt import check_function
 
 OLD = 4

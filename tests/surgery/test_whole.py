@@ -199,7 +199,7 @@ def test_nonsense_is_refused(make, message):
 
 def test_depth_carries_the_state_along():
     shapes = {'params/layers_0/w': (2,), 'params/layers_1/w': (2,)}
-    from upcycle.surgery.plan import plan
+    from upcycle.surgery.planning import plan
 
     def state(names):
         leaves = {name: jax.ShapeDtypeStruct((2,), jnp.float32) for name in names}

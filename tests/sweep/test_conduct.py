@@ -14,7 +14,7 @@ from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.report.plots import Plot
-from upcycle.sweep import command, conduct, launchers
+from upcycle.sweep import conduct, launchers, reports
 from upcycle.sweep import grid as grids
 from upcycle.sweep.conduct import Entry
 from upcycle.sweep.points import Point, Progress, Status, progress_of
@@ -142,7 +142,7 @@ def test_means_of_seeds(tmp_path, capsys):
     del entries[0].progress.metrics['tasks/boolq']
     ((name, (mean, half)),) = conduct.means_of(entries, 'tasks/').items()
     assert (name, mean) == ('tasks/average', 71.0) and half == pytest.approx(4.302653 / 3**0.5)
-    command._means('tasks/', entries, str(tmp_path))
+    reports.write_means('tasks/', entries, str(tmp_path))
     assert 'tasks/average: 71.0000 ± 2.4841, mean of 3 runs' in capsys.readouterr().out
     assert json.loads((tmp_path / 'means.json').read_text())['tasks/average']['mean'] == 71.0
 

@@ -9,9 +9,10 @@ import pytest
 
 from tests.gin.test_gin_files import step_abstractly
 from upcycle import configuration, cost, partitioning
+from upcycle.errors import UserError
 from upcycle.sweep import grid, paper
-from upcycle.train import loop
-from upcycle.train.state import layout
+from upcycle.training import loop
+from upcycle.training.state import layout
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 EXPERIMENTS = sorted(
@@ -175,3 +176,11 @@ def test_no_two_reports_of_one_out_share_a_folder():
     reports = [report for name, scale in names for report in grid.load(f'configs/{name}.py', scale).reports]
     folders = [report['name'] for report in reports]
     assert len(set(folders)) == len(folders) > len(EXPERIMENTS)
+
+
+def test_settings_are_files_of_their_own():
+    kinds = sorted(path.stem for path in (CONFIGS / 'settings').glob('*.py'))
+    names = [paper.setting_of(kind, scale).name for kind in kinds for scale in paper.Scale]
+    assert {'language_mini', 'vision_mini', 'language_base', 'vision_b16'} <= set(names)
+    with pytest.raises(UserError, match=r'configs/settings/speech\.py does not exist'):
+        paper.setting_of('speech', paper.Scale.MINI)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')
-# Orbax and T5X both write beside the final name and rename at the end, so these names are interrupted saves.
+# Orbax and T5X both write under another name and rename at the end, so these names are interrupted saves.
 _UNFINISHED = re.compile(r'(?:checkpoint_)?(\d+)\.(?:orbax-checkpoint-tmp|tmp-).*')
 _DAMAGED = re.compile(r'(\d+)\.damaged.*')  # as checkpoints.integrity sets steps aside
 _LOOKED_FOR = (
@@ -48,7 +48,7 @@ class Reader(Protocol):
         format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
         path: the step's folder, or the file.
         step: training steps taken when it was saved; None where it does not say.
-        metadata: the JSON saved beside our own checkpoints (family, configuration, sunk cost, receipt). Of others `family`,
+        metadata: the JSON saved with our own checkpoints (family, configuration, sunk cost, receipt). Of others `family`,
             and as `facts` what the format says of the model that shapes do not (its activation, its norms' epsilon, ...);
             {} where it says nothing.
     """
@@ -95,7 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     Raises:
         UserError: nothing is there, it holds no checkpoint, or only a save that never finished.
     """
-    from upcycle.checkpoints import huggingface
+    from upcycle.checkpoints.hf.folder import refuse_other_files
 
     folder, part = files.absolute(path), ''
     if match := _PART.fullmatch(os.fspath(folder)):
@@ -106,35 +106,37 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         folder = folder.parent
     if _UNFINISHED.fullmatch(folder.name):
         raise UserError(f'{folder} is a save that was interrupted: name a finished step beside it.')
-    if folder.name.endswith('.npz') and folder.is_file():
-        from upcycle.checkpoints import flax_npz
-
-        return flax_npz.NpzReader(folder, part)
-    if huggingface.NAMES.fullmatch(folder.name) and folder.is_file():
-        return huggingface.HuggingFaceReader(folder)
-    if reader := _open_step(folder):
+    if reader := _open_file(folder, part) or _open_step(folder):
         return reader
     steps = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
-    children = list(steps.iterdir()) if steps.is_dir() else []
-    passed_over: dict[str, str] = {}
-    for _, child in sorted(((_number(child.name), child) for child in children), reverse=True):
-        if _number(child.name) < 0:
-            break
-        reader = _open_step(child) if _STEP.fullmatch(child.name) and child.is_dir() else None
-        if reader is not None and not (missing := reader.missing()):
-            for name, reason in passed_over.items():
-                if _number(name) > _number(child.name):
-                    warning.once(f'{steps / name} is passed over and {child.name} is read: {reason}.')
-            return reader
-        passed_over[child.name] = _why_not_read(child) if reader is None else _incomplete(missing)
+    reader, passed_over = _open_newest_step(steps)
+    if reader is not None:
+        return reader
     if passed_over and all(map(_UNFINISHED.fullmatch, passed_over)):
         raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(passed_over)}): name another run.')
-    huggingface.refuse_other_files(folder)
+    refuse_other_files(folder)
     if not passed_over and (found := _elsewhere(folder)):
         raise UserError(f'{folder} is no checkpoint itself: name {found}.')
     listing = ''.join(f'; {name} is passed over ({reason})' for name, reason in passed_over.items())
     way_out = ': copy the checkpoint again' if passed_over else ''
     raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}{way_out}.')
+
+
+def _open_newest_step(steps: epath.Path) -> tuple[ArrayReader | None, dict[str, str]]:
+    """The newest step of a folder that can be read, and those that cannot by their names, with the reason."""
+    children = list(steps.iterdir()) if steps.is_dir() else []
+    passed_over: dict[str, str] = {}
+    for number, child in sorted(((_number(child.name), child) for child in children), reverse=True):
+        if number < 0:
+            break
+        reader = _open_step(child) if _STEP.fullmatch(child.name) and child.is_dir() else None
+        if reader is not None and not (missing := reader.missing()):
+            for name, reason in passed_over.items():
+                if _number(name) > number:
+                    warning.once(f'{steps / name} is passed over and {child.name} is read: {reason}.')
+            return reader, passed_over
+        passed_over[child.name] = _why_not_read(child) if reader is None else _incomplete(missing)
+    return None, passed_over
 
 
 def _number(name: str) -> int:
@@ -145,11 +147,12 @@ def _number(name: str) -> int:
 
 def _elsewhere(folder: epath.Path) -> str | None:
     """Where a checkpoint lies instead, on this machine: above what was named, or up to two folders below it."""
-    from upcycle.checkpoints import arrays, huggingface
+    from upcycle.checkpoints import orbax_item
+    from upcycle.checkpoints.hf.folder import find
 
     def holds_one(place: epath.Path) -> bool:
-        indexes = ('checkpoint', f'state/{arrays.ORBAX_INDEX}')
-        return huggingface.find(place) or any((place / name).is_file() for name in indexes)
+        indexes = ('checkpoint', f'state/{orbax_item.ORBAX_INDEX}')
+        return find(place) or any((place / name).is_file() for name in indexes)
 
     def below(place: epath.Path) -> list[epath.Path]:
         return sorted(
@@ -158,7 +161,7 @@ def _elsewhere(folder: epath.Path) -> str | None:
 
     if files.is_remote(folder):
         return None
-    is_part = not folder.is_dir() or any((folder / name).exists() for name in (arrays.ORBAX_INDEX, '.zarray'))
+    is_part = not folder.is_dir() or any((folder / name).exists() for name in (orbax_item.ORBAX_INDEX, '.zarray'))
     if is_part and holds_one(folder.parent):
         return f'the folder above it, {folder.parent}'
     if not folder.is_dir():
@@ -205,29 +208,30 @@ def create_checkpoint(
     identity: Mapping[str, Any],
     alike: Collection[str] = (),
 ) -> Writer:
-    """Begins a checkpoint, or goes on with one that was cut off.
+    """Begins a checkpoint, or continues one that was cut off.
 
     Args:
         path: where it will be; the formats with steps make a folder for the step there.
         format: one of `FORMATS`.
         leaves: everything that will be written, by our names.
         step: training steps taken, None where that is not known.
-        identity: what is being written from what, as JSON; a cut write is gone on with only where it is the same.
+        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
         alike: leaves whose rows are all the same, such as experts that are copies.
 
     Raises:
         UserError: something is there already, a leaf has no counterpart in the format, or the space does not suffice.
     """
-    from upcycle.checkpoints import flax_npz, huggingface, native, t5x, writing
+    from upcycle.checkpoints import flax_npz, folder_writer, native, t5x
+    from upcycle.checkpoints.hf.writer import HuggingFaceWriter
 
     target = files.absolute(path)
     if format == 'vit_npz':
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':
-        return huggingface.HuggingFaceWriter(target, leaves)
+        return HuggingFaceWriter(target, leaves)
     layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
     layout = {layout.format: layout for layout in layouts}[format]()
-    return writing.FolderWriter(layout, target, leaves, step, identity, alike)
+    return folder_writer.FolderWriter(layout, target, leaves, step, identity, alike)
 
 
 def check_target(path: str | os.PathLike[str], format: str, *, below_runs: bool) -> epath.Path:
@@ -267,16 +271,31 @@ def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:
     return readers[0] if len(readers) == 1 else SeveralReader(readers)
 
 
+def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
+    """The reader of a checkpoint that is a file, or None where it is none; `part` of an archive."""
+    from upcycle.checkpoints import flax_npz
+    from upcycle.checkpoints.hf.folder import NAMES
+    from upcycle.checkpoints.hf.reader import HuggingFaceReader
+
+    if file.name.endswith('.npz') and file.is_file():
+        return flax_npz.NpzReader(file, part)
+    if NAMES.fullmatch(file.name) and file.is_file():
+        return HuggingFaceReader(file)
+    return None
+
+
 def _open_step(folder: epath.Path) -> ArrayReader | None:
     """The reader of one step's folder, or None where no finished checkpoint of a known format lies directly in it."""
-    from upcycle.checkpoints import arrays, huggingface, native, t5x
+    from upcycle.checkpoints import native, orbax_item, t5x
+    from upcycle.checkpoints.hf.folder import find
+    from upcycle.checkpoints.hf.reader import HuggingFaceReader
 
-    if huggingface.find(folder):
-        return huggingface.HuggingFaceReader(folder)
+    if find(folder):
+        return HuggingFaceReader(folder)
     if (folder / 'checkpoint').is_file():
         return t5x.LegacyReader(folder)
-    if not arrays.is_finished(folder) or not (folder / 'state' / arrays.ORBAX_INDEX).exists():
+    if not orbax_item.is_finished(folder) or not (folder / 'state' / orbax_item.ORBAX_INDEX).exists():
         return None
-    sources = arrays.orbax_arrays(folder / 'state')
+    sources = orbax_item.orbax_arrays(folder / 'state')
     reader = t5x.OrbaxReader if any(keys[0] == 'target' for keys in sources) else native.NativeReader
     return reader(folder, sources)

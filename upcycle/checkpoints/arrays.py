@@ -1,21 +1,19 @@
 """What the formats share: leaves are named arrays, opened lazily and read whole, in part, or straight onto devices.
 
-An array is a zarr array, which TensorStore reads, or a `Lazy` one of a format of its own. Single leaves are read with
+An array is a zarr array, which TensorStore reads, or a lazy one of another format (`views.Lazy`). Single leaves are read with
 TensorStore directly, because Orbax re-reads its whole index for each partial restore: 20 to 40 ms a leaf against 0.3 ms here
 (300 leaves, two CPU cores). Orbax's own restore is the reference in the tests.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,143 +21,19 @@ import tensorstore as ts
 from etils import epath
 
 from upcycle import casts, schema
+from upcycle.checkpoints import views
 from upcycle.errors import Unavailable, UserError
 from upcycle.files import STORES, is_remote, refused_by_bucket
 
-ORBAX_INDEX = '_METADATA'
-_COMMITTED = 'commit_success.txt'
 # What weights and moments are stored in.
 WEIGHT_DTYPES = ('float32', 'bfloat16', 'float16')
 # Of a damaged file, by TensorStore, NumPy and zipfile; RuntimeError is an encrypted zip.
 DAMAGE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 # A damaged header may ask for any size. The largest leaves that we know of are tens of gigabytes.
 _LARGEST_LEAF = 1 << 40
-# What our metadata holds, where it is there.
-_METADATA = {
-    'family': str,
-    'facts': Mapping[str, Any],
-    'model': Mapping[str, Any],
-    'cost': Mapping[str, float],
-    'not_read': Mapping[str, str],
-    'receipt': Mapping[str, Any] | None,
-    'unfinished': Sequence[str],
-}
-
-
-Region = tuple[slice, ...]
-
-
-class Lazy(Protocol):
-    """An array whose shape and dtype are known and whose numbers are read when asked for."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def read(self, region: Region) -> np.ndarray:
-        """The part of it; `()` is all. May raise what the format's library raises on a damaged file."""
-        ...
-
 
 # A TensorStore spec that opens the array, the array itself where an index holds small ones inline, or a reader of it.
-Source = dict[str, Any] | np.ndarray | Lazy
-
-
-@dataclasses.dataclass(frozen=True)
-class Derived:
-    """A `Lazy` array computed from others, whole: transposed, reshaped, summed, a layer of a stack.
-
-    Attributes:
-        shape, dtype: of the result.
-        sources: what it is made of.
-        make: from the sources' numbers to the result's.
-        region: the part of the sources to read.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    sources: tuple[Lazy, ...]
-    make: Callable[..., np.ndarray]
-    region: Region = ()
-
-    def read(self, region: Region) -> np.ndarray:
-        """See `Lazy`."""
-        made = self.make(*(source.read(self.region) for source in self.sources))
-        return np.asarray(made[region], order='C')
-
-
-def token_position_into_token(cls: Lazy, table: Lazy) -> tuple[Derived, Derived]:
-    """Position embeddings of the patches alone, and the class token with its own position added.
-
-    vision_transformer, V-MoE and Hugging Face add positions after they have put the class token in front, so that the first row
-    is the token's. Ours are added before, as in big_vision today; the activations are the same.
-
-    Args:
-        cls: (1, 1, D).
-        table: (1, 1 + patches, D).
-    """
-    _, rows, width = table.shape
-    patches = Derived((1, rows - 1, width), table.dtype, (table,), lambda table: table[:, 1:])
-
-    def add(cls: np.ndarray, table: np.ndarray) -> np.ndarray:
-        wide = [x.astype(np.float32) for x in (cls, table[:, :1])]
-        with np.errstate(over='ignore'):
-            total = (wide[0] + wide[1]).astype(dtype)
-        if (~np.isfinite(total) & np.isfinite(wide[0]) & np.isfinite(wide[1])).any():
-            raise UserError(
-                f'the class token and its position add up to more than {dtype} holds: save the model again as float32.'
-            )
-        return total
-
-    dtype = jax.numpy.promote_types(cls.dtype.newbyteorder('='), table.dtype.newbyteorder('='))
-    return patches, Derived((1, 1, width), dtype, (cls, table), add)
-
-
-def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file; `pairs`: see `object_pairs_hook` of `json.loads`.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds something else.
-    """
-    try:
-        found = json.loads(file.read_text(), object_pairs_hook=pairs)
-    except OSError as error:
-        raise UserError(f'{file} cannot be read ({error.strerror or error}): copy the checkpoint again.') from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{file} is damaged ({error}): copy the checkpoint again.') from error
-    if not isinstance(found, dict):
-        raise UserError(
-            f'{file} is damaged (it holds {schema.shown(found)} and no JSON object): copy the checkpoint again.'
-        )
-    return found
-
-
-def checked_metadata(file: str, metadata: Any) -> dict[str, Any]:
-    """Metadata of ours, after a look at what it is made of.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    if not isinstance(metadata, dict):
-        raise UserError(f'{file} is damaged (its metadata is no JSON object): copy the checkpoint again.')
-    for name, kind in _METADATA.items():
-        if name in metadata and not schema.fits(metadata[name], kind):
-            raise UserError(
-                f'{file} is damaged (its {name} is {schema.shown(metadata[name])}): copy the checkpoint again.'
-            )
-    return metadata
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether an index names something that lies beside it: no path, and nothing above."""
-    return isinstance(name, str) and name not in ('', '.', '..') and not {'/', '\\', '\0'} & {*name}
-
-
-def is_finished(folder: epath.Path) -> bool:
-    """Whether Orbax has committed this step: by its name, or in an object store, which cannot rename, by a file."""
-    return not is_remote(folder) or (folder / _COMMITTED).exists()
+Source = dict[str, Any] | np.ndarray | views.Lazy
 
 
 def require_finite(path: str, name: str, value: np.ndarray) -> None:
@@ -181,12 +55,6 @@ def refuse_not_finite(path: str, name: str, count: int) -> None:
         )
 
 
-def mark_finished(folder: epath.Path, items: tuple[str, ...]) -> None:
-    """Leaves the files by which Orbax knows a finished step in an object store; on a disk they do no harm."""
-    for path in (*(folder / item for item in items), folder):
-        (path / _COMMITTED).write_text('Checkpoint commit was successful.')
-
-
 def kvstore(folder: epath.Path) -> dict[str, Any]:
     """TensorStore's description of a folder, local or in a bucket.
 
@@ -205,58 +73,6 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
         return {'driver': 'file', 'path': scheme + '/'}
     bucket, _, key = rest.partition('/')
     return {'driver': STORES[scheme], 'bucket': bucket, 'path': key + '/'}
-
-
-def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]], *, zarr3: bool) -> str:
-    """The index of an Orbax pytree item of zarr arrays, each in a folder named by its keys with dots between.
-
-    Args:
-        keys: the path of dictionary keys to each leaf, and its shape.
-        zarr3: they are of version 3 of zarr, not 2.
-    """
-    entries = {
-        str(path): {
-            'key_metadata': [{'key': key, 'key_type': 2} for key in path],
-            'value_metadata': {'value_type': 'np.ndarray', 'skip_deserialize': False, 'write_shape': list(shape)},
-        }
-        for path, shape in keys.items()
-    }
-    index = {'tree_metadata': entries, 'use_ocdbt': False, 'use_zarr3': zarr3}
-    return json.dumps({**index, 'store_array_data_equal_to_fill_value': True, 'custom_metadata': None})
-
-
-def orbax_arrays(item: epath.Path) -> dict[tuple[str, ...], Source]:
-    """The arrays of an Orbax pytree item: the path of keys to each leaf, and how to open it.
-
-    Raises:
-        UserError: the item's index is damaged.
-    """
-    index = read_json(item / ORBAX_INDEX)
-    try:
-        leaves = [
-            tuple(str(key['key']) for key in leaf['key_metadata'])
-            for leaf in index['tree_metadata'].values()
-            # What is skipped is an empty node; it has no array.
-            if not leaf['value_metadata'].get('skip_deserialize', False)
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{item / ORBAX_INDEX} is damaged ({error!r}): copy the checkpoint again.') from error
-    if strange := [keys for keys in leaves if not all(map(is_plain_name, keys)) or not is_plain_name('.'.join(keys))]:
-        raise UserError(
-            f'{item / ORBAX_INDEX} names arrays that do not lie beside it ({strange[0]!r}): it is not read.'
-        )
-    store = kvstore(item)
-    if (item / 'manifest.ocdbt').exists():
-        store = {'driver': 'ocdbt', 'base': store, 'cache_pool': 'cache_pool#index'}
-    # The order is C in whatever Orbax writes; another one would be read as a transposed array.
-    spec = {'driver': 'zarr3'} if index.get('use_zarr3') else {'driver': 'zarr', 'metadata': {'order': 'C'}}
-    # Where even zeros are stored, a missing chunk is a lost one; otherwise it may stand for zeros.
-    spec['fill_missing_data_reads'] = not index.get('store_array_data_equal_to_fill_value', False)
-    return {keys: {**spec, 'kvstore': _below(store, '.'.join(keys))} for keys in leaves}
-
-
-def _below(store: dict[str, Any], name: str) -> dict[str, Any]:
-    return {**store, 'path': store.get('path', '') + name + '/'}
 
 
 class ArrayReader:
@@ -310,7 +126,7 @@ class ArrayReader:
         name: str,
         sharding: jax.sharding.Sharding | None = None,
         dtype: Any = None,
-        region: Region = (),
+        region: views.Region = (),
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         if name not in self._leaves:
@@ -323,7 +139,7 @@ class ArrayReader:
         # Devices that hold the same region share one read, and distinct regions are read side by side.
         regions: dict[str, Callable[[], np.ndarray]] = {}
 
-        def begin(index: Region) -> Callable[[], np.ndarray]:
+        def begin(index: views.Region) -> Callable[[], np.ndarray]:
             key = repr(index)
             if key not in regions:
                 regions[key] = self._begin_read(name, index)
@@ -359,11 +175,11 @@ class ArrayReader:
         return leaves
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        told = {name: _shape_dtype(source) for name, source in self._sources.items()}
-        for name, leaf in told.items():
+        known = {name: _shape_dtype(source) for name, source in self._sources.items()}
+        for name, leaf in known.items():
             if leaf is None:
                 self._begin_open(name)
-        return {name: self._stored(name) if leaf is None else leaf for name, leaf in told.items()}
+        return {name: self._stored(name) if leaf is None else leaf for name, leaf in known.items()}
 
     def _stored(self, name: str) -> jax.ShapeDtypeStruct:
         array = self._array(name)
@@ -383,8 +199,8 @@ class ArrayReader:
     def _is_fresh(self, name: str) -> bool:
         return not isinstance(self._sources[name], np.ndarray)
 
-    def _begin_read(self, name: str, region: Region) -> Callable[[], np.ndarray]:
-        """Starts reading where that can go on behind; the result gives the numbers."""
+    def _begin_read(self, name: str, region: views.Region) -> Callable[[], np.ndarray]:
+        """Starts reading, in the background where the source allows it; the result gives the numbers."""
         source = self._sources[name]
         if isinstance(source, np.ndarray):
             return lambda: source[region]
@@ -393,7 +209,8 @@ class ArrayReader:
             # Where memory does not suffice, NumPy says so, and TensorStore ends the process.
             self._wait(name, functools.partial(np.empty, part.shape, part.dtype.numpy_dtype))
             return functools.partial(self._wait, name, part.read().result)
-        return functools.cache(functools.partial(self._wait, name, functools.partial(source.read, region)))
+        read = functools.partial(_in_c_order, source, region)
+        return functools.cache(functools.partial(self._wait, name, read))
 
     def _begin_open(self, name: str) -> ts.Future:
         if name not in self._opened:
@@ -411,6 +228,10 @@ class ArrayReader:
                 f'{name} of {self.path} cannot be read ({reason}): '
                 'the checkpoint is incomplete or damaged, copy it again.'
             ) from error
+
+
+def _in_c_order(source: views.Lazy, region: views.Region) -> np.ndarray:
+    return np.asarray(source.read(region), order='C')
 
 
 def _is_gone(source: Source) -> bool:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from upcycle import files, hosts
-from upcycle.checkpoints import arrays, hashing
+from upcycle.checkpoints import hashing, json_files, orbax_item
 from upcycle.errors import Unavailable, UserError
 
 RECORD = 'checksums.json'
@@ -53,7 +53,7 @@ def damage(folder: epath.Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f'{RECORD} cannot be read ({error})'
     for name in expected:
-        if not all(map(arrays.is_plain_name, name.split('/'))):
+        if not all(map(json_files.is_plain_name, name.split('/'))):
             return f'{RECORD} names {name!r}, which is no file of the step'
 
     found = hashing.describe(
@@ -93,7 +93,7 @@ def require_whole(path: str) -> None:
 
 
 def newest_whole_step(model_dir: str) -> int | None:
-    """The step that a run goes on from. Newer ones that are damaged are renamed to `STEP.damaged`, which is said.
+    """The step that a run resumes from. Newer steps that are damaged are renamed to `STEP.damaged`, and a line says so.
 
     Process 0 looks and renames, and all processes return the same; to be called before the folder is opened for writing.
 
@@ -160,7 +160,7 @@ def finished_steps(folder: epath.Path) -> list[int]:
     return [
         int(child.name)
         for child in folder.iterdir()
-        if re.fullmatch('0|[1-9][0-9]*', child.name) and arrays.is_finished(child)
+        if re.fullmatch('0|[1-9][0-9]*', child.name) and orbax_item.is_finished(child)
     ]
 
 
@@ -173,7 +173,7 @@ def _rename_aside(step: epath.Path) -> epath.Path:
 
 
 def _files(folder: epath.Path, below: str = '') -> Iterator[str]:
-    """Files of the items. What lies beside the items is Orbax's note of the save, which it finishes last."""
+    """Files of the items. Files next to the items are Orbax's note of the save, which it finishes last."""
     for child in sorted(folder.iterdir(), key=lambda child: child.name):
         name = f'{below}{child.name}'
         if child.is_dir():

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from upcycle import casts, files
-from upcycle.checkpoints import arrays, hashing, integrity, writing
+from upcycle.checkpoints import arrays, folder_writer, hashing, integrity, json_files, orbax_item, writing
 from upcycle.errors import DifferentLeaves, Unavailable, UserError, writing_to
 
 # Hides the latency of object stores; each costs the host memory of a leaf.
@@ -46,13 +46,13 @@ class NativeReader(arrays.ArrayReader):
 
     def __init__(self, path: epath.Path, sources: Mapping[tuple[str, ...], arrays.Source] | None = None):
         if sources is None:
-            sources = arrays.orbax_arrays(path / 'state')
+            sources = orbax_item.orbax_arrays(path / 'state')
         super().__init__(path, {'/'.join(keys): source for keys, source in sources.items()})
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
         """The JSON item: family, configuration, sunk cost, receipt."""
-        return arrays.checked_metadata(f'{self.path}/metadata', self._json('metadata'))
+        return json_files.checked_metadata(f'{self.path}/metadata', self._json('metadata'))
 
     @functools.cached_property
     def data(self) -> Mapping[str, Any]:
@@ -60,11 +60,11 @@ class NativeReader(arrays.ArrayReader):
         return self._json('data')
 
     def _json(self, item: str) -> Mapping[str, Any]:
-        return arrays.read_json(epath.Path(self.path) / item / 'metadata')
+        return json_files.read_json(epath.Path(self.path) / item / 'metadata')
 
 
 class NativeLayout:
-    """Our own format, written part by part; see `writing.Layout`. Orbax restores it as if it had saved it."""
+    """Our own format, written part by part; see `folder_writer.Layout`. Orbax restores it as if it had saved it."""
 
     format = 'upcycle'
     state = 'state'
@@ -88,23 +88,23 @@ class NativeLayout:
             'metadata': {
                 'shape': list(leaf.shape),
                 'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': chunks}},
-                # `0.0.0` beside each other, not folders within folders.
+                # Chunks `0.0.0` in one folder, not folders within folders.
                 'chunk_key_encoding': {'name': 'v2', 'configuration': {'separator': '.'}},
                 'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
             },
         }
 
-    def commit(self, writer: writing.FolderWriter, metadata: Mapping[str, Any]) -> None:
+    def commit(self, writer: folder_writer.FolderWriter, metadata: Mapping[str, Any]) -> None:
         """The index and the JSON items."""
         shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
-        (writer.folder / self.state / arrays.ORBAX_INDEX).write_text(arrays.orbax_index(shapes, zarr3=True))
+        (writer.folder / self.state / orbax_item.ORBAX_INDEX).write_text(orbax_item.orbax_index(shapes, zarr3=True))
         for item, content in (('data', {}), ('metadata', dict(metadata))):
             (writer.folder / item).mkdir(exist_ok=True)
             (writer.folder / item / 'metadata').write_text(json.dumps(content))
-        arrays.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
+        orbax_item.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
 
     def reader(self, folder: epath.Path) -> NativeReader:
-        """See `writing.Layout`."""
+        """See `folder_writer.Layout`."""
         return NativeReader(folder)
 
 
@@ -125,17 +125,13 @@ class CheckpointManager:
     Args:
         model_dir: the run's folder; steps lie in its `checkpoints`.
         keep: how many of the newest steps to keep; None keeps all. A step that is a link is kept, too.
-        keep_period: also keep every step that is a multiple of this, for good.
     """
 
-    def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1, keep_period: int | None = None):
-        for name, value in (('keep', keep), ('keep_period', keep_period)):
-            if value is not None and value < 1:
-                raise UserError(f'{name} is {value}: it is at least 1, or None.')
+    def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1):
+        if keep is not None and keep < 1:
+            raise UserError(f'keep is {keep}: it is at least 1, or None.')
         self._folder = files.absolute(model_dir) / 'checkpoints'
         kept = [_policies.LatestN(keep), _Linked(self._folder)]
-        if keep_period:
-            kept.append(_policies.EveryNSteps(keep_period))
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_is_no_failed_save)
         # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
@@ -160,7 +156,7 @@ class CheckpointManager:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Mapping[str, Any], data: dict, metadata: dict) -> None:
-        """Copies `state` to the host and returns; the writing goes on behind, and the step appears whole or not at all.
+        """Copies `state` to the host and returns; writing continues in the background, and the step appears whole or not at all.
 
         A failure of the writing is raised by the next call.
 
@@ -179,7 +175,7 @@ class CheckpointManager:
             )
         # Nothing is cast on the way to the disk; the optimizer casts, and numbers may have grown without bound.
         casts.require_finite_state(arrays_of, f'step {step} is not saved to {self._folder}')
-        # Orbax turns JSON into text behind the training, which goes on counting in what it was given.
+        # Orbax serializes JSON in the background, while training continues to count in the dictionaries that it was given.
         data, metadata = copy.deepcopy((data, metadata))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), metadata=ocp.args.JsonSave(metadata)

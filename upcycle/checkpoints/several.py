@@ -60,7 +60,7 @@ class SeveralReader:
 
 
 def _run_of(reader: Reader) -> str:
-    """What the steps of one run have in common: their folder. A checkpoint that is no step's folder is a run by itself.
+    """What the steps of one run have in common: their folder. A checkpoint that is not a step's folder is its own run.
 
     An exported or imported checkpoint counts as what it was made from, which it says.
     """

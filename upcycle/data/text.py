@@ -67,7 +67,7 @@ class DatasetConfig:
     repeat: bool = True
     source: TextFiles | None = None
 
-    harmless = MappingProxyType({'module': re.compile(r'(upcycle|t5|seqio)(\.\w+)*')})  # see `gin_files.HARMLESS`
+    harmless = MappingProxyType({'module': re.compile(r'(upcycle|t5|seqio)(\.\w+)*')})  # see `gin_data.HARMLESS`
 
     def __post_init__(self):
         require_lengths(self.task_feature_lengths)

@@ -44,7 +44,7 @@ class TfdsImages:
     shuffle_buffer: Count = 10_000
 
     encoded = True
-    # See `gin_files.HARMLESS`. A name with a namespace ('huggingface:...', 'kaggle:...') is code that TFDS downloads and runs.
+    # See `gin_data.HARMLESS`. A name with a namespace ('huggingface:...', 'kaggle:...') is code that TFDS downloads and runs.
     harmless = MappingProxyType({'name': re.compile(r'\w+(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?')})
 
     @property

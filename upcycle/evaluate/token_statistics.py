@@ -1,4 +1,4 @@
-"""Which tokens go to which expert: of text by their ids, of images by their label."""
+"""Which tokens go to which expert: by the kind of each token, see `Model.token_kinds`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from upcycle.moe.config import RouterType
 from upcycle.moe.router import Choices, Routing
 
 Batch = Mapping[str, jax.Array]
-# So many typical tokens of an expert are told.
+# Typical tokens of an expert that are logged.
 TYPICAL = 5
 # Of the others every expert reads every token.
 ASSIGNING = (RouterType.EXPERT_CHOICE, RouterType.TOP_K)

@@ -27,7 +27,7 @@ class Validation:
       period: steps between evaluations [EVAL_PERIOD].
     """
 
-    period: Count
+    period: Count | None = None
     name: ClassVar[str] = 'validation'
     at_start: ClassVar[bool] = True
     of_checkpoints: ClassVar[bool] = True
@@ -65,7 +65,7 @@ def evaluate(step: Callable[[Params, Batch], Metrics], params: Params, batches: 
 
     Returns:
       `loss` and `cross_entropy_loss` (both without the auxiliary losses, which would not let a sparse model be compared with
-      a dense one), `accuracy` (of an image classifier: precision at 1), `targets`, and routing metrics, which are means over
+      a dense one), `accuracy` (of a classifier: precision at 1), `targets`, and routing metrics, which are means over
       batches.
 
     Raises:

@@ -1,19 +1,11 @@
 """In which sizes a model and the one that a checkpoint holds differ, by the fields of our configurations."""
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from upcycle.errors import UserError
 from upcycle.models import Model, identify
-
-# Sizes that have a default; those without one are all looked at.
-_MORE_SIZES = ('image_channels', 'representation_size')
-# Leaves of every shape may belong to any of these.
-_NOT_IN_SHAPES = ('gelu', 'norm_epsilon')
-# Fields that shapes do not tell in every model: only where such a leaf does not fit.
-_ONLY_WITH = {'image_size': 'pos_embedding', 'num_classes': 'head/'}
 
 
 class Difference(NamedTuple):
@@ -47,15 +39,10 @@ def differences(
     here = model.config
     if type(here) is not type(there):
         return []
-    problems = list(problems)
-    sizes = [field.name for field in dataclasses.fields(here) if field.default is dataclasses.MISSING]
     found = [
         Difference(type(here), name, *values)
-        for name in dict.fromkeys((*sizes, *_MORE_SIZES, *identify.FACTS))
-        if name not in _NOT_IN_SHAPES
-        and (name != 'num_classes' or 'params/head/kernel' in leaves)  # a backbone has no number of classes
-        and (values := (_plain(getattr(here, name, None)), _plain(getattr(there, name, None))))[0] != values[1]
-        and (name not in _ONLY_WITH or any(_ONLY_WITH[name] in problem for problem in problems))
+        for name in model.sizes(leaves, list(problems))
+        if (values := (_plain(getattr(here, name)), _plain(getattr(there, name))))[0] != values[1]
     ]
     return found + _of_experts(model, leaves)
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 
 from upcycle import cost
 from upcycle.errors import UserError
-from upcycle.models import known_fields
+from upcycle.models.base import BaseModel, told
+from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
+from upcycle.models.protocol import BatchSpec
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
 from upcycle.moe.config import MoEConfig, check_mixing
-from upcycle.moe.layer import METRICS, moe_metrics
+from upcycle.moe.layer import METRICS
 from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
@@ -26,10 +29,11 @@ _INPUTS = (
     'encoder_segment_ids',
     'decoder_segment_ids',
 )
+_POSITION_BIASES = '/relpos_bias/rel_embedding'
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderDecoderModel:
+class EncoderDecoderModel(BaseModel):
     """A T5 with its loss.
 
     Attributes:
@@ -50,12 +54,69 @@ class EncoderDecoderModel:
     router_z_loss_factor: Natural = 0.0
 
     family = 't5'
+    title = 'T5'
+    telltale = 'token_embedder/embedding'
     head = ('decoder/logits_dense',)
+    facts = ('num_heads', 'head_dim', 'mlp_activations', 'logits_via_embedding')
+    inputs = ('encoder_input_tokens', 'decoder_input_tokens')
+    blocks = ('layers',)
+    components = ('mlp', 'attention', 'self_attention', 'encoder_decoder_attention')
+    moe_fields = ('encoder_moe', 'decoder_moe')
 
     def __post_init__(self):
         factor = self.loss_normalizing_factor
         if isinstance(factor, str) and factor != 'NUM_REAL_TARGET_TOKENS':
             raise UserError(f"LOSS_NORMALIZING_FACTOR = {factor!r} is neither a number nor 'NUM_REAL_TARGET_TOKENS'.")
+
+    @classmethod
+    def from_leaves(
+        cls, path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]
+    ) -> 'EncoderDecoderModel':
+        """The dense T5 that a checkpoint holds; see `models.Model`."""
+        vocab_size, emb_dim = shapes['token_embedder/embedding']
+        first = '/layers_0' if facts.get('position_biases') == 'every_layer' else ''
+        heads = shapes[f'encoder{first}{_POSITION_BIASES}'][0]
+        joined = shapes['encoder/layers_0/attention/query/kernel'][1]
+        gated = any(re.search(r'/mlp/(expert/)?wi_0/kernel$', name) for name in shapes)
+        config = {
+            'vocab_size': vocab_size,
+            'emb_dim': emb_dim,
+            'num_heads': heads,
+            'head_dim': joined // heads,
+            'mlp_dim': mlp_width(shapes, r'/mlp/(expert/)?wo/kernel$'),
+            'num_encoder_layers': count_layers(shapes, r'encoder/layers_(\d+)/'),
+            'num_decoder_layers': count_layers(shapes, r'decoder/layers_(\d+)/'),
+            'mlp_activations': ('gelu', 'linear') if gated else ('relu',),
+            'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
+            'dtype': 'float32',
+        }
+        return cls(T5Config(**config | told(T5Config, facts, ('mlp_activations', 'position_biases'))))
+
+    @classmethod
+    def facts_in(cls, path: str, names: Iterable[str]) -> dict[str, Any]:
+        """Whether every layer has position biases; see `models.Model`."""
+        tables = {name for name in names if name.endswith(_POSITION_BIASES)}
+        in_layers = {name for name in tables if '/layers_' in name}
+        if not tables:
+            return {}
+        if len(in_layers) not in (0, len(tables)):
+            raise UserError(
+                f'{path} has position biases in every layer ({min(in_layers)}) and for a whole stack '
+                f'({min(tables - in_layers)}), and POSITION_BIASES is one for both stacks.'
+            )
+        return {'position_biases': 'every_layer' if in_layers else 'shared'}
+
+    @classmethod
+    def files_that_fit(cls, facts: Mapping[str, Any]) -> str:
+        """T5 1.0 has files of its own; see `models.Model`."""
+        is_t5_1_0 = facts.get('mlp_activations') in (['relu'], ('relu',)) and facts.get('logits_via_embedding')
+        return 'models/t5_1_0_base.gin' if is_t5_1_0 else ''
+
+    def smallest_batch(self) -> BatchSpec:
+        """One token of each feature; see `models.Model`."""
+        moes = (self.config.encoder_moe, self.config.decoder_moe)
+        examples = math.lcm(*(moe.groups_multiple_of for moe in moes if moe))
+        return dict.fromkeys(_INPUTS[:3], ((examples, 1), 'int32'))
 
     def module(self, num_microbatches: int = 1) -> Transformer:
         """The Flax module, its routing groups those of a batch cut into that many parts."""
@@ -92,12 +153,7 @@ class EncoderDecoderModel:
             'correct': (correct_BxL * weights_BxL).sum(),
             'weight': weights_BxL.sum(),
         }
-        metrics = moe_metrics(written.get(METRICS, {}))
-        if not metrics:
-            return sums, jnp.zeros(()), {}
-        moe_loss = self.aux_loss_factor * metrics['experts/auxiliary_loss']
-        moe_loss += self.router_z_loss_factor * metrics['experts/router_z_loss']
-        return sums, moe_loss, metrics
+        return sums, *self.moe_loss(written)
 
     def logits(self, params: Any, batch: Batch) -> jax.Array:
         """Logits of every target (B, L, V), at evaluation."""
@@ -125,27 +181,6 @@ class EncoderDecoderModel:
                 for part, count in parts.items():
                     flops[f'{stack}/{part}'] = flops.get(f'{stack}/{part}', 0.0) + count
         return flops
-
-    def dense(self) -> 'EncoderDecoderModel':
-        """The same model with dense MLPs only."""
-        return dataclasses.replace(self, config=self.config.dense())
-
-    def with_moe(self, **changes: Any) -> 'EncoderDecoderModel':
-        """The same model with other MoE conventions; see `models.Model`."""
-        parts = {
-            stack: dataclasses.replace(moe, **changes)
-            for stack in ('encoder_moe', 'decoder_moe')
-            if (moe := getattr(self.config, stack)) is not None
-        }
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, **parts))
-
-    def saved(self, description: Mapping[str, Any]) -> 'EncoderDecoderModel':
-        """The model that a checkpoint's metadata describes, with this one's losses; see `models.Model`."""
-        config = known_fields(T5Config, description['config'])
-        for stack in ('encoder_moe', 'decoder_moe'):
-            if config.get(stack) is not None:
-                config[stack] = MoEConfig(**known_fields(MoEConfig, config[stack]))
-        return dataclasses.replace(self, config=T5Config(**config))
 
     def moe_layers(self) -> dict[str, MoEConfig]:
         """The MoE layers by the path of their parameters."""
@@ -187,7 +222,7 @@ class EncoderDecoderModel:
             raise UserError('the model is a T5, and TRAIN_DATASET or EVAL_DATASET holds no text: name a task of text.')
         for moe in filter(None, self.config.layer_moe('encoder')):
             batch, length = data.batch_spec()['encoder_input_tokens'][0]
-            check_mixing(moe, batch * length, length)
+            check_mixing(moe, batch * length, length, f'GROUP_SIZE = {length}')
         size = getattr(data, 'vocabulary_size', None)
         if size is not None and size > self.config.vocab_size:
             raise UserError(
@@ -196,10 +231,6 @@ class EncoderDecoderModel:
             )
         if (check := getattr(data, 'check_lengths', None)) is not None:
             check()
-
-    def describe(self) -> dict[str, Any]:
-        """The configuration as JSON."""
-        return {'family': self.family, **dataclasses.asdict(self)}
 
 
 def _inputs(batch: Batch) -> dict[str, jax.Array]:

@@ -1,8 +1,6 @@
 """Which model a checkpoint holds, from the names and shapes of its leaves: what import, export and conversion check first."""
 
 import functools
-import math
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,22 +8,10 @@ import jax
 
 from upcycle import partitioning, schema
 from upcycle.errors import DifferentLeaves, UserError
-from upcycle.models import BatchSpec, Model
+from upcycle.models import Model, registry
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
-# Fields of a configuration that change the function and not the shapes of the parameters. In capitals they are macros of gin/.
-FACTS = (
-    'num_heads',
-    'head_dim',
-    'mlp_activations',
-    'logits_via_embedding',
-    'pooling',
-    'positions',
-    'gelu',
-    'norm_epsilon',
-)
-_POSITION_BIASES = '/relpos_bias/rel_embedding'
 _MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
 
 
@@ -36,25 +22,34 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     config = metadata.get('model', {}).get('config', {})
     if not isinstance(config, Mapping):
         raise UserError(f'the metadata of the checkpoint is damaged: its model is {schema.shown(config)}.')
-    return {name: config[name] for name in FACTS if name in config}
+    return {name: config[name] for name in _facts_known(metadata.get('family')) if name in config}
+
+
+def _facts_known(family: Any) -> tuple[str, ...]:
+    """The facts of a family, or of all where it is unknown."""
+    kinds = [registry.family(family)] if family in registry.FAMILIES else registry.families()
+    return tuple(dict.fromkeys(fact for kind in kinds for fact in kind.facts))
 
 
 def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """What the names of a checkpoint's leaves say of the model, by the fields of our configurations.
 
     Raises:
-      UserError: the encoder and the decoder of a T5 differ in where their position biases are.
+      UserError: no model of its family has such leaves.
     """
-    tables = [name for name in leaves if name.startswith('params/') and name.endswith(_POSITION_BIASES)]
-    in_layers = {name for name in tables if '/layers_' in name}
-    if not tables:
-        return {}
-    if len(in_layers) not in (0, len(tables)):
-        raise UserError(
-            f'{path} has position biases in every layer ({min(in_layers)}) and for a whole stack '
-            f'({min({*tables} - in_layers)}), and POSITION_BIASES is one for both stacks.'
-        )
-    return {'position_biases': 'every_layer' if in_layers else 'shared'}
+    names = _params(leaves)
+    kind = _kind_of(names)
+    return {} if kind is None else kind.facts_in(path, names)
+
+
+def _params(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters among the leaves, by their names without `params/`."""
+    return {name.removeprefix('params/'): leaf for name, leaf in leaves.items() if name.startswith('params/')}
+
+
+def _kind_of(names: Collection[str]) -> type[Model] | None:
+    """The family of the model that has parameters of these names."""
+    return next((kind for kind in registry.families() if kind.telltale in names), None)
 
 
 def different_function(model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
@@ -85,20 +80,9 @@ def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored:
             for name, value in different.items()
         )
         bindings = ', '.join(f'{name.upper()} = {schema.shown(value)}' for name, value in different.items())
-        is_t5_1_0 = facts.get('mlp_activations') in (['relu'], ('relu',)) and facts.get('logits_via_embedding')
-        files = ', as models/t5_1_0_base.gin and its other sizes do' if is_t5_1_0 else ''
+        fit = model.files_that_fit(facts)
+        files = f', as {fit} and its other sizes do' if fit else ''
         raise UserError(f'{path} was made with {listing}: set it in the gin files ({bindings}{files}).')
-
-
-def smallest_batch(model: Model) -> BatchSpec:
-    """A batch that a model takes, to see the shapes of its parameters: its tokens fill GROUPS_MULTIPLE_OF groups."""
-    config = model.config
-    if model.family == 'vit':
-        examples = config.moe.groups_multiple_of if config.moe else 1
-        return {'image': ((examples, config.image_size, config.image_size, config.image_channels), 'float32')}
-    examples = math.lcm(*(moe.groups_multiple_of for moe in (config.encoder_moe, config.decoder_moe) if moe))
-    features = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens')
-    return dict.fromkeys(features, ((examples, 1), 'int32'))
 
 
 def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> Model:
@@ -110,17 +94,15 @@ def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = Non
       facts: fields of the configuration that shapes do not tell.
 
     Raises:
-      UserError: it is neither a T5 nor a ViT.
+      UserError: it is a model of no family that we know, or is not whole.
     """
-    found = {
-        name.removeprefix('params/'): tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')
-    }
-    builders = {'token_embedder/embedding': _t5, 'embedding/kernel': _vit}
-    build = next((builders[name] for name in builders if name in found), None)
-    if build is None:
-        raise UserError(f'{path} holds neither a T5 (no token_embedder/embedding) nor a ViT (no embedding/kernel).')
+    found = {name: tuple(leaf.shape) for name, leaf in _params(leaves).items()}
+    kind = _kind_of(found)
+    if kind is None:
+        known = ' nor '.join(f'a {kind.title} (no {kind.telltale})' for kind in registry.families())
+        raise UserError(f'{path} holds neither {known}.')
     try:
-        return build(path, found, facts_in(path, leaves) | dict(facts or {}))
+        return kind.from_leaves(path, found, kind.facts_in(path, found) | dict(facts or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
 
@@ -138,9 +120,9 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
     sparse = moe_layers(leaves)
     inside = tuple(f'{layer}/' for layer in sparse)
     expected = {name: shape for name, shape in expected.items() if not name.startswith(inside)}
-    if 'params/head/kernel' not in leaves:
-        # Many vision checkpoints are backbones.
-        expected = {name: shape for name, shape in expected.items() if not name.startswith('params/head/')}
+    for part in (f'params/{part}/' for part in model.lacking):
+        if not any(name.startswith(part) for name in leaves):
+            expected = {name: shape for name, shape in expected.items() if not name.startswith(part)}
     stored = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')}
     problems = [f'{name} {shape} is missing' for name, shape in expected.items() if name not in stored]
     for name, shape in stored.items():
@@ -160,7 +142,7 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
 @functools.lru_cache(maxsize=16)
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shapes of a model's parameters by their names in a checkpoint."""
-    spec = smallest_batch(model)
+    spec = model.smallest_batch()
     params = partitioning.unbox(jax.eval_shape(lambda key: model.init(key, spec), jax.random.key(0)))
     return {'params/' + name: tuple(leaf.shape) for name, leaf in _flat(params).items()}
 
@@ -168,85 +150,6 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
     """Paths of the MoE layers, 'params/encoder/layers_1/mlp', in the order of the checkpoint."""
     return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
-
-
-def _t5(path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
-    from upcycle.models.encoder_decoder import EncoderDecoderModel
-    from upcycle.models.t5 import T5Config
-
-    vocab_size, emb_dim = shapes['token_embedder/embedding']
-    first = '/layers_0' if facts.get('position_biases') == 'every_layer' else ''
-    heads = shapes[f'encoder{first}{_POSITION_BIASES}'][0]
-    joined = shapes['encoder/layers_0/attention/query/kernel'][1]
-    gated = any(re.search(r'/mlp/(expert/)?wi_0/kernel$', name) for name in shapes)
-    config = {
-        'vocab_size': vocab_size,
-        'emb_dim': emb_dim,
-        'num_heads': heads,
-        'head_dim': joined // heads,
-        'mlp_dim': _mlp_width(shapes, r'/mlp/(expert/)?wo/kernel$'),
-        'num_encoder_layers': _count(shapes, r'encoder/layers_(\d+)/'),
-        'num_decoder_layers': _count(shapes, r'decoder/layers_(\d+)/'),
-        'mlp_activations': ('gelu', 'linear') if gated else ('relu',),
-        'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
-        'dtype': 'float32',
-    }
-    told = _told(T5Config, facts, ('mlp_activations', 'position_biases'))
-    return EncoderDecoderModel(T5Config(**config | told))
-
-
-def _vit(path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> Model:
-    from upcycle.models.image_classifier import ImageClassifier
-    from upcycle.models.vit import ViTConfig
-
-    patch, _, channels, emb_dim = shapes['embedding/kernel']
-    learned = 'pos_embedding' in shapes
-    positions = shapes['pos_embedding'][1] if learned else 1
-    grid = math.isqrt(positions)
-    if grid * grid != positions:
-        raise UserError(
-            f'{path} has {positions} positions (pos_embedding), which no square image has, and our ViT takes squares only.'
-        )
-    config = {
-        'num_classes': shapes.get('head/kernel', (0, 1))[1],
-        'image_size': grid * patch,
-        'patch_size': patch,
-        'image_channels': channels,
-        'emb_dim': emb_dim,
-        'num_heads': shapes['Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel'][1],
-        'mlp_dim': _mlp_width(shapes, r'encoderblock_\d+/MlpBlock_0/(expert/)?Dense_1/kernel$'),
-        'num_layers': _count(shapes, r'Transformer/encoderblock_(\d+)/'),
-        'pooling': 'token' if 'cls' in shapes else 'map' if 'MAPHead_0/probe' in shapes else 'gap',
-        'positions': 'learned' if learned else 'sincos2d',
-        'representation_size': shapes.get('pre_logits/kernel', (0, None))[1],
-        'dtype': 'float32',
-    }
-    told = _told(ViTConfig, facts, ('gelu', 'norm_epsilon'))
-    return ImageClassifier(ViTConfig(**config | told))
-
-
-def _told(config: type, facts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """What the facts say of these fields of a configuration."""
-    told = {name: facts[name] for name in names if name in facts}
-    for name, value in told.items():
-        if not schema.fits(value, schema.parameters(config)[name].annotation):
-            raise ValueError(f'{name} = {schema.shown(value)}, of what it says of itself,')
-    return told
-
-
-def _mlp_width(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """F, of a dense MLP if there is one: experts may be narrower."""
-    found = {match[1]: shapes[name] for name in shapes if (match := re.search(pattern, name))}
-    return (found.get(None) or found.get('expert/') or shapes[pattern])[-2]
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """How many layers there are, of which each has a parameter."""
-    found = {match[1] for name in shapes if (match := re.match(pattern, name))}
-    expected = {str(i) for i in range(len(found))}
-    if found != expected:
-        raise ValueError(f'a layer between 0 and {max(found - expected, key=len)}')
-    return len(found)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

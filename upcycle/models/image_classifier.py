@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from upcycle import cost
 from upcycle.errors import UserError, one_of
-from upcycle.models import known_fields
+from upcycle.models.base import BaseModel, told
+from upcycle.models.leaves import count_layers, mlp_width
+from upcycle.models.protocol import BatchSpec
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
 from upcycle.moe.config import MoEConfig, check_mixing
-from upcycle.moe.layer import METRICS, moe_metrics
+from upcycle.moe.layer import METRICS
 from upcycle.schema import Natural
 
 Batch = Mapping[str, jax.Array]
@@ -29,7 +31,7 @@ class ClassLoss(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageClassifier:
+class ImageClassifier(BaseModel):
     """A ViT with its loss. Gin macros in brackets.
 
     A batch is `image` (B, height, width, channels), `labels` (B, N), int32 classes of each image padded with -1, and `weights`
@@ -54,7 +56,16 @@ class ImageClassifier:
     router_z_loss_factor: Natural = 0.0
 
     family = 'vit'
+    title = 'ViT'
+    telltale = 'embedding/kernel'
     head = ('head', 'pre_logits')
+    lacking = ('head',)  # many checkpoints are backbones
+    grids = ('pos_embedding',)
+    facts = ('num_heads', 'pooling', 'positions', 'gelu', 'norm_epsilon')
+    inputs = ('image',)
+    blocks = ('encoderblock',)
+    components = ('MlpBlock_0', 'MultiHeadDotProductAttention_0')
+    moe_fields = ('moe',)
 
     def __post_init__(self):
         object.__setattr__(self, 'loss', one_of(ClassLoss, self.loss, 'CLASS_LOSS'))
@@ -62,6 +73,55 @@ class ImageClassifier:
             raise UserError(f'LABEL_SMOOTHING = {self.label_smoothing!r} must lie in [0, 1).')
         if not self.mixup >= 0:
             raise UserError(f'MIXUP = {self.mixup!r} must be at least 0.')
+
+    @classmethod
+    def from_leaves(
+        cls, path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]
+    ) -> 'ImageClassifier':
+        """The dense ViT that a checkpoint holds; see `models.Model`."""
+        patch, _, channels, emb_dim = shapes['embedding/kernel']
+        learned = 'pos_embedding' in shapes
+        positions = shapes['pos_embedding'][1] if learned else 1
+        grid = math.isqrt(positions)
+        if grid * grid != positions:
+            raise UserError(
+                f'{path} has {positions} positions (pos_embedding), which no square image has, and our ViT takes squares only.'
+            )
+        config = {
+            'num_classes': shapes.get('head/kernel', (0, 1))[1],
+            'image_size': grid * patch,
+            'patch_size': patch,
+            'image_channels': channels,
+            'emb_dim': emb_dim,
+            'num_heads': shapes['Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel'][1],
+            'mlp_dim': mlp_width(shapes, r'encoderblock_\d+/MlpBlock_0/(expert/)?Dense_1/kernel$'),
+            'num_layers': count_layers(shapes, r'Transformer/encoderblock_(\d+)/'),
+            'pooling': 'token' if 'cls' in shapes else 'map' if 'MAPHead_0/probe' in shapes else 'gap',
+            'positions': 'learned' if learned else 'sincos2d',
+            'representation_size': shapes.get('pre_logits/kernel', (0, None))[1],
+            'dtype': 'float32',
+        }
+        return cls(ViTConfig(**config | told(ViTConfig, facts, ('gelu', 'norm_epsilon'))))
+
+    @classmethod
+    def sizes(cls, names: Collection[str], problems: Sequence[str]) -> tuple[str, ...]:
+        """Fields that shapes tell; see `models.Model`. A backbone has no number of classes, and other leaves than the positions
+        do not tell the size of images."""
+        told_only_by = {'image_size': 'pos_embedding', 'num_classes': 'head/'}
+        fields = (*super().sizes(names, problems), 'image_channels', 'representation_size')
+        return tuple(
+            field
+            for field in fields
+            if field not in ('gelu', 'norm_epsilon')
+            and (field != 'num_classes' or 'params/head/kernel' in names)
+            and (field not in told_only_by or any(told_only_by[field] in problem for problem in problems))
+        )
+
+    def smallest_batch(self) -> BatchSpec:
+        """The least images; see `models.Model`."""
+        c = self.config
+        examples = c.moe.groups_multiple_of if c.moe else 1
+        return {'image': ((examples, c.image_size, c.image_size, c.image_channels), 'float32')}
 
     def module(self, num_microbatches: int = 1) -> VisionTransformer:
         """The Flax module, its routing groups those of a batch cut into that many parts."""
@@ -103,12 +163,7 @@ class ImageClassifier:
             'correct': (correct_B * weights_B).sum(),
             'weight': weights_B.sum(),
         }
-        metrics = moe_metrics(written.get(METRICS, {}))
-        if not metrics:
-            return sums, jnp.zeros(()), {}
-        moe_loss = self.aux_loss_factor * metrics['experts/auxiliary_loss']
-        moe_loss += self.router_z_loss_factor * metrics['experts/router_z_loss']
-        return sums, moe_loss, metrics
+        return sums, *self.moe_loss(written)
 
     def features(self, params: Any, batch: Batch) -> jax.Array:
         """What the head reads, (B, D) float32, at the evaluation capacity: the frozen representation of few-shot probes."""
@@ -155,22 +210,6 @@ class ImageClassifier:
             head += 2 * cost.matmul(images, c.emb_dim, c.emb_dim) + cost.mlp(images, c.emb_dim, c.mlp_dim, matrices=2)
         return flops | {'head': head}
 
-    def dense(self) -> 'ImageClassifier':
-        """The same model with dense MLPs only."""
-        return dataclasses.replace(self, config=self.config.dense())
-
-    def with_moe(self, **changes: Any) -> 'ImageClassifier':
-        """The same model with other MoE conventions; see `models.Model`."""
-        moe = None if self.config.moe is None else dataclasses.replace(self.config.moe, **changes)
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, moe=moe))
-
-    def saved(self, description: Mapping[str, Any]) -> 'ImageClassifier':
-        """The model that a checkpoint's metadata describes, with this one's losses; see `models.Model`."""
-        config = known_fields(ViTConfig, description['config'])
-        if config.get('moe') is not None:
-            config['moe'] = MoEConfig(**known_fields(MoEConfig, config['moe']))
-        return dataclasses.replace(self, config=ViTConfig(**config))
-
     def moe_layers(self) -> dict[str, MoEConfig]:
         """The MoE layers by the path of their parameters."""
         return {
@@ -212,7 +251,7 @@ class ImageClassifier:
             )
         c = self.config
         for moe in self.moe_layers().values():
-            check_mixing(moe, data.batch_spec()['image'][0][0] * c.num_tokens, c.num_tokens)
+            check_mixing(moe, data.batch_spec()['image'][0][0] * c.num_tokens, c.num_tokens, 'GROUP_IMAGES = 1')
         shape = getattr(data, 'image_shape', None)
         if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):
             raise UserError(
@@ -224,10 +263,6 @@ class ImageClassifier:
             raise UserError(
                 f'NUM_CLASSES = {c.num_classes} is smaller than the {classes} classes of the task: raise it.'
             )
-
-    def describe(self) -> dict[str, Any]:
-        """The configuration as JSON."""
-        return {'family': self.family, **dataclasses.asdict(self)}
 
     def _image_shape(self, batch_spec: Mapping[str, Any]) -> tuple[int, ...]:
         c = self.config

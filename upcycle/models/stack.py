@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from upcycle import partitioning
 from upcycle.models.casting import needed_as_they_are
 from upcycle.models.layers import PRODUCT
-from upcycle.moe.exchange import CROSSED
+from upcycle.moe.all_to_all import CROSSED
 from upcycle.moe.layer import METRICS
 from upcycle.moe.router import DECISION
 

@@ -13,18 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.errors import UserError, one_of
-from upcycle.models.layers import (
-    ACTIVATION_FUNCTIONS,
-    Dense,
-    Dropout,
-    LayerNorm,
-    MlpBlock,
-    MultiHeadDotProductAttention,
-    RelativePositionBiases,
-)
+from upcycle.errors import UserError, one_of, refuse
+from upcycle.models.attention import MultiHeadDotProductAttention, RelativePositionBiases
+from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
-from upcycle.moe.config import MoEConfig, sparse_layers
+from upcycle.moe.config import MoEConfig, looks_ahead, sparse_layers
 from upcycle.moe.layer import MoELayer
 from upcycle.schema import Count, Depth, Rate, shown
 
@@ -105,7 +98,7 @@ class T5Config:
                 if moe is not None:
                     moe.expert_width(self.mlp_dim)
         if self.decoder_moe is not None and not self.decoder_moe.causal:
-            # Building the causal copy runs its refusals: no router may look ahead in a decoder.
+            refuse(looks_ahead(self.decoder_moe, 'DECODER_'))
             object.__setattr__(self, 'decoder_moe', dataclasses.replace(self.decoder_moe, causal=True))
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')

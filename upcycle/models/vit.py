@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle.errors import one_of, refuse
-from upcycle.models.layers import Dense, Dropout, after, attend, drop, drop_key, gelu
+from upcycle.models.attention import attend
+from upcycle.models.layers import Dense, Dropout, after, drop, drop_key, gelu
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.config import MoEConfig, sparse_layers
 from upcycle.moe.layer import MoELayer
@@ -115,12 +116,12 @@ class ViTConfig:
             object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
         if not isinstance(self.moe_layers, str):
             object.__setattr__(self, 'moe_layers', tuple(self.moe_layers))
-        refuse(self._nonsense())
+        refuse(self._invalid())
         for moe in self.layer_moe():
             if moe is not None:
                 moe.expert_width(self.mlp_dim)
 
-    def _nonsense(self) -> Iterator[str]:
+    def _invalid(self) -> Iterator[str]:
         """What is wrong, a sentence each."""
         if self.image_size % self.patch_size:
             yield (

@@ -15,7 +15,7 @@ class RouterType(enum.StrEnum):
 
     EXPERT_CHOICE = 'expert_choice'  # every expert takes its best tokens (Zhou et al. 2022); sees the whole group
     TOP_K = 'top_k'  # every token takes its best K experts (Switch: K = 1)
-    SOFT = 'soft'  # nobody: every slot is a mean over tokens, every token a mean over slots (Soft MoE); encoders only
+    SOFT = 'soft'  # nobody: every slot is a mean over tokens, every token a mean over slots (Soft MoE); never causal
     MERGED = 'merged'  # nobody: the layer is one MLP, a learned mean of its experts (XFT), on the way to a dense model
     DENSE = 'dense'  # in training everybody takes everybody; at inference Top-K, or who is above a threshold (DS-MoE)
 
@@ -75,9 +75,9 @@ class AdaptiveBalance:
     decay: float = 0.99
 
     def __post_init__(self):
-        refuse(self._nonsense())
+        refuse(self._invalid())
 
-    def _nonsense(self) -> Iterator[str]:
+    def _invalid(self) -> Iterator[str]:
         for binding, value in (('RATE', self.rate), ('LARGEST', self.largest)):
             if not value >= 0:
                 yield f'ADAPTIVE_BALANCE_{binding} = {value!r} must be at least 0.'
@@ -207,9 +207,9 @@ class MoEConfig:
         if isinstance(self.adaptive_balance, Mapping):
             # As a checkpoint's JSON tells it.
             object.__setattr__(self, 'adaptive_balance', AdaptiveBalance(**self.adaptive_balance))
-        refuse(self._nonsense())
+        refuse(self._invalid())
 
-    def _nonsense(self) -> Iterator[str]:
+    def _invalid(self) -> Iterator[str]:
         """What is wrong, a sentence each."""
         for binding, value in (
             ('NUM_EXPERTS', self.num_experts),
@@ -245,6 +245,8 @@ class MoEConfig:
             yield f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.'
         if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
             yield f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.'
+        if self.causal:
+            yield from looks_ahead(self)
         if self.router in (RouterType.SOFT, RouterType.MERGED) and self.logit_normalization is not None:
             yield (
                 f"ROUTER_LOGIT_NORMALIZATION is of logits over experts, and the router '{self.router}' has none: set it to "
@@ -262,10 +264,6 @@ class MoEConfig:
                 yield f'AVERAGE_SHARED_WEIGHT = {self.merged_shared_weight!r} must lie in [0, 1].'
             return
         if self.router is RouterType.SOFT:
-            if self.causal:
-                yield (
-                    "DECODER_ROUTER = 'soft' mixes every token with later ones, which leaks the future in a decoder: use 'top_k'."
-                )
             if self.dispatch is Dispatch.RAGGED:
                 yield "DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'."
             if self.shared_weights is SharedWeights.XFT:
@@ -283,11 +281,6 @@ class MoEConfig:
                 yield (
                     "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
                     "the router 'top_k'."
-                )
-            if self.causal:
-                yield (
-                    "DECODER_ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the "
-                    "future in a decoder: use 'top_k'."
                 )
             return
         if not 1 <= self.num_selected_experts <= self.num_experts:
@@ -320,18 +313,14 @@ class MoEConfig:
         if self.inference_threshold is not None and not 0 < self.inference_threshold < 1:
             yield f'INFERENCE_THRESHOLD = {self.inference_threshold!r} must lie between 0 and 1, or be None.'
         if self.default_output_decay is not None:
-            yield from self._nonsense_of_default_output()
+            yield from self._invalid_default_output()
         if self.adaptive_balance is not None and self.dispatch is Dispatch.RAGGED:
             yield (
                 "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
                 "'gather'."
             )
-        if self.causal and self.fill_order is FillOrder.PRIORITY:
-            yield (
-                "FILL_ORDER = 'priority' lets later tokens push earlier ones out of a decoder's buffers: use 'token_major'."
-            )
 
-    def _nonsense_of_default_output(self) -> Iterator[str]:
+    def _invalid_default_output(self) -> Iterator[str]:
         if not 0 <= self.default_output_decay < 1:
             yield f'DEFAULT_OUTPUT_DECAY = {self.default_output_decay!r} must lie in [0, 1), or be None.'
         if self.normalize_combine_weights or self.shared_weights is SharedWeights.XFT:
@@ -345,14 +334,38 @@ class MoEConfig:
             )
 
 
-def check_mixing(config: MoEConfig, num_tokens: int, length: int) -> None:
-    """Refuses Soft MoE whose groups hold parts of several sequences or images: a slot is a mean over all tokens of its group, so
-    that an output would depend on what else is in the batch.
+def looks_ahead(config: MoEConfig, prefix: str = '') -> Iterator[str]:
+    """Why a layer may not be in a causal stack, a sentence each: its routing would depend on later tokens.
+
+    Args:
+      config: of the layer.
+      prefix: of the macros of its stack.
+    """
+    if config.router is RouterType.SOFT:
+        yield (
+            f"{prefix}ROUTER = 'soft' mixes every token with later ones, which leaks the future in a causal stack: use 'top_k'."
+        )
+    if config.router is RouterType.EXPERT_CHOICE:
+        yield (
+            f"{prefix}ROUTER = 'expert_choice' lets an expert compare a token with later ones, which leaks the future in a "
+            "causal stack: use 'top_k'."
+        )
+    if config.router in (RouterType.TOP_K, RouterType.DENSE) and config.fill_order is FillOrder.PRIORITY:
+        yield (
+            f"{prefix}FILL_ORDER = 'priority' lets later tokens push earlier ones out of a causal stack's buffers: use "
+            "'token_major'."
+        )
+
+
+def check_mixing(config: MoEConfig, num_tokens: int, length: int, way_out: str) -> None:
+    """Refuses Soft MoE whose groups hold parts of several examples: a slot is a mean over all tokens of its group, so that an
+    output would depend on the other examples of the batch.
 
     Args:
       config: of the layer.
       num_tokens: of a batch.
-      length: of a sequence or an image, in tokens.
+      length: of an example, in tokens.
+      way_out: the binding that makes groups of whole examples.
 
     Raises:
       UserError: they do.
@@ -363,7 +376,7 @@ def check_mixing(config: MoEConfig, num_tokens: int, length: int) -> None:
     if length % size:
         raise UserError(
             f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
-            f'GROUP_SIZE = {length} (of a ViT: GROUP_IMAGES = 1).'
+            f'{way_out}.'
         )
 
 
@@ -394,8 +407,8 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
     """Indices of the layers that are MoE layers.
 
     Args:
-      spec: 'every_other' (1, 3, 5, ...: the paper's choice for T5, flaxformer's MIXED layout with half of the layers sparse),
-        'last_half' (the paper's choice for ViT), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
+      spec: 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
+        sparse), 'last_half' (the paper's choice for vision), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
       num_layers: of the stack.
       binding: the gin macro that holds `spec`, for the message.
 

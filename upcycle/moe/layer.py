@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from upcycle import partitioning
 from upcycle.errors import UserError
-from upcycle.moe import exchange, ragged
+from upcycle.moe import all_to_all, ragged
 from upcycle.moe.config import (
     BalanceLoss,
     Dispatch,
@@ -149,10 +149,10 @@ class MoELayer(nn.Module):
             return self._merged(x_BxLxD, real_BxL, training)
         if config.router is RouterType.SOFT:
             logits_BxLxN = Router(config, name='router')(x_BxLxD, training=training)
-            x_ExGxCxD, mixing, metrics = exchange.send_mixed(x_BxLxD, logits_BxLxN, real_BxL, config, G, mesh)
+            x_ExGxCxD, mixing, metrics = all_to_all.dispatch_mixed(x_BxLxD, logits_BxLxN, real_BxL, config, G, mesh)
             self._log(metrics, mixing, None, {})
             y_ExGxCxD = self._apply_experts(x_ExGxCxD, training)
-            y_BxLxD = exchange.receive_mixed(y_ExGxCxD, mixing, (B, L, D), config, mesh)
+            y_BxLxD = all_to_all.combine_mixed(y_ExGxCxD, mixing, (B, L, D), config, mesh)
             return self._with_shared(y_BxLxD, x_BxLxD, mixing, training)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
         if training and config.gate_noise > 0:
@@ -169,7 +169,7 @@ class MoELayer(nn.Module):
             y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
-        x_ExGxCxD, routing, metrics = exchange.send(
+        x_ExGxCxD, routing, metrics = all_to_all.dispatch_tokens(
             x_BxLxD, logits_BxLxE, real_BxL, config, G, C, mesh, state.get('bias')
         )
         self._log(metrics, routing, balance, state)
@@ -179,7 +179,7 @@ class MoELayer(nn.Module):
             # Every expert answers for every token with its default; one that took the token, with what it says beyond that.
             self._log_outputs(y_ExGxCxD, routing, B * L // G, training)
             y_ExGxCxD -= default_ExD[:, None, None].astype(y_ExGxCxD.dtype)
-        y_BxLxD = exchange.receive(y_ExGxCxD, routing, (B, L, D), config, mesh)
+        y_BxLxD = all_to_all.combine_outputs(y_ExGxCxD, routing, (B, L, D), config, mesh)
         if default_ExD is not None:
             y_BxLxD += (probabilities(logits_BxLxE, real_BxL, config) @ default_ExD).astype(y_BxLxD.dtype)
         return self._with_shared(y_BxLxD, x_BxLxD, routing, training)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from upcycle.moe.all_to_all import BATCH, DATA, EXPERT
 from upcycle.moe.config import MoEConfig
-from upcycle.moe.exchange import BATCH, DATA, EXPERT
 from upcycle.moe.router import Choices
 
 # (expert parameters, rows sorted by expert, rows of each expert) -> rows; the rows after the last run are garbage.

@@ -64,7 +64,7 @@ def follow(
     Args:
       params: those with gradients, already updated.
       state: the others, from `split`.
-      metrics: of the step, by layer: 'experts/encoder/layers_1/load'.
+      metrics: of the step, by layer: 'experts/layers_1/load'.
       layers: the configuration of each MoE layer by its path.
     """
     if not state:

@@ -1,4 +1,4 @@
-"""Branches against one of them at several budgets: who is ahead early, and who late?"""
+"""Branches against one of them at several budgets: which is ahead early, and which late?"""
 
 import dataclasses
 import math
@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 
 from upcycle.report.claims import WINDOW
 from upcycle.report.compare import Report, half_width, interpolate
-from upcycle.report.plots import INK, ROLE_COLOURS, SOFT, Panel, Plot
+from upcycle.report.plots.axes import set_title
+from upcycle.report.plots.figure import INK, ROLE_COLOURS, RULE, SOFT, Panel, Plot
 from upcycle.report.runs import Axis, Role
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
-# Whole numbers of steps of different cost end this close together.
+# Runs of equal budgets end this close together: their steps are whole numbers.
 _ROUNDING = 0.01
 
 
@@ -83,7 +84,7 @@ def _sorted(rows: Sequence[AtBudget]) -> tuple[list[float], dict[str, dict[float
 
 
 def as_plot(rows: Sequence[AtBudget], base: str) -> Plot:
-    """The table to look at: a panel a budget, a line a branch in the same order in all."""
+    """The table as a plot: a panel a budget, a line a branch, in the same order in all."""
     shares, by_branch = _sorted(rows)
     bars = (
         ' Dots: seeds; bars: the 95% interval of their mean.' if any(len(row.differences) > 1 for row in rows) else ''
@@ -113,11 +114,11 @@ def _forest(by_branch: dict[str, dict[float, AtBudget]], share: float, base: str
                 row.mean, place, xerr=row.half_width, fmt='o', color=colour, markersize=4, capsize=2, linewidth=1.3
             )
         ax.axvline(0, color=INK, linewidth=0.9)
-        ax.set(xlabel=f'loss less that of {base} (nats)', title=f'after {share:.0%} of the extra FLOPs')
-        ax.title.set(size=9, color=INK)
+        ax.set(xlabel=f'loss less that of {base} (nats)')
+        set_title(ax, f'after {share:.0%} of the extra FLOPs')
         ax.set_yticks(range(len(by_branch)), by_branch)
         ax.set_ylim(len(by_branch) - 0.5, -0.5)
-        ax.grid(axis='x', color='#e5e7eb', linewidth=0.7)
+        ax.grid(axis='x', color=RULE, linewidth=0.7)
 
     return draw
 

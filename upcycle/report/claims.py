@@ -12,7 +12,7 @@ import numpy as np
 from upcycle.report.compare import half_width, interpolate
 from upcycle.report.runs import Axis, Curve, Run
 
-# A single evaluation moves by more than branches differ, so the last part before the comparison's cost counts.
+# Share of the cost before the comparison over which values are averaged: one evaluation varies by more than branches differ.
 WINDOW = 0.05
 LOWER_IS_BETTER = ('loss',)
 
@@ -28,10 +28,10 @@ class Claim:
       metric: 'loss', or one of which more is better; of validation, or 'SPLIT/NAME'.
       at: FLOPs of each branch's own at which they are compared, as a share of the dense run's; 0: the first evaluation; None:
         where the shorter ends.
-      whole: a run from nothing spends the dense run's FLOPs first, uncounted, as a branch has.
-      per_step: compared are equal steps and not equal FLOPs.
-      than: two more branches; what is said of the difference between `better` and `worse` is said of it less theirs.
-      within: the claim is that there is no difference as large as this, either way.
+      whole: a run from scratch is compared after it has spent the dense run's FLOPs as well, uncounted as those of a branch.
+      per_step: runs are compared at equal steps and not at equal FLOPs.
+      than: two more branches; the claim is of the difference between `better` and `worse` less that between these two.
+      within: the claim is that the difference, either way, is smaller than this.
     """
 
     text: str
@@ -47,17 +47,17 @@ class Claim:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """What is compared: the second pair's difference is taken from the first's."""
+        """The branches compared: the second pair's difference is subtracted from the first's."""
         return [(self.better, self.worse), *([tuple(self.than)] if self.than else [])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A claim and what the seeds say.
+    """A claim and the differences that seeds have.
 
     Attributes:
       claim: the statement.
-      differences: by seed, `better` less `worse` in the metric; None where a run has not got there.
+      differences: by seed, `better` less `worse` in the metric; None where a run has not come that far.
       half_width: of the 95% t interval of their mean; None for fewer than two seeds.
     """
 
@@ -67,17 +67,17 @@ class Verdict:
 
     @property
     def known(self) -> list[float]:
-        """The differences of the seeds that got there."""
+        """The differences of the seeds that came that far."""
         return [d for d in self.differences if d is not None]
 
     @property
     def mean(self) -> float | None:
-        """Over the seeds that got there."""
+        """Over the seeds that came that far."""
         return statistics.fmean(self.known) if self.known else None
 
     @property
     def standard_errors(self) -> float | None:
-        """How many of them the mean is away from zero; positive where it is on the claim's side, or where that has no side."""
+        """The mean in standard errors; positive where it is on the claim's side, or where that has no side."""
         if len(self.known) < 2 or not (deviation := statistics.stdev(self.known)):
             return None
         lower = self.claim.metric in LOWER_IS_BETTER
@@ -146,7 +146,7 @@ def curve_of(run: Run, metric: str, axis: Axis) -> Curve:
 def mean_before(curve: Curve, cost: float) -> float | None:
     """The mean of a curve over the last `WINDOW` before a cost; None where it does not reach it."""
     places = np.linspace((1 - WINDOW) * cost, cost, 5)
-    if len(curve[0]) == 1:  # a metric of the end alone
+    if len(curve[0]) == 1:  # a metric of the last step alone
         return float(curve[1][0]) if math.isclose(curve[0][0], cost, rel_tol=0.02) else None
     values = [interpolate(curve, float(place)) for place in places]
     return None if None in values else statistics.fmean(values)

@@ -1,4 +1,4 @@
-"""The comparison the paper makes: the same dense checkpoint, the same extra cost, which branch ends better?"""
+"""The paper's comparison: of branches from one dense checkpoint, which is best at equal extra cost?"""
 
 import dataclasses
 import math
@@ -10,14 +10,15 @@ import numpy as np
 
 from upcycle import cost
 from upcycle.errors import UserError
-from upcycle.report.runs import Axis, Curve, Role, Run, is_number
+from upcycle.log_lines import is_number
+from upcycle.report.runs import Axis, Curve, Role, Run
 
 METRICS = ('loss', 'accuracy')
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One branch. Costs count from the dense checkpoint; None is 'not logged' or 'never got that far'.
+    """One branch. Costs count from the dense checkpoint; None: not logged, or the run has not come that far.
 
     `total_flops` includes the sunk cost; `extra_flops_share` is a fraction of it; `extra_core_days` are an estimate (`cost.py`).
     `*_at_budget` are validation values interpolated at the report's FLOPs budget.
@@ -97,7 +98,7 @@ class Report:
 
     @property
     def branches(self) -> list[Run]:
-        """What is drawn against extra cost: everything but the dense run, unless nothing started from it."""
+        """The runs drawn against extra cost: all but the dense run, unless none started from it."""
         if all(run.from_zero for run in self.runs):
             return list(self.runs)
         return [run for run in self.runs if run.role is not Role.DENSE]
@@ -127,7 +128,7 @@ class Report:
     def _row(self, run: Run) -> Row:
         lines = run.split('validation') or run.split('train')
         if run.role is Role.DENSE and self.sunk[Axis.STEPS]:
-            # The dense run may have gone on after the checkpoint that the branches took.
+            # The dense run may have continued after the checkpoint from which the branches start.
             lines = [r for r in lines if r['step'] <= self.sunk[Axis.STEPS]] or lines
         last = lines[-1] if lines else {}
         own = {a: run.cost(last, a) for a in Axis}
@@ -191,7 +192,7 @@ def interpolate(curve: Curve, x: float | None) -> float | None:
     xs, ys = curve
     if x is None or not len(xs):
         return None
-    # Taking the sunk cost away from the whole leaves a rounding error in a curve that ends at `x`.
+    # Subtracting the sunk cost leaves a rounding error in a curve that ends at `x`.
     slack = 1e-12 * max(abs(xs[-1]), abs(xs[0]), abs(x))
     return float(np.interp(x, xs, ys)) if xs[0] - slack <= x <= xs[-1] + slack else None
 
@@ -271,3 +272,15 @@ def half_width(values: Sequence[float]) -> float | None:
     expansion = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
     t = _T_975[n - 1] if n <= len(_T_975) else expansion
     return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def compare_seeds(runs: Sequence[Run] | Sequence[Mapping[str, Run]]) -> list[Report]:
+    """One report per seed; a mapping's keys become the names of its runs, so that seeds line up."""
+    if not runs or isinstance(runs[0], Run):
+        return [Report.compare(runs)]
+    return [Report.compare([dataclasses.replace(run, name=n) for n, run in group.items()]) for group in runs]
+
+
+def warnings_of(reports: Sequence[Report]) -> list[str]:
+    """Of all seeds, each once."""
+    return list(dict.fromkeys(warning for report in reports for warning in report.warnings))

@@ -1,4 +1,4 @@
-"""Where runs end, beside the numbers that the paper gives for its own."""
+"""Last values of runs next to the paper's numbers."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ class Numbers:
 
     Attributes:
       metrics: of validation, or 'SPLIT/NAME'; each a share of one, shown in per cent.
-      rows: of each branch, what the paper has of each metric, in per cent.
+      rows: of each branch, the paper's value of each metric, in per cent.
     """
 
     metrics: tuple[str, ...]
@@ -52,7 +52,7 @@ class End:
 
 
 def ends(numbers: Numbers, seeds: Sequence[Mapping[str, Run]]) -> list[End]:
-    """What the runs have, row by row and metric by metric; last evaluations."""
+    """The last evaluations of runs, row by row and metric by metric."""
     found = []
     for branch, papers in numbers.rows:
         for metric, paper in zip(numbers.metrics, papers, strict=True):

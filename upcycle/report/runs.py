@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: who a run is, what it logged, and where it stands on each axis of cost."""
+"""Run folders as the report reads them: the role of a run, what it logged, and its cost on each axis."""
 
 import dataclasses
 import enum
@@ -15,15 +15,14 @@ from etils import epath
 
 from upcycle import files
 from upcycle.errors import UserError
-from upcycle.metrics import is_number as is_number
-from upcycle.metrics import lines_of, parse_line, what_is_wrong
+from upcycle.log_lines import is_number, lines_of, parse_line, what_is_wrong
 
 Record = dict[str, Any]
 Curve = tuple[np.ndarray, np.ndarray]
 
 
 class Role(enum.Enum):
-    """What a run is in the paper's comparison."""
+    """The part of a run in the paper's comparison."""
 
     DENSE = 'dense'
     DENSE_CONTINUATION = 'dense continuation'
@@ -67,13 +66,13 @@ class Run:
 
     @property
     def from_zero(self) -> bool:
-        """Whether the run paid for everything itself, so that its own cost is its whole cost."""
+        """Whether the run started from nothing, so that its own cost is its whole cost."""
         if self.role in (Role.DENSE, Role.SCRATCH):
             return True
         return self.role is Role.OTHER and not any(self.start.values())
 
     def cost(self, record: Record, axis: Axis) -> float:
-        """What this run itself had spent at `record`: steps, FLOPs or seconds since its start; nan if not logged."""
+        """The cost of this run at `record`: steps, FLOPs or seconds since its start; nan if not logged."""
         offset = self.start[axis] if axis is Axis.STEPS else 0.0
         return float(record.get(axis.value, math.nan)) - offset
 
@@ -85,12 +84,19 @@ class Run:
 
     @property
     def routed_layers(self) -> list[str]:
-        """MoE layers with metrics of their own, such as `encoder/layers_1`, in the order of the network."""
+        """MoE layers with metrics of their own, such as `STACK/layers_1`: stack by stack, by the numbers in their names.
+
+        Logs do not say in which order a model has its stacks; here it is the reverse of the alphabet's.
+        """
         match = [re.fullmatch(r'experts/(.+)/[^/]+', key) for record in self.records for key in record]
         layers = {m.group(1) for m in match if m}
-        return sorted(
-            layers, key=lambda s: ('decoder' in s, [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', s)])
-        )
+        by_number = sorted(layers, key=lambda s: [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', s)])
+        return sorted(by_number, key=stack_of, reverse=True)
+
+
+def stack_of(layer: str) -> str:
+    """The stack that a layer belongs to: the first part of its path."""
+    return layer.partition('/')[0]
 
 
 def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str | None = None) -> Run:
@@ -98,8 +104,8 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
 
     Args:
       path: folder with `metrics.jsonl` and perhaps `receipt.json`.
-      role: what the run is; inferred from the folder's name and its metrics when None.
-      name: how figures and tables call it; the folder's name, with spaces for underscores, when None.
+      role: of the run; inferred from the folder's name and its metrics when None.
+      name: in figures and tables; the folder's name, with spaces for underscores, when None.
 
     Raises:
       UserError: no metrics, no complete line in them, or a broken line that is not the last.
@@ -108,6 +114,15 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
     metrics = path / 'metrics.jsonl'
     if not metrics.is_file():
         raise UserError(f'{path} is not a run folder: it has no metrics.jsonl; give the MODEL_DIR of a run.')
+    records = _read_log(metrics)
+    receipt = _read_receipt(path / 'receipt.json')
+    # A folder's name need not be UTF-8, and a label must be.
+    name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
+    run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
+    return run if role else dataclasses.replace(run, role=infer_role(run))
+
+
+def _read_log(metrics: epath.Path) -> list[Record]:
     records = []
     # The last line of a run in progress may be cut off.
     for number, line in enumerate(lines_of(metrics.read_bytes())[:-1], 1):
@@ -118,22 +133,23 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
         records.append(record)
     if not records:
         raise UserError(f'{metrics} holds no complete line yet; wait for the run to log its first step.')
-    receipt = None
-    if (path / 'receipt.json').is_file():
-        try:
-            receipt = json.loads((path / 'receipt.json').read_text(encoding='utf-8'))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f'{path / "receipt.json"} is not JSON ({error}): remove it, or convert again.') from error
-        if not isinstance(receipt, dict):
-            raise UserError(f'{path / "receipt.json"} is not a JSON object: remove it, or convert again.')
-    # A folder's name need not be UTF-8, and what is drawn must.
-    name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
-    run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
-    return run if role else dataclasses.replace(run, role=infer_role(run))
+    return records
+
+
+def _read_receipt(file: epath.Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        receipt = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{file} is not JSON ({error}): remove it, or convert again.') from error
+    if not isinstance(receipt, dict):
+        raise UserError(f'{file} is not a JSON object: remove it, or convert again.')
+    return receipt
 
 
 def infer_role(run: Run) -> Role:
-    """The role of a run: by its folder's name, else by whether it routes and whether it started from a checkpoint."""
+    """The role of a run: by its folder's name, else by whether it has routers and started from a checkpoint."""
     folder = run.path.resolve().name.lower()
     for word, role in (('scratch', Role.SCRATCH), ('upcycl', Role.UPCYCLED), ('contin', Role.DENSE_CONTINUATION)):
         if word in folder:
@@ -145,7 +161,7 @@ def infer_role(run: Run) -> Role:
 
 
 def chain(legs: Sequence[Run]) -> Run:
-    """One run out of several, each of which started where the one before ended: their costs add up.
+    """Several runs as one, each of which started where the one before ended: their costs add up.
 
     Args:
       legs: in order; name, role and sunk cost are the first one's, the receipt the last one's.

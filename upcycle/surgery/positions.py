@@ -1,4 +1,4 @@
-"""Learned positions for images of another size."""
+"""Learned positions for a grid of another size."""
 
 import math
 
@@ -6,19 +6,19 @@ import jax
 import numpy as np
 
 
-def resize_positions(pos_1xLxD: jax.Array, num_patches: int) -> jax.Array:
+def resize_positions(pos_1xLxD: jax.Array, num_positions: int) -> jax.Array:
     """Bilinear interpolation of a square grid of positions, its corners staying corners.
 
-    As vision_transformer and big_vision do it (`scipy.ndimage.zoom` of order 1) when a checkpoint meets images of another size.
+    As vision_transformer and big_vision do it (`scipy.ndimage.zoom` of order 1) when a checkpoint meets inputs of another size.
 
     Args:
-      pos_1xLxD: learned at L patches.
-      num_patches: wanted.
+      pos_1xLxD: learned at L places.
+      num_positions: wanted.
 
     Returns:
-      (1, num_patches, D).
+      (1, num_positions, D).
     """
-    old, new = math.isqrt(pos_1xLxD.shape[1]), math.isqrt(num_patches)
+    old, new = math.isqrt(pos_1xLxD.shape[1]), math.isqrt(num_positions)
     at_N = np.linspace(0, old - 1, new)
     below_N = np.minimum(at_N.astype(int), max(old - 2, 0))
     weight_NxO = np.zeros((new, old), np.float32)

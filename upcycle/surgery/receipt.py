@@ -224,8 +224,7 @@ def check_layer(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _check_layer(model: Model, path: str, sizes: tuple[int, int, int], dense: Params, sparse: Params):
     num_tokens, width, mlp_dim = sizes
-    exact = dataclasses.replace(model, config=dataclasses.replace(model.config, dtype='float32'))
-    layer = exact.moe_module(path)
+    layer = model.with_dtype('float32').moe_module(path)
     layer = layer.clone(config=dataclasses.replace(layer.config, group_size=num_tokens, groups_multiple_of=1))
     mlp = layer.expert(**{**layer.expert_arguments, 'mlp_dim': mlp_dim})
     dense = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), dense)

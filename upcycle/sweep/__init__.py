@@ -1,5 +1,6 @@
-"""Sweeps: a grid of runs, described by a file of `configs/` or on the command line, carried out by a launcher.
+"""Sweeps: grids of runs, described by a file of `configs/` or on the command line, run by a launcher.
 
-`points.py` says what a run of a grid is and how far it has come, `grid.py` makes grids and reads configs, `launchers.py` starts
-runs somewhere, `conduct.py` starts what is missing, shows the grid as it goes and picks the best.
+`points.py` is a run of a grid and its progress, `grid.py` makes grids and reads configs, `paper/` makes those of the paper's
+figures. `command.py` is `upcycle sweep`: `conduct.py` starts the points that are not finished, on a launcher of `launchers.py`;
+`board.py` shows them; `reports.py` writes comparisons at the end; `programs.py` compiles instead.
 """

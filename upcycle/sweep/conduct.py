@@ -1,4 +1,4 @@
-"""Carries a grid out: starts what is missing, in order, shows how far it is, and picks the best point at the end."""
+"""Runs a grid: starts the points that are not finished, in order, and picks the best one at the end."""
 
 import contextlib
 import dataclasses
@@ -10,35 +10,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.live import Live
-from rich.table import Table
-
-from upcycle import configuration, cost, tables
+from upcycle import configuration, cost, run_config
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
-from upcycle.metrics import clock
 from upcycle.report.compare import half_width
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
-from upcycle.train.run import Run
+from upcycle.training.run import Run
 
-# How often the run folders are looked at, in seconds.
+# Seconds between looks at the run folders.
 PERIOD = 1.0
-COLUMNS = ('validation/loss', 'validation/accuracy')
 
 
 @dataclasses.dataclass
 class Entry:
-    """A point and where it stands.
+    """A point and its state.
 
     Attributes:
       point: what to run.
-      total_steps: at which it ends.
-      start_step: at which it will begin, where that is known before it has.
+      total_steps: the step at which it ends.
+      start_step: the step at which it begins, where that is known before it does.
       step_flops: of one of its steps.
       status: see `Status`.
       progress: by its log.
-      overhead: seconds of it that were not spent on steps: starting, compiling, evaluating, saving; None before it has ended.
+      overhead: seconds not spent on steps: starting, compiling, evaluating, saving; None before it has ended.
       reason: why it failed.
     """
 
@@ -64,11 +59,11 @@ class Entry:
 
 
 def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
-    """Builds every point, so that what is wrong with one is known before any is started.
+    """Builds every point, so that every mistake is found before any point is started.
 
     Args:
       points: in an order in which each comes after those it needs.
-      here: they will be run from here, so that their checkpoints are looked at and their data must be there.
+      here: they will be run from here, so their checkpoints are read and their data must exist.
 
     Raises:
       UserError: a point's configuration, folder or checkpoint does not fit; it names the point.
@@ -80,24 +75,30 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
     mistakes: list[str] = []
     for point in points:
         if not set(point.after) <= entries.keys() | elsewhere:
-            continue  # what it comes after has a mistake
+            continue  # a point that it comes after has a mistake
         try:
-            run = configuration.as_it_began(configuration.load(point.gin_files, point.bindings))
-            configuration.claim(run, configuration.resolved(), write=False)
-            finished = point.finished(run.total_steps)
-            start = 0 if finished or not here else _start(run, point, entries, seen)
-        except UserError as error:
-            if isinstance(error, MissingData) and not here:
+            entries[point.name] = _entry(point, entries, seen, here=here)
+        except MissingData as error:
+            if here:
+                mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
+            else:
                 elsewhere.add(point.name)
-                continue
+        except UserError as error:
             mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
-            continue
-        flops = cost.step_flops(run.model, run.train_data.batch_spec())
-        entry = Entry(point, run.total_steps, start, flops, Status.FINISHED if finished else Status.WAITING)
-        entry.look()
-        entries[point.name] = entry
     refuse(mistakes)
     return list(entries.values())
+
+
+def _entry(point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...], int], *, here: bool) -> Entry:
+    """A point, built; see `check`. `seen` has the steps of the checkpoints looked at so far."""
+    run = run_config.as_it_began(configuration.load(point.gin_files, point.bindings))
+    run_config.claim(run, configuration.resolved(), write=False)
+    finished = point.finished(run.total_steps)
+    start = 0 if finished or not here else _start(run, point, entries, seen)
+    flops = cost.step_flops(run.model, run.train_data.batch_spec())
+    entry = Entry(point, run.total_steps, start, flops, Status.FINISHED if finished else Status.WAITING)
+    entry.look()
+    return entry
 
 
 def _start(run: Run, point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...], int]) -> int:
@@ -120,7 +121,7 @@ def lock(out: str) -> Iterator[int]:
     """Holds a sweep's folder; yields the descriptor that the lock is on.
 
     Raises:
-      UserError: another sweep, or a run that one left behind, holds it.
+      UserError: another sweep, or a run that another sweep left behind, holds it.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(writing_to(out, 'name another --out'))
@@ -137,9 +138,9 @@ def lock(out: str) -> Iterator[int]:
 
 
 def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[list[Entry]], None]) -> None:
-    """Runs every point that is not finished; returns when none can be started any more.
+    """Runs every point that is not finished; returns when no other can be started.
 
-    Interrupted, it ends the runs that are going on; the next call goes on from their last checkpoints.
+    Interrupted, it ends the runs in progress; the next call continues from their last checkpoints.
 
     Args:
       entries: from `check`; their states change.
@@ -147,54 +148,69 @@ def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[
       launcher: starts runs.
       show: called about every `PERIOD` seconds, and when a state has changed.
     """
-    jobs: dict[str, Job] = {}
-    by_name = {entry.point.name: entry for entry in entries}
-    began: dict[str, tuple[float, float]] = {}
+    running = _Running(entries, out, launcher)
+    try:
+        running.start_ready()
+        while running.jobs:
+            show(entries)
+            time.sleep(PERIOD)
+            running.look()
+            running.start_ready()
+        show(entries)
+    finally:
+        for job in running.jobs.values():
+            job.stop()
 
-    def start_ready() -> None:
+
+class _Running:
+    """The jobs in progress of a grid, by the names of their points.
+
+    Args:
+      entries: of the whole grid; their states change.
+      out: the sweep's folder.
+      launcher: starts runs.
+    """
+
+    def __init__(self, entries: list[Entry], out: str, launcher: Launcher):
+        self.jobs: dict[str, Job] = {}
+        self._entries = {entry.point.name: entry for entry in entries}
+        self._out, self._launcher = out, launcher
+        self._began: dict[str, tuple[float, float]] = {}
+
+    def start_ready(self) -> None:
+        """Starts waiting points whose predecessors are finished, in the launcher's free slots."""
         ready = []
-        for entry in entries:
-            states = {by_name[name].status for name in entry.point.after}
+        for entry in self._entries.values():
             if entry.status is not Status.WAITING:
                 continue
+            states = {self._entries[name].status for name in entry.point.after}
             if states & {Status.FAILED, Status.BLOCKED}:
                 entry.status = Status.BLOCKED
-            elif states <= {Status.FINISHED} and len(jobs) + len(ready) < launcher.slots:
+            elif states <= {Status.FINISHED} and len(self.jobs) + len(ready) < self._launcher.slots:
                 ready.append(entry)
         if not ready:
             return
-        commands = [(entry.point.arguments, log_of(out, entry.point.name)) for entry in ready]
-        for entry, job in zip(ready, launcher.start_all(commands), strict=True):
-            jobs[entry.point.name] = job
-            began[entry.point.name] = time.monotonic(), entry.progress.seconds
+        commands = [(entry.point.arguments, log_of(self._out, entry.point.name)) for entry in ready]
+        for entry, job in zip(ready, self._launcher.start_all(commands), strict=True):
+            self.jobs[entry.point.name] = job
+            self._began[entry.point.name] = time.monotonic(), entry.progress.seconds
             entry.status = Status.RUNNING
 
-    def look() -> None:
-        for name, job in list(jobs.items()):
-            entry, code = by_name[name], job.poll()
+    def look(self) -> None:
+        """Reads the logs again, and takes out the jobs that have ended."""
+        for name, job in list(self.jobs.items()):
+            entry, code = self._entries[name], job.poll()
             entry.look()
             if code is None:
                 continue
-            del jobs[name]
-            since, seconds = began[name]
+            del self.jobs[name]
+            since, seconds = self._began[name]
             entry.overhead = time.monotonic() - since - (entry.progress.seconds - seconds)
             if code == 0 and entry.point.finished(entry.total_steps):
                 entry.status = Status.FINISHED
             else:
                 entry.status = Status.FAILED
-                entry.reason = reason_of(log_of(out, name), code)
-
-    try:
-        start_ready()
-        while jobs:
-            show(entries)
-            time.sleep(PERIOD)
-            look()
-            start_ready()
-        show(entries)
-    finally:
-        for job in jobs.values():
-            job.stop()
+                entry.reason = reason_of(log_of(self._out, name), code)
 
 
 def run_to_end(launcher: Launcher, arguments: Sequence[str], log: str) -> int:
@@ -209,12 +225,12 @@ def run_to_end(launcher: Launcher, arguments: Sequence[str], log: str) -> int:
 
 
 def log_of(out: str, name: str) -> str:
-    """The file of what a point printed, apart from its run folder, which a run may refuse to make."""
+    """The file with the output of a point; not in its run folder, which a run may refuse to make."""
     return os.path.join(out, 'logs', f'{name}.txt')
 
 
 def reason_of(log: str, code: int) -> str:
-    """Why a command failed: its own sentence, or the last line it printed."""
+    """Why a command failed: its error message, or the last line it printed."""
     lines = []
     if os.path.exists(log):
         with open(log, encoding='utf-8', errors='replace') as file:
@@ -224,16 +240,23 @@ def reason_of(log: str, code: int) -> str:
 
 
 def seconds_left(entries: Sequence[Entry], slots: int = 1) -> float | None:
-    """Of runs so many at once, by the FLOPs and seconds in the logs, and what runs took beside; None before there are any."""
+    """Seconds until a grid ends; None before any run has logged.
+
+    Steps are taken to run at the FLOPs per second of the logs, and every run to come to have the mean overhead of finished ones.
+
+    Args:
+      entries: of the grid.
+      slots: runs at once.
+    """
     seconds = sum(entry.progress.seconds for entry in entries)
     flops = sum(entry.progress.flops for entry in entries)
     if not seconds or not flops:
         return None
     waiting = [entry for entry in entries if entry.status is Status.WAITING]
     running = [entry for entry in entries if entry.status is Status.RUNNING]
-    beside = [entry.overhead for entry in entries if entry.overhead is not None and entry.status is Status.FINISHED]
+    overheads = [entry.overhead for entry in entries if entry.overhead is not None and entry.status is Status.FINISHED]
     steps = sum(entry.flops_left for entry in waiting + running) * seconds / flops
-    work = steps + (len(waiting) * sum(beside) / len(beside) if beside else 0.0)
+    work = steps + (len(waiting) * statistics.fmean(overheads) if overheads else 0.0)
     return work / max(min(slots, len(waiting) + len(running)), 1)
 
 
@@ -259,94 +282,14 @@ def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry,
 
 
 def means_of(entries: Sequence[Entry], prefix: str) -> dict[str, tuple[float, float | None]]:
-    """(mean, half of its 95% interval) over the points, of each metric with such a name that all of them have logged last."""
+    """(mean, half of its 95% interval) over the points, of each metric with this prefix that all of them have logged."""
     having = set.intersection(*({*entry.progress.metrics} for entry in entries))
     values = {name: [entry.progress.metrics[name] for entry in entries] for name in having if name.startswith(prefix)}
     return {name: (statistics.fmean(found), half_width(found)) for name, found in sorted(values.items())}
 
 
-def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:
-    """The grid: a line a point. `slots` run at once."""
-    counts = {status: sum(entry.status is status for entry in entries) for status in Status}
-    title = ', '.join(f'{count} {status}' for status, count in counts.items() if count)
-    left = seconds_left(entries, slots)
-    if left and counts[Status.FINISHED] != len(entries):
-        title += f'; {clock(left)} left'
-    logged = {name for entry in entries for name in entry.progress.metrics}
-    few_shot = sorted(name for name in logged if name.startswith('few_shot/') and name.endswith('shot'))
-    columns = [*COLUMNS, *few_shot, *sorted(logged & {'tasks/average'})]
-    table = tables.table('point', 'status', 'step', *columns, title=title, title_justify='left')
-    for entry in entries:
-        values = [entry.progress.metrics.get(name) for name in columns]
-        table.add_row(
-            entry.point.name,
-            entry.status,
-            f'{entry.progress.step}/{entry.total_steps}',
-            *('' if value is None else f'{value:.4f}' for value in values),
-        )
-    return table
-
-
-class Board:
-    """Shows a grid: in place on a terminal; elsewhere a line for every change of a state, and one a minute.
-
-    Args:
-      slots: runs at once.
-    """
-
-    def __init__(self, slots: int = 1) -> None:
-        self._slots = slots
-        self._console = tables.console(200)
-        self._live: Live | None = None
-        self._entries: Sequence[Entry] = ()
-        self._shown: dict[str, Status] = {}
-        self._last = time.monotonic()
-
-    def __enter__(self) -> 'Board':
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False)
-            self._live.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._live is not None:
-            self._live.__exit__(*exception)
-        elif self._entries:
-            self._console.print(table_of(self._entries, self._slots))
-
-    def show(self, entries: Sequence[Entry]) -> None:
-        """Prints where the grid is."""
-        self._entries = entries
-        if self._live is not None:
-            self._live.update(table_of(entries, self._slots), refresh=True)
-            return
-        for entry in entries:
-            if entry.status is not self._shown.get(entry.point.name, Status.WAITING):
-                self._shown[entry.point.name] = entry.status
-                self._line(entry, entries)
-        if time.monotonic() - self._last > 60:
-            for entry in entries:
-                if entry.status is Status.RUNNING:
-                    self._line(entry, entries)
-
-    def _line(self, entry: Entry, entries: Sequence[Entry]) -> None:
-        self._last = time.monotonic()
-        done = sum(e.status is Status.FINISHED for e in entries)
-        left = seconds_left(entries, self._slots)
-        values = [f'{name} {entry.progress.metrics[name]:.4f}' for name in COLUMNS if name in entry.progress.metrics]
-        parts = [
-            f'{entry.point.name}: {entry.status}',
-            f'step {entry.progress.step}/{entry.total_steps}',
-            *values,
-            f'{done}/{len(entries)} finished',
-            *([] if left is None else [f'{clock(left)} left']),
-            *([entry.reason] if entry.reason else []),
-        ]
-        print('  '.join(parts), flush=True)
-
-
 def record(points: Sequence[Point], out: str, facts: Mapping[str, Any]) -> None:
-    """Writes `sweep.json`: what the grid is, for reports."""
+    """Writes `sweep.json`: the grid, for reports."""
     shown = [
         {
             'name': point.name,

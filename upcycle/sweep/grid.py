@@ -7,7 +7,7 @@ A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
             starts from, `checkpoints` the steps of it: one, or several for EXPERT_OPERATOR = 'branches'
   select?   {metric, best, among?}: which point is the best when all are finished, such as 'validation/accuracy' and 'max',
             of those whose name begins with `among`
-  mean?     the points are seeds: of metrics whose names begin so, the mean over all points is told when they are finished
+  mean?     the points are seeds: the mean over all points, of metrics whose names begin so, is printed when they are finished
   reports?  a list of {title, groups, roles, name?, base?, curves?, claims?, finals?, numbers?}: comparisons, written when all
             points are finished, into report/NAME. A group is a seed: {branch: names of the points that make it, one after the
             other}; roles are of branches, 'upcycled' where none is said; `base` is the branch with which the others are
@@ -24,6 +24,7 @@ import itertools
 import os
 import pathlib
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -126,26 +127,21 @@ def from_command_line(gin_files: Sequence[str], axes: Sequence[str]) -> ml_colle
 
 
 def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
-    """The config of a file, looked for here and in `configs/` beside the package.
+    """The config of a file, looked for here and in the checkout or the installed package.
 
     Args:
       path: such as 'configs/finetune_imagenet.py'.
       scale: handed to `get_config`; None: its default.
 
     Raises:
-      UserError: there is no such file, it is no config, or has no such scale.
+      UserError: the file does not exist, is not a config, or has no such scale.
     """
-    places = [pathlib.Path(folder) / path for folder in gin_files.search_paths()]
-    file = next((place for place in places if place.is_file()), None)
+    file = find(path)
     if file is None:
-        raise UserError(f'--config={path} does not exist: looked in {", ".join(str(p.parent) for p in places)}.')
-    spec = importlib.util.spec_from_file_location(f'upcycle_config_{file.stem}', file)
-    if spec is None:
-        raise UserError(f'--config={path} is no Python file.')
-    module = importlib.util.module_from_spec(spec)
+        places = ', '.join(str((pathlib.Path(folder) / path).parent) for folder in gin_files.search_paths())
+        raise UserError(f'--config={path} does not exist: looked in {places}.')
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config(**({} if scale is None else {'scale': scale}))
+        config = executed(file).get_config(**({} if scale is None else {'scale': scale}))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # it is code, and may do anything
@@ -155,6 +151,26 @@ def load(path: str, scale: str | None) -> ml_collections.ConfigDict:
             f'--config={path} describes no experiment: get_config must set `name`, and `points` or `compile`.'
         )
     return config
+
+
+def find(path: str) -> pathlib.Path | None:
+    """A file such as 'configs/operators.py': looked for here, and in the checkout or the installed package."""
+    places = (pathlib.Path(folder) / path for folder in gin_files.search_paths())
+    return next((place for place in places if place.is_file()), None)
+
+
+def executed(file: pathlib.Path) -> types.ModuleType:
+    """A Python file as a module, which is not imported by its name.
+
+    Raises:
+      UserError: it is not a Python file.
+    """
+    spec = importlib.util.spec_from_file_location(f'upcycle_config_{file.stem}', file)
+    if spec is None:
+        raise UserError(f'{file} is not a Python file.')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def one_of_scales(scale: str, *scales: str) -> None:
@@ -178,7 +194,7 @@ def resolve(
       bindings: of the command line, for every point; they override the config's.
 
     Raises:
-      UserError: two points have one name, or a point starts from one that there is not.
+      UserError: two points have one name, or a point starts from one that does not exist.
     """
     waiting = {point['name']: point for point in config.points}
     if len(waiting) < len(config.points):
@@ -191,19 +207,24 @@ def resolve(
             name, point = next(iter(waiting.items()))
             raise UserError(f'The point {name} starts from {point["start"]}, which leads to no point without a start.')
         for name in ready:
-            point = waiting.pop(name)
-            start = point.get('start')
-            values = {key: text_of(value) for key, value in point.get('bindings', {}).items()}
-            if start is not None:
-                values['INITIAL_CHECKPOINT_PATH'] = _checkpoints(made[start].model_dir, point.get('checkpoints', ()))
-            made[name] = Point(
-                name=name,
-                gin_files=(*gin_files, *point['gin_files']),
-                bindings={**values, **(bindings or {}), 'MODEL_DIR': os.path.join(out, name)},
-                after=() if start is None else (start,),
-                settings=point.get('settings', {}),
-            )
+            made[name] = _resolved(waiting.pop(name), made, out, gin_files, bindings or {})
     return list(made.values())
+
+
+def _resolved(
+    point: Mapping[str, Any], made: Mapping[str, Point], out: str, gin_files: Sequence[str], bindings: Mapping[str, str]
+) -> Point:
+    name, start = point['name'], point.get('start')
+    values = {key: text_of(value) for key, value in point.get('bindings', {}).items()}
+    if start is not None:
+        values['INITIAL_CHECKPOINT_PATH'] = _checkpoints(made[start].model_dir, point.get('checkpoints', ()))
+    return Point(
+        name=name,
+        gin_files=(*gin_files, *point['gin_files']),
+        bindings={**values, **bindings, 'MODEL_DIR': os.path.join(out, name)},
+        after=() if start is None else (start,),
+        settings=point.get('settings', {}),
+    )
 
 
 def only(points: Sequence[Point], pattern: str) -> list[Point]:

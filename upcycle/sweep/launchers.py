@@ -1,4 +1,4 @@
-"""Where a sweep's runs are carried out: a registry by the name that `--where` takes."""
+"""Where a sweep runs: a registry by the names that `--where` takes."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from upcycle.errors import PREEMPTED, UNAVAILABLE, UserError
 
-# A command in the shell that tries it again where nobody answered, or where it was told to stop and has saved.
+# Repeats a command that ended because a peer did not answer, or because it was preempted and has saved.
 _AGAIN = f"""pause=30
 for try in {{1..10}}; do
   code=0
@@ -26,29 +26,29 @@ exit "$code"
 
 
 class Job(Protocol):
-    """Something that was started."""
+    """A command that was started."""
 
     def poll(self) -> int | None:
-        """Its exit status, or None while it goes on."""
+        """Its exit status, or None while it runs."""
 
     def stop(self) -> None:
         """Ends it, and waits until it has ended."""
 
 
 class Launcher(Protocol):
-    """Starts `upcycle` commands; `slots` of them may go on at once."""
+    """Starts `upcycle` commands; `slots` of them may run at once."""
 
     slots: int
 
     def start(self, arguments: Sequence[str], log: str) -> Job:
-        """Starts `upcycle ARGUMENTS`, what it prints going to the end of the file `log`."""
+        """Starts `upcycle ARGUMENTS`; its output is appended to the file `log`."""
 
     def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Job]:
         """Starts several, each as `start` does."""
 
 
 class OneByOne:
-    """Launchers to which several commands are one after the other."""
+    """A launcher that starts several commands one after the other."""
 
     def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Job]:
         """Starts several, each as `start` does."""
@@ -63,7 +63,7 @@ class LocalJob:
         self._process = process
 
     def poll(self) -> int | None:
-        """Its exit status, or None while it goes on."""
+        """Its exit status, or None while it runs."""
         return self._process.poll()
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class Local(OneByOne):
     Args:
       environment: of the runs.
       keep_open: a file descriptor that the runs inherit, and with it the lock on it.
-      slots: runs that may go on at once.
+      slots: runs at once.
     """
 
     def __init__(self, environment: Mapping[str, str], keep_open: int, slots: int = 1):
@@ -87,7 +87,7 @@ class Local(OneByOne):
         self._jobs: list[LocalJob | None] = [None] * slots
 
     def start(self, arguments: Sequence[str], log: str) -> LocalJob:
-        """Starts `upcycle ARGUMENTS` in a process of its own."""
+        """Starts `upcycle ARGUMENTS` in a new process."""
         os.makedirs(os.path.dirname(log), exist_ok=True)
         free = next(i for i, job in enumerate(self._jobs) if job is None or job.poll() is not None)
         with open(log, 'a', encoding='utf-8') as file, self._on_cores_of(free):
@@ -106,7 +106,7 @@ class Local(OneByOne):
 
     @contextlib.contextmanager
     def _on_cores_of(self, slot: int) -> Iterator[None]:
-        """What is started meanwhile keeps to a slot's share of the cores, where the system knows of such shares."""
+        """Inside, processes are started on a slot's share of the cores, where the system has CPU affinity."""
         if self.slots == 1 or not hasattr(os, 'sched_setaffinity'):
             yield
             return
@@ -123,14 +123,14 @@ class SubmittedJob:
 
     Args:
       job: submitit's.
-      log: gets what it printed, when it has ended.
+      log: gets its output, when it has ended.
     """
 
     def __init__(self, job: Any, log: str):
         self._job, self._log, self._code = job, log, None
 
     def poll(self) -> int | None:
-        """Its exit status, or None while it waits or goes on."""
+        """Its exit status, or None while it waits or runs."""
         if self._code is None and self._job.done():
             self._code = 0 if self._job.exception() is None else 1
             with open(self._log, 'a', encoding='utf-8') as file:
@@ -157,7 +157,7 @@ class Slurm:
         submitit's name of the kind of cluster.
 
     Raises:
-      UserError: submitit is not installed, or does not take an option.
+      UserError: submitit is not installed, or refuses an option.
     """
 
     python = sys.executable
@@ -177,7 +177,7 @@ class Slurm:
         self._cluster = self._options.pop('cluster', 'slurm')
         processes = int(self._options.get('nodes', 1)) * int(self._options.get('tasks_per_node', 1))
         self._more = ['--distributed'] if processes > 1 else []
-        # What watches the jobs is told to leave accelerators alone; they are not.
+        # The sweep itself is told to leave accelerators alone; its jobs are not.
         platforms = environment.get('JAX_PLATFORMS')
         self._env = ['env', '-u', 'JAX_PLATFORMS'] if platforms is None else ['env', f'JAX_PLATFORMS={platforms}']
 
@@ -212,7 +212,7 @@ class Slurm:
 
 
 class GkeJob(LocalJob):
-    """The xpk that watches a workload; stopping it takes the workload off its cluster."""
+    """The xpk process that watches a workload; stopping it deletes the workload."""
 
     def __init__(self, process: subprocess.Popen, delete: Sequence[str]):
         super().__init__(process)
@@ -229,7 +229,7 @@ class GkeJob(LocalJob):
 class Gke(OneByOne):
     """TPU slices of a Google Kubernetes Engine cluster, by xpk: each run is a workload.
 
-    A workload outlives a sweep that is killed; the next one finds it by its name and goes on watching it. One that failed is
+    A workload outlives a sweep that is killed; the next one finds it by its name and watches it. One that failed is
     deleted, so that the sweep can try again.
 
     Args:
@@ -274,7 +274,7 @@ class Gke(OneByOne):
         create.append(f'--command=upcycle {shlex.join(arguments)} --distributed')
         watch = ['xpk', 'workload', 'list', *where, f'--wait-for-job-completion={name}']
         delete = ['xpk', 'workload', 'delete', *where, f'--workload={name}', '--force']
-        # Creating fails where the workload is there already, and then it is watched all the same.
+        # Creating fails where the workload exists already; it is watched all the same.
         script = f'{shlex.join(create)}\n{shlex.join(watch)} || {{ code=$?; {shlex.join(delete)}; exit $code; }}\n'
         with open(log, 'a', encoding='utf-8') as file:
             process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""One run of a grid: its command, and how far it has come, from its run folder alone."""
+"""One run of a grid: its command, and its progress, read from its run folder."""
 
 import dataclasses
 import enum
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle import files
-from upcycle.checkpoints.arrays import is_finished
+from upcycle.checkpoints.orbax_item import is_finished
 from upcycle.metrics import read_metrics
 
 
 class Status(enum.StrEnum):
-    """Where a point stands."""
+    """The state of a point."""
 
     WAITING = 'waiting'
     RUNNING = 'running'
     FINISHED = 'finished'
     FAILED = 'failed'
-    BLOCKED = 'blocked'  # waits for a point that failed
+    BLOCKED = 'blocked'  # comes after a point that failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Point:
 
     @property
     def command(self) -> str:
-        """The `upcycle train` that does it, for a shell."""
+        """Its `upcycle train`, for a shell."""
         return shlex.join(['upcycle', *self.arguments])
 
     def records(self) -> list[dict[str, Any]]:
@@ -61,14 +61,14 @@ class Point:
         return read_metrics(os.path.join(self.model_dir, 'metrics.jsonl'))
 
     def finished(self, total_steps: int) -> bool:
-        """Whether its last checkpoint is there, which is written after everything else."""
+        """Whether its last checkpoint exists, which is written after everything else."""
         folder = files.absolute(self.model_dir) / 'checkpoints' / str(total_steps)
         return folder.is_dir() and is_finished(folder)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run has come, by its log.
+    """The progress of a run, by its log.
 
     Attributes:
       step: of the last line.

@@ -17,7 +17,7 @@ FOLDER = 'compiled'
 
 
 def compile_all(
-    what: ml_collections.ConfigDict,
+    experiment: ml_collections.ConfigDict,
     out: str,
     where: str,
     environment: Mapping[str, str],
@@ -25,10 +25,10 @@ def compile_all(
     gin_files: Sequence[str] = (),
     bindings: Mapping[str, str] | None = None,
 ) -> int:
-    """Compiles what has not been compiled yet, and writes `NAME_compiled.md`.
+    """Compiles the programs that are not compiled yet, and writes `NAME_compiled.md`.
 
     Args:
-      what: an experiment with `compile`.
+      experiment: a config with `compile`.
       out: its folder; programs that another experiment compiled there are not compiled again.
       where: a name in `LAUNCHERS`, or 'print'.
       environment: of the compilers.
@@ -42,12 +42,33 @@ def compile_all(
     Raises:
       UserError: a program's configuration does not fit; it names the program.
     """
+    commands = _commands(experiment, out, gin_files, bindings or {})
+    if where == PRINT:
+        for arguments in commands.values():
+            print(shlex.join(['upcycle', *arguments]))
+        return 0
+    with conduct.lock(out) as held:
+        failed = _compile_missing(commands, out, launchers.make(where, environment, held, 1, cluster))
+    accounts = {name: _read(_path(out, name)) for name in commands if os.path.exists(_path(out, name))}
+    table = as_markdown(accounts)
+    with open(os.path.join(out, f'{experiment.name}_compiled.md'), 'w', encoding='utf-8') as file:
+        file.write(table)
+    print(table)
+    if failed:
+        print('the same command tries again what is not compiled.')
+    return 1 if failed else 0
+
+
+def _commands(
+    experiment: ml_collections.ConfigDict, out: str, gin_files: Sequence[str], bindings: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Arguments of `upcycle`, by program; each configuration is built, so that a mistake is found before anything is compiled."""
     commands = {}
-    for program in what.compile:
-        values = {name: grid.text_of(value) for name, value in program['bindings'].items()} | dict(bindings or {})
+    for program in experiment.compile:
+        values = {name: grid.text_of(value) for name, value in program['bindings'].items()} | dict(bindings)
         files = (*gin_files, *program['gin_files'])
         try:
-            configuration.load(files, {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1000000', **values})
+            configuration.load_model(files, values)
         except UserError as error:
             raise UserError(f'{program["name"]}: {error}') from error
         commands[program['name']] = [
@@ -57,30 +78,22 @@ def compile_all(
             *(f'--gin_file={file}' for file in files),
             *(f'--gin.{name}={value}' for name, value in values.items()),
         ]
-    if where == PRINT:
-        for arguments in commands.values():
-            print(shlex.join(['upcycle', *arguments]))
-        return 0
+    return commands
+
+
+def _compile_missing(commands: Mapping[str, Sequence[str]], out: str, launcher: launchers.Launcher) -> list[str]:
+    """Compiles the programs without an account, one after the other; the names of those that failed."""
     failed = []
-    with conduct.lock(out) as held:
-        launcher = launchers.make(where, environment, held, 1, cluster)
-        for number, (name, arguments) in enumerate(commands.items(), 1):
-            if os.path.exists(_path(out, name)):
-                continue
-            print(f'{number}/{len(commands)} {name}', flush=True)
-            os.makedirs(os.path.dirname(_path(out, name)), exist_ok=True)
-            log = conduct.log_of(out, f'{FOLDER}/{name}')
-            if code := conduct.run_to_end(launcher, arguments, log):
-                failed.append(name)
-                print(f'{name} failed: {conduct.reason_of(log, code)} ({log})', flush=True)
-    accounts = {name: _read(_path(out, name)) for name in commands if os.path.exists(_path(out, name))}
-    table = as_markdown(accounts)
-    with open(os.path.join(out, f'{what.name}_compiled.md'), 'w', encoding='utf-8') as file:
-        file.write(table)
-    print(table)
-    if failed:
-        print('the same command tries again what is not compiled.')
-    return 1 if failed else 0
+    for number, (name, arguments) in enumerate(commands.items(), 1):
+        if os.path.exists(_path(out, name)):
+            continue
+        print(f'{number}/{len(commands)} {name}', flush=True)
+        os.makedirs(os.path.dirname(_path(out, name)), exist_ok=True)
+        log = conduct.log_of(out, f'{FOLDER}/{name}')
+        if code := conduct.run_to_end(launcher, arguments, log):
+            failed.append(name)
+            print(f'{name} failed: {conduct.reason_of(log, code)} ({log})', flush=True)
+    return failed
 
 
 def as_markdown(accounts: Mapping[str, Mapping[str, Any]]) -> str:

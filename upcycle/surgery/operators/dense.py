@@ -74,7 +74,7 @@ class Initializer(enum.StrEnum):
     """How a model of its family starts its MLPs."""
 
     LECUN_NORMAL = 'lecun_normal'  # variance 1 / fan_in, truncated: T5X and Flax
-    XAVIER_UNIFORM = 'xavier_uniform'  # variance 2 / (fan_in + fan_out): big_vision's ViT
+    XAVIER_UNIFORM = 'xavier_uniform'  # variance 2 / (fan_in + fan_out): big_vision's
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,7 +148,7 @@ class Width(DenseOperator):
     arXiv 2409.12903). Heads are repeated, a head's width is not. Komatsuzaki et al. 2023 name width tiling and do not try it.
     Repeated weights have equal gradients and would stay equal for ever, so they get a little noise.
 
-    The function stays only where logits are not products with the embedding (T5 1.0).
+    The function stays only where logits are not products with the embedding.
 
     Attributes:
       noise: standard deviation, as a share of the leaf's own root mean square; 0 keeps the function exactly [WIDTH_NOISE].

@@ -1,0 +1,141 @@
+"""A folder that has been trained in and holds no checkpoint: a run that lost them is refused, one that had none begins again."""
+
+import os
+import shutil
+
+import pytest
+
+from tests import runs
+from upcycle import configuration
+from upcycle.errors import UserError
+from upcycle.metrics import SET_ASIDE, read_metrics
+from upcycle.training import folder
+from upcycle.training.preflight import preflight
+
+
+@pytest.fixture
+def run(dense, tmp_path):
+    """Four steps, with checkpoints of the second and the fourth."""
+    return shutil.copytree(dense, tmp_path / 'run')
+
+
+def remove(run):
+    shutil.rmtree(run / 'checkpoints')
+
+
+def empty(run):
+    remove(run)
+    (run / 'checkpoints').mkdir()
+
+
+def set_aside(run):
+    for step in ('2', '4'):
+        (run / 'checkpoints' / step).rename(run / 'checkpoints' / f'{step}.damaged')
+
+
+def half_written(run):
+    for step in ('2', '4'):
+        (run / 'checkpoints' / step).rename(run / 'checkpoints' / f'{step}.orbax-checkpoint-tmp')
+
+
+def older(run):
+    """By a version that kept no record."""
+    empty(run)
+    (run / folder.RECORD).unlink()
+
+
+def damaged_record(run):
+    empty(run)
+    (run / folder.RECORD).write_text('{"sav')
+
+
+def events_too(run):
+    empty(run)
+    for split in ('train', 'validation'):
+        shutil.rmtree(run / split)
+        (run / split).mkdir()
+
+
+def stopped_early(run):
+    """SIGTERM before the first period was over: the log does not reach it."""
+    empty(run)
+    lines = (run / 'metrics.jsonl').read_text().splitlines()
+    (run / 'metrics.jsonl').write_text('\n'.join(lines[:2]))
+
+
+def damaged_log(run):
+    empty(run)
+    lines = (run / 'metrics.jsonl').read_text().splitlines()
+    (run / 'metrics.jsonl').write_text('\n'.join(['{', *lines, '"']))
+
+
+GONE = (remove, empty, set_aside, half_written, older, damaged_record, events_too, stopped_early, damaged_log)
+
+
+def look(kind, model_dir, steps):
+    """As `upcycle plan` does."""
+    return preflight(runs.build(kind, model_dir, steps), configuration.resolved())
+
+
+def contents(run):
+    return {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('gone', GONE, ids=lambda gone: gone.__name__)
+def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
+    """Nothing is changed, and both ways out are named."""
+    gone(run)
+    before = contents(run)
+    with pytest.raises(
+        UserError, match=r'up to step \d, and its checkpoints are gone: .* another MODEL_DIR, or remove'
+    ):
+        runs.train('dense', run, 6)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize('left', [remove, empty, half_written], ids=lambda left: left.__name__)
+def test_killed_before_its_first_checkpoint_it_begins_again(left, run, dense, capsys):
+    """By the record: the log goes beyond the first period, as it may while that checkpoint is written."""
+    left(run)
+    folder.record(str(run), saved=False)
+    before = (run / 'metrics.jsonl').read_bytes()
+    runs.train('dense', run, 4)
+    assert 'goes on' not in capsys.readouterr().err
+    assert (run / SET_ASIDE).read_bytes() == before
+    assert [line['loss'] for line in read_metrics(run / 'metrics.jsonl')] == [
+        line['loss'] for line in read_metrics(f'{dense}/metrics.jsonl')
+    ]
+    empty(run)
+    with pytest.raises(UserError, match='checkpoints are gone'):
+        runs.train('dense', run, 4)
+
+
+def test_without_its_log_it_starts_again(run):
+    """The way out that the sentence names."""
+    empty(run)
+    os.unlink(run / 'metrics.jsonl')
+    assert int(runs.train('dense', run, 4).step) == 4
+
+
+def test_a_log_of_evaluations_at_the_start_is_no_training(run):
+    empty(run)
+    first, *_ = (run / 'metrics.jsonl').read_text().splitlines()
+    (run / 'metrics.jsonl').write_text(first + '\n')
+    assert int(runs.train('dense', run, 4).step) == 4
+
+
+@pytest.mark.parametrize('command', [runs.train, look])
+@pytest.mark.parametrize('name', folder.FILES)
+def test_a_folder_where_a_file_is_written_is_named(name, command, run):
+    (run / name).unlink(missing_ok=True)
+    (run / name).mkdir()
+    before = sorted(run.rglob('*'))
+    with pytest.raises(UserError, match=f'{name}.* cannot be (written|read)'):
+        command('dense', run, 6)
+    assert sorted(run.rglob('*')) == before
+
+
+def test_names_that_no_run_gives_a_step_are_none(tmp_path):
+    for name in ('4', '00000009', '\u0668', '\u00b2', '8.bak', '-8'):
+        (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    assert folder.newest_step(str(tmp_path)) == 4

@@ -1,0 +1,74 @@
+"""Reading ahead changes when a leaf is read, and nothing else."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from upcycle.errors import UserError
+from upcycle.surgery.fingerprint import sha256_of
+from upcycle.training import read_ahead
+from upcycle.training.read_ahead import Examination, ReadAhead, deal
+
+
+class Source:
+    def __init__(self):
+        self.asked = []
+        self.lock = threading.Lock()
+
+    def __call__(self, name, sharding):
+        with self.lock:
+            self.asked.append(name)
+        if name == 'broken':
+            raise UserError('broken cannot be read')
+        return np.full(2, int(name))
+
+
+def test_gives_what_was_asked_for_and_reads_it_once():
+    source = Source()
+    requests = [(str(i), None) for i in range(20)]
+    with ReadAhead(source, requests) as reading:
+        for name, _ in requests:
+            assert reading(name, None)[0] == int(name)
+    assert sorted(source.asked) == sorted(name for name, _ in requests)
+
+
+def test_any_order_and_what_nobody_announced():
+    source = Source()
+    with ReadAhead(source, [(str(i), None) for i in range(10)]) as reading:
+        assert [reading(str(i), None)[0] for i in (9, 99, 3, 0, 8)] == [9, 99, 3, 0, 8]
+        # Only a few are ahead of who asks.
+        assert len(source.asked) <= 5 + read_ahead._LEAVES_AHEAD + 2
+
+
+def test_a_damaged_leaf_is_reported_where_it_is_asked_for():
+    with ReadAhead(Source(), [('1', None), ('broken', None), ('2', None)]) as reading:
+        assert reading('1', None)[0] == 1
+        with pytest.raises(UserError, match='broken cannot be read'):
+            reading('broken', None)
+
+
+def examine(leaves):
+    """Looks at all of them, at those with even numbers whole."""
+    whole = [name for name in leaves if name.isdigit() and int(name) % 2 == 0]
+    examination = Examination('here', leaves, whole, sha256_of, leaves.get)
+    try:
+        for name, leaf in leaves.items():
+            examination.add(name, leaf)
+        return examination.result()
+    finally:
+        examination.close()
+
+
+def test_examination():
+    leaves = {str(i): np.arange(i, dtype=np.float32) for i in range(20)}
+    assert examine(leaves) == {name: sha256_of(name, leaf) for name, leaf in leaves.items() if int(name) % 2 == 0}
+    for name in ('x', '22'):
+        with pytest.raises(UserError, match=f'{name} of here holds 1 numbers that are NaN'):
+            examine({**leaves, name: np.array([1.0, np.nan], np.float32)})
+
+
+def test_leaves_are_dealt_out_by_size():
+    sizes = {'a': 5, 'b': 1, 'c': 3, 'd': 3, 'e': 4}
+    assert deal(sizes, 2) == [['a', 'd'], ['e', 'c', 'b']]
+    assert deal({}, 3) == [[], [], []]

@@ -1,0 +1,293 @@
+"""The writer of checkpoints that are folders of zarr arrays: ours and T5X's.
+
+On a disk, parts are written into a staging folder, which gets its name when it is whole; what is finished is noted in a journal,
+and the same command continues from there after a cut. In a bucket, which cannot rename and append, parts are written under their
+final names and a commit file last; what cannot be finished is removed.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from upcycle import files, outputs
+from upcycle.checkpoints import arrays, staging, writing
+from upcycle.checkpoints.journal import Journal, Part
+
+# Endings of a checkpoint that is being written; `open_checkpoint` knows both.
+STAGING = {'upcycle': '.orbax-checkpoint-tmp', 't5x_orbax': '.orbax-checkpoint-tmp', 't5x_legacy': '.tmp-upcycle'}
+
+_BYTES_IN_FLIGHT = 256 << 20
+_ARRAYS_AHEAD = 16
+
+
+class Layout(Protocol):
+    """One format of zarr arrays in a folder.
+
+    Attributes:
+        format: its name.
+        state: folder of the arrays, below the step's.
+    """
+
+    format: str
+    state: str
+
+    def final(self, path: epath.Path, step: int | None) -> epath.Path:
+        """The step's folder below the path that the user named."""
+        ...
+
+    def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+        """The keys of each leaf in the format's tree, and the leaves left out with the reason.
+
+        Raises:
+            UserError: a leaf has no counterpart.
+        """
+        ...
+
+    def is_inline(self, keys: tuple[str, ...]) -> bool:
+        """Whether the array lies in the index."""
+        ...
+
+    def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
+        """TensorStore's driver of an array and its metadata, with a checksum for every chunk."""
+        ...
+
+    def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
+        """Writes the index and the metadata."""
+        ...
+
+    def reader(self, folder: epath.Path) -> arrays.ArrayReader:
+        """Reads a committed folder, whatever its name."""
+        ...
+
+
+class FolderWriter:
+    """A `writing.Writer` of zarr arrays.
+
+    Args:
+        layout: the format.
+        path: what the user named.
+        leaves: everything that will be written.
+        step: of the checkpoint, None where it is unknown.
+        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
+        alike: leaves whose rows are all the same. On a disk, the files of their parts are one file with several names.
+
+    Raises:
+        UserError: the target exists, a leaf has no counterpart, there is too little space, or what lies there is the beginning of
+            another write.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        path: epath.Path,
+        leaves: writing.Leaves,
+        step: int | None,
+        identity: Mapping[str, Any],
+        alike: Collection[str] = (),
+    ):
+        self._layout = layout
+        self.keys, self.left_out = layout.place(leaves)
+        self.leaves = {name: leaves[name] for name in self.keys}
+        self._alike = frozenset(alike)
+        self._final = layout.final(path, step)
+        arrays.kvstore(self._final)  # refuses a name that cannot be opened, before anything is made
+        self.path = os.fspath(self._final)
+        outputs.refuse_existing(self._final)
+        remote = files.is_remote(self._final)
+        self._finished = False
+        self.folder = self._final if remote else self._final.parent / (self._final.name + STAGING[layout.format])
+        self.inline: dict[str, np.ndarray] = {}
+        self._opened: dict[str, ts.Future] = {}
+        self._order = list(self.leaves)
+        self._in_flight: collections.deque[tuple[str, writing.Region, int, Any]] = collections.deque()
+        self._bytes_in_flight = 0
+        # Not file by file, which is slow for small ones: the journal's `os.sync` makes many of them safe at once.
+        self._context = ts.Context({'file_io_concurrency': {'limit': 16}, 'file_io_sync': False})
+        self._done: set[Part] = set()
+        self._copies = concurrent.futures.ThreadPoolExecutor(4)
+        self._made: list[epath.Path] = []
+        self._claim: staging.Claim | None = None
+        self._journal = None if remote else self._begin(identity)
+
+    def todo(self) -> dict[str, list[writing.Region]]:
+        """See `writing.Writer`."""
+        left = {
+            name: [region for region in writing.parts(name, leaf) if (name, _start(region)) not in self._done]
+            for name, leaf in self.leaves.items()
+        }
+        return {name: regions for name, regions in left.items() if regions}
+
+    def write(self, name: str, region: writing.Region, value: np.ndarray) -> None:
+        """See `writing.Writer`."""
+        leaf = self.leaves[name]
+        shape = leaf.shape if region == writing.WHOLE else (region[0].stop - region[0].start, *leaf.shape[1:])
+        if value.shape != shape or value.dtype != leaf.dtype:
+            raise ValueError(f'{name} is {value.dtype}{value.shape}, and {leaf.dtype}{shape} was announced')
+        if self._layout.is_inline(self.keys[name]):
+            self.inline[name] = np.array(value)
+            return
+        while self._in_flight and self._bytes_in_flight + value.nbytes > _BYTES_IN_FLIGHT:
+            self._settle_one()
+        if self._journal is not None and self._is_like_first(name, region):
+            first = writing.parts(name, leaf)[0]
+            while (name, _start(first)) not in self._done:
+                self._settle_one()
+            future: Any = self._copies.submit(_link_or_copy, self._chunk(name, first), self._chunk(name, region))
+        else:
+            array = self._open(name)
+            future = (array if region == writing.WHOLE else array[region]).write(value)
+        self._in_flight.append((name, region, value.nbytes, future))
+        self._bytes_in_flight += value.nbytes
+
+    def put(self, keys: tuple[str, ...], value: np.ndarray) -> ts.Future:
+        """Begins to write an array that is not a leaf of ours, such as a placeholder."""
+        leaf = jax.ShapeDtypeStruct(value.shape, value.dtype)
+        spec = self._spec(keys, leaf, list(value.shape))
+        return ts.open(spec, create=True, open=True, context=self._context).result().write(value)
+
+    def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
+        """See `writing.Writer`."""
+        self._settle()
+        missing = [name for name in self.todo() if name not in self.inline]
+        if missing:
+            raise ValueError(f'not written: {missing[:3]}')
+        with writing.not_refused(self.folder), files.patient():
+            self._layout.commit(self, metadata)
+        check(self._layout.reader(self.folder))
+        self._let_go()
+        if self._journal is not None:
+            self._journal.remove()
+            os.sync()
+            staging.give_name(self.folder, self._final, outputs.Kind.NEW_FOLDER)
+        self._finished = True
+
+    def close(self) -> None:
+        """See `writing.Writer`."""
+        if self._journal is None and not self._finished:
+            self.discard()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._settle()
+        if self._journal is not None:
+            self._journal.close()
+        self._copies.shutdown()
+        if self._claim is not None:
+            self._claim.release()
+
+    def discard(self) -> None:
+        """See `writing.Writer`."""
+        # Arrays that were made ahead too: they would put files into folders that are being removed.
+        for future in [*self._opened.values(), *(future for _, _, _, future in self._in_flight)]:
+            future.exception()
+        self._in_flight.clear()
+        if self._journal is not None:
+            self._journal.forget()
+        self._finished = True
+        staging.remove(self.folder)
+        for parent in self._made:
+            parent.rmdir()
+
+    def _begin(self, identity: Mapping[str, Any]) -> Journal:
+        """Claims the place, and continues what an earlier attempt at the same has done."""
+        journal = Journal(self.folder, identity)
+        self._done = set(journal.done)
+        linked = _has_links(self._final.parent)
+        needed = sum(
+            math.prod(writing.chunk_shape(name, self.leaves[name])) * self.leaves[name].dtype.itemsize
+            for name, regions in self.todo().items()
+            for region in regions
+            if not (linked and self._is_like_first(name, region))
+        )
+        outputs.check_space(self._final.parent, needed)
+        self._made = staging.make_folders(self._final.parent)
+        self._claim = staging.Claim(self.folder, self._final, outputs.Kind.NEW_FOLDER)
+        journal.open()
+        return journal
+
+    def _is_like_first(self, name: str, region: writing.Region) -> bool:
+        return name in self._alike and _start(region) > 0
+
+    def _open(self, name: str) -> ts.TensorStore:
+        # The arrays that come next are made behind: a file's creation waits for what else the disk has to do.
+        first = self._order.index(name)
+        for other in self._order[first : first + _ARRAYS_AHEAD]:
+            if other not in self._opened and not self._layout.is_inline(self.keys[other]):
+                leaf = self.leaves[other]
+                spec = self._spec(self.keys[other], leaf, writing.chunk_shape(other, leaf))
+                # Never `delete_existing`: parts of it may be there from before.
+                self._opened[other] = ts.open(spec, create=True, open=True, context=self._context)
+        return self._opened[name].result()
+
+    def _spec(self, keys: tuple[str, ...], leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
+        store = arrays.kvstore(self._array(keys))
+        # Zeros are stored too, so that a missing chunk is a lost one.
+        spec = {'kvstore': store, 'dtype': leaf.dtype.name, 'store_data_equal_to_fill_value': True}
+        return spec | self._layout.zarr(leaf, chunks)
+
+    def _chunk(self, name: str, region: writing.Region) -> str:
+        """The file of a part on a local disk."""
+        leaf = self.leaves[name]
+        index = [_start(region) // writing.chunk_shape(name, leaf)[0]] + [0] * (len(leaf.shape) - 1)
+        return os.fspath(self._array(self.keys[name]) / '.'.join(map(str, index)))
+
+    def _array(self, keys: tuple[str, ...]) -> epath.Path:
+        return (self.folder / self._layout.state if self._layout.state else self.folder) / '.'.join(keys)
+
+    def _settle(self) -> None:
+        while self._in_flight:
+            self._settle_one()
+
+    def _settle_one(self) -> None:
+        name, region, size, future = self._in_flight.popleft()
+        self._bytes_in_flight -= size
+        try:
+            future.result()
+        except (ValueError, OSError) as error:
+            if refusal := files.refused_by_bucket(error, [self.path]):
+                raise refusal from error
+            reason = ' '.join(str(error).partition(' [')[0].split())
+            raise writing.WriteError(f'{name} cannot be written to {self.folder} ({reason}).') from error
+        self._done.add((name, _start(region)))
+        if self._journal is not None:
+            self._journal.add((name, _start(region)))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Nobody writes into a chunk's file (TensorStore and we replace it), so that several may share one."""
+    # Of a write that was cut off: a link does not replace what is there.
+    pathlib.Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # this disk has no links, or no more for this file
+        shutil.copyfile(source, target + '.tmp')
+        os.replace(target + '.tmp', target)
+
+
+def _has_links(folder: epath.Path) -> bool:
+    """Whether the disk that holds, or will hold, a local folder lets a file have several names."""
+    try:
+        with tempfile.TemporaryDirectory(dir=outputs.nearest(os.fspath(folder))) as place:
+            file = pathlib.Path(place, 'one')
+            file.touch()
+            os.link(file, file.with_name('two'))
+    except OSError:
+        return False
+    return True
+
+
+def _start(region: writing.Region) -> int:
+    return region[0].start if region else 0

@@ -1,0 +1,65 @@
+"""The reader of Hugging Face folders."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from upcycle.checkpoints import arrays, safetensors
+from upcycle.checkpoints.hf import sources
+from upcycle.checkpoints.hf.config import read_config
+from upcycle.checkpoints.hf.folder import refuse_adapter_file, which_file
+from upcycle.errors import UserError
+
+
+class HuggingFaceReader(arrays.ArrayReader):
+    """A lazy view of a folder of safetensors; see `upcycle.checkpoints.Reader`.
+
+    Args:
+        path: the folder, or a file in it.
+
+    Raises:
+        UserError: the files are not whole, or hold a model of an architecture that is not read.
+    """
+
+    format = 'huggingface'
+
+    def __init__(self, path: epath.Path):
+        folder = path if path.is_dir() else path.parent
+        refuse_adapter_file(path)
+        if not (folder / sources.CONFIG).exists():
+            raise UserError(
+                f'{folder} has no {sources.CONFIG}, which says what the arrays do not: copy that of the model there, '
+                "as transformers' save_pretrained does."
+            )
+        self._config, self._architecture = read_config(folder / sources.CONFIG)
+        file = which_file(folder, None if path == folder else path.name, self._config.get('transformers_weights'))
+        stored, notes = safetensors.read_files(file)
+        stored = sources.renamed(folder, stored, self._architecture)
+        self._left_out = self._architecture.left_out(stored)
+        stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
+        sources.require_depth(folder, self._architecture, self._config, stored)
+        ours, self._facts = self._architecture.read(folder, self._config, stored)
+        sources.require_sizes(folder, self._architecture, self._config, ours)
+        self._architecture.check_inputs(folder, self._config)
+        named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in ours.items()}
+        step = notes.get('step', '')
+        if re.fullmatch('[0-9]{1,10}', step) and int(step) < 2**31:
+            named['step'] = np.asarray(int(step), np.int32)
+        super().__init__(folder, named)
+
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """The family, what the configuration says of the model, and what of the files is not read."""
+        return {
+            'family': self._architecture.family,
+            'facts': self._facts,
+            'model_type': self._config['model_type'],
+            **self._architecture.metadata(self._config),
+            **({'not_read': self._left_out} if self._left_out else {}),
+        }

@@ -1,0 +1,284 @@
+"""The container of Hugging Face models: safetensors files and their index, read lazily by region and written as arrays come.
+
+A file is a JSON header (names, types, shapes, offsets) and the arrays' bytes; a large model has several files and an index.
+
+We parse headers ourselves, because the `safetensors` library (0.8) can read lazily only what we may not rely on:
+
+- `safe_open` opens files of this machine and no bucket, and it does not tell an array's offset, with which we could read the
+  range ourselves; `deserialize` takes the bytes of a whole file.
+- To NumPy it gives no bfloat16 (`data type 'bfloat16' not understood`).
+- It takes a header that holds a name twice, and one of the arrays silently counts. A cut file and one with bytes too many are one
+  error (`incomplete metadata, file not fully covered`), and the error of a wrong shape names no array.
+- `serialize_file` wants all arrays in memory at once.
+
+The tests compare the two: what the library refuses, we refuse, and it reads what we write.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from upcycle import schema
+from upcycle.checkpoints import json_files, views
+from upcycle.errors import UserError
+
+SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+SHARD_BYTES = 5 << 30
+
+_DTYPES = {
+    'F64': np.dtype('float64'),
+    'F32': np.dtype('float32'),
+    'F16': np.dtype('float16'),
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+    'I64': np.dtype('int64'),
+    'I32': np.dtype('int32'),
+    'I16': np.dtype('int16'),
+    'I8': np.dtype('int8'),
+    'U8': np.dtype('uint8'),
+    'BOOL': np.dtype('bool'),
+}
+_MAX_HEADER = 100 << 20  # as in the library
+_READ_BYTES = 64 << 20
+# Raised by a header that is not one of safetensors.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One array of a file; see `views.Lazy`."""
+
+    file: epath.Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # from the file's beginning
+
+    def read(self, region: views.Region) -> np.ndarray:
+        """See `views.Lazy`. Rows lie in one piece; of a part of each row, some rows are read at a time."""
+        shape = self.shape or (1,)
+        rows, *inside = views.bounds(region, shape)
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
+        is_whole_rows = out.shape[1:] == shape[1:]
+        step = len(out) if is_whole_rows else max(1, _READ_BYTES // max(row_bytes, 1))
+        with self.file.open('rb') as file:
+            file.seek(self.offset + rows.start * row_bytes)
+            for start in range(0, len(out), max(step, 1)):
+                part = out[start : start + step]
+                read = part if is_whole_rows else np.empty((len(part), *shape[1:]), self.dtype)
+                _read_into(file, read)
+                if not is_whole_rows:
+                    part[...] = read[(slice(None), *inside)]
+        return out.reshape(()) if not self.shape else out
+
+
+def _read_into(file: BinaryIO, out: np.ndarray) -> None:
+    """Fills a contiguous array from a file. Raises ValueError where the file ends first."""
+    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+    while done < len(view):
+        data = file.read(min(len(view) - done, _READ_BYTES))
+        if not data:
+            raise ValueError(f'{len(view) - done} bytes are missing')
+        view[done : done + len(data)] = data
+        done += len(data)
+
+
+def read_files(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The arrays of a model, in one file or in those of an index, and the notes in the (first) header.
+
+    Raises:
+        UserError: a file is missing or damaged, or the index is of other files.
+    """
+    if not file.name.endswith('.json'):
+        return _read_header(file)
+    index, locations = file, _read_index(file)
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
+    for name in sorted(set(locations.values())):
+        stored, more = _read_header(index.parent / name)
+        _validate_index(index, locations, name, stored)
+        tensors |= stored
+        notes = notes or more
+    for name, location in locations.items():
+        if name not in tensors:
+            raise UserError(
+                f'{index} looks for {name} in {location}, which does not hold it: copy the checkpoint again, with its own index.'
+            )
+    return tensors, notes
+
+
+def _read_index(index: epath.Path) -> dict[str, str]:
+    """The file of each array."""
+    try:
+        locations = json_files.read_json(index, _refuse_twice)['weight_map']
+        names = sorted(set(locations.values()))
+        plain = all(map(json_files.is_plain_name, names))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{index} is damaged ({error}): copy it again.') from error
+    if not plain:
+        raise UserError(f'{index} names files that do not lie beside it.')
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise UserError(
+            f'{index} names {missing[0]}, which is not there: copy the checkpoint again, with all of its files.'
+        )
+    return locations
+
+
+def _validate_index(index: epath.Path, locations: Mapping[str, str], file: str, stored: Mapping[str, Tensor]) -> None:
+    for name in stored:
+        if locations.get(name) != file:
+            instead = f'looks for in {locations[name]}' if name in locations else 'does not name'
+            raise UserError(
+                f'{index.parent / file} holds {name}, which {index} {instead}: copy the checkpoint again, with its own index.'
+            )
+
+
+def indexed_files(index: epath.Path) -> set[str]:
+    """Files that an index names; none where it is damaged."""
+    try:
+        return set(json_files.read_json(index)['weight_map'].values())
+    except (UserError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f'{min(name for name, count in counts.items() if count > 1)} is there twice')
+    return found
+
+
+def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        size = file.stat().length
+        with file.open('rb') as stream:
+            length = int.from_bytes(start := stream.read(8), 'little')
+            if start == b'version ':
+                raise UserError(f'{file} is a pointer of Git LFS and not the file itself: run git lfs pull.')
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f'its header would be {length} bytes long')
+            header = json.loads(stream.read(length), object_pairs_hook=_refuse_twice)
+        notes = header.pop('__metadata__', {})
+        if not schema.fits(notes, dict[str, str]):
+            raise ValueError('its metadata is no dictionary of texts')
+        tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        raise UserError(f'{file} is not a safetensors file, or is damaged ({error}): copy it again.') from error
+    _validate_offsets(file, size, 8 + length, tensors)
+    return tensors, notes
+
+
+def _tensor(file: epath.Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
+    dtype = _DTYPES.get(entry['dtype'])
+    if dtype is None:
+        raise UserError(f'{name} of {file} has the type {entry["dtype"]}, which is not read.')
+    shape, (begin, end) = tuple(entry['shape']), entry['data_offsets']
+    if not all(type(number) is int for number in (*shape, begin, end)):
+        raise ValueError(f'{name} has a shape or offsets that are no whole numbers')
+    if min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise UserError(f'{name} of {file} should be {dtype}{list(shape)} and has {end - begin} bytes: copy it again.')
+    return Tensor(file, shape, dtype, start + begin)
+
+
+def _validate_offsets(file: epath.Path, size: int, start: int, tensors: Mapping[str, Tensor]) -> None:
+    """Every byte of the file belongs to one array."""
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
+        if tensor.offset != end:
+            raise UserError(
+                f'{name} of {file} begins at byte {tensor.offset}, where {end} follows from the others: copy it again.'
+            )
+        end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
+        if end > size:
+            raise UserError(f'{name} of {file} ends at byte {end}, and the file has {size}: copy it again.')
+    if end != size:
+        raise UserError(f'{file} has {size - end} bytes that belong to no array: copy it again.')
+
+
+class FilesWriter:
+    """Writes arrays that come in any order into `model.safetensors`, or into shards and their index.
+
+    Args:
+        folder: of the model, on this machine.
+        arrays: shape and dtype of each, in the order of the files.
+        shard_bytes: of arrays in a file, unless one alone is larger.
+
+    Attributes:
+        last: the file by which a reader knows the folder.
+    """
+
+    def __init__(self, folder: epath.Path, arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int = SHARD_BYTES):
+        self._folder = folder
+        self._headers = _shards(arrays, shard_bytes)
+        self.last = SINGLE if len(self._headers) == 1 else INDEX
+        longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + 100
+        # The arrays begin where the longest possible header would end.
+        self._header_bytes = 8 + -(-longest // 8) * 8
+        self._files = {name: file for file, entries in self._headers.items() for name in entries}
+        self._streams: dict[str, BinaryIO] = {}
+        self._todo = set(self._files)
+
+    def write(self, name: str, value: np.ndarray) -> None:
+        """Writes one array."""
+        file = self._files[name]
+        if file not in self._streams:
+            self._streams[file] = (self._folder / file).open('wb')
+        self._streams[file].seek(self._header_bytes + self._headers[file][name]['data_offsets'][0])
+        self._streams[file].write(np.asarray(value, order='C').reshape(-1).view(np.uint8).data)
+        self._todo.discard(name)
+
+    def finish(self, notes: Mapping[str, str]) -> None:
+        """Writes the headers, with `notes` in each, and the index."""
+        if self._todo:
+            raise ValueError(f'not written: {sorted(self._todo)[:3]}')
+        for file, entries in self._headers.items():
+            header = json.dumps({'__metadata__': notes, **entries}).encode()
+            stream = self._streams[file]
+            stream.seek(0)
+            # Spaces fill the header up, as the format wants.
+            stream.write((self._header_bytes - 8).to_bytes(8, 'little') + header.ljust(self._header_bytes - 8))
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
+        if len(self._headers) > 1:
+            ends = [entry['data_offsets'][1] for entries in self._headers.values() for entry in entries.values()]
+            begins = [entry['data_offsets'][0] for entries in self._headers.values() for entry in entries.values()]
+            index = {'metadata': {'total_size': sum(ends) - sum(begins)}, 'weight_map': self._files}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=1))
+
+    def close(self) -> None:
+        """Lets go of the files."""
+        for stream in self._streams.values():
+            with contextlib.suppress(OSError):  # a full disk takes no rest either
+                stream.close()
+
+
+def _shards(arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int) -> dict[str, dict[str, Any]]:
+    """The header of each file: every array's type, shape and place."""
+    shards: list[dict[str, Any]] = [{}]
+    end = 0
+    for name, array in arrays.items():
+        size = math.prod(array.shape) * array.dtype.itemsize
+        if shards[-1] and end + size > shard_bytes:
+            shards.append({})
+            end = 0
+        code = next(code for code, dtype in _DTYPES.items() if dtype == array.dtype)
+        shards[-1][name] = {'dtype': code, 'shape': list(array.shape), 'data_offsets': [end, end + size]}
+        end += size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors': shard for i, shard in enumerate(shards)}

@@ -1,0 +1,237 @@
+"""Lazy arrays made of other lazy arrays: transposed, with an axis split or joined, a layer of a stack, a stack of tensors.
+
+A region of the result reads only the region of each source that it covers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+# A slice for each leading axis, without steps; the axes that are left out are whole, so that `()` is all.
+Region = tuple[slice, ...]
+
+
+class Lazy(Protocol):
+    """An array whose shape and dtype are known and whose numbers are read when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, region: Region) -> np.ndarray:
+        """The region of it, in any memory order. May raise what the format's library raises on a damaged file."""
+        ...
+
+
+def bounds(region: Region, shape: tuple[int, ...]) -> Region:
+    """A region with the first and last index of every axis written out."""
+    every = (*region, *[slice(None)] * (len(shape) - len(region)))
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(every, shape, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """The source with its axes in another order, as `np.transpose` has it.
+
+    Raises:
+        ValueError: the source has another number of axes.
+    """
+
+    source: Lazy
+    axes: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.axes) != len(self.source.shape):
+            raise ValueError(f'it has {len(self.source.shape)} axes and not {len(self.axes)}')
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape[axis] for axis in self.axes)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`."""
+        ours = bounds(region, self.shape)
+        theirs = tuple(ours[self.axes.index(axis)] for axis in range(len(self.axes)))
+        return self.source.read(theirs).transpose(self.axes)
+
+
+def reversed_axes(source: Lazy) -> Transposed:
+    """The source's transpose, `source.T`."""
+    return Transposed(source, tuple(reversed(range(len(source.shape)))))
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitAxis:
+    """The source with one axis cut into `count` equal pieces: (..., count * size, ...) becomes (..., count, size, ...).
+
+    Raises:
+        ValueError: the source has no such axis, or its size is not a multiple of `count`.
+    """
+
+    source: Lazy
+    axis: int
+    count: int
+
+    def __post_init__(self):
+        shape = self.source.shape
+        if self.axis >= len(shape) or shape[self.axis] % self.count:
+            raise ValueError(f'axis {self.axis} of {list(shape)} cannot be split into {self.count}')
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        before, size, after = _around(self.source.shape, self.axis)
+        return (*before, self.count, size // self.count, *after)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`: whole pieces are read."""
+        before, pieces, (inside, *after) = _around(bounds(region, self.shape), self.axis)
+        size = self.shape[self.axis + 1]
+        value = self.source.read((*before, slice(pieces.start * size, pieces.stop * size), *after))
+        count = pieces.stop - pieces.start
+        split = value.reshape((*value.shape[: self.axis], count, size, *value.shape[self.axis + 1 :]))
+        return split[(slice(None),) * (self.axis + 1) + (inside,)]
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinedAxes:
+    """The source with `axis` and the next one as one: (..., count, size, ...) becomes (..., count * size, ...)."""
+
+    source: Lazy
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        before, count, (size, *after) = _around(self.source.shape, self.axis)
+        return (*before, count * size, *after)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`: whole indices of the first of the two axes are read."""
+        before, joined, after = _around(bounds(region, self.shape), self.axis)
+        size = self.source.shape[self.axis + 1]
+        first, last = joined.start // size, -(-joined.stop // size)
+        value = self.source.read((*before, slice(first, last), slice(0, size), *after))
+        value = value.reshape((*value.shape[: self.axis], (last - first) * size, *value.shape[self.axis + 2 :]))
+        wanted = slice(joined.start - first * size, joined.stop - first * size)
+        return value[(slice(None),) * self.axis + (wanted,)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One index of an axis of the source, such as a layer of a stack."""
+
+    source: Lazy
+    axis: int
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        before, _, after = _around(self.source.shape, self.axis)
+        return (*before, *after)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`."""
+        ours = bounds(region, self.shape)
+        theirs = (*ours[: self.axis], slice(self.index, self.index + 1), *ours[self.axis :])
+        return self.source.read(theirs).squeeze(self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A region of the source."""
+
+    source: Lazy
+    region: Region
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(part.stop - part.start for part in bounds(self.region, self.source.shape))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`."""
+        outer = bounds(self.region, self.source.shape)
+        inner = bounds(region, self.shape)
+        pairs = zip(outer, inner, strict=True)
+        return self.source.read(tuple(slice(o.start + i.start, o.start + i.stop) for o, i in pairs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Sources of one shape as one array with a leading axis, such as the experts of an MoE layer.
+
+    Raises:
+        ValueError: there is no source, or they differ in shape or dtype.
+    """
+
+    sources: tuple[Lazy, ...]
+
+    def __post_init__(self):
+        kinds = {f'{source.dtype}{list(source.shape)}' for source in self.sources}
+        if len(kinds) != 1:
+            raise ValueError(f'a stack is of arrays of one shape and dtype, and not of {" and ".join(sorted(kinds))}')
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.sources), *self.sources[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.sources[0].dtype
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`. Sources are read one after the other, so that memory holds the result and one source."""
+        rows, *inside = bounds(region, self.shape)
+        out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
+        for row, source in zip(out, self.sources[rows], strict=True):
+            row[...] = source.read(tuple(inside))
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """Whole sources, computed with: for small arrays, since no region of it is read alone.
+
+    Attributes:
+        shape, dtype: of the result.
+        sources: of the numbers.
+        compute: from the sources' numbers to the result's.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sources: tuple[Lazy, ...]
+    compute: Callable[..., np.ndarray]
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`."""
+        return self.compute(*(source.read(()) for source in self.sources))[region]
+
+
+def _around(axes: tuple, axis: int) -> tuple[tuple, Any, tuple]:
+    """What lies before an axis, at it, and after it."""
+    return tuple(axes[:axis]), axes[axis], tuple(axes[axis + 1 :])

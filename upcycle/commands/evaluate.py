@@ -1,0 +1,128 @@
+"""`upcycle eval`: metrics of a checkpoint."""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from upcycle import configuration, files, outputs, partitioning, run_config
+from upcycle.checkpoints import open_checkpoint
+from upcycle.checkpoints.integrity import require_whole
+from upcycle.errors import UserError
+from upcycle.evaluate.protocol import Subject
+from upcycle.gin_data import require_data
+from upcycle.metrics import counted, plain
+from upcycle.training import start
+from upcycle.training.state import layout, params_from
+
+FEW_SHOT = 'runs/few_shot.gin'
+TASK_METRICS = 'runs/task_metrics.gin'
+
+
+def run(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    checkpoint: str,
+    *,
+    as_json: bool = False,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """`upcycle eval`: metrics of a checkpoint on the evaluation data, with FEW_SHOT its probes, with TASK_METRICS its answers.
+
+    Args:
+      gin_files: none: the configuration of the run whose folder `checkpoint` is, or lies in, where that is no program. Whoever
+        trusts one that is, names it first.
+      bindings: of the command line.
+      checkpoint: any that `open_checkpoint` reads.
+      as_json: print JSON and no table.
+      out: a file for the JSON as well.
+
+    Returns:
+      What the JSON holds.
+
+    Raises:
+      UserError: the configuration or the checkpoint do not fit.
+    """
+    if out is not None:
+        outputs.check('--out', out, outputs.Kind.FILE)
+    reader = open_checkpoint(checkpoint)
+    require_whole(reader.path)
+    if all(file in (FEW_SHOT, TASK_METRICS) for file in gin_files):
+        with _config_of(checkpoint) as config:
+            run = configuration.load_model([config, *gin_files], bindings)
+    else:
+        run = configuration.load_model(gin_files, bindings)
+    if run.eval_data is None:
+        raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
+    for evaluator in run.evaluators:
+        evaluator.check_data(run.eval_data)
+    mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
+    start.check_batches(run, mesh, training=False)
+    with partitioning.use(mesh):
+        where = layout(run, mesh, run.eval_data.batch_spec())
+        params, operator = params_from(run, where, reader)
+        if operator is not None:
+            print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
+        subject = Subject(run.model, run.eval_data, partitioning.batch_sharding(mesh), counted)
+        metrics = {
+            evaluator.name: evaluator.prepare(subject)(params)
+            for evaluator in run.evaluators
+            if evaluator.of_checkpoints
+        }
+    result = {
+        'checkpoint': str(reader.path),
+        'format': reader.format,
+        'step': reader.step if 'step' in reader.leaves() else None,
+        'family': run.model.family,
+        'operator': operator,
+        'data': run.eval_data.fingerprint(),
+        'metrics': {split: {name: plain(value) for name, value in of.items()} for split, of in metrics.items()},
+    }
+    if jax.process_index() == 0:
+        text = json.dumps(result, indent=1)
+        if out is not None:
+            outputs.write('--out', out, text + '\n')
+        print(text if as_json else _metrics_table(result))
+    return result
+
+
+@contextlib.contextmanager
+def _config_of(checkpoint: str) -> Iterator[str]:
+    """The configuration of the run that a checkpoint's path belongs to: a file that gin can read, which knows no buckets.
+
+    Raises:
+      UserError: there is none, or it is more than data.
+    """
+    path = files.absolute(checkpoint)
+    for config in (folder / run_config.CONFIG for folder in (path, path.parent, path.parent.parent)):
+        if not config.is_file():
+            continue
+        if not files.is_remote(config):
+            require_data(os.fspath(config))
+            yield os.fspath(config)
+            return
+        with tempfile.NamedTemporaryFile('w', suffix='.gin', encoding='utf-8') as copy:
+            copy.write(config.read_text())
+            copy.flush()
+            require_data(copy.name, shown=os.fspath(config))
+            yield copy.name
+        return
+    raise UserError(
+        f'{checkpoint} lies in no run folder of ours, so say what model and data it is of: --gin_file=models/..., '
+        '--gin_file=tasks/..., --gin_file=runs/eval.gin.'
+    )
+
+
+def _metrics_table(result: Mapping[str, Any]) -> str:
+    """A line for every number; lists and the layers' own metrics stay in the JSON."""
+    lines = [f'{result["checkpoint"]}  format: {result["format"]}  step: {result["step"]}']
+    for split, metrics in result['metrics'].items():
+        for name, value in metrics.items():
+            if not isinstance(value, list) and (split == 'tasks' or name.count('/') < 2):
+                lines.append(f'{split:<12}{name:<32}{value:.6g}')
+    return '\n'.join(lines)

@@ -1,0 +1,84 @@
+"""`upcycle plan`: what the surgery of a run would do, from metadata alone."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upcycle import configuration, cost, run_config
+from upcycle.errors import UserError
+from upcycle.leaf_names import grouped, not_read
+from upcycle.surgery.plan import Plan
+from upcycle.training.describe import describe
+from upcycle.training.preflight import preflight
+from upcycle.training.state import Layout
+
+
+def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:
+    """`upcycle plan`: the table of the surgery, parameters and bytes before and after, memory on a device.
+
+    Raises:
+      UserError: `train` would refuse the run before its first step.
+    """
+    run = run_config.as_it_began(configuration.load(gin_files, bindings))
+    if run.initial_checkpoint_path is None:
+        raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
+    start = preflight(run, configuration.resolved())
+    # A run that would resume from its own checkpoint is planned as at its first start.
+    where, reader, what = start.layout, start.reader, start.plan
+    facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
+    if as_json:
+        rows = [_row(row, where) for row in what.rows]
+        print(json.dumps({**facts, 'rows': rows, 'dropped': dict(what.dropped)}, indent=1))
+        return
+    _print_table(what, where)
+    for line in not_read(reader.metadata):
+        print(line)
+    for line in grouped((f'dropped  {name}  because {reason}' for name, reason in what.dropped.items()), None):
+        print(line)
+    print(describe(start))
+    print('  '.join(f'{name}: {value}' for name, value in facts.items()))
+
+
+def _facts(where: Layout, what: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:
+    params = {name: leaf for name, leaf in dense.items() if name.startswith('params/')}
+    return {
+        'parameters_before': cost.num_parameters(params),
+        'parameters_after': cost.num_parameters(where.abstract.params),
+        'bytes_before': cost.num_bytes(dict(dense)),
+        'bytes_after': cost.num_bytes(where.abstract),
+        'bytes_per_device': cost.bytes_per_device(where.abstract),
+        'leaves': len(what.rows),
+        'dropped_leaves': len(what.dropped),
+    }
+
+
+def _row(row: Any, where: Layout) -> dict[str, Any]:
+    sharding = where.flat()[row.target].sharding
+    return {
+        'target': row.target,
+        'sources': list(row.sources),
+        'action': str(row.action),
+        'shape': list(row.shape),
+        'dtype': str(row.dtype),
+        'sharding': [axis if axis is None or isinstance(axis, str) else list(axis) for axis in sharding.spec],
+        'elements_per_device': math.prod(sharding.shard_shape(row.shape)),
+    }
+
+
+def _print_table(what: Plan, where: Layout) -> None:
+    from upcycle import tables
+
+    table = tables.table('target', 'from', 'action', 'shape', 'dtype', 'sharding')
+    for row in what.rows:
+        shown = _row(row, where)
+        source = ', '.join(shown['sources'])
+        table.add_row(
+            shown['target'],
+            'same' if source == shown['target'] else source or '-',
+            shown['action'],
+            str(tuple(shown['shape'])),
+            shown['dtype'],
+            str(tuple(shown['sharding'])),
+        )
+    tables.console(220).print(table)

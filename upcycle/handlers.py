@@ -1,0 +1,204 @@
+"""From the options of a command to the call that does it. Heavy imports wait until a command needs them."""
+
+import argparse
+import os
+import signal
+
+from upcycle import warning
+from upcycle.errors import UserError
+from upcycle.formats import FORMATS
+from upcycle.host_memory import keep_freed_memory
+
+
+def _join_hosts(options: argparse.Namespace) -> None:
+    """Joins the other processes, where the options of `_add_hosts` name them."""
+    from upcycle import hosts
+
+    by_hand = (options.coordinator_address, options.process_count, options.process_index)
+    if any(value is not None for value in by_hand):
+        if any(value is None for value in by_hand):
+            raise UserError('--coordinator_address, --process_count and --process_index go together: give all three.')
+        if options.process_count < 1:
+            raise UserError(f'--process_count={options.process_count} must be at least 1.')
+        if not 0 <= options.process_index < options.process_count:
+            raise UserError(
+                f'--process_index={options.process_index} must lie between 0 and --process_count - 1 = '
+                f'{options.process_count - 1}.'
+            )
+        hosts.parse_address(options.coordinator_address)
+    if not 0 < options.coordinator_timeout <= 1e6:
+        raise UserError(
+            f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0, and at most 1e6 seconds.'
+        )
+    if options.distributed or options.coordinator_address is not None:
+        hosts.join(*by_hand, timeout=options.coordinator_timeout)
+
+
+def quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    keep_freed_memory()
+    from upcycle import quickstart
+
+    try:
+        seeds = tuple(int(seed) for seed in options.seeds.split(','))
+    except ValueError:
+        raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
+    out = f'runs/quickstart_{options.family}' if options.out is None else options.out
+    quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
+
+
+def train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    keep_freed_memory()
+    _join_hosts(options)
+    from upcycle.commands import train
+    from upcycle.training import notice, profile
+
+    steps = range(0) if options.profile_steps is None else profile.parse(options.profile_steps)
+    with notice.listen(options.preemption_notice):
+        train.run(options.gin_file, bindings, profile_steps=steps)
+
+
+def plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    from upcycle.commands import plan
+
+    if options.source is not None:
+        bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source)}
+    with warning.last():
+        plan.run(options.gin_file, bindings, as_json=options.json)
+
+
+def _one_or_several(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else repr(tuple(paths))
+
+
+def evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    keep_freed_memory()
+    _join_hosts(options)
+    from upcycle.commands import evaluate
+
+    files = [*options.gin_file, *([evaluate.FEW_SHOT] if options.few_shot else [])]
+    evaluate.run(files, bindings, options.source, as_json=options.json, out=options.out)
+
+
+def compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    # Before JAX is loaded: the host must not look for TPUs of its own.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
+    # No chip is touched, so several compilations may run beside each other.
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+    from upcycle.commands import compile
+
+    compile.run(
+        options.gin_file,
+        bindings,
+        options.topology,
+        num_slices=options.num_slices,
+        utilization=options.utilization,
+        as_json=options.json,
+        out=options.out,
+        hlo=options.hlo,
+    )
+
+
+def _on_the_host() -> None:
+    """Before JAX is loaded: files are turned on the host, and an accelerator is left to whom it serves."""
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+
+
+def convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _on_the_host()
+    _check_formats(options.format)
+    named = {
+        'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source),
+        'EXPERT_OPERATOR': options.operator,
+        'UPCYCLE_SEED': options.seed,
+        'DENSE_STEP': options.step,
+        'OPTIMIZER_STATE': 'fresh' if options.optimizer_state == 'none' else options.optimizer_state,
+    }
+    from upcycle.commands import convert
+
+    path = convert.run(
+        options.gin_file,
+        {**bindings, **{name: value for name, value in named.items() if value is not None}},
+        options.target,
+        options.format,
+        dtype=options.dtype,
+        optimizer_state=options.optimizer_state != 'none',
+        verify=options.verify,
+    )
+    print(f'wrote {path}')
+
+
+def _check_formats(*formats: str | None) -> None:
+    for name in formats:
+        if name is not None and name not in FORMATS:
+            raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
+
+
+def import_(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _transfer(options, 'upcycle', options.format)
+
+
+def export(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    _transfer(options, options.format, None)
+
+
+def _transfer(options: argparse.Namespace, format: str, source_format: str | None) -> None:
+    _check_formats(source_format, format)
+    _on_the_host()
+    from upcycle import transfer
+
+    path = transfer.transfer(
+        options.source,
+        options.target,
+        format,
+        source_format=source_format,
+        optimizer_state=options.optimizer_state,
+        dtype=options.dtype,
+        step=options.step,
+    )
+    print(f'wrote {path}')
+
+
+def inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
+    _on_the_host()
+    from upcycle.inspection import inspect
+
+    with warning.last():
+        return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)
+
+
+def sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
+    environment = dict(os.environ)
+    # The runs need the accelerators; what watches them does not.
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    # Whoever ends a sweep also ends its runs.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from upcycle.sweep.command import sweep
+    from upcycle.sweep.grid import parse_option
+
+    return sweep(
+        config=options.config,
+        scale=options.scale,
+        gin_files=options.gin_file,
+        axes=options.grid,
+        bindings=bindings,
+        where=options.where,
+        jobs=options.jobs,
+        cluster=dict(map(parse_option, options.cluster)),
+        out=options.out,
+        environment=environment,
+        only=options.only,
+    )
+
+
+def report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+    if options.config is not None and not options.runs:
+        from upcycle.sweep.reports import report_experiment
+
+        report_experiment(config=options.config, scale=options.scale, out=options.out)
+        return
+    if options.config is not None or options.scale is not None or not options.runs:
+        raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
+    from upcycle.report.command import report_main
+
+    report_main(options.runs, 'report' if options.out is None else options.out)

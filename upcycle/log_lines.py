@@ -1,0 +1,62 @@
+"""The lines of a `metrics.jsonl`: a JSON object each."""
+
+import json
+from typing import Any
+
+# Stripped from a line; a machine that loses power may leave zeros.
+PADDING = ' \t\r\0'
+# Running totals; reports take their differences.
+_COSTS = ('start_step', 'flops', 'seconds', 'sunk_flops', 'sunk_seconds')
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number (a diverged run logs nan)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # Axes are longer than the values on them and must be finite, too; no metric of a working model comes near.
+    return abs(value) < 2**996
+
+
+def lines_of(log: bytes) -> list[bytes]:
+    """The lines of a `metrics.jsonl`; the last one follows the last line break, and is empty unless a line was cut off."""
+    return log.split(b'\n')
+
+
+def parse_line(line: bytes) -> Any:
+    """A line's JSON; None where it is not JSON. `NaN` and `Infinity` are read."""
+    try:
+        return json.loads(line.decode('utf-8-sig').strip(PADDING))
+    except (ValueError, RecursionError):
+        return None
+
+
+def what_is_wrong(record: Any) -> str | None:
+    """Why no run can have written a (parsed) line; None: one can."""
+    if not isinstance(record, dict):
+        return 'is not a JSON object'
+    for name in ('step', 'split'):
+        if name not in record:
+            return f'has no {name!r}'
+    if not isinstance(record['split'], str):
+        return f"has 'split': {_shown(record['split'])}, which is not a word"
+    for name in ('step', *_COSTS):
+        value = record.get(name, 0)
+        whole = name not in ('step', 'start_step') or isinstance(value, int)
+        if not (is_number(value) and value >= 0 and whole):
+            return f'has {name!r}: {_shown(value)}, which is not a number of {"steps" if "step" in name else name}'
+    for name, value in record.items():
+        if not _is_metric(value):
+            return f'has {name!r}: {_shown(value)}, which is not a metric'
+    return None
+
+
+def _is_metric(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_metric, value))
+    # A float holds no larger whole number.
+    return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**1023)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f'{text[:60]}...'

@@ -1,0 +1,199 @@
+"""Attention and relative position biases."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upcycle.models.layers import Dense, DType, computed_again, drop, drop_key
+
+_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+_truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+def mask_value(dtype: DType) -> float:
+    """Added to the logits of masked positions (T5X adds -1e10): finite in the type, with room for other biases. In a row that is
+    masked as a whole, infinities would be nan, and so would be every gradient."""
+    return float(jnp.finfo(dtype).min) / 2
+
+
+@jax.custom_jvp
+def softmax(logits: jax.Array) -> jax.Array:
+    """Over the last axis. The backward pass keeps the result and nothing else: of attention weights, the largest arrays of a
+    step, one instead of two. JAX's own keeps the exponentials too (unless `jax_softmax_custom_jvp` is set), and XLA then keeps
+    the logits, to compute the result again."""
+    return jax.lax.optimization_barrier(jax.nn.softmax(logits))
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    weights, (change,) = softmax(*primals), tangents
+    return weights, weights * (change - (weights * change).sum(axis=-1, keepdims=True))
+
+
+def attend(
+    query_BxQxHxN: jax.Array,
+    key_BxKxHxN: jax.Array,
+    value_BxKxHxN: jax.Array,
+    biases: Sequence[jax.Array] = (),
+    drop: Callable[[jax.Array, jax.Array | None], jax.Array] = lambda weights, key: weights,
+    key: jax.Array | None = None,
+    *,
+    keep_weights: bool = True,
+) -> jax.Array:
+    """The average of values (B, Q, H, N) under softmax(query . key + biases), in the values' type; nothing is scaled.
+
+    `drop(weights, key)` is dropout of the weights. Biases broadcast to (B, H, Q, K). Unless the backward pass is to keep the
+    weights, it computes them again: they grow with the square of the length.
+    """
+
+    def average(rest: Any, query_BxQxHxN: jax.Array) -> jax.Array:
+        key_BxKxHxN, value_BxKxHxN, biases, key = rest
+        # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
+        parts = (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
+        query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (x.swapaxes(1, 2) for x in parts)
+        logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
+        if biases:
+            logits_BxHxQxK += functools.reduce(operator.add, biases).astype(logits_BxHxQxK.dtype)
+        weights_BxHxQxK = drop(softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
+        return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
+
+    rest = (key_BxKxHxN, value_BxKxHxN, tuple(biases), key)
+    return average(rest, query_BxQxHxN) if keep_weights else computed_again(average, rest, query_BxQxHxN)
+
+
+class MultiHeadDotProductAttention(nn.Module):
+    """Attention without biases and without 1/sqrt(depth), which T5 folds into the initialisation of the query.
+
+    With `decoding`, the first call (over the full length) makes the cache and later calls take one position each. A cross
+    attention caches the projected encoder output instead, which never changes.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: DType = jnp.float32
+    dropout_rate: float = 0.0
+    float32_logits: bool = False
+    cross: bool = False
+    keep_weights: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxQxD: jax.Array,
+        x_BxKxD: jax.Array,
+        mask_Bx1xQxK: jax.Array | None,
+        bias_1xHxQxK: jax.Array | None = None,
+        *,
+        training: bool,
+        decoding: bool = False,
+    ) -> jax.Array:
+        H, N = self.num_heads, self.head_dim
+
+        def project(name: str, init: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+            dense = Dense(H * N, ('embed', 'joined_kv'), dtype=self.dtype, kernel_init=init, name=name)
+            return dense(x).reshape(*x.shape[:-1], H, N)
+
+        def query_init(*arguments: Any) -> jax.Array:
+            return _normal_init(*arguments) / jnp.sqrt(N)
+
+        query_BxQxHxN = project('query', query_init, x_BxQxD)
+        cached = decoding and self.has_variable('cache', 'key')
+        if cached and self.cross:
+            key_BxKxHxN = self.get_variable('cache', 'key')
+            value_BxKxHxN = self.get_variable('cache', 'value')
+        else:
+            key_BxKxHxN = project('key', _normal_init, x_BxKxD)
+            value_BxKxHxN = project('value', _normal_init, x_BxKxD)
+        if decoding and not cached:
+            start = (lambda x: x) if self.cross else jnp.zeros_like
+            self.put_variable('cache', 'key', start(key_BxKxHxN))
+            self.put_variable('cache', 'value', start(value_BxKxHxN))
+            if not self.cross:
+                self.put_variable('cache', 'index', jnp.zeros((), jnp.int32))
+        if cached and not self.cross:
+            index = self.get_variable('cache', 'index')
+
+            def write(name: str, new_Bx1xHxN: jax.Array) -> jax.Array:
+                old = self.get_variable('cache', name)
+                full = jax.lax.dynamic_update_slice_in_dim(old, new_Bx1xHxN.astype(old.dtype), index, axis=1)
+                self.put_variable('cache', name, full)
+                return full
+
+            key_BxKxHxN = write('key', key_BxKxHxN)
+            value_BxKxHxN = write('value', value_BxKxHxN)
+            self.put_variable('cache', 'index', index + 1)
+            length = key_BxKxHxN.shape[1]
+            mask_Bx1xQxK = (jnp.arange(length) <= index)[None, None, None, :]
+            if bias_1xHxQxK is not None:
+                bias_1xHxQxK = jax.lax.dynamic_slice_in_dim(bias_1xHxQxK, index, 1, axis=2)
+
+        if self.float32_logits:
+            query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
+            key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
+        biases = [] if bias_1xHxQxK is None else [bias_1xHxQxK]
+        if mask_Bx1xQxK is not None:
+            biases.insert(0, jnp.where(mask_Bx1xQxK, 0.0, mask_value(self.dtype)).astype(self.dtype))
+        out_BxQxHxN = attend(
+            query_BxQxHxN,
+            key_BxKxHxN,
+            value_BxKxHxN,
+            biases,
+            functools.partial(drop, rate=self.dropout_rate, broadcast_axis=-2),
+            drop_key(self, self.dropout_rate, training),
+            keep_weights=self.keep_weights,
+        )
+        return Dense(x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out')(
+            out_BxQxHxN.reshape(*x_BxQxD.shape[:-1], H * N)
+        )
+
+
+class RelativePositionBiases(nn.Module):
+    """T5's learned biases by bucketed distance between query and key: half of the buckets exact, half logarithmic."""
+
+    num_heads: int
+    dtype: DType = jnp.float32
+    num_buckets: int = 32
+    max_distance: int = 128
+
+    @nn.compact
+    def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
+        """Biases of shape (1, H, query_length, key_length)."""
+        table_HxR = self.param(
+            'rel_embedding',
+            nn.with_logical_partitioning(
+                nn.initializers.variance_scaling(1.0, 'fan_avg', 'uniform'), ('heads', 'relpos_buckets')
+            ),
+            (self.num_heads, self.num_buckets),
+            jnp.float32,
+        )
+        distance_QxK = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+        bucket_QxK = relative_position_bucket(distance_QxK, bidirectional, self.num_buckets, self.max_distance)
+        return table_HxR.astype(self.dtype)[:, bucket_QxK][None]
+
+
+def relative_position_bucket(
+    distance: np.ndarray, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
+) -> np.ndarray:
+    """Bucket of a distance (key position minus query position), as mesh-tensorflow and T5X compute it.
+
+    A causal attention (`bidirectional=False`) maps the future to bucket 0. NumPy and T5X's epsilon, because distances such as 16
+    lie on a bucket's edge, where another device's rounding of the logarithm would change the model.
+    """
+    ahead = np.zeros_like(distance)
+    behind = -distance
+    if bidirectional:
+        num_buckets //= 2
+        ahead = np.where(behind < 0, num_buckets, 0)
+        behind = np.abs(behind)
+    else:
+        behind = np.maximum(behind, 0)
+    exact = num_buckets // 2
+    ratio = np.log(behind.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
+    logarithmic = exact + (ratio * (num_buckets - exact)).astype(np.int32)
+    return ahead + np.where(behind < exact, behind, np.minimum(logarithmic, num_buckets - 1))

@@ -1,0 +1,117 @@
+"""The numbers of a comparison: tables as text, on the console, and in a CSV."""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, warnings_of
+from upcycle.report.headlines import headlines
+from upcycle.report.quantities import cost_text, extra_text, metric_text
+from upcycle.report.runs import Axis, Run
+
+# A head and rows, as text.
+Table = tuple[list[str], list[list[str]]]
+
+
+def print_table(report: Report | Sequence[Report], console: rich.console.Console | None = None) -> None:
+    """Prints headlines and tables; several reports are the seeds of one comparison."""
+    reports = [report] if isinstance(report, Report) else list(report)
+    console = console or rich.console.Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    for warning in warnings_of(reports):
+        console.print(f'Warning: {warning}', style='yellow', markup=False)
+    for name, (head, body) in tables_of(reports).items():
+        table = rich.table.Table(title=name, title_justify='left', box=rich.box.SIMPLE_HEAD)
+        for i, column in enumerate(head):
+            table.add_column(column, justify='right' if i else 'left', overflow='fold')
+        for row in body:
+            table.add_row(*map(rich.markup.escape, row))
+        console.print(table)
+    for line in headlines(reports):
+        console.print(f'- {line}', markup=False, highlight=False)
+
+
+def tables_of(reports: Sequence[Report]) -> dict[str, Table]:
+    """Titles and the tables under them, as text."""
+    budget = reports[0].budget.get(Axis.FLOPS)
+    mean = f', mean over {len(reports)} seeds' if len(reports) > 1 else ''
+    at = f'; at equal FLOPs (*): {extra_text(budget, reports[0].sunk[Axis.FLOPS])}' if budget is not None else ''
+    costs = ['+ steps', '+ FLOPs', '% sunk', '+ core-days', '+ time']
+    head = ['branch', 'step', *costs, 'loss', 'accuracy', 'loss*', 'accuracy*']
+    body = [_cells(row) for row in mean_rows(reports)]
+    tables = {f'Branches{mean}{at}': (head, body)}
+    differences = paired(reports)
+    if differences:
+        seeds = [f'seed {i}' for i in range(1, len(reports) + 1)] if len(reports) > 1 else []
+        head = ['branch', 'at equal', 'budget', 'metric', *seeds, 'difference']
+        tables['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
+    if times := [row for run in reports[0].runs if (row := _times(run))]:
+        head = ['branch', 'time', 'steps', 'waiting for data', 'evaluations', 'checkpoints']
+        tables[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
+    return tables
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.branch,
+        cost_text(row.final_step, Axis.STEPS),
+        cost_text(row.extra_steps, Axis.STEPS),
+        cost_text(row.extra_flops, Axis.FLOPS),
+        '–' if row.extra_flops_share is None else f'{row.extra_flops_share:.1%}',
+        '–' if row.extra_core_days is None else f'{row.extra_core_days:.3g}',
+        cost_text(row.extra_seconds, Axis.SECONDS),
+        metric_text(row.loss, 'loss'),
+        metric_text(row.accuracy, 'accuracy'),
+        metric_text(row.loss_at_budget, 'loss'),
+        metric_text(row.accuracy_at_budget, 'accuracy'),
+    ]
+
+
+def _times(run: Run) -> list[str] | None:
+    """The time in a run's loop and its shares; None where they were not logged."""
+    last = next((record for record in reversed(run.records) if 'data_seconds' in record), None)
+    if last is None:
+        return None
+    parts = [
+        last['seconds'] - last['data_seconds'],
+        *(last[f'{name}_seconds'] for name in ('data', 'evaluation', 'checkpoint')),
+    ]
+    total = sum(parts)
+    return [run.name, cost_text(total, Axis.SECONDS), *(f'{part / total:.1%}' if total else '–' for part in parts)]
+
+
+def _difference(reports: Sequence[Report], p: Paired) -> list[str]:
+    def gap(value: float | None, sign: str = '+') -> str:
+        if value is None:
+            return '–'
+        return f'{value:{sign}.4f}' if p.metric == 'loss' else f'{100 * value:{sign}.2f}'
+
+    budget = cost_text(next(r.budget[p.axis] for r in reports if p.axis in r.budget), p.axis)
+    seeds = [gap(value) for value in p.values] if len(reports) > 1 else []
+    spread = f' ± {gap(p.half_width, "")}' if p.half_width is not None else ''
+    words = {'loss': 'loss', 'accuracy': 'accuracy, points'}
+    return [p.branch, p.axis.word, budget, words[p.metric], *seeds, gap(p.mean) + spread]
+
+
+def write_csv(reports: Sequence[Report], path: pathlib.Path) -> None:
+    """All numbers unrounded, a line per seed and branch."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    gaps = [(axis, metric) for axis in Axis for metric in ('loss', 'accuracy')]
+    with path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file)
+        extra = [f'{m}_difference_at_equal_{a.word.lower()}' for a, m in gaps]
+        writer.writerow(['seed', *names, 'budget_flops', *extra])
+        for seed, report in enumerate(reports, 1):
+            for row in report.rows:
+                found = report.differences.get(row.branch, {})
+                values = [getattr(row, name) for name in names]
+                values[names.index('role')] = row.role.value
+                differences = [getattr(found[a], m) if a in found else None for a, m in gaps]
+                writer.writerow([seed, *values, report.budget.get(Axis.FLOPS), *differences])

@@ -1,0 +1,238 @@
+"""The `config.gin` of a run's folder: what it holds, and whether a run may resume there."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from upcycle import aliases, files, gin_data, schema
+from upcycle.building import Builder
+from upcycle.configuration import resolved
+from upcycle.errors import UserError, refuse
+from upcycle.evaluate.few_shot import FewShot
+from upcycle.evaluate.tasks import TaskMetrics
+from upcycle.gin_values import ROOT, full_name, reachable, show
+from upcycle.metrics import warn
+from upcycle.training.health import Limits
+from upcycle.training.run import Run
+
+# These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
+MAY_CHANGE = (
+    'model_dir',
+    'total_steps',
+    'few_shot',
+    'task_metrics',
+    'eval_period',
+    'diversity_period',
+    'checkpoint_period',
+    'checkpoint_keep',
+    'log_period',
+    'limits',
+    'leaf_gradient_norms',
+    'mesh_shape',
+    'parameters_over_data',
+)
+# And these of a model.
+COMPILED = ('remat', 'scan_layers')
+CONFIG = 'config.gin'
+# The line of a `config.gin` above what was not bound.
+_DEFAULTS = '# Defaults when the run began. A resumed run keeps them, even if a later version has other defaults.'
+_LISTED = 5
+
+
+def as_it_began(run: Run) -> Run:
+    """The run that was loaded last, or, where its folder holds one already, the same with the defaults that it began with.
+
+    What is not bound was not bound then, or `claim` refuses the run. So its value is the default of then, which is now bound.
+
+    Raises:
+      UserError: the folder's `config.gin` cannot be read, or its defaults build no run.
+    """
+    path = files.absolute(run.model_dir) / CONFIG
+    stored, now, bound = _read_config(path).defaults, defaults_of_now(), resolved()
+    if all(name in bound or schema.same(value, now.get(name, value)) for name, value in stored.items()):
+        return run
+    taken: dict[str, str] = {}
+    # What is bound may itself have parameters.
+    while new := {name: stored[name] for name in not_bound() if name in stored and name not in taken}:
+        gin_data.bind(as_gin(new), f'{path}')
+        taken |= new
+    builder = Builder(Run)
+    run = builder.make((), Run)
+    refuse(builder.mistakes)
+    return run
+
+
+def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
+    """Marks a run's folder as its own, unless another run has it. What was not bound there had its default.
+
+    Where it writes, it also says which settings have another value than this version's default, because the run began with
+    that, and which have this version's default, because the folder does not say what they were.
+
+    Args:
+      run: what will be written there.
+      bindings: `resolved()` after it was loaded, and was made to be `as_it_began`.
+      write: False: only look.
+
+    Raises:
+      UserError: the folder holds a run whose bindings differ; the first differing one is named.
+    """
+    model_dir = run.model_dir
+    # A run that cools down is another one when it ends elsewhere.
+    fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
+    folder = files.absolute(model_dir)
+    path = folder / CONFIG
+    # The first look: a run writes its config.gin before checkpoints, and may begin in another process meanwhile.
+    has_checkpoints = (folder / 'checkpoints').is_dir()
+    old = _read_config(path)
+    default = defaults_of_now()
+    if old.bound:
+        # From the run down: what is chosen comes before the settings of the choice.
+        for name in [*bindings, *sorted(old.bound.keys() - bindings)]:
+            if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
+                continue
+            was, now = (bound.get(name, default.get(name) or default_of(name)) for bound in (old.all, bindings))
+            if was != now and (was is None or now is None or not schema.same(was, now)):
+                raise UserError(
+                    f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {was or "not set"} and not '
+                    f'{now or "unset"}: name another MODEL_DIR, or take the binding back.'
+                )
+    elif has_checkpoints:
+        state = 'a config.gin that describes no run' if path.exists() else 'no config.gin'
+        raise UserError(
+            f'MODEL_DIR = {model_dir!r} holds checkpoints but {state}: bring that file back, or name another MODEL_DIR.'
+        )
+    if write:
+        if old.bound:
+            _say_what_differs(run.model_dir, old, bindings, default)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: old.defaults[name] for name in old.defaults.keys() & bindings if name not in old.bound}
+        kept = {name: value for name, value in kept.items() if schema.same(value, bindings[name])}
+        bound = {name: value for name, value in bindings.items() if name not in kept}
+        new = {name: value for name, value in default.items() if name not in bindings and can_be_written(value)}
+        files.replace_text(path, as_gin(bound, new | kept))
+
+
+def _say_what_differs(model_dir: str, old: '_Stored', bindings: Mapping[str, str], default: Mapping[str, str]) -> None:
+    for name, value in old.defaults.items():
+        now = default.get(name)
+        if name in bindings and now is not None and not schema.same(value, now):
+            warn(f'{name} = {value}, as when the run in {model_dir} began; the default of this version is {now}.')
+    unknown = [
+        f'{name} = {value}'
+        for name, value in sorted(default.items())
+        if not (name in bindings or name in old.all or _may_change(name)) and can_be_written(value)
+    ]
+    if unknown:
+        more = f' and {len(unknown) - _LISTED} more' if len(unknown) > _LISTED else ''
+        warn(
+            f'{model_dir}/{CONFIG} does not hold {len(unknown)} settings, which take the defaults of this version: '
+            f'{", ".join(unknown[:_LISTED])}{more}. From now on it holds them.'
+        )
+
+
+def _may_change(name: str) -> bool:
+    selector, parameter = name.rsplit('.', 1)
+    if parameter == 'max_bad_records':
+        return True
+    looks = tuple(f'{kind.__module__}.' for kind in (FewShot, TaskMetrics, Limits))
+    if selector.startswith('upcycle.models.'):
+        return parameter in COMPILED
+    return selector.startswith(('validation/', *looks)) or (selector == ROOT and parameter in MAY_CHANGE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A `config.gin`: what was bound, and the defaults of what was not."""
+
+    bound: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, str]:
+        """Every value."""
+        return {**self.defaults, **self.bound}
+
+
+def _read_config(path: epath.Path) -> _Stored:
+    """The bindings of a run; none where the file is missing, or describes no run."""
+    try:
+        text = path.read_bytes().decode(errors='replace') if path.exists() else ''
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror or error}): name another MODEL_DIR.') from error
+    parts = (part.splitlines() for part in text.partition(_DEFAULTS)[::2])
+    bound, defaults = (
+        dict(line.split(' = ', 1) for line in part if ' = ' in line and not line.startswith('#')) for part in parts
+    )
+    bound, defaults = (
+        {aliases.current(name): aliases.current_value(value) for name, value in part.items()}
+        for part in (bound, defaults)
+    )
+    return _Stored(bound, defaults) if f'{ROOT}.model' in bound else _Stored()
+
+
+def as_gin(bindings: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> str:
+    """`resolved()` as a gin file that builds the same run; with the defaults of what is not bound, in any later version too."""
+    defaults = defaults or {}
+    modules = sorted({name.split('/')[-1].rsplit('.', 2)[0] for name in (*bindings, *defaults)})
+    lines = ['from __gin__ import dynamic_registration', *(f'import {module}' for module in modules), '']
+    lines += [f'{name} = {value}' for name, value in sorted(bindings.items())]
+    if defaults:
+        lines += ['', _DEFAULTS, *(f'{name} = {value}' for name, value in sorted(defaults.items()))]
+    return '\n'.join([*lines, ''])
+
+
+def can_be_written(text: str) -> bool:
+    """Whether gin can read a default: a literal, or a dataclass of ours and nothing else."""
+    if text.startswith('@'):
+        return text.startswith('@upcycle.') and text.endswith('()')
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
+
+
+def not_bound() -> Iterator[str]:
+    """The parameters that take their defaults, of the configurables that building a `Run` calls."""
+    for selector, target, values in reachable():
+        for name, parameter in schema.parameters(target).items():
+            if parameter.default is not parameter.empty and name not in values:
+                yield f'{selector}.{name}'
+
+
+def defaults_of_now() -> dict[str, str]:
+    """What the run's configurables take where nothing is bound, by the same names."""
+    found: dict[str, str] = {}
+    for selector, target, _ in reachable():
+        for name, parameter in schema.parameters(target).items():
+            if parameter.default is not parameter.empty:
+                found[f'{selector}.{name}'] = show(parameter.default)
+                found = dict(_fields_of(parameter.default)) | found
+    return found
+
+
+def _fields_of(value: Any) -> Iterator[tuple[str, str]]:
+    """The bindings that would make a dataclass which is a default, and those that it holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            yield f'{full_name((), type(value))}.{field.name}', show(inner)
+            yield from _fields_of(inner)
+
+
+def default_of(name: str) -> str | None:
+    """The default of a binding of ours, by its full name; None where there is none."""
+    selector, parameter = name.rsplit('.', 1)
+    module, _, kind = selector.rpartition('/')[2].rpartition('.')
+    if not module.startswith('upcycle.'):
+        return None
+    try:
+        found = schema.parameters(getattr(importlib.import_module(module), kind))[parameter].default
+    except (ImportError, AttributeError, KeyError, ValueError):
+        return None
+    return None if found is inspect.Parameter.empty else show(found)

@@ -1,0 +1,194 @@
+"""Making the leaves of a plan, one at a time, or one expert at a time, whole and on one device."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from upcycle import casts, leaf_names
+from upcycle.errors import UserError
+from upcycle.surgery.operators import DenseOperator, Leaf, Lineage, Operator, Start, key_for
+from upcycle.surgery.plan import Action, Plan, Row, mlp_of, within_mlp
+from upcycle.surgery.positions import resize_positions
+from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, inherited
+
+Read = Callable[[str, jax.sharding.Sharding | None], jax.Array | np.ndarray]
+OnSource = Callable[[str, jax.Array | np.ndarray], None]
+# (path of an MLP) -> hidden states (N, D) of real tokens that it reads, on the host.
+Hidden = Callable[[str], np.ndarray]
+
+NEEDS_DATA = (
+    "ROUTER_INIT = 'hidden' needs hidden states on data, which only `upcycle train` has: use that, or another one."
+)
+
+
+class Maker:
+    """Makes a plan's leaves one at a time, or one expert at a time, whole and on one device.
+
+    It is the same program wherever it runs, so that a leaf has the same bytes on any mesh, online and offline.
+
+    Args:
+      plan: what to make from what.
+      read: reads one leaf of the source.
+      new: leaves whose action is NEW.
+      on_source: called with every leaf that was read.
+      hidden: for ROUTER_INIT = 'hidden'.
+
+    Attributes:
+      lineages: of each MLP that was come to, for each of its experts, the MLPs that it is made of.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        read: Read,
+        *,
+        new: Mapping[str, jax.Array],
+        on_source: OnSource = lambda name, leaf: None,
+        hidden: Hidden | None = None,
+    ):
+        self.plan, self.new, self.hidden = plan, new, hidden
+        self._read, self._on_source = read, on_source
+        self._held: dict[str, jax.Array | np.ndarray] = {}
+        self.lineages: dict[str, Lineage] = {}
+
+    def source(self, name: str, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
+        """Reads a leaf of the source."""
+        leaf = self._read(name, sharding)
+        self._on_source(name, leaf)
+        return leaf
+
+    def expert(self, row: Row, index: int) -> jax.Array | np.ndarray:
+        """One expert's part of a leaf whose action is EXPERTS or TILE, without the expert axis.
+
+        The sources of the row last asked for are kept, so ask for one row's experts after the other.
+        """
+        made_of = self.lineage(row)[index]
+        if row.action is Action.TILE and self.plan.alike(row):
+            made_of = (0,)  # the dense MLP's state, though the expert may start from scratch
+        parents = [self._parent(row, i) for i in made_of]
+        if row.action is Action.TILE or self.plan.spec.operator.identical:
+            return mean(row, len(parents), parents)
+        mlp, name = mlp_of(row.target), within_mlp(row.target)
+        make = _compiled(self.plan.spec.operator, name, tuple(self.plan.mlps[mlp].items()), jnp.dtype(row.dtype))
+        return casts.cast(row.target, make(parents, index, key_of(self.plan.spec.seed, mlp)), row.dtype)
+
+    def pieces(self, row: Row) -> Iterator[tuple[int | None, jax.Array | np.ndarray]]:
+        """Yields a leaf in pieces, for callers without room for a whole stack of experts.
+
+        Yields:
+          (index of an expert, its part), or (None, the whole leaf) where it has no expert axis.
+        """
+        if row.action not in (Action.EXPERTS, Action.TILE):
+            yield None, self.leaf(row)
+        elif self.plan.alike(row):
+            yield from enumerate([self.expert(row, 0)] * row.shape[0])
+        else:
+            yield from ((index, self.expert(row, index)) for index in range(row.shape[0]))
+
+    def leaf(self, row: Row) -> jax.Array | np.ndarray:
+        """A leaf that has no expert axis."""
+        spec = self.plan.spec
+        match row.action:
+            case Action.KEEP | Action.MEAN:
+                return mean(row, len(row.sources), map(self.source, row.sources))
+            case Action.RESIZE:
+                return resize_positions(mean(row, len(row.sources), map(self.source, row.sources)), row.shape[1])
+            case Action.ZEROS:
+                return jnp.zeros(row.shape, row.dtype)
+            case Action.NEW:
+                return self.new[row.target]
+            case Action.REMAKE:
+                make = _compiled_whole(spec.dense_operator, row.shape, row.axes, leaf_names.pattern(row.target))
+                made = make([self.source(name) for name in row.sources], key_of(spec.seed, row.target))
+                return casts.cast(row.target, made, row.dtype)
+        assert row.action is Action.ROUTER, row
+        if not row.shape:
+            # The scale of Soft MoE's cosines.
+            return jnp.ones((), row.dtype)
+        key = key_of(spec.seed, row.target)
+        lineage = self.lineage(row)
+        # Soft MoE has several columns an expert, side by side.
+        slots = row.shape[1] // len(lineage)
+        columns = [slots * e + c for e in spec.operator.router_columns(len(lineage)) for c in range(slots)]
+        lineage = tuple(tuple(slots * i + c for i in made_of) for made_of in lineage for c in range(slots))
+        shape = (row.shape[0], 1 + max(columns))
+        if spec.router_init in INHERITED:
+            old = jnp.asarray(self.source(row.sources[0]), jnp.float32)
+            kernel = inherited(
+                old, lineage, spec.router_init, stddev=spec.router_stddev, noise=spec.router_noise, key=key
+            )
+        elif spec.router_init is RouterInit.HIDDEN:
+            if self.hidden is None:
+                raise UserError(NEEDS_DATA)
+            states_NxD = jnp.asarray(self.hidden(mlp_of(row.target)))
+            kernel = clusters(states_NxD, shape[1], spec.router_stddev, key)
+        else:
+            kernel = DRAWN[spec.router_init](shape, spec.router_stddev, key)
+        return casts.cast(row.target, kernel[:, jnp.asarray(columns)], row.dtype)
+
+    def lineage(self, row: Row) -> Lineage:
+        """For each expert of a row, which MLPs it is made of."""
+        plan, mlp = self.plan, mlp_of(row.target)
+        if mlp not in self.lineages:
+            num_experts = next(iter(plan.mlps[mlp].values())).num_experts
+            measured = None
+            for name, size in plan.measured.get(mlp, ()):
+                found = plan.spec.operator.measure(name, np.asarray(self._read(name, None)), size)
+                measured = found if measured is None else measured + found
+            self.lineages[mlp] = plan.spec.operator.lineage(num_experts, plan.num_mlps, measured)
+        return self.lineages[mlp]
+
+    def _parent(self, row: Row, index: int) -> jax.Array | np.ndarray:
+        """The row's leaf of one MLP."""
+        start = self.plan.spec.operator.starts_from
+        name = row.sources[index if start is Start.SEVERAL else 0]
+        if name not in self._held:
+            self._held = {held: leaf for held, leaf in self._held.items() if held in row.sources}
+            leaf = self.source(name)
+            # What every expert needs goes to the device once.
+            self._held[name] = jnp.asarray(leaf) if start is Start.DENSE else np.asarray(leaf)
+        return self._held[name][index] if start is Start.MOE else self._held[name]
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(operator: Operator, name: str, mlp: tuple[tuple[str, Leaf], ...], dtype: Any):
+    def make(parents, index, key):
+        made = operator.make(name, parents, dict(mlp), index, key)
+        # A narrower type is for `casts` to make and to look at.
+        return made.astype(jnp.promote_types(dtype, made.dtype))
+
+    return jax.jit(make)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_whole(operator: DenseOperator, shape: tuple[int, ...], axes: tuple[str | None, ...], name: str):
+    return jax.jit(lambda sources, key: operator.make(sources, shape, axes, name, key))
+
+
+def mean(row: Row, count: int, leaves: Iterable[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:
+    """The mean of that many floating-point leaves; the largest of whole numbers. No more than one is held at a time."""
+    leaves = iter(leaves)
+    total = next(leaves)
+    if count > 1 and jnp.issubdtype(total.dtype, jnp.floating):
+        total = jnp.array(total, jnp.float32, copy=True)
+        for leaf in leaves:
+            total = _add(total, leaf)
+            del leaf
+        total = total / count
+    else:
+        total = functools.reduce(jnp.maximum, leaves, total)
+    return casts.cast(row.target, total, row.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(total: jax.Array, leaf: jax.Array) -> jax.Array:
+    return total + leaf.astype(total.dtype)
+
+
+def key_of(seed: int, target: str) -> jax.Array:
+    """A leaf's or MLP's own random key: it depends on the seed and the name, not on the order of execution."""
+    return key_for(jax.random.key(seed), target)

@@ -1,0 +1,319 @@
+"""Planning a surgery: every leaf of the target gets its source, from names and shapes alone."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+
+from upcycle.errors import DifferentLeaves, UserError
+from upcycle.surgery.operators import Leaf, Start
+from upcycle.surgery.plan import (
+    COUNT,
+    EXPERT,
+    MIXING,
+    MOMENTS,
+    PARAMS,
+    ROUTER,
+    ROUTER_STATE,
+    SHARED,
+    STATES,
+    Abstract,
+    Action,
+    Axes,
+    OptimizerState,
+    Plan,
+    Row,
+    Surgery,
+    mlp_of,
+)
+from upcycle.surgery.router_init import INHERITED
+
+
+def plan(
+    dense: Abstract,
+    sparse: Abstract,
+    spec: Surgery,
+    axes: Axes | None = None,
+    *,
+    head: Sequence[str] = (),
+    grids: Sequence[str] = (),
+) -> Plan:
+    """Finds every target leaf's source.
+
+    Args:
+      dense: leaves of the checkpoint, from its metadata.
+      sparse: leaves of the model that will be trained.
+      spec: what to do.
+      axes: logical axes of the target's parameters, which operators that work along an axis need.
+      head: paths of the parameters that `spec.new_head` starts afresh.
+      grids: last segments of the names of parameters that may be interpolated; see `models.Model`.
+
+    Returns:
+      The plan; it reads nothing.
+
+    Raises:
+      DifferentLeaves: a leaf has no source, two, or one of another shape, or a dense leaf would be lost.
+      UserError: the checkpoint is of another kind than the operator's.
+    """
+    operator, made_by = spec.operator, spec.made_by
+    base, several, problems = _one_of_several(dense)
+    num_mlps = _num_mlps(base, sparse, spec, several)
+    keeps_state = spec.optimizer_state is OptimizerState.TILE
+    logical = axes or {}
+    sources_of = None
+    if spec.dense_operator is not None:
+        sources_of = spec.dense_operator.sources(
+            *({name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (base, sparse))
+        )
+    rows: list[Row] = []
+    dropped: dict[str, str] = {}
+
+    def in_head(name: str) -> bool:
+        path = name.removeprefix(STATES).removeprefix(PARAMS)
+        return spec.new_head and path != name and any(path.startswith(f'{part}/') for part in head)
+
+    def add(target: str, action: Action, *sources: str) -> None:
+        if action is Action.EXPERTS and not operator.reads:
+            reason = f'EXPERT_OPERATOR = {operator.name!r} starts experts from scratch'
+            dropped.update(dict.fromkeys(sources, reason))
+            sources = ()
+        if several:
+            action = Action.MEAN if action is Action.KEEP else action
+            sources = tuple(f'{source}@{i}' for source in sources for i in range(several))
+        leaf = sparse[target]
+        rows.append(Row(target, sources, action, tuple(leaf.shape), leaf.dtype, logical.get(target, ())))
+
+    for target, leaf in sparse.items():
+        segments = target.split('/')
+        is_router = operator is not None and ROUTER in segments
+        if operator is not None and EXPERT in segments and target.startswith(PARAMS):
+            operator.check(leaf.shape[0], num_mlps)
+        if target == 'rng':
+            add(target, Action.NEW)
+        elif target == COUNT and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
+            # The decay clock goes on with the step, also where the state itself starts afresh.
+            add(target, Action.KEEP, COUNT if keeps_state and COUNT in base else 'step')
+        elif target.startswith('opt_state/') and (is_router or in_head(target) or not keeps_state):
+            add(target, Action.ZEROS)
+        elif in_head(target):
+            add(target, Action.NEW)
+        elif {ROUTER_STATE, MIXING} & {*segments} and (made_by is not None or target not in base):
+            add(target, Action.ZEROS)
+        elif is_router:
+            add(target, Action.ROUTER, *([target] if spec.router_init in INHERITED else []))
+        elif sources_of is not None and target.startswith((PARAMS, STATES)):
+            found = _remake(target, leaf, base, spec, sources_of(target))
+            if isinstance(found, str):
+                problems.append(found)
+            else:
+                add(target, *found)
+        elif isinstance(found := _source(target, leaf, base, spec, logical.get(target, ()), grids), str):
+            problems.append(found)
+        else:
+            add(target, *found)
+
+    used = {source for row in rows for source in row.sources}
+    unfit = {match[1] or match[2] for problem in problems if (match := _UNFIT.search(problem))}
+    for source, leaf in dense.items():
+        name = _base_name(source)
+        if source in used or name in unfit or name in dropped or name in ('step', COUNT):
+            continue
+        reason = 'NEW_HEAD = True' if in_head(name) else _why_dropped(name, sparse, spec)
+        if reason is None and spec.dense_operator is not None:
+            reason = spec.dense_operator.drops(source)
+        if reason is None:
+            problems.append(f'{source} {_show(leaf)} of the checkpoint is used by no leaf of the model')
+        else:
+            dropped[source] = reason
+    if problems:
+        raise _explain(problems, base, sparse, spec, head)
+    return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
+
+
+def _why_dropped(name: str, sparse: Abstract, spec: Surgery) -> str | None:
+    """Why no leaf of the model is made of a leaf of the checkpoint; None: nothing says so."""
+    segments, operator = name.split('/'), spec.operator
+    is_router = ROUTER in segments
+    if ROUTER_STATE in segments:
+        return 'it follows the routing, and starts again at 0 where it is needed'
+    if is_router and any(MIXING in target.split('/') for target in sparse):
+        return 'merged experts have no router'
+    if name == 'rng':
+        return 'the run has a random key of its own'
+    if name.startswith('opt_state/') and is_router and operator is not None:
+        return 'routers start with fresh state'
+    if name.startswith('opt_state/') and spec.optimizer_state is not OptimizerState.TILE:
+        return f"OPTIMIZER_STATE = '{spec.optimizer_state}'"
+    if is_router and operator is not None and operator.starts_from is Start.MOE:
+        return f"ROUTER_INIT = '{spec.router_init}' starts routers anew"
+    return None
+
+
+_SEVERAL = re.compile(r'@\d+$')
+
+
+def _base_name(source: str) -> str:
+    return _SEVERAL.sub('', source)
+
+
+def _one_of_several(dense: Abstract) -> tuple[Abstract, int, list[str]]:
+    """The leaves that all of several checkpoints have, without their `@i`; their number, 0 for a single one; how they differ."""
+    if not any(_SEVERAL.search(name) for name in dense):
+        return dense, 0, []
+    count = 1 + max(int(_SEVERAL.search(name)[0][1:]) for name in dense)
+    base, problems = {}, []
+    for name in dict.fromkeys(map(_base_name, dense)):
+        shapes = {getattr(dense.get(f'{name}@{i}'), 'shape', None) for i in range(count)}
+        if len(shapes) == 1:
+            base[name] = dense[f'{name}@0']
+        else:
+            shown = ', '.join(str(getattr(dense.get(f'{name}@{i}'), 'shape', 'missing')) for i in range(count))
+            problems.append(f'{name} is not the same in all checkpoints: {shown}')
+    return base, count, problems
+
+
+def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) -> int:
+    """How many MLPs an operator starts from; refuses checkpoints of another kind than the operator's."""
+    operator = spec.operator
+    if several and (operator is None or operator.starts_from is not Start.SEVERAL):
+        what = 'this run' if operator is None else f'EXPERT_OPERATOR = {operator.name!r}'
+        raise UserError(
+            f"INITIAL_CHECKPOINT_PATH names {several} checkpoints, and {what} starts from one: name one, or use 'branches'."
+        )
+    if operator is None or operator.starts_from is not Start.MOE:
+        if operator is not None and spec.router_init in INHERITED:
+            raise UserError(
+                f"ROUTER_INIT = '{spec.router_init}' goes on with a checkpoint's router, and EXPERT_OPERATOR = "
+                f"{operator.name!r} starts from dense ones: use 'normal'."
+            )
+        return max(several, 1)
+    experts = [name for name in sparse if name.startswith(PARAMS) and EXPERT in name.split('/')]
+    counts = {dense[name].shape[0] for name in experts if name in dense}
+    if not counts:
+        raise UserError(
+            f'EXPERT_OPERATOR = {operator.name!r} starts from {operator.starts_from}, and this one has none in the MoE layers of '
+            "the model: use another operator, such as 'copy'."
+        )
+    if len(counts) > 1:
+        raise UserError(
+            f'The layers of the checkpoint have {sorted(counts)} experts, which no NUM_EXPERTS can go on with.'
+        )
+    return counts.pop()
+
+
+_NEEDS = 'needs a source of shape'
+_UNFIT = re.compile(rf'^(\S+) {_NEEDS} .*, not |{_NEEDS} .*, but (\S+) is ')
+
+
+def _remake(
+    target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, spec: Surgery, sources: tuple[str, ...]
+) -> tuple[Action | str, ...] | str:
+    """The action and sources of a leaf that the dense operator makes, or what is wrong."""
+    if missing := [name for name in sources if name not in dense]:
+        return f'{target} {_show(leaf)} has no source: the checkpoint holds no {missing[0]}'
+    shapes = [tuple(dense[name].shape) for name in sources]
+    if not spec.dense_operator.fits(shapes, tuple(leaf.shape)):
+        shown = ' and '.join(f'{name} {_show(dense[name])}' for name in sources)
+        return f'{target} {_show(leaf)} cannot be made of {shown} by DENSE_OPERATOR = {spec.dense_operator.name!r}'
+    kept = sources == (target,) and shapes == [tuple(leaf.shape)]
+    return (Action.KEEP if kept else Action.REMAKE, *sources)
+
+
+def _source(
+    target: str,
+    leaf: jax.ShapeDtypeStruct,
+    dense: Abstract,
+    spec: Surgery,
+    axes: tuple[str | None, ...],
+    grids: Sequence[str],
+) -> tuple[Action, str] | str:
+    """The action and source of a leaf that must come from the checkpoint, or what is wrong."""
+    segments = target.split('/')
+    from_moe = spec.operator is not None and spec.operator.starts_from is Start.MOE
+    candidates = [target]
+    if spec.operator is not None and not from_moe and (EXPERT in segments or SHARED in segments):
+        candidates.append('/'.join(segment for segment in segments if segment not in (EXPERT, SHARED)))
+    found = [name for name in candidates if name in dense]
+    if not found:
+        return f'{target} {_show(leaf)} has no source: the checkpoint holds no {candidates[-1]}'
+    if len(found) > 1:
+        return f'{target} has two sources: {" and ".join(found)}'
+    (source,) = found
+    old = tuple(dense[source].shape)
+    is_new_expert = EXPERT in segments and (source != target or from_moe)
+    want = tuple(leaf.shape[1:]) if is_new_expert else tuple(leaf.shape)
+    if is_new_expert and target.startswith(PARAMS):
+        want = spec.operator.source_shape(Leaf(tuple(leaf.shape), axes))
+    if is_new_expert and from_moe:
+        want = (*old[:1], *want)
+    is_grid = target.startswith(PARAMS) and target.rpartition('/')[2] in grids
+    if is_grid and _is_resized(old, want):
+        return Action.RESIZE, source
+    if old != want and source == target:
+        return f'{target} {_NEEDS} {want}, not {old}'
+    if old != want:
+        return f'{target} {_show(leaf)} {_NEEDS} {want}, but {source} is {_show(dense[source])}'
+    if not is_new_expert:
+        return Action.KEEP, source
+    return Action.TILE if target.startswith('opt_state/') else Action.EXPERTS, source
+
+
+def _measured(rows: list[Row], dense: Abstract, spec: Surgery) -> dict[str, tuple[tuple[str, int], ...]]:
+    """For each MLP the leaves that the operator measures."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    wanted = () if spec.operator is None else spec.operator.measured
+    for row in rows if wanted else ():
+        if row.action is not Action.EXPERTS:
+            continue
+        (name,) = row.sources
+        state = STATES + name.removeprefix(PARAMS)
+        moments = [f'{state}/{moment}' for moment in MOMENTS if f'{state}/{moment}' in dense]
+        if 'opt_state' in wanted and not moments:
+            raise UserError(
+                f"EXPERT_OPERATOR = '{spec.operator}' measures the optimizer's second moments, and the checkpoint holds none of "
+                f"{name}: use GROW_UTILITY = 'weight' or 'uniform'."
+            )
+        measured = [*([name] if 'params' in wanted else []), *(moments if 'opt_state' in wanted else [])]
+        found.setdefault(mlp_of(row.target), []).extend((leaf, math.prod(row.shape[1:])) for leaf in measured)
+    return {mlp: tuple(leaves) for mlp, leaves in found.items()}
+
+
+def _is_resized(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether these are shapes (1, L, D) of positions on two square grids of different size."""
+    if len(old) != 3 or len(new) != 3:
+        return False
+    squares = all(math.isqrt(shape[1]) ** 2 == shape[1] for shape in (old, new))
+    return squares and old[1] != new[1] and (old[0], old[2]) == (new[0], new[2])
+
+
+def _show(leaf: jax.ShapeDtypeStruct) -> str:
+    return f'({", ".join(map(str, leaf.shape))}) {leaf.dtype}'
+
+
+def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surgery, head: Sequence[str]) -> UserError:
+    if not any(name.startswith(STATES) for name in dense) and all(p.startswith('opt_state/') for p in problems):
+        return UserError(
+            "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
+            "what is there and not read): set OPTIMIZER_STATE = 'fresh'."
+        )
+    what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
+    has_experts, wants_experts = (any(EXPERT in name.split('/') for name in leaves) for leaves in (dense, wanted))
+    wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
+    inside = wrong_shape and all({EXPERT, SHARED} & {*segments} for segments in wrong_shape)
+    if all(any(f'/{part}/' in problem for part in head) for problem in problems):
+        what = (
+            'The head of the checkpoint is not that of the model: to fine-tune on other classes, start a new one with '
+            'NEW_HEAD = True in runs/finetune.gin'
+        )
+    elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
+        what += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
+    elif has_experts and not wants_experts and spec.operator is None:
+        what += ' (it has experts and the model has none: include the file of moe/ that it was trained with)'
+    elif wants_experts and not has_experts and spec.operator is None:
+        what += ' (the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out)'
+    elif inside and any(EXPERT in segments for segments in wrong_shape):
+        what += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
+    elif inside:
+        what += ' (shared experts start as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
+    return DifferentLeaves(what, problems)

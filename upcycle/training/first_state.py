@@ -1,0 +1,117 @@
+"""The first state of a run that starts from a checkpoint: surgery, leaf by leaf onto the devices, and its receipt."""
+
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from upcycle import casts, hosts, partitioning
+from upcycle.checkpoints.integrity import require_whole
+from upcycle.checkpoints.several import readers_of
+from upcycle.surgery.fingerprint import sha256_of
+from upcycle.surgery.operators import Lineage
+from upcycle.surgery.place import execute, print_progress
+from upcycle.surgery.plan import Action, Plan
+from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
+from upcycle.training.read_ahead import Examination, ReadAhead, requests_of
+from upcycle.training.receipt_of_start import ReceiptOfStart, source_of
+from upcycle.training.run import Run
+from upcycle.training.source_model import SourceModel
+from upcycle.training.start import Start
+from upcycle.training.state import Layout
+from upcycle.training.step import TrainState
+
+
+def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any] | None]:
+    """The first state by surgery on `run.initial_checkpoint_path`, leaf by leaf onto the devices.
+
+    Args:
+      start: the run, its checkpoint, and the plan.
+      batch: a batch on which the upcycled function is compared with the dense one.
+
+    Returns:
+      The state; and the receipt, or None where nothing was expanded.
+    """
+    run, reader, what = start.run, start.reader, start.plan
+    for part in readers_of(reader):
+        require_whole(part.path)
+    carried = ReceiptOfStart.of(reader)
+    upcycles = run.surgery.made_by is not None
+    leaves = start.layout.flat()
+    source = SourceModel(run.model, what, reader, leaves)
+
+    def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
+        if name.partition('@')[0] != 'step' or run.dense_step is None:
+            return reader.read(name, sharding)
+        step = np.asarray(run.dense_step, np.int32)
+        return step if sharding is None else partitioning.put_whole(step, sharding)
+
+    def read_whole(name: str) -> np.ndarray:
+        leaf = read(name, None)
+        return casts.cast(name, leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))  # as on a device
+
+    # Where the checkpoint does not say the step, it is given.
+    stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
+    sources = {name: stored.get(name, step) for row in what.rows for name in row.sources}
+    averaged = {name for row in what.rows if row.action is Action.MEAN for name in row.sources}
+    whole, look = sources.keys(), sha256_of
+    if not upcycles:
+        whole, look = (set(), None) if carried is None else (carried.comparable() & whole, carried.compare)
+    examination = Examination(str(reader.path), sources, whole, look, read_whole)
+
+    def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
+        examination.add(name, leaf)
+        if name in averaged:  # and so not part of the state
+            examination.settle()
+
+    run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
+    shardings = {name: leaf.sharding for name, leaf in leaves.items()}
+    lineages: dict[str, Lineage] = {}
+    new = {'rng': run_key, **new_head(run, start.layout, what)}
+    with contextlib.closing(examination), ReadAhead(read, requests_of(what, shardings)) as reading:
+        flat = hosts.together(
+            lambda: execute(
+                what,
+                reading,
+                shardings,
+                new=new,
+                on_source=on_source,
+                hidden=functools.partial(source.hidden_states, batch),
+                progress=print_progress('upcycling' if upcycles else 'loading'),
+                lineages=lineages,
+            )
+        )
+        hashes = examination.result()
+    state = TrainState(**unflatten_dict(flat, sep='/'))
+    if not upcycles:
+        if carried is None:
+            return state, None
+        paper = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
+        return state, carried_on(paper, what)
+    started_from = source_of(reader, int(state.step))
+    paper = receipt(what, source=started_from, hashes=hashes, lineages=lineages)
+    paper['function_check'] = reported(
+        lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
+    )
+    return state, paper
+
+
+def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
+    """The parameters that a plan starts afresh, as a run from scratch with the same seed would."""
+    names = [row.target for row in what.rows if row.action is Action.NEW and row.target.startswith('params/')]
+    if not names:
+        return {}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        params = partitioning.unbox(run.model.init(jax.random.split(key)[0], run.train_data.batch_spec()))
+        flat = flatten_dict({'params': params}, sep='/')
+        return {name: flat[name] for name in names}
+
+    # What is not asked for is not computed.
+    shardings = {name: where.flat()[name].sharding for name in names}
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))

@@ -1,0 +1,54 @@
+"""What a run is refused for before anything is allocated or written, by `train` and by `plan` alike."""
+
+import contextlib
+from collections.abc import Mapping
+
+from upcycle import cost, files, outputs, partitioning, run_config
+from upcycle.checkpoints import arrays
+from upcycle.checkpoints.native import NativeReader
+from upcycle.errors import UserError
+from upcycle.training import folder
+from upcycle.training.run import Run
+from upcycle.training.start import Start
+from upcycle.training.state import check_start
+
+
+def preflight(run: Run, identity: Mapping[str, str]) -> Start:
+    """Looks at folder, sizes, checkpoint and data of a run, and writes nothing.
+
+    Args:
+      run: what would be trained.
+      identity: `configuration.resolved()` after it was loaded.
+
+    Raises:
+      UserError: `train` cannot start or resume: see the functions that are called here.
+    """
+    arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
+    folder.require_files(run.model_dir)
+    run_config.claim(run, identity, write=False)
+    start = Start.of(run)
+    outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER, needed=cost.num_bytes(start.layout.abstract))
+    newest = folder.newest_step(run.model_dir)
+    if newest is None:
+        folder.require_checkpoint(run)
+        folder.require_no_other_format(run)
+        if run.initial_checkpoint_path is None:
+            check_start(run, 0)
+        else:
+            _ = start.plan
+            check_start(run, start.reader.step if run.dense_step is None else run.dense_step)
+    run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)
+    # The first use of the data finds what is wrong with it.
+    data = run.train_data.fingerprint()
+    for source in filter(None, (run.train_data, run.eval_data)):
+        source.batches(share=partitioning.share_of(partitioning.batch_sharding(start.mesh)))
+    for evaluator in run.evaluators:
+        evaluator.check_data(run.eval_data)
+    if newest is not None:
+        stored = data
+        # A step that cannot be read is set aside, or refused, when the run resumes.
+        with contextlib.suppress(UserError, OSError):
+            reader = NativeReader(files.absolute(run.model_dir) / 'checkpoints' / str(newest), {})
+            stored = reader.data.get('fingerprint', data)
+        folder.require_same_data(run, stored, data)
+    return start

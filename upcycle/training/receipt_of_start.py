@@ -1,0 +1,133 @@
+"""Receipts of checkpoints that are MoEs already: compared with what is loaded, and completed by the first run that loads them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from upcycle import hosts
+from upcycle.checkpoints import Reader, open_checkpoints
+from upcycle.checkpoints.several import readers_of
+from upcycle.errors import DifferentLeaves, UserError
+from upcycle.models import Model, Params
+from upcycle.surgery.fingerprint import sha256_of
+from upcycle.surgery.plan import Action
+from upcycle.surgery.receipt import check_function, mismatches, reported
+from upcycle.training.source_model import source_model, unread_params
+
+
+def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
+    """A receipt's account of the checkpoint; `path` is a list where there are several."""
+    dtypes = {leaf.dtype.name for name, leaf in reader.leaves().items() if name.startswith('params/')}
+    paths = [str(part.path) for part in readers_of(reader)]
+    return {
+        'path': paths if len(paths) > 1 else paths[0],
+        'format': reader.format,
+        'step': step,
+        'dtype': '/'.join(sorted(dtypes)),
+    }
+
+
+def require_match(path: str, paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint holds other parameters than its receipt says."""
+    if problems := mismatches(paper, leaves):
+        raise DifferentLeaves(f'{path} does not match its receipt', problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceiptOfStart:
+    """The receipt of the MoE checkpoint that a run starts from."""
+
+    path: str
+    paper: dict[str, Any]
+
+    @classmethod
+    def of(cls, reader: Reader) -> 'ReceiptOfStart | None':
+        """The receipt of a checkpoint, None where it has none.
+
+        Raises:
+          UserError: the checkpoint holds other leaves than its receipt says.
+        """
+        paper = reader.metadata.get('receipt')
+        if paper is None:
+            return None
+        require_match(str(reader.path), paper, reader.leaves())
+        return cls(str(reader.path), dict(paper))
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been trained since the surgery: a conversion that is loaded for the first time."""
+        return self.paper['function_check'].get('whole_model') == 'pending'
+
+    def comparable(self) -> frozenset[str]:
+        """The leaves that nothing has changed since the surgery, and of which the receipt says what they are."""
+        source = self.paper['source']
+        return frozenset(
+            row['target']
+            for row in (self.paper['plan'] if self.untouched else ())
+            if row['sources']
+            and source.get('dtype') == row['dtype']
+            and row['sources'][0] in self.paper['sha256']
+            and (row['action'] == Action.KEEP or self._copies(row))
+        )
+
+    def compare(self, name: str, leaf: np.ndarray) -> None:
+        """Raises UserError where a leaf, which is `comparable`, is not what the receipt says."""
+        row = next(row for row in self.paper['plan'] if row['target'] == name)
+        copies = self._copies(row)
+        whole = leaf[0] if copies else leaf
+        alike = not copies or bool((leaf == leaf[:1]).all())
+        if not alike or sha256_of(row['sources'][0], whole) != self.paper['sha256'][row['sources'][0]]:
+            raise UserError(
+                f'{name} of {self.path} is not what its receipt says it was made of: convert the checkpoint again.'
+            )
+
+    def _copies(self, row: Mapping[str, Any]) -> bool:
+        return row['action'] == Action.EXPERTS and self.paper['operator'] == 'copy'
+
+    def complete(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, jax.Array],
+        leaves: Mapping[str, jax.ShapeDtypeStruct],
+        *,
+        new_head: bool = False,
+    ) -> dict[str, Any]:
+        """The receipt with the check of the whole model, which a conversion leaves to the first load, or why there is none.
+
+        Args:
+          model: the sparse model.
+          params: of it.
+          batch: to compare on.
+          leaves: of the run, with their shardings; the model that it was made of, which is read again if it is still there, lies
+            as they do.
+          new_head: the run's head is not the checkpoint's, so that the two models' losses say nothing of each other.
+        """
+        if not self.untouched:
+            return self.paper
+
+        def check() -> dict[str, Any]:
+            if new_head:
+                raise UserError('NEW_HEAD = True gives it another task.')
+            flat = flatten_dict({'params': params}, sep='/')
+            resized = {
+                row['sources'][0]: flat[row['target']] for row in self.paper['plan'] if row['action'] == Action.RESIZE
+            }
+
+            def opened() -> tuple[Params, Model]:
+                reader = open_checkpoints(self.paper['source']['path'])
+                return unread_params(reader, leaves, resized), source_model(model, self.paper['operator'], reader)
+
+            # It may lie on the disk of one process alone, and they compare together or not at all.
+            source_params, source = hosts.together(opened)
+            return check_function(model, source_params, params, batch, source)
+
+        found = reported(check)
+        if isinstance(found.get('whole_model'), str):
+            # What the conversion found of single layers stays.
+            found = {**self.paper['function_check'], 'whole_model': found['whole_model']}
+        return {**self.paper, 'function_check': found}

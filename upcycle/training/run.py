@@ -1,0 +1,144 @@
+"""What the gin files describe: a model with its surgery, data and training step, and for the trainer a whole run."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from upcycle.data import DataSource
+from upcycle.errors import UserError, refuse
+from upcycle.evaluate.diversity import Diversity
+from upcycle.evaluate.few_shot import FewShot
+from upcycle.evaluate.protocol import Evaluator
+from upcycle.evaluate.tasks import TaskMetrics
+from upcycle.evaluate.validation import Validation
+from upcycle.models import Model
+from upcycle.moe.config import check_readers
+from upcycle.schema import Count, Natural, Positive, Whole
+from upcycle.surgery.plan import Surgery
+from upcycle.training.health import Limits
+from upcycle.training.optimizer import Optimizer
+from upcycle.training.schedule import LearningRate, Policy
+from upcycle.training.trainable import Trainable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelRun:
+    """What every command needs that builds a model: `upcycle eval`, `convert` and `compile` read no more than this.
+
+    Attributes:
+      model: what is trained [MODEL].
+      optimizer: what turns gradients into updates [OPTIMIZER].
+      learning_rate: its schedule runs over all steps, those of the dense run included.
+      train_data: what it is trained on [TRAIN_DATASET]; None: nothing, as in a conversion.
+      eval_data: what it is evaluated on [EVAL_DATASET]; None: no evaluation.
+      total_steps: see `Run`; None: not given.
+      initial_checkpoint_path: the checkpoint to start from, such as that of the dense model; None: from scratch; several for
+        EXPERT_OPERATOR = 'branches' [INITIAL_CHECKPOINT_PATH].
+      surgery: what becomes of that checkpoint [SURGERY].
+      dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
+      few_shot: linear probes of a classifier's features [FEW_SHOT]; None: none.
+      task_metrics: predictions and scores of a language model on seqio's tasks [TASK_METRICS]; None: none.
+      num_microbatches: parts of a batch, one after the other; the gradient stays the same, but for random draws such as those
+        of MIXUP [NUM_MICROBATCHES].
+      mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
+      trainable: which parameters are trained.
+      parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].
+      leaf_gradient_norms: log the norm of every leaf of the gradient [LEAF_GRADIENT_NORMS].
+      seed: seed of initialisation and dropout [RANDOM_SEED].
+    """
+
+    model: Model
+    optimizer: Optimizer
+    learning_rate: LearningRate
+    train_data: DataSource | None
+    eval_data: DataSource | None = None
+    total_steps: Count | None = None
+    initial_checkpoint_path: str | Sequence[str] | None = None
+    surgery: Surgery | None = None
+    dense_step: Whole | None = None
+    few_shot: FewShot | None = None
+    task_metrics: TaskMetrics | None = None
+    num_microbatches: Count = 1
+    mesh_shape: str | Sequence[Count] = 'auto'
+    trainable: Trainable = Trainable()
+    parameters_over_data: bool = False
+    leaf_gradient_norms: bool = False
+    seed: Whole = 0
+
+    def __post_init__(self):
+        refuse(self._invalid())
+        for data in filter(None, (self.train_data, self.eval_data)):
+            self.model.check_data(data)
+        for evaluator in self.evaluators:
+            evaluator.check(self.model, self.eval_data)
+
+    def _invalid(self) -> Iterator[str]:
+        """What is wrong, a sentence each."""
+        yield from check_readers(tuple(self.model.moe_layers().values()))
+        if not self.model.moe_layers() and self.model != self.model.dense():
+            yield (
+                'the bindings that end in MOE_LAYERS choose none of the layers of the model, which would be dense: name some, '
+                f'such as (0,), or leave out moe/{self.model.family}.gin.'
+            )
+
+    @property
+    def evaluators(self) -> tuple[Evaluator, ...]:
+        """What can be measured of a checkpoint, in this order."""
+        validation = None if self.eval_data is None else Validation()
+        return tuple(filter(None, (validation, self.few_shot, self.task_metrics)))
+
+    @property
+    def num_experts(self) -> int | None:
+        """E, or None for a dense model; one number, since the expert axis of the mesh is shared by all layers."""
+        experts = {moe.num_experts for moe in self.model.moe_layers().values()}
+        if len(experts) > 1:
+            raise UserError(f'NUM_EXPERTS differs between the stacks ({sorted(experts)}): they share one expert axis.')
+        return next(iter(experts), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(ModelRun):
+    """A training run: pretraining, dense continuation, upcycling, MoE from scratch or fine-tuning, all by bindings.
+
+    Attributes:
+      model_dir: the folder where everything is written [MODEL_DIR].
+      total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
+      dense_flops: what a checkpoint that does not say so had cost [DENSE_FLOPS].
+      step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
+        `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
+      diversity_period: steps between looks at how far experts have come apart [DIVERSITY_PERIOD]; None: none.
+      eval_period: steps between evaluations [EVAL_PERIOD].
+      checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
+      checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
+      log_period: steps between lines of the log [LOG_PERIOD].
+      limits: failure limits: when the run stops or rolls back.
+    """
+
+    model_dir: str
+    total_steps: Count = dataclasses.field()  # without a default
+    dense_flops: Natural | None = None
+    step_0_factors: Sequence[Positive] = ()
+    diversity_period: Count | None = None
+    eval_period: Count = 1000
+    checkpoint_period: Count = 1000
+    checkpoint_keep: Count | None = 1
+    log_period: Count = 100
+    limits: Limits = Limits()
+
+    def _invalid(self) -> Iterator[str]:
+        yield from super()._invalid()
+        if not self.model_dir:
+            yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
+        if self.surgery is not None and self.initial_checkpoint_path is None:
+            yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.'
+        if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:
+            yield (
+                f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' says how a dense run's schedule is left, and this run "
+                "starts from scratch: leave it at 'continue', or set INITIAL_CHECKPOINT_PATH."
+            )
+
+    @property
+    def evaluators(self) -> tuple[Evaluator, ...]:
+        """What is measured as it trains, in this order."""
+        validation = None if self.eval_data is None else Validation(self.eval_period)
+        diversity = None if self.diversity_period is None else Diversity(self.diversity_period)
+        return tuple(filter(None, (validation, self.few_shot, self.task_metrics, diversity)))

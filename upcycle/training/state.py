@@ -1,0 +1,270 @@
+"""The first state of a run: from its own checkpoint, from a dense one by surgery, or from scratch."""
+
+import contextlib
+import dataclasses
+import functools
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from upcycle import partitioning, schema
+from upcycle.checkpoints import Reader
+from upcycle.checkpoints.several import readers_of
+from upcycle.data import DataSource
+from upcycle.errors import DifferentLeaves, UserError
+from upcycle.models import BatchSpec, Model, identify
+from upcycle.models.differences import Difference, differences
+from upcycle.moe import state as moe_state
+from upcycle.surgery.place import execute, print_progress
+from upcycle.surgery.plan import EXPERT, Plan, Surgery
+from upcycle.surgery.planning import plan
+from upcycle.training.run import ModelRun, Run
+from upcycle.training.step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Names, shapes, dtypes and shardings of a run's state, found without allocating anything.
+
+    Attributes:
+      abstract: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
+      batch_axes: for each parameter that has a gradient, its leading axes that are stacks (experts).
+      logical_axes: of each parameter, by its name in a checkpoint.
+    """
+
+    abstract: TrainState
+    batch_axes: Any
+    logical_axes: Mapping[str, tuple[str | None, ...]]
+
+    def flat(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The leaves by their names in a checkpoint."""
+        return flatten_dict(as_dict(self.abstract), sep='/')
+
+    @property
+    def shardings(self) -> TrainState:
+        """The sharding of every leaf."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+
+def data_of(run: ModelRun) -> DataSource:
+    """What a run trains on.
+
+    Raises:
+      UserError: nothing.
+    """
+    if run.train_data is None:
+        raise UserError('TRAIN_DATASET is None: name a task, such as --gin_file=tasks/stdlib_span_corruption.gin.')
+    return run.train_data
+
+
+def layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
+    """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
+    spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
+    boxed = _boxed_shapes(run.model, tuple(sorted(spec.items())))
+    axes = partitioning.batch_axes(boxed)
+    params = partitioning.unbox(boxed)
+    specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
+    # No optimizer knows the routers' state.
+    trained, trained_specs, axes = (moe_state.split(tree)[0] for tree in (params, specs, axes))
+    opt_state = jax.eval_shape(functools.partial(run.optimizer.init, batch_axes=axes), trained)
+    opt_specs = run.optimizer.state_specs(trained, trained_specs, axes)
+
+    def place(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    whole = PartitionSpec()
+    logical = flatten_dict({'params': partitioning.logical_axes(boxed)}, sep='/')
+    return Layout(
+        TrainState(
+            step=place(jax.ShapeDtypeStruct((), jnp.int32), whole),
+            params=jax.tree.map(place, params, specs),
+            opt_state=jax.tree.map(place, opt_state, opt_specs),
+            rng=place(jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))), whole),
+        ),
+        axes,
+        {name: tuple(spec) for name, spec in logical.items()},
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _boxed_shapes(model: Model, batch_spec: tuple[tuple[str, Any], ...]) -> Any:
+    """Shapes of a model's parameters, boxed with their logical axes. Cached: tracing a deep stack takes seconds, and a run's
+    preflight and its start both need them."""
+    return jax.eval_shape(lambda key: model.init(key, dict(batch_spec)), jax.random.key(0))
+
+
+def as_dict(state: TrainState) -> dict[str, Any]:
+    """Plain dicts, as checkpoints want them."""
+    return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'rng': state.rng}
+
+
+def from_scratch(run: Run, where: Layout) -> TrainState:
+    """Fresh parameters, each written straight onto its devices."""
+    return initializer(run, where)(jax.random.key(run.seed))
+
+
+def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
+    """A jitted function from a key to the first state of a run from scratch."""
+
+    def init(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        params = partitioning.unbox(run.model.init(init_key, run.train_data.batch_spec()))
+        opt_state = run.optimizer.init(moe_state.split(params)[0], where.batch_axes)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
+
+    return jax.jit(init, out_shardings=where.shardings)
+
+
+def make_plan(run: ModelRun, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
+    """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
+    if run.surgery is None:
+        raise UserError(
+            f'INITIAL_CHECKPOINT_PATH = {schema.shown(run.initial_checkpoint_path)} is set, and SURGERY is None, which says what '
+            'becomes of it: use runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/.'
+        )
+    leaves = dict(reader.leaves())
+    # Of several checkpoints each has its own.
+    steps = dict.fromkeys('step' + name[name.index('@') :] if '@' in name else 'step' for name in leaves)
+    if missing := [step for step in steps if step not in leaves]:
+        if run.dense_step is None:
+            raise UserError(
+                f'{reader.path} does not say how many steps the dense model was trained for: set DENSE_STEP, which the '
+                'learning-rate schedule needs.'
+            )
+        leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
+    check_source(run, reader, run.surgery)
+    if run.surgery.operator is not None and not run.model.moe_layers():
+        raise UserError(
+            f'EXPERT_OPERATOR is set, but the model has no MoE layers: include moe/{run.model.family}.gin, or use '
+            'runs/continue_dense.gin.'
+        )
+    with in_gin_words(run.model, reader):
+        return plan(
+            leaves,
+            where.flat() if wanted is None else wanted,
+            run.surgery,
+            where.logical_axes,
+            head=run.model.head,
+            grids=run.model.grids,
+        )
+
+
+@contextlib.contextmanager
+def in_gin_words(model: Model, reader: Reader) -> Iterator[None]:
+    """Around a comparison of a checkpoint with a model: says first which bindings of the gin files would make them fit.
+
+    Raises:
+      DifferentLeaves: with these bindings, the first of several checkpoints speaking for all.
+    """
+    try:
+        yield
+    except DifferentLeaves as error:
+        part = readers_of(reader)[0]
+        found = differences(model, part.path, part.leaves(), identify.facts_of(part.metadata), error.problems)
+        raise DifferentLeaves(error.what, error.problems, _in_words(found)) from None
+
+
+def _in_words(sizes: Sequence[Difference], others: Sequence[Difference] = ()) -> list[str]:
+    """A line for each size that differs, and one of the bindings that fit, also of what else differs."""
+    # It knows what a run is made of, and so needs this module's neighbours.
+    from upcycle.configuration import name_of
+
+    named = [(name_of(each.kind, each.field), in_gin(each.here), in_gin(each.there)) for each in (*others, *sizes)]
+    lines = [f'{name} is {here} here and {there} in the checkpoint' for name, here, there in named[len(others) :]]
+    if lines:
+        fits = (shlex.quote(f'--gin.{name}={there}') for name, _, there in named)
+        lines.append(f'bindings that fit: {" ".join(fits)}')
+    return lines
+
+
+def in_gin(value: Any) -> str:
+    """A value as it is written behind --gin.NAME=."""
+    return str(value) if isinstance(value, str) else repr(value)
+
+
+def check_source(run: ModelRun, reader: Reader, surgery: Surgery) -> None:
+    """Compares what the checkpoints of a reader say of themselves with the run that reads them; every load begins with it.
+
+    Raises:
+      UserError: one was made by another function than the model's, or trained with other sentinels than those of the data.
+    """
+    for part in readers_of(reader):
+        check_facts(run.model, part, surgery)
+        for data in (run.train_data, run.eval_data):
+            if (check := getattr(data, 'check_sentinels', None)) is not None:
+                check(part.path, part.metadata.get('sentinels'))
+
+
+def sentinels_of(run: Run, metadata: Mapping[str, Any]) -> str | Sequence[int] | None:
+    """Those that a run trains a model with, for `check_source`: as bound, or else as what it starts from says of itself."""
+    bound = getattr(run.train_data, 'bound_sentinels', None)
+    return (None if bound is None else bound()) or metadata.get('sentinels')
+
+
+def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
+    """Raises UserError where a checkpoint was made by another function than the model's, of which the shapes say nothing."""
+    changed = () if surgery.dense_operator is None else surgery.dense_operator.changes
+    family = reader.metadata.get('family', model.family)
+    if family != model.family:
+        raise UserError(
+            f'{reader.path} holds a model of the family {family}, and the gin files describe a {model.family}.'
+        )
+    facts = identify.facts_in(reader.path, reader.leaves()) | identify.facts_of(reader.metadata)
+    try:
+        identify.require_function(reader.path, model, facts, changed)
+    except UserError as error:
+        if surgery.dense_operator is not None:  # which may change sizes
+            raise
+        found = differences(model, reader.path, reader.leaves(), facts, ())
+        sizes = [each for each in found if each.field not in facts]
+        others = [
+            Difference(type(model.config), name, getattr(model.config, name), there)
+            for name, there in identify.different_function(model, facts, changed).items()
+        ]
+        raise UserError('\n  '.join([str(error), *_in_words(sizes, others)])) from None
+
+
+def check_start(run: ModelRun, step: int) -> None:
+    """Raises UserError when a start at `step` leaves the run nothing to do, or no room for its learning rate."""
+    if step >= run.total_steps:
+        raise UserError(
+            f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
+            f'{run.initial_checkpoint_path} stands at step {step}: raise TRAIN_STEPS.'
+        )
+    run.learning_rate.schedule(step, run.total_steps)
+
+
+def params_from(run: ModelRun, where: Layout, reader: Reader) -> tuple[Any, str | None]:
+    """A checkpoint's parameters alone, as the run's model wants them.
+
+    Args:
+      run: with a sparse model and a dense checkpoint, its `surgery` is carried out on the way.
+      where: the layout of the run's state.
+      reader: of the checkpoint.
+
+    Returns:
+      The parameters; the expert operator, or None where the checkpoint is of the very model.
+
+    Raises:
+      UserError: the checkpoint does not fit.
+    """
+    wanted = {name: leaf for name, leaf in where.flat().items() if name.startswith('params/')}
+    stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith('params/')}
+    expands = any(f'/{EXPERT}/' in name for name in wanted) and not any(f'/{EXPERT}/' in name for name in stored)
+    if expands and (run.surgery is None or run.surgery.operator is None):
+        raise UserError(
+            f'{reader.path} is dense and the model is not: leave out its MoE layers, or name a surgery, such as that of '
+            'runs/upcycle.gin, to evaluate the model as it is upcycled.'
+        )
+    spec = run.surgery if expands else Surgery(operator=None)
+    check_source(run, reader, spec)
+    shardings = {name: leaf.sharding for name, leaf in wanted.items()}
+    with in_gin_words(run.model, reader):
+        what = plan(stored, wanted, spec, where.logical_axes, grids=run.model.grids)
+    flat = execute(what, reader.read, shardings, new={}, progress=print_progress('loading'))
+    return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)
