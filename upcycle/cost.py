@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from upcycle.moe.config import Dispatch, MoEConfig, RouterType, capacity, num_groups
+from upcycle.moe.config import Dispatch, MoEConfig, RouterType
+from upcycle.moe.groups import capacity, num_groups
 
 if TYPE_CHECKING:
     from upcycle.models import BatchSpec, Model

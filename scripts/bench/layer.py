@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from timing import medians, table
 
 from upcycle.models.layers import MlpBlock
-from upcycle.moe.config import MoEConfig, capacity
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.groups import capacity
 from upcycle.moe.layer import MoELayer
 
 MLP = {'activations': ('gelu', 'linear'), 'dtype': jnp.float32}

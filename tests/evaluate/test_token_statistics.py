@@ -12,7 +12,7 @@ from tests.small import image_batch, init, random_batch, small_t5, small_vit, vi
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.moe.router import Choices, Routing
+from upcycle.moe.routing import Choices, Routing
 
 SIZES = {'emb_dim': 32, 'mlp_dim': 64}
 

@@ -27,7 +27,8 @@ from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.moe.config import AdaptiveBalance, RouterType, capacity, num_groups
+from upcycle.moe.config import AdaptiveBalance, RouterType
+from upcycle.moe.groups import capacity, num_groups
 from upcycle.moe.layer import Router
 from upcycle.training.step import TrainState, train_step
 

@@ -15,11 +15,13 @@ from tests.moe.quick import jit, random_params
 from tests.small import close_to_largest, fixture, image_batch, small_vit, vit_moe
 from upcycle.errors import UserError
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.models.vit import Attention, LayerNorm, Pooling, ViTConfig, sincos2d, to_patches
+from upcycle.models.layer_norm import LayerNorm
+from upcycle.models.patches import sincos2d, to_patches
+from upcycle.models.vit import Attention, Pooling, ViTConfig
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.dispatch import masks
 from upcycle.moe.layer import METRICS
-from upcycle.moe.router import importance_load_loss
+from upcycle.moe.losses import importance_load_loss
 
 FIXTURE = ViTConfig(
     num_classes=10, image_size=64, patch_size=8, emb_dim=64, num_heads=4, mlp_dim=128, num_layers=4, dtype='float32'

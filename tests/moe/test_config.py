@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UserError
-from upcycle.moe.config import MoEConfig, capacity, check_mixing, check_readers, num_groups, sparse_layers
+from upcycle.moe.config import MoEConfig, check_readers
+from upcycle.moe.groups import capacity, check_mixing, num_groups, sparse_layers
 
 
 class TestGroups:

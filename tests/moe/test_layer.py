@@ -16,7 +16,7 @@ from upcycle.models.layers import MlpBlock
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.dispatch import masks
 from upcycle.moe.layer import METRICS, MoELayer
-from upcycle.moe.router import covered_tokens, token_sums
+from upcycle.moe.routing import covered_tokens, token_sums
 
 B, L, D, F, E = 4, 12, 16, 32, 4
 MLP = {'mlp_dim': F, 'dtype': jnp.float32}

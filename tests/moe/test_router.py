@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle.moe.config import CapacityRule, Dispatch, FillOrder, MoEConfig, RoutePadding, capacity
+from upcycle.moe.config import CapacityRule, Dispatch, FillOrder, MoEConfig, RoutePadding
 from upcycle.moe.dispatch import combine, dispatch, masks
-from upcycle.moe.router import covered_tokens, route, token_sums
+from upcycle.moe.groups import capacity
+from upcycle.moe.router import route
+from upcycle.moe.routing import covered_tokens, token_sums
 
 E = 4
 ROUTERS = [('expert_choice', 'token_major'), *(('top_k', order.value) for order in FillOrder)]

@@ -14,8 +14,9 @@ from tests.moe.quick import jit, random_params
 from upcycle.models.layers import MlpBlock
 from upcycle.moe import router
 from upcycle.moe import state as moe_state
-from upcycle.moe.config import AdaptiveBalance, MoEConfig, RoutePadding, capacity
+from upcycle.moe.config import AdaptiveBalance, MoEConfig, RoutePadding
 from upcycle.moe.dispatch import masks
+from upcycle.moe.groups import capacity
 from upcycle.moe.layer import METRICS, MoELayer
 from upcycle.training.optimizer import Adafactor
 

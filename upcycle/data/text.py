@@ -1,8 +1,7 @@
 """Text for the trainer: any seqio task or mixture as a `DataSource`, with the names of T5X's gin files.
 
-Our own tasks (`embedded.py`, `text_files.py`) are random access: global batch b is a pure function of (seed, b), for
-any number of hosts and wherever a run resumes. Every other seqio task is a stream, whose place is found by replaying.
-"""
+Our own tasks (`embedded.py`, `text_files.py`) are random access: global batch b is a pure function of (seed, b), for any number
+of hosts, wherever a run resumes. Other seqio tasks are streams, whose place is found by replaying."""
 
 from __future__ import annotations
 

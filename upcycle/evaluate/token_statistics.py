@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from upcycle.models import Model, Params
 from upcycle.models.activations import forward_and_activations
 from upcycle.moe.config import RouterType
-from upcycle.moe.router import Choices, Routing
+from upcycle.moe.routing import Choices, Routing
 
 Batch = Mapping[str, jax.Array]
 # Typical tokens of an expert that are logged.

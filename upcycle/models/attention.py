@@ -1,5 +1,6 @@
 """Attention and relative position biases."""
 
+import enum
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -14,6 +15,13 @@ from upcycle.models.layers import Dense, DType, computed_again, drop, drop_key
 
 _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+class PositionBiases(enum.StrEnum):
+    """Which layers have a table of relative position biases."""
+
+    SHARED = 'shared'  # one for each stack: T5, mT5
+    EVERY_LAYER = 'every_layer'  # one for each layer: umT5, T5X's scalable_t5, flaxformer's scanned models
 
 
 def mask_value(dtype: DType) -> float:
@@ -197,3 +205,17 @@ def relative_position_bucket(
     ratio = np.log(behind.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
     logarithmic = exact + (ratio * (num_buckets - exact)).astype(np.int32)
     return ahead + np.where(behind < exact, behind, np.minimum(logarithmic, num_buckets - 1))
+
+
+def same_segment(query_BxQ: jax.Array | None, key_BxK: jax.Array | None) -> jax.Array:
+    """Bool (B, 1, Q, K): query and key are of one segment; (1, 1, 1, 1) where there are no segments."""
+    if query_BxQ is None or key_BxK is None:
+        return jnp.ones((1, 1, 1, 1), bool)
+    return query_BxQ[:, None, :, None] == key_BxK[:, None, None, :]
+
+
+def flaxformer_decoder_tokens(decoder_input_tokens: jax.Array) -> jax.Array:
+    """flaxformer's `get_decoder_logit_mask`: token 0 is also the start symbol, real when first or followed by a real token."""
+    real = decoder_input_tokens > 0
+    next_real = jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
+    return (real | next_real).at[:, 0].set(True)

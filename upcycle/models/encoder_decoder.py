@@ -17,7 +17,8 @@ from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
-from upcycle.moe.config import MoEConfig, check_mixing
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.groups import check_mixing
 from upcycle.moe.layer import METRICS
 from upcycle.schema import Natural, Rate
 

@@ -16,7 +16,8 @@ from upcycle.models.base import BaseModel, told
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
-from upcycle.moe.config import MoEConfig, check_mixing
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.groups import check_mixing
 from upcycle.moe.layer import METRICS
 from upcycle.schema import Natural
 

@@ -231,3 +231,28 @@ class MlpBlock(nn.Module):
         # Of all this the backward pass need only keep the products with `wi`.
         wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
         return wo(parts, group_sizes, activate, drop_key(self, self.dropout_rate, training))
+
+
+class Embed(nn.Module):
+    """Token embedding, initialised at standard deviation 1 as in T5."""
+
+    vocab_size: int
+    emb_dim: int
+    dtype: DType
+
+    def setup(self):
+        self.embedding = self.param(
+            'embedding',
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed')),
+            (self.vocab_size, self.emb_dim),
+            jnp.float32,
+        )
+
+    def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
+        # Rows first, then their type: the gradient of a frequent token is a sum of many, which adds up in float32.
+        return jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.dtype)
+
+    def attend(self, x_BxLxD: jax.Array) -> jax.Array:
+        """Logits (B, L, V) in float32: similarity to every embedding."""
+        embedding, x_BxLxD = jax.lax.optimization_barrier((self.embedding, x_BxLxD))  # as `both_gradients` of `Dense`
+        return x_BxLxD.astype(jnp.float32) @ embedding.T

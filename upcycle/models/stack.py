@@ -21,7 +21,7 @@ from upcycle.models.casting import needed_as_they_are
 from upcycle.models.layers import PRODUCT
 from upcycle.moe.all_to_all import CROSSED
 from upcycle.moe.layer import METRICS
-from upcycle.moe.router import DECISION
+from upcycle.moe.routing import DECISION
 
 ACTIVATIONS = ('batch', 'length', 'embed')
 

@@ -1,11 +1,9 @@
 """T5 1.1 (and 1.0): an encoder-decoder Transformer whose parameter names and shapes are T5X's.
 
-Any MLP of either stack can be a Mixture-of-Experts layer; nothing else changes, so a dense model and its upcycled one differ
-only in `mlp/expert/*` and `mlp/router/*`.
+Any MLP of either stack can be an MoE layer. A dense model and its upcycled one differ only in `mlp/expert/*`, `mlp/router/*`.
 """
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.errors import UserError, one_of, refuse
-from upcycle.models.attention import MultiHeadDotProductAttention, RelativePositionBiases
-from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, LayerNorm, MlpBlock
+from upcycle.models.attention import (
+    MultiHeadDotProductAttention,
+    PositionBiases,
+    RelativePositionBiases,
+    flaxformer_decoder_tokens,
+    same_segment,
+)
+from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
-from upcycle.moe.config import MoEConfig, looks_ahead, sparse_layers
-from upcycle.moe.layer import MoELayer
+from upcycle.moe.config import MoEConfig, looks_ahead
+from upcycle.moe.groups import sparse_layers
+from upcycle.moe.layer import MoELayer, apply_mlp
 from upcycle.schema import Count, Depth, Rate, shown
-
-
-class PositionBiases(enum.StrEnum):
-    """Which layers have a table of relative position biases."""
-
-    SHARED = 'shared'  # one for each stack: T5, mT5
-    EVERY_LAYER = 'every_layer'  # one for each layer: umT5, T5X's scalable_t5, flaxformer's scanned models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +143,6 @@ def _mlp(config: T5Config, moe: MoEConfig | None) -> nn.Module:
     return moe_layer(config, moe, name='mlp')
 
 
-def _apply_mlp(mlp: nn.Module, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False) -> jax.Array:
-    if isinstance(mlp, MoELayer):
-        return mlp(x, real_BxL, training=training, decoding=decoding)
-    return mlp(x, training)
-
-
 def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDotProductAttention:
     return MultiHeadDotProductAttention(
         num_heads=config.num_heads,
@@ -190,7 +182,7 @@ class EncoderLayer(nn.Module):
         y = _attention(config, 'attention')(y, y, mask, bias, training=training)
         x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
         y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = _apply_mlp(_mlp(config, self.moe), y, real_BxL, training)
+        y = apply_mlp(_mlp(config, self.moe), y, real_BxL, training)
         return x_BxLxD + Dropout(config.dropout_rate)(y, training)
 
 
@@ -226,7 +218,7 @@ class DecoderLayer(nn.Module):
         )
         x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
         y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = _apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=decoding)
+        y = apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=decoding)
         return x_BxLxD + Dropout(config.dropout_rate)(y, training)
 
 
@@ -306,36 +298,13 @@ class Decoder(nn.Module):
         return logits(x_BxLxD)
 
 
-class Embed(nn.Module):
-    """Token embedding, initialised at standard deviation 1 as in T5."""
-
-    config: T5Config
-
-    def setup(self):
-        self.embedding = self.param(
-            'embedding',
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed')),
-            (self.config.vocab_size, self.config.emb_dim),
-            jnp.float32,
-        )
-
-    def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
-        # Rows first, then their type: the gradient of a frequent token is a sum of many, which adds up in float32.
-        return jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.config.dtype)
-
-    def attend(self, x_BxLxD: jax.Array) -> jax.Array:
-        """Logits (B, L, V) in float32: similarity to every embedding."""
-        embedding, x_BxLxD = jax.lax.optimization_barrier((self.embedding, x_BxLxD))  # as `both_gradients` of `Dense`
-        return x_BxLxD.astype(jnp.float32) @ embedding.T
-
-
 class Transformer(nn.Module):
     """The whole model. `encode` and `decode` are its halves, for generation."""
 
     config: T5Config
 
     def setup(self):
-        self.token_embedder = Embed(self.config)
+        self.token_embedder = Embed(self.config.vocab_size, self.config.emb_dim, self.config.dtype)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
@@ -349,7 +318,7 @@ class Transformer(nn.Module):
         """Encodes (B, L) tokens to (B, L, D); padding is token 0, packed sequences do not see each other."""
         real_BxL = encoder_input_tokens > 0
         mask = real_BxL[:, None, :, None] & real_BxL[:, None, None, :]
-        mask &= _same_segment(encoder_segment_ids, encoder_segment_ids)
+        mask &= same_segment(encoder_segment_ids, encoder_segment_ids)
         return self.encoder(self.token_embedder(encoder_input_tokens), real_BxL, mask, training)
 
     def decode(
@@ -386,14 +355,14 @@ class Transformer(nn.Module):
             target_BxL = decoder_target_tokens > 0
         real_BxL = target_BxL
         if config.zero_padded_activations and not decoding:
-            real_BxL = _flaxformer_decoder_tokens(decoder_input_tokens)
+            real_BxL = flaxformer_decoder_tokens(decoder_input_tokens)
         cross_mask = target_BxL[:, None, :, None] & encoder_real_BxK[:, None, None, :]
-        cross_mask &= _same_segment(decoder_segment_ids, encoder_segment_ids)
+        cross_mask &= same_segment(decoder_segment_ids, encoder_segment_ids)
         mask = None
         if not decoding:
             causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
             mask = causal & target_BxL[:, None, :, None] & target_BxL[:, None, None, :]
-            mask &= _same_segment(decoder_segment_ids, decoder_segment_ids)
+            mask &= same_segment(decoder_segment_ids, decoder_segment_ids)
         x = self.decoder(
             self.token_embedder(decoder_input_tokens),
             encoded,
@@ -429,16 +398,3 @@ class Transformer(nn.Module):
             decoder_segment_ids,
             training=training,
         )
-
-
-def _same_segment(query_BxQ: jax.Array | None, key_BxK: jax.Array | None) -> jax.Array:
-    if query_BxQ is None or key_BxK is None:
-        return jnp.ones((1, 1, 1, 1), bool)
-    return query_BxQ[:, None, :, None] == key_BxK[:, None, None, :]
-
-
-def _flaxformer_decoder_tokens(decoder_input_tokens: jax.Array) -> jax.Array:
-    """flaxformer's `get_decoder_logit_mask`: token 0 is also the start symbol, real when first or followed by a real token."""
-    real = decoder_input_tokens > 0
-    next_real = jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
-    return (real | next_real).at[:, 0].set(True)

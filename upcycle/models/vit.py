@@ -15,13 +15,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from upcycle.errors import one_of, refuse
 from upcycle.models.attention import attend
-from upcycle.models.layers import Dense, Dropout, after, drop, drop_key, gelu
+from upcycle.models.layer_norm import LayerNorm
+from upcycle.models.layers import Dense, Dropout
+from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import Remat, apply_layers
-from upcycle.moe.config import MoEConfig, sparse_layers
+from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.groups import sparse_layers
 from upcycle.moe.layer import MoELayer
 from upcycle.schema import Count, Depth, Positive, Rate
 
@@ -41,13 +44,6 @@ class Positions(enum.StrEnum):
 
     LEARNED = 'learned'
     SINCOS = 'sincos2d'  # fixed sines and cosines of row and column (MoCo v3)
-
-
-class Gelu(enum.StrEnum):
-    """Which GELU: public checkpoints differ."""
-
-    TANH = 'tanh'  # the approximation: vision_transformer, big_vision, V-MoE
-    ERF = 'erf'  # exact: Hugging Face, timm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,35 +160,6 @@ class ViTConfig:
     def dense(self) -> 'ViTConfig':
         """The same model without MoE layers: what an upcycled model comes from."""
         return dataclasses.replace(self, moe=None)
-
-
-class MlpBlock(nn.Module):
-    """GELU between two layers with biases. It is also what an expert is; `group_sizes`, the rows of each, makes it all experts.
-
-    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
-    """
-
-    mlp_dim: int
-    gelu: Gelu = Gelu.TANH
-    dropout_rate: float = 0.0
-    dtype: Any = jnp.float32
-    embed_axis: str = 'embed'
-    mlp_axis: str = 'mlp'
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
-        dense = functools.partial(
-            Dense, dtype=self.dtype, kernel_init=_xavier_init, bias_init=nn.initializers.normal(1e-6)
-        )
-        h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
-
-        def activate(h: jax.Array, key: jax.Array | None) -> jax.Array:
-            h = gelu(h) if self.gelu is Gelu.TANH else jax.nn.gelu(h, approximate=False)
-            return drop(h, key, self.dropout_rate, broadcast_axis=None)
-
-        # As in T5's: the backward pass need only keep what the GELU was given.
-        output = dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')
-        return output((h,), group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 
 class ProjectHeads(nn.Module):
@@ -339,7 +306,9 @@ class VisionTransformer(nn.Module):
         config = self.config
         B = image.shape[0]
         patches_BxLxP = to_patches(image.astype(config.dtype), config.patch_size)
-        x_BxLxD = PatchEmbedding(config, name='embedding')(patches_BxLxP)
+        c = config
+        embed = PatchEmbedding(c.patch_size, c.image_channels, c.emb_dim, c.dtype, name='embedding')
+        x_BxLxD = embed(patches_BxLxP)
         if config.positions is Positions.LEARNED:
             init = nn.initializers.normal(config.emb_dim**-0.5)
             pos_1xLxD = self.param(
@@ -388,91 +357,6 @@ class VisionTransformer(nn.Module):
             name='head',
         )
         return head(x_BxD)
-
-
-class PatchEmbedding(nn.Module):
-    """A convolution of stride patch size, as the matrix product that it is; its kernel is (patch, patch, channels, D)."""
-
-    config: ViTConfig
-
-    @nn.compact
-    def __call__(self, patches_BxLxP: jax.Array) -> jax.Array:
-        config = self.config
-        P, D = patches_BxLxP.shape[-1], config.emb_dim
-        shape = (config.patch_size, config.patch_size, config.image_channels, D)
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, None, 'embed'))
-        kernel = self.param('kernel', init, shape, jnp.float32)
-        bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (D,), jnp.float32)
-        rows = patches_BxLxP.reshape(-1, P) @ kernel.reshape(P, D).astype(config.dtype) + bias.astype(config.dtype)
-        return rows.reshape(*patches_BxLxP.shape[:-1], D)
-
-
-def to_patches(image: jax.Array, patch_size: int) -> jax.Array:
-    """(B, height, width, channels) to (B, patches, patch_size * patch_size * channels), patches row by row."""
-    B, height, width, channels = image.shape
-    rows, columns = height // patch_size, width // patch_size
-    x = image.reshape(B, rows, patch_size, columns, patch_size, channels).swapaxes(2, 3)
-    return x.reshape(B, rows * columns, patch_size * patch_size * channels)
-
-
-def sincos2d(grid: int, width: int, temperature: float = 10_000.0) -> np.ndarray:
-    """Fixed positions (1, grid * grid, width), float32: a quarter each of sin(x), cos(x), sin(y), cos(y) at falling frequencies.
-
-    As big_vision's `posemb_sincos_2d`, after MoCo v3.
-    """
-    y, x = np.mgrid[:grid, :grid]
-    frequency = 1.0 / temperature ** (np.arange(width // 4) / (width // 4 - 1))
-    y, x = y.reshape(-1)[:, None] * frequency, x.reshape(-1)[:, None] * frequency
-    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)[None].astype(np.float32)
-
-
-class LayerNorm(nn.Module):
-    """Centred layer norm with biases, in float32; flax's by parameters and numbers (`use_fast_variance=False`)."""
-
-    epsilon: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ones, zeros = (
-            nn.with_logical_partitioning(init, ('embed',)) for init in (nn.initializers.ones, nn.initializers.zeros)
-        )
-        scale = self.param('scale', ones, x.shape[-1:], jnp.float32)
-        bias = self.param('bias', zeros, x.shape[-1:], jnp.float32)
-        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array, epsilon: float) -> jax.Array:
-    """Standardised over the last axis, then scaled and shifted, in float32.
-
-    Its gradient with respect to x is one array. Derived from the definition it is a sum that ends in a term broadcast from rows,
-    which XLA:CPU never stores: it adds all residual branches so far up again in every layer, in time quadratic in the depth.
-    """
-    return _layer_norm_forward(x, scale_D, bias_D, epsilon)[0]
-
-
-def _layer_norm_forward(x, scale_D, bias_D, epsilon):
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
-    return (wide - mean) * (inverse * scale_D) + bias_D, (x, mean, inverse, scale_D)
-
-
-def _layer_norm_backward(epsilon, kept, dy):
-    x, mean, inverse, scale_D = kept
-    x = after(x, dy)
-    standard = (x.astype(jnp.float32) - mean) * inverse
-    rows = tuple(range(x.ndim - 1))
-    change = dy * scale_D
-    along = (change * standard).mean(axis=-1, keepdims=True)
-    dx = inverse * (change - change.mean(axis=-1, keepdims=True) - standard * along)
-    dscale_D, dbias_D = (dy * standard).sum(axis=rows), dy.sum(axis=rows)
-    # In a loop the parameters have the activations' type, and gradients must match it.
-    return dx.astype(x.dtype), dscale_D.astype(scale_D.dtype), dbias_D.astype(scale_D.dtype)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def _norm(config: ViTConfig, name: str) -> LayerNorm:

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.dispatch import combine, dispatch
-from upcycle.moe.router import Mixing, Routing, here, mix, route
+from upcycle.moe.router import mix, route
+from upcycle.moe.routing import Mixing, Routing, here
 
 DATA, EXPERT, MODEL = 'data', 'expert', 'model'
 BATCH = (DATA, EXPERT)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import enum
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from upcycle.errors import UserError, one_of, refuse
@@ -207,131 +205,148 @@ class MoEConfig:
         if isinstance(self.adaptive_balance, Mapping):
             # As a checkpoint's JSON tells it.
             object.__setattr__(self, 'adaptive_balance', AdaptiveBalance(**self.adaptive_balance))
-        refuse(self._invalid())
+        refuse(invalid(self))
 
-    def _invalid(self) -> Iterator[str]:
-        """What is wrong, a sentence each."""
-        for binding, value in (
-            ('NUM_EXPERTS', self.num_experts),
-            ('GROUP_SIZE', self.group_size),
-            ('GROUPS_MULTIPLE_OF', self.groups_multiple_of),
-            ('EXPERT_GRANULARITY', self.granularity),
-            ('SLOTS_PER_EXPERT', self.slots_per_expert),
-        ):
-            if not isinstance(value, int) or value < 1:
-                yield f'{binding} = {value!r} must be a whole number of at least 1.'
-        for binding, value in (
-            ('TRAIN_EXPERT_CAPACITY_FACTOR', self.train_capacity_factor),
-            ('EVAL_EXPERT_CAPACITY_FACTOR', self.eval_capacity_factor),
-        ):
-            if not value > 0:
-                yield f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).'
-        if not isinstance(self.num_shared_experts, int) or self.num_shared_experts < 0:
-            yield f'NUM_SHARED_EXPERTS = {self.num_shared_experts!r} must be a number of experts, 0 or more.'
-        if self.shared_weights is SharedWeights.XFT and not self.num_shared_experts:
-            yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
-        if self.shared_weights is SharedWeights.XFT and self.normalize_combine_weights:
-            yield (
-                "SHARED_WEIGHTS = 'xft' leaves the shared experts what the routed ones do not take, and "
-                'NORMALIZE_COMBINE_WEIGHTS gives the routed ones all: turn it off.'
-            )
-        if not 0 <= self.jitter_noise < 1:
-            yield f'JITTER_NOISE = {self.jitter_noise!r} must lie in [0, 1).'
-        if not self.gate_noise >= 0:
-            yield f'GATE_NOISE = {self.gate_noise!r} must be at least 0.'
-        if not self.balance_bias_rate >= 0:
-            yield f'BALANCE_BIAS_RATE = {self.balance_bias_rate!r} must be at least 0.'
-        if self.logit_normalization is not None and not self.logit_normalization > 0:
-            yield f'ROUTER_LOGIT_NORMALIZATION = {self.logit_normalization!r} must be above 0, or None.'
-        if self.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
-            yield f'NETWORK_DTYPE = {self.network_dtype!r} is not None, float32, bfloat16 or float16.'
-        if self.causal:
-            yield from looks_ahead(self)
-        if self.router in (RouterType.SOFT, RouterType.MERGED) and self.logit_normalization is not None:
-            yield (
-                f"ROUTER_LOGIT_NORMALIZATION is of logits over experts, and the router '{self.router}' has none: set it to "
-                'None.'
-            )
-        if self.router is RouterType.MERGED:
-            if self.dispatch is Dispatch.RAGGED:
-                yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'merged' routes nothing: use 'gather'.")
-            if self.granularity > 1:
-                yield (
-                    f'EXPERT_GRANULARITY = {self.granularity} makes experts that are parts of an MLP, whose mean is none: the '
-                    "router 'merged' needs whole ones."
-                )
-            if not 0 <= self.merged_shared_weight <= 1:
-                yield f'AVERAGE_SHARED_WEIGHT = {self.merged_shared_weight!r} must lie in [0, 1].'
-            return
-        if self.router is RouterType.SOFT:
-            if self.dispatch is Dispatch.RAGGED:
-                yield "DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'."
-            if self.shared_weights is SharedWeights.XFT:
-                yield (
-                    "SHARED_WEIGHTS = 'xft' shares out what a router leaves, and the router 'soft' leaves nothing: use 'one'."
-                )
-            return
-        if self.router is RouterType.EXPERT_CHOICE:
-            if self.gate_noise:
-                yield (
-                    'GATE_NOISE balances Top-K, and Expert Choice is balanced by construction: set it to 0, or use the router '
-                    "'top_k'."
-                )
-            if self.dispatch is Dispatch.RAGGED:
-                yield (
-                    "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
-                    "the router 'top_k'."
-                )
-            return
-        if not 1 <= self.num_selected_experts <= self.num_experts:
-            yield (
-                f'NUM_SELECTED_EXPERTS = {self.num_selected_experts!r} must lie between 1 and NUM_EXPERTS = '
-                f'{self.num_experts}.'
-            )
-        if self.num_selected_experts == 1 and self.normalize_combine_weights:
-            yield (
-                'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
-                'gradient: turn it off, or select at least 2 experts.'
-            )
-        if self.router is RouterType.DENSE:
-            for binding, value in (
-                ('BALANCE_BIAS_RATE', self.balance_bias_rate),
-                ('ADAPTIVE_BALANCE', self.adaptive_balance),
-                ('DEFAULT_OUTPUT_DECAY', self.default_output_decay),
-            ):
-                if value:
-                    yield (
-                        f"{binding} follows what Top-K chooses in training, where the router 'dense' trains every expert: "
-                        'unset it.'
-                    )
-        if self.logit_normalization is not None and self.gate_noise:
-            yield (
-                "GATE_NOISE has the logits' own scale, which ROUTER_LOGIT_NORMALIZATION takes away: set one of them only."
-            )
-        if self.router is RouterType.DENSE and self.dispatch is Dispatch.RAGGED:
-            yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'dense' trains every expert: use 'gather'.")
-        if self.inference_threshold is not None and not 0 < self.inference_threshold < 1:
-            yield f'INFERENCE_THRESHOLD = {self.inference_threshold!r} must lie between 0 and 1, or be None.'
-        if self.default_output_decay is not None:
-            yield from self._invalid_default_output()
-        if self.adaptive_balance is not None and self.dispatch is Dispatch.RAGGED:
-            yield (
-                "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
-                "'gather'."
-            )
 
-    def _invalid_default_output(self) -> Iterator[str]:
-        if not 0 <= self.default_output_decay < 1:
-            yield f'DEFAULT_OUTPUT_DECAY = {self.default_output_decay!r} must lie in [0, 1), or be None.'
-        if self.normalize_combine_weights or self.shared_weights is SharedWeights.XFT:
-            yield (
-                'DEFAULT_OUTPUT_DECAY lets experts that are not chosen answer with their own probabilities, which is all of the '
-                "weight: turn NORMALIZE_COMBINE_WEIGHTS and SHARED_WEIGHTS = 'xft' off."
-            )
-        if self.dispatch is Dispatch.RAGGED:
-            yield (
-                "DEFAULT_OUTPUT_DECAY averages experts' outputs, which DISPATCH = 'ragged' does not keep: use 'gather'."
-            )
+def invalid(config: MoEConfig) -> Iterator[str]:
+    """What is wrong with a configuration, a sentence each."""
+    yield from _of_every_router(config)
+    if config.causal:
+        yield from looks_ahead(config)
+    by_router = {
+        RouterType.MERGED: _of_merged,
+        RouterType.SOFT: _of_soft,
+        RouterType.EXPERT_CHOICE: _of_expert_choice,
+    }
+    yield from by_router.get(config.router, _of_choices)(config)
+
+
+def _of_every_router(config: MoEConfig) -> Iterator[str]:
+    for binding, value in (
+        ('NUM_EXPERTS', config.num_experts),
+        ('GROUP_SIZE', config.group_size),
+        ('GROUPS_MULTIPLE_OF', config.groups_multiple_of),
+        ('EXPERT_GRANULARITY', config.granularity),
+        ('SLOTS_PER_EXPERT', config.slots_per_expert),
+    ):
+        if not isinstance(value, int) or value < 1:
+            yield f'{binding} = {value!r} must be a whole number of at least 1.'
+    for binding, value in (
+        ('TRAIN_EXPERT_CAPACITY_FACTOR', config.train_capacity_factor),
+        ('EVAL_EXPERT_CAPACITY_FACTOR', config.eval_capacity_factor),
+    ):
+        if not value > 0:
+            yield f'{binding} = {value!r} gives the experts no room: set it above 0 (2.0 in the paper).'
+    if not isinstance(config.num_shared_experts, int) or config.num_shared_experts < 0:
+        yield f'NUM_SHARED_EXPERTS = {config.num_shared_experts!r} must be a number of experts, 0 or more.'
+    if config.shared_weights is SharedWeights.XFT and not config.num_shared_experts:
+        yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
+    if config.shared_weights is SharedWeights.XFT and config.normalize_combine_weights:
+        yield (
+            "SHARED_WEIGHTS = 'xft' leaves the shared experts what the routed ones do not take, and "
+            'NORMALIZE_COMBINE_WEIGHTS gives the routed ones all: turn it off.'
+        )
+    if not 0 <= config.jitter_noise < 1:
+        yield f'JITTER_NOISE = {config.jitter_noise!r} must lie in [0, 1).'
+    if not config.gate_noise >= 0:
+        yield f'GATE_NOISE = {config.gate_noise!r} must be at least 0.'
+    if not config.balance_bias_rate >= 0:
+        yield f'BALANCE_BIAS_RATE = {config.balance_bias_rate!r} must be at least 0.'
+    if config.logit_normalization is not None and not config.logit_normalization > 0:
+        yield f'ROUTER_LOGIT_NORMALIZATION = {config.logit_normalization!r} must be above 0, or None.'
+    if config.network_dtype not in (None, 'float32', 'bfloat16', 'float16'):
+        yield f'NETWORK_DTYPE = {config.network_dtype!r} is not None, float32, bfloat16 or float16.'
+    if config.router in (RouterType.SOFT, RouterType.MERGED) and config.logit_normalization is not None:
+        yield (
+            f"ROUTER_LOGIT_NORMALIZATION is of logits over experts, and the router '{config.router}' has none: set it to "
+            'None.'
+        )
+
+
+def _of_merged(config: MoEConfig) -> Iterator[str]:
+    if config.dispatch is Dispatch.RAGGED:
+        yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'merged' routes nothing: use 'gather'.")
+    if config.granularity > 1:
+        yield (
+            f'EXPERT_GRANULARITY = {config.granularity} makes experts that are parts of an MLP, whose mean is none: the '
+            "router 'merged' needs whole ones."
+        )
+    if not 0 <= config.merged_shared_weight <= 1:
+        yield f'AVERAGE_SHARED_WEIGHT = {config.merged_shared_weight!r} must lie in [0, 1].'
+
+
+def _of_soft(config: MoEConfig) -> Iterator[str]:
+    if config.dispatch is Dispatch.RAGGED:
+        yield "DISPATCH = 'ragged' is dropless Top-K, and the router 'soft' has slots: use 'gather'."
+    if config.shared_weights is SharedWeights.XFT:
+        yield (
+            "SHARED_WEIGHTS = 'xft' shares out what a router leaves, and the router 'soft' leaves nothing: use 'one'."
+        )
+
+
+def _of_expert_choice(config: MoEConfig) -> Iterator[str]:
+    if config.gate_noise:
+        yield (
+            'GATE_NOISE balances Top-K, and Expert Choice is balanced by construction: set it to 0, or use the router '
+            "'top_k'."
+        )
+    if config.dispatch is Dispatch.RAGGED:
+        yield (
+            "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has a fixed number of slots: use 'gather', or "
+            "the router 'top_k'."
+        )
+
+
+def _of_choices(config: MoEConfig) -> Iterator[str]:
+    """Of the routers by which a token takes its experts."""
+    if not 1 <= config.num_selected_experts <= config.num_experts:
+        yield (
+            f'NUM_SELECTED_EXPERTS = {config.num_selected_experts!r} must lie between 1 and NUM_EXPERTS = '
+            f'{config.num_experts}.'
+        )
+    if config.num_selected_experts == 1 and config.normalize_combine_weights:
+        yield (
+            'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
+            'gradient: turn it off, or select at least 2 experts.'
+        )
+    if config.router is RouterType.DENSE:
+        for binding, value in (
+            ('BALANCE_BIAS_RATE', config.balance_bias_rate),
+            ('ADAPTIVE_BALANCE', config.adaptive_balance),
+            ('DEFAULT_OUTPUT_DECAY', config.default_output_decay),
+        ):
+            if value:
+                yield (
+                    f"{binding} follows what Top-K chooses in training, where the router 'dense' trains every expert: "
+                    'unset it.'
+                )
+    if config.logit_normalization is not None and config.gate_noise:
+        yield (
+            "GATE_NOISE has the logits' own scale, which ROUTER_LOGIT_NORMALIZATION takes away: set one of them only."
+        )
+    if config.router is RouterType.DENSE and config.dispatch is Dispatch.RAGGED:
+        yield ("DISPATCH = 'ragged' is dropless Top-K, and the router 'dense' trains every expert: use 'gather'.")
+    if config.inference_threshold is not None and not 0 < config.inference_threshold < 1:
+        yield f'INFERENCE_THRESHOLD = {config.inference_threshold!r} must lie between 0 and 1, or be None.'
+    if config.default_output_decay is not None:
+        yield from _of_default_output(config)
+    if config.adaptive_balance is not None and config.dispatch is Dispatch.RAGGED:
+        yield (
+            "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
+            "'gather'."
+        )
+
+
+def _of_default_output(config: MoEConfig) -> Iterator[str]:
+    if not 0 <= config.default_output_decay < 1:
+        yield f'DEFAULT_OUTPUT_DECAY = {config.default_output_decay!r} must lie in [0, 1), or be None.'
+    if config.normalize_combine_weights or config.shared_weights is SharedWeights.XFT:
+        yield (
+            'DEFAULT_OUTPUT_DECAY lets experts that are not chosen answer with their own probabilities, which is all of the '
+            "weight: turn NORMALIZE_COMBINE_WEIGHTS and SHARED_WEIGHTS = 'xft' off."
+        )
+    if config.dispatch is Dispatch.RAGGED:
+        yield ("DEFAULT_OUTPUT_DECAY averages experts' outputs, which DISPATCH = 'ragged' does not keep: use 'gather'.")
 
 
 def looks_ahead(config: MoEConfig, prefix: str = '') -> Iterator[str]:
@@ -357,29 +372,6 @@ def looks_ahead(config: MoEConfig, prefix: str = '') -> Iterator[str]:
         )
 
 
-def check_mixing(config: MoEConfig, num_tokens: int, length: int, way_out: str) -> None:
-    """Refuses Soft MoE whose groups hold parts of several examples: a slot is a mean over all tokens of its group, so that an
-    output would depend on the other examples of the batch.
-
-    Args:
-      config: of the layer.
-      num_tokens: of a batch.
-      length: of an example, in tokens.
-      way_out: the binding that makes groups of whole examples.
-
-    Raises:
-      UserError: they do.
-    """
-    if config.router is not RouterType.SOFT:
-        return
-    size = num_tokens // num_groups(num_tokens, config.group_size, config.groups_multiple_of)
-    if length % size:
-        raise UserError(
-            f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
-            f'{way_out}.'
-        )
-
-
 def check_readers(layers: Sequence[MoEConfig]) -> Iterator[str]:
     """What is set for a kind of router that no layer of a model has, a sentence each."""
     routers = {layer.router for layer in layers}
@@ -401,108 +393,3 @@ def check_readers(layers: Sequence[MoEConfig]) -> Iterator[str]:
                 f'{binding} is read by the router {wanted} only, and the MoE layers have {have}: leave it out, or change the '
                 'router.'
             )
-
-
-def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> tuple[int, ...]:
-    """Indices of the layers that are MoE layers.
-
-    Args:
-      spec: 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
-        sparse), 'last_half' (the paper's choice for vision), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
-      num_layers: of the stack.
-      binding: the gin macro that holds `spec`, for the message.
-
-    Raises:
-      UserError: an unknown word, an index out of range, or one given twice.
-    """
-    if isinstance(spec, str):
-        named = {
-            'every_other': tuple(range(1, num_layers, 2)),
-            'last_half': tuple(range(num_layers))[num_layers - num_layers // 2 :],
-            'none': (),
-        }
-        if last := re.fullmatch(r'last_(\d+)', spec):
-            count = int(last[1])
-            if not 1 <= count <= num_layers:
-                raise UserError(f'{binding} = {spec!r}, but the stack has {num_layers} layers.')
-            return tuple(range(num_layers - count, num_layers))
-        if spec not in named:
-            raise UserError(
-                f'{binding} = {spec!r} is not one of {", ".join(named)}, last_N or a list of layer indices.'
-            )
-        return named[spec]
-    layers = tuple(spec)
-    for layer in layers:
-        if not isinstance(layer, int) or not 0 <= layer < num_layers:
-            raise UserError(
-                f'{binding} names layer {layer!r}, but the stack has {num_layers} layers: indices go from 0 to {num_layers - 1}.'
-            )
-    if len(set(layers)) != len(layers):
-        raise UserError(f'{binding} = {layers!r} names a layer twice.')
-    return tuple(sorted(layers))
-
-
-def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
-    """G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
-
-    Follows flaxformer's `_num_groups`, with the multiple a binding instead of the mesh.
-
-    Raises:
-      UserError: no such divisor exists.
-    """
-    if num_tokens % multiple_of:
-        raise UserError(
-            f'GROUPS_MULTIPLE_OF = {multiple_of} does not divide the {num_tokens} tokens of a batch (BATCH_SIZE x sequence '
-            'length): change one of them.'
-        )
-    per_multiple = num_tokens // multiple_of
-    at_least = -(-num_tokens // (group_size * multiple_of))
-    small = [n for n in range(1, math.isqrt(per_multiple) + 1) if per_multiple % n == 0]
-    return multiple_of * min(n for n in (*small, *(per_multiple // n for n in small)) if n >= at_least)
-
-
-def microbatch_groups(config: MoEConfig, num_tokens: int) -> int:
-    """Groups in a microbatch of that many tokens: those of the whole batch, cut at group boundaries.
-
-    Raises:
-      UserError: a group would be cut in two.
-    """
-    microbatches = config.num_microbatches
-    whole = num_groups(num_tokens * microbatches, config.group_size, config.groups_multiple_of)
-    if whole % microbatches:
-        raise UserError(
-            f'NUM_MICROBATCHES = {microbatches} would cut a routing group in two, since the batch has {whole} groups of '
-            f'{num_tokens * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
-        )
-    return whole // microbatches
-
-
-def check_groups(groups: int, shards: int) -> None:
-    """Raises UserError unless the groups of a (micro)batch can be dealt out whole to the devices that share it."""
-    if groups % shards:
-        raise UserError(
-            f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
-            f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
-            'or use fewer devices there.'
-        )
-
-
-def capacity(config: MoEConfig, tokens_per_group: int, *, training: bool) -> int:
-    """C: slots of one expert for one group, at most S.
-
-    The two originals' rules: flaxformer `moe_layers.py` (K is not multiplied in) and vmoe `nn/routing.py`.
-    """
-    if config.when(training=training).router is RouterType.DENSE:
-        return tokens_per_group
-    if config.router is RouterType.SOFT:
-        return config.slots_per_expert
-    factor = config.train_capacity_factor if training else config.eval_capacity_factor
-    if config.capacity_rule is CapacityRule.FLAXFORMER:
-        slots = max(round(factor * tokens_per_group / config.num_experts), config.min_capacity)
-    else:
-        choices = config.num_selected_experts if config.router is RouterType.TOP_K else 1
-        exact = factor * choices * tokens_per_group / config.num_experts
-        # A product such as 1.1 * 40 lands a hair above the integer: do not let that cost a slot.
-        slots = -(-round(exact * 1e6) // 1_000_000)
-        slots = -(-slots // 4) * 4
-    return min(slots, tokens_per_group)

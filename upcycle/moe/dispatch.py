@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.moe.config import Dispatch
-from upcycle.moe.router import Routing
+from upcycle.moe.routing import Routing
 
 
 def masks(routing: Routing, num_tokens: int) -> tuple[jax.Array, jax.Array]:

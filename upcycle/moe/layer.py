@@ -14,26 +14,11 @@ from jax.sharding import AbstractMesh
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import all_to_all, ragged
-from upcycle.moe.config import (
-    BalanceLoss,
-    Dispatch,
-    MoEConfig,
-    RouterType,
-    SharedWeights,
-    capacity,
-    check_groups,
-    microbatch_groups,
-)
-from upcycle.moe.router import (
-    CHOSEN,
-    Choices,
-    Mixing,
-    Routing,
-    importance_load_loss,
-    probabilities,
-    route_dropless,
-    token_sums,
-)
+from upcycle.moe.config import BalanceLoss, Dispatch, MoEConfig, RouterType, SharedWeights
+from upcycle.moe.groups import capacity, check_groups, microbatch_groups
+from upcycle.moe.losses import importance_load_loss
+from upcycle.moe.router import probabilities, route_dropless
+from upcycle.moe.routing import CHOSEN, Choices, Mixing, Routing, token_sums
 from upcycle.moe.state import NAME as STATE
 from upcycle.moe.state import OUTPUT_COUNT, OUTPUT_SUM, RouterState
 from upcycle.moe.state import shapes as state_shapes
@@ -293,6 +278,13 @@ class MoELayer(nn.Module):
         for name, value in metrics.items():
             self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
         self.sow('intermediates', 'routing', routing)
+
+
+def apply_mlp(mlp: nn.Module, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False) -> jax.Array:
+    """Applies an MLP or the MoE layer in its place."""
+    if isinstance(mlp, MoELayer):
+        return mlp(x, real_BxL, training=training, decoding=decoding)
+    return mlp(x, training)
 
 
 def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from upcycle.moe.all_to_all import BATCH, DATA, EXPERT
 from upcycle.moe.config import MoEConfig
-from upcycle.moe.router import Choices
+from upcycle.moe.routing import Choices
 
 # (expert parameters, rows sorted by expert, rows of each expert) -> rows; the rows after the last run are garbage.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]

@@ -4,63 +4,24 @@ Both routers return the same thing, a `Routing` by slot, so that dispatch does n
 and groups never span devices; only losses and metrics are summed over them, by `across`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from upcycle.moe.config import BalanceLoss, FillOrder, MoEConfig, RoutePadding, RouterType, SharedWeights
-
-
-class Routing(NamedTuple):
-    """Which token sits in each slot.
-
-    Attributes:
-      token_GxExC: int32, the index within its group of the token in each slot; S where the slot is empty.
-      weight_GxExC: float32, the combine weight of that token for that expert; 0 where the slot is empty.
-    """
-
-    token_GxExC: jax.Array
-    weight_GxExC: jax.Array
-
-
-class Choices(NamedTuple):
-    """Which experts each token goes to, where nothing is dropped.
-
-    Attributes:
-      expert_GxSxK: int32; E where a token goes nowhere.
-      weight_GxSxK: float32, the combine weights; 0 where a token goes nowhere.
-    """
-
-    expert_GxSxK: jax.Array
-    weight_GxSxK: jax.Array
-
-
-class Mixing(NamedTuple):
-    """Soft MoE's routing. N = E * C slots, expert by expert.
-
-    Attributes:
-      dispatch_GxSxN: float32, the share of each token in a slot; over tokens they add up to 1.
-      combine_GxSxN: float32, the share of each slot in a token; over slots they add up to 1, or 0 at padding.
-    """
-
-    dispatch_GxSxN: jax.Array
-    combine_GxSxN: jax.Array
-
-
-Across = Callable[[jax.Array], jax.Array]
-
-# A metric of routers with a bias: the share of the choices that fell on each expert.
-CHOSEN = 'chosen'
-# The name by which `models.stack.Remat` saves decisions: recomputed logits are rounded differently, and could decide differently.
-DECISION = 'routing_decision'
-
-
-def here(x: jax.Array) -> jax.Array:
-    """The sum over devices, where all groups are on this one."""
-    return x
+from upcycle.moe.config import FillOrder, MoEConfig, RoutePadding, RouterType, SharedWeights
+from upcycle.moe.losses import auxiliary_loss_of, entropy, mean_over, mutual_information_loss, routing_metrics
+from upcycle.moe.routing import (
+    CHOSEN,
+    Across,
+    Choices,
+    Mixing,
+    Routing,
+    Tokens,
+    covered_tokens,
+    decided,
+    here,
+    prepare,
+    token_sums,
+)
 
 
 def route(
@@ -84,7 +45,7 @@ def route(
     Returns:
       The routing, and the metrics of one layer (scalars, and `load` of shape (E,)); names are flaxformer's where it has them.
     """
-    tokens = _prepare(logits_GxSxE, real_GxS, config)
+    tokens = prepare(logits_GxSxE, real_GxS, config)
     if config.router is RouterType.EXPERT_CHOICE:
         everything_GxS = jnp.ones_like(real_GxS)
         takeable_GxS = real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS
@@ -93,14 +54,14 @@ def route(
         dropped = jnp.zeros(())
     elif config.router is RouterType.DENSE:
         routing = _everybody(tokens, config.inference_threshold)
-        auxiliary_loss = _mutual_information_loss(tokens, across)
+        auxiliary_loss = mutual_information_loss(tokens, across)
         dropped = jnp.zeros(())
     else:
         expert_GxSxK = _choose(tokens.probs_GxSxE, bias_E, config)
         routing, kept_GxSxK = _top_k(
             tokens.probs_GxSxE, expert_GxSxK, tokens.may_route_GxS, capacity, config.fill_order
         )
-        auxiliary_loss = _auxiliary_loss(tokens, expert_GxSxK, config, across)
+        auxiliary_loss = auxiliary_loss_of(tokens, expert_GxSxK, config, across)
         wanted = across(tokens.may_route_GxS.sum()) * config.num_selected_experts
         dropped = 1.0 - across(kept_GxSxK.sum()) / jnp.maximum(wanted, 1)
 
@@ -114,7 +75,7 @@ def route(
     followed = {}
     if config.router is RouterType.TOP_K and bias_E is not None:
         followed = {CHOSEN: _share_of_choices(expert_GxSxK, tokens.may_route_GxS, config.num_experts, across)}
-    metrics = followed | _metrics(
+    metrics = followed | routing_metrics(
         tokens,
         across,
         used_E=used_GxExC.sum(axis=(0, 2)),
@@ -132,11 +93,11 @@ def route_dropless(
 
     It is token by token, so the compiler partitions it, and its sums are over all groups.
     """
-    tokens = _prepare(logits_GxSxE, real_GxS, config)
+    tokens = prepare(logits_GxSxE, real_GxS, config)
     E = logits_GxSxE.shape[-1]
     expert_GxSxK = _choose(tokens.probs_GxSxE, bias_E, config)
     weight_GxSxK = jnp.take_along_axis(tokens.probs_GxSxE, expert_GxSxK, axis=-1)
-    auxiliary_loss = _auxiliary_loss(tokens, expert_GxSxK, config, here)
+    auxiliary_loss = auxiliary_loss_of(tokens, expert_GxSxK, config, here)
     may_GxSx1 = tokens.may_route_GxS[..., None]
     expert_GxSxK = jnp.where(may_GxSx1, expert_GxSxK, E)
     weight_GxSxK = jnp.where(may_GxSx1, weight_GxSxK, 0.0)
@@ -145,7 +106,7 @@ def route_dropless(
     if config.shared_weights is SharedWeights.XFT:
         weight_GxSxK = weight_GxSxK.max(axis=-1, keepdims=True) * jax.nn.softmax(weight_GxSxK, axis=-1)
     used_E = jnp.zeros(E, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop')
-    metrics = _metrics(
+    metrics = routing_metrics(
         tokens,
         here,
         used_E=used_E,
@@ -183,61 +144,22 @@ def mix(
         'fraction_tokens_left_behind': zero,
         'router_confidence': jnp.ones(()),
         'expert_usage': jnp.ones(()),
-        'router_entropy': _mean(_entropy(share_GxSxE), real_GxS, across),
+        'router_entropy': mean_over(entropy(share_GxSxE), real_GxS, across),
         'load': load_E,
         'load_cv': jnp.std(load_E) * config.num_experts,
     }
     z_GxS = jnp.square(jax.nn.logsumexp(logits_GxSxN, axis=-1))
     return Mixing(dispatch_GxSxN, combine_GxSxN), jax.lax.stop_gradient(metrics) | {
-        'router_z_loss': _mean(z_GxS, real_GxS, across),
+        'router_z_loss': mean_over(z_GxS, real_GxS, across),
         'auxiliary_loss': zero,
         'fraction_dropped': zero,
     }
 
 
-class _Tokens(NamedTuple):
-    """What both routers start from: probabilities, who may take a slot, and who counts in the losses' means."""
-
-    logits_GxSxE: jax.Array
-    probs_GxSxE: jax.Array
-    may_route_GxS: jax.Array
-    in_loss_GxS: jax.Array
-
-
-def _prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) -> _Tokens:
-    logits_GxSxE = _normalized_logits(logits_GxSxE.astype(jnp.float32), config)
-    probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
-    everything_GxS = jnp.ones_like(real_GxS)
-    if config.route_padding is RoutePadding.DOWN_WEIGHT:
-        probs_GxSxE = probs_GxSxE * real_GxS[..., None]
-        logits_GxSxE = logits_GxSxE * real_GxS[..., None]
-    return _Tokens(
-        logits_GxSxE,
-        probs_GxSxE,
-        may_route_GxS=everything_GxS if config.route_padding is RoutePadding.ROUTE else real_GxS,
-        in_loss_GxS=real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS,
-    )
-
-
-def _normalized_logits(logits_GxSxE: jax.Array, config: MoEConfig) -> jax.Array:
-    """Centred and divided by their deviation, where that is asked for (Wei et al. 2024, arXiv 2406.06563, section 3.1)."""
-    if config.logit_normalization is None:
-        return logits_GxSxE
-    centred_GxSxE = logits_GxSxE - logits_GxSxE.mean(axis=-1, keepdims=True)
-    # Equal logits, as of padding that is zeros, stay equal; the floor keeps their gradient finite.
-    variance_GxSx1 = jnp.square(centred_GxSxE).mean(axis=-1, keepdims=True)
-    return config.logit_normalization * centred_GxSxE * jax.lax.rsqrt(variance_GxSx1 + 1e-12)
-
-
 def probabilities(logits_BxLxE: jax.Array, real_BxL: jax.Array, config: MoEConfig) -> jax.Array:
     """Each token's probabilities of all experts, 0 where it may not route."""
-    tokens = _prepare(logits_BxLxE, real_BxL, config)
+    tokens = prepare(logits_BxLxE, real_BxL, config)
     return tokens.probs_GxSxE * tokens.may_route_GxS[..., None]
-
-
-def _decided(index: jax.Array) -> jax.Array:
-    """Integers that the logits decided, under the name by which rematerialisation saves them."""
-    return checkpoint_name(index, DECISION)
 
 
 def _weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
@@ -250,7 +172,7 @@ def _weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
     return Routing(token_GxExC, jax.vmap(one)(token_GxExC, probs_GxSxE))
 
 
-def _everybody(tokens: _Tokens, threshold: float | None) -> Routing:
+def _everybody(tokens: Tokens, threshold: float | None) -> Routing:
     """Every expert takes every token, or those whose probability is above the threshold."""
     _, probs_GxSxE, may_route_GxS, _ = tokens
     G, S, E = probs_GxSxE.shape
@@ -260,14 +182,14 @@ def _everybody(tokens: _Tokens, threshold: float | None) -> Routing:
     takes_GxExS = takes_GxSxE.swapaxes(1, 2)
     token_GxExS = jnp.where(takes_GxExS, jnp.broadcast_to(jnp.arange(S), (G, E, S)), S)
     if threshold is not None:
-        token_GxExS = _decided(token_GxExS)
+        token_GxExS = decided(token_GxExS)
     return Routing(token_GxExS, jnp.where(token_GxExS < S, probs_GxSxE.swapaxes(1, 2), 0.0))
 
 
 def _choose(probs_GxSxE: jax.Array, bias_E: jax.Array | None, config: MoEConfig) -> jax.Array:
     """The K experts of each token, (G, S, K)."""
     score_GxSxE = probs_GxSxE if bias_E is None else probs_GxSxE + jax.lax.stop_gradient(bias_E)
-    return _decided(jax.lax.top_k(score_GxSxE, config.num_selected_experts)[1])
+    return decided(jax.lax.top_k(score_GxSxE, config.num_selected_experts)[1])
 
 
 def _share_of_choices(expert_GxSxK: jax.Array, may_route_GxS: jax.Array, num_experts: int, across: Across) -> jax.Array:
@@ -283,7 +205,7 @@ def _expert_choice(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: in
     # -1 is below every probability: a padding token is taken only when nothing else is left, and then not kept.
     score_GxExS = jnp.where(takeable_GxS[..., None], probs_GxSxE, -1.0).swapaxes(1, 2)
     score_GxExC, token_GxExC = jax.lax.top_k(score_GxExS, capacity)
-    return _weighed(_decided(jnp.where(score_GxExC >= 0, token_GxExC, S)), probs_GxSxE)
+    return _weighed(decided(jnp.where(score_GxExC >= 0, token_GxExC, S)), probs_GxSxE)
 
 
 def _top_k(
@@ -325,27 +247,7 @@ def _top_k(
         # Out of bounds means dropped: a full expert, or the expert that does not exist.
         return jnp.full((E, capacity), S).at[expert_SxK, slot_SxK].set(token_SxK, mode='drop')
 
-    return _weighed(_decided(jax.vmap(slots)(expert_GxSxK, slot_GxSxK)), probs_GxSxE), kept_GxSxK
-
-
-def token_sums(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
-    """Sum of each token's combine weights, (G, S); 0 for a token that no expert took."""
-    if isinstance(routing, Mixing):
-        return routing.combine_GxSxN.sum(axis=-1)
-    if isinstance(routing, Choices):
-        return routing.weight_GxSxK.sum(axis=-1)
-    return jax.vmap(lambda token, weight: jnp.zeros(num_tokens).at[token].add(weight, mode='drop'))(
-        routing.token_GxExC, routing.weight_GxExC
-    )
-
-
-def covered_tokens(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
-    """Bool (G, S): at least one expert took the token."""
-    if isinstance(routing, Mixing):
-        return (routing.combine_GxSxN > 0).any(axis=-1)
-    if isinstance(routing, Choices):
-        return (routing.weight_GxSxK > 0).any(axis=-1)
-    return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(routing.token_GxExC)
+    return _weighed(decided(jax.vmap(slots)(expert_GxSxK, slot_GxSxK)), probs_GxSxE), kept_GxSxK
 
 
 def _normalize(routing: Routing, num_tokens: int) -> Routing:
@@ -382,102 +284,3 @@ def _leave_the_rest(routing: Routing, num_tokens: int) -> Routing:
     share_GxExC = jnp.exp(weight_GxExC) / over_tokens(jnp.exp(weight_GxExC))
     used_GxExC = routing.token_GxExC < num_tokens
     return routing._replace(weight_GxExC=jnp.where(used_GxExC, share_GxExC * largest_GxExC, 0.0))
-
-
-def _auxiliary_loss(tokens: _Tokens, expert_GxSxK: jax.Array, config: MoEConfig, across: Across) -> jax.Array:
-    """Top-K's balance loss; V-MoE's is the layer's business, since it needs logits with and without noise."""
-    if config.balance_loss is BalanceLoss.MUTUAL_INFORMATION:
-        return _mutual_information_loss(tokens, across)
-    return _load_balancing_loss(tokens, expert_GxSxK, across)
-
-
-def _mutual_information_loss(tokens: _Tokens, across: Across) -> jax.Array:
-    """-H(E[p]) + E[H(p)], minus the mutual information of token and expert: DS-MoE (Pan et al. 2024, arXiv 2404.05567, eq. 5).
-
-    Expectations are over the tokens of a group, the loss is the mean over groups.
-    """
-    _, probs_GxSxE, _, in_loss_GxS = tokens
-    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
-    mean_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    entropy_G = (_entropy(probs_GxSxE) * in_loss_GxS).sum(axis=-1) / count_Gx1[:, 0]
-    groups = across(jnp.asarray(count_Gx1.shape[0], jnp.float32))
-    return across((entropy_G - _entropy(mean_GxE)).sum()) / groups
-
-
-def _entropy(probs: jax.Array) -> jax.Array:
-    """Of the last axis, in nats."""
-    return -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(axis=-1)
-
-
-def _load_balancing_loss(tokens: _Tokens, expert_GxSxK: jax.Array, across: Across) -> jax.Array:
-    """E^2 * mean over groups and experts of (share of tokens that chose e) * (mean probability of e): Switch eq. 4-6."""
-    _, probs_GxSxE, may_route_GxS, in_loss_GxS = tokens
-    E = probs_GxSxE.shape[-1]
-    chose_GxSxE = jax.nn.one_hot(expert_GxSxK, E).max(axis=-2) * may_route_GxS[..., None]
-    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
-    share_GxE = (chose_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    prob_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    groups = across(jnp.asarray(share_GxE.shape[0], jnp.float32))
-    return across((share_GxE * prob_GxE).sum()) / groups * E
-
-
-def importance_load_loss(
-    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig
-) -> jax.Array:
-    """V-MoE's balance losses, the mean over groups: squared coefficients of variation over experts (Riquelme et al. 2021, A.2).
-
-    Importance is the sum of an expert's probabilities. Load is the expected number of tokens that choose an expert: with noise,
-    the probability that new noise would lift its logit above the K-th largest noisy one; without noise there is none. Computed
-    as `NoisyTopExpertsPerItemRouter` of vmoe does.
-    """
-    probs_GxSxE = jax.nn.softmax(_normalized_logits(logits_GxSxE, config), axis=-1)
-    if config.route_padding is not RoutePadding.SKIP:
-        real_GxS = jnp.ones_like(real_GxS)
-
-    def squared_variation(share_GxSxE: jax.Array) -> jax.Array:
-        sum_GxE = (share_GxSxE * real_GxS[..., None]).sum(axis=1)
-        mean_G = jnp.maximum(sum_GxE.mean(axis=-1), 1e-9)
-        return (jnp.var(sum_GxE, axis=-1) / jnp.square(mean_G)).mean()
-
-    loss = squared_variation(probs_GxSxE)
-    if config.gate_noise == 0 or logits_GxSxE is noisy_GxSxE:
-        return loss
-    index_GxSx1 = _decided(jax.lax.top_k(noisy_GxSxE, config.num_selected_experts)[1][..., -1:])
-    lowest_GxSx1 = jnp.take_along_axis(noisy_GxSxE, index_GxSx1, axis=-1)
-    stddev = config.gate_noise / config.num_experts
-    return loss + squared_variation(jax.scipy.stats.norm.sf((lowest_GxSx1 - logits_GxSxE) / stddev))
-
-
-def _metrics(
-    tokens: _Tokens, across: Across, *, used_E: jax.Array, slots: int, covered: jax.Array, weight: jax.Array
-) -> dict[str, jax.Array]:
-    """Routing metrics over the counted tokens, each a scalar but `load`, the share of the routed tokens at each expert.
-
-    Args:
-      tokens: that were routed.
-      across: sums over devices; the other arguments are this device's.
-      used_E: full slots of each expert.
-      slots: all slots, full or not.
-      covered: tokens that some expert took.
-      weight: sum of all combine weights.
-    """
-    E = used_E.shape[0]
-    used_E = across(used_E)
-    used = jnp.maximum(used_E.sum(), 1)
-    load_E = used_E / used
-    counted_GxS = tokens.may_route_GxS
-    entropy_GxS = _entropy(tokens.probs_GxSxE)
-    metrics = {
-        'fraction_tokens_left_behind': 1.0 - across(covered) / jnp.maximum(across(counted_GxS.sum()), 1),
-        'router_confidence': across(weight) / used,
-        'expert_usage': used_E.sum() / jnp.maximum(across(jnp.asarray(slots)), 1),
-        'router_entropy': _mean(entropy_GxS, counted_GxS, across),
-        'load': load_E,
-        'load_cv': jnp.std(load_E) * E,
-    }
-    z_GxS = jnp.square(jax.nn.logsumexp(tokens.logits_GxSxE, axis=-1))
-    return jax.lax.stop_gradient(metrics) | {'router_z_loss': _mean(z_GxS, tokens.in_loss_GxS, across)}
-
-
-def _mean(x_GxS: jax.Array, counted_GxS: jax.Array, across: Across) -> jax.Array:
-    return across((x_GxS * counted_GxS).sum()) / jnp.maximum(across(counted_GxS.sum()), 1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from upcycle.moe.config import MoEConfig, RouterType
-from upcycle.moe.router import CHOSEN
+from upcycle.moe.routing import CHOSEN
 
 NAME = 'router_state'
 # Metrics that are only there to be followed: each expert's outputs added up, and how many they are.

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 import upcycle
 from upcycle.models import Model, Params
 from upcycle.models.activations import forward_and_activations
-from upcycle.moe.router import covered_tokens
+from upcycle.moe.routing import covered_tokens
 from upcycle.streamed import streamed
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, Plan, Row

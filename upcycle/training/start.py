@@ -7,7 +7,7 @@ import jax
 
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, open_checkpoints
-from upcycle.moe.config import check_groups, microbatch_groups
+from upcycle.moe.groups import check_groups, microbatch_groups
 from upcycle.surgery.plan import Plan
 from upcycle.training.run import ModelRun, Run
 from upcycle.training.state import Layout, data_of, layout, make_plan

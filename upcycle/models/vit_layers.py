@@ -1,0 +1,68 @@
+"""Layers of a ViT that need none of its configuration: MLP and patch embedding."""
+
+import enum
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle.models.layers import Dense, drop, drop_key, gelu
+
+_xavier_init = nn.initializers.xavier_uniform()
+
+
+class Gelu(enum.StrEnum):
+    """Which GELU: public checkpoints differ."""
+
+    TANH = 'tanh'  # the approximation: vision_transformer, big_vision, V-MoE
+    ERF = 'erf'  # exact: Hugging Face, timm
+
+
+class MlpBlock(nn.Module):
+    """GELU between two layers with biases. It is also what an expert is; `group_sizes`, the rows of each, makes it all experts.
+
+    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
+    """
+
+    mlp_dim: int
+    gelu: Gelu = Gelu.TANH
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+    embed_axis: str = 'embed'
+    mlp_axis: str = 'mlp'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
+        dense = functools.partial(
+            Dense, dtype=self.dtype, kernel_init=_xavier_init, bias_init=nn.initializers.normal(1e-6)
+        )
+        h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
+
+        def activate(h: jax.Array, key: jax.Array | None) -> jax.Array:
+            h = gelu(h) if self.gelu is Gelu.TANH else jax.nn.gelu(h, approximate=False)
+            return drop(h, key, self.dropout_rate, broadcast_axis=None)
+
+        # As in T5's: the backward pass need only keep what the GELU was given.
+        output = dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')
+        return output((h,), group_sizes, activate, drop_key(self, self.dropout_rate, training))
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution of stride patch size, as the matrix product that it is; its kernel is (patch, patch, channels, D)."""
+
+    patch_size: int
+    channels: int
+    emb_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, patches_BxLxP: jax.Array) -> jax.Array:
+        P, D = patches_BxLxP.shape[-1], self.emb_dim
+        shape = (self.patch_size, self.patch_size, self.channels, D)
+        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, None, 'embed'))
+        kernel = self.param('kernel', init, shape, jnp.float32)
+        bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('embed',)), (D,), jnp.float32)
+        rows = patches_BxLxP.reshape(-1, P) @ kernel.reshape(P, D).astype(self.dtype) + bias.astype(self.dtype)
+        return rows.reshape(*patches_BxLxP.shape[:-1], D)

@@ -1,0 +1,136 @@
+"""Which layers are MoE layers, and into which groups and slots their tokens are cut."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from upcycle.errors import UserError
+from upcycle.moe.config import CapacityRule, MoEConfig, RouterType
+
+
+def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> tuple[int, ...]:
+    """Indices of the layers that are MoE layers.
+
+    Args:
+      spec: 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
+        sparse), 'last_half' (the paper's choice for vision), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
+      num_layers: of the stack.
+      binding: the gin macro that holds `spec`, for the message.
+
+    Raises:
+      UserError: an unknown word, an index out of range, or one given twice.
+    """
+    if isinstance(spec, str):
+        named = {
+            'every_other': tuple(range(1, num_layers, 2)),
+            'last_half': tuple(range(num_layers))[num_layers - num_layers // 2 :],
+            'none': (),
+        }
+        if last := re.fullmatch(r'last_(\d+)', spec):
+            count = int(last[1])
+            if not 1 <= count <= num_layers:
+                raise UserError(f'{binding} = {spec!r}, but the stack has {num_layers} layers.')
+            return tuple(range(num_layers - count, num_layers))
+        if spec not in named:
+            raise UserError(
+                f'{binding} = {spec!r} is not one of {", ".join(named)}, last_N or a list of layer indices.'
+            )
+        return named[spec]
+    layers = tuple(spec)
+    for layer in layers:
+        if not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise UserError(
+                f'{binding} names layer {layer!r}, but the stack has {num_layers} layers: indices go from 0 to {num_layers - 1}.'
+            )
+    if len(set(layers)) != len(layers):
+        raise UserError(f'{binding} = {layers!r} names a layer twice.')
+    return tuple(sorted(layers))
+
+
+def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
+    """G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
+
+    Follows flaxformer's `_num_groups`, with the multiple a binding instead of the mesh.
+
+    Raises:
+      UserError: no such divisor exists.
+    """
+    if num_tokens % multiple_of:
+        raise UserError(
+            f'GROUPS_MULTIPLE_OF = {multiple_of} does not divide the {num_tokens} tokens of a batch (BATCH_SIZE x sequence '
+            'length): change one of them.'
+        )
+    per_multiple = num_tokens // multiple_of
+    at_least = -(-num_tokens // (group_size * multiple_of))
+    small = [n for n in range(1, math.isqrt(per_multiple) + 1) if per_multiple % n == 0]
+    return multiple_of * min(n for n in (*small, *(per_multiple // n for n in small)) if n >= at_least)
+
+
+def microbatch_groups(config: MoEConfig, num_tokens: int) -> int:
+    """Groups in a microbatch of that many tokens: those of the whole batch, cut at group boundaries.
+
+    Raises:
+      UserError: a group would be cut in two.
+    """
+    microbatches = config.num_microbatches
+    whole = num_groups(num_tokens * microbatches, config.group_size, config.groups_multiple_of)
+    if whole % microbatches:
+        raise UserError(
+            f'NUM_MICROBATCHES = {microbatches} would cut a routing group in two, since the batch has {whole} groups of '
+            f'{num_tokens * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
+        )
+    return whole // microbatches
+
+
+def check_groups(groups: int, shards: int) -> None:
+    """Raises UserError unless the groups of a (micro)batch can be dealt out whole to the devices that share it."""
+    if groups % shards:
+        raise UserError(
+            f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
+            f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
+            'or use fewer devices there.'
+        )
+
+
+def capacity(config: MoEConfig, tokens_per_group: int, *, training: bool) -> int:
+    """C: slots of one expert for one group, at most S.
+
+    The two originals' rules: flaxformer `moe_layers.py` (K is not multiplied in) and vmoe `nn/routing.py`.
+    """
+    if config.when(training=training).router is RouterType.DENSE:
+        return tokens_per_group
+    if config.router is RouterType.SOFT:
+        return config.slots_per_expert
+    factor = config.train_capacity_factor if training else config.eval_capacity_factor
+    if config.capacity_rule is CapacityRule.FLAXFORMER:
+        slots = max(round(factor * tokens_per_group / config.num_experts), config.min_capacity)
+    else:
+        choices = config.num_selected_experts if config.router is RouterType.TOP_K else 1
+        exact = factor * choices * tokens_per_group / config.num_experts
+        # A product such as 1.1 * 40 lands a hair above the integer: do not let that cost a slot.
+        slots = -(-round(exact * 1e6) // 1_000_000)
+        slots = -(-slots // 4) * 4
+    return min(slots, tokens_per_group)
+
+
+def check_mixing(config: MoEConfig, num_tokens: int, length: int, way_out: str) -> None:
+    """Refuses Soft MoE whose groups hold parts of several examples: a slot is a mean over all tokens of its group, so that an
+    output would depend on the other examples of the batch.
+
+    Args:
+      config: of the layer.
+      num_tokens: of a batch.
+      length: of an example, in tokens.
+      way_out: the binding that makes groups of whole examples.
+
+    Raises:
+      UserError: they do.
+    """
+    if config.router is not RouterType.SOFT:
+        return
+    size = num_tokens // num_groups(num_tokens, config.group_size, config.groups_multiple_of)
+    if length % size:
+        raise UserError(
+            f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
+            f'{way_out}.'
+        )

@@ -1,0 +1,106 @@
+"""Balance losses of routers, and what the log says of a routing."""
+
+import jax
+import jax.numpy as jnp
+
+from upcycle.moe.config import BalanceLoss, MoEConfig, RoutePadding
+from upcycle.moe.routing import Across, Tokens, decided, normalized_logits
+
+
+def auxiliary_loss_of(tokens: Tokens, expert_GxSxK: jax.Array, config: MoEConfig, across: Across) -> jax.Array:
+    """Top-K's balance loss; V-MoE's is the layer's business, since it needs logits with and without noise."""
+    if config.balance_loss is BalanceLoss.MUTUAL_INFORMATION:
+        return mutual_information_loss(tokens, across)
+    return _load_balancing_loss(tokens, expert_GxSxK, across)
+
+
+def mutual_information_loss(tokens: Tokens, across: Across) -> jax.Array:
+    """-H(E[p]) + E[H(p)], minus the mutual information of token and expert: DS-MoE (Pan et al. 2024, arXiv 2404.05567, eq. 5).
+
+    Expectations are over the tokens of a group, the loss is the mean over groups.
+    """
+    _, probs_GxSxE, _, in_loss_GxS = tokens
+    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
+    mean_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
+    entropy_G = (entropy(probs_GxSxE) * in_loss_GxS).sum(axis=-1) / count_Gx1[:, 0]
+    groups = across(jnp.asarray(count_Gx1.shape[0], jnp.float32))
+    return across((entropy_G - entropy(mean_GxE)).sum()) / groups
+
+
+def entropy(probs: jax.Array) -> jax.Array:
+    """Of the last axis, in nats."""
+    return -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(axis=-1)
+
+
+def _load_balancing_loss(tokens: Tokens, expert_GxSxK: jax.Array, across: Across) -> jax.Array:
+    """E^2 * mean over groups and experts of (share of tokens that chose e) * (mean probability of e): Switch eq. 4-6."""
+    _, probs_GxSxE, may_route_GxS, in_loss_GxS = tokens
+    E = probs_GxSxE.shape[-1]
+    chose_GxSxE = jax.nn.one_hot(expert_GxSxK, E).max(axis=-2) * may_route_GxS[..., None]
+    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
+    share_GxE = (chose_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
+    prob_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
+    groups = across(jnp.asarray(share_GxE.shape[0], jnp.float32))
+    return across((share_GxE * prob_GxE).sum()) / groups * E
+
+
+def importance_load_loss(
+    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig
+) -> jax.Array:
+    """V-MoE's balance losses, the mean over groups: squared coefficients of variation over experts (Riquelme et al. 2021, A.2).
+
+    Importance is the sum of an expert's probabilities. Load is the expected number of tokens that choose an expert: with noise,
+    the probability that new noise would lift its logit above the K-th largest noisy one; without noise there is none. Computed
+    as `NoisyTopExpertsPerItemRouter` of vmoe does.
+    """
+    probs_GxSxE = jax.nn.softmax(normalized_logits(logits_GxSxE, config), axis=-1)
+    if config.route_padding is not RoutePadding.SKIP:
+        real_GxS = jnp.ones_like(real_GxS)
+
+    def squared_variation(share_GxSxE: jax.Array) -> jax.Array:
+        sum_GxE = (share_GxSxE * real_GxS[..., None]).sum(axis=1)
+        mean_G = jnp.maximum(sum_GxE.mean(axis=-1), 1e-9)
+        return (jnp.var(sum_GxE, axis=-1) / jnp.square(mean_G)).mean()
+
+    loss = squared_variation(probs_GxSxE)
+    if config.gate_noise == 0 or logits_GxSxE is noisy_GxSxE:
+        return loss
+    index_GxSx1 = decided(jax.lax.top_k(noisy_GxSxE, config.num_selected_experts)[1][..., -1:])
+    lowest_GxSx1 = jnp.take_along_axis(noisy_GxSxE, index_GxSx1, axis=-1)
+    stddev = config.gate_noise / config.num_experts
+    return loss + squared_variation(jax.scipy.stats.norm.sf((lowest_GxSx1 - logits_GxSxE) / stddev))
+
+
+def routing_metrics(
+    tokens: Tokens, across: Across, *, used_E: jax.Array, slots: int, covered: jax.Array, weight: jax.Array
+) -> dict[str, jax.Array]:
+    """Routing metrics over the counted tokens, each a scalar but `load`, the share of the routed tokens at each expert.
+
+    Args:
+      tokens: that were routed.
+      across: sums over devices; the other arguments are this device's.
+      used_E: full slots of each expert.
+      slots: all slots, full or not.
+      covered: tokens that some expert took.
+      weight: sum of all combine weights.
+    """
+    E = used_E.shape[0]
+    used_E = across(used_E)
+    used = jnp.maximum(used_E.sum(), 1)
+    load_E = used_E / used
+    counted_GxS = tokens.may_route_GxS
+    entropy_GxS = entropy(tokens.probs_GxSxE)
+    metrics = {
+        'fraction_tokens_left_behind': 1.0 - across(covered) / jnp.maximum(across(counted_GxS.sum()), 1),
+        'router_confidence': across(weight) / used,
+        'expert_usage': used_E.sum() / jnp.maximum(across(jnp.asarray(slots)), 1),
+        'router_entropy': mean_over(entropy_GxS, counted_GxS, across),
+        'load': load_E,
+        'load_cv': jnp.std(load_E) * E,
+    }
+    z_GxS = jnp.square(jax.nn.logsumexp(tokens.logits_GxSxE, axis=-1))
+    return jax.lax.stop_gradient(metrics) | {'router_z_loss': mean_over(z_GxS, tokens.in_loss_GxS, across)}
+
+
+def mean_over(x_GxS: jax.Array, counted_GxS: jax.Array, across: Across) -> jax.Array:
+    return across((x_GxS * counted_GxS).sum()) / jnp.maximum(across(counted_GxS.sum()), 1)
