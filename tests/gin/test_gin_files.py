@@ -18,8 +18,7 @@ from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
-from upcycle.training import loop, start
-from upcycle.training import state as states
+from upcycle.training import first_state, loop, start
 from upcycle.training.first_state import from_checkpoint
 from upcycle.training.state import layout
 from upcycle.training.step import train_step
@@ -157,7 +156,7 @@ def test_experts_come_apart(sparse):
 @pytest.mark.parametrize('name', EXPERT_OPERATORS)
 def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
     # What it finds is tested on operators, in seconds.
-    monkeypatch.setattr(states, 'check_function', lambda *_: {})
+    monkeypatch.setattr(first_state, 'check_function', lambda *_: {})
     start = {Start.DENSE: dense, Start.SEVERAL: (dense, dense), Start.MOE: sparse}
     # To four experts as everywhere, so that the step is compiled once.
     more = {'GROW_UTILITY': 'weight'} if name == 'grow' else {}

@@ -236,18 +236,11 @@ def _replayed(
     """
     leaves, structure = jax.tree.flatten(arrays)
     has_gradient = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    floats = [leaf for leaf, yes in zip(leaves, has_gradient, strict=True) if yes]
-    others = [leaf for leaf, yes in zip(leaves, has_gradient, strict=True) if not yes]
+    floats, others = (
+        [x for x, yes in zip(leaves, has_gradient, strict=True) if bool(yes) is kind] for kind in (True, False)
+    )
 
-    def layer_of(apply: LayerOfLoop) -> Callable[..., tuple[jax.Array, Any]]:
-        def layer(params, x_BxLxD, floats, others, keys, index):
-            sources = {True: iter(floats), False: iter(others)}
-            arrays = jax.tree.unflatten(structure, [next(sources[yes]) for yes in has_gradient])
-            return apply(params, x_BxLxD, arrays, keys, index)
-
-        return layer
-
-    layers = [layer_of(apply) for apply in layers]
+    layers = [_with_floats_apart(apply, structure, has_gradient) for apply in layers]
 
     def forward(params, x_BxLxD, floats, others, keys):
         # Not before the layers below are done: a compiler is free to stack a decoder's parameters while the encoder runs.
@@ -260,10 +253,7 @@ def _replayed(
             for layer, own in zip(layers, params, strict=True):
                 inputs.append(x_BxLxD)
                 (x_BxLxD, metrics), derivative = jax.vjp(layer, own, x_BxLxD, floats, others, keys, index)
-                derivative.args_res = None
-                kept = derivative.opaque_residuals
-                derivative.opaque_residuals = [x if isinstance(x, jax.Array) else _Constant(x) for x in kept]
-                derivatives.append(derivative)
+                derivatives.append(_without_arguments(derivative))
                 written.append(metrics)
             return x_BxLxD, (inputs, derivatives, written)
 
@@ -290,10 +280,7 @@ def _replayed(
                 # this one's activations are held.
                 here = _taken(stacks[j], index), inputs[j], dx_BxLxD
                 params, x_BxLxD, dx_BxLxD = jax.lax.optimization_barrier(here)
-                derivative = derivatives[j]
-                derivative.args_res = [params, x_BxLxD, floats, others, keys, index]
-                kept = derivative.opaque_residuals
-                derivative.opaque_residuals = [x.value if isinstance(x, _Constant) else x for x in kept]
+                derivative = _with_arguments(derivatives[j], [params, x_BxLxD, floats, others, keys, index])
                 dparams, dx_BxLxD, more, *_ = derivative((dx_BxLxD, dwritten[j]))
                 dparams, dx_BxLxD, more = jax.lax.optimization_barrier((dparams, dx_BxLxD, more))
                 dfloats = jax.tree.map(jnp.add, dfloats, more)
@@ -309,6 +296,33 @@ def _replayed(
     loop = jax.custom_vjp(lambda *operands: forward(*operands)[0])
     loop.defvjp(forward, backward)
     return loop(params, x_BxLxD, floats, others, keys)
+
+
+def _with_floats_apart(apply: LayerOfLoop, structure: Any, has_gradient: Sequence[bool]) -> Callable[..., Any]:
+    """The layer as a function of its arrays that have a gradient, and of the others."""
+
+    def layer(params, x_BxLxD, floats, others, keys, index):
+        sources = {True: iter(floats), False: iter(others)}
+        arrays = jax.tree.unflatten(structure, [next(sources[yes]) for yes in has_gradient])
+        return apply(params, x_BxLxD, arrays, keys, index)
+
+    return layer
+
+
+def _without_arguments(derivative: Any) -> Any:
+    """A derivative of `jax.vjp` as one loop hands it to another."""
+    derivative.args_res = None
+    kept = derivative.opaque_residuals
+    derivative.opaque_residuals = [x if isinstance(x, jax.Array) else _Constant(x) for x in kept]
+    return derivative
+
+
+def _with_arguments(derivative: Any, arguments: list[Any]) -> Any:
+    """What `_without_arguments` made, as it was."""
+    derivative.args_res = arguments
+    kept = derivative.opaque_residuals
+    derivative.opaque_residuals = [x.value if isinstance(x, _Constant) else x for x in kept]
+    return derivative
 
 
 def _taken(stacks: Any, index: jax.Array) -> Any:

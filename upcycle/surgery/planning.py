@@ -56,10 +56,9 @@ def plan(
       DifferentLeaves: a leaf has no source, two, or one of another shape, or a dense leaf would be lost.
       UserError: the checkpoint is of another kind than the operator's.
     """
-    operator, made_by = spec.operator, spec.made_by
+    operator = spec.operator
     base, several, problems = _one_of_several(dense)
     num_mlps = _num_mlps(base, sparse, spec, several)
-    keeps_state = spec.optimizer_state is OptimizerState.TILE
     logical = axes or {}
     sources_of = None
     if spec.dense_operator is not None:
@@ -85,30 +84,14 @@ def plan(
         rows.append(Row(target, sources, action, tuple(leaf.shape), leaf.dtype, logical.get(target, ())))
 
     for target, leaf in sparse.items():
-        segments = target.split('/')
-        is_router = operator is not None and ROUTER in segments
-        if operator is not None and EXPERT in segments and target.startswith(PARAMS):
+        if operator is not None and EXPERT in target.split('/') and target.startswith(PARAMS):
             operator.check(leaf.shape[0], num_mlps)
-        if target == 'rng':
-            add(target, Action.NEW)
-        elif target == COUNT and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
-            # The decay clock goes on with the step, also where the state itself starts afresh.
-            add(target, Action.KEEP, COUNT if keeps_state and COUNT in base else 'step')
-        elif target.startswith('opt_state/') and (is_router or in_head(target) or not keeps_state):
-            add(target, Action.ZEROS)
-        elif in_head(target):
-            add(target, Action.NEW)
-        elif {ROUTER_STATE, MIXING} & {*segments} and (made_by is not None or target not in base):
-            add(target, Action.ZEROS)
-        elif is_router:
-            add(target, Action.ROUTER, *([target] if spec.router_init in INHERITED else []))
-        elif sources_of is not None and target.startswith((PARAMS, STATES)):
+        found = _without_source(target, base, spec, is_new=in_head(target))
+        if found is None and sources_of is not None and target.startswith((PARAMS, STATES)):
             found = _remake(target, leaf, base, spec, sources_of(target))
-            if isinstance(found, str):
-                problems.append(found)
-            else:
-                add(target, *found)
-        elif isinstance(found := _source(target, leaf, base, spec, logical.get(target, ()), grids), str):
+        if found is None:
+            found = _source(target, leaf, base, spec, logical.get(target, ()), grids)
+        if isinstance(found, str):
             problems.append(found)
         else:
             add(target, *found)
@@ -129,6 +112,34 @@ def plan(
     if problems:
         raise _explain(problems, base, sparse, spec, head)
     return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
+
+
+def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool) -> tuple[Action | str, ...] | None:
+    """The action and sources of a leaf that is not the checkpoint's leaf of that name, or of its MLP; None: it is.
+
+    Args:
+      target: the leaf.
+      base: leaves of the checkpoint.
+      spec: what to do.
+      is_new: it belongs to a head that starts afresh.
+    """
+    segments = target.split('/')
+    is_router = spec.operator is not None and ROUTER in segments
+    keeps_state = spec.optimizer_state is OptimizerState.TILE
+    if target == 'rng':
+        return (Action.NEW,)
+    if target == COUNT and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
+        # The decay clock goes on with the step, also where the state itself starts afresh.
+        return Action.KEEP, COUNT if keeps_state and COUNT in base else 'step'
+    if target.startswith('opt_state/') and (is_router or is_new or not keeps_state):
+        return (Action.ZEROS,)
+    if is_new:
+        return (Action.NEW,)
+    if {ROUTER_STATE, MIXING} & {*segments} and (spec.made_by is not None or target not in base):
+        return (Action.ZEROS,)
+    if is_router:
+        return Action.ROUTER, *([target] if spec.router_init in INHERITED else [])
+    return None
 
 
 def _why_dropped(name: str, sparse: Abstract, spec: Surgery) -> str | None:
