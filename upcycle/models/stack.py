@@ -230,9 +230,7 @@ def _replayed(
     `stack_again` it stacks the parameters anew, so that an encoder's stacks are not held while the decoder runs. JAX's own
     derivative of `_scan` would hold the stacks, and make others for the gradients.
 
-    `layers` are under `jax.checkpoint`, whose policy says what else is kept. A layer's derivative, as `jax.vjp` returns it, holds
-    what is kept and the layer's arguments. It goes from one loop to the other without the arguments, which are there already, and
-    without being stacked where it is a constant of the program.
+    `layers` are under `jax.checkpoint`, whose policy says what else is kept.
     """
     leaves, structure = jax.tree.flatten(arrays)
     has_gradient = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
@@ -257,8 +255,7 @@ def _replayed(
                 written.append(metrics)
             return x_BxLxD, (inputs, derivatives, written)
 
-        indices = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-        x_BxLxD, (inputs, derivatives, written) = jax.lax.scan(body, x_BxLxD, (indices, stacked))
+        x_BxLxD, (inputs, derivatives, written) = jax.lax.scan(body, x_BxLxD, (_indices(stacked), stacked))
         kept = params, None if stack_again else stacked, inputs, derivatives, floats, others, keys
         return (x_BxLxD, written), kept
 
@@ -287,15 +284,19 @@ def _replayed(
                 stacks[j] = _put(stacks[j], dparams, index, block_axes[j])
             return (dx_BxLxD, dfloats, tuple(stacks)), None
 
-        start = (dx_BxLxD, jax.tree.map(jnp.zeros_like, floats), stacked)
-        indices = jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-        kept = indices, inputs, derivatives, dwritten
+        start = dx_BxLxD, jax.tree.map(jnp.zeros_like, floats), stacked
+        kept = _indices(stacked), inputs, derivatives, dwritten
         (dx_BxLxD, dfloats, grads), _ = jax.lax.scan(body, start, kept, reverse=True)
         return *unstack(grads), dx_BxLxD, dfloats, None, None
 
     loop = jax.custom_vjp(lambda *operands: forward(*operands)[0])
     loop.defvjp(forward, backward)
     return loop(params, x_BxLxD, floats, others, keys)
+
+
+def _indices(stacked: Any) -> jax.Array:
+    """The numbers of a loop's iterations."""
+    return jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
 
 
 def _with_floats_apart(apply: LayerOfLoop, structure: Any, has_gradient: Sequence[bool]) -> Callable[..., Any]:
@@ -310,7 +311,10 @@ def _with_floats_apart(apply: LayerOfLoop, structure: Any, has_gradient: Sequenc
 
 
 def _without_arguments(derivative: Any) -> Any:
-    """A derivative of `jax.vjp` as one loop hands it to another."""
+    """A layer's derivative, as `jax.vjp` returns it, as one loop hands it to another.
+
+    It goes without the layer's arguments, which are there already, and is not stacked where it is a constant of the program.
+    """
     derivative.args_res = None
     kept = derivative.opaque_residuals
     derivative.opaque_residuals = [x if isinstance(x, jax.Array) else _Constant(x) for x in kept]

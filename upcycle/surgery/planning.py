@@ -60,11 +60,8 @@ def plan(
     base, several, problems = _one_of_several(dense)
     num_mlps = _num_mlps(base, sparse, spec, several)
     logical = axes or {}
-    sources_of = None
-    if spec.dense_operator is not None:
-        sources_of = spec.dense_operator.sources(
-            *({name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (base, sparse))
-        )
+    shapes = ({name: tuple(leaf.shape) for name, leaf in tree.items()} for tree in (base, sparse))
+    sources_of = None if spec.dense_operator is None else spec.dense_operator.sources(*shapes)
     rows: list[Row] = []
     dropped: dict[str, str] = {}
 
