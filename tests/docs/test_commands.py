@@ -89,7 +89,7 @@ def inputs(dense, dense_vit, tmp_path_factory):
 def small(inputs, tmp_path, monkeypatch):
     """Goes into a folder with the inputs, where every run is built as it is written, and then small.
 
-    Yields what builds it as it is written and no more.
+    Yields what builds it as it is written and no more, by the functions of `configuration` that build.
     """
     for entry in os.listdir(inputs):
         os.symlink(inputs / entry, tmp_path / entry)
@@ -97,29 +97,37 @@ def small(inputs, tmp_path, monkeypatch):
     for family, macros in settings.items():
         lines = [f'{name} = {gin_files.literal(value)}' for name, value in {**macros, 'NUM_EXPERTS': '4'}.items()]
         (tmp_path / f'small_{family}.gin').write_text('\n'.join([*lines, '']))
-    load = configuration.load
+    builders = {name: getattr(configuration, name) for name in ('load', 'load_model')}
 
-    def as_written(files, bindings):
-        return load([TASKS[file][0] if file in TASKS else file for file in files], bindings)
+    def as_written(load):
+        return lambda files, bindings: load([TASKS[file][0] if file in TASKS else file for file in files], bindings)
 
-    def load_small(files, bindings):
-        run = as_written(files, bindings)
-        family = next((name for name in settings if any(file.startswith(f'models/{name}_') for file in files)), None)
-        if family is None:
-            return run
-        model = {'t5': runs.TINY, 'vit': vision.MODEL}[family]
-        files = [model if file.startswith('models/') else TASKS[file][1] if file in TASKS else file for file in files]
-        steps = {'TRAIN_STEPS': '6' if 'INITIAL_CHECKPOINT_PATH' in bindings else '4'}
-        dropped = {*settings[family], 'NUM_EXPERTS'}
-        kept = {
-            name: SMALL_VALUES.get(f'{name}={value}', value) for name, value in bindings.items() if name not in dropped
-        }
-        return load([*files, f'small_{family}.gin'], kept | steps)
+    def in_small(load):
+        def load_small(files, bindings):
+            run = as_written(load)(files, bindings)
+            family = next(
+                (name for name in settings if any(file.startswith(f'models/{name}_') for file in files)), None
+            )
+            if family is None:
+                return run
+            model = {'t5': runs.TINY, 'vit': vision.MODEL}[family]
+            files = [model if f.startswith('models/') else TASKS[f][1] if f in TASKS else f for f in files]
+            steps = {'TRAIN_STEPS': '6' if 'INITIAL_CHECKPOINT_PATH' in bindings else '4'}
+            dropped = {*settings[family], 'NUM_EXPERTS', 'TRAIN_STEPS'}
+            kept = {
+                name: SMALL_VALUES.get(f'{name}={value}', value)
+                for name, value in bindings.items()
+                if name not in dropped
+            }
+            return load([*files, f'small_{family}.gin'], kept | (steps if load is builders['load'] else {}))
 
-    monkeypatch.setattr(configuration, 'load', load_small)
+        return load_small
+
+    for name, load in builders.items():
+        monkeypatch.setattr(configuration, name, in_small(load))
     monkeypatch.chdir(tmp_path)
     old = signal.getsignal(signal.SIGTERM)
-    yield as_written
+    yield {name: as_written(load) for name, load in builders.items()}
     signal.signal(signal.SIGTERM, old)
 
 
@@ -146,9 +154,12 @@ def test_commands_of_a_page(page, small, capsys, monkeypatch):
         # Random tokens stand for the task.
         monkeypatch.setattr(tasks.TaskMetrics, 'check_data', lambda *arguments: None)
 
-    def stop(files, bindings):
-        small(files, bindings)
-        raise SystemExit(0)  # the run is built
+    def stopping(build):
+        def stop(files, bindings):
+            build(files, bindings)
+            raise SystemExit(0)  # the run is built
+
+        return stop
 
     for command in OURS:
         if command.page != page:
@@ -156,7 +167,8 @@ def test_commands_of_a_page(page, small, capsys, monkeypatch):
         arguments = arguments_of(command)
         with monkeypatch.context() as patch:
             if arguments[0] in BUILT_ONLY:
-                patch.setattr(configuration, 'load', stop if arguments[0] == 'compile' else small)
+                for name, build in small.items():
+                    patch.setattr(configuration, name, stopping(build) if arguments[0] == 'compile' else build)
             code, _, error = call(arguments, capsys)
         assert code == 0, f'{command}\n{error}'
 
