@@ -80,6 +80,12 @@ def test_positions_of_no_square_image():
         identify.check('here', leaves)
 
 
+@pytest.mark.parametrize('family', ['t5', 'unknown', None, ['t5'], {}], ids=str)
+def test_facts_of_any_metadata(family):
+    metadata = {'family': family, 'model': {'config': {'num_heads': 2, 'vocab_size': 3}}}
+    assert identify.facts_of(metadata) == {'num_heads': 2}
+
+
 def test_the_bindings_that_would_fit_are_named():
     model = EncoderDecoderModel(small_t5())
     facts = {

@@ -27,7 +27,8 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _facts_known(family: Any) -> tuple[str, ...]:
     """The facts of a family, or of all where it is unknown."""
-    kinds = [registry.family(family)] if family in registry.FAMILIES else registry.families()
+    known = isinstance(family, str) and family in registry.FAMILIES
+    kinds = [registry.family(family)] if known else registry.families()
     return tuple(dict.fromkeys(fact for kind in kinds for fact in kind.facts))
 
 

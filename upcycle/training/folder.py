@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import files
+from upcycle import aliases, files
 from upcycle.checkpoints import open_checkpoint
 from upcycle.checkpoints.integrity import finished_steps
 from upcycle.errors import UserError
@@ -99,5 +99,6 @@ def _was_saved(folder: epath.Path, lines: list[dict[str, Any]], run: Run) -> boo
 
 
 def _bound(text: str, field: str) -> int | None:
-    found = re.search(rf'^upcycle\.train(?:ing)?\.run\.Run\.{field} = (\d+)$', text, re.MULTILINE)
+    current = '\n'.join(map(aliases.current, text.splitlines()))
+    found = re.search(rf'^upcycle\.training\.run\.Run\.{field} = (\d+)$', current, re.MULTILINE)
     return int(found[1]) if found else None
