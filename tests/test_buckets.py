@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+import requests
 from etils import epath
 from etils.epath import gpath
 
@@ -55,6 +56,30 @@ def bucket(server, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
     yield epath.Path('gs://bucket') / tmp_path.name
     assert not list(temporary.iterdir())
+
+
+def write_as_another_process(path, content):
+    """Without our client, which would forget what it remembers of the folder."""
+    bucket, _, name = os.fspath(path).removeprefix('gs://').partition('/')
+    address = f'{os.environ["STORAGE_EMULATOR_HOST"]}/upload/storage/v1/b/{bucket}/o'
+    requests.post(address, params={'uploadType': 'media', 'name': name}, data=content, timeout=60).raise_for_status()
+
+
+@pytest.mark.parametrize('look', ['exists', 'listed', 'opened'])
+def test_what_another_process_writes_is_seen(look, bucket):
+    """A client may remember listings of folders: a run's config.gin was missing where process 0 had just written it."""
+    bucket.mkdir()
+    (bucket / 'first').write_text('here')
+    looks = {
+        'exists': lambda path: path.exists(),
+        'listed': lambda path: path.name in [each.name for each in path.parent.iterdir()],
+        'opened': lambda path: bool(path.read_text()),
+    }
+    for name in ('second', 'folder/third'):
+        path = bucket / name
+        assert not path.exists() and list(bucket.iterdir()) and (bucket / 'first').exists()
+        write_as_another_process(path, b'text')
+        assert looks[look](path)
 
 
 def unavailable(*_, **__):

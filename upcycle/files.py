@@ -151,8 +151,25 @@ def unanswered(where: str | os.PathLike[str]) -> Iterator[None]:
             raise
 
 
+@functools.cache
+def _remember_no_listings() -> None:
+    """Tells the clients of fsspec that other processes write to buckets too; TensorFlow's client remembers no listings."""
+    if importlib.util.find_spec('fsspec') is not None:
+        import fsspec
+
+        for scheme in (*STORES, *STORES.values()):
+            fsspec.config.conf.setdefault(scheme, {})['use_listings_cache'] = False
+
+
 class _BucketPath(gpath.PosixGPath):
-    """A path in a bucket, for every library that asks `epath.Path`: each request is made patiently."""
+    """A path in a bucket, for every library that asks `epath.Path`: each request is made patiently, and none is answered from
+    memory.
+    """
+
+    @property
+    def _backend(self) -> Any:
+        _remember_no_listings()
+        return super()._backend
 
     def iterdir(self) -> Iterator[epath.Path]:
         return iter(patiently(lambda: list(super(_BucketPath, self).iterdir()), self))
