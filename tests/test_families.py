@@ -5,8 +5,10 @@ import re
 
 import pytest
 
+from upcycle.models.registry import FAMILIES
+
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'upcycle'
-WORDS = ('t5', 'vit', 'encoder', 'decoder', 'image', 'num_classes', 'pos_embedding')
+WORDS = (*FAMILIES, 'encoder', 'decoder', 'image', 'num_classes', 'pos_embedding')
 # A family's own folders, and the evaluators that declare their family.
 OWN = ('models/', 'checkpoints/', 'data/', 'evaluate/few_shot.py', 'evaluate/tasks.py')
 # Media types, containers of a cluster, and the name of a format on the command line.

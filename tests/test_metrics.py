@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -135,6 +136,15 @@ def test_everything_is_closed_where_a_file_cannot_be_written(tmp_path, monkeypat
     with pytest.raises(OSError, match='No space'):
         log.close()
     assert closed == ['events', 'mirror']
+
+
+def test_rows_of_different_lengths_are_written(tmp_path):
+    """Experts of few tokens have fewer typical ones."""
+    log = MetricsLog(str(tmp_path), None)
+    log.write(1, 'train', {'typical': [['1'], ['2', '3']], 'load': np.array([0.5, 0.25], np.float32)})
+    log.close()
+    (record,) = read_metrics(str(tmp_path / 'metrics.jsonl'))
+    assert (record['typical'], record['load']) == ([['1'], ['2', '3']], [0.5, 0.25])
 
 
 def test_logging_imports_no_tensorflow(tmp_path):

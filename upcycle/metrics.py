@@ -201,6 +201,8 @@ def plain(value: Any) -> Any:
     """JSON-able; a float keeps its shortest exact form."""
     if isinstance(value, str | bool | int | float) or value is None:
         return value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]  # rows of different lengths are no array
     array = np.asarray(value)
     return array.tolist() if array.ndim else array.item()
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests import runs, vision
 from tests.test_cli import call
-from upcycle.commands import train
+from upcycle.commands import evaluate, train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 
@@ -50,6 +50,14 @@ def test_a_checkpoint_without_its_folder_needs_the_files(dense, tmp_path, capsys
     logged = lines_of(dense, 'validation')[-1]
     (line,) = [line for line in out.splitlines() if line.split()[:2] == ['validation', 'accuracy']]
     assert float(line.split()[-1]) == pytest.approx(logged['accuracy'], rel=1e-5)
+
+
+def test_long_names_stand_apart_from_their_values():
+    metrics = {'validation': {'loss': 1.5, 'experts/fraction_tokens_left_behind': 0.0}}
+    _, *lines = evaluate._metrics_table(
+        {'checkpoint': 'x', 'format': 'upcycle', 'step': 4, 'metrics': metrics}
+    ).splitlines()
+    assert [line.split()[1:] for line in lines] == [['loss', '1.5'], ['experts/fraction_tokens_left_behind', '0']]
 
 
 def test_a_dense_checkpoint_is_evaluated_as_it_is_upcycled(dense, upcycled, capsys):

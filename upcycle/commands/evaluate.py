@@ -120,9 +120,12 @@ def _config_of(checkpoint: str) -> Iterator[str]:
 
 def _metrics_table(result: Mapping[str, Any]) -> str:
     """A line for every number; lists and the layers' own metrics stay in the JSON."""
+    rows = [
+        (split, name, value)
+        for split, metrics in result['metrics'].items()
+        for name, value in metrics.items()
+        if not isinstance(value, list) and (split == 'tasks' or name.count('/') < 2)
+    ]
+    width = max((len(name) for _, name, _ in rows), default=0) + 2
     lines = [f'{result["checkpoint"]}  format: {result["format"]}  step: {result["step"]}']
-    for split, metrics in result['metrics'].items():
-        for name, value in metrics.items():
-            if not isinstance(value, list) and (split == 'tasks' or name.count('/') < 2):
-                lines.append(f'{split:<12}{name:<32}{value:.6g}')
-    return '\n'.join(lines)
+    return '\n'.join([*lines, *(f'{split:<12}{name:<{width}}{value:.6g}' for split, name, value in rows)])

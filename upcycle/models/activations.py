@@ -28,7 +28,9 @@ def forward_and_activations(
       The sums over targets of `models.Model.forward`; for each path its activations.
     """
     # Layer by layer, since a loop's layers have no names to look at.
-    unrolled = dataclasses.replace(model.config, scan_layers=False, remat='none')
+    compiled = {'scan_layers': False, 'remat': 'none'}
+    fields = {field.name for field in dataclasses.fields(model.config)}
+    unrolled = dataclasses.replace(model.config, **{name: compiled[name] for name in compiled.keys() & fields})
     seen: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def look(call: Any, arguments: Any, named: Any, context: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from upcycle.errors import UserError
 from upcycle.models import Model, identify
+from upcycle.moe.config import MoEConfig
 
 
 class Difference(NamedTuple):
@@ -64,16 +65,16 @@ def _of_experts(model: Model, leaves: identify.Leaves) -> list[Difference]:
     }
     moe = next(iter(here.values()))
     if len(counts) == 1 and counts != {moe.num_experts}:
-        found.append(Difference(type(moe), 'num_experts', moe.num_experts, *counts))
+        found.append(Difference(MoEConfig, 'num_experts', moe.num_experts, *counts))
     places: dict[str, tuple[list[int], list[int]]] = {}
     for side, paths in enumerate((here, (path.removeprefix('params/') for path in there))):
         for layer in paths:
-            stack, number = layer.split('/')[0], re.search(r'_(\d+)/', layer)
-            if number is not None:
-                places.setdefault(stack, ([], []))[side].append(int(number[1]))
-    for stack, (ours, theirs) in places.items():
-        names = (f'{stack}_moe_layers', 'moe_layers')
-        field = next((name for name in names if hasattr(model.config, name)), None)
-        if field is not None and sorted(ours) != sorted(theirs):
+            number = re.search(r'_(\d+)/', layer)
+            names = (f'{layer.split("/")[0]}_moe_layers', 'moe_layers')
+            field = next((name for name in names if hasattr(model.config, name)), None)
+            if number is not None and field is not None:
+                places.setdefault(field, ([], []))[side].append(int(number[1]))
+    for field, (ours, theirs) in places.items():
+        if sorted(ours) != sorted(theirs):
             found.append(Difference(type(model.config), field, sorted(ours), sorted(theirs)))
     return found
