@@ -16,6 +16,8 @@ import typing
 from collections.abc import Iterator, Mapping
 
 from gin import config_parser
+from upcycle.moe.config import MoEConfig, settings
+from upcycle.moe.routers import ROUTERS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'macros.md'
@@ -157,14 +159,22 @@ def _annotation(kind: type, field: str) -> typing.Any:
 
 def _documented(kind: type, field: str) -> str:
     """What a dataclass's docstring says of a field, without the macro's name; of an enum, what its members mean."""
-    # A field may be inherited.
-    docstrings = '\n'.join(inspect.getdoc(each) or '' for each in kind.__mro__ if dataclasses.is_dataclass(each))
+    # A field may be inherited, and gin files set the fields of all routers by one name.
+    kinds = ROUTERS.values() if kind is MoEConfig else (kind,)
+    documented = dict.fromkeys(each for kind in kinds for each in kind.__mro__ if dataclasses.is_dataclass(each))
+    docstrings = '\n'.join(each.__doc__ and inspect.getdoc(each) for each in documented)
     for _, names, text in re.findall(r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', docstrings, re.MULTILINE):
         if field in names.split(', '):
             plain = re.sub(r'\s*\[[A-Z_0-9, ]+\]', '', ' '.join(text.split())).strip(' .')
             break
     else:
         plain = ''
+    if (
+        kind is MoEConfig
+        and field != 'router'
+        and (readers := [router for router, each in ROUTERS.items() if field in settings(each)]) != [*ROUTERS]
+    ):
+        plain += f'; read by the router{"s" * (len(readers) > 1)} {", ".join(readers)}'
     values = _annotation(kind, field)
     if isinstance(values, type) and issubclass(values, enum.Enum):
         title = (inspect.getdoc(values) or '').split('\n')[0].rstrip('.')

@@ -16,6 +16,7 @@ from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
 from upcycle.models.vit import ViTConfig
 from upcycle.moe.config import MoEConfig
+from upcycle.moe.routers.base import MoE
 
 # The sizes of the fixtures.
 FIXTURE_T5 = T5Config(
@@ -33,8 +34,9 @@ FEATURES = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_toke
 
 def with_moe(config: T5Config, **settings: Any) -> T5Config:
     """The same T5 with the paper's MoE layers: Expert Choice in the encoder, Top-2 in the decoder."""
-    moe = MoEConfig(**{'num_experts': 8, 'group_size': 4096, **settings})
-    return dataclasses.replace(config, encoder_moe=moe, decoder_moe=dataclasses.replace(moe, router='top_k'))
+    settings = {'num_experts': 8, 'group_size': 4096, **settings}
+    encoder, decoder = MoEConfig(**settings), MoEConfig(**settings | {'router': 'top_k'})
+    return dataclasses.replace(config, encoder_moe=encoder, decoder_moe=decoder)
 
 
 def flaxformer_moe(**settings: Any) -> T5Config:
@@ -138,7 +140,7 @@ def small_vit(**settings: Any) -> ViTConfig:
     return ViTConfig(**{**sizes, **settings})
 
 
-def vit_moe(**settings: Any) -> MoEConfig:
+def vit_moe(**settings: Any) -> MoE:
     """The paper's MoE layers for vision: Expert Choice with normalised weights."""
     return MoEConfig(
         **{'num_experts': 8, 'capacity_rule': 'vmoe', 'normalize_combine_weights': True, 'group_size': 1, **settings}

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from tests import runs
-from upcycle import cost
 
 requires_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "upcycle[tpu]"'
@@ -45,11 +44,11 @@ def test_the_account_of_a_tiny_run():
     exchanged = account['collectives']['all-to-all']
     assert exchanged['count'] == 8
     run = runs.build('scratch', 'unused', 1000, NUM_EXPERTS=8, BATCH_SIZE=16, GROUPS_MULTIPLE_OF=4, EMBED_DIM=128)
-    mesh = {'data': 1, 'expert': 4, 'model': 1}
     layers = run.model.moe_layers()
     tokens = {'encoder': 16 * 32, 'decoder': 16 * 9}
-    expected = sum(cost.all_to_all_bytes(moe, tokens[path.split('/')[0]], 128, mesh, 2) for path, moe in layers.items())
-    assert exchanged['operand_bytes'] == expected
+    slots = sum(moe.slots(tokens[path.split('/')[0]], training=True) for path, moe in layers.items())
+    # Out and back, forward and backward; 128 numbers of two bytes; a quarter of the slots on each of four devices.
+    assert exchanged['operand_bytes'] == 4 * slots * 128 * 2 / 4
     assert 'all-gather' not in account['collectives']
     assert account['matmul_flops'] == pytest.approx(account['analytic_flops'], rel=0.15)
     assert account['estimated_core_days'] > 0

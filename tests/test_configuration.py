@@ -20,7 +20,7 @@ from upcycle import configuration, gin_files, gin_values, run_config, schema
 from upcycle.commands import train
 from upcycle.errors import UserError, UserErrors, mistakes_of
 from upcycle.models.vit import Gelu
-from upcycle.moe.config import BalanceLoss
+from upcycle.moe.conventions import BalanceLoss
 from upcycle.sweep import conduct
 from upcycle.sweep.points import Point
 from upcycle.training.trainable import Trainable
@@ -65,10 +65,79 @@ def test_all_mistakes_at_once():
         assert words in text
 
 
+class TestSettingsOfOtherRouters:
+    """A recipe sets the fields of every router; what a user sets must be a field of one that was chosen."""
+
+    ALL_DENSE = {'ENCODER_ROUTER': 'dense', 'DECODER_ROUTER': 'dense'}
+
+    @pytest.mark.parametrize(
+        ('kind', 'more', 'words'),
+        [
+            ('scratch', {'ENCODER_FILL_ORDER': 'token_major'}, "'top_k' or 'dense' only, and the MoE layers have expert_choice:"),
+            ('scratch', {'SLOTS_PER_EXPERT': 1}, "'soft' only, and the MoE layers have expert_choice, top_k:"),
+            ('scratch', {'INFERENCE_THRESHOLD': 0.1}, "'dense' only"),
+            ('scratch', {'DECODER_MOE_LAYERS': 'none', 'BALANCE_BIAS_RATE': 0.1}, 'and the MoE layers have expert_choice:'),
+            ('scratch', {**ALL_DENSE, 'BALANCE_LOSS': 'switch'}, "'top_k' only"),
+            ('scratch', {**ALL_DENSE, 'DEFAULT_OUTPUT_DECAY': 0.9}, "'top_k' only, and the MoE layers have dense:"),
+            ('scratch', {'encoder/MoEConfig.gate_noise': 1.0}, "'top_k' only, and the MoE layers have expert_choice:"),
+            ('vit scratch', {'BALANCE_BIAS_RATE': 0.001}, "'top_k' only"),
+            ('vit scratch', {'ADAPTIVE_BALANCE': None}, "'top_k' only"),
+            ('vit scratch', {'BALANCE_LOSS': 'mutual_information'}, "'top_k' only"),
+            ('vit scratch', {'GATE_NOISE': 1.0}, "'top_k' only"),
+            ('vit scratch', {'NUM_SELECTED_EXPERTS': 1}, "'top_k' or 'dense' only"),
+            ('vit scratch', {'ROUTER': 'soft', 'GROUP_IMAGES': 1, 'DISPATCH': 'ragged'}, 'and the MoE layers have soft:'),
+            ('vit scratch', {'ROUTER': 'soft', 'GROUP_IMAGES': 1, 'ROUTER_LOGIT_NORMALIZATION': 1.0}, 'have soft:'),
+            ('vit scratch', {'ROUTER': 'merged', 'DISPATCH': 'ragged'}, 'and the MoE layers have merged:'),
+        ],
+    )  # fmt: skip
+    def test_are_refused_by_name(self, kind, more, words):
+        (found,) = wrong(kind, **more)
+        name = list(more)[-1]
+        assert found.startswith(f'--gin.{name}={more[name]} is read by the router ') and words in found
+
+    @pytest.mark.parametrize(
+        ('kind', 'more'),
+        [
+            ('scratch', {'ENCODER_ROUTER': 'soft', 'GROUP_SIZE': 32, 'SLOTS_PER_EXPERT': 4, 'BALANCE_BIAS_RATE': 0.1}),
+            ('scratch', {**ALL_DENSE, 'BALANCE_LOSS': 'mutual_information', 'INFERENCE_THRESHOLD': 0.1}),
+            ('scratch', {'DECODER_FILL_ORDER': 'choice_major'}),
+            ('vit scratch', {'ROUTER': 'top_k', 'GATE_NOISE': 1.0, 'NUM_SELECTED_EXPERTS': 3}),
+        ],
+    )  # fmt: skip
+    def test_are_read_by_one_that_was_chosen(self, kind, more):
+        runs.build(kind, '/nowhere', 6, **more)
+
+    def test_merged_layers_are_run_with_the_files_that_trained_them(self):
+        files = (*runs.FILES['vit scratch'], 'recipes/shared_experts.gin', 'recipes/merged.gin')
+        bindings = runs.bindings('vit scratch', '/nowhere', 6)
+        configuration.load(files, bindings)
+        (found,) = mistakes((*files[:-1], 'recipes/loss_free_balancing.gin', files[-1]), bindings)
+        assert found.startswith("BALANCE_BIAS_RATE = 0.001 is read by the router 'top_k' only")
+
+    @pytest.mark.parametrize(('line', 'refused'), [
+        ('SLOTS_PER_EXPERT = 1', False),
+        ('SLOTS_PER_EXPERT = 2', True),
+        ('MINE = 2\nSLOTS_PER_EXPERT = %MINE', True),
+        ("FILL_ORDER = 'priority'", False),
+        ("FILL_ORDER = 'choice_major'", True),
+        ('moe.MoEConfig.slots_per_expert = 2', True),
+        ('moe.MoEConfig.slots_per_expert = 1', False),
+    ])  # fmt: skip
+    def test_in_a_file_have_the_recipes_value(self, tmp_path, line, refused):
+        path = tmp_path / 'mine.gin'
+        path.write_text(f'from __gin__ import dynamic_registration\nfrom upcycle.moe import config as moe\n{line}\n')
+        files, bindings = (*runs.FILES['vit scratch'], str(path)), runs.bindings('vit scratch', '/nowhere', 6)
+        if not refused:
+            configuration.load(files, bindings)
+            return
+        (found,) = mistakes(files, bindings)
+        assert ' only, and the MoE layers have expert_choice: leave it out' in found
+
+
 def test_impossible_combinations_are_all_said():
-    more = {'ENCODER_ROUTER': 'top_k', 'NUM_SELECTED_EXPERTS': 9, 'JITTER_NOISE': 1.5, 'SHARED_WEIGHTS': 'xft'}
+    more = {'ENCODER_ROUTER': 'top_k', 'NUM_SELECTED_EXPERTS': 9, 'SHARED_WEIGHTS': 'xft'}
     found = wrong('scratch', **more)
-    assert [sentence.split(' ')[0] for sentence in found] == ['SHARED_WEIGHTS', 'JITTER_NOISE', 'NUM_SELECTED_EXPERTS']
+    assert [sentence.split(' ')[0] for sentence in found] == ['SHARED_WEIGHTS', 'NUM_SELECTED_EXPERTS']
 
 
 @pytest.mark.parametrize(

@@ -110,21 +110,6 @@ def test_reads_a_tpu_program():
     assert found['all-reduce'].wire_bytes == pytest.approx(2 * 64 * 128 * 4 * 7 / 8)
 
 
-def test_bytes_of_the_all_to_alls():
-    config = MoEConfig(num_experts=8, group_size=64)
-    mesh = {'data': 2, 'expert': 4, 'model': 2}
-    # 512 tokens, twice as many slots: 1024 x 128 numbers of 2 bytes over 16 devices, four times.
-    assert cost.all_to_all_bytes(config, 512, 128, mesh, 2) == 4 * 1024 * 128 * 2 / 16
-    assert cost.all_to_all_bytes(config, 512, 128, mesh, 2, repeated=True) == 6 * 1024 * 128 * 2 / 16
-    assert cost.all_to_all_bytes(config, 512, 128, {'data': 8, 'expert': 1, 'model': 1}, 2) == 0
-
-
-def test_what_crosses_no_all_to_all():
-    mesh = {'data': 2, 'expert': 4, 'model': 2}
-    for fields in ({'router': 'top_k', 'dispatch': 'ragged'}, {'router': 'merged'}):
-        assert cost.all_to_all_bytes(MoEConfig(num_experts=8, group_size=64, **fields), 512, 32, mesh, 2) == 0
-
-
 def test_flops_of_a_token():
     """Forward and backward add up to the step's; sparse layers cost what their slots do."""
     model, batch = EncoderDecoderModel(CONFIGS['gather']), random_batch()

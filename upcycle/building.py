@@ -11,6 +11,7 @@ from upcycle.gin_values import (
     UNSET,
     bindings_of,
     full_name,
+    innermost,
     is_reference,
     macro_of,
     macro_value,
@@ -40,6 +41,11 @@ class Builder:
     def made(self) -> Iterator[Any]:
         """Everything that could be made."""
         return (value for value in self._made.values() if value is not UNKNOWN)
+
+    def made_by(self, name: str) -> Any:
+        """What a configurable made, by its scoped full name; None where it made nothing."""
+        made = self._made.get(name)
+        return None if made is UNKNOWN else made
 
     def make(self, scopes: Sequence[str], target: Any) -> Any:
         """What a configurable makes of its bindings, once for each scope; `UNKNOWN` where a mistake is in the way."""
@@ -89,7 +95,7 @@ class Builder:
 
     def _argument(self, name: str, value: Any, target: Any, key: str) -> Any:
         """A parameter's value, its references made. A mistake names the macro that was set, where there is one."""
-        if (macro := self._innermost(value)) is not None:
+        if (macro := innermost(value)) is not None:
             name, value = macro, macro_value(macro)
         if not self._is_set(name, value):
             return UNKNOWN
@@ -103,16 +109,8 @@ class Builder:
 
     def _is_left_open(self, value: Any) -> bool:
         """Whether a value is a macro that the gin files leave to the command line."""
-        macro = self._innermost(value)
+        macro = innermost(value)
         return _is_required(value if macro is None else macro_value(macro))
-
-    def _innermost(self, value: Any) -> str | None:
-        """The macro that a chain of them ends in; None where the value is no macro."""
-        chain: list[str] = []
-        while (macro := macro_of(value)) and macro not in chain:
-            chain.append(macro)
-            value = macro_value(macro)
-        return chain[-1] if chain else None
 
     def _is_set(self, name: str, value: Any) -> bool:
         if macro_of(value):
@@ -140,13 +138,13 @@ class Builder:
     def _outline(self, reference: Any) -> Any:
         """A reference as a type sees it, nothing made."""
         if macro_of(reference):
-            macro = self._innermost(reference)
+            macro = innermost(reference)
             value = macro_value(macro)
             return self._each(value, self._outline) if self._is_set(macro, value) else UNKNOWN
         return schema.Made(reference.configurable.wrapped, reference.evaluate)
 
     def _call(self, reference: Any) -> Any:
-        if macro := self._innermost(reference):
+        if macro := innermost(reference):
             return self._each(macro_value(macro), self._call)
         target = reference.configurable.wrapped
         return self.make(reference.scopes, target) if reference.evaluate else reference.scoped_configurable_fn

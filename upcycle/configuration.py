@@ -1,16 +1,19 @@
 """gin: from files and command-line bindings to one checked `Run`, and to the text that says what was resolved."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
-from upcycle import aliases, gin_files
+from upcycle import aliases, gin_files, schema
 from upcycle.building import Builder
 from upcycle.errors import MissingData, UserError, refuse
 from upcycle.gin_files import nearest
-from upcycle.gin_values import full_name, macro_of, reachable, references, show
+from upcycle.gin_values import full_name, innermost, macro_of, reachable, references, show
 from upcycle.metrics import warn
 from upcycle.models.registry import EXAMPLE
+from upcycle.moe.config import MoEConfig, settings
+from upcycle.moe.routers import ROUTERS
+from upcycle.moe.routers.base import MoE, macro_of_field
 from upcycle.training.run import ModelRun, Run
 
 
@@ -60,6 +63,7 @@ def _load(names: Sequence[str], bindings: Mapping[str, str], kind: type[ModelRun
         *(() if family is None else gin_files.of_another_family(found.files, family)),
         *_unused(found, bindings, whole=not others),
         *_unknown_macros(found),
+        *_of_other_routers(found, bindings, builder, run),
         *builder.mistakes,
     ]
     if mistakes and set(mistakes) == set(builder.missing_data):
@@ -110,14 +114,12 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
     setters: set[str] = set()
     for selector, target, values in reachable():
         used_parameters |= {f'{selector}.{name}' for name in values}
-        scopes = selector.split('/')[:-1]
-        setters |= {f'{full_name(_setter(scopes, target, name), target)}.{name}' for name in values}
+        setters |= {_name_of_setter(selector, target, name) for name in values}
         for value in values.values():
             used_macros |= {macro for reference in references(value) if (macro := macro_of(reference))}
     for name in found.bound:
         if '.' in name:
-            *scopes, selector = name.split('/')
-            wanted = '/'.join([*scopes, _full_parameter(selector)])
+            wanted = _in_full(name)
             if wanted in setters:
                 continue
             if scoped := sorted(known for known in used_parameters if known.endswith('/' + wanted)):
@@ -133,14 +135,81 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
         yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: mend the name or leave it out.'
 
 
-def _setter(scopes: Sequence[str], target: Any, parameter: str) -> Sequence[str]:
-    """The scopes in which a parameter is bound that takes effect, of a configurable that is called in `scopes`."""
+def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], builder: Builder, run: Any) -> Iterator[str]:
+    """Settings of MoE layers that a user made and that the router of no layer has: recipes make those of every router.
+
+    Made on the command line, or in a file with another value than the recipe's. A run's own config.gin holds all settings.
+
+    Args:
+      found: what was read.
+      bindings: of the command line.
+      builder: that made the run.
+      run: that it made; `UNKNOWN`, and with it which layers there are, where mistakes were in the way.
+    """
+    kinds = (
+        {type(layer) for layer in run.model.moe_layers().values()} if isinstance(run, ModelRun) else ROUTERS.values()
+    )
+    chosen = {kind.router: kind for kind in kinds}
+    read: set[str] = set()
+    passed_over: dict[str, tuple[str, str]] = {}
+    routers: dict[str, set[str]] = {}
+    for selector, target, values in reachable():
+        layers = builder.made_by(selector)
+        for field, value in values.items():
+            setter = innermost(value) or _name_of_setter(selector, target, field)
+            if _is_read(layers, field, value, chosen):
+                read.add(setter)
+            else:
+                passed_over[setter] = field, show(value)
+                routers.setdefault(setter, set()).add(layers.router)
+    stored = any(name.rpartition('/')[2] == 'config.gin' for name in found.files)
+    for setter in sorted(passed_over.keys() - read):
+        field, text = passed_over[setter]
+        named = next((name for name in found.bound if setter in (name, _in_full(name))), None)
+        if named is not None:
+            label = f'--gin.{named}={bindings[named]}'
+        elif ('.' in setter and stored) or _may_stand_in_a_file(field, text, chosen.values()):
+            continue
+        else:
+            label = f'{setter} = {text}'
+        wanted = ' or '.join(f"'{router}'" for router, kind in ROUTERS.items() if field in settings(kind))
+        have = ', '.join(sorted(routers[setter] & chosen.keys() or chosen))
+        yield f'{label} is read by the router {wanted} only, and the MoE layers have {have}: leave it out, or change the router.'
+
+
+def _may_stand_in_a_file(field: str, text: str, chosen: Iterable[type[MoE]]) -> bool:
+    """Whether a file may set a field that no chosen router has: to a recipe's value, the default, or that of the run before."""
+    if any(field in kind.of_the_run_before for kind in chosen):
+        return True
+    values = [given for macro, given in gin_files.recipe_values().items() if macro.endswith(macro_of_field(field))]
+    usual = {schema.written(schema.parameters(MoEConfig)[field].default)}.union(*values)
+    return any(schema.same(text, value) for value in usual)
+
+
+def _is_read(made: Any, field: str, value: Any, chosen: Mapping[str, type[MoE]]) -> bool:
+    """Whether what was made reads a binding. MoE layers do where their router is a chosen one, and has or implies the setting."""
+    if not isinstance(made, MoE) or field == 'router':
+        return True
+    if field in made.implied:
+        return made.router in chosen and schema.same(show(value), schema.written(made.implied[field]))
+    return made.router in chosen and field in settings(type(made))
+
+
+def _in_full(name: str) -> str:
+    """A name of the command line, that of a parameter with its module."""
+    *scopes, parameter = name.split('/')
+    return '/'.join([*scopes, _full_parameter(parameter)]) if '.' in parameter else name
+
+
+def _name_of_setter(selector: str, target: Any, parameter: str) -> str:
+    """The full name of the binding that takes effect, in the scopes that it is in, of a configurable called by `selector`."""
+    scopes = selector.split('/')[:-1]
     while scopes:
         with gin.config_scope('/'.join(scopes)):
             if parameter in gin.get_bindings(target, resolve_references=False, inherit_scopes=False):
                 break
         scopes = scopes[:-1]
-    return scopes
+    return f'{full_name(scopes, target)}.{parameter}'
 
 
 def _full_parameter(selector_and_parameter: str) -> str:

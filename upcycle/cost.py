@@ -5,14 +5,13 @@ or activations.
 """
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax.traverse_util import flatten_dict
 
-from upcycle.moe.config import Dispatch, MoEConfig, RouterType
-from upcycle.moe.groups import capacity, num_groups
+from upcycle.moe.groups import num_groups
+from upcycle.moe.routers.base import MoE
 
 if TYPE_CHECKING:
     from upcycle.models import BatchSpec, Model
@@ -39,40 +38,26 @@ def mlp(tokens: int, width: int, mlp_width: int, matrices: int) -> float:
     return matrices * matmul(tokens, width, mlp_width)
 
 
-def moe(
-    config: MoEConfig, tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool
-) -> dict[str, float]:
+def moe(config: MoE, tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool) -> dict[str, float]:
     """FLOPs of one MoE layer: its router, its experts on every slot (full or not), the shared ones on every token, and the way
     there and back. `mlp_width` is that of a dense MLP.
     """
-    if config.router is RouterType.MERGED:
+    if not config.routes:
         return {'experts': mlp(tokens, width, mlp_width, matrices)}
-    rows = slots(config, tokens, training=training)
+    rows = config.slots(tokens, training=training)
     expert_width = config.expert_width(mlp_width)
-    soft = config.router is RouterType.SOFT
     parts = {
-        'router': matmul(tokens, width, config.num_experts * (config.slots_per_expert if soft else 1)),
+        'router': matmul(tokens, width, config.num_logits),
         'experts': mlp(rows, width, expert_width, matrices),
         'combine': 2.0 * rows * width,
     }
     if config.num_shared_experts:
         parts['shared_experts'] = mlp(tokens, width, config.num_shared_experts * expert_width, matrices)
-    if soft or config.dispatch is Dispatch.EINSUM:
+    if config.meets_every_slot:
         groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
         # Every token against every slot of its group, there and back.
         parts['combine'] = 2 * matmul(tokens, width, rows // groups)
     return parts
-
-
-def slots(config: MoEConfig, tokens: int, *, training: bool) -> int:
-    """Rows that the experts of one layer multiply: E x C in every group; K a token where nothing is dropped."""
-    config = config.when(training=training)
-    if config.router is RouterType.MERGED:
-        return tokens
-    if config.dispatch is Dispatch.RAGGED:
-        return tokens * config.num_selected_experts
-    groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
-    return groups * config.num_experts * capacity(config, tokens // groups, training=training)
 
 
 def forward_flops(model: 'Model', batch_spec: 'BatchSpec', *, training: bool) -> float:
@@ -92,27 +77,6 @@ def flops_per_token(model: 'Model', batch_spec: 'BatchSpec') -> dict[str, tuple[
     return {name: (flops / tokens, (TRAIN_OVER_FORWARD - 1) * flops / tokens) for name, flops in parts.items()}
 
 
-def all_to_all_bytes(
-    config: MoEConfig, tokens: int, width: int, mesh: Mapping[str, int], itemsize: int, *, repeated: bool = False
-) -> float:
-    """Bytes that one device puts into the all-to-alls of one MoE layer in a training step.
-
-    Slots go out and back, forward and backward.
-
-    Args:
-      config: the layer's.
-      tokens: of the whole batch.
-      width: D.
-      mesh: sizes of the axes `data`, `expert` and `model`; each device moves its own part of the width.
-      itemsize: bytes of a number on the network.
-      repeated: the forward ones happen again in the backward pass, as with REMAT = 'full'.
-    """
-    if mesh['expert'] == 1 or config.router is RouterType.MERGED or config.dispatch is Dispatch.RAGGED:
-        return 0.0  # `ragged` goes around a ring instead
-    share = mesh['data'] * mesh['expert'] * (mesh['model'] if width % mesh['model'] == 0 else 1)
-    return (6 if repeated else 4) * slots(config, tokens, training=True) * width * itemsize / share
-
-
 # Peak of a core of TPU v4, FLOP/s in bfloat16, and the share of it that estimates assume: the paper counts in days of such cores.
 TPU_V4_CORE = 137.5e12
 UTILIZATION = 0.4
@@ -128,7 +92,7 @@ def num_parameters(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def num_active_parameters(params: Any, moe_layers: dict[str, MoEConfig]) -> float:
+def num_active_parameters(params: Any, moe_layers: dict[str, MoE]) -> float:
     """Parameters that one token passes through: of the experts, K of E for Top-K, cf of E for Expert Choice, all for
     Soft MoE."""
     active = 0.0
@@ -136,13 +100,7 @@ def num_active_parameters(params: Any, moe_layers: dict[str, MoEConfig]) -> floa
         share = 1.0
         for layer, config in moe_layers.items():
             if path.startswith(f'{layer}/expert/'):
-                top_k = config.router in (RouterType.TOP_K, RouterType.DENSE)
-                per_token = config.num_selected_experts if top_k else config.train_capacity_factor
-                if config.router is RouterType.SOFT:
-                    per_token = config.num_experts
-                if config.router is RouterType.MERGED:
-                    per_token = 1
-                share = min(per_token / config.num_experts, 1.0)
+                share = min(config.active_experts / config.num_experts, 1.0)
         active += share * math.prod(leaf.shape)
     return active
 

@@ -13,8 +13,8 @@ from upcycle import aliases
 from upcycle.errors import UserError
 from upcycle.gin_files import one_line
 
-# The attribute of a dataclass that says which texts its fields may have in a file that nobody has named: a pattern for each
-# field whose value can choose code that is imported or downloaded.
+# The attribute of a dataclass, or of a function that makes some, that says which texts its fields may have in a file that nobody
+# has named: a pattern for each field whose value can choose code that is imported or downloaded.
 HARMLESS = 'harmless'
 _OUR_MODULE = re.compile(r'upcycle(\.[a-z]\w*)+')
 
@@ -108,7 +108,8 @@ def _danger_of(statement: Any, selectors: list[str]) -> str | None:
     return None
 
 
-def _our_dataclass(selector: str) -> type | None:
+def _our_dataclass(selector: str) -> Any:
+    """The dataclass of ours, or the function of ours that makes nothing else; None where it is neither."""
     module, _, name = aliases.current(selector).rpartition('.')
     if not _OUR_MODULE.fullmatch(module):
         return None
@@ -116,5 +117,6 @@ def _our_dataclass(selector: str) -> type | None:
         kind = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-    ours = inspect.isclass(kind) and dataclasses.is_dataclass(kind) and kind.__module__.startswith('upcycle.')
+    is_data = dataclasses.is_dataclass(kind) if inspect.isclass(kind) else hasattr(kind, HARMLESS)
+    ours = is_data and kind.__module__.startswith('upcycle.')
     return kind if ours else None

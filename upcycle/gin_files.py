@@ -37,6 +37,7 @@ BASE = 'base.gin'
 # A reference that could not be resolved, of which a mistake already tells.
 UNKNOWN = object()
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
+_VALUE = re.compile(r'^([A-Za-z_]\w*) = (.+?)(?:  #.*)?$', re.MULTILINE)
 _MACRO = re.compile(r'%([A-Za-z_]\w*)')
 # Of a macro or a parameter, with scopes: train/synthetic.SyntheticText.seed.
 _NAME = re.compile(r'[A-Za-z_][\w./]*')
@@ -107,6 +108,16 @@ def shipped() -> dict[str, str]:
     """Our own gin files: their text by their names below gin/."""
     folder = _gin_folder()
     return {str(path.relative_to(folder)): path.read_text('utf-8') for path in sorted(folder.rglob('*.gin'))}
+
+
+def recipe_values() -> dict[str, set[str]]:
+    """The values that our files of moe/ and surgery/, which serve every router, give each macro, as they are written there."""
+    found: dict[str, set[str]] = {}
+    for name, text in shipped().items():
+        if name.startswith(('moe/', 'surgery/')):
+            for macro, value in _VALUE.findall(text):
+                found.setdefault(macro, set()).add(value)
+    return found
 
 
 def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
@@ -326,7 +337,8 @@ class _Reader:
         """The classes that the file's imports bring, as it may call them."""
         for alias, module in self._context._symbol_table.items():
             for name, value in vars(module).items():
-                if inspect.isclass(value) and value.__module__.startswith('upcycle.'):
+                callable_here = inspect.isclass(value) or hasattr(value, 'harmless')
+                if callable_here and value.__module__.startswith('upcycle.'):
                     yield f'{alias}.{name}'
 
     def _note(self, mistake: str) -> None:

@@ -23,6 +23,15 @@ def macro_of(value: Any) -> str | None:
     return None
 
 
+def innermost(value: Any) -> str | None:
+    """The macro that a chain of them ends in; None where the value is no macro."""
+    chain: list[str] = []
+    while (macro := macro_of(value)) and macro not in chain:
+        chain.append(macro)
+        value = macro_value(macro)
+    return chain[-1] if chain else None
+
+
 def bindings_of(scopes: Sequence[str], target: Any) -> dict[str, Any]:
     """Bindings of a configurable in a scope, those of the outer scopes included."""
     with gin.config_scope('/'.join(scopes) or None):

@@ -14,7 +14,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -99,6 +99,20 @@ def fits(value: Any, hint: Any) -> bool:
     if inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
         return isinstance(value, str) and value in set(hint)
     return inspect.isclass(hint) and not _is_protocol(hint) and isinstance(value, hint)
+
+
+def misfits(values: Mapping[str, Any], target: Callable[..., Any], binding: Callable[[str], str]) -> Iterator[str]:
+    """A sentence for each value that is not of its parameter's type.
+
+    Args:
+      values: by the names of parameters.
+      target: a class or a function that takes them.
+      binding: from the name of a parameter to what a user sets.
+    """
+    for name, value in values.items():
+        hint = parameters(target)[name].annotation
+        if not fits(value, hint):
+            yield f'{binding(name)} = {shown(value)} must be {in_words(hint)}.'
 
 
 def in_words(hint: Any) -> str:

@@ -20,7 +20,6 @@ from timing import medians, table
 
 from upcycle.models.layers import MlpBlock
 from upcycle.moe.config import MoEConfig
-from upcycle.moe.groups import capacity
 from upcycle.moe.layer import MoELayer
 
 MLP = {'activations': ('gelu', 'linear'), 'dtype': jnp.float32}
@@ -49,7 +48,7 @@ def build_floor(config: MoEConfig, tokens: int, width: int, mlp_width: int):
         axis_size=config.num_experts,
         metadata_params={nn.PARTITION_NAME: 'expert'},
     )(**MLP, mlp_dim=mlp_width)
-    slots = capacity(config, tokens, training=True)
+    slots = config.capacity(tokens, training=True)
     x = jax.random.normal(jax.random.key(0), (config.num_experts, slots, width))
     params = nn.unbox(jax.jit(lambda key: experts.init(key, x, True))(jax.random.key(1)))['params']
 

@@ -12,6 +12,7 @@ from tests.small import image_batch, init, random_batch, small_t5, small_vit, vi
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
+from upcycle.moe.config import changed
 from upcycle.moe.routing import Choices, Routing
 
 SIZES = {'emb_dim': 32, 'mlp_dim': 64}
@@ -101,7 +102,7 @@ def test_of_an_image_model_the_kinds_are_labels():
 
 def test_layers_where_every_expert_reads_every_token_are_left_out():
     config = with_moe(small_t5(**SIZES), num_experts=4)
-    soft = dataclasses.replace(config.encoder_moe, router='soft', slots_per_expert=1)
+    soft = changed(config.encoder_moe, router='soft', slots_per_expert=1)
     model = EncoderDecoderModel(dataclasses.replace(config, encoder_moe=soft))
     assert token_statistics.layers_of(model) == ('decoder/layers_1/mlp',)
 

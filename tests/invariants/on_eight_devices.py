@@ -27,8 +27,8 @@ from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.moe.config import AdaptiveBalance, RouterType
-from upcycle.moe.groups import capacity, num_groups
+from upcycle.moe.conventions import AdaptiveBalance, RouterType
+from upcycle.moe.groups import num_groups
 from upcycle.moe.layer import Router
 from upcycle.training.step import TrainState, train_step
 
@@ -236,7 +236,7 @@ def _margin(moe, logits_BxLxE, real_BxL, bias_E):
     probs_GxSxE = jax.nn.softmax(logits_BxLxE).reshape(groups, -1, moe.num_experts)
     real_GxS = real_BxL.reshape(groups, -1)
     if moe.router is RouterType.EXPERT_CHOICE:
-        C = capacity(moe, probs_GxSxE.shape[1], training=True)
+        C = moe.capacity(probs_GxSxE.shape[1], training=True)
         sorted_GxExS = -jnp.sort(-jnp.where(real_GxS[..., None], probs_GxSxE, -1.0), axis=1)
         return (sorted_GxExS[:, C - 1] - sorted_GxExS[:, C]).min()
     sorted_GxSxE = -jnp.sort(-(probs_GxSxE + bias_E), axis=-1)

@@ -28,7 +28,7 @@ from upcycle.models.attention import relative_position_bucket
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.layers import Dropout
 from upcycle.models.t5 import T5Config, Transformer
-from upcycle.moe.config import MoEConfig
+from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.layer import METRICS
 
 INPUTS = FEATURES[:3]
@@ -134,7 +134,7 @@ class TestNames:
 
     def test_an_moe_differs_from_its_dense_model_in_the_sparse_mlps_only(self):
         moe = MoEConfig(num_experts=4)
-        config = dataclasses.replace(DENSE, encoder_moe=moe, decoder_moe=dataclasses.replace(moe, router='top_k'))
+        config = dataclasses.replace(DENSE, encoder_moe=moe, decoder_moe=changed(moe, router='top_k'))
         sparse, dense = (set(flatten_dict(parameters(c), sep='/')) for c in (config, config.dense()))
         assert {name.split('/mlp/')[0] for name in sparse ^ dense} == {'encoder/layers_1', 'decoder/layers_1'}
         assert {name.split('/mlp/')[1].split('/')[0] for name in sparse - dense} == {'expert', 'router'}
@@ -230,7 +230,7 @@ class TestPadding:
         config = DENSE
         if sparse:
             moe = MoEConfig(num_experts=4, eval_capacity_factor=4.0)
-            config = dataclasses.replace(DENSE, encoder_moe=moe, decoder_moe=dataclasses.replace(moe, router='top_k'))
+            config = dataclasses.replace(DENSE, encoder_moe=moe, decoder_moe=changed(moe, router='top_k'))
         batch = inputs()
         padded = batch | {'encoder_input_tokens': jnp.pad(batch['encoder_input_tokens'], ((0, 0), (0, 5)))}
         np.testing.assert_allclose(logits(config, padded), logits(config, batch), atol=1e-5)

@@ -352,11 +352,6 @@ def test_other_images_and_more_classes_are_refused():
         ImageClassifier(small_vit()).check_data(Data())
 
 
-def test_gate_noise_with_expert_choice_is_refused():
-    with pytest.raises(UserError, match='GATE_NOISE balances Top-K'):
-        vit_moe(gate_noise=1.0)
-
-
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 2**-7)])
 def test_the_layer_norm_and_its_gradient_are_those_of_flax(dtype, tolerance):
     rng = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from tests.moe.quick import jit
 from tests.small import init
 from upcycle.models.layers import LayerNorm, MlpBlock
 from upcycle.moe import state as moe_state
-from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, MoELayer, moe_metrics
+from upcycle.moe.routers.base import MoE
 from upcycle.training.step import TrainState, train_step
 
 B, L, D, F = 4, 8, 16, 32
@@ -22,7 +22,7 @@ BATCH = {'x': jnp.asarray(np.random.default_rng(0).normal(size=(B, L, D)), jnp.f
 
 
 class _Block(nn.Module):
-    config: MoEConfig
+    config: MoE
 
     @nn.compact
     def __call__(self, x_BxLxD, real_BxL, training):
@@ -32,7 +32,7 @@ class _Block(nn.Module):
 
 
 class _Stack(nn.Module):
-    config: MoEConfig
+    config: MoE
 
     @nn.compact
     def __call__(self, x_BxLxD, real_BxL, training):
@@ -43,7 +43,7 @@ class _Stack(nn.Module):
 class OneLayer:
     """See `upcycle.models.Model`; it learns to repeat its input. The last two tokens of odd rows are padding."""
 
-    moe: MoEConfig
+    moe: MoE
 
     def init(self, rng, batch_spec):
         """Fresh parameters, boxed."""

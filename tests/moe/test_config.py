@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UserError
-from upcycle.moe.config import MoEConfig, check_readers
-from upcycle.moe.groups import capacity, check_mixing, num_groups, sparse_layers
+from upcycle.moe.config import MoEConfig
+from upcycle.moe.groups import num_groups, sparse_layers
 
 
 class TestGroups:
@@ -73,7 +73,7 @@ class TestCapacity:
     )
     def test_known_values(self, rule, router, factor, num_experts, tokens, expected):
         config = MoEConfig(num_experts=num_experts, router=router, train_capacity_factor=factor, capacity_rule=rule)
-        assert capacity(config, tokens, training=True) == expected
+        assert config.capacity(tokens, training=True) == expected
 
     @pytest.mark.parametrize('seed', range(15))
     def test_is_the_definition_in_exact_arithmetic(self, seed):
@@ -95,15 +95,15 @@ class TestCapacity:
                 expected = math.ceil(Fraction(math.ceil(choices * exact), 4)) * 4
             else:
                 expected = max(round(exact), 4)
-            assert capacity(config, S, training=False) == min(expected, S), rule
+            assert config.capacity(S, training=False) == min(expected, S), rule
 
     def test_has_a_factor_for_training_and_one_for_evaluation(self):
         config = MoEConfig(num_experts=8, train_capacity_factor=1.0, eval_capacity_factor=2.0)
-        assert [capacity(config, 256, training=training) for training in (True, False)] == [32, 64]
+        assert [config.capacity(256, training=training) for training in (True, False)] == [32, 64]
 
     def test_minimum_is_a_setting(self):
         config = MoEConfig(num_experts=8, train_capacity_factor=1.0, min_capacity=1)
-        assert capacity(config, 16, training=True) == 2
+        assert config.capacity(16, training=True) == 2
 
 
 class TestSparseLayers:
@@ -141,24 +141,24 @@ class TestSparseLayers:
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'router': 'hash'}, "router = 'hash' is not one of expert_choice, top_k"),
-        ({'fill_order': 'random'}, "FILL_ORDER = 'random' is not one of token_major"),
-        ({'capacity_rule': 'gshard'}, "CAPACITY_RULE = 'gshard' is not one of flaxformer, vmoe"),
-        ({'route_padding': True}, 'ROUTE_PADDING = True is not one of skip'),
-        ({'dispatch': 'sort'}, "DISPATCH = 'sort' is not one of gather, einsum, ragged"),
+        ({'router': 'hash'}, "ROUTER = 'hash' is not one of expert_choice, top_k"),
+        ({'fill_order': 'random'}, "FILL_ORDER = 'random' must be one of token_major"),
+        ({'capacity_rule': 'gshard'}, "CAPACITY_RULE = 'gshard' must be one of flaxformer, vmoe"),
+        ({'route_padding': True}, 'ROUTE_PADDING = True must be one of skip'),
+        ({'dispatch': 'sort'}, "DISPATCH = 'sort' must be one of gather, einsum, ragged"),
         ({'dispatch': 'ragged'}, "DISPATCH = 'ragged' is dropless Top-K, and Expert Choice has"),
-        ({'network_dtype': 'int8'}, "NETWORK_DTYPE = 'int8' is not None, float32"),
+        ({'network_dtype': 'int8'}, "NETWORK_DTYPE = 'int8' must be one of float32, bfloat16, float16 or None"),
         ({'num_experts': 0}, 'NUM_EXPERTS = 0 must be'),
         ({'num_experts': 8.0}, 'NUM_EXPERTS = 8.0 must be a whole number'),
         ({'group_size': 0}, 'GROUP_SIZE = 0 must be'),
         ({'groups_multiple_of': 0}, 'GROUPS_MULTIPLE_OF = 0 must be'),
-        ({'train_capacity_factor': 0.0}, 'TRAIN_EXPERT_CAPACITY_FACTOR = 0.0 gives the experts no room'),
+        ({'train_capacity_factor': 0.0}, 'TRAIN_EXPERT_CAPACITY_FACTOR = 0.0 must be a number above 0'),
         ({'eval_capacity_factor': float('nan')}, 'EVAL_EXPERT_CAPACITY_FACTOR = nan'),
-        ({'jitter_noise': 1.0}, 'JITTER_NOISE = 1.0 must lie in'),
+        ({'jitter_noise': 1.0}, 'JITTER_NOISE = 1.0 must be a number in'),
         ({'granularity': 0}, 'EXPERT_GRANULARITY = 0 must be'),
-        ({'balance_bias_rate': -1.0}, 'BALANCE_BIAS_RATE = -1.0 must be at least 0'),
-        ({'logit_normalization': 0.0}, 'ROUTER_LOGIT_NORMALIZATION = 0.0 must be above 0'),
-        ({'router': 'top_k', 'default_output_decay': 1.0}, 'DEFAULT_OUTPUT_DECAY = 1.0 must lie in'),
+        ({'router': 'top_k', 'balance_bias_rate': -1.0}, 'BALANCE_BIAS_RATE = -1.0 must be a number of at least 0'),
+        ({'logit_normalization': 0.0}, 'ROUTER_LOGIT_NORMALIZATION = 0.0 must be a number above 0 or None'),
+        ({'router': 'top_k', 'default_output_decay': 1.0}, 'DEFAULT_OUTPUT_DECAY = 1.0 must be a number in'),
         (
             {'router': 'top_k', 'default_output_decay': 0.9, 'normalize_combine_weights': True},
             'turn NORMALIZE_COMBINE_WEIGHTS and',
@@ -168,19 +168,14 @@ class TestSparseLayers:
             "which DISPATCH = 'ragged' does not keep",
         ),
         ({'router': 'top_k', 'adaptive_balance': {}, 'dispatch': 'ragged'}, "DISPATCH = 'ragged' drops nothing"),
-        ({'router': 'merged', 'dispatch': 'ragged'}, "the router 'merged' routes nothing"),
         ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts that are parts'),
-        ({'router': 'merged', 'merged_shared_weight': 2}, 'AVERAGE_SHARED_WEIGHT = 2 must lie'),
+        ({'router': 'merged', 'merged_shared_weight': 2}, 'AVERAGE_SHARED_WEIGHT = 2 must be a number in'),
         ({'router': 'dense', 'dispatch': 'ragged'}, "the router 'dense' trains every expert"),
-        ({'router': 'dense', 'balance_bias_rate': 0.1}, "BALANCE_BIAS_RATE follows what Top-K chooses .* 'dense'"),
-        ({'router': 'dense', 'default_output_decay': 0.9}, 'DEFAULT_OUTPUT_DECAY follows what Top-K'),
-        ({'router': 'dense', 'adaptive_balance': {}}, 'ADAPTIVE_BALANCE follows what Top-K'),
-        ({'router': 'top_k', 'adaptive_balance': {'decay': 1.5}}, 'ADAPTIVE_BALANCE_DECAY = 1.5 must lie in'),
-        ({'router': 'soft', 'logit_normalization': 1.0}, "the router 'soft' has none"),
+        ({'router': 'top_k', 'adaptive_balance': {'decay': 1.5}}, 'ADAPTIVE_BALANCE_DECAY = 1.5 must be a number in'),
         ({'router': 'top_k', 'logit_normalization': 1.0, 'gate_noise': 1.0}, "GATE_NOISE has the logits' own scale"),
         ({'router': 'dense', 'inference_threshold': 1.0}, 'INFERENCE_THRESHOLD = 1.0 must lie between'),
         ({'num_shared_experts': -1}, 'NUM_SHARED_EXPERTS = -1 must be'),
-        ({'shared_weights': 'half'}, "SHARED_WEIGHTS = 'half' is not one of one, xft"),
+        ({'shared_weights': 'half'}, "SHARED_WEIGHTS = 'half' must be one of one, xft"),
         ({'shared_weights': 'xft'}, "SHARED_WEIGHTS = 'xft' needs a shared expert"),
         (
             {'shared_weights': 'xft', 'num_shared_experts': 1, 'normalize_combine_weights': True},
@@ -189,7 +184,7 @@ class TestSparseLayers:
         ({'causal': True}, "^ROUTER = 'expert_choice' .* leaks the future"),
         (
             {'router': 'top_k', 'num_selected_experts': 0},
-            'NUM_SELECTED_EXPERTS = 0 must lie between 1 and NUM_EXPERTS = 8',
+            'NUM_SELECTED_EXPERTS = 0 must be a whole number of at least 1',
         ),
         ({'router': 'top_k', 'num_selected_experts': 9}, 'NUM_SELECTED_EXPERTS = 9 must lie'),
         (
@@ -204,30 +199,12 @@ def test_refusals_name_the_binding(fields, message):
         MoEConfig(**({'num_experts': 8} | fields))
 
 
-@pytest.mark.parametrize(
-    'fields',
-    [
-        {'balance_bias_rate': 0.1},
-        {'adaptive_balance': {}},
-        {'default_output_decay': 0.9},
-        {'balance_loss': 'mutual_information'},
-        {'inference_threshold': 0.1},
-    ],
-)
-def test_what_no_layer_reads_is_refused(fields):
-    layer = MoEConfig(8, **fields)
-    (mistake,) = check_readers([layer])
-    assert mistake.startswith(next(iter(fields)).upper()) and 'the MoE layers have expert_choice' in mistake
-    reader = MoEConfig(8, router='dense' if 'inference_threshold' in fields else 'top_k', **fields)
-    assert not list(check_readers([layer, reader])) and not list(check_readers([]))
-
-
 def test_soft_moe_mixes_no_two_examples():
     soft = MoEConfig(8, router='soft', group_size=512)
-    check_mixing(soft, num_tokens=8 * 512, length=512, way_out='')
-    check_mixing(MoEConfig(8), num_tokens=8 * 32, length=32, way_out='')
+    soft.check_examples(num_tokens=8 * 512, length=512, way_out='')
+    MoEConfig(8).check_examples(num_tokens=8 * 32, length=32, way_out='')
     with pytest.raises(UserError, match='groups are of 256 tokens, an example has 32. Set GROUP_SIZE = 32'):
-        check_mixing(soft, num_tokens=8 * 32, length=32, way_out='GROUP_SIZE = 32')
+        soft.check_examples(num_tokens=8 * 32, length=32, way_out='GROUP_SIZE = 32')
 
 
 def test_an_expert_is_so_many_times_narrower():

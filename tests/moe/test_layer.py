@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from tests.moe.quick import jit, random_params
 from upcycle.errors import UserError
 from upcycle.models.layers import MlpBlock
-from upcycle.moe.config import MoEConfig
+from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.dispatch import masks
 from upcycle.moe.layer import METRICS, MoELayer
 from upcycle.moe.routing import covered_tokens, token_sums
@@ -21,7 +21,7 @@ from upcycle.moe.routing import covered_tokens, token_sums
 B, L, D, F, E = 4, 12, 16, 32, 4
 MLP = {'mlp_dim': F, 'dtype': jnp.float32}
 EXPERT_CHOICE = MoEConfig(num_experts=E, train_capacity_factor=0.75, eval_capacity_factor=0.75, min_capacity=1)
-TOP_2 = dataclasses.replace(EXPERT_CHOICE, router='top_k')
+TOP_2 = changed(EXPERT_CHOICE, router='top_k')
 REAL = jnp.ones((B, L), bool)
 
 
@@ -337,7 +337,7 @@ class TestSharedExperts:
         ],
     )
     def test_xfts_weights(self, router, dispatch, factor):
-        config = dataclasses.replace(
+        config = changed(
             EXPERT_CHOICE,
             router=router,
             dispatch=dispatch,
@@ -371,6 +371,11 @@ class TestSharedExperts:
         grads = jit(jax.grad(loss))(shared_params())
         assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
         assert all(np.abs(grad).max() > 0 for grad in jax.tree.leaves(grads))
+
+    def test_need_arguments(self):
+        layer = MoELayer(dataclasses.replace(TOP_2, num_shared_experts=1), MlpBlock, MLP)
+        with pytest.raises(ValueError, match='no shared_arguments'):
+            jax.eval_shape(lambda: layer.init(jax.random.key(0), tokens(), REAL, training=False))
 
     def test_are_one_mlp(self):
         names = set(flatten_dict(shared_params(), sep='/'))

@@ -1,6 +1,5 @@
 """Routers and dispatch against the slow obvious definitions, in plain Python."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle.moe.config import CapacityRule, Dispatch, FillOrder, MoEConfig, RoutePadding
+from upcycle.moe.config import MoEConfig, changed
+from upcycle.moe.conventions import CapacityRule, Dispatch, FillOrder, RoutePadding
 from upcycle.moe.dispatch import combine, dispatch, masks
-from upcycle.moe.groups import capacity
-from upcycle.moe.router import route
 from upcycle.moe.routing import covered_tokens, token_sums
 
 E = 4
@@ -95,7 +93,7 @@ def run(config):
     x_GxSxD, target_GxSxD = jnp.asarray(rng.normal(size=(2, G, S, 6)), jnp.float32)
 
     def layer(x_GxSxD, logits_GxSxE, how):
-        routing, metrics = route(logits_GxSxE, real_GxS, config, capacity(config, S, training=True))
+        routing, metrics = config.route(logits_GxSxE, real_GxS, config.capacity(S, training=True))
         y_ExGxCxD = jnp.tanh(
             dispatch(x_GxSxD, routing, how, config.experts_of_a_token) * jnp.arange(1.0, E + 1)[:, None, None, None]
         )
@@ -114,7 +112,7 @@ def run(config):
 def test_routing_is_the_slow_definition(config):
     logits_GxSxE, real_GxS = case()
     (_, (_, routing, metrics)), _ = jax.tree.map(np.asarray, run(config)['gather'])
-    C = capacity(config, S, training=True)
+    C = config.capacity(S, training=True)
     probs_GxSxE = np.asarray(jax.nn.softmax(logits_GxSxE))
     assert routing.token_GxExC.shape == (G, E, C)
     seen = {g: slow_group(probs_GxSxE[g], np.asarray(real_GxS)[g], config, C) for g in range(G)}
@@ -170,7 +168,7 @@ def test_einsum_equals_gather(config):
 
 def test_masks_are_one_hot():
     config = MoEConfig(num_experts=E, router='top_k', train_capacity_factor=1.0)
-    routing, _ = jit(functools.partial(route, config=config, capacity=3))(*case())
+    routing, _ = jit(functools.partial(config.route, capacity=3))(*case())
     mask_GxSxExC, combine_GxSxExC = (np.asarray(mask) for mask in masks(routing, S))
     assert mask_GxSxExC.sum(axis=1).max() == 1
     np.testing.assert_allclose(combine_GxSxExC.sum(axis=(2, 3)), token_sums(routing, S), atol=1e-6)
@@ -185,7 +183,7 @@ class TestCausality:
 
     def weight_of_token_0(self, fill_order):
         config = MoEConfig(num_experts=2, router='top_k', fill_order=fill_order)
-        routed = jit(functools.partial(route, config=config, capacity=1))
+        routed = jit(functools.partial(config.route, capacity=1))
         for logits in self.worlds:
             routing, _ = routed(jnp.array([logits]), jnp.ones((1, 2), bool))
             yield float(token_sums(routing, 2)[0, 0])
@@ -205,7 +203,7 @@ class TestPadding:
     @pytest.mark.parametrize(('router', 'fill_order'), ROUTERS)
     def test_routing_and_metrics_are_those_of_the_real_tokens(self, router, fill_order):
         config = MoEConfig(num_experts=E, router=router, fill_order=fill_order, normalize_combine_weights=True)
-        routed = jit(functools.partial(route, config=config, capacity=3))
+        routed = jit(functools.partial(config.route, capacity=3))
         rng = np.random.default_rng(3)
         n = 7
         logits_1xNxE = jnp.asarray(rng.normal(size=(1, n, E)), jnp.float32)
@@ -227,7 +225,7 @@ class TestPadding:
         config = MoEConfig(num_experts=E, router=router, fill_order=fill_order)
         logits_GxSxE, _ = case()
         real_GxS = jnp.zeros((G, S), bool).at[0, 5].set(True)  # group 1 is padding only
-        routing, metrics = jit(functools.partial(route, config=config, capacity=8))(logits_GxSxE, real_GxS)
+        routing, metrics = jit(functools.partial(config.route, capacity=8))(logits_GxSxE, real_GxS)
         assert set(np.unique(routing.token_GxExC)) == {5, S}
         assert not np.asarray(routing.weight_GxExC)[1].any()
         assert all(np.isfinite(value).all() for value in metrics.values())
@@ -248,7 +246,7 @@ def test_no_gradient_is_nan(router, fill_order):
     real_GxS = real_GxS.at[2].set(False)
 
     def total(logits_GxSxE):
-        routing, metrics = route(logits_GxSxE, real_GxS, config, 1)
+        routing, metrics = config.route(logits_GxSxE, real_GxS, 1)
         scalars = metrics['auxiliary_loss'] + metrics['router_z_loss']
         return (routing.weight_GxExC * jnp.arange(1.0, E + 1)[:, None]).sum() + scalars, routing
 
@@ -265,7 +263,7 @@ def test_normalizing_a_vanishing_weight():
     @jit
     @jax.value_and_grad
     def last_weight(logits):
-        routing, _ = route(logits, jnp.ones((1, 2), bool), config, 1)
+        routing, _ = config.route(logits, jnp.ones((1, 2), bool), 1)
         return routing.weight_GxExC[0, 1, 0]
 
     for gap, weight in ((0.0, 1.0), (30.0, 1.0), (60.0, 0.0), (200.0, 0.0)):
@@ -277,10 +275,10 @@ def test_normalizing_a_vanishing_weight():
 def test_metrics_have_no_gradient():
     """Only the two losses do: a metric must not move the router."""
     logits_GxSxE, real_GxS = case()
-    config = dataclasses.replace(MoEConfig(num_experts=E), router='top_k')
+    config = changed(MoEConfig(num_experts=E), router='top_k')
 
     def total(logits):
-        _, metrics = route(logits, real_GxS, config, 3)
+        _, metrics = config.route(logits, real_GxS, 3)
         return sum(jnp.sum(value) for key, value in metrics.items() if key not in ('auxiliary_loss', 'router_z_loss'))
 
     assert not np.asarray(jit(jax.grad(total))(logits_GxSxE)).any()
@@ -290,6 +288,6 @@ def test_router_maths_is_float32():
     config = MoEConfig(num_experts=E)
     logits_GxSxE, real_GxS = case()
     routing, metrics = jax.eval_shape(
-        functools.partial(route, config=config, capacity=3), logits_GxSxE.astype(jnp.bfloat16), real_GxS
+        functools.partial(config.route, capacity=3), logits_GxSxE.astype(jnp.bfloat16), real_GxS
     )
     assert {routing.weight_GxExC.dtype, *(value.dtype for value in metrics.values())} == {jnp.dtype('float32')}

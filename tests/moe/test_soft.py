@@ -96,7 +96,6 @@ def test_every_parameter_has_a_gradient():
     ('fields', 'message'),
     [
         ({'causal': True}, "^ROUTER = 'soft' mixes every token with later ones"),
-        ({'dispatch': 'ragged'}, "the router 'soft' has slots: use 'gather'"),
         ({'slots_per_expert': 0}, 'SLOTS_PER_EXPERT = 0 must be'),
         ({'shared_weights': 'xft', 'num_shared_experts': 1}, "the router 'soft' leaves nothing: use 'one'"),
     ],

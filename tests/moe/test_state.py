@@ -12,18 +12,27 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tests.moe import one_layer
 from tests.moe.quick import jit, random_params
 from upcycle.models.layers import MlpBlock
-from upcycle.moe import router
 from upcycle.moe import state as moe_state
-from upcycle.moe.config import AdaptiveBalance, MoEConfig, RoutePadding
+from upcycle.moe.config import MoEConfig, changed
+from upcycle.moe.conventions import AdaptiveBalance, RoutePadding
 from upcycle.moe.dispatch import masks
-from upcycle.moe.groups import capacity
 from upcycle.moe.layer import METRICS, MoELayer
 from upcycle.training.optimizer import Adafactor
 
 E = 4
+
+
 # Config and capacity are static; one program for a router, not one for each of its operations.
-route = jit(router.route, static_argnums=(2, 3))
-route_dropless = jit(router.route_dropless, static_argnums=2)
+@functools.partial(jit, static_argnums=(2, 3))
+def route(logits_GxSxE, real_GxS, config, capacity, bias_E=None):
+    return config.route(logits_GxSxE, real_GxS, capacity, bias_E=bias_E)
+
+
+@functools.partial(jit, static_argnums=2)
+def route_dropless(logits_GxSxE, real_GxS, config, bias_E=None):
+    return config.route_dropless(logits_GxSxE, real_GxS, bias_E)
+
+
 OPTIMIZER = Adafactor()
 BIAS, WEIGHT = (f'{one_layer.MLP}/router_state/{name}' for name in ('bias', 'loss_weight'))
 SEEN = 'experts/layers_0'
@@ -47,7 +56,7 @@ def stepped(model, steps=1, microbatches=1, change=lambda flat: flat):
 def test_most_layers_have_none():
     params = one_layer.start(model_of(), OPTIMIZER).params
     assert moe_state.split(params) == (params, {})
-    assert moe_state.shapes(MoEConfig(E, balance_bias_rate=0.1), 32) == {}  # Expert Choice
+    assert MoEConfig(E, balance_bias_rate=0.1).state_shapes(32) == {}  # Expert Choice
 
 
 class TestBias:
@@ -109,7 +118,7 @@ class TestLossWeight:
         dropped = float(metrics[f'{SEEN}/fraction_dropped'])
         assert dropped > 0.1
         np.testing.assert_allclose(after[WEIGHT], 0.1 * min(0.5 * dropped, 0.2), rtol=1e-5)
-        assert moe_state.shapes(MoEConfig(E, adaptive_balance=self.how), 16) == {}  # Expert Choice drops nothing
+        assert MoEConfig(E, adaptive_balance=self.how).state_shapes(16) == {}  # Expert Choice drops nothing
 
     def test_it_weighs_the_loss(self):
         model = model_of(adaptive_balance=self.how)
@@ -135,12 +144,12 @@ def test_logits_are_normalised():
     centred = np.asarray(logits_GxSxE) - np.asarray(logits_GxSxE).mean(axis=-1, keepdims=True)
     expected = 1.5 * centred / centred.std(axis=-1, keepdims=True)
     plain = dataclasses.replace(config, logit_normalization=None)
-    for which in (config, dataclasses.replace(config, router='expert_choice')):
-        same = dataclasses.replace(plain, router=which.router)
+    for which in (config, changed(config, router='expert_choice')):
+        same = changed(plain, router=which.router)
         made, wanted = route(logits_GxSxE, real_GxS, which, 8)[0], route(jnp.asarray(expected), real_GxS, same, 8)[0]
         np.testing.assert_array_equal(made.token_GxExC, wanted.token_GxExC)
         np.testing.assert_allclose(made.weight_GxExC, wanted.weight_GxExC, rtol=1e-4)
-    grads = jit(jax.grad(lambda z: router.route(z, real_GxS, config, 8)[0].weight_GxExC.sum()))(0 * logits_GxSxE)
+    grads = jit(jax.grad(lambda z: config.route(z, real_GxS, 8)[0].weight_GxExC.sum()))(0 * logits_GxSxE)
     assert np.isfinite(grads).all()
 
 
@@ -240,7 +249,7 @@ class TestDenseTraining:
 
     def route(self, config, training):
         config = config.when(training=training)
-        return route(self.logits_GxSxE, self.real_GxS, config, capacity(config, 16, training=training))
+        return route(self.logits_GxSxE, self.real_GxS, config, config.capacity(16, training=training))
 
     def test_everybody_takes_everybody_in_training(self):
         routing, metrics = self.route(self.config, True)
@@ -248,11 +257,11 @@ class TestDenseTraining:
         expected = jax.nn.softmax(self.logits_GxSxE) * self.real_GxS[..., None]
         np.testing.assert_allclose(combine_GxSxExC.sum(axis=-1), expected, atol=1e-7)
         np.testing.assert_allclose(metrics['fraction_tokens_left_behind'], 0, atol=1e-6)
-        mutual = dataclasses.replace(self.config, router='top_k', balance_loss='mutual_information')
+        mutual = changed(self.config, router='top_k', balance_loss='mutual_information')
         np.testing.assert_allclose(metrics['auxiliary_loss'], self.route(mutual, True)[1]['auxiliary_loss'], rtol=1e-6)
 
     def test_top_k_at_inference(self):
-        top_2 = dataclasses.replace(self.config, router='top_k')
+        top_2 = changed(self.config, router='top_k')
         for made, wanted in zip(self.route(self.config, False)[0], self.route(top_2, False)[0], strict=True):
             np.testing.assert_array_equal(made, wanted)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from upcycle.evaluate import validation
 from upcycle.models import Model, Params
-from upcycle.moe.config import RouterType, SharedWeights
 
 # Batches of the evaluation split that are looked at.
 BATCHES = 4
@@ -29,10 +28,7 @@ def quality_at_step_0(
     """
     # A single expert with normalised weights has weight 1: that is no router, and no configuration of ours; nor is a shared
     # expert to which normalised weights leave nothing.
-    single = any(
-        (moe.router is RouterType.TOP_K and moe.num_selected_experts == 1) or moe.shared_weights is SharedWeights.XFT
-        for moe in model.moe_layers().values()
-    )
+    single = not all(moe.can_normalize for moe in model.moe_layers().values())
     out = []
     for factor, normalized in itertools.product(factors, (False,) if single else (False, True)):
         variant = model.with_moe(eval_capacity_factor=float(factor), normalize_combine_weights=normalized)

@@ -10,19 +10,16 @@ import jax.numpy as jnp
 
 from upcycle.models import Model, Params
 from upcycle.models.activations import forward_and_activations
-from upcycle.moe.config import RouterType
 from upcycle.moe.routing import Choices, Routing
 
 Batch = Mapping[str, jax.Array]
 # Typical tokens of an expert that are logged.
 TYPICAL = 5
-# Of the others every expert reads every token.
-ASSIGNING = (RouterType.EXPERT_CHOICE, RouterType.TOP_K)
 
 
 def layers_of(model: Model) -> tuple[str, ...]:
     """Paths of the layers whose routers assign tokens to experts."""
-    return tuple(path for path, moe in model.moe_layers().items() if moe.router in ASSIGNING)
+    return tuple(path for path, moe in model.moe_layers().items() if moe.assigns)
 
 
 def compiled(model: Model) -> Callable[[Params, Batch], dict[str, jax.Array]]:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 from upcycle import schema
 from upcycle.errors import UserError
-from upcycle.moe.config import MoEConfig
+from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.layer import METRICS, moe_metrics
 
 
 class BaseModel:
     """Members of `Model` for a frozen dataclass with the fields `config`, `aux_loss_factor` and `router_z_loss_factor`.
 
-    A family sets `moe_fields`, the fields of its configuration that hold a `MoEConfig`; each configuration has `dense()`.
+    A family sets `moe_fields`, the fields of its configuration that hold a `MoE`; each configuration has `dense()`.
     """
 
     lacking: ClassVar[tuple[str, ...]] = ()
@@ -55,7 +55,7 @@ class BaseModel:
     def with_moe(self, **changes: Any) -> Self:
         """The same model with other MoE conventions; see `models.Model`."""
         stacks = {name: moe for name in self.moe_fields if (moe := getattr(self.config, name)) is not None}
-        return self._with_config(**{name: dataclasses.replace(moe, **changes) for name, moe in stacks.items()})
+        return self._with_config(**{name: changed(moe, **changes) for name, moe in stacks.items()})
 
     def saved(self, description: Mapping[str, Any]) -> Self:
         """The model that a checkpoint's metadata describes, with this one's losses; see `models.Model`."""

@@ -17,9 +17,8 @@ from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.t5 import T5Config, Transformer, moe_layer
-from upcycle.moe.config import MoEConfig
-from upcycle.moe.groups import check_mixing
 from upcycle.moe.layer import METRICS
+from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
@@ -183,7 +182,7 @@ class EncoderDecoderModel(BaseModel):
                     flops[f'{stack}/{part}'] = flops.get(f'{stack}/{part}', 0.0) + count
         return flops
 
-    def moe_layers(self) -> dict[str, MoEConfig]:
+    def moe_layers(self) -> dict[str, MoE]:
         """The MoE layers by the path of their parameters."""
         return {
             f'{stack}/layers_{i}/mlp': moe
@@ -223,7 +222,7 @@ class EncoderDecoderModel(BaseModel):
             raise UserError('the model is a T5, and TRAIN_DATASET or EVAL_DATASET holds no text: name a task of text.')
         for moe in filter(None, self.config.layer_moe('encoder')):
             batch, length = data.batch_spec()['encoder_input_tokens'][0]
-            check_mixing(moe, batch * length, length, f'GROUP_SIZE = {length}')
+            moe.check_examples(batch * length, length, f'GROUP_SIZE = {length}')
         size = getattr(data, 'vocabulary_size', None)
         if size is not None and size > self.config.vocab_size:
             raise UserError(

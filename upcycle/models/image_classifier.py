@@ -16,9 +16,8 @@ from upcycle.models.base import BaseModel, told
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
-from upcycle.moe.config import MoEConfig
-from upcycle.moe.groups import check_mixing
 from upcycle.moe.layer import METRICS
+from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural
 
 Batch = Mapping[str, jax.Array]
@@ -211,7 +210,7 @@ class ImageClassifier(BaseModel):
             head += 2 * cost.matmul(images, c.emb_dim, c.emb_dim) + cost.mlp(images, c.emb_dim, c.mlp_dim, matrices=2)
         return flops | {'head': head}
 
-    def moe_layers(self) -> dict[str, MoEConfig]:
+    def moe_layers(self) -> dict[str, MoE]:
         """The MoE layers by the path of their parameters."""
         return {
             f'Transformer/encoderblock_{i}/MlpBlock_0': moe
@@ -252,7 +251,7 @@ class ImageClassifier(BaseModel):
             )
         c = self.config
         for moe in self.moe_layers().values():
-            check_mixing(moe, data.batch_spec()['image'][0][0] * c.num_tokens, c.num_tokens, 'GROUP_IMAGES = 1')
+            moe.check_examples(data.batch_spec()['image'][0][0] * c.num_tokens, c.num_tokens, 'GROUP_IMAGES = 1')
         shape = getattr(data, 'image_shape', None)
         if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):
             raise UserError(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
     import jax
 
-    from upcycle.moe.config import MoEConfig
+    from upcycle.moe.routers.base import MoE
 
 Params = Mapping[str, Any]
 BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -116,12 +116,12 @@ class Model(Protocol):
         """The same model with every MoE layer a dense MLP again."""
 
     def with_moe(self, **changes: Any) -> 'Model':
-        """The same model with these fields of every `MoEConfig` changed."""
+        """The same model with these fields of all MoE layers changed, where their router has them."""
 
     def saved(self, description: Mapping[str, Any]) -> 'Model':
         """The model that a checkpoint's metadata describes, the JSON of `describe`, with this one's losses."""
 
-    def moe_layers(self) -> 'dict[str, MoEConfig]':
+    def moe_layers(self) -> 'dict[str, MoE]':
         """The MoE layers by the path of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
 
     def num_tokens(self, batch_spec: BatchSpec) -> int:

@@ -21,9 +21,9 @@ from upcycle.models.attention import (
 )
 from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
-from upcycle.moe.config import MoEConfig, looks_ahead
 from upcycle.moe.groups import sparse_layers
 from upcycle.moe.layer import MoELayer, apply_mlp
+from upcycle.moe.routers.base import MoE
 from upcycle.schema import Count, Depth, Rate, shown
 
 
@@ -72,8 +72,8 @@ class T5Config:
     zero_padded_activations: bool = False
     remat: Remat = Remat.NONE
     scan_layers: bool = False
-    encoder_moe: MoEConfig | None = None
-    decoder_moe: MoEConfig | None = None
+    encoder_moe: MoE | None = None
+    decoder_moe: MoE | None = None
     encoder_moe_layers: str | Sequence[int] = 'every_other'
     decoder_moe_layers: str | Sequence[int] = 'every_other'
 
@@ -96,12 +96,12 @@ class T5Config:
                 if moe is not None:
                     moe.expert_width(self.mlp_dim)
         if self.decoder_moe is not None and not self.decoder_moe.causal:
-            refuse(looks_ahead(self.decoder_moe, 'DECODER_'))
+            refuse(self.decoder_moe.looks_ahead('DECODER_'))
             object.__setattr__(self, 'decoder_moe', dataclasses.replace(self.decoder_moe, causal=True))
         if self.dtype not in ('float32', 'bfloat16', 'float16'):
             raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
 
-    def layer_moe(self, stack: str) -> tuple[MoEConfig | None, ...]:
+    def layer_moe(self, stack: str) -> tuple[MoE | None, ...]:
         """For each layer of the 'encoder' or 'decoder', its MoE, or None where the MLP is dense."""
         moe = getattr(self, f'{stack}_moe')
         depth = getattr(self, f'num_{stack}_layers')
@@ -124,7 +124,7 @@ def _mlp_arguments(config: T5Config) -> dict[str, Any]:
     }
 
 
-def moe_layer(config: T5Config, moe: MoEConfig, name: str | None = None) -> MoELayer:
+def moe_layer(config: T5Config, moe: MoE, name: str | None = None) -> MoELayer:
     """The MoE layer that stands in for an MLP: its experts are that MLP."""
     arguments = _mlp_arguments(config)
     arguments |= {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', 'dropout_broadcast_axis': None}
@@ -137,7 +137,7 @@ def moe_layer(config: T5Config, moe: MoEConfig, name: str | None = None) -> MoEL
     return MoELayer(moe, MlpBlock, arguments, shared, name=name)
 
 
-def _mlp(config: T5Config, moe: MoEConfig | None) -> nn.Module:
+def _mlp(config: T5Config, moe: MoE | None) -> nn.Module:
     if moe is None:
         return MlpBlock(**_mlp_arguments(config), name='mlp')
     return moe_layer(config, moe, name='mlp')
@@ -168,7 +168,7 @@ class EncoderLayer(nn.Module):
     """Pre-norm self-attention, then MLP or MoE. `bias` is that of the stack, None where each layer has its own."""
 
     config: T5Config
-    moe: MoEConfig | None
+    moe: MoE | None
 
     @nn.compact
     def __call__(
@@ -190,7 +190,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm causal self-attention, attention to the encoder, then MLP or MoE. `bias`: see `EncoderLayer`."""
 
     config: T5Config
-    moe: MoEConfig | None
+    moe: MoE | None
 
     @nn.compact
     def __call__(

@@ -23,9 +23,9 @@ from upcycle.models.layers import Dense, Dropout
 from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
-from upcycle.moe.config import MoEConfig
 from upcycle.moe.groups import sparse_layers
 from upcycle.moe.layer import MoELayer
+from upcycle.moe.routers.base import MoE
 from upcycle.schema import Count, Depth, Positive, Rate
 
 _xavier_init = nn.initializers.xavier_uniform()
@@ -98,7 +98,7 @@ class ViTConfig:
     stochastic_depth: float = 0.0
     remat: Remat = Remat.NONE
     scan_layers: bool = False
-    moe: MoEConfig | None = None
+    moe: MoE | None = None
     moe_layers: str | Sequence[int] = 'last_half'
     group_images: int = 8
 
@@ -144,7 +144,7 @@ class ViTConfig:
         """L: patches of an image, and the class token if there is one."""
         return self.grid**2 + (self.pooling is Pooling.TOKEN)
 
-    def layer_moe(self) -> tuple[MoEConfig | None, ...]:
+    def layer_moe(self) -> tuple[MoE | None, ...]:
         """For each block its MoE, or None where the MLP is dense."""
         if self.moe is None:
             return (None,) * self.num_layers
@@ -214,7 +214,7 @@ class EncoderBlock(nn.Module):
     """Pre-norm self-attention, then MLP or MoE. `kind` is its MoE and the probability that an image skips a branch."""
 
     config: ViTConfig
-    kind: tuple[MoEConfig | None, float]
+    kind: tuple[MoE | None, float]
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
@@ -372,7 +372,7 @@ def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
     }
 
 
-def moe_layer(config: ViTConfig, moe: MoEConfig, name: str | None = None) -> MoELayer:
+def moe_layer(config: ViTConfig, moe: MoE, name: str | None = None) -> MoELayer:
     """The MoE layer that stands in for an MLP: its experts are that MLP."""
     arguments = _mlp_arguments(config) | {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
     if config.expert_dropout_rate is not None:

@@ -13,9 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from upcycle.moe.config import MoEConfig
 from upcycle.moe.dispatch import combine, dispatch
-from upcycle.moe.router import mix, route
+from upcycle.moe.routers.base import Assigning, Routed
+from upcycle.moe.routers.soft import Soft
 from upcycle.moe.routing import Mixing, Routing, here
 
 DATA, EXPERT, MODEL = 'data', 'expert', 'model'
@@ -26,7 +26,7 @@ def dispatch_tokens(
     x_BxLxD: jax.Array,
     logits_BxLxE: jax.Array,
     real_BxL: jax.Array,
-    config: MoEConfig,
+    config: Assigning,
     groups: int,
     capacity: int,
     mesh: AbstractMesh | None,
@@ -54,7 +54,7 @@ def dispatch_tokens(
         G = groups // shards
         D, E = x_BxLxD.shape[-1], logits_BxLxE.shape[-1]
         logits_GxSxE, real_GxS = logits_BxLxE.reshape(G, -1, E), real_BxL.reshape(G, -1)
-        routing, metrics = route(logits_GxSxE, real_GxS, config, capacity, across, bias_E)
+        routing, metrics = config.route(logits_GxSxE, real_GxS, capacity, across, bias_E)
         x_ExGxCxD = dispatch(x_BxLxD.reshape(G, -1, D), routing, config.dispatch, config.experts_of_a_token)
         return _all_to_all(x_ExGxCxD, 0, 1, config, mesh), routing, metrics
 
@@ -71,7 +71,7 @@ def dispatch_tokens(
 
 
 def combine_outputs(
-    y_ExGxCxD: jax.Array, routing: Routing, shape: tuple[int, int, int], config: MoEConfig, mesh: AbstractMesh | None
+    y_ExGxCxD: jax.Array, routing: Routing, shape: tuple[int, int, int], config: Assigning, mesh: AbstractMesh | None
 ) -> jax.Array:
     """Takes the experts' outputs back to their tokens, and adds them up.
 
@@ -116,7 +116,7 @@ def dispatch_mixed(
     x_BxLxD: jax.Array,
     logits_BxLxN: jax.Array,
     real_BxL: jax.Array,
-    config: MoEConfig,
+    config: Soft,
     groups: int,
     mesh: AbstractMesh | None,
 ) -> tuple[jax.Array, Mixing, dict[str, jax.Array]]:
@@ -126,7 +126,7 @@ def dispatch_mixed(
 
     def local(x_BxLxD, logits_BxLxN, real_BxL):
         G, D, N = groups // shards, x_BxLxD.shape[-1], logits_BxLxN.shape[-1]
-        mixing, metrics = mix(logits_BxLxN.reshape(G, -1, N), real_BxL.reshape(G, -1), config, across)
+        mixing, metrics = config.mix(logits_BxLxN.reshape(G, -1, N), real_BxL.reshape(G, -1), across)
         x_GxSxD = x_BxLxD.reshape(G, -1, D).astype(jnp.float32)
         x_GxNxD = jnp.einsum('gsd,gsn->gnd', x_GxSxD, mixing.dispatch_GxSxN).astype(x_BxLxD.dtype)
         x_ExGxCxD = x_GxNxD.reshape(G, config.num_experts, -1, D).swapaxes(0, 1)
@@ -145,7 +145,7 @@ def dispatch_mixed(
 
 
 def combine_mixed(
-    y_ExGxCxD: jax.Array, mixing: Mixing, shape: tuple[int, int, int], config: MoEConfig, mesh: AbstractMesh | None
+    y_ExGxCxD: jax.Array, mixing: Mixing, shape: tuple[int, int, int], config: Soft, mesh: AbstractMesh | None
 ) -> jax.Array:
     """Soft MoE's `combine_outputs`: tokens are means over the slots of their group."""
 
@@ -173,7 +173,7 @@ def _width_axis(mesh: AbstractMesh, width: int) -> str | None:
 
 
 def _all_to_all(
-    x: jax.Array, split_axis: int, concat_axis: int, config: MoEConfig, mesh: AbstractMesh | None
+    x: jax.Array, split_axis: int, concat_axis: int, config: Routed, mesh: AbstractMesh | None
 ) -> jax.Array:
     if mesh is None or mesh.shape[EXPERT] == 1:
         return x

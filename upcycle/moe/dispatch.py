@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from upcycle.moe.config import Dispatch
+from upcycle.moe.conventions import Dispatch
 from upcycle.moe.routing import Routing
 
 

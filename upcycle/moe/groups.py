@@ -3,9 +3,12 @@
 import math
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from upcycle.errors import UserError
-from upcycle.moe.config import CapacityRule, MoEConfig, RouterType
+
+if TYPE_CHECKING:
+    from upcycle.moe.routers.base import MoE
 
 
 def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> tuple[int, ...]:
@@ -66,7 +69,7 @@ def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
     return multiple_of * min(n for n in (*small, *(per_multiple // n for n in small)) if n >= at_least)
 
 
-def microbatch_groups(config: MoEConfig, num_tokens: int) -> int:
+def microbatch_groups(config: 'MoE', num_tokens: int) -> int:
     """Groups in a microbatch of that many tokens: those of the whole batch, cut at group boundaries.
 
     Raises:
@@ -89,48 +92,4 @@ def check_groups(groups: int, shards: int) -> None:
             f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
             f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
             'or use fewer devices there.'
-        )
-
-
-def capacity(config: MoEConfig, tokens_per_group: int, *, training: bool) -> int:
-    """C: slots of one expert for one group, at most S.
-
-    The two originals' rules: flaxformer `moe_layers.py` (K is not multiplied in) and vmoe `nn/routing.py`.
-    """
-    if config.when(training=training).router is RouterType.DENSE:
-        return tokens_per_group
-    if config.router is RouterType.SOFT:
-        return config.slots_per_expert
-    factor = config.train_capacity_factor if training else config.eval_capacity_factor
-    if config.capacity_rule is CapacityRule.FLAXFORMER:
-        slots = max(round(factor * tokens_per_group / config.num_experts), config.min_capacity)
-    else:
-        choices = config.num_selected_experts if config.router is RouterType.TOP_K else 1
-        exact = factor * choices * tokens_per_group / config.num_experts
-        # A product such as 1.1 * 40 lands a hair above the integer: do not let that cost a slot.
-        slots = -(-round(exact * 1e6) // 1_000_000)
-        slots = -(-slots // 4) * 4
-    return min(slots, tokens_per_group)
-
-
-def check_mixing(config: MoEConfig, num_tokens: int, length: int, way_out: str) -> None:
-    """Refuses Soft MoE whose groups hold parts of several examples: a slot is a mean over all tokens of its group, so that an
-    output would depend on the other examples of the batch.
-
-    Args:
-      config: of the layer.
-      num_tokens: of a batch.
-      length: of an example, in tokens.
-      way_out: the binding that makes groups of whole examples.
-
-    Raises:
-      UserError: they do.
-    """
-    if config.router is not RouterType.SOFT:
-        return
-    size = num_tokens // num_groups(num_tokens, config.group_size, config.groups_multiple_of)
-    if length % size:
-        raise UserError(
-            f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
-            f'{way_out}.'
         )

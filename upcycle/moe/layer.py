@@ -14,14 +14,13 @@ from jax.sharding import AbstractMesh
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import all_to_all, ragged
-from upcycle.moe.config import BalanceLoss, Dispatch, MoEConfig, RouterType, SharedWeights
-from upcycle.moe.groups import capacity, check_groups, microbatch_groups
-from upcycle.moe.losses import importance_load_loss
-from upcycle.moe.router import probabilities, route_dropless
+from upcycle.moe.groups import check_groups, microbatch_groups
+from upcycle.moe.routers.base import MoE, Routed
+from upcycle.moe.routers.merged import Merged
+from upcycle.moe.routers.soft import Soft
 from upcycle.moe.routing import CHOSEN, Choices, Mixing, Routing, token_sums
 from upcycle.moe.state import NAME as STATE
 from upcycle.moe.state import OUTPUT_COUNT, OUTPUT_SUM, RouterState
-from upcycle.moe.state import shapes as state_shapes
 
 # The variable collection that one layer's routing metrics are written to.
 METRICS = 'moe_metrics'
@@ -67,7 +66,7 @@ class _Cosines(nn.Module):
 class Router(nn.Module):
     """Jitter, then logits: (B, L, D) -> (B, L, E) in float32, linear; of Soft MoE (B, L, E * C), scaled cosines."""
 
-    config: MoEConfig
+    config: Routed
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *, training: bool) -> jax.Array:
@@ -78,11 +77,11 @@ class Router(nn.Module):
             x_BxLxD *= jax.random.uniform(
                 self.make_rng('jitter'), x_BxLxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
             )
-        if config.router is RouterType.SOFT:
-            slots = config.num_experts * config.slots_per_expert
+        weights = RouterWeights(config.num_logits, config.router_init_stddev, config.cosine, name='router_weights')
+        if config.cosine:
             scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ()), (), jnp.float32)
-            return scale * RouterWeights(slots, config.router_init_stddev, unit=True, name='router_weights')(x_BxLxD)
-        return RouterWeights(config.num_experts, config.router_init_stddev, name='router_weights')(x_BxLxD)
+            return scale * weights(x_BxLxD)
+        return weights(x_BxLxD)
 
 
 class MoELayer(nn.Module):
@@ -90,12 +89,13 @@ class MoELayer(nn.Module):
 
     Attributes:
       config: router, capacity and conventions.
-      expert: the class of the dense MLP; it is mapped over a leading expert axis, so an expert *is* the dense MLP.
+      expert: the class of the dense MLP, called as (x, training); it is mapped over a leading expert axis, so an expert *is* the
+        dense MLP. Where nothing is dropped it is called once for all experts, with `group_sizes` and `rngs`.
       expert_arguments: its constructor's arguments.
       shared_arguments: those of the MLP that is all shared experts; None: there are none.
     """
 
-    config: MoEConfig
+    config: MoE
     expert: type[nn.Module]
     expert_arguments: Mapping[str, Any]
     shared_arguments: Mapping[str, Any] | None = None
@@ -118,6 +118,8 @@ class MoELayer(nn.Module):
           UserError: the tokens cannot be cut into the groups asked for, or the groups not dealt out to the mesh.
         """
         config = self.config.when(training=training)
+        if config.num_shared_experts and self.shared_arguments is None:
+            raise ValueError('num_shared_experts is set, and the layer has no shared_arguments to make them of.')
         B, L, D = x_BxLxD.shape
         mesh = partitioning.current_mesh()
         shards = partitioning.batch_shards(mesh)
@@ -128,11 +130,11 @@ class MoELayer(nn.Module):
             mesh = mesh if B % shards == 0 else None
         else:
             G = microbatch_groups(config, B * L)
-            C = capacity(config, B * L // G, training=training)
+            C = None if not config.routes else config.capacity(B * L // G, training=training)
             check_groups(G, shards)
-        if config.router is RouterType.MERGED:
+        if isinstance(config, Merged):
             return self._merged(x_BxLxD, real_BxL, training)
-        if config.router is RouterType.SOFT:
+        if isinstance(config, Soft):
             logits_BxLxN = Router(config, name='router')(x_BxLxD, training=training)
             x_ExGxCxD, mixing, metrics = all_to_all.dispatch_mixed(x_BxLxD, logits_BxLxN, real_BxL, config, G, mesh)
             self._log(metrics, mixing, None, {})
@@ -140,17 +142,15 @@ class MoELayer(nn.Module):
             y_BxLxD = all_to_all.combine_mixed(y_ExGxCxD, mixing, (B, L, D), config, mesh)
             return self._with_shared(y_BxLxD, x_BxLxD, mixing, training)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
-        if training and config.gate_noise > 0:
+        if training and config.noise_stddev > 0:
             noise_BxLxE = jax.random.normal(self.make_rng('jitter'), logits_BxLxE.shape)
-            logits_BxLxE = logits_BxLxE + config.gate_noise / config.num_experts * noise_BxLxE
+            logits_BxLxE = logits_BxLxE + config.noise_stddev * noise_BxLxE
         state = {}
-        if state_shapes(config, D):
+        if config.state_shapes(D):
             state = RouterState(config, name=STATE)(D)
-        balance = None
-        if config.router is RouterType.TOP_K and config.balance_loss is BalanceLoss.IMPORTANCE_LOAD:
-            by_group = (x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL))
-            balance = importance_load_loss(*by_group, config)
-        if config.dispatch is Dispatch.RAGGED and not self.is_initializing():
+        by_group = (x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL))
+        balance = config.balance_loss_of(*by_group)
+        if config.dropless and not self.is_initializing():
             y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
@@ -166,7 +166,7 @@ class MoELayer(nn.Module):
             y_ExGxCxD -= default_ExD[:, None, None].astype(y_ExGxCxD.dtype)
         y_BxLxD = all_to_all.combine_outputs(y_ExGxCxD, routing, (B, L, D), config, mesh)
         if default_ExD is not None:
-            y_BxLxD += (probabilities(logits_BxLxE, real_BxL, config) @ default_ExD).astype(y_BxLxD.dtype)
+            y_BxLxD += (config.probabilities(logits_BxLxE, real_BxL) @ default_ExD).astype(y_BxLxD.dtype)
         return self._with_shared(y_BxLxD, x_BxLxD, routing, training)
 
     def _merged(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
@@ -215,8 +215,7 @@ class MoELayer(nn.Module):
         weight_BxL = token_sums(routing, x_BxLxD.shape[0] * x_BxLxD.shape[1] // routing[0].shape[0])
         weight_BxL = weight_BxL.reshape(x_BxLxD.shape[:2])
         if self.shared_arguments is not None:
-            xft = self.config.shared_weights is SharedWeights.XFT
-            shared_BxL = 1.0 - weight_BxL if xft else jnp.ones_like(weight_BxL)
+            shared_BxL = 1.0 - weight_BxL if self.config.leaves_the_rest else jnp.ones_like(weight_BxL)
             shared_BxLxD = self.expert(**self.shared_arguments, name='shared')(x_BxLxD, training)
             y_BxLxD += shared_BxLxD * shared_BxL[..., None].astype(y_BxLxD.dtype)
             weight_BxL += shared_BxL
@@ -242,8 +241,8 @@ class MoELayer(nn.Module):
                 "EXPERT_DROPOUT_RATE = 0, or use 'gather'."
             )
         # Groups only matter to the balance loss, which is a mean over them; routing is token by token.
-        choices, metrics = route_dropless(
-            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), self.config, state.get('bias')
+        choices, metrics = self.config.route_dropless(
+            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), state.get('bias')
         )
         self._log(metrics, choices, balance, state)
         K = self.config.num_selected_experts

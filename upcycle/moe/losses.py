@@ -1,13 +1,18 @@
 """Balance losses of routers, and what the log says of a routing."""
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from upcycle.moe.config import BalanceLoss, MoEConfig, RoutePadding
+from upcycle.moe.conventions import BalanceLoss, RoutePadding
 from upcycle.moe.routing import Across, Tokens, decided, normalized_logits
 
+if TYPE_CHECKING:
+    from upcycle.moe.routers.top_k import TopK
 
-def auxiliary_loss_of(tokens: Tokens, expert_GxSxK: jax.Array, config: MoEConfig, across: Across) -> jax.Array:
+
+def auxiliary_loss_of(tokens: Tokens, expert_GxSxK: jax.Array, config: 'TopK', across: Across) -> jax.Array:
     """Top-K's balance loss; V-MoE's is the layer's business, since it needs logits with and without noise."""
     if config.balance_loss is BalanceLoss.MUTUAL_INFORMATION:
         return mutual_information_loss(tokens, across)
@@ -45,7 +50,7 @@ def _load_balancing_loss(tokens: Tokens, expert_GxSxK: jax.Array, across: Across
 
 
 def importance_load_loss(
-    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig
+    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array, config: 'TopK'
 ) -> jax.Array:
     """V-MoE's balance losses, the mean over groups: squared coefficients of variation over experts (Riquelme et al. 2021, A.2).
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from upcycle.moe.all_to_all import BATCH, DATA, EXPERT
-from upcycle.moe.config import MoEConfig
+from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
 
 # (expert parameters, rows sorted by expert, rows of each expert) -> rows; the rows after the last run are garbage.
@@ -21,7 +21,7 @@ Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def apply_experts(
-    experts: Experts, params: Any, x_BxLxD: jax.Array, choices: Choices, config: MoEConfig, mesh: AbstractMesh | None
+    experts: Experts, params: Any, x_BxLxD: jax.Array, choices: Choices, config: TopK, mesh: AbstractMesh | None
 ) -> jax.Array:
     """The weighted sum of each token's experts.
 
@@ -92,7 +92,7 @@ def _ring(
     x_NxD: jax.Array,
     expert_NxK: jax.Array,
     weight_NxK: jax.Array,
-    config: MoEConfig,
+    config: TopK,
     shards: int,
 ) -> jax.Array:
     num_experts = config.num_experts // shards

@@ -1,13 +1,16 @@
 """What a router decides: which token is in which slot, and with what weight; and the probabilities that it starts from."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from upcycle.moe.config import MoEConfig, RoutePadding
+from upcycle.moe.conventions import RoutePadding
+
+if TYPE_CHECKING:
+    from upcycle.moe.routers.base import Assigning
 
 
 class Routing(NamedTuple):
@@ -60,7 +63,7 @@ def here(x: jax.Array) -> jax.Array:
 
 
 class Tokens(NamedTuple):
-    """What both routers start from: probabilities, who may take a slot, and who counts in the losses' means."""
+    """What routers start from: probabilities, who may take a slot, and who counts in the losses' means."""
 
     logits_GxSxE: jax.Array
     probs_GxSxE: jax.Array
@@ -68,7 +71,7 @@ class Tokens(NamedTuple):
     in_loss_GxS: jax.Array
 
 
-def prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) -> Tokens:
+def prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: 'Assigning') -> Tokens:
     logits_GxSxE = normalized_logits(logits_GxSxE.astype(jnp.float32), config)
     probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
     everything_GxS = jnp.ones_like(real_GxS)
@@ -83,7 +86,7 @@ def prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: MoEConfig) -> 
     )
 
 
-def normalized_logits(logits_GxSxE: jax.Array, config: MoEConfig) -> jax.Array:
+def normalized_logits(logits_GxSxE: jax.Array, config: 'Assigning') -> jax.Array:
     """Centred and divided by their deviation, where that is asked for (Wei et al. 2024, arXiv 2406.06563, section 3.1)."""
     if config.logit_normalization is None:
         return logits_GxSxE
@@ -116,3 +119,49 @@ def covered_tokens(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.
     if isinstance(routing, Choices):
         return (routing.weight_GxSxK > 0).any(axis=-1)
     return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(routing.token_GxExC)
+
+
+def weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
+    """The routing of the tokens in the slots: each weighs what its expert's probability is, an empty slot 0."""
+
+    def one(token_ExC: jax.Array, probs_SxE: jax.Array) -> jax.Array:
+        expert_Ex1 = jnp.arange(probs_SxE.shape[-1])[:, None]
+        return probs_SxE.at[token_ExC, expert_Ex1].get(mode='fill', fill_value=0.0)
+
+    return Routing(token_GxExC, jax.vmap(one)(token_GxExC, probs_GxSxE))
+
+
+def normalize(routing: Routing, num_tokens: int) -> Routing:
+    """Divides a token's weights by their sum, so that a covered token's weights add up to 1 (paper, section 3.1).
+
+    The floor keeps the gradient finite, which divides by the square of the sum: a saturated router can leave a token to an expert
+    at a probability whose square is 0 in float32. Such a token fades out.
+    """
+    sum_GxS = token_sums(routing, num_tokens)
+    sum_GxExC = jax.vmap(lambda sums, token: sums.at[token].get(mode='fill', fill_value=1.0))(
+        sum_GxS, routing.token_GxExC
+    )
+    return routing._replace(weight_GxExC=routing.weight_GxExC / jnp.maximum(sum_GxExC, 1e-18))
+
+
+def leave_the_rest(routing: Routing, num_tokens: int) -> Routing:
+    """XFT's weights (Ding et al. 2024, arXiv 2404.15247, section 3.1): the largest of a token's weights, shared out by a softmax
+    over all of them. A shared expert gets the rest of 1, and so all of it where no expert took the token.
+    """
+
+    def over_tokens(slots_GxExC: jax.Array, reduce: str = 'add') -> jax.Array:
+        """Sum or maximum over each token's slots, back in its slots."""
+
+        def one(token_ExC, slots_ExC):
+            per_token = getattr(jnp.zeros(num_tokens).at[token_ExC], reduce)(slots_ExC, mode='drop')
+            return per_token.at[token_ExC].get(mode='fill', fill_value=1.0)
+
+        return jax.vmap(one)(routing.token_GxExC, slots_GxExC)
+
+    weight_GxExC = routing.weight_GxExC
+    # A scattered maximum has no gradient: find where it is, then take it from there.
+    is_largest_GxExC = weight_GxExC >= over_tokens(jax.lax.stop_gradient(weight_GxExC), 'max')
+    largest_GxExC = over_tokens(weight_GxExC * is_largest_GxExC) / over_tokens(is_largest_GxExC.astype(jnp.float32))
+    share_GxExC = jnp.exp(weight_GxExC) / over_tokens(jnp.exp(weight_GxExC))
+    used_GxExC = routing.token_GxExC < num_tokens
+    return routing._replace(weight_GxExC=jnp.where(used_GxExC, share_GxExC * largest_GxExC, 0.0))

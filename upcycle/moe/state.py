@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from upcycle.moe.config import MoEConfig, RouterType
+from upcycle.moe.routers.base import MoE
 from upcycle.moe.routing import CHOSEN
 
 NAME = 'router_state'
@@ -20,28 +20,15 @@ NAME = 'router_state'
 OUTPUT_SUM, OUTPUT_COUNT = 'output_sum', 'output_count'
 
 
-def shapes(config: MoEConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """What a layer of this configuration keeps, for tokens of that width; {} for most."""
-    kept: dict[str, tuple[int, ...]] = {}
-    if config.router is RouterType.TOP_K:
-        if config.balance_bias_rate:
-            kept['bias'] = (config.num_experts,)
-        if config.adaptive_balance is not None:
-            kept['loss_weight'] = ()
-        if config.default_output_decay is not None:
-            kept['default_output'] = (config.num_experts, width)
-    return kept
-
-
 class RouterState(nn.Module):
     """The layer's leaves by name."""
 
-    config: MoEConfig
+    config: MoE
 
     @nn.compact
     def __call__(self, width: int) -> dict[str, jax.Array]:
         found = {}
-        for name, shape in shapes(self.config, width).items():
+        for name, shape in self.config.state_shapes(width).items():
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,) * len(shape))
             found[name] = jax.lax.stop_gradient(self.param(name, init, shape, jnp.float32))
         return found
@@ -57,7 +44,7 @@ def split(params: Any) -> tuple[Any, dict[str, jax.Array]]:
 
 
 def follow(
-    params: Any, state: dict[Any, jax.Array], metrics: Mapping[str, jax.Array], layers: Mapping[str, MoEConfig]
+    params: Any, state: dict[Any, jax.Array], metrics: Mapping[str, jax.Array], layers: Mapping[str, MoE]
 ) -> Any:
     """All parameters after a step.
 

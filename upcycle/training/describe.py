@@ -1,7 +1,7 @@
 """A run in a few lines: what was resolved, before anything is allocated."""
 
 from upcycle import cost
-from upcycle.moe.config import MoEConfig, RouterType
+from upcycle.moe.routers.base import MoE
 from upcycle.training.start import Start
 
 
@@ -19,10 +19,10 @@ def describe(start: Start) -> str:
         f'model   {run.model.family}, {sizes}; {cost.bytes_per_device(state) / 2**20:.0f} MiB of state on a device; '
         f'{flops / 1e9:.2f} GFLOP a step',
     ]
-    stacks: dict[MoEConfig, list[str]] = {}
+    stacks: dict[MoE, list[str]] = {}
     for path, moe in layers.items():
         stacks.setdefault(moe, []).append(path.rpartition('/')[0])
-    lines += [f'MoE     {", ".join(paths)}: {_moe(moe)}' for moe, paths in stacks.items()]
+    lines += [f'MoE     {", ".join(paths)}: {moe.in_words()}' for moe, paths in stacks.items()]
     shapes = ', '.join(f'{name} {shape}' for name, (shape, _) in spec.items() if name in run.model.inputs)
     lines.append(f'data    {shapes}; {run.train_data.promise()}')
     source = 'from scratch' if run.initial_checkpoint_path is None else f'from {run.initial_checkpoint_path}'
@@ -32,24 +32,3 @@ def describe(start: Start) -> str:
     lines.append(f'steps   to {run.total_steps}, {source}; into {run.model_dir}')
     lines.append(f'mesh    {dict(start.mesh.shape)}')
     return '\n'.join(lines)
-
-
-def _moe(moe: MoEConfig) -> str:
-    if moe.router is RouterType.EXPERT_CHOICE:
-        router = 'Expert Choice'
-    elif moe.router is RouterType.MERGED:
-        return f'{moe.num_experts} experts, merged into one MLP'
-    elif moe.router is RouterType.SOFT:
-        router = f'Soft MoE, {moe.slots_per_expert} slots an expert'
-    elif moe.router is RouterType.DENSE:
-        above = f'Top-{moe.num_selected_experts}'
-        if moe.inference_threshold is not None:
-            above = f'probability above {moe.inference_threshold:g}'
-        router = f'all in training, {above} at inference'
-    else:
-        router = f'Top-{moe.num_selected_experts}, {moe.fill_order}'
-    weights = 'normalised' if moe.normalize_combine_weights else 'raw'
-    return (
-        f'{moe.num_experts} experts, {router}, cf={moe.train_capacity_factor:g} ({moe.capacity_rule} rule), groups of at '
-        f'most {moe.group_size} tokens, {weights} weights, {moe.dispatch} dispatch'
-    )

@@ -11,7 +11,6 @@ from upcycle.evaluate.protocol import Evaluator
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.evaluate.validation import Validation
 from upcycle.models import Model
-from upcycle.moe.config import check_readers
 from upcycle.schema import Count, Natural, Positive, Whole
 from upcycle.surgery.plan import Surgery
 from upcycle.training.health import Limits
@@ -73,7 +72,6 @@ class ModelRun:
 
     def _invalid(self) -> Iterator[str]:
         """What is wrong, a sentence each."""
-        yield from check_readers(tuple(self.model.moe_layers().values()))
         if not self.model.moe_layers() and self.model != self.model.dense():
             yield (
                 'the bindings that end in MOE_LAYERS choose none of the layers of the model, which would be dense: name some, '
