@@ -24,7 +24,7 @@ from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
 from upcycle.training import loop, start
 from upcycle.training.run import ModelRun
-from upcycle.training.state import layout
+from upcycle.training.state import make_layout
 
 GiB = 2**30
 
@@ -162,7 +162,7 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     devices = _devices(topology, num_slices)
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
     start.check_batches(run, mesh)
-    where = layout(run, mesh)
+    where = make_layout(run, mesh)
     with partitioning.use(mesh), _ticking(f'compiling for {len(devices)} devices of {topology}') as elapsed:
         lowered = loop.lower_step(run, where, partitioning.batch_sharding(mesh))
         try:

@@ -28,11 +28,11 @@ from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Maker
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
-from upcycle.surgery.receipt import check_layer, receipt
+from upcycle.surgery.receipt import check_layer, make_receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
-from upcycle.training.state import layout, make_plan
+from upcycle.training.state import make_layout, make_plan
 from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
 
 # A larger MoE layer is not put together for the function check, which then waits for the first load.
@@ -82,7 +82,7 @@ def convert(
         require_whole(part.path)
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
-    where = layout(run, mesh, run.model.smallest_batch())
+    where = make_layout(run, mesh, run.model.smallest_batch())
     run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
     wanted = {
         name: with_dtype(name, leaf, dtype)
@@ -110,7 +110,7 @@ def convert(
         work = _Conversion(run.model if check_functions else None, what, reader, writer, step, verify)
         work.write()
         started_from = source_of(reader, step)
-        paper = receipt(what, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
+        paper = make_receipt(what, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         paper['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         writer.finish(_metadata(run, reader, paper), work.compare if verify else lambda reader: None)
     for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):

@@ -30,7 +30,7 @@ from upcycle.surgery.plan import (
 from upcycle.surgery.router_init import INHERITED
 
 
-def plan(
+def plan_surgery(
     dense: Abstract,
     sparse: Abstract,
     spec: Surgery,

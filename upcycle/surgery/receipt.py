@@ -21,7 +21,7 @@ from upcycle.surgery.plan import Action, Plan, Row
 from upcycle.surgery.router_init import INHERITED
 
 
-def receipt(
+def make_receipt(
     plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str], lineages: Mapping[str, Lineage]
 ) -> dict[str, Any]:
     """The receipt before the function check.

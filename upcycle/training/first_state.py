@@ -17,7 +17,7 @@ from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import Action, Plan
-from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
+from upcycle.surgery.receipt import carried_on, check_function, make_receipt, reported
 from upcycle.training.read_ahead import Examination, ReadAhead, requests_of
 from upcycle.training.receipt_of_start import ReceiptOfStart, source_of
 from upcycle.training.run import Run
@@ -94,7 +94,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         paper = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
         return state, carried_on(paper, what)
     started_from = source_of(reader, int(state.step))
-    paper = receipt(what, source=started_from, hashes=hashes, lineages=lineages)
+    paper = make_receipt(what, source=started_from, hashes=hashes, lineages=lineages)
     paper['function_check'] = reported(
         lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
     )

@@ -22,7 +22,7 @@ from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
 from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 from upcycle.training.run import ModelRun, Run
 from upcycle.training.step import TrainState
 
@@ -62,7 +62,7 @@ def data_of(run: ModelRun) -> DataSource:
     return run.train_data
 
 
-def layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
+def make_layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
     spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
     boxed = _boxed_shapes(run.model, tuple(sorted(spec.items())))
@@ -144,7 +144,7 @@ def make_plan(run: ModelRun, where: Layout, reader: Reader, wanted: Mapping[str,
             'runs/continue_dense.gin.'
         )
     with in_gin_words(run.model, reader):
-        return plan(
+        return plan_surgery(
             leaves,
             where.flat() if wanted is None else wanted,
             run.surgery,
@@ -265,6 +265,6 @@ def params_from(run: ModelRun, where: Layout, reader: Reader) -> tuple[Any, str 
     check_source(run, reader, spec)
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
     with in_gin_words(run.model, reader):
-        what = plan(stored, wanted, spec, where.logical_axes, grids=run.model.grids)
+        what = plan_surgery(stored, wanted, spec, where.logical_axes, grids=run.model.grids)
     flat = execute(what, reader.read, shardings, new={}, progress=print_progress('loading'))
     return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)
