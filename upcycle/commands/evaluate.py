@@ -64,8 +64,8 @@ def run(
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
     start.check_batches(run, mesh, training=False)
     with partitioning.use(mesh):
-        where = make_layout(run, mesh, run.eval_data.batch_spec())
-        params, operator = params_from(run, where, reader)
+        layout = make_layout(run, mesh, run.eval_data.batch_spec())
+        params, operator = params_from(run, layout, reader)
         if operator is not None:
             print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
         subject = Subject(run.model, run.eval_data, partitioning.batch_sharding(mesh), counted)
