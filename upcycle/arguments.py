@@ -67,7 +67,7 @@ def _add_quickstart(add: Add) -> None:
         handlers.quickstart,
         'the main job on real data that needs no download, 20 to 50 minutes on 2 cores',
     )
-    families = ' or '.join(f'{name} ({job.what})' for name, job in JOBS.items())
+    families = ' or '.join(f'{name} ({job.summary})' for name, job in JOBS.items())
     quickstart.add_argument('--family', default='language', help=families)
     quickstart.add_argument('--out', help='folder for the runs and the report (runs/quickstart_FAMILY)')
     quickstart.add_argument('--budget', type=float, default=1.0, help='scales the number of steps (%(default)s)')

@@ -59,26 +59,26 @@ def _python_error_of_a_client(error: BaseException, text: str) -> bool:
     )
 
 
-def _refusal(error: BaseException, text: str, where: str) -> UserError:
+def _refusal(error: BaseException, text: str, address: str) -> UserError:
     """The sentence for an error of a client.
 
     Args:
       error: of the client.
       text: its message, on one line.
-      where: the address.
+      address: of the file or bucket.
     """
     said = shortened(text) or type(error).__name__
     if _is_silence(error, text):
-        return Unavailable(f'{where} does not answer ({said}): check the network, and repeat the command.')
-    client = 's3fs' if where.startswith('s3') else 'gcsfs'
+        return Unavailable(f'{address} does not answer ({said}): check the network, and repeat the command.')
+    client = 's3fs' if address.startswith('s3') else 'gcsfs'
     if 'not implemented' in text and 'scheme' in text:
         return UserError(
-            f'{where} cannot be used: TensorFlow has no client for it: set EPATH_USE_TF=false, and pip install {client}.'
+            f'{address} cannot be used: TensorFlow has no client for it: set EPATH_USE_TF=false, and pip install {client}.'
         )
     if isinstance(error, ImportError):
-        return UserError(f'{where} cannot be used ({shortened(text)}): pip install {client}.')
+        return UserError(f'{address} cannot be used ({shortened(text)}): pip install {client}.')
     return UserError(
-        f'{where} cannot be used ({said}): check the address, that the bucket exists, and that the credentials of this machine '
+        f'{address} cannot be used ({said}): check the address, that the bucket exists, and that the credentials of this machine '
         'may use it.'
     )
 

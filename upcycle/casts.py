@@ -47,22 +47,22 @@ def cast(name: str, value: Array, dtype: Any) -> Array:
         wide = value.astype(np.float64 if xp is np else np.float32)
         largest = float(xp.abs(xp.where(xp.isfinite(wide), wide, 0)).max())
         if value.size == 1:
-            what = f'{name} is {value.reshape(())}, which {new.name} cannot hold'
+            problem = f'{name} is {value.reshape(())}, which {new.name} cannot hold'
         else:
-            what = f'{name} holds {count} of {value.size} numbers that {new.name} cannot hold (the largest is {largest:.6g})'
-        raise UserError(f'{what}: {_way_out(name, new, largest)}.')
+            problem = f'{name} holds {count} of {value.size} numbers that {new.name} cannot hold (the largest is {largest:.6g})'
+        raise UserError(f'{problem}: {_way_out(name, new, largest)}.')
     if least > old_least and not whole and not bool(made.any()) and bool(value.any()):
         largest = float(xp.abs(value).max())
         warn(f'every number of {name} is too small for {new.name} (the largest is {largest:.3g}) and becomes 0.')
     return made
 
 
-def require_finite_state(leaves: dict[str, Any], what: str) -> None:
+def require_finite_state(leaves: dict[str, Any], consequence: str) -> None:
     """Looks at the leaves of a state on the devices; one number each comes to the host.
 
     Args:
       leaves: jax or numpy arrays by name.
-      what: becomes of it otherwise, for the message: 'step 7 is not saved'.
+      consequence: for the message: 'step 7 is not saved'.
 
     Raises:
       UserError: a leaf holds NaN or infinity.
@@ -77,8 +77,8 @@ def require_finite_state(leaves: dict[str, Any], what: str) -> None:
         if dtype.itemsize < 4:
             way_out = f"bind the optimizer's momentum_dtype to a wider type than {dtype.name}, or {way_out}"
         raise UserError(
-            f'{what}: {broken[0]}{more} holds numbers that are NaN, infinite or too large for {dtype.name}: start another run '
-            f'from the newest step, and {way_out}.'
+            f'{consequence}: {broken[0]}{more} holds numbers that are NaN, infinite or too large for {dtype.name}: start '
+            f'another run from the newest step, and {way_out}.'
         )
 
 

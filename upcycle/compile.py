@@ -24,7 +24,7 @@ from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
 from upcycle.training import loop, start
 from upcycle.training.run import ModelRun
-from upcycle.training.state import layout
+from upcycle.training.state import make_layout
 
 GiB = 2**30
 
@@ -162,9 +162,9 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     devices = _devices(topology, num_slices)
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
     start.check_batches(run, mesh)
-    where = layout(run, mesh)
+    layout = make_layout(run, mesh)
     with partitioning.use(mesh), _ticking(f'compiling for {len(devices)} devices of {topology}') as elapsed:
-        lowered = loop.lower_step(run, where, partitioning.batch_sharding(mesh))
+        lowered = loop.lower_step(run, layout, partitioning.batch_sharding(mesh))
         try:
             with _dump() as (dump, options):
                 compiled = lowered.compile(compiler_options=options)
@@ -300,14 +300,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ticking(what: str) -> Iterator[Any]:
+def _ticking(message: str) -> Iterator[Any]:
     """A line every ten seconds, since a compilation shows nothing for minutes."""
     start = time.monotonic()
     done = threading.Event()
 
     def tick() -> None:
         while not done.wait(10):
-            print(f'{what}: {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
+            print(f'{message}: {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=tick, daemon=True)
     thread.start()

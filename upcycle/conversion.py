@@ -28,11 +28,11 @@ from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Maker
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
-from upcycle.surgery.receipt import check_layer, receipt
+from upcycle.surgery.receipt import check_layer, make_receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
-from upcycle.training.state import layout, make_plan
+from upcycle.training.state import make_layout, make_plan
 from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
 
 # A larger MoE layer is not put together for the function check, which then waits for the first load.
@@ -82,55 +82,55 @@ def convert(
         require_whole(part.path)
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
-    where = layout(run, mesh, run.model.smallest_batch())
-    run.trainable.frozen(where.abstract.params, run.model.moe_layers(), 0)
+    layout = make_layout(run, mesh, run.model.smallest_batch())
+    run.trainable.frozen(layout.abstract.params, run.model.moe_layers(), 0)
     wanted = {
         name: with_dtype(name, leaf, dtype)
-        for name, leaf in where.flat().items()
+        for name, leaf in layout.flat().items()
         if name != 'rng' and (optimizer_state or not name.startswith('opt_state/'))
     }
-    what = make_plan(run, where, reader, wanted)
+    plan = make_plan(run, layout, reader, wanted)
     step = reader.step if run.dense_step is None else run.dense_step
-    leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in what.rows}
+    leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in plan.rows}
     identity = {
         'from': reader.path,
         'source': fingerprint(reader.leaves()),
         'format': format,
         'step': step,
-        'surgery': str(what.spec),
+        'surgery': str(plan.spec),
         'optimizer_state': optimizer_state,
         'leaves': fingerprint(leaves),
     }
-    alike = {row.target for row in what.rows if _is_alike(what, row)}
+    alike = {row.target for row in plan.rows if _is_alike(plan, row)}
     writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):
-        _check_clock(what, writer, format)
-        work = _Conversion(run.model if check_functions else None, what, reader, writer, step, verify)
+        _check_clock(plan, writer, format)
+        work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify)
         work.write()
         started_from = source_of(reader, step)
-        paper = receipt(what, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
-        paper['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
-        writer.finish(_metadata(run, reader, paper), work.compare if verify else lambda reader: None)
+        receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
+        receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
+        writer.finish(_metadata(run, reader, receipt), work.compare if verify else lambda reader: None)
     for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):
         print(line)
     return writer.path
 
 
-def _metadata(run: ModelRun, reader: Reader, paper: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(run: ModelRun, reader: Reader, receipt: Mapping[str, Any]) -> dict[str, Any]:
     """What a trainer would save: the dense run's cost goes along, all of it sunk."""
     kept = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
-    return {**kept, 'family': run.model.family, 'model': model, 'receipt': dict(paper)}
+    return {**kept, 'family': run.model.family, 'model': model, 'receipt': dict(receipt)}
 
 
-def _is_alike(what: Plan, row: Row) -> bool:
-    return row.action in (Action.EXPERTS, Action.TILE) and what.alike(row)
+def _is_alike(plan: Plan, row: Row) -> bool:
+    return row.action in (Action.EXPERTS, Action.TILE) and plan.alike(row)
 
 
-def _check_clock(what: Plan, writer: Writer, format: str) -> None:
-    if 'opt_state/count' in writer.left_out and what.spec.optimizer_state is OptimizerState.FRESH_CLOCK:
+def _check_clock(plan: Plan, writer: Writer, format: str) -> None:
+    if 'opt_state/count' in writer.left_out and plan.spec.optimizer_state is OptimizerState.FRESH_CLOCK:
         raise UserError(
             f"OPTIMIZER_STATE = 'fresh_clock' has no counterpart in {format}, whose optimizer counts the model's steps."
         )
@@ -139,18 +139,18 @@ def _check_clock(what: Plan, writer: Writer, format: str) -> None:
 class _Conversion:
     """One conversion on its way."""
 
-    def __init__(self, model: Model | None, what: Plan, reader: Reader, writer: Writer, step: int, verify: bool):
-        self._model, self._plan, self._reader, self._writer = model, what, reader, writer
+    def __init__(self, model: Model | None, plan: Plan, reader: Reader, writer: Writer, step: int, verify: bool):
+        self._model, self._plan, self._reader, self._writer = model, plan, reader, writer
         self._step, self._verify = step, verify
         self._todo = writer.todo()
-        self._leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in what.rows}
+        self._leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in plan.rows}
         self.source_hashes: dict[str, str] = {}
         self.checks: dict[str, Any] = {}
         self._checking: dict[str, concurrent.futures.Future] = {}
         self._memory: dict[str, np.ndarray] = {}
         self._behind = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
-        self._maker = Maker(what, self._read, new={})
+        self._maker = Maker(plan, self._read, new={})
         self._sources: dict[str, np.ndarray] = {}
         self._check: _LayerCheck | None = None
 

@@ -28,16 +28,16 @@ class DifferentLeaves(UserError):  # noqa: N818  it is a kind of mistake
     """Leaves of a checkpoint that do not fit; the message holds what fits a screen.
 
     Attributes:
-      what: the sentence that comes before them.
+      heading: the sentence that comes before them.
       problems: a sentence about each leaf.
     """
 
-    def __init__(self, what: str, problems: Iterable[str], before: Iterable[str] = ()):
-        self.what, self.problems = what, tuple(problems)
+    def __init__(self, heading: str, problems: Iterable[str], before: Iterable[str] = ()):
+        self.heading, self.problems = heading, tuple(problems)
         before = list(before)
         most = _ON_A_SCREEN - len(before)
         count = len(self.problems)
-        lines = [f'{what} ({count} {"leaf" if count == 1 else "leaves"}):', *before, *_summary(self.problems, most)]
+        lines = [f'{heading} ({count} {"leaf" if count == 1 else "leaves"}):', *before, *_summary(self.problems, most)]
         super().__init__('\n  '.join(lines))
 
 
@@ -49,7 +49,7 @@ def whole_list(error: BaseException) -> str:
         with tempfile.NamedTemporaryFile(
             'w', prefix='upcycle_leaves_', suffix='.txt', delete=False, encoding='utf-8'
         ) as file:
-            file.write('\n'.join([f'{error.what} ({len(error.problems)} leaves):', *error.problems, '']))
+            file.write('\n'.join([f'{error.heading} ({len(error.problems)} leaves):', *error.problems, '']))
     except OSError:  # no room, and the message says the most
         return ''
     return f'\n  all of them: {file.name}'
@@ -175,11 +175,11 @@ def writing_to(folder: str | os.PathLike[str], way_out: str = 'name another MODE
     try:
         yield
     except OSError as error:
-        where = os.path.abspath(folder)
-        file = where if error.filename is None else os.path.abspath(error.filename)
+        folder = os.path.abspath(folder)
+        file = folder if error.filename is None else os.path.abspath(error.filename)
         # A file that is missing in a folder that is there is a mistake of ours.
-        known = error.errno in _REFUSALS or (error.filename is not None and not os.path.isdir(where))
-        if not known or os.path.commonpath([where, file]) != where:
+        known = error.errno in _REFUSALS or (error.filename is not None and not os.path.isdir(folder))
+        if not known or os.path.commonpath([folder, file]) != folder:
             raise
         raise UserError(
             f'{file} cannot be written ({error.strerror}): make room or change its permissions, and give the same command '

@@ -115,13 +115,13 @@ def asking_once() -> Iterator[None]:
 
 
 def patiently(
-    ask: Callable[[], Answer], where: str | os.PathLike[str], done: type[Exception] | None = None
+    ask: Callable[[], Answer], address: str | os.PathLike[str], done: type[Exception] | None = None
 ) -> Answer | None:
     """The result of a function, which may be called several times; see `patient`.
 
     Args:
       ask: asks a bucket.
-      where: an address in it.
+      address: of something in it.
       done: raised where an earlier try has succeeded and its answer was lost.
     """
     end = time.monotonic() + (_patience.of_all if _patience.here is None else _patience.here)
@@ -131,23 +131,23 @@ def patiently(
         except Exception as error:
             if done is not None and tries and isinstance(error, done):
                 return None
-            refusal = refused_by_bucket(error, [os.fspath(where)])
+            refusal = refused_by_bucket(error, [os.fspath(address)])
             if not isinstance(refusal, Unavailable) or time.monotonic() + pause > end:
                 raise
             if not tries:
                 said = shortened(' '.join(str(error).split())) or type(error).__name__
-                print(f'warning: {where} does not answer ({said}): trying again.', file=sys.stderr, flush=True)
+                print(f'warning: {address} does not answer ({said}): trying again.', file=sys.stderr, flush=True)
         time.sleep(pause)
     raise AssertionError
 
 
 @contextlib.contextmanager
-def unanswered(where: str | os.PathLike[str]) -> Iterator[None]:
+def unanswered(path: str | os.PathLike[str]) -> Iterator[None]:
     """Suppresses errors of a disk, and a bucket's refusal or silence: for writes that are repeated later."""
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and refused_by_bucket(error, [os.fspath(where)]) is None:
+        if not isinstance(error, OSError) and refused_by_bucket(error, [os.fspath(path)]) is None:
             raise
 
 

@@ -223,9 +223,9 @@ class _Reader:
                     'tasks, runs, and then those of recipes and surgery.'
                 )
                 continue
-            what = found[0] if len(found) == 1 else f'{found[0]} and {len(found) - 1} more'
+            replaced = found[0] if len(found) == 1 else f'{found[0]} and {len(found) - 1} more'
             self.found.warnings.append(
-                f'{second} comes after {first} and replaces its {what}: name {first} last to use its values.'
+                f'{second} comes after {first} and replaces its {replaced}: name {first} last to use its values.'
             )
 
     def file(self, name: str, label: str, within: tuple[str, ...]) -> None:
@@ -296,9 +296,9 @@ class _Reader:
             yield from self._parser
         except Exception as error:  # from the parser and from Python's tokenizer alike
             line = getattr(error, 'lineno', None)
-            where = f'{label}, line {line}' if line and '\n' in text else label
+            location = f'{label}, line {line}' if line and '\n' in text else label
             reason = getattr(error, 'msg', None) or one_line(error)
-            self._note(f'{where} does not parse ({reason}): mend what is written there.')
+            self._note(f'{location} does not parse ({reason}): mend what is written there.')
 
     def _import(self, statement: config_parser.ImportStatement) -> None:
         try:

@@ -182,7 +182,7 @@ def sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
         gin_files=options.gin_file,
         axes=options.grid,
         bindings=bindings,
-        where=options.where,
+        launcher_name=options.where,
         jobs=options.jobs,
         cluster=dict(map(parse_option, options.cluster)),
         out=options.out,

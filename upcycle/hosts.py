@@ -171,16 +171,16 @@ class Together:
             self._await(self._ENDED, 2 * (self._grace + _POLL))
             time.sleep(0.5)  # until they really have
 
-    def _announce(self, what: str) -> None:
+    def _announce(self, event: str) -> None:
         with contextlib.suppress(Exception):  # the service is gone
-            self._store.key_value_set(f'{what}/{self._index}', '', allow_overwrite=True)
+            self._store.key_value_set(f'{event}/{self._index}', '', allow_overwrite=True)
 
-    def _await(self, what: str, seconds: float) -> None:
+    def _await(self, event: str, seconds: float) -> None:
         """Returns when all processes have announced it, one has failed first, or at the timeout."""
         end = time.monotonic() + seconds
         with contextlib.suppress(Exception):
-            while len(self._store.key_value_dir_get(what)) < self._count and time.monotonic() < end:
-                if what == self._DONE and lookup(self._store, self._FAILED) is not None:
+            while len(self._store.key_value_dir_get(event)) < self._count and time.monotonic() < end:
+                if event == self._DONE and lookup(self._store, self._FAILED) is not None:
                     return
                 time.sleep(0.1)
 
@@ -245,7 +245,7 @@ def _end(status: int) -> None:
 
 
 def _who_is_missing(address: str | None, count: int | None, index: int | None, timeout: float) -> str:
-    what = f'not all {"" if count is None else f"{count} "}processes have come within {timeout:g} s'
+    problem = f'not all {"" if count is None else f"{count} "}processes have come within {timeout:g} s'
     way_out = (
         'start the same command in each, check the network and firewalls between them, or raise --coordinator_timeout.'
     )
@@ -253,8 +253,8 @@ def _who_is_missing(address: str | None, count: int | None, index: int | None, t
         try:
             socket.create_connection(parse_address(address), timeout=2).close()
         except OSError as error:
-            return f'process 0 does not answer at {address} ({error.strerror or error}), and {what}: {way_out}'
-    return f'{what}{"" if address is None else f" to {address}"}: {way_out}'
+            return f'process 0 does not answer at {address} ({error.strerror or error}), and {problem}: {way_out}'
+    return f'{problem}{"" if address is None else f" to {address}"}: {way_out}'
 
 
 def gathered(values: 'np.ndarray') -> 'np.ndarray':

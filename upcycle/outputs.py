@@ -203,12 +203,12 @@ def _check_local(shown: str, path: str, kind: Kind, needed: int) -> None:
                 'or name another path.'
             ) from error
         raise UserError(f'{shown} cannot be written: {found}: {error.strerror}: name another path.') from error
-    what = next((word for test, word in _KINDS.items() if test(mode)), 'no file')
+    actual = next((word for test, word in _KINDS.items() if test(mode)), 'no file')
     if found != path and not stat.S_ISDIR(mode):
-        raise UserError(f'{shown} cannot be written: {found} is {what} and not a folder: name another path.')
+        raise UserError(f'{shown} cannot be written: {found} is {actual} and not a folder: name another path.')
     if found == path and not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
         wanted = 'a folder' if is_folder else 'a file'
-        raise UserError(f'{shown} cannot be written: it is {what}, and {wanted} is needed: name another path.')
+        raise UserError(f'{shown} cannot be written: it is {actual}, and {wanted} is needed: name another path.')
     folder = found if stat.S_ISDIR(mode) else os.path.dirname(found)
     _check_names(shown, path, folder, _DEEPEST if is_folder else 0)
     _check_permission(shown, path if found == path and not is_folder else None, folder)

@@ -59,10 +59,10 @@ def _no_platform(error: Exception) -> UserError:
     import jax
 
     asked = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
-    where = f'JAX_PLATFORMS={asked}' if asked else 'the devices of this machine'
+    subject = f'JAX_PLATFORMS={asked}' if asked else 'the devices of this machine'
     reason = reason_of(error) or 'this JAX has no support for it, or the machine has no such device'
     return UserError(
-        f'{where} cannot be used: {reason}: name a platform that this machine has, such as JAX_PLATFORMS=cpu, install '
+        f'{subject} cannot be used: {reason}: name a platform that this machine has, such as JAX_PLATFORMS=cpu, install '
         "upcycle's extra for it ([gpu] or [tpu]), or end the process that holds its devices."
     )
 

@@ -128,7 +128,7 @@ def _step_flops(branch: Branch) -> float:
     return cost.step_flops(run.model, run.train_data.batch_spec())
 
 
-def _claim(out: str, what: dict[str, Any]) -> None:
+def _claim(out: str, settings: dict[str, Any]) -> None:
     path = os.path.join(out, 'quickstart.json')
     if os.path.exists(path):
         try:
@@ -136,10 +136,10 @@ def _claim(out: str, what: dict[str, Any]) -> None:
             old.items()
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f'{path} cannot be read ({error}): delete it, or name another --out.') from error
-        for option, value in what.items():
+        for option, value in settings.items():
             if old.get(option, value) != value:
                 raise UserError(
                     f'--out={out} holds a comparison with --{option}={old[option]}: name another folder, or say the same.'
                 )
         return
-    outputs.write('--out', path, json.dumps(what))
+    outputs.write('--out', path, json.dumps(settings))

@@ -55,7 +55,7 @@ def compare(options: argparse.Namespace, files: list[str], dense: str) -> None:
     bindings = {'INITIAL_CHECKPOINT_PATH': dense, 'NUM_EXPERTS': str(options.experts)}
     run = configuration.load(files, bindings)
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
-    where = states.layout(run, mesh, run.model.smallest_batch())
+    where = states.make_layout(run, mesh, run.model.smallest_batch())
     targets = where.flat()
     reads: collections.Counter[str] = collections.Counter()
 

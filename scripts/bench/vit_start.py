@@ -37,7 +37,7 @@ def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
     """Prints what the sparse state takes, and the process at its peak."""
     run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': path, 'DENSE_STEP': str(DENSE_STEP), **bindings})
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
-    where = states.layout(run, mesh, run.model.smallest_batch())
+    where = states.make_layout(run, mesh, run.model.smallest_batch())
     first_state.check_function = lambda *arguments: {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.monotonic()

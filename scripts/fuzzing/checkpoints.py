@@ -26,7 +26,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.native import CheckpointManager
 from upcycle.models import identify
 from upcycle.training.optimizer import Adafactor
-from upcycle.training.state import layout
+from upcycle.training.state import make_layout
 
 # Where a format keeps numbers without a checksum, a byte of them cannot be told from a weight.
 SEMANTIC = 'metadata'
@@ -173,7 +173,7 @@ def random_tree(files: tuple[str, ...], **bindings: str) -> dict[str, np.ndarray
     run = dataclasses.replace(run, optimizer=Adafactor(min_dim_size_to_factor=16))
     mesh = partitioning.make_mesh((1, 1, 1), None, jax.devices()[:1])
     with partitioning.use(mesh):
-        leaves = layout(run, mesh, run.model.smallest_batch()).flat()
+        leaves = make_layout(run, mesh, run.model.smallest_batch()).flat()
     rng = np.random.default_rng(0)
     tree = {name: rng.random(leaf.shape).astype(leaf.dtype) for name, leaf in leaves.items()}
     return tree | {name: np.asarray(100, np.int32) for name in ('step', 'opt_state/count')}

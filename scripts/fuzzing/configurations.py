@@ -15,7 +15,7 @@ from fuzzing.damage import damaged, misspelt
 from upcycle import cli, configuration, gin_files, partitioning
 from upcycle.commands import train
 from upcycle.training.start import check_batches
-from upcycle.training.state import layout
+from upcycle.training.state import make_layout
 
 LARGE = 200_000_000  # parameters, above which a valid configuration is not laid out
 
@@ -221,7 +221,7 @@ class Configurations:
         check_batches(run, mesh)
         if jax.tree.reduce(lambda a, b: a + b, _guess(run)) < LARGE:
             with partitioning.use(mesh):
-                layout(run, mesh)
+                make_layout(run, mesh)
         return SAME if same else ANOTHER
 
     def _said(self, name: str, bindings: Mapping[str, str], number: int) -> bool:

@@ -20,7 +20,7 @@ from upcycle.metrics import read_metrics
 from upcycle.surgery.operators import DENSE_OPERATORS, EXPERT_OPERATORS, Start
 from upcycle.training import first_state, loop, start
 from upcycle.training.first_state import from_checkpoint
-from upcycle.training.state import layout
+from upcycle.training.state import make_layout
 from upcycle.training.step import train_step
 
 GIN = pathlib.Path(__file__).resolve().parents[2] / 'gin'
@@ -369,14 +369,14 @@ def layout_of(run):
     """The layout of a run of any size on one device."""
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
-        return layout(run, mesh)
+        return make_layout(run, mesh)
 
 
 def step_abstractly(run):
     """One step of a run by `jax.eval_shape`, at any size; the parameters after it."""
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
-        where = layout(run, mesh)
+        where = make_layout(run, mesh)
         batch = {name: jax.ShapeDtypeStruct(*spec) for name, spec in run.train_data.batch_spec().items()}
         step = functools.partial(
             train_step,

@@ -26,7 +26,7 @@ from upcycle.surgery.operators.dense import Noise
 from upcycle.surgery.operators.sparse import Grow
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Action, Plan, Row, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 
 E = 8
 SURGERIES = {
@@ -91,7 +91,7 @@ def plan_of(name: str) -> tuple[Plan, dict, dict]:
     if spec.operator.keeps_shape:
         spec = dataclasses.replace(spec, optimizer_state='tile')
     stored = {leaf: jax.ShapeDtypeStruct(value.shape, value.dtype) for leaf, value in source.items()}
-    return plan(stored, shapes, spec, axes), source, axes
+    return plan_surgery(stored, shapes, spec, axes), source, axes
 
 
 def upcycle(name: str, shape: tuple[int, int, int]) -> dict:

@@ -12,7 +12,7 @@ from upcycle import partitioning
 from upcycle.models import Model
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Plan, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -42,7 +42,9 @@ def plan_for(model: Model, source: Any, spec: Surgery, batch: Any) -> Plan:
     """The plan from the parameters of another model, or of several."""
     shapes, axes = abstract(model, batch)
     flat = leaves_of(source)
-    return plan({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}, shapes, spec, axes)
+    return plan_surgery(
+        {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}, shapes, spec, axes
+    )
 
 
 def upcycle(model: Model, source: Any, spec: Surgery, batch: Any, **more: Any) -> Any:

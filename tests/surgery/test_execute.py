@@ -31,7 +31,7 @@ from upcycle.models.image_classifier import ImageClassifier
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 from upcycle.surgery.receipt import check_function
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -56,7 +56,7 @@ def carry_out(spec, seed=0):
         return jax.device_put(source[name], sharding)
 
     rng = jnp.zeros((2,), jnp.uint32)
-    target = execute(plan(DENSE, SPARSE, spec), reader, dict.fromkeys(SPARSE, ONE), new={'rng': rng})
+    target = execute(plan_surgery(DENSE, SPARSE, spec), reader, dict.fromkeys(SPARSE, ONE), new={'rng': rng})
     return source, target, read
 
 
@@ -83,7 +83,7 @@ def test_copies_experts_and_keeps_the_rest(state):
 @pytest.mark.parametrize('router', ['expert_choice', 'merged'])
 def test_the_optimizer_state_of_an_average_is_the_experts_sum(router):
     of_moe = leaves_of(with_moe(small_t5(), num_experts=4, num_shared_experts=1, router=router))
-    what = plan(of_moe, DENSE, Surgery(operator=None, dense_operator='average', optimizer_state='tile'))
+    what = plan_surgery(of_moe, DENSE, Surgery(operator=None, dense_operator='average', optimizer_state='tile'))
     assert all('/router/' in name or '/mixing' in name or name == 'rng' for name in what.dropped)
     source = filled(of_moe)
     made = execute(what, lambda name, sharding: source[name], dict.fromkeys(DENSE, ONE), new={'rng': source['rng']})
@@ -202,7 +202,7 @@ def test_gives_the_parameters_that_t5x_upcycled():
     model = EncoderDecoderModel(flaxformer_moe())
     target, _ = abstract(model, random_batch(FIXTURE_T5.vocab_size, batch=8, inputs=8))
     assert {name: leaf.shape for name, leaf in target.items()} == {name: leaf.shape for name, leaf in expected.items()}
-    what = plan(source, target, Surgery())
+    what = plan_surgery(source, target, Surgery())
     made = execute(what, lambda name, sharding: source[name], dict.fromkeys(target, ONE), new={})
     for name, leaf in expected.items():
         if '/router/' not in name:

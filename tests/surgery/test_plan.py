@@ -12,7 +12,7 @@ from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.moe import state as moe_state
 from upcycle.surgery.plan import Action, OptimizerState, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 from upcycle.training.optimizer import Adafactor
 
 
@@ -36,7 +36,7 @@ WI = 'params/encoder/layers_1/mlp/wi_0/kernel'
 
 
 def test_every_target_has_a_row_and_every_source_an_end():
-    result = plan(DENSE, SPARSE, Surgery())
+    result = plan_surgery(DENSE, SPARSE, Surgery())
     assert {row.target for row in result.rows} == set(SPARSE)
     used = {source for row in result.rows for source in row.sources}
     assert used | set(result.dropped) | {'opt_state/count'} == set(DENSE)
@@ -50,16 +50,16 @@ def test_every_target_has_a_row_and_every_source_an_end():
 
 
 def test_fresh_state_keeps_the_clock():
-    rows = {row.target: row for row in plan(DENSE, SPARSE, Surgery()).rows}
+    rows = {row.target: row for row in plan_surgery(DENSE, SPARSE, Surgery()).rows}
     assert (rows['opt_state/count'].action, rows['opt_state/count'].sources) == (Action.KEEP, ('step',))
     states = [row for row in rows.values() if row.target.startswith('opt_state/param_states')]
     assert states and all(row.action is Action.ZEROS for row in states)
-    anew = plan(DENSE, SPARSE, Surgery(optimizer_state=OptimizerState.FRESH_CLOCK))
+    anew = plan_surgery(DENSE, SPARSE, Surgery(optimizer_state=OptimizerState.FRESH_CLOCK))
     assert {row.target: row.action for row in anew.rows}['opt_state/count'] is Action.ZEROS
 
 
 def test_tiled_state_follows_the_parameters():
-    rows = {row.target: row for row in plan(DENSE, SPARSE, Surgery(optimizer_state='tile')).rows}
+    rows = {row.target: row for row in plan_surgery(DENSE, SPARSE, Surgery(optimizer_state='tile')).rows}
     row = rows['opt_state/param_states/encoder/layers_1/mlp/expert/wi_0/kernel/v_row']
     assert row.action is Action.TILE
     assert row.sources == ('opt_state/param_states/encoder/layers_1/mlp/wi_0/kernel/v_row',)
@@ -70,7 +70,7 @@ def test_tiled_state_follows_the_parameters():
 
 
 def test_continuation_keeps_everything():
-    result = plan(DENSE, DENSE, Surgery(operator=None, optimizer_state='tile'))
+    result = plan_surgery(DENSE, DENSE, Surgery(operator=None, optimizer_state='tile'))
     assert all(row.action is Action.KEEP for row in result.rows if row.target != 'rng')
     assert set(result.dropped) == {'rng'}
 
@@ -80,7 +80,7 @@ def test_a_new_head_starts_afresh_and_the_old_one_is_dropped():
     head = 'params/decoder/logits_dense/kernel'
     other = {**DENSE, head: jax.ShapeDtypeStruct((128, 77), jnp.float32)}
     spec = Surgery(operator=None, optimizer_state='tile', new_head=True)
-    result = plan(other, DENSE, spec, head=('decoder/logits_dense',))
+    result = plan_surgery(other, DENSE, spec, head=('decoder/logits_dense',))
     rows = {row.target: row for row in result.rows}
     assert (rows[head].action, rows[head].sources) == (Action.NEW, ())
     state = 'opt_state/param_states/decoder/logits_dense/kernel/v_row'
@@ -93,9 +93,9 @@ def test_a_new_head_starts_afresh_and_the_old_one_is_dropped():
 def test_another_head_is_refused_with_the_way_out():
     other = {**DENSE, 'params/decoder/logits_dense/kernel': jax.ShapeDtypeStruct((128, 77), jnp.float32)}
     with pytest.raises(UserError, match='NEW_HEAD = True'):
-        plan(other, DENSE, Surgery(operator=None, optimizer_state='fresh'), head=('decoder/logits_dense',))
+        plan_surgery(other, DENSE, Surgery(operator=None, optimizer_state='fresh'), head=('decoder/logits_dense',))
     with pytest.raises(UserError, match='another architecture'):
-        plan(other, DENSE, Surgery(operator=None, optimizer_state='fresh'))
+        plan_surgery(other, DENSE, Surgery(operator=None, optimizer_state='fresh'))
 
 
 def test_a_new_head_and_new_experts_at_once_are_refused():
@@ -107,15 +107,15 @@ def test_a_routers_state_starts_at_zero_and_goes_on():
     balanced = leaves_of(with_moe(small_t5(), num_experts=4, balance_bias_rate=0.01))
     bias = 'params/decoder/layers_1/mlp/router_state/bias'
     assert not any('router_state' in name for name in balanced if name.startswith('opt_state'))
-    rows = {row.target: row for row in plan(DENSE, balanced, Surgery(optimizer_state='tile')).rows}
+    rows = {row.target: row for row in plan_surgery(DENSE, balanced, Surgery(optimizer_state='tile')).rows}
     assert rows[bias].action is Action.ZEROS
     # A run that goes on from an MoE: the state goes on, starts, or is left behind.
     go_on = Surgery(operator=None, optimizer_state='tile')
-    rows = {row.target: row for row in plan(balanced, balanced, go_on).rows}
+    rows = {row.target: row for row in plan_surgery(balanced, balanced, go_on).rows}
     assert rows[bias].action is Action.KEEP
-    rows = {row.target: row for row in plan(SPARSE, balanced, go_on).rows}
+    rows = {row.target: row for row in plan_surgery(SPARSE, balanced, go_on).rows}
     assert rows[bias].action is Action.ZEROS
-    assert 'follows the routing' in plan(balanced, SPARSE, go_on).dropped[bias]
+    assert 'follows the routing' in plan_surgery(balanced, SPARSE, go_on).dropped[bias]
 
 
 def without(leaves, *names):
@@ -124,7 +124,7 @@ def without(leaves, *names):
 
 def test_a_missing_source_is_named():
     with pytest.raises(UserError, match=f'expert/wi_0/kernel .* has no source: the checkpoint holds no {WI}'):
-        plan(without(DENSE, WI), SPARSE, Surgery())
+        plan_surgery(without(DENSE, WI), SPARSE, Surgery())
 
 
 def test_two_sources_are_named():
@@ -133,23 +133,23 @@ def test_two_sources_are_named():
         'params/encoder/layers_1/mlp/expert/wi_0/kernel': SPARSE['params/encoder/layers_1/mlp/expert/wi_0/kernel'],
     }
     with pytest.raises(UserError, match='has two sources'):
-        plan(both, SPARSE, Surgery())
+        plan_surgery(both, SPARSE, Surgery())
 
 
 def test_an_unused_leaf_is_named():
     more = {**DENSE, 'params/encoder/layers_2/mlp/wi_0/kernel': DENSE[WI]}
     with pytest.raises(UserError, match='layers_2/mlp/wi_0/kernel .* is used by no leaf'):
-        plan(more, SPARSE, Surgery())
+        plan_surgery(more, SPARSE, Surgery())
 
 
 def test_another_shape_is_named():
     with pytest.raises(UserError, match=r'needs a source of shape \(128, 256\), but .* is \(128, 512\)'):
-        plan({**DENSE, WI: jax.ShapeDtypeStruct((128, 512), jnp.float32)}, SPARSE, Surgery())
+        plan_surgery({**DENSE, WI: jax.ShapeDtypeStruct((128, 512), jnp.float32)}, SPARSE, Surgery())
 
 
 def test_the_whole_difference_is_listed():
     with pytest.raises(UserError) as error:
-        plan(DENSE, leaves_of(with_moe(small_t5(mlp_dim=512), num_experts=4)), Surgery())
+        plan_surgery(DENSE, leaves_of(with_moe(small_t5(mlp_dim=512), num_experts=4)), Surgery())
     message = str(error.value)
     assert message.count('needs a source of shape') == 12
     assert 'another architecture' in message
@@ -158,13 +158,13 @@ def test_the_whole_difference_is_listed():
 def test_tile_without_state_names_the_binding():
     weights = {name: leaf for name, leaf in DENSE.items() if not name.startswith('opt_state/')}
     with pytest.raises(UserError, match="set OPTIMIZER_STATE = 'fresh'"):
-        plan(weights, SPARSE, Surgery(optimizer_state='tile'))
-    plan(weights, SPARSE, Surgery(optimizer_state='fresh'))
+        plan_surgery(weights, SPARSE, Surgery(optimizer_state='tile'))
+    plan_surgery(weights, SPARSE, Surgery(optimizer_state='fresh'))
 
 
 def test_a_sparse_checkpoint_is_not_upcycled_again():
     with pytest.raises(UserError):
-        plan(leaves_of(with_moe(small_t5(), num_experts=8)), SPARSE, Surgery())
+        plan_surgery(leaves_of(with_moe(small_t5(), num_experts=8)), SPARSE, Surgery())
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,6 @@ def test_unknown_names(settings, binding):
 
 
 def test_plan_is_pure():
-    assert dataclasses.asdict(plan(DENSE, SPARSE, Surgery())) == dataclasses.asdict(plan(DENSE, SPARSE, Surgery()))
+    assert dataclasses.asdict(plan_surgery(DENSE, SPARSE, Surgery())) == dataclasses.asdict(
+        plan_surgery(DENSE, SPARSE, Surgery())
+    )

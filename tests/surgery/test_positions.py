@@ -9,7 +9,7 @@ import scipy.ndimage
 from upcycle.errors import UserError
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Action, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 from upcycle.surgery.positions import resize_positions
 
 
@@ -29,7 +29,7 @@ def leaves(tokens):
 
 
 def test_the_plan_names_it_and_execution_does_it():
-    what = plan(leaves(16), leaves(25), Surgery(operator=None), grids=('pos_embedding',))
+    what = plan_surgery(leaves(16), leaves(25), Surgery(operator=None), grids=('pos_embedding',))
     (row,) = [row for row in what.rows if row.target == 'params/pos_embedding']
     assert row.action is Action.RESIZE and row.shape == (1, 25, 8)
     source = {'params/pos_embedding': jnp.ones((1, 16, 8)), 'step': jnp.asarray(3)}
@@ -40,4 +40,4 @@ def test_the_plan_names_it_and_execution_does_it():
 
 def test_positions_of_no_square_are_refused():
     with pytest.raises(UserError, match='params/pos_embedding'):
-        plan(leaves(16), leaves(24), Surgery(operator=None), grids=('pos_embedding',))
+        plan_surgery(leaves(16), leaves(24), Surgery(operator=None), grids=('pos_embedding',))

@@ -12,7 +12,7 @@ from upcycle.checkpoints.several import SeveralReader
 from upcycle.errors import UserError
 from upcycle.surgery.operators import Start
 from upcycle.surgery.plan import Action, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 
 BRANCHES = Surgery(operator='branches')
 
@@ -75,7 +75,7 @@ def test_state_goes_with_the_branch_and_the_step_is_the_largest():
         for i in (0, 1)
         for name, leaf in state(shape).items()
     }
-    what = plan(
+    what = plan_surgery(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in values.items()},
         state(sparse),
         Surgery(operator='branches', optimizer_state='tile'),
@@ -117,7 +117,7 @@ def test_checkpoints_that_differ():
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in other.items()}
     sparse = {'params/encoder/encoder_norm/scale': jax.ShapeDtypeStruct((128,), jnp.float32)}
     with pytest.raises(UserError, match=r'encoder_norm/scale is not the same in all checkpoints: \(128,\), missing'):
-        plan(leaves, sparse, BRANCHES)
+        plan_surgery(leaves, sparse, BRANCHES)
 
 
 def test_what_starts_from_several():

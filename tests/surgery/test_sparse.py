@@ -15,7 +15,7 @@ from upcycle.errors import UserError
 from upcycle.surgery.operators.sparse import Grow, Merge
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 from upcycle.surgery.receipt import check_function
 
 OLD = 4
@@ -82,7 +82,7 @@ def grown(operator, of_experts, num_experts=8, **spec):
     shapes |= dict.fromkeys(('step', 'opt_state/count'), jax.ShapeDtypeStruct((), jnp.int32))
     leaves = with_state(source(), of_experts)
     settings = {'router_init': 'copied', 'router_noise': 0.0, 'optimizer_state': 'tile', **spec}
-    what = plan(
+    what = plan_surgery(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()},
         shapes,
         Surgery(operator=operator, **settings),

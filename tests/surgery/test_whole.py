@@ -199,7 +199,7 @@ def test_nonsense_is_refused(make, message):
 
 def test_depth_carries_the_state_along():
     shapes = {'params/layers_0/w': (2,), 'params/layers_1/w': (2,)}
-    from upcycle.surgery.planning import plan
+    from upcycle.surgery.planning import plan_surgery
 
     def state(names):
         leaves = {name: jax.ShapeDtypeStruct((2,), jnp.float32) for name in names}
@@ -208,6 +208,6 @@ def test_depth_carries_the_state_along():
         }
 
     deep = [f'params/layers_{i}/w' for i in range(4)]
-    what = plan(state(shapes), state(deep), surgery('depth', optimizer_state='tile'))
+    what = plan_surgery(state(shapes), state(deep), surgery('depth', optimizer_state='tile'))
     sources = {row.target: row.sources for row in what.rows}
     assert sources['opt_state/param_states/layers_3/w/v'] == ('opt_state/param_states/layers_1/w/v',)

@@ -12,7 +12,7 @@ from upcycle import configuration, cost, partitioning
 from upcycle.errors import UserError
 from upcycle.sweep import grid, paper
 from upcycle.training import loop
-from upcycle.training.state import layout
+from upcycle.training.state import make_layout
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 EXPERIMENTS = sorted(
@@ -97,7 +97,7 @@ def test_every_program_of_the_mini_scale_steps():
     for run in steps_of(paper.Scale.MINI):
         mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
         with partitioning.use(mesh):
-            where, sharding = layout(run, mesh), partitioning.batch_sharding(mesh)
+            where, sharding = make_layout(run, mesh), partitioning.batch_sharding(mesh)
             shapes = run.train_data.batch_spec()
             batch = {name: np.ones(shape, dtype) for name, (shape, dtype) in shapes.items()}
             state = jax.tree.map(

@@ -13,8 +13,8 @@ from tests.surgery.test_function import dense_params, model_of
 from upcycle import hosts, partitioning
 from upcycle.errors import UserError
 from upcycle.surgery.plan import Action, Surgery
-from upcycle.surgery.planning import plan
-from upcycle.surgery.receipt import carried_on, mismatches, receipt
+from upcycle.surgery.planning import plan_surgery
+from upcycle.surgery.receipt import carried_on, make_receipt, mismatches
 from upcycle.training import receipt_of_start
 
 
@@ -27,7 +27,9 @@ MOE = {'params/m/expert/wi/kernel': (2, 4, 8), 'params/m/router/w/kernel': (4, 2
 
 def first_receipt():
     dense = shaped({'params/m/wi/kernel': (4, 8), 'params/head/kernel': (4, 10)})
-    return receipt(plan(dense, shaped(MOE), Surgery()), source={}, hashes={'params/m/wi/kernel': 'x'}, lineages={})
+    return make_receipt(
+        plan_surgery(dense, shaped(MOE), Surgery()), source={}, hashes={'params/m/wi/kernel': 'x'}, lineages={}
+    )
 
 
 def test_a_run_that_changes_leaves_changes_their_rows():
@@ -35,7 +37,9 @@ def test_a_run_that_changes_leaves_changes_their_rows():
     leaves = shaped({**MOE, 'params/head/kernel': (4, 3), 'params/m/router_state/bias': (2,)})
     paper = first_receipt()
     assert mismatches(paper, shaped(MOE)) == [] and len(mismatches(paper, leaves)) == 2
-    what = plan(shaped(MOE), leaves, Surgery(operator=None, new_head=True, optimizer_state='tile'), head=('head',))
+    what = plan_surgery(
+        shaped(MOE), leaves, Surgery(operator=None, new_head=True, optimizer_state='tile'), head=('head',)
+    )
     later = carried_on(paper, what)
     assert mismatches(later, leaves) == []
     actions = {row['target'].removeprefix('params/'): row['action'] for row in later['plan']}

@@ -92,12 +92,12 @@ class Writer(Protocol):
 
 
 @contextlib.contextmanager
-def not_refused(place: epath.Path, what: str = '') -> Iterator[None]:
+def not_refused(place: epath.Path, name: str = '') -> Iterator[None]:
     """Around writing to a local disk.
 
     Args:
         place: the file or folder.
-        what: the leaf that is written; '': anything else.
+        name: of the leaf that is written; '': anything else.
 
     Raises:
         WriteError: the disk takes no more.
@@ -107,5 +107,5 @@ def not_refused(place: epath.Path, what: str = '') -> Iterator[None]:
     except OSError as error:
         if files.is_remote(place):
             raise
-        sentence = f'{what} cannot be written to {place}' if what else f'{place} cannot be written'
+        sentence = f'{name} cannot be written to {place}' if name else f'{place} cannot be written'
         raise WriteError(f'{sentence} ({error}).') from error

@@ -18,7 +18,7 @@ from upcycle.evaluate.protocol import Subject
 from upcycle.gin_data import require_data
 from upcycle.metrics import counted, plain
 from upcycle.training import start
-from upcycle.training.state import layout, params_from
+from upcycle.training.state import make_layout, params_from
 
 FEW_SHOT = 'runs/few_shot.gin'
 TASK_METRICS = 'runs/task_metrics.gin'
@@ -64,8 +64,8 @@ def run(
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
     start.check_batches(run, mesh, training=False)
     with partitioning.use(mesh):
-        where = layout(run, mesh, run.eval_data.batch_spec())
-        params, operator = params_from(run, where, reader)
+        layout = make_layout(run, mesh, run.eval_data.batch_spec())
+        params, operator = params_from(run, layout, reader)
         if operator is not None:
             print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
         subject = Subject(run.model, run.eval_data, partitioning.batch_sharding(mesh), counted)

@@ -25,36 +25,36 @@ def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool 
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     start = preflight(run, configuration.resolved())
     # A run that would resume from its own checkpoint is planned as at its first start.
-    where, reader, what = start.layout, start.reader, start.plan
-    facts = _facts(where, what, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
+    layout, reader, plan = start.layout, start.reader, start.plan
+    facts = _facts(layout, plan, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
     if as_json:
-        rows = [_row(row, where) for row in what.rows]
-        print(json.dumps({**facts, 'rows': rows, 'dropped': dict(what.dropped)}, indent=1))
+        rows = [_row(row, layout) for row in plan.rows]
+        print(json.dumps({**facts, 'rows': rows, 'dropped': dict(plan.dropped)}, indent=1))
         return
-    _print_table(what, where)
+    _print_table(plan, layout)
     for line in not_read(reader.metadata):
         print(line)
-    for line in grouped((f'dropped  {name}  because {reason}' for name, reason in what.dropped.items()), None):
+    for line in grouped((f'dropped  {name}  because {reason}' for name, reason in plan.dropped.items()), None):
         print(line)
     print(describe(start))
     print('  '.join(f'{name}: {value}' for name, value in facts.items()))
 
 
-def _facts(where: Layout, what: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(layout: Layout, plan: Plan, dense: Mapping[str, Any]) -> dict[str, Any]:
     params = {name: leaf for name, leaf in dense.items() if name.startswith('params/')}
     return {
         'parameters_before': cost.num_parameters(params),
-        'parameters_after': cost.num_parameters(where.abstract.params),
+        'parameters_after': cost.num_parameters(layout.abstract.params),
         'bytes_before': cost.num_bytes(dict(dense)),
-        'bytes_after': cost.num_bytes(where.abstract),
-        'bytes_per_device': cost.bytes_per_device(where.abstract),
-        'leaves': len(what.rows),
-        'dropped_leaves': len(what.dropped),
+        'bytes_after': cost.num_bytes(layout.abstract),
+        'bytes_per_device': cost.bytes_per_device(layout.abstract),
+        'leaves': len(plan.rows),
+        'dropped_leaves': len(plan.dropped),
     }
 
 
-def _row(row: Any, where: Layout) -> dict[str, Any]:
-    sharding = where.flat()[row.target].sharding
+def _row(row: Any, layout: Layout) -> dict[str, Any]:
+    sharding = layout.flat()[row.target].sharding
     return {
         'target': row.target,
         'sources': list(row.sources),
@@ -66,12 +66,12 @@ def _row(row: Any, where: Layout) -> dict[str, Any]:
     }
 
 
-def _print_table(what: Plan, where: Layout) -> None:
+def _print_table(plan: Plan, layout: Layout) -> None:
     from upcycle import tables
 
     table = tables.table('target', 'from', 'action', 'shape', 'dtype', 'sharding')
-    for row in what.rows:
-        shown = _row(row, where)
+    for row in plan.rows:
+        shown = _row(row, layout)
         source = ', '.join(shown['sources'])
         table.add_row(
             shown['target'],

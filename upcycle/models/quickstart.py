@@ -8,7 +8,7 @@ class Job:
     """The main job of one model family.
 
     Attributes:
-      what: the family and its data, in words.
+      summary: the family and its data, in words.
       title: of the report.
       task: the data, in words.
       counts: what its accuracy counts, in the plural.
@@ -17,7 +17,7 @@ class Job:
       cooldown_steps: at --budget=1; over the last ones of each branch, not of the dense run, the learning rate falls to 0.
     """
 
-    what: str
+    summary: str
     title: str
     task: str
     counts: str
@@ -32,7 +32,7 @@ class Job:
 
 JOBS = {
     'language': Job(
-        what='T5 on text',
+        summary='T5 on text',
         title='Sparse upcycling on embedded text',
         task='stdlib_span_corruption: span corruption of the source code of the running Python, tokens are bytes',
         counts='tokens',
@@ -44,7 +44,7 @@ JOBS = {
         upcycle_steps=2000,
     ),
     'vision': Job(
-        what='ViT on images',
+        summary='ViT on images',
         title='Sparse upcycling on embedded images',
         task='mnist5k: 5,000 scanned digits of 28 x 28 pixels, distorted anew in every epoch',
         counts='images',

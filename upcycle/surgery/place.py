@@ -126,7 +126,7 @@ def without_leading_axis(sharding: jax.sharding.Sharding) -> jax.sharding.Shardi
     return sharding
 
 
-def print_progress(what: str) -> Progress:
+def print_progress(label: str) -> Progress:
     """A progress line on standard error: leaves done, rate, time left."""
     start = time.monotonic()
     last = [start]
@@ -137,6 +137,6 @@ def print_progress(what: str) -> Progress:
             return
         last[0] = now
         left = (now - start) / done * (total - done)
-        print(f'{what}: {done}/{total} leaves, {left:.0f} s left ({target})', file=sys.stderr, flush=True)
+        print(f'{label}: {done}/{total} leaves, {left:.0f} s left ({target})', file=sys.stderr, flush=True)
 
     return show

@@ -30,7 +30,7 @@ from upcycle.surgery.plan import (
 from upcycle.surgery.router_init import INHERITED
 
 
-def plan(
+def plan_surgery(
     dense: Abstract,
     sparse: Abstract,
     spec: Surgery,
@@ -185,9 +185,9 @@ def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) ->
     """How many MLPs an operator starts from; refuses checkpoints of another kind than the operator's."""
     operator = spec.operator
     if several and (operator is None or operator.starts_from is not Start.SEVERAL):
-        what = 'this run' if operator is None else f'EXPERT_OPERATOR = {operator.name!r}'
+        subject = 'this run' if operator is None else f'EXPERT_OPERATOR = {operator.name!r}'
         raise UserError(
-            f"INITIAL_CHECKPOINT_PATH names {several} checkpoints, and {what} starts from one: name one, or use 'branches'."
+            f"INITIAL_CHECKPOINT_PATH names {several} checkpoints, and {subject} starts from one: name one, or use 'branches'."
         )
     if operator is None or operator.starts_from is not Start.MOE:
         if operator is not None and spec.router_init in INHERITED:
@@ -305,23 +305,25 @@ def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surge
             "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
             "what is there and not read): set OPTIMIZER_STATE = 'fresh'."
         )
-    what = 'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
+    heading = (
+        'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
+    )
     has_experts, wants_experts = (any(EXPERT in name.split('/') for name in leaves) for leaves in (dense, wanted))
     wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
     inside = wrong_shape and all({EXPERT, SHARED} & {*segments} for segments in wrong_shape)
     if all(any(f'/{part}/' in problem for part in head) for problem in problems):
-        what = (
+        heading = (
             'The head of the checkpoint is not that of the model: to fine-tune on other classes, start a new one with '
             'NEW_HEAD = True in runs/finetune.gin'
         )
     elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
-        what += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
+        heading += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
     elif has_experts and not wants_experts and spec.operator is None:
-        what += ' (it has experts and the model has none: include the file of moe/ that it was trained with)'
+        heading += ' (it has experts and the model has none: include the file of moe/ that it was trained with)'
     elif wants_experts and not has_experts and spec.operator is None:
-        what += ' (the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out)'
+        heading += ' (the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out)'
     elif inside and any(EXPERT in segments for segments in wrong_shape):
-        what += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
+        heading += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
     elif inside:
-        what += ' (shared experts start as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
-    return DifferentLeaves(what, problems)
+        heading += ' (shared experts start as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
+    return DifferentLeaves(heading, problems)

@@ -21,7 +21,7 @@ from upcycle.surgery.plan import Action, Plan, Row
 from upcycle.surgery.router_init import INHERITED
 
 
-def receipt(
+def make_receipt(
     plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str], lineages: Mapping[str, Lineage]
 ) -> dict[str, Any]:
     """The receipt before the function check.
@@ -66,20 +66,20 @@ def _as_json(row: Row) -> dict[str, Any]:
     }
 
 
-def carried_on(paper: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def carried_on(receipt: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The receipt of a checkpoint that a run goes on with by a plan that makes no experts: a new head, other positions, router
     state that a recipe adds. The other rows stay."""
-    made = {row['target']: row for row in paper['plan']}
+    made = {row['target']: row for row in receipt['plan']}
     rows = [
         made[row.target] if row.action is Action.KEEP and row.target in made else _as_json(row) for row in plan.rows
     ]
-    return {**paper, 'plan': rows}
+    return {**receipt, 'plan': rows}
 
 
-def mismatches(paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
+def mismatches(receipt: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
     """How a checkpoint's parameters differ from those that its receipt says were made: names and shapes."""
     try:
-        made = {row['target']: tuple(row['shape']) for row in paper['plan'] if row['target'].startswith('params/')}
+        made = {row['target']: tuple(row['shape']) for row in receipt['plan'] if row['target'].startswith('params/')}
     except (KeyError, TypeError, AttributeError) as error:
         return [f'the receipt is damaged ({error!r})']
     stored = {name: tuple(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')}

@@ -23,7 +23,7 @@ def sweep(
     gin_files: Sequence[str],
     axes: Sequence[str],
     bindings: Mapping[str, str],
-    where: str,
+    launcher_name: str,
     jobs: int,
     cluster: Mapping[str, Any],
     out: str | None,
@@ -38,7 +38,7 @@ def sweep(
       gin_files: with a config, put before those of its points.
       axes: of `--grid`.
       bindings: of every point.
-      where: a name in `LAUNCHERS`, or 'print'.
+      launcher_name: a name in `LAUNCHERS`, or 'print'.
       jobs: runs at once; programs are compiled one after the other.
       cluster: options of a launcher that takes some.
       out: the sweep's folder; None: runs/NAME. In a bucket there are the runs alone, and the rest in runs/NAME.
@@ -61,13 +61,13 @@ def sweep(
     if only is not None and experiment.get('compile'):
         raise UserError('--only chooses runs, and the compiled scale has programs: leave it out.')
     out = os.path.join('runs', experiment.name) if out is None else out
-    if where != PRINT:
+    if launcher_name != PRINT:
         outputs.check('--out', out, outputs.Kind.FOLDER, local=bool(experiment.get('compile')))
     if experiment.get('compile'):
-        return compile_all(experiment, out, where, environment, cluster, gin_files, bindings)
+        return compile_all(experiment, out, launcher_name, environment, cluster, gin_files, bindings)
     every = grid.resolve(experiment, out, gin_files if config is not None else (), bindings)
     points = every if only is None else grid.only(every, only)
-    if where == PRINT:
+    if launcher_name == PRINT:
         conduct.check(points, here=False)
         for point in points:
             print(point.command)
@@ -79,7 +79,7 @@ def sweep(
     environment = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath(os.path.join(out, 'programs')), **environment}
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': experiment.name, 'config': config, 'scale': scale})
-        launcher = launchers.make(where, environment, held, jobs, cluster)
+        launcher = launchers.make(launcher_name, environment, held, jobs, cluster)
         if not _run(entries, out, launcher):
             return 1
         if len(points) < len(every):

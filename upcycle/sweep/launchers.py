@@ -261,7 +261,7 @@ class Gke(OneByOne):
         os.makedirs(os.path.dirname(log), exist_ok=True)
         # Names of workloads are short, and the same for the same run.
         name = f'upcycle-{hashlib.sha256(shlex.join(arguments).encode()).hexdigest()[:16]}'
-        where = [f'--{key}={self._options[key]}' for key in ('cluster', 'project', 'zone') if key in self._options]
+        cluster = [f'--{key}={self._options[key]}' for key in ('cluster', 'project', 'zone') if key in self._options]
         # As scripts/launch/gke.sh.
         options = {
             'num-slices': 1,
@@ -272,8 +272,8 @@ class Gke(OneByOne):
         create = ['xpk', 'workload', 'create', f'--workload={name}']
         create += [f'--{key}={value}' for key, value in options.items()]
         create.append(f'--command=upcycle {shlex.join(arguments)} --distributed')
-        watch = ['xpk', 'workload', 'list', *where, f'--wait-for-job-completion={name}']
-        delete = ['xpk', 'workload', 'delete', *where, f'--workload={name}', '--force']
+        watch = ['xpk', 'workload', 'list', *cluster, f'--wait-for-job-completion={name}']
+        delete = ['xpk', 'workload', 'delete', *cluster, f'--workload={name}', '--force']
         # Creating fails where the workload exists already; it is watched all the same.
         script = f'{shlex.join(create)}\n{shlex.join(watch)} || {{ code=$?; {shlex.join(delete)}; exit $code; }}\n'
         with open(log, 'a', encoding='utf-8') as file:
@@ -291,14 +291,12 @@ class Gke(OneByOne):
 LAUNCHERS: dict[str, Callable[..., Launcher]] = {'local': Local, 'slurm': Slurm, 'gke': Gke}
 
 
-def make(
-    where: str, environment: Mapping[str, str], keep_open: int, slots: int, options: Mapping[str, Any]
-) -> Launcher:
+def make(name: str, environment: Mapping[str, str], keep_open: int, slots: int, options: Mapping[str, Any]) -> Launcher:
     """A launcher by name.
 
     Raises:
       UserError: it takes no options, and there are some.
     """
-    if where == 'local' and options:
+    if name == 'local' and options:
         raise UserError(f'--cluster {next(iter(options))}=... goes with --where=slurm or gke.')
-    return LAUNCHERS[where](environment, keep_open, slots, **({'options': options} if options else {}))
+    return LAUNCHERS[name](environment, keep_open, slots, **({'options': options} if options else {}))

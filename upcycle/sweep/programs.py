@@ -19,7 +19,7 @@ FOLDER = 'compiled'
 def compile_all(
     experiment: ml_collections.ConfigDict,
     out: str,
-    where: str,
+    launcher_name: str,
     environment: Mapping[str, str],
     cluster: Mapping[str, Any],
     gin_files: Sequence[str] = (),
@@ -30,7 +30,7 @@ def compile_all(
     Args:
       experiment: a config with `compile`.
       out: its folder; programs that another experiment compiled there are not compiled again.
-      where: a name in `LAUNCHERS`, or 'print'.
+      launcher_name: a name in `LAUNCHERS`, or 'print'.
       environment: of the compilers.
       cluster: options of a launcher that takes some.
       gin_files: put before those of each program.
@@ -43,12 +43,12 @@ def compile_all(
       UserError: a program's configuration does not fit; it names the program.
     """
     commands = _commands(experiment, out, gin_files, bindings or {})
-    if where == PRINT:
+    if launcher_name == PRINT:
         for arguments in commands.values():
             print(shlex.join(['upcycle', *arguments]))
         return 0
     with conduct.lock(out) as held:
-        failed = _compile_missing(commands, out, launchers.make(where, environment, held, 1, cluster))
+        failed = _compile_missing(commands, out, launchers.make(launcher_name, environment, held, 1, cluster))
     accounts = {name: _read(_path(out, name)) for name in commands if os.path.exists(_path(out, name))}
     table = as_markdown(accounts)
     with open(os.path.join(out, f'{experiment.name}_compiled.md'), 'w', encoding='utf-8') as file:

@@ -35,9 +35,9 @@ def diagnose(
     """
     look = jax.jit(functools.partial(_look, model=model, num_microbatches=num_microbatches, frozen=frozen))
     found = jax.device_get(look(state, batch))
-    for what, broken in (('the batch holds', found['batch']), (f'{when}, parameters hold', found['params'])):
+    for clause, broken in (('the batch holds', found['batch']), (f'{when}, parameters hold', found['params'])):
         if names := [name for name, count in broken.items() if count]:
-            return f'{what} NaN or infinity in {_listed(names)}'
+            return f'{clause} NaN or infinity in {_listed(names)}'
     loss = f'the loss is {found["loss"]:.4g}'
     gradients, largest = found['gradient'], found['largest']
     names = [name for name, count in gradients.items() if count]

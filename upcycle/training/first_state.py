@@ -17,7 +17,7 @@ from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import Action, Plan
-from upcycle.surgery.receipt import carried_on, check_function, receipt, reported
+from upcycle.surgery.receipt import carried_on, check_function, make_receipt, reported
 from upcycle.training.read_ahead import Examination, ReadAhead, requests_of
 from upcycle.training.receipt_of_start import ReceiptOfStart, source_of
 from upcycle.training.run import Run
@@ -37,13 +37,13 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     Returns:
       The state; and the receipt, or None where nothing was expanded.
     """
-    run, reader, what = start.run, start.reader, start.plan
+    run, reader, plan = start.run, start.reader, start.plan
     for part in readers_of(reader):
         require_whole(part.path)
     carried = ReceiptOfStart.of(reader)
     upcycles = run.surgery.made_by is not None
     leaves = start.layout.flat()
-    source = SourceModel(run.model, what, reader, leaves)
+    source = SourceModel(run.model, plan, reader, leaves)
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
         if name.partition('@')[0] != 'step' or run.dense_step is None:
@@ -57,8 +57,8 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
 
     # Where the checkpoint does not say the step, it is given.
     stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
-    sources = {name: stored.get(name, step) for row in what.rows for name in row.sources}
-    averaged = {name for row in what.rows if row.action is Action.MEAN for name in row.sources}
+    sources = {name: stored.get(name, step) for row in plan.rows for name in row.sources}
+    averaged = {name for row in plan.rows if row.action is Action.MEAN for name in row.sources}
     whole, look = sources.keys(), sha256_of
     if not upcycles:
         whole, look = (set(), None) if carried is None else (carried.comparable() & whole, carried.compare)
@@ -72,11 +72,11 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
     shardings = {name: leaf.sharding for name, leaf in leaves.items()}
     lineages: dict[str, Lineage] = {}
-    new = {'rng': run_key, **new_head(run, start.layout, what)}
-    with contextlib.closing(examination), ReadAhead(read, requests_of(what, shardings)) as reading:
+    new = {'rng': run_key, **new_head(run, start.layout, plan)}
+    with contextlib.closing(examination), ReadAhead(read, requests_of(plan, shardings)) as reading:
         flat = hosts.together(
             lambda: execute(
-                what,
+                plan,
                 reading,
                 shardings,
                 new=new,
@@ -91,19 +91,19 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     if not upcycles:
         if carried is None:
             return state, None
-        paper = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
-        return state, carried_on(paper, what)
+        receipt = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
+        return state, carried_on(receipt, plan)
     started_from = source_of(reader, int(state.step))
-    paper = receipt(what, source=started_from, hashes=hashes, lineages=lineages)
-    paper['function_check'] = reported(
+    receipt = make_receipt(plan, source=started_from, hashes=hashes, lineages=lineages)
+    receipt['function_check'] = reported(
         lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
     )
-    return state, paper
+    return state, receipt
 
 
-def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
+def new_head(run: Run, layout: Layout, plan: Plan) -> dict[str, jax.Array]:
     """The parameters that a plan starts afresh, as a run from scratch with the same seed would."""
-    names = [row.target for row in what.rows if row.action is Action.NEW and row.target.startswith('params/')]
+    names = [row.target for row in plan.rows if row.action is Action.NEW and row.target.startswith('params/')]
     if not names:
         return {}
 
@@ -113,5 +113,5 @@ def new_head(run: Run, where: Layout, what: Plan) -> dict[str, jax.Array]:
         return {name: flat[name] for name in names}
 
     # What is not asked for is not computed.
-    shardings = {name: where.flat()[name].sharding for name in names}
+    shardings = {name: layout.flat()[name].sharding for name in names}
     return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))

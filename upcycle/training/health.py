@@ -171,8 +171,8 @@ class Health:
                     f'{found}: the router no longer weighs its choice, and hardly learns: set ROUTER_Z_LOSS_FACTOR, or lower '
                     'BASE_LEARNING_RATE.'
                 )
-        for what, text in texts.items():
-            if what not in self.values['warned']:
+        for name, text in texts.items():
+            if name not in self.values['warned']:
                 self._warn(text)
         self.values['warned'] = sorted(texts)
         return {'experts/starved_experts': starved, 'experts/saturated_routers': saturated}

@@ -320,7 +320,7 @@ class _Trainer:
         run, first = self.run, found.first - 1
         taken = self.window.taken_under_way()
         batch = next(self._batches(run.train_data, first + self.health.values['batches_left_out']))
-        what = diagnose(
+        cause = diagnose(
             self.state.replace(step=partitioning.put_whole(np.asarray(first, np.int32), self.state.step.sharding)),
             batch,
             model=run.model,
@@ -333,7 +333,7 @@ class _Trainer:
         at = f'at step {found.first}' + ('' if taken is None else f' (with the parameters after step {taken})')
         return (
             f'steps {found.first} to {found.last} were not finite and changed nothing, more in a row than MAX_SKIPPED_STEPS = '
-            f'{run.limits.max_skipped_steps}: {at}, {what}; step {first} was the last good one, and the newest '
+            f'{run.limits.max_skipped_steps}: {at}, {cause}; step {first} was the last good one, and the newest '
             f'checkpoint in {run.model_dir} is of step {newest}: mend the data, start another run from there with a lower '
             'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and go on.'
         )
@@ -358,7 +358,7 @@ class _Trainer:
 
 
 def lower_step(
-    run: ModelRun, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
+    run: ModelRun, layout: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
 ) -> jax.stages.Lowered:
     """`train_step` for the run's shapes, on the mesh in use, ready to be compiled; `start_step`: of the run's first state."""
     step = jax.jit(
@@ -367,16 +367,16 @@ def lower_step(
             model=run.model,
             optimizer=run.optimizer,
             learning_rate=run.learning_rate.schedule(start_step, run.total_steps),
-            batch_axes=where.batch_axes,
+            batch_axes=layout.batch_axes,
             num_microbatches=run.num_microbatches,
-            frozen=run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step),
+            frozen=run.trainable.frozen(layout.abstract.params, run.model.moe_layers(), start_step),
             leaf_norms=run.leaf_gradient_norms,
         ),
-        out_shardings=(where.shardings, None),
+        out_shardings=(layout.shardings, None),
         donate_argnums=0,
     )
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
         for name, (shape, dtype) in run.train_data.batch_spec().items()
     }
-    return step.lower(where.abstract, batch)
+    return step.lower(layout.abstract, batch)

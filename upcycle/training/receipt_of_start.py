@@ -31,9 +31,9 @@ def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
     }
 
 
-def require_match(path: str, paper: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+def require_match(path: str, receipt: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     """Raises UserError where a checkpoint holds other parameters than its receipt says."""
-    if problems := mismatches(paper, leaves):
+    if problems := mismatches(receipt, leaves):
         raise DifferentLeaves(f'{path} does not match its receipt', problems)
 
 
@@ -42,7 +42,7 @@ class ReceiptOfStart:
     """The receipt of the MoE checkpoint that a run starts from."""
 
     path: str
-    paper: dict[str, Any]
+    receipt: dict[str, Any]
 
     @classmethod
     def of(cls, reader: Reader) -> 'ReceiptOfStart | None':
@@ -51,42 +51,42 @@ class ReceiptOfStart:
         Raises:
           UserError: the checkpoint holds other leaves than its receipt says.
         """
-        paper = reader.metadata.get('receipt')
-        if paper is None:
+        receipt = reader.metadata.get('receipt')
+        if receipt is None:
             return None
-        require_match(str(reader.path), paper, reader.leaves())
-        return cls(str(reader.path), dict(paper))
+        require_match(str(reader.path), receipt, reader.leaves())
+        return cls(str(reader.path), dict(receipt))
 
     @property
     def untouched(self) -> bool:
         """Whether nothing has been trained since the surgery: a conversion that is loaded for the first time."""
-        return self.paper['function_check'].get('whole_model') == 'pending'
+        return self.receipt['function_check'].get('whole_model') == 'pending'
 
     def comparable(self) -> frozenset[str]:
         """The leaves that nothing has changed since the surgery, and of which the receipt says what they are."""
-        source = self.paper['source']
+        source = self.receipt['source']
         return frozenset(
             row['target']
-            for row in (self.paper['plan'] if self.untouched else ())
+            for row in (self.receipt['plan'] if self.untouched else ())
             if row['sources']
             and source.get('dtype') == row['dtype']
-            and row['sources'][0] in self.paper['sha256']
+            and row['sources'][0] in self.receipt['sha256']
             and (row['action'] == Action.KEEP or self._copies(row))
         )
 
     def compare(self, name: str, leaf: np.ndarray) -> None:
         """Raises UserError where a leaf, which is `comparable`, is not what the receipt says."""
-        row = next(row for row in self.paper['plan'] if row['target'] == name)
+        row = next(row for row in self.receipt['plan'] if row['target'] == name)
         copies = self._copies(row)
         whole = leaf[0] if copies else leaf
         alike = not copies or bool((leaf == leaf[:1]).all())
-        if not alike or sha256_of(row['sources'][0], whole) != self.paper['sha256'][row['sources'][0]]:
+        if not alike or sha256_of(row['sources'][0], whole) != self.receipt['sha256'][row['sources'][0]]:
             raise UserError(
                 f'{name} of {self.path} is not what its receipt says it was made of: convert the checkpoint again.'
             )
 
     def _copies(self, row: Mapping[str, Any]) -> bool:
-        return row['action'] == Action.EXPERTS and self.paper['operator'] == 'copy'
+        return row['action'] == Action.EXPERTS and self.receipt['operator'] == 'copy'
 
     def complete(
         self,
@@ -108,19 +108,19 @@ class ReceiptOfStart:
           new_head: the run's head is not the checkpoint's, so that the two models' losses say nothing of each other.
         """
         if not self.untouched:
-            return self.paper
+            return self.receipt
 
         def check() -> dict[str, Any]:
             if new_head:
                 raise UserError('NEW_HEAD = True gives it another task.')
             flat = flatten_dict({'params': params}, sep='/')
             resized = {
-                row['sources'][0]: flat[row['target']] for row in self.paper['plan'] if row['action'] == Action.RESIZE
+                row['sources'][0]: flat[row['target']] for row in self.receipt['plan'] if row['action'] == Action.RESIZE
             }
 
             def opened() -> tuple[Params, Model]:
-                reader = open_checkpoints(self.paper['source']['path'])
-                return unread_params(reader, leaves, resized), source_model(model, self.paper['operator'], reader)
+                reader = open_checkpoints(self.receipt['source']['path'])
+                return unread_params(reader, leaves, resized), source_model(model, self.receipt['operator'], reader)
 
             # It may lie on the disk of one process alone, and they compare together or not at all.
             source_params, source = hosts.together(opened)
@@ -129,5 +129,5 @@ class ReceiptOfStart:
         found = reported(check)
         if isinstance(found.get('whole_model'), str):
             # What the conversion found of single layers stays.
-            found = {**self.paper['function_check'], 'whole_model': found['whole_model']}
-        return {**self.paper, 'function_check': found}
+            found = {**self.receipt['function_check'], 'whole_model': found['whole_model']}
+        return {**self.receipt, 'function_check': found}

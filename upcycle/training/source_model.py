@@ -96,13 +96,13 @@ class SourceModel:
 
     Args:
       model: that is being made.
-      what: the surgery.
+      plan: of the surgery.
       reader: of the source.
       leaves: of the target, with their shardings.
     """
 
-    def __init__(self, model: Model, what: Plan, reader: Reader, leaves: Leaves):
-        self._target_model, self._what, self._reader, self._leaves = model, what, reader, leaves
+    def __init__(self, model: Model, plan: Plan, reader: Reader, leaves: Leaves):
+        self._target_model, self._plan, self._reader, self._leaves = model, plan, reader, leaves
 
     @property
     def model(self) -> Model:
@@ -111,7 +111,7 @@ class SourceModel:
         Raises:
           UserError: nothing says so.
         """
-        made_by = self._what.spec.made_by
+        made_by = self._plan.spec.made_by
         return source_model(self._target_model, None if made_by is None else made_by.name, self._reader)
 
     def params(self, target: Mapping[str, jax.Array]) -> Params:
@@ -119,7 +119,7 @@ class SourceModel:
         same = (Action.KEEP, Action.MEAN, Action.RESIZE)
         known = {
             row.sources[0].partition('@')[0]: target[row.target]
-            for row in self._what.rows
+            for row in self._plan.rows
             if row.action in same and row.target in target
         }
         return unread_params(self._reader, self._leaves, known)

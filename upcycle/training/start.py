@@ -10,7 +10,7 @@ from upcycle.checkpoints import Reader, open_checkpoints
 from upcycle.moe.groups import check_groups, microbatch_groups
 from upcycle.surgery.plan import Plan
 from upcycle.training.run import ModelRun, Run
-from upcycle.training.state import Layout, data_of, layout, make_plan
+from upcycle.training.state import Layout, data_of, make_layout, make_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Start:
         """
         mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
         check_batches(run, mesh)
-        return cls(run, mesh, layout(run, mesh))
+        return cls(run, mesh, make_layout(run, mesh))
 
     @functools.cached_property
     def reader(self) -> Reader:

@@ -22,7 +22,7 @@ from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
 from upcycle.surgery.place import execute, print_progress
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
-from upcycle.surgery.planning import plan
+from upcycle.surgery.planning import plan_surgery
 from upcycle.training.run import ModelRun, Run
 from upcycle.training.step import TrainState
 
@@ -62,7 +62,7 @@ def data_of(run: ModelRun) -> DataSource:
     return run.train_data
 
 
-def layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
+def make_layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
     spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
     boxed = _boxed_shapes(run.model, tuple(sorted(spec.items())))
@@ -103,24 +103,24 @@ def as_dict(state: TrainState) -> dict[str, Any]:
     return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'rng': state.rng}
 
 
-def from_scratch(run: Run, where: Layout) -> TrainState:
+def from_scratch(run: Run, layout: Layout) -> TrainState:
     """Fresh parameters, each written straight onto its devices."""
-    return initializer(run, where)(jax.random.key(run.seed))
+    return initializer(run, layout)(jax.random.key(run.seed))
 
 
-def initializer(run: Run, where: Layout) -> Callable[[jax.Array], TrainState]:
+def initializer(run: Run, layout: Layout) -> Callable[[jax.Array], TrainState]:
     """A jitted function from a key to the first state of a run from scratch."""
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
         params = partitioning.unbox(run.model.init(init_key, run.train_data.batch_spec()))
-        opt_state = run.optimizer.init(moe_state.split(params)[0], where.batch_axes)
+        opt_state = run.optimizer.init(moe_state.split(params)[0], layout.batch_axes)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key_data(run_key))
 
-    return jax.jit(init, out_shardings=where.shardings)
+    return jax.jit(init, out_shardings=layout.shardings)
 
 
-def make_plan(run: ModelRun, where: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
+def make_plan(run: ModelRun, layout: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
     """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
     if run.surgery is None:
         raise UserError(
@@ -144,11 +144,11 @@ def make_plan(run: ModelRun, where: Layout, reader: Reader, wanted: Mapping[str,
             'runs/continue_dense.gin.'
         )
     with in_gin_words(run.model, reader):
-        return plan(
+        return plan_surgery(
             leaves,
-            where.flat() if wanted is None else wanted,
+            layout.flat() if wanted is None else wanted,
             run.surgery,
-            where.logical_axes,
+            layout.logical_axes,
             head=run.model.head,
             grids=run.model.grids,
         )
@@ -166,7 +166,7 @@ def in_gin_words(model: Model, reader: Reader) -> Iterator[None]:
     except DifferentLeaves as error:
         part = readers_of(reader)[0]
         found = differences(model, part.path, part.leaves(), identify.facts_of(part.metadata), error.problems)
-        raise DifferentLeaves(error.what, error.problems, _in_words(found)) from None
+        raise DifferentLeaves(error.heading, error.problems, _in_words(found)) from None
 
 
 def _in_words(sizes: Sequence[Difference], others: Sequence[Difference] = ()) -> list[str]:
@@ -239,12 +239,12 @@ def check_start(run: ModelRun, step: int) -> None:
     run.learning_rate.schedule(step, run.total_steps)
 
 
-def params_from(run: ModelRun, where: Layout, reader: Reader) -> tuple[Any, str | None]:
+def params_from(run: ModelRun, layout: Layout, reader: Reader) -> tuple[Any, str | None]:
     """A checkpoint's parameters alone, as the run's model wants them.
 
     Args:
       run: with a sparse model and a dense checkpoint, its `surgery` is carried out on the way.
-      where: the layout of the run's state.
+      layout: of the run's state.
       reader: of the checkpoint.
 
     Returns:
@@ -253,7 +253,7 @@ def params_from(run: ModelRun, where: Layout, reader: Reader) -> tuple[Any, str 
     Raises:
       UserError: the checkpoint does not fit.
     """
-    wanted = {name: leaf for name, leaf in where.flat().items() if name.startswith('params/')}
+    wanted = {name: leaf for name, leaf in layout.flat().items() if name.startswith('params/')}
     stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith('params/')}
     expands = any(f'/{EXPERT}/' in name for name in wanted) and not any(f'/{EXPERT}/' in name for name in stored)
     if expands and (run.surgery is None or run.surgery.operator is None):
@@ -265,6 +265,6 @@ def params_from(run: ModelRun, where: Layout, reader: Reader) -> tuple[Any, str 
     check_source(run, reader, spec)
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
     with in_gin_words(run.model, reader):
-        what = plan(stored, wanted, spec, where.logical_axes, grids=run.model.grids)
-    flat = execute(what, reader.read, shardings, new={}, progress=print_progress('loading'))
+        plan = plan_surgery(stored, wanted, spec, layout.logical_axes, grids=run.model.grids)
+    flat = execute(plan, reader.read, shardings, new={}, progress=print_progress('loading'))
     return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)

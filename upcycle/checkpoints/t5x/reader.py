@@ -112,11 +112,11 @@ class T5XReader(arrays.ArrayReader):
                 if name in by_name:
                     by_name[theirs] = by_name.pop(name)
             source = _Stored(leaf.shape, leaf.dtype, functools.partial(self._read_stored, theirs))
-            where = f'{theirs} of {self.path}'
+            location = f'{theirs} of {self.path}'
             if name in _STEPS:
-                made = {name: _whole_step(where, source)}
+                made = {name: _whole_step(location, source)}
             elif stack:
-                made = _layers(where, source, stack, len(blocks[stack[1]]))
+                made = _layers(location, source, stack, len(blocks[stack[1]]))
             else:
                 made = {name: _with_joined_heads(name, source)}
             if twice := made.keys() & (every.keys() | (stored.keys() - {name})):
@@ -152,24 +152,25 @@ class _Stored:
     read: Callable[[views.Region], np.ndarray]
 
 
-def _whole_step(where: str, source: views.Lazy) -> views.Lazy:
+def _whole_step(location: str, source: views.Lazy) -> views.Lazy:
     if math.prod(source.shape) != 1:
-        raise _no_step(where, f'{source.dtype}{list(source.shape)}')
-    return views.Computed((), np.dtype(np.int32), (source,), functools.partial(_step, where))
+        raise _no_step(location, f'{source.dtype}{list(source.shape)}')
+    return views.Computed((), np.dtype(np.int32), (source,), functools.partial(_step, location))
 
 
-def _layers(where: str, source: views.Lazy, stack: re.Match[str], subblocks: int) -> dict[str, views.Lazy]:
+def _layers(location: str, source: views.Lazy, stack: re.Match[str], subblocks: int) -> dict[str, views.Lazy]:
     """The layers of a stack by our names.
 
     Args:
-        where: the array, for messages.
+        location: of the array, for messages.
         source: of all layers.
         stack: the match of its name.
         subblocks: how many layers a block has.
     """
     if not schema.fits(blocks := source.shape[_STACK_AXIS], schema.Depth):
         raise UserError(
-            f'{where} would be a stack of {blocks} layers, which no model has: the index is damaged, copy the checkpoint again.'
+            f'{location} would be a stack of {blocks} layers, which no model has: the index is damaged, copy the checkpoint '
+            'again.'
         )
     layers: dict[str, views.Lazy] = {}
     for block in range(blocks):
@@ -194,7 +195,7 @@ def _with_joined_heads(name: str, array: views.Lazy) -> views.Lazy:
     return array if axis is None else views.JoinedAxes(array, axis)
 
 
-def _step(what: str, value: np.ndarray) -> np.ndarray:
+def _step(location: str, value: np.ndarray) -> np.ndarray:
     """A count of training steps. A T5X run that was restored has it in the dtype of its weights.
 
     Raises:
@@ -204,11 +205,11 @@ def _step(what: str, value: np.ndarray) -> np.ndarray:
     is_real = jax.dtypes.issubdtype(value.dtype, np.integer) or jax.dtypes.issubdtype(value.dtype, np.floating)
     # The comparison is false of NaN.
     if not is_real or not 0 <= number < 2**31 or number != int(number):
-        raise _no_step(what, f'{value.dtype} {number}')
+        raise _no_step(location, f'{value.dtype} {number}')
     return np.asarray(int(number), np.int32)
 
 
-def _no_step(what: str, shown: str) -> UserError:
+def _no_step(location: str, shown: str) -> UserError:
     return UserError(
-        f'{what} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
+        f'{location} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
     )

@@ -75,8 +75,8 @@ class OverSteps:
         start = self.reports[0].sunk[Axis.STEPS]
         if start and self.dense:
             ax.axvline(start, color='#9ca3af', linewidth=0.8, linestyle=(0, (1, 2)))
-            where = {'xycoords': ('data', 'axes fraction'), 'ha': 'center', 'va': 'bottom'}
-            ax.annotate('dense checkpoint', (start, 1.01), size=7, color=SOFT, **where)
+            placement = {'xycoords': ('data', 'axes fraction'), 'ha': 'center', 'va': 'bottom'}
+            ax.annotate('dense checkpoint', (start, 1.01), size=7, color=SOFT, **placement)
         ax.set(xlabel='step', ylabel=self.ylabel)
         ax.set_xlim(right=max(x[-1] for b in bundles for x, _ in b.curves))
         set_ticks(ax.xaxis)
