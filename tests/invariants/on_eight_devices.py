@@ -27,6 +27,7 @@ from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
+from upcycle.moe.config import changed
 from upcycle.moe.conventions import AdaptiveBalance, RouterType
 from upcycle.moe.groups import num_groups
 from upcycle.moe.layer import Router
@@ -53,8 +54,8 @@ def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
     moe = with_moe(T5, num_experts=8, group_size=32, groups_multiple_of=8)
     moe = dataclasses.replace(
         moe,
-        encoder_moe=dataclasses.replace(moe.encoder_moe, **encoder),
-        decoder_moe=dataclasses.replace(moe.decoder_moe, **decoder),
+        encoder_moe=changed(moe.encoder_moe, **encoder),
+        decoder_moe=changed(moe.decoder_moe, **decoder),
         **fields,
     )
     return EncoderDecoderModel(moe, aux_loss_factor=1.0, router_z_loss_factor=0.1)
