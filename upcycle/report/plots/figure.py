@@ -8,11 +8,14 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from upcycle.report.compare import Report
+from upcycle.report.plots.svg import shrink
 from upcycle.report.runs import Role
 
 Panel = Callable[[Axes], None]
@@ -25,6 +28,11 @@ ROLE_COLOURS = {
     Role.SCRATCH: '#009e73',
 }
 EXTRA_COLOURS = ('#cc79a7', '#b8860b', '#56b4e9', '#7b5ea7', '#8b5a2b', '#4d4d4d')
+# Of pictures: panels in a row, the size in bytes up to which they are SVG, and the resolution and palette of a PNG.
+COLUMNS = 2
+SMALL = 20_000
+DPI = 90
+COLOURS = 48
 INK, SOFT, RULE = '#374151', '#6b7280', '#e5e7eb'
 # Labels of axes, by metric.
 WORDS = {
@@ -41,14 +49,13 @@ WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure of one or more panels: one SVG a panel on a web page, all of them in the PNG called `key`.
+    """A figure of one or more panels, two in a row.
 
     Attributes:
-      key: the file's name.
+      key: the file's name, without its suffix.
       title: above it.
       caption: below it.
       panels: functions that draw one panel each.
-      columns: panels in a row of the PNG, at most.
       height: of a panel, in inches.
     """
 
@@ -56,20 +63,19 @@ class Plot:
     title: str
     caption: str
     panels: tuple[Panel, ...]
-    columns: int = 4
     height: float = 3.35
 
-    def svg(self) -> list[bytes]:
-        """One SVG per panel, its text drawn as outlines so that it looks the same on every machine."""
-        return [_save([panel], 1, self.height, 'svg') for panel in self.panels]
+    def picture(self) -> tuple[str, bytes]:
+        """The name and content of its file: SVG where that is small, else SVG or PNG, whichever is smaller."""
+        figure = _figure(self.panels, self.height)
+        svg = shrink(_saved(figure, 'svg'))
+        if len(svg) > SMALL and len(png := _with_palette(_saved(figure, 'png'))) < len(svg):
+            return f'{self.key}.png', png
+        return f'{self.key}.svg', svg
 
-    def png(self) -> bytes:
-        """All panels, row by row."""
-        return _save(self.panels, self.columns, self.height, 'png')
 
-
-def _save(panels: Sequence[Panel], columns: int, height: float, suffix: str) -> bytes:
-    columns = min(columns, len(panels))
+def _figure(panels: Sequence[Panel], height: float) -> Figure:
+    columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.9 * columns, height * rows), layout='constrained', facecolor='white')
     FigureCanvasAgg(figure)
@@ -79,8 +85,23 @@ def _save(panels: Sequence[Panel], columns: int, height: float, suffix: str) -> 
         ax.remove()
     for ax, panel in zip(places[: len(panels)], panels, strict=True):
         _draw(ax, panel)
+    return figure
+
+
+def _saved(figure: Figure, suffix: str) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=suffix, dpi=160, metadata={'Date': None} if suffix == 'svg' else None)
+    # Text stays text, in a font of the same widths where DejaVu Sans is missing; the salt makes equal figures equal files.
+    settings = {'svg.fonttype': 'none', 'svg.hashsalt': 'upcycle', 'font.sans-serif': ['DejaVu Sans', 'Verdana']}
+    with rc_context(settings):
+        metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type')) if suffix == 'svg' else None
+        figure.savefig(file, format=suffix, dpi=DPI, metadata=metadata)
+    return file.getvalue()
+
+
+def _with_palette(png: bytes) -> bytes:
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(png)).convert('RGB').quantize(COLOURS, Image.Quantize.FASTOCTREE)
+    image.save(file, 'PNG', optimize=True)
     return file.getvalue()
 
 
