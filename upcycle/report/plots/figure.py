@@ -30,7 +30,7 @@ ROLE_COLOURS = {
 EXTRA_COLOURS = ('#cc79a7', '#b8860b', '#56b4e9', '#7b5ea7', '#8b5a2b', '#4d4d4d')
 # Of pictures: panels in a row, the size in bytes up to which they are SVG, and the resolution and palette of a PNG.
 COLUMNS = 2
-SMALL = 20_000
+SMALL = 12_000
 DPI = 90
 COLOURS = 48
 INK, SOFT, RULE = '#374151', '#6b7280', '#e5e7eb'
