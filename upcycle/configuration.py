@@ -136,9 +136,10 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
 
 
 def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], builder: Builder, run: Any) -> Iterator[str]:
-    """Settings of MoE layers that a user made and that the router of no layer has: recipes make those of every router.
+    """Settings of MoE layers that a user made and that no layer's router reads.
 
-    Made on the command line, or in a file with another value than the recipe's. A run's own config.gin holds all settings.
+    Recipes set the fields of every router; these do not count, and neither does a run's config.gin, which binds all fields of
+    its layers and no macros.
 
     Args:
       found: what was read.
@@ -150,25 +151,25 @@ def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], build
         {type(layer) for layer in run.model.moe_layers().values()} if isinstance(run, ModelRun) else ROUTERS.values()
     )
     chosen = {kind.router: kind for kind in kinds}
+    on_command_line = {_in_full(name): name for name in found.bound}
     read: set[str] = set()
     passed_over: dict[str, tuple[str, str]] = {}
     routers: dict[str, set[str]] = {}
     for selector, target, values in reachable():
         layers = builder.made_by(selector)
+        stored = not any(map(innermost, values.values()))
         for field, value in values.items():
             setter = innermost(value) or _name_of_setter(selector, target, field)
             if _is_read(layers, field, value, chosen):
                 read.add(setter)
-            else:
+            elif not stored or setter in on_command_line:
                 passed_over[setter] = field, show(value)
                 routers.setdefault(setter, set()).add(layers.router)
-    stored = any(name.rpartition('/')[2] == 'config.gin' for name in found.files)
     for setter in sorted(passed_over.keys() - read):
         field, text = passed_over[setter]
-        named = next((name for name in found.bound if setter in (name, _in_full(name))), None)
-        if named is not None:
-            label = f'--gin.{named}={bindings[named]}'
-        elif ('.' in setter and stored) or _may_stand_in_a_file(field, text, chosen.values()):
+        if setter in on_command_line:
+            label = f'--gin.{on_command_line[setter]}={bindings[on_command_line[setter]]}'
+        elif _may_stand_in_a_file(field, text, chosen.values()):
             continue
         else:
             label = f'{setter} = {text}'

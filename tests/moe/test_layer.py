@@ -475,3 +475,9 @@ def test_runs_in_bfloat16_with_a_float32_router():
     )
     assert y_BxLxD.dtype == jnp.bfloat16
     assert written['intermediates']['routing'][0].weight_GxExC.dtype == jnp.float32
+
+
+def test_merged_layers_have_no_groups():
+    layer = MoELayer(MoEConfig(E, router='merged', groups_multiple_of=7), MlpBlock, MLP)
+    params = layer.init(jax.random.key(0), tokens(), REAL, training=False)
+    assert layer.apply(params, tokens(), REAL, training=False).shape == tokens().shape
