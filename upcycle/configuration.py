@@ -1,6 +1,6 @@
 """gin: from files and command-line bindings to one checked `Run`, and to the text that says what was resolved."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -96,7 +96,7 @@ def _unknown_macros(found: gin_files.Found) -> Iterator[str]:
         known = gin_files.macros_of(gin_files.shipped().values())
         for macro in sorted(suspects - known):
             hint = nearest(macro, found.used | known)
-            yield f'{found.macros[macro]}: {macro} is used by nothing{hint}: mend the name or leave it out.'
+            yield f'{found.macros[macro]}: {macro} is used by nothing{hint}: correct the name or leave it out.'
 
 
 def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool) -> Iterator[str]:
@@ -132,13 +132,14 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
         else:
             known = used_macros | ours
         hint = nearest(name, known)
-        yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: mend the name or leave it out.'
+        yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: correct the name or leave it out.'
 
 
 def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], builder: Builder, run: Any) -> Iterator[str]:
-    """Settings of MoE layers that a user made and that the router of no layer has: recipes make those of every router.
+    """Settings of MoE layers that a user made and that no layer's router reads.
 
-    Made on the command line, or in a file with another value than the recipe's. A run's own config.gin holds all settings.
+    Recipes set the fields of every router; these do not count, and neither does a run's config.gin, which binds all fields of
+    its layers and no macros.
 
     Args:
       found: what was read.
@@ -150,25 +151,26 @@ def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], build
         {type(layer) for layer in run.model.moe_layers().values()} if isinstance(run, ModelRun) else ROUTERS.values()
     )
     chosen = {kind.router: kind for kind in kinds}
+    on_command_line = {_in_full(name): name for name in found.bound}
     read: set[str] = set()
     passed_over: dict[str, tuple[str, str]] = {}
     routers: dict[str, set[str]] = {}
     for selector, target, values in reachable():
         layers = builder.made_by(selector)
+        stored = not any(map(innermost, values.values()))
         for field, value in values.items():
             setter = innermost(value) or _name_of_setter(selector, target, field)
             if _is_read(layers, field, value, chosen):
                 read.add(setter)
-            else:
+            elif not stored or setter in on_command_line:
                 passed_over[setter] = field, show(value)
                 routers.setdefault(setter, set()).add(layers.router)
-    stored = any(name.rpartition('/')[2] == 'config.gin' for name in found.files)
+    recipes = gin_files.recipe_values()
     for setter in sorted(passed_over.keys() - read):
         field, text = passed_over[setter]
-        named = next((name for name in found.bound if setter in (name, _in_full(name))), None)
-        if named is not None:
-            label = f'--gin.{named}={bindings[named]}'
-        elif ('.' in setter and stored) or _may_stand_in_a_file(field, text, chosen.values()):
+        if setter in on_command_line:
+            label = f'--gin.{on_command_line[setter]}={bindings[on_command_line[setter]]}'
+        elif _may_stand_in_a_file(field, text, chosen.values(), recipes):
             continue
         else:
             label = f'{setter} = {text}'
@@ -177,11 +179,13 @@ def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], build
         yield f'{label} is read by the router {wanted} only, and the MoE layers have {have}: leave it out, or change the router.'
 
 
-def _may_stand_in_a_file(field: str, text: str, chosen: Iterable[type[MoE]]) -> bool:
+def _may_stand_in_a_file(
+    field: str, text: str, chosen: Iterable[type[MoE]], recipes: Mapping[str, Collection[str]]
+) -> bool:
     """Whether a file may set a field that no chosen router has: to a recipe's value, the default, or that of the run before."""
     if any(field in kind.of_the_run_before for kind in chosen):
         return True
-    values = [given for macro, given in gin_files.recipe_values().items() if macro.endswith(macro_of_field(field))]
+    values = [given for macro, given in recipes.items() if macro.endswith(macro_of_field(field))]
     usual = {schema.written(schema.parameters(MoEConfig)[field].default)}.union(*values)
     return any(schema.same(text, value) for value in usual)
 

@@ -17,6 +17,9 @@ from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.gin_values import ROOT, full_name, reachable, show
 from upcycle.metrics import warn
+from upcycle.moe.config import MoEConfig, settings
+from upcycle.moe.conventions import RouterType
+from upcycle.moe.routers import ROUTERS
 from upcycle.training.health import Limits
 from upcycle.training.run import Run
 
@@ -95,6 +98,8 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
         for name in [*bindings, *sorted(old.bound.keys() - bindings)]:
             if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
                 continue
+            if _is_passed_over(name, bindings):
+                continue
             was, now = (bound.get(name, default.get(name) or default_of(name)) for bound in (old.all, bindings))
             if was != now and (was is None or now is None or not schema.same(was, now)):
                 raise UserError(
@@ -143,6 +148,15 @@ def _may_change(name: str) -> bool:
     if selector.startswith('upcycle.models.'):
         return parameter in COMPILED
     return selector.startswith(('validation/', *looks)) or (selector == ROOT and parameter in MAY_CHANGE)
+
+
+def _is_passed_over(name: str, bindings: Mapping[str, str]) -> bool:
+    """Whether a binding is a setting of MoE layers that their router does not have: runs of earlier versions may hold some."""
+    selector, field = name.rsplit('.', 1)
+    if selector.rpartition('/')[2] != full_name((), MoEConfig):
+        return False
+    router = ast.literal_eval(bindings.get(f'{selector}.router', repr(RouterType.EXPERT_CHOICE.value)))
+    return field != 'router' and router in set(RouterType) and field not in settings(ROUTERS[router])
 
 
 @dataclasses.dataclass(frozen=True)

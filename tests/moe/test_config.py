@@ -1,14 +1,19 @@
 """Groups, capacities, sparse layers, and what is refused."""
 
+import dataclasses
+import json
 import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from upcycle import schema
 from upcycle.errors import UserError
-from upcycle.moe.config import MoEConfig
+from upcycle.models.base import known_fields
+from upcycle.moe.config import AdaptiveBalance, MoEConfig
 from upcycle.moe.groups import num_groups, sparse_layers
+from upcycle.moe.routers import ROUTERS
 
 
 class TestGroups:
@@ -217,3 +222,31 @@ def test_words_may_be_plain_strings():
     assert MoEConfig(num_experts=8, router='top_k', dispatch='einsum') == MoEConfig(
         num_experts=8, router=MoEConfig(8, router='top_k').router, dispatch=MoEConfig(8, dispatch='einsum').dispatch
     )
+
+
+def test_a_field_means_the_same_to_every_router():
+    """gin files set it once, and config.gin holds one default."""
+    seen = {}
+    for kind in ROUTERS.values():
+        for name, parameter in schema.parameters(kind).items():
+            assert seen.setdefault(name, (parameter.annotation, parameter.default)) == (
+                parameter.annotation,
+                parameter.default,
+            )
+    assert seen.keys() | {'router'} == schema.parameters(MoEConfig).keys()
+
+
+def test_metadata_of_a_layer():
+    """A later version may say more; damage is told from it."""
+    layer = MoEConfig(8, router='top_k', adaptive_balance=AdaptiveBalance(rate=0.5))
+    told = json.loads(json.dumps(dataclasses.asdict(layer)))
+    assert (
+        MoEConfig(**known_fields(MoEConfig, told | {'later': 1, 'adaptive_balance': {'rate': 0.5, 'later': 1}}))
+        == layer
+    )
+    for damage in ({'router': {}}, {'balance_loss': {}}, {'router': 'hash'}, {'num_experts': None}, {'fill_order': 3}):
+        with pytest.raises(UserError, match='its metadata is damaged'):
+            known_fields(MoEConfig, told | damage)
+    del told['num_experts']
+    with pytest.raises(UserError, match='does not say num_experts of its model'):
+        known_fields(MoEConfig, told)

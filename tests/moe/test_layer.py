@@ -225,8 +225,8 @@ class TestMicrobatches:
         config = dataclasses.replace(EXPERT_CHOICE, num_microbatches=2)
         with pytest.raises(UserError, match='NUM_MICROBATCHES = 2 .* 1 groups of 96 tokens: set GROUPS_MULTIPLE_OF'):
             jax.eval_shape(applied(config), random_experts(), tokens(), REAL)
-        mended = dataclasses.replace(config, groups_multiple_of=2)
-        jax.eval_shape(applied(mended), random_experts(), tokens(), REAL)
+        divisible = dataclasses.replace(config, groups_multiple_of=2)
+        jax.eval_shape(applied(divisible), random_experts(), tokens(), REAL)
 
 
 def test_decoding_is_dropless():
@@ -475,3 +475,9 @@ def test_runs_in_bfloat16_with_a_float32_router():
     )
     assert y_BxLxD.dtype == jnp.bfloat16
     assert written['intermediates']['routing'][0].weight_GxExC.dtype == jnp.float32
+
+
+def test_merged_layers_have_no_groups():
+    layer = MoELayer(MoEConfig(E, router='merged', groups_multiple_of=7), MlpBlock, MLP)
+    params = layer.init(jax.random.key(0), tokens(), REAL, training=False)
+    assert layer.apply(params, tokens(), REAL, training=False).shape == tokens().shape

@@ -274,3 +274,25 @@ class TestDenseTraining:
 
     def test_a_decoder_may_have_it(self):
         MoEConfig(E, router='dense', causal=True)
+
+
+def test_the_load_loss_is_of_training():
+    """Without noise there is no load, however many groups a batch has."""
+    config = MoEConfig(E, router='top_k', balance_loss='importance_load', gate_noise=1.0, group_size=32)
+    for groups in (1, 2):
+        B, L = 2, 16
+        config = dataclasses.replace(config, groups_multiple_of=groups)
+        layer = MoELayer(config, MlpBlock, {'mlp_dim': 16, 'dtype': jnp.float32})
+        quiet = MoELayer(dataclasses.replace(config, gate_noise=0.0), MlpBlock, {'mlp_dim': 16, 'dtype': jnp.float32})
+        x_BxLxD = jax.random.normal(jax.random.key(0), (B, L, 8))
+        real_BxL = jnp.ones((B, L), bool)
+        params = layer.init(
+            {'params': jax.random.key(1), 'jitter': jax.random.key(2)}, x_BxLxD, real_BxL, training=False
+        )
+
+        def loss(layer, training, params=params, x_BxLxD=x_BxLxD, real_BxL=real_BxL):
+            rngs = {'jitter': jax.random.key(3)}
+            _, seen = layer.apply(params, x_BxLxD, real_BxL, training=training, rngs=rngs, mutable=[METRICS])
+            return float(seen[METRICS]['auxiliary_loss'])
+
+        assert loss(layer, False) == loss(quiet, False) < loss(layer, True)

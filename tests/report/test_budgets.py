@@ -1,14 +1,16 @@
 """Branches at several budgets, and runs in several legs."""
 
+import io
 import pathlib
-import re
 
 import matplotlib.figure
 import pytest
+from PIL import Image
 
 from upcycle.report.budgets import as_markdown, as_plot, at_budgets
 from upcycle.report.compare import compare_seeds
 from upcycle.report.plots.axes import name_lines
+from upcycle.report.plots.figure import DPI
 from upcycle.report.runs import Axis, Role, Run, chain
 
 STEPS = range(0, 101, 2)
@@ -72,10 +74,9 @@ def test_the_table_is_in_order_of_the_end():
 
 def test_the_plot_has_a_panel_a_budget_two_in_a_row():
     plot = as_plot(at_budgets(compare_seeds(seeds(0.05, 0.07)), 'copy'), 'copy')
-    name, content = plot.picture()
-    width, height = map(float, re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', content).groups())
-    assert name == 'budgets.svg' and len(plot.panels) == 4
-    assert (width, height) == pytest.approx((2 * 4.9 * 72, 2 * plot.height * 72))
+    width, height = Image.open(io.BytesIO(plot.png())).size
+    assert plot.key == 'budgets' and len(plot.panels) == 4
+    assert (width, height) == pytest.approx((2 * 4.9 * DPI, 2 * plot.height * DPI), abs=1)
     # An interval for each branch that got so far: `short` got to 25%.
     figure = matplotlib.figure.Figure()
     for panel, branches in zip(plot.panels, (2, 2, 1, 1), strict=True):

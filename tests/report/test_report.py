@@ -66,7 +66,7 @@ def runs(tmp_path):
 @pytest.fixture
 def not_drawn(monkeypatch):
     """Figures without their pictures, whose drawing is most of a test's time."""
-    monkeypatch.setattr(Plot, 'picture', lambda self: (f'{self.key}.svg', b''))
+    monkeypatch.setattr(Plot, 'png', lambda self: b'')
 
 
 def test_roles_come_from_names_and_else_from_metrics(tmp_path, runs):

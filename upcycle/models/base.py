@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -99,13 +99,16 @@ def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows.
 
     Raises:
-      UserError: a value is of another type than its field.
+      UserError: a field without a default is missing, or a value is of another type than its field.
     """
     fields = schema.parameters(kind)
     known = {name: value for name, value in values.items() if name in fields}
+    if missing := [name for name in schema.required(kind) if name not in known]:
+        raise UserError(f'the checkpoint does not say {missing[0]} of its model: its metadata is damaged.')
     for name, value in known.items():
         # Of a configuration within a configuration JSON tells the fields.
-        if not isinstance(value, dict) and not schema.fits(value, fields[name].annotation):
+        nested = isinstance(value, dict) and any(map(dataclasses.is_dataclass, get_args(fields[name].annotation)))
+        if not nested and not schema.fits(value, fields[name].annotation):
             raise UserError(
                 f'the checkpoint says {name} = {schema.shown(value)} of its model: its metadata is damaged.'
             )

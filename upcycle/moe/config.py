@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from upcycle import schema
 from upcycle.errors import one_of, refuse
-from upcycle.moe.conventions import AdaptiveBalance, RouterType
+from upcycle.moe.conventions import AdaptiveBalance, RouterType  # AdaptiveBalance: gin files find it here
 from upcycle.moe.routers import ROUTERS
 from upcycle.moe.routers.base import MoE, macro_of_field
 
@@ -26,7 +26,7 @@ def MoEConfig(*positional: Any, **named: Any) -> MoE:  # noqa: N802 gin files of
     given = inspect.signature(MoEConfig).bind(*positional, **named).arguments
     kind = ROUTERS[one_of(RouterType, given.pop('router', RouterType.EXPERT_CHOICE), 'ROUTER')]
     taken = {name: value for name, value in given.items() if name in settings(kind)}
-    passed_over = {name: value for name, value in given.items() if name not in taken and not isinstance(value, dict)}
+    passed_over = {name: value for name, value in given.items() if name not in {*taken, 'adaptive_balance'}}
     refuse(schema.misfits(passed_over, MoEConfig, macro_of_field))
     return kind(**taken)
 

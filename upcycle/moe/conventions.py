@@ -1,4 +1,4 @@
-"""The words in which an MoE layer is configured: each an enum of what a gin file may say."""
+"""Enums and settings of MoE layers that gin files name."""
 
 import dataclasses
 import enum
@@ -22,7 +22,9 @@ class FillOrder(enum.StrEnum):
     """In what order Top-K choices claim the slots of an expert."""
 
     TOKEN_MAJOR = 'token_major'  # token by token: no token can evict an earlier one, so it is causal
-    CHOICE_MAJOR = 'choice_major'  # every first choice, then every second one: flaxformer and V-MoE
+    CHOICE_MAJOR = (
+        'choice_major'  # every first choice, then every second one (a later token's first one may evict it): flaxformer
+    )
     PRIORITY = 'priority'  # as choice_major, tokens sorted by their best probability (Batch Prioritised Routing)
 
 
@@ -30,7 +32,7 @@ class CapacityRule(enum.StrEnum):
     """How a capacity factor becomes a number of slots; the two originals differ."""
 
     FLAXFORMER = 'flaxformer'  # max(round(cf * S / E), 4)
-    VMOE = 'vmoe'  # ceil(cf * [K *] S / E), up to a multiple of 4
+    VMOE = 'vmoe'  # ceil(cf * S / E), times K for Top-K, up to a multiple of 4
 
 
 class RoutePadding(enum.StrEnum):

@@ -27,19 +27,19 @@ METRICS = 'moe_metrics'
 
 
 class RouterWeights(nn.Module):
-    """Logits of a linear router in float32, without bias; named as in flaxformer. `unit`: they are cosines.
+    """Logits of a linear router in float32, without bias; named as in flaxformer. `cosine`: they are cosines.
 
-    On a TPU a product of float32 numbers is one of bfloat16 unless it is asked for otherwise.
+    `precision='highest'`, because a TPU multiplies float32 in bfloat16 by default.
     """
 
     num_logits: int
     init_stddev: float
-    unit: bool = False
+    cosine: bool = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
-        if self.unit:
+        if self.cosine:
             return _Cosines(self.num_logits, init, name='w')(x_BxLxD)
         dense = nn.Dense(
             self.num_logits, use_bias=False, dtype=jnp.float32, precision='highest', kernel_init=init, name='w'
@@ -120,6 +120,8 @@ class MoELayer(nn.Module):
         config = self.config.when(training=training)
         if config.num_shared_experts and self.shared_arguments is None:
             raise ValueError('num_shared_experts is set, and the layer has no shared_arguments to make them of.')
+        if isinstance(config, Merged):
+            return self._merged(x_BxLxD, real_BxL, training)
         B, L, D = x_BxLxD.shape
         mesh = partitioning.current_mesh()
         shards = partitioning.batch_shards(mesh)
@@ -130,10 +132,8 @@ class MoELayer(nn.Module):
             mesh = mesh if B % shards == 0 else None
         else:
             G = microbatch_groups(config, B * L)
-            C = None if not config.routes else config.capacity(B * L // G, training=training)
+            C = config.capacity(B * L // G, training=training)
             check_groups(G, shards)
-        if isinstance(config, Merged):
-            return self._merged(x_BxLxD, real_BxL, training)
         if isinstance(config, Soft):
             logits_BxLxN = Router(config, name='router')(x_BxLxD, training=training)
             x_ExGxCxD, mixing, metrics = all_to_all.dispatch_mixed(x_BxLxD, logits_BxLxN, real_BxL, config, G, mesh)
@@ -142,14 +142,17 @@ class MoELayer(nn.Module):
             y_BxLxD = all_to_all.combine_mixed(y_ExGxCxD, mixing, (B, L, D), config, mesh)
             return self._with_shared(y_BxLxD, x_BxLxD, mixing, training)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
-        if training and config.noise_stddev > 0:
+        noisy = training and config.noise_stddev > 0
+        if noisy:
             noise_BxLxE = jax.random.normal(self.make_rng('jitter'), logits_BxLxE.shape)
             logits_BxLxE = logits_BxLxE + config.noise_stddev * noise_BxLxE
         state = {}
         if config.state_shapes(D):
             state = RouterState(config, name=STATE)(D)
-        by_group = (x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL))
-        balance = config.balance_loss_of(*by_group)
+        clean_GxSxE, noisy_GxSxE, real_GxS = (
+            x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL)
+        )
+        balance = config.balance_loss_of(clean_GxSxE, noisy_GxSxE if noisy else None, real_GxS)
         if config.dropless and not self.is_initializing():
             y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)

@@ -50,13 +50,13 @@ def _load_balancing_loss(tokens: Tokens, expert_GxSxK: jax.Array, across: Across
 
 
 def importance_load_loss(
-    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array, config: 'TopK'
+    logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array, config: 'TopK'
 ) -> jax.Array:
     """V-MoE's balance losses, the mean over groups: squared coefficients of variation over experts (Riquelme et al. 2021, A.2).
 
     Importance is the sum of an expert's probabilities. Load is the expected number of tokens that choose an expert: with noise,
-    the probability that new noise would lift its logit above the K-th largest noisy one; without noise there is none. Computed
-    as `NoisyTopExpertsPerItemRouter` of vmoe does.
+    the probability that new noise would lift its logit above the K-th largest noisy one; without noise (None) there is none.
+    Computed as `NoisyTopExpertsPerItemRouter` of vmoe does.
     """
     probs_GxSxE = jax.nn.softmax(normalized_logits(logits_GxSxE, config), axis=-1)
     if config.route_padding is not RoutePadding.SKIP:
@@ -68,12 +68,11 @@ def importance_load_loss(
         return (jnp.var(sum_GxE, axis=-1) / jnp.square(mean_G)).mean()
 
     loss = squared_variation(probs_GxSxE)
-    if config.gate_noise == 0 or logits_GxSxE is noisy_GxSxE:
+    if noisy_GxSxE is None:
         return loss
     index_GxSx1 = decided(jax.lax.top_k(noisy_GxSxE, config.num_selected_experts)[1][..., -1:])
     lowest_GxSx1 = jnp.take_along_axis(noisy_GxSxE, index_GxSx1, axis=-1)
-    stddev = config.gate_noise / config.num_experts
-    return loss + squared_variation(jax.scipy.stats.norm.sf((lowest_GxSx1 - logits_GxSxE) / stddev))
+    return loss + squared_variation(jax.scipy.stats.norm.sf((lowest_GxSx1 - logits_GxSxE) / config.noise_stddev))
 
 
 def routing_metrics(

@@ -48,7 +48,7 @@ def write_report(
     first: Sequence[Plot] = (),
     tables: Mapping[str, Table] | None = None,
 ) -> pathlib.Path:
-    """Writes `report.html`, `report.csv` and one picture per figure, to which the page refers by its name.
+    """Writes `report.html`, `report.csv` and one PNG per figure, which the page shows.
 
     Args:
       runs: the branches of one dense checkpoint; or one mapping of branch name to run per seed.
@@ -66,16 +66,15 @@ def write_report(
     reports = compare_seeds(runs)
     out = pathlib.Path(out_dir)
     main, others = [*first, *main_plots(reports, notes.get('evaluated_on'))], other_plots(reports)
-    pictures = {plot.key: plot.picture() for plot in [*main, *others]}
     parts = [
         *_head(title, reports),
         *_claims(verdicts),
         *_tables(tables or {}),
         '<h2>Quality against extra cost</h2>',
-        *_figures(main, pictures),
+        *_figures(main),
         *_tables(tables_of(reports)),
         _NUMBERS,
-        *_figures(others, pictures),
+        *_figures(others),
         *_typical_tokens(reports),
         *_receipts(reports),
         *_reproduction(reports, notes),
@@ -83,10 +82,8 @@ def write_report(
     path = out / 'report.html'
     with writing_to(out, 'name another --out'):
         out.mkdir(parents=True, exist_ok=True)
-        for key, (name, content) in pictures.items():
-            for old in (f'{key}.svg', f'{key}.png'):
-                (out / old).unlink(missing_ok=True)
-            (out / name).write_bytes(content)
+        for plot in [*main, *others]:
+            (out / f'{plot.key}.png').write_bytes(plot.png())
         write_csv(reports, out / 'report.csv')
         path.write_text('\n'.join(parts), encoding='utf-8', errors='backslashreplace')
     return path
@@ -147,9 +144,9 @@ def _of_seed(seed: int, reports: Sequence[Report]) -> str:
     return f', seed {seed}' if len(reports) > 1 else ''
 
 
-def _figures(plots: Sequence[Plot], pictures: Mapping[str, tuple[str, bytes]]) -> Iterator[str]:
+def _figures(plots: Sequence[Plot]) -> Iterator[str]:
     for plot in plots:
-        title, (name, _) = html.escape(plot.title), pictures[plot.key]
+        title, name = html.escape(plot.title), f'{plot.key}.png'
         narrow = ' class="narrow"' if len(plot.panels) == 1 else ''
         yield f'<h3>{title}</h3><figure{narrow}><a href="{name}"><img alt="{title}" src="{name}"></a>'
         yield f'<figcaption>{html.escape(plot.caption)}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""The training step: loss, gradient, update. Everything else in `train/` is about feeding it and keeping what it returns."""
+"""The training step: loss, gradient, update. Everything else in `training/` is about feeding it and keeping what it returns."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class TrainState:
     Attributes:
       step: int32, updates made so far, those of the dense run included.
       params: nested dict of float32 arrays.
-      opt_state: nested dict; see `train.optimizer`.
+      opt_state: nested dict; see `training.optimizer`.
       rng: uint32 key data; step t uses fold_in(rng, t), so nothing else needs to be remembered.
     """
 

@@ -63,7 +63,7 @@ class MoE:
       num_microbatches: the trainer sets it, so that groups are those of the whole batch.
     """
 
-    # Of tokens that are routed: each expert's share of them can be told.
+    # Tokens go to some of the experts, so that statistics of an expert's tokens mean something.
     assigns: ClassVar[bool] = False
     # False: every token passes through one MLP.
     routes: ClassVar[bool] = True
@@ -116,7 +116,7 @@ class MoE:
 
     @property
     def active_experts(self) -> float:
-        """Experts that a token passes through, on average in training."""
+        """Experts that a token passes through, on average; of the router 'dense' at inference."""
         return self.num_experts
 
     @property
@@ -130,17 +130,12 @@ class MoE:
         return False
 
     @property
-    def leaves_the_rest(self) -> bool:
-        """Shared experts get what the weights of the routed ones leave of 1."""
-        return False
-
-    @property
     def can_normalize(self) -> bool:
         """Combine weights can be divided by their sum, and the router still has a gradient."""
         return True
 
     def when(self, *, training: bool) -> 'MoE':
-        """What holds in training or at inference, where the two differ."""
+        """The router in training or at inference; only 'dense' has another one at inference."""
         return self
 
     def expert_width(self, mlp_dim: int) -> int:
@@ -156,7 +151,7 @@ class MoE:
         return mlp_dim // self.granularity
 
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
-        """C: slots of one expert for one group, at most S."""
+        """C: slots of one expert for one group."""
         raise NotImplementedError
 
     def slots(self, num_tokens: int, *, training: bool) -> int:
@@ -202,6 +197,7 @@ class Routed(MoE):
 
     @property
     def leaves_the_rest(self) -> bool:
+        """Shared experts get what the weights of the routed ones leave of 1."""
         return self.shared_weights is SharedWeights.XFT
 
     def _invalid(self) -> Iterator[str]:
@@ -226,8 +222,9 @@ class Assigning(Routed):
         None: not (Skywork-MoE: 1) [ROUTER_LOGIT_NORMALIZATION].
     """
 
-    # Why DISPATCH = 'ragged' is none of this router's; None: it is.
-    not_ragged: ClassVar[str | None] = None
+    assigns = True
+    # Why the router cannot have DISPATCH = 'ragged', for the message; None: it can, and has `TopK.route_dropless`.
+    not_ragged: ClassVar[str | None] = 'this router puts tokens into slots'
 
     train_capacity_factor: Positive = 2.0
     eval_capacity_factor: Positive = 2.0
@@ -296,8 +293,16 @@ class Assigning(Routed):
         """Puts tokens into slots. Arguments as `route`'s, with the probabilities instead of the logits."""
         raise NotImplementedError
 
-    def balance_loss_of(self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array) -> jax.Array | None:
-        """A balance loss that needs logits with and without noise, in place of that of `assign`; None: there is none."""
+    def balance_loss_of(
+        self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array
+    ) -> jax.Array | None:
+        """A balance loss that needs logits with and without noise, in place of that of `assign`; None: there is none.
+
+        Args:
+          logits_GxSxE: without noise.
+          noisy_GxSxE: with noise; None: no noise was added.
+          real_GxS: bool, False at padding.
+        """
         return None
 
     def route(

@@ -21,6 +21,7 @@ class Dense(TokenChoice):
       inference_threshold: at inference experts of a higher probability take a token; None: Top-K does [INFERENCE_THRESHOLD].
     """
 
+    assigns = False
     not_ragged = "the router 'dense' trains every expert"
     implied = {'balance_loss': BalanceLoss.MUTUAL_INFORMATION}
 

@@ -15,7 +15,6 @@ from upcycle.moe.routing import Across, Routing, Tokens, decided, weighed
 class ExpertChoice(Assigning):
     """Every expert takes its most probable tokens of a group: balanced by construction, and never causal."""
 
-    assigns = True
     not_ragged = 'Expert Choice has a fixed number of slots'
 
     router: RouterType = dataclasses.field(default=RouterType.EXPERT_CHOICE, init=False)

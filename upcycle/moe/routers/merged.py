@@ -36,10 +36,3 @@ class Merged(MoE):
     @property
     def active_experts(self) -> float:
         return 1
-
-    @property
-    def num_logits(self) -> int:
-        return 0
-
-    def slots(self, num_tokens: int, *, training: bool) -> int:
-        return num_tokens

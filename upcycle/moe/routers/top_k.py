@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
+from upcycle import schema
 from upcycle.moe.conventions import AdaptiveBalance, BalanceLoss, FillOrder, RouterType
 from upcycle.moe.losses import auxiliary_loss_of, importance_load_loss, routing_metrics
 from upcycle.moe.routers.base import Assigned, Assigning
@@ -69,7 +70,7 @@ class TopK(TokenChoice):
       gate_noise: normal noise of this standard deviation over E is added to the logits in training (V-MoE: 1) [GATE_NOISE].
     """
 
-    assigns = True
+    not_ragged = None
 
     router: RouterType = dataclasses.field(default=RouterType.TOP_K, init=False)
     balance_loss: BalanceLoss = BalanceLoss.SWITCH
@@ -80,8 +81,10 @@ class TopK(TokenChoice):
 
     def __post_init__(self):
         if isinstance(self.adaptive_balance, Mapping):
-            # As a checkpoint's JSON tells it.
-            object.__setattr__(self, 'adaptive_balance', AdaptiveBalance(**self.adaptive_balance))
+            # As a checkpoint's JSON tells it, perhaps one of a later version.
+            names = schema.parameters(AdaptiveBalance).keys() & self.adaptive_balance.keys()
+            balance = AdaptiveBalance(**{name: self.adaptive_balance[name] for name in names})
+            object.__setattr__(self, 'adaptive_balance', balance)
         super().__post_init__()
 
     def _invalid(self) -> Iterator[str]:
@@ -150,7 +153,9 @@ class TopK(TokenChoice):
             followed = {CHOSEN: _share_of_choices(expert_GxSxK, tokens.may_route_GxS, self.num_experts, across)}
         return Assigned(routing, auxiliary_loss_of(tokens, expert_GxSxK, self, across), dropped, followed)
 
-    def balance_loss_of(self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array, real_GxS: jax.Array) -> jax.Array | None:
+    def balance_loss_of(
+        self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array
+    ) -> jax.Array | None:
         if self.balance_loss is not BalanceLoss.IMPORTANCE_LOAD:
             return None
         return importance_load_loss(logits_GxSxE, noisy_GxSxE, real_GxS, self)
@@ -210,7 +215,7 @@ def fill_slots(
     capacity: int,
     fill_order: FillOrder,
 ) -> tuple[Routing, jax.Array]:
-    """Every token takes its K most probable experts; an expert's slots fill in `fill_order`, and what overflows is dropped.
+    """Puts each token's chosen experts into slots, which fill in `fill_order`; what overflows is dropped.
 
     Returns the routing and bool (G, S, K), the choices that found a slot.
     """

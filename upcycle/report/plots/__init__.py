@@ -1,7 +1,7 @@
 """The report's figures.
 
-`figure.py` saves panels, `svg.py` makes their files smaller, `axes.py` and `lines.py` have what panels share. The panels:
-`quality.py` against cost, `steps.py` over steps, `experts.py` of MoE layers, `ends.py` of first and last values.
+`figure.py` saves panels, `axes.py` and `lines.py` have what panels share. The panels: `quality.py` against cost, `steps.py` over
+steps, `experts.py` of MoE layers, `ends.py` of first and last values.
 """
 
 from collections.abc import Sequence

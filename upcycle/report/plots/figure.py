@@ -8,14 +8,12 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from upcycle.report.compare import Report
-from upcycle.report.plots.svg import shrink
 from upcycle.report.runs import Role
 
 Panel = Callable[[Axes], None]
@@ -28,11 +26,10 @@ ROLE_COLOURS = {
     Role.SCRATCH: '#009e73',
 }
 EXTRA_COLOURS = ('#cc79a7', '#b8860b', '#56b4e9', '#7b5ea7', '#8b5a2b', '#4d4d4d')
-# Of pictures: panels in a row, the size in bytes up to which they are SVG, and the resolution and palette of a PNG.
+# Of pictures: panels in a row, dots per inch, and the size of the palette.
 COLUMNS = 2
-SMALL = 12_000
 DPI = 90
-COLOURS = 48
+COLOURS = 32
 INK, SOFT, RULE = '#374151', '#6b7280', '#e5e7eb'
 # Labels of axes, by metric.
 WORDS = {
@@ -65,13 +62,13 @@ class Plot:
     panels: tuple[Panel, ...]
     height: float = 3.35
 
-    def picture(self) -> tuple[str, bytes]:
-        """The name and content of its file: SVG where that is small, else SVG or PNG, whichever is smaller."""
-        figure = _figure(self.panels, self.height)
-        svg = shrink(_saved(figure, 'svg'))
-        if len(svg) > SMALL and len(png := _with_palette(_saved(figure, 'png'))) < len(svg):
-            return f'{self.key}.png', png
-        return f'{self.key}.svg', svg
+    def png(self) -> bytes:
+        """The picture with a palette of few colours: a fifth of the bytes of the full one."""
+        full, file = io.BytesIO(), io.BytesIO()
+        _figure(self.panels, self.height).savefig(full, format='png', dpi=DPI)
+        image = Image.open(full).convert('RGB').quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        image.save(file, 'PNG', optimize=True)
+        return file.getvalue()
 
 
 def _figure(panels: Sequence[Panel], height: float) -> Figure:
@@ -86,23 +83,6 @@ def _figure(panels: Sequence[Panel], height: float) -> Figure:
     for ax, panel in zip(places[: len(panels)], panels, strict=True):
         _draw(ax, panel)
     return figure
-
-
-def _saved(figure: Figure, suffix: str) -> bytes:
-    file = io.BytesIO()
-    # Text stays text, in a font of the same widths where DejaVu Sans is missing; the salt makes equal figures equal files.
-    settings = {'svg.fonttype': 'none', 'svg.hashsalt': 'upcycle', 'font.sans-serif': ['DejaVu Sans', 'Verdana']}
-    with rc_context(settings):
-        metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type')) if suffix == 'svg' else None
-        figure.savefig(file, format=suffix, dpi=DPI, metadata=metadata)
-    return file.getvalue()
-
-
-def _with_palette(png: bytes) -> bytes:
-    file = io.BytesIO()
-    image = Image.open(io.BytesIO(png)).convert('RGB').quantize(COLOURS, Image.Quantize.FASTOCTREE)
-    image.save(file, 'PNG', optimize=True)
-    return file.getvalue()
 
 
 def _draw(ax: Axes, panel: Panel) -> None:
