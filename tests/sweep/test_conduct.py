@@ -300,7 +300,6 @@ def test_slots_have_their_own_cores(tmp_path, monkeypatch):
 def test_a_papers_figure_ends_in_verdicts(tmp_path, monkeypatch, capsys):
     """The report of a figure, from run folders written by hand: upcycling ends 0.1 ahead, and starts behind."""
     monkeypatch.setattr(Plot, 'png', lambda self: b'')
-    monkeypatch.setattr(Plot, 'svg', lambda self: [])
     what = grids.load('configs/figure_2_language.py', 'mini')
     points = grids.resolve(what, str(tmp_path))
     for point in points:

@@ -95,7 +95,6 @@ def as_plot(rows: Sequence[AtBudget], base: str) -> Plot:
         f'Validation loss less that of {base} after so much of its extra FLOPs: left of the line is better.{bars} Coloured: the '
         'interval leaves the line out. One in twenty such intervals would by chance.',
         tuple(_forest(by_branch, share, base) for share in shares),
-        columns=2,
         height=1.0 + 0.17 * len(by_branch),
     )
 

@@ -1,6 +1,5 @@
 """The report as a page."""
 
-import base64
 import html
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +27,8 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; } h2 { font-size: 1.
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p, figcaption { max-width: 46rem; } figure { margin: 1rem 0 2rem; }
 figcaption { color: var(--soft); font-size: .88rem; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .6rem;
-  margin-bottom: .5rem; }
-.panels img { width: 100%; max-width: 36rem; background: #fff; border: 1px solid var(--rule); border-radius: 6px;
-  box-sizing: border-box; padding: .3rem; }
+figure img { width: 100%; background: #fff; border: 1px solid var(--rule); border-radius: 6px; box-sizing: border-box;
+  padding: .3rem; } figure.narrow img { max-width: 36rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -51,7 +48,7 @@ def write_report(
     first: Sequence[Plot] = (),
     tables: Mapping[str, Table] | None = None,
 ) -> pathlib.Path:
-    """Writes `report.html` (whole in itself), `report.csv` and one PNG per figure.
+    """Writes `report.html`, `report.csv` and one PNG per figure, which the page shows.
 
     Args:
       runs: the branches of one dense checkpoint; or one mapping of branch name to run per seed.
@@ -99,7 +96,8 @@ _NUMBERS = (
     'the smallest extra cost that the dense continuation and every upcycled run reached (seeds: each its own, '
     'the first shown); an interval is the 95% '
     't-interval of the mean paired difference over seeds. '
-    'Unrounded, per seed: report.csv.</p><h2>What happened inside</h2>'
+    'Unrounded, per seed: <a href="report.csv">report.csv</a>. The pictures are files in the folder of this page: copy the '
+    'whole folder.</p><h2>What happened inside</h2>'
 )
 
 
@@ -148,11 +146,10 @@ def _of_seed(seed: int, reports: Sequence[Report]) -> str:
 
 def _figures(plots: Sequence[Plot]) -> Iterator[str]:
     for plot in plots:
-        yield f'<h3>{html.escape(plot.title)}</h3><figure><div class="panels">'
-        for svg in plot.svg():
-            data = base64.b64encode(svg).decode()
-            yield f'<img alt="{html.escape(plot.title)}" src="data:image/svg+xml;base64,{data}">'
-        yield f'</div><figcaption>{html.escape(plot.caption)}</figcaption></figure>'
+        title, name = html.escape(plot.title), f'{plot.key}.png'
+        narrow = ' class="narrow"' if len(plot.panels) == 1 else ''
+        yield f'<h3>{title}</h3><figure{narrow}><a href="{name}"><img alt="{title}" src="{name}"></a>'
+        yield f'<figcaption>{html.escape(plot.caption)}</figcaption></figure>'
 
 
 def _html_table(table: Table) -> str:

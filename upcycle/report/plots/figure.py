@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from upcycle.report.compare import Report
 from upcycle.report.runs import Role
@@ -25,6 +26,10 @@ ROLE_COLOURS = {
     Role.SCRATCH: '#009e73',
 }
 EXTRA_COLOURS = ('#cc79a7', '#b8860b', '#56b4e9', '#7b5ea7', '#8b5a2b', '#4d4d4d')
+# Of pictures: panels in a row, dots per inch, and the size of the palette.
+COLUMNS = 2
+DPI = 90
+COLOURS = 32
 INK, SOFT, RULE = '#374151', '#6b7280', '#e5e7eb'
 # Labels of axes, by metric.
 WORDS = {
@@ -41,14 +46,13 @@ WORDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A figure of one or more panels: one SVG a panel on a web page, all of them in the PNG called `key`.
+    """A figure of one or more panels, two in a row.
 
     Attributes:
-      key: the file's name.
+      key: the file's name, without its suffix.
       title: above it.
       caption: below it.
       panels: functions that draw one panel each.
-      columns: panels in a row of the PNG, at most.
       height: of a panel, in inches.
     """
 
@@ -56,20 +60,19 @@ class Plot:
     title: str
     caption: str
     panels: tuple[Panel, ...]
-    columns: int = 4
     height: float = 3.35
 
-    def svg(self) -> list[bytes]:
-        """One SVG per panel, its text drawn as outlines so that it looks the same on every machine."""
-        return [_save([panel], 1, self.height, 'svg') for panel in self.panels]
-
     def png(self) -> bytes:
-        """All panels, row by row."""
-        return _save(self.panels, self.columns, self.height, 'png')
+        """The picture with a palette of few colours: a fifth of the bytes of the full one."""
+        full, file = io.BytesIO(), io.BytesIO()
+        _figure(self.panels, self.height).savefig(full, format='png', dpi=DPI)
+        image = Image.open(full).convert('RGB').quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        image.save(file, 'PNG', optimize=True)
+        return file.getvalue()
 
 
-def _save(panels: Sequence[Panel], columns: int, height: float, suffix: str) -> bytes:
-    columns = min(columns, len(panels))
+def _figure(panels: Sequence[Panel], height: float) -> Figure:
+    columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.9 * columns, height * rows), layout='constrained', facecolor='white')
     FigureCanvasAgg(figure)
@@ -79,9 +82,7 @@ def _save(panels: Sequence[Panel], columns: int, height: float, suffix: str) -> 
         ax.remove()
     for ax, panel in zip(places[: len(panels)], panels, strict=True):
         _draw(ax, panel)
-    file = io.BytesIO()
-    figure.savefig(file, format=suffix, dpi=160, metadata={'Date': None} if suffix == 'svg' else None)
-    return file.getvalue()
+    return figure
 
 
 def _draw(ax: Axes, panel: Panel) -> None:
