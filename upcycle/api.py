@@ -181,7 +181,7 @@ def upcycle(
 
     with partitioning.use(next(iter(leaves.values())).sharding.mesh):
         done = carry_out(what, reader, _shardings(leaves), key, hidden=hidden)
-        receipt = receipt_of(what, reader, key, done.hashes, done.lineages)
+        receipt = receipt_of(what, reader, key, done)
         flat, made = done.leaves, unflatten_dict(done.leaves, sep='/')['params']
         if batch is None:
             layers = _check_layers(what, sparse, reader, flat)

@@ -93,6 +93,7 @@ def carry_out(
     key: jax.Array,
     *,
     hidden: Hidden | None = None,
+    names: Callable[[str], str] = str,
 ) -> Made:
     """Makes the leaves of a plan.
 
@@ -102,28 +103,26 @@ def carry_out(
       shardings: of each target leaf.
       key: of everything random, in place of the seed of the surgery.
       hidden: see `surgery.place.execute`.
+      names: what the user calls a leaf or an MLP of the plan, for hashes, lineages and messages.
 
     Raises:
       UserError: a source holds NaN or infinity.
     """
-    made = Made({}, {}, {})
+    hashes: dict[str, str] = {}
+    lineages: dict[str, Lineage] = {}
 
     def look(name: str, leaf: jax.Array | np.ndarray) -> None:
-        if name not in made.hashes:
+        name = names(name)
+        if name not in hashes:
             host = partitioning.whole_on_host(leaf)
             require_finite(str(reader.path), name, host)
-            made.hashes[name] = sha256_of(name, host)
+            hashes[name] = sha256_of(name, host)
 
-    leaves = execute(
-        plan, reader.read, shardings, new={}, on_source=look, hidden=hidden, lineages=made.lineages, key=key
-    )
-    made.leaves.update(leaves)
-    return made
+    leaves = execute(plan, reader.read, shardings, new={}, on_source=look, hidden=hidden, lineages=lineages, key=key)
+    return Made(leaves, hashes, {names(mlp): lineage for mlp, lineage in lineages.items()})
 
 
-def receipt_of(
-    plan: Plan, reader: Reader, key: jax.Array, hashes: Mapping[str, str], lineages: Mapping[str, Lineage]
-) -> dict[str, Any]:
+def receipt_of(plan: Plan, reader: Reader, key: jax.Array, made: Made) -> dict[str, Any]:
     """The receipt of what `carry_out` made, before the function check."""
-    receipt = make_receipt(plan, source=source_of(reader, reader.step), hashes=hashes, lineages=lineages)
+    receipt = make_receipt(plan, source=source_of(reader, reader.step), hashes=made.hashes, lineages=made.lineages)
     return receipt | {'seed': seed_of(key)}

@@ -351,7 +351,7 @@ class TestOptimizerState:
 BAD_RULES = {
     # A dense leaf without a rule.
     'params/block_1/mlp/Dense_1/bias lies in an MLP that becomes sparse and has no rule': lambda: with_rule(
-        leaves={name: axes for name, axes in LEAVES.items() if name != 'Dense_1/bias'}
+        layers=[1], leaves={name: axes for name, axes in LEAVES.items() if name != 'Dense_1/bias'}
     ),
     'params/head/bias has no rule': lambda: dataclasses.replace(
         RULES, keep=['params/block*', 'params/stem*', 'params/norm*', '*kernel']
@@ -369,7 +369,9 @@ BAD_RULES = {
     r'Dense_0/kernel \(16, 32\) has 2 axes, and its rule names F': lambda: with_rule(
         layers=[1], leaves=LEAVES | {'Dense_0/kernel': 'EF'}
     ),
-    r'has F = 16, and .* has 32': lambda: with_rule(layers=[1], leaves=LEAVES | {'Dense_1/kernel': 'EDF'}),
+    r'has D = 32, and .*Dense_0/kernel has 16': lambda: with_rule(
+        layers=[1], leaves=LEAVES | {'Dense_1/kernel': 'EDF'}
+    ),
     'would be made twice': lambda: with_rule(zeros={'router/kernel': 'DE'}),
     'does not divide F = 32': lambda: with_rule(granularity=3),
     'no leaf of params/block_1/mlp has an axis D': lambda: with_rule(
@@ -420,7 +422,7 @@ def test_what_surgery_refuses():
         wrong = dataclasses.replace(RULES, sparse_apply=lambda params, x: jnp.zeros(3))
         upcycle.upcycle(params(), wrong, key=0, batch=IMAGE)
     with pytest.raises(UserError, match=r'params/block_1/mlp/experts/Dense_0/kernel .* needs a source of shape'):
-        upcycle.plan(params(), with_rule(granularity=2))
+        upcycle.plan(params(), with_rule(granularity=2, layers=[1]))
     broken = unflatten_dict(flat(params()) | {'params/head/bias': jnp.full(10, jnp.nan)}, sep='/')
     with pytest.raises(UserError, match='head/bias of memory holds 10 numbers that are NaN'):
         upcycle.upcycle(broken, RULES, key=0)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,9 +67,14 @@ class Outline:
 
     def theirs(self, name: str) -> str:
         """The user's name of a leaf or of an MLP; `x@i` is that of the dense model i of several."""
-        base, at, index = name.partition('@')
+        base = without_index(name)
         named = self.targets.get(base) or self.sources.get(base)
-        return (self.mlps.get(base, base) if named is None else named.name) + at + index
+        return (self.mlps.get(base, base) if named is None else named.name) + name.removeprefix(base)
+
+
+def without_index(name: str) -> str:
+    """A name of ours without the `@i` that it has in several dense models."""
+    return re.sub(r'@\d+$', '', name)
 
 
 def ours(name: str) -> str:

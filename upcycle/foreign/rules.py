@@ -105,8 +105,8 @@ class PathRules:
         mlps = [mlp for rule in self.moe for mlp in rule.mlps]
         if not mlps:
             raise UserError('`moe` has no rule, so nothing becomes sparse: name the MLPs.')
-        for mlp in mlps:
-            if clash := next((other for other in mlps if f'{other}/'.startswith(f'{mlp}/') and other is not mlp), None):
+        for i, mlp in enumerate(mlps):
+            if clash := next((other for other in mlps[:i] + mlps[i + 1 :] if f'{other}/'.startswith(f'{mlp}/')), None):
                 raise UserError(f'two rules of `moe` speak of {clash} (the other of {mlp}): name each MLP once.')
 
 

@@ -15,7 +15,7 @@ from upcycle.checkpoints.memory import MemoryReader
 from upcycle.checkpoints.several import SeveralReader
 from upcycle.errors import DifferentLeaves, UserError
 from upcycle.foreign.optimizer import OptimizerTree, add_state
-from upcycle.foreign.outline import Named, Outline, outline_of
+from upcycle.foreign.outline import Named, Outline, outline_of, without_index
 from upcycle.foreign.rules import PathRules, State
 from upcycle.in_memory import carry_out, check_surgery, receipt_of
 from upcycle.surgery.plan import PARAMS, Action, Plan, Surgery, is_clock
@@ -104,15 +104,12 @@ def upcycle_foreign(
     shardings = {row.target: _sharding(first, row.target, row.sources, mesh) for row in plan.rows}
     known = dataclasses.replace(plan, rows=tuple(row for row in plan.rows if row.action is not Action.NEW))
     reader = _reader(models)
-    done = carry_out(known, reader, shardings, key, hidden=hidden)
+    done = carry_out(known, reader, shardings, key, hidden=hidden, names=outline.theirs)
     leaves = {name: _in_theirs(leaf, outline.targets[name], mesh) for name, leaf in done.leaves.items()}
     params = first.tree.like(
         {outline.targets[name].name: leaf for name, leaf in leaves.items() if name.startswith(PARAMS)}
     )
-    hashes, lineages = (
-        {outline.theirs(name): each for name, each in of.items()} for of in (done.hashes, done.lineages)
-    )
-    receipt = receipt_of(_in_their_words(plan, outline), reader, key, hashes, lineages)
+    receipt = receipt_of(_in_their_words(plan, outline), reader, key, done)
     receipt['function_check'] = dict.fromkeys(('whole_model', 'layers'), 'not compared: no batch was given')
     if batch is not None:
         gap = function_gap(rules.dense_apply(first.params, batch), rules.sparse_apply(params, batch))
@@ -243,7 +240,7 @@ def _sharding(dense: _Dense, name: str, sources: tuple[str, ...], mesh: Mesh | N
     target = dense.outline.targets[name]
     shape = target.leaf.shape
     spec = tuple(partitioning.mesh_axes(PartitionSpec(*(target.axes or (None,) * len(shape))), shape, auto))
-    source = dense.outline.sources.get(sources[0].partition('@')[0]) if sources else None
+    source = dense.outline.sources.get(without_index(sources[0])) if sources else None
     placed = None if source is None else getattr(dense.tree.leaves.get(source.name), 'sharding', None)
     if isinstance(placed, NamedSharding) and not source.order and _alike(placed.mesh, mesh):
         theirs = (*placed.spec, *(None,) * (len(source.leaf.shape) - len(placed.spec)))
