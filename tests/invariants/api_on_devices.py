@@ -47,7 +47,7 @@ def ours(path: str, shape: tuple[int, ...] | None) -> dict[str, Any]:
 
 
 def foreign(shape: tuple[int, ...] | None, axes: str) -> dict[str, Any]:
-    """Somebody else's MLP, its dense leaves split along an axis of their own, upcycled on a mesh (data, expert) or on one device."""
+    """Somebody else's MLP, split along `data` while it is dense, upcycled on a mesh (data, expert) or on one device."""
     rng = np.random.default_rng(0)
     tree = {
         'mlp': {'wi': rng.normal(size=(8, 16)).astype(np.float32), 'wo': rng.normal(size=(16, 8)).astype(np.float32)},
