@@ -100,9 +100,9 @@ def sparse(model: Model, *files: str, **macros: Any) -> Model:
         for field in dataclasses.fields(kind)
         if field.default is dataclasses.MISSING
     }
-    surgery = 'runs/convert.gin'
-    before = configuration.load_model([base, surgery], sizes).model
-    recipe = [base, f'moe/{model.family}.gin', surgery, *files]
+    no_data = dict.fromkeys(('TRAIN_DATASET', 'EVAL_DATASET'), 'None')
+    before = configuration.load_model([base, 'runs/pretrain.gin'], sizes | no_data).model
+    recipe = [base, f'moe/{model.family}.gin', 'runs/convert.gin', *files]
     after = configuration.load_model(recipe, {**sizes, **_bindings(macros)}).model
     config = dataclasses.replace(model.config, **_changes(before.config, after.config))
     return dataclasses.replace(model, **{**_changes(before, after), 'config': config})
@@ -208,7 +208,7 @@ def convert(
     """Writes the MoE checkpoint that a run would start from, streamed to disk, as `upcycle convert` does.
 
     Args:
-      gin_files: of the sparse model, such as ('models/t5_1_1_base.gin', 'moe/t5.gin').
+      gin_files: of the sparse model: one of models/, then one of moe/.
       source: the dense checkpoint; several for the operator 'branches'.
       target: where the new checkpoint will be.
       format: of the new checkpoint, one of `formats.FORMATS`.
