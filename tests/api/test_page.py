@@ -19,7 +19,7 @@ SMALL = {
 }
 
 
-def test_the_code_of_the_page(shallow, tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_page(untrained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = {**runs.SMALL_STEPS, **runs.ONE_SPARSE_LAYER, 'NUM_EXPERTS': '4', 'EVAL_BATCH_SIZE': '4'}
     lines = [f'{name} = {gin_files.literal(value)}' for name, value in settings.items()]
@@ -30,7 +30,7 @@ def test_the_code_of_the_page(shallow, tmp_path, monkeypatch, capsys):
     for fence in fences:
         for written, here in SMALL.items():
             fence = fence.replace(written, here)
-        exec(compile(fence.replace('/path/to/dense', shallow), 'docs/api.md', 'exec'), names)
+        exec(compile(fence.replace('/path/to/dense', untrained), 'docs/api.md', 'exec'), names)
     assert names['state'].opt_state[0].count == 1000 or 'state' in names
     assert names['receipt']['function_check']['whole_model']['max_abs_difference'] < 1e-5
     np.testing.assert_allclose(names['logits'], names['dense'].apply(names['params'], names['image']), atol=1e-5)

@@ -20,8 +20,8 @@ SMALL = {'NUM_EXPERTS': 4, 'NUM_EMBEDDINGS': 384} | runs.ONE_SPARSE_LAYER
 
 
 @pytest.fixture(scope='module')
-def dense_model(shallow):
-    return upcycle.load(shallow)
+def dense_model(untrained):
+    return upcycle.load(untrained)
 
 
 @pytest.fixture(scope='module')
@@ -41,9 +41,9 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize('operator', ['copy', 'drop'])
-def test_the_bytes_of_convert(operator, dense_model, sparse_model, shallow, tmp_path):
+def test_the_bytes_of_convert(operator, dense_model, sparse_model, untrained, tmp_path):
     files = (runs.TINY, 'moe/t5.gin')
-    path = upcycle.convert(files, shallow, tmp_path / 'moe', EXPERT_OPERATOR=operator, UPCYCLE_SEED=3, **SMALL)
+    path = upcycle.convert(files, untrained, tmp_path / 'moe', EXPERT_OPERATOR=operator, UPCYCLE_SEED=3, **SMALL)
     surgery = upcycle.Surgery(operator)
     params, receipt = upcycle.upcycle(dense_model[1], sparse_model, surgery, key=jax.random.key(3))
     reader = open_checkpoint(path)
@@ -59,7 +59,7 @@ def test_the_bytes_of_convert(operator, dense_model, sparse_model, shallow, tmp_
         for name, value in receipt['function_check']['layers'][path].items():
             np.testing.assert_allclose(value, layer[name], rtol=1e-5, atol=1e-6)
     # Straight from the checkpoint, which is never in memory as a whole.
-    from_path, receipt = upcycle.upcycle(shallow, sparse_model, surgery, key=3)
+    from_path, receipt = upcycle.upcycle(untrained, sparse_model, surgery, key=3)
     assert_same(flat(from_path), stored)
     assert receipt['source']['step'] == 4
 
@@ -88,9 +88,9 @@ def test_the_result_shares_no_memory_with_its_source(dense_model, sparse_model):
     assert np.isfinite(params['token_embedder']['embedding']).all()
 
 
-def test_plans_of_a_path_a_model_and_parameters_are_one(dense_model, sparse_model, shallow):
+def test_plans_of_a_path_a_model_and_parameters_are_one(dense_model, sparse_model, untrained):
     model, params = dense_model
-    plans = [upcycle.plan(source, sparse_model) for source in (shallow, model, params)]
+    plans = [upcycle.plan(source, sparse_model) for source in (untrained, model, params)]
     assert plans[0].rows == plans[1].rows == plans[2].rows
     assert {str(row.action) for row in plans[0].rows} == {'keep', 'experts', 'router'}
 
@@ -134,8 +134,8 @@ def test_recipes(dense_model):
         upcycle.sparse(model, NUM_EXPERT=2)
 
 
-def test_train_is_the_command(shallow, tmp_path):
-    bindings = runs.bindings('upcycle', tmp_path / 'run', 5, INITIAL_CHECKPOINT_PATH=shallow, **runs.ONE_SPARSE_LAYER)
+def test_train_is_the_command(untrained, tmp_path):
+    bindings = runs.bindings('upcycle', tmp_path / 'run', 5, INITIAL_CHECKPOINT_PATH=untrained, **runs.ONE_SPARSE_LAYER)
     state = upcycle.train(runs.FILES['upcycle'], **bindings | {'TRAIN_STEPS': 5, 'EVAL_PERIOD': 100})
     assert int(state.step) == 5
     model, params = upcycle.load(tmp_path / 'run')

@@ -115,13 +115,15 @@ def outline_of(leaves: Mapping[str, Any], rules: PathRules, surgery: Surgery) ->
     """
     found = Outline({}, {}, {}, {})
     mistakes: list[str] = []
+    ruled: set[str] = set()
     for rule in rules.moe:
         for mlp in rule.mlps:
             found.mlps[f'{PARAMS}{ours(mlp)}'] = mlp
             layer = _Layer(rule, mlp, leaves, from_moe=surgery.operator.starts_from is Start.MOE)
             layer.add_to(found, inherits=surgery.router_init in INHERITED)
             mistakes += layer.mistakes
-    mistakes += _others(found, leaves, rules)
+            ruled |= layer.ruled
+    mistakes += _others(found, {name: leaf for name, leaf in leaves.items() if name not in ruled}, rules)
     names = [target.name for target in found.targets.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
     mistakes += [f'{name} would be made twice: change `experts`, `router` or `zeros`.' for name in twice]
@@ -129,11 +131,9 @@ def outline_of(leaves: Mapping[str, Any], rules: PathRules, surgery: Surgery) ->
     return found
 
 
-def _others(found: Outline, leaves: Mapping[str, Any], rules: PathRules) -> list[str]:
+def _others(found: Outline, rest: Mapping[str, Any], rules: PathRules) -> list[str]:
     """Adds the leaves of no MoE layer; what is wrong with them, a sentence each."""
     mistakes = []
-    used = {source.name for source in found.sources.values()}
-    rest = [name for name in leaves if name not in used]
     for pattern in (*rules.drop, *rules.keep):
         if not fnmatch.filter(rest, pattern):
             mistakes.append(
@@ -148,7 +148,7 @@ def _others(found: Outline, leaves: Mapping[str, Any], rules: PathRules) -> list
             found.dropped[name] = reason
         elif any(fnmatch.fnmatchcase(name, pattern) for pattern in rules.keep):
             kept = f'{PARAMS}{ours(name)}'
-            found.sources[kept] = found.targets[kept] = named(name, leaves[name])
+            found.sources[kept] = found.targets[kept] = named(name, rest[name])
         else:
             mistakes.append(f'{name} has no rule: add it to `moe`, `keep` or `drop`.')
     return mistakes
@@ -161,6 +161,7 @@ class _Layer:
         self._rule, self._mlp, self._leaves, self._from_moe = rule, mlp, leaves, from_moe
         self._sizes: dict[str, tuple[int, str]] = {}
         self.mistakes: list[str] = []
+        self.ruled: set[str] = set()
 
     def add_to(self, found: Outline, *, inherits: bool) -> None:
         """Adds its leaves; `inherits`: the router is made of the router that there is."""
@@ -212,6 +213,7 @@ class _Layer:
     def _source(self, name: str, axes: str) -> Any | None:
         """A leaf that there must be, of these axes; None: something is wrong with it."""
         leaf = self._leaves.get(name)
+        self.ruled.add(name)
         if leaf is None:
             hint = _nearest(name, self._leaves)
             self.mistakes.append(
