@@ -64,6 +64,7 @@ def load(
     """
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UserError(f'dtype={dtype!r} must be one of {", ".join(WEIGHT_DTYPES)}.')
+    _check_mesh(mesh)
     reader = _opened(path)
     stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith(PARAMS)}
     found = (_model_in(reader, stored) if model is None else model).with_dtype(dtype or 'float32')
@@ -149,7 +150,8 @@ def upcycle(
     """Makes an MoE of a dense model in memory, leaf by leaf. It is the surgery of `upcycle convert` and `upcycle train`.
 
     Args:
-      params: what to start from, as `plan` takes it, but for a model, which has no numbers. The result shares no memory with it.
+      params: what to start from, as `plan` takes it, but for a model, which has no numbers. Arrays on
+        devices are copied, so that the result can be donated.
       sparse: the model to make, or the rules for a model that is not ours.
       surgery: how; None: `Surgery()`. Its `seed` is not used.
       key: of everything random: a key of `jax.random`, or a whole number. `jax.random.key(n)` gives the bytes that
@@ -168,6 +170,7 @@ def upcycle(
     """
     surgery = Surgery() if surgery is None else surgery
     key = as_key(key)
+    _check_mesh(mesh)
     if isinstance(sparse, PathRules):
         return upcycle_foreign(params, sparse, surgery, key=key, mesh=mesh, batch=batch)
     check_surgery(surgery, has_state=False, has_hidden=batch is not None, way_out='give a batch')
@@ -263,6 +266,11 @@ def _bindings(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: os.fspath(value) if isinstance(value, _PATHS) else repr(value) for name, value in values.items()}
 
 
+def _check_mesh(mesh: Any) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise UserError(f'mesh = {mesh!r} must be a jax.sharding.Mesh, such as partitioning.make_mesh makes.')
+
+
 def _opened(path: Path) -> Reader:
     reader = open_checkpoint(path)
     require_whole(str(reader.path))
@@ -325,9 +333,9 @@ def _leaves_of(model: Model, mesh: Mesh | None) -> tuple[Leaves, dict[str, tuple
     """A model's parameters by their names in a checkpoint, with their shardings; and their logical axes."""
     if mesh is None:
         mesh = partitioning.make_mesh((1, 1, 1), None, jax.local_devices()[:1])
-    if not isinstance(mesh, Mesh) or not {*mesh.axis_names} & {*partitioning.MESH_AXES}:
+    if not {*mesh.axis_names} & {*partitioning.MESH_AXES}:
         raise UserError(
-            f'mesh = {mesh!r} must be a jax.sharding.Mesh with axes named {", ".join(partitioning.MESH_AXES)}: '
+            f'mesh has the axes {", ".join(mesh.axis_names)}, and must have axes named {", ".join(partitioning.MESH_AXES)}: '
             'partitioning.make_mesh makes one.'
         )
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))

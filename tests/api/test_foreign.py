@@ -412,6 +412,8 @@ def test_what_surgery_refuses():
         upcycle.PathRules(moe=[RULE, RULE])
     with pytest.raises(UserError, match='operator=None'):
         upcycle.plan(params(), RULES, upcycle.Surgery(None))
+    with pytest.raises(UserError, match='must be a jax.sharding.Mesh'):
+        upcycle.upcycle(params(), RULES, key=0, mesh=(1, 1))
     with pytest.raises(UserError, match='lack `dense_apply`'):
         upcycle.upcycle(params(), with_rule(), key=0, batch=IMAGE)
     with pytest.raises(UserError, match='give a batch, and `hidden_states`'):
