@@ -105,14 +105,19 @@ def sparse(model: Model, *files: str, **macros: Any) -> Model:
     before = configuration.load_model([base, 'runs/pretrain.gin'], sizes | no_data).model
     recipe = [base, f'moe/{model.family}.gin', 'runs/convert.gin', *files]
     after = configuration.load_model(recipe, {**sizes, **_bindings(macros)}).model
-    config = dataclasses.replace(model.config, **_changes(before.config, after.config))
-    return dataclasses.replace(model, **{**_changes(before, after), 'config': config})
+    config = dataclasses.replace(model.config, **_changes(before.config, after.config, macros))
+    return dataclasses.replace(model, **{**_changes(before, after, macros), 'config': config})
 
 
-def _changes(before: Any, after: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ."""
-    fields = (field.name for field in dataclasses.fields(before))
-    return {name: getattr(after, name) for name in fields if getattr(after, name) != getattr(before, name)}
+def _changes(before: Any, after: Any, macros: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configured dataclass that differ, or that one of the macros sets."""
+    values = {field.name: getattr(after, field.name) for field in dataclasses.fields(after)}
+    return {
+        name: value
+        for name, value in values.items()
+        if value != getattr(before, name)
+        or {configuration.name_of(type(after), name), f'{type(after).__name__}.{name}'} & {*macros}
+    }
 
 
 def plan(dense: Any, sparse: Model | PathRules, surgery: Surgery | None = None) -> Plan:

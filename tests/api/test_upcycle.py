@@ -129,6 +129,7 @@ def test_recipes(dense_model):
     soft = upcycle.sparse(
         model, 'recipes/soft_moe.gin', NUM_EXPERTS=2, ENCODER_MOE_LAYERS=(0,), DECODER_MOE_LAYERS='none'
     )
+    # DECODER_MOE_LAYERS has the value that a dense model's file gives it, and the model another one.
     assert [moe.router for moe in soft.moe_layers().values()] == ['soft']
     with pytest.raises(UserError, match='gin.NUM_EXPERT=2'):
         upcycle.sparse(model, NUM_EXPERT=2)
