@@ -29,7 +29,7 @@ skipped = [package for package in packages if 'skip_reason' in package]
 for package in packages:
     for known in package.get('vulns', ()):
         fixed = ', '.join(known['fix_versions']) or 'no version'
-        print(f'{package["name"]} {package["version"]}: {known["id"]}, mended in {fixed}')
+        print(f'{package["name"]} {package["version"]}: {known["id"]}, fixed in {fixed}')
 for package in skipped:
     print(f'{package["name"]}: not looked up ({package["skip_reason"]})', file=sys.stderr)
 print(f'{len(packages) - len(skipped)} packages looked up, {sum(bool(p.get("vulns")) for p in packages)} with something against them')

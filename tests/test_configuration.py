@@ -101,6 +101,7 @@ class TestSettingsOfOtherRouters:
             ('scratch', {'ENCODER_ROUTER': 'soft', 'GROUP_SIZE': 32, 'SLOTS_PER_EXPERT': 4, 'BALANCE_BIAS_RATE': 0.1}),
             ('scratch', {**ALL_DENSE, 'BALANCE_LOSS': 'mutual_information', 'INFERENCE_THRESHOLD': 0.1}),
             ('scratch', {'DECODER_FILL_ORDER': 'choice_major'}),
+            ('scratch', {'GATE_NOISE': 1.0}),
             ('vit scratch', {'ROUTER': 'top_k', 'GATE_NOISE': 1.0, 'NUM_SELECTED_EXPERTS': 3}),
         ],
     )  # fmt: skip

@@ -55,7 +55,7 @@ CASES = {
     'ctrl_c_while_it_starts': (
         'interrupts',
         '',
-        [f'{seconds} (?:-2|130|0) False' for seconds in ('0.2', '0.8', '1.5')],
+        ['0.2 (?:-2|130) False', *(f'{later} (?:-2|130|0) False' for later in ('0.8', '1.5'))],
     ),
     'disk_full_while_saving': (
         'places to write to',

@@ -172,7 +172,7 @@ def _not_set(macro: str) -> str:
     # A name that our files know is what was meant, and a similar one may be a macro of its own.
     own = gin_files.macros_of(gin_files.shipped().values()) if files else set()
     if similar := nearest(macro, set_macros() - own):
-        return f'{macro} is not set{similar}: mend the name, or give --gin.{macro}=...'
+        return f'{macro} is not set{similar}: correct the name, or give --gin.{macro}=...'
     if not files:
         return f'{macro} is not set: give --gin.{macro}=...'
     folders = ' or '.join(dict.fromkeys(file.partition('/')[0] + '/' for file in files))

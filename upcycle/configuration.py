@@ -1,6 +1,6 @@
 """gin: from files and command-line bindings to one checked `Run`, and to the text that says what was resolved."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -96,7 +96,7 @@ def _unknown_macros(found: gin_files.Found) -> Iterator[str]:
         known = gin_files.macros_of(gin_files.shipped().values())
         for macro in sorted(suspects - known):
             hint = nearest(macro, found.used | known)
-            yield f'{found.macros[macro]}: {macro} is used by nothing{hint}: mend the name or leave it out.'
+            yield f'{found.macros[macro]}: {macro} is used by nothing{hint}: correct the name or leave it out.'
 
 
 def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _unused(found: gin_files.Found, bindings: Mapping[str, str], *, whole: bool)
         else:
             known = used_macros | ours
         hint = nearest(name, known)
-        yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: mend the name or leave it out.'
+        yield f'--gin.{name}={bindings[name]} is used by nothing in this run{hint}: correct the name or leave it out.'
 
 
 def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], builder: Builder, run: Any) -> Iterator[str]:
@@ -165,11 +165,12 @@ def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], build
             elif not stored or setter in on_command_line:
                 passed_over[setter] = field, show(value)
                 routers.setdefault(setter, set()).add(layers.router)
+    recipes = gin_files.recipe_values()
     for setter in sorted(passed_over.keys() - read):
         field, text = passed_over[setter]
         if setter in on_command_line:
             label = f'--gin.{on_command_line[setter]}={bindings[on_command_line[setter]]}'
-        elif _may_stand_in_a_file(field, text, chosen.values()):
+        elif _may_stand_in_a_file(field, text, chosen.values(), recipes):
             continue
         else:
             label = f'{setter} = {text}'
@@ -178,11 +179,13 @@ def _of_other_routers(found: gin_files.Found, bindings: Mapping[str, str], build
         yield f'{label} is read by the router {wanted} only, and the MoE layers have {have}: leave it out, or change the router.'
 
 
-def _may_stand_in_a_file(field: str, text: str, chosen: Iterable[type[MoE]]) -> bool:
+def _may_stand_in_a_file(
+    field: str, text: str, chosen: Iterable[type[MoE]], recipes: Mapping[str, Collection[str]]
+) -> bool:
     """Whether a file may set a field that no chosen router has: to a recipe's value, the default, or that of the run before."""
     if any(field in kind.of_the_run_before for kind in chosen):
         return True
-    values = [given for macro, given in gin_files.recipe_values().items() if macro.endswith(macro_of_field(field))]
+    values = [given for macro, given in recipes.items() if macro.endswith(macro_of_field(field))]
     usual = {schema.written(schema.parameters(MoEConfig)[field].default)}.union(*values)
     return any(schema.same(text, value) for value in usual)
 

@@ -298,7 +298,7 @@ class _Reader:
             line = getattr(error, 'lineno', None)
             location = f'{label}, line {line}' if line and '\n' in text else label
             reason = getattr(error, 'msg', None) or one_line(error)
-            self._note(f'{location} does not parse ({reason}): mend what is written there.')
+            self._note(f'{location} does not parse ({reason}): correct it.')
 
     def _import(self, statement: config_parser.ImportStatement) -> None:
         try:

@@ -180,7 +180,7 @@ def test_images_that_cannot_be_decoded():
         (jpeg.content[:-200], 'truncated'),
     ):
         with pytest.raises(
-            UserError, match=rf'broken\.jpg cannot be decoded \(.*{reason}.*\): mend the image'
+            UserError, match=rf'broken\.jpg cannot be decoded \(.*{reason}.*\): replace the image'
         ) as error:
             CentralCropPreprocessing()([jpeg, Encoded('broken.jpg', content)], 0, 0)
         assert '\n' not in str(error.value)

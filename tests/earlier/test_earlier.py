@@ -72,19 +72,21 @@ def test_evaluated_and_resumed(kind, version):
     found, before = kinds.told(kind), expected(version, kind)
     assert found['leaves'] == before['leaves']
     for split, metrics in before['evaluation'].items():
-        assert_close(found['evaluation'][split], without_balance_losses(metrics), 1e-5)
+        assert_close(found['evaluation'][split], without_load_loss(kind, metrics), 1e-5)
     assert len(found['lines']) == len(before['lines']) > 0
     for line, other in zip(found['lines'], before['lines'], strict=True):
         if other['split'] != 'train':
-            other = without_balance_losses(other)
+            other = without_load_loss(kind, other)
         # Other compiler flags round otherwise, and Adafactor makes that larger, most of all where gradients are small.
         of_routers = {name for name in other if 'router' in name}
         assert_close(line, {name: value for name, value in other.items() if name not in of_routers}, 1e-3)
         assert_close(line, {name: other[name] for name in of_routers}, 0.03)
 
 
-def without_balance_losses(metrics):
-    """Until 2026-11 V-MoE's load loss counted at evaluation too, where no noise is added."""
+def without_load_loss(kind, metrics):
+    """Until 2026-11 V-MoE's load loss counted at evaluation too, where no noise is added. One kind of run has GATE_NOISE."""
+    if kind != 'vit_upcycled':
+        return metrics
     return {name: value for name, value in metrics.items() if not name.endswith('auxiliary_loss')}
 
 

@@ -225,8 +225,8 @@ class TestMicrobatches:
         config = dataclasses.replace(EXPERT_CHOICE, num_microbatches=2)
         with pytest.raises(UserError, match='NUM_MICROBATCHES = 2 .* 1 groups of 96 tokens: set GROUPS_MULTIPLE_OF'):
             jax.eval_shape(applied(config), random_experts(), tokens(), REAL)
-        mended = dataclasses.replace(config, groups_multiple_of=2)
-        jax.eval_shape(applied(mended), random_experts(), tokens(), REAL)
+        divisible = dataclasses.replace(config, groups_multiple_of=2)
+        jax.eval_shape(applied(divisible), random_experts(), tokens(), REAL)
 
 
 def test_decoding_is_dropless():

@@ -30,7 +30,7 @@ def audit(folder, packages, code, *arguments):
     ('packages', 'pip_audit', 'code', 'words'),
     [
         ([SOUND, OURS], 0, 0, '1 packages looked up, 0 with'),
-        ([SOUND, KNOWN, OURS], 1, 1, 'pillow 9.0: CVE-1, mended in 9.1'),
+        ([SOUND, KNOWN, OURS], 1, 1, 'pillow 9.0: CVE-1, fixed in 9.1'),
         ([SOUND, UNKNOWN], 0, 2, 'seqio: not looked up (not found on the index)'),
         (None, 1, 2, 'no report'),
     ],

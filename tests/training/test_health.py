@@ -116,7 +116,7 @@ def test_past_the_bound_it_stops_with_a_diagnosis_and_goes_on_with_a_higher_one(
             'MAX_SKIPPED_STEPS = 2',
             'at step 4, the batch holds NaN or infinity in image',
             'step 3 was the last good one',
-            'is of step 4: mend the data',
+            'is of step 4: correct the data',
         ):
             assert part in str(stop.value)
     assert capsys.readouterr().err.count('step 4: loss nan, gradient norm nan: not finite') == 1

@@ -11,7 +11,7 @@ from upcycle.metrics import warn
 
 
 class BadRecordError(UserError):
-    """One record is broken; the message names it, and what would mend it."""
+    """One record is broken; the message names it, and what would repair it."""
 
 
 class BadRecords:

@@ -67,7 +67,7 @@ def read_utf8(path: str, read: Callable[[str], bytes], bad_records: BadRecords) 
         content = read(path)
     except Exception as error:  # local files raise OSError, remote ones TensorFlow's own errors
         raise UserError(
-            f'{path} cannot be read ({type(error).__name__}): mend it, or leave it out of the glob.'
+            f'{path} cannot be read ({type(error).__name__}): repair it, or leave it out of the glob.'
         ) from None
     if _is_utf8(content):
         return content

@@ -148,7 +148,7 @@ def _files_below(folder: str, name: str) -> list[_File]:
             try:
                 found.append(_File(entry_name, entry.stat().st_size, entry.path))
             except OSError as error:
-                raise UserError(f'{entry.path} cannot be read ({error.strerror}): mend it, or take it out.') from None
+                raise UserError(f'{entry.path} cannot be read ({error.strerror}): repair it, or take it out.') from None
     return found
 
 
@@ -158,7 +158,9 @@ def _entries(folder: str) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return [e for e in entries if not e.name.startswith('.') and e.name.lower() not in _CLUTTER]
     except OSError as error:
-        raise UserError(f'{folder} cannot be read ({error.strerror}): mend its permissions, or take it out.') from None
+        raise UserError(
+            f'{folder} cannot be read ({error.strerror}): correct its permissions, or take it out.'
+        ) from None
 
 
 @functools.cache
@@ -174,4 +176,4 @@ def _read_file(file: _File) -> Encoded:
         with open(file.path, 'rb') as opened:
             return Encoded(file.path, opened.read())
     except OSError as error:
-        raise UserError(f'{file.path} cannot be read ({error.strerror}): mend it, or take it out.') from None
+        raise UserError(f'{file.path} cannot be read ({error.strerror}): repair it, or take it out.') from None

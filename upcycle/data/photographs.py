@@ -53,7 +53,7 @@ def decode(encoded: Encoded, channels: int) -> Image.Image:
         image.load()
     except Exception as error:  # OSError, SyntaxError, zlib's, ...: whatever the format's decoder raises
         raise BadRecordError(
-            f'{encoded.name} cannot be decoded ({_one_line(error, encoded)}): mend the image, take it out, or raise '
+            f'{encoded.name} cannot be decoded ({_one_line(error, encoded)}): replace the image, take it out, or raise '
             'MAX_BAD_RECORDS.'
         ) from None
     if image.mode.startswith(('I', 'F')):

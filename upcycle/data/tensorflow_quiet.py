@@ -101,7 +101,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """TensorFlow's failures to read a vocabulary or a data set, as the user's to mend."""
+    """TensorFlow's failures to read a vocabulary or a data set, as the user's to correct."""
     try:
         yield
     except tensorflow().errors.OpError as error:

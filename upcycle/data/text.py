@@ -100,7 +100,7 @@ class DatasetConfig:
         if name not in known:
             close = ', '.join(difflib.get_close_matches(name, known)) or 'none is similar'
             raise UserError(
-                f'MIXTURE_OR_TASK_NAME = {name!r} is not registered with seqio (close: {close}): mend the name, or '
+                f'MIXTURE_OR_TASK_NAME = {name!r} is not registered with seqio (close: {close}): correct the name, or '
                 'bind MIXTURE_OR_TASK_MODULE to the module that registers it.'
             )
         with self.reading():

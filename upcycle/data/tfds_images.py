@@ -214,10 +214,10 @@ def _builder(name: str, data_dir: str | None) -> Any:
         close = difflib.get_close_matches(bare, tfds.list_builders(with_community_datasets=False))
         raise MissingData(
             f'TFDS_NAME = {name!r} is neither known to TFDS (close: {", ".join(close) or "none is similar"}) nor prepared in '
-            f'{_folder(data_dir)}: mend the name, or bind TFDS_DATA_DIR to the folder that holds the prepared data.'
+            f'{_folder(data_dir)}: correct the name, or bind TFDS_DATA_DIR to the folder that holds the prepared data.'
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f'TFDS_NAME = {name!r} cannot be loaded ({_one_line(error)}): mend the name.') from None
+        raise UserError(f'TFDS_NAME = {name!r} cannot be loaded ({_one_line(error)}): correct the name.') from None
     if not builder.info.splits:
         raise MissingData(
             f'{builder.info.full_name} is not prepared in {_folder(data_dir)}: run `tfds build {bare} '

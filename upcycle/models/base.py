@@ -112,7 +112,7 @@ def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that a dataclass has fields for: a checkpoint may tell more than this version knows.
 
     Raises:
-      UserError: a value is of another type than its field.
+      UserError: a field without a default is missing, or a value is of another type than its field.
     """
     fields = schema.parameters(kind)
     known = {name: value for name, value in values.items() if name in fields}

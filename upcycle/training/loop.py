@@ -334,7 +334,7 @@ class _Trainer:
         return (
             f'steps {found.first} to {found.last} were not finite and changed nothing, more in a row than MAX_SKIPPED_STEPS = '
             f'{run.limits.max_skipped_steps}: {at}, {cause}; step {first} was the last good one, and the newest '
-            f'checkpoint in {run.model_dir} is of step {newest}: mend the data, start another run from there with a lower '
+            f'checkpoint in {run.model_dir} is of step {newest}: correct the data, start another run from there with a lower '
             'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and go on.'
         )
 

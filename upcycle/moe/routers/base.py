@@ -130,11 +130,6 @@ class MoE:
         return False
 
     @property
-    def leaves_the_rest(self) -> bool:
-        """Shared experts get what the weights of the routed ones leave of 1."""
-        return False
-
-    @property
     def can_normalize(self) -> bool:
         """Combine weights can be divided by their sum, and the router still has a gradient."""
         return True
@@ -202,6 +197,7 @@ class Routed(MoE):
 
     @property
     def leaves_the_rest(self) -> bool:
+        """Shared experts get what the weights of the routed ones leave of 1."""
         return self.shared_weights is SharedWeights.XFT
 
     def _invalid(self) -> Iterator[str]:

@@ -28,7 +28,7 @@ class Granular(Operator):
     takes whole copies of the MLP.
 
     A token's weights add up to s, so the shards that it visits add up to s / G of the MLP; s is 1 with normalised weights (the
-    paper's topK-then-softmax), and T / E while a raw softmax is even. The scale c = G / s mends that. `nvidia` multiplies every
+    paper's topK-then-softmax), and T / E while a raw softmax is even. The scale c = G / s corrects it. `nvidia` multiplies every
     matrix (and the hidden bias) by the n-th root of c, n matrices in a row: a cube root for gated MLPs, a square root for plain
     ones. Activations such as GELU are not homogeneous, so that it keeps the function only roughly. `output` multiplies the output
     matrix alone by G, and keeps it exactly where s = 1.
