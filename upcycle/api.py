@@ -67,7 +67,9 @@ def load(
     _check_mesh(mesh)
     reader = _opened(path)
     stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith(PARAMS)}
-    found = (_model_in(reader, stored) if model is None else model).with_dtype(dtype or 'float32')
+    found = (_model_in(reader, stored) if model is None else _expected(model, reader, stored)).with_dtype(
+        dtype or 'float32'
+    )
     spec = Surgery(operator=None)
     check_facts(found, reader, spec)
     wanted, axes = _leaves_of(found, mesh)
@@ -181,18 +183,18 @@ def upcycle(
     check_surgery(surgery, has_state=False, has_hidden=batch is not None, way_out='give a batch')
     leaves, axes = _leaves_of(_our_model(sparse), mesh)
     reader = _reader(params)
-    what = _plan(reader, sparse, surgery, leaves, axes)
-    source = SourceModel(sparse, what, reader, leaves)
+    made = _plan(reader, sparse, surgery, leaves, axes)
+    source = SourceModel(sparse, made, reader, leaves)
 
     def hidden(target: Mapping[str, jax.Array], mlp: str) -> Any:
         return source.hidden_states(batch, target, mlp)
 
     with partitioning.use(next(iter(leaves.values())).sharding.mesh):
-        done = carry_out(what, reader, _shardings(leaves), key, hidden=hidden)
-        receipt = receipt_of(what, reader, key, done)
+        done = carry_out(made, reader, _shardings(leaves), key, hidden=hidden)
+        receipt = receipt_of(made, reader, key, done)
         flat, made = done.leaves, unflatten_dict(done.leaves, sep='/')['params']
         if batch is None:
-            layers = _check_layers(what, sparse, reader, flat)
+            layers = _check_layers(made, sparse, reader, flat)
             no_batch = 'not compared: no batch was given'
             receipt['function_check'] = {'whole_model': no_batch, 'layers': layers, 'activations': 'seeded normal'}
         else:
@@ -334,6 +336,14 @@ def _model_in(reader: Reader, stored: Leaves) -> Model:
     return dense
 
 
+def _expected(model: Model, reader: Reader, stored: Leaves) -> Model:
+    """The model that the caller names, where it is of the family that the checkpoint holds."""
+    family = identify.check(str(reader.path), stored, identify.facts_of(reader.metadata)).family
+    if family != model.family:
+        raise UserError(f'{reader.path} holds a model of the family {family!r}, and `model` is of {model.family!r}.')
+    return model
+
+
 def _leaves_of(model: Model, mesh: Mesh | None) -> tuple[Leaves, dict[str, tuple[str | None, ...]]]:
     """A model's parameters by their names in a checkpoint, with their shardings; and their logical axes."""
     if mesh is None:
@@ -362,16 +372,16 @@ def _below(part: str, name: str) -> bool:
 
 
 def _check_layers(
-    what: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
+    made: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, float]]:
     """Each MoE layer that was made of a dense MLP against it, as `upcycle convert` does."""
-    if what.spec.operator is None or what.spec.operator.starts_from is not Start.DENSE:
+    if made.spec.operator is None or made.spec.operator.starts_from is not Start.DENSE:
         return {}
     checks = {}
     for path in model.moe_layers():
         mlp = f'{PARAMS}{path}'
         inside = {name.removeprefix(f'{mlp}/'): leaf for name, leaf in flat.items() if name.startswith(f'{mlp}/')}
-        rows = [row for row in what.rows if row.action is Action.EXPERTS and mlp_of(row.target) == mlp and row.sources]
+        rows = [row for row in made.rows if row.action is Action.EXPERTS and mlp_of(row.target) == mlp and row.sources]
         routed = any(name.startswith('router/') for name in inside)
         if rows and routed and num_bytes(inside) <= CHECKED_BYTES:
             dense = {within_mlp(row.target): reader.read(row.sources[0]) for row in rows}

@@ -67,18 +67,18 @@ class Tree:
     rebuild: Callable[[Mapping[Keys, Any]], Any]
 
     @classmethod
-    def of(cls, tree: Any, what: str = 'params') -> 'Tree':
+    def of(cls, tree: Any, called: str = 'params') -> 'Tree':
         """Takes a tree apart.
 
         Args:
           tree: nested mappings.
-          what: to call it in messages.
+          called: its name in messages.
 
         Raises:
           UserError: it is no mapping or empty, holds a list or an object, or a leaf that is no array of numbers.
         """
         if not isinstance(tree, Mapping):
-            raise UserError(f'{what} must be nested dicts of arrays, not {type(tree).__name__}.')
+            raise UserError(f'{called} must be nested dicts of arrays, not {type(tree).__name__}.')
         found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
         leaves: dict[str, Any] = {}
         keys: dict[str, Keys] = {}
@@ -86,21 +86,21 @@ class Tree:
             name = '/'.join(segments_of(path))
             if not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
                 raise UserError(
-                    f'{name} of {what} lies in a list or an object: parameters must be nested dicts of arrays.'
+                    f'{name} of {called} lies in a list or an object: parameters must be nested dicts of arrays.'
                 )
             array = _inside(leaf)
             if not hasattr(array, 'shape') or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
-                raise UserError(f'{name} of {what} is no array of numbers: pass the parameters of the model only.')
+                raise UserError(f'{name} of {called} is no array of numbers: pass the parameters of the model only.')
             whole = tuple(entry.key for entry in path)
             for end in range(1, len(whole) + 1):
                 beginning = '/'.join(map(str, whole[:end]))
                 if keys.setdefault(beginning, whole[:end]) != whole[:end]:
                     raise UserError(
-                        f'{beginning} of {what} is two paths: no key may hold a `/` or equal another as text.'
+                        f'{beginning} of {called} is two paths: no key may hold a `/` or equal another as text.'
                     )
             leaves[name] = array
         if not leaves:
-            raise UserError(f'{what} holds no array.')
+            raise UserError(f'{called} holds no array.')
         return cls(leaves, keys, _builder(tree))
 
     def like(self, leaves: Mapping[str, Any]) -> Any:

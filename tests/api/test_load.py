@@ -72,7 +72,9 @@ def test_bfloat16_and_a_mesh(loaded):
     _, path = loaded['t5', 't5x_legacy']
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('expert',))
     model, params = upcycle.load(path, mesh=mesh, dtype='bfloat16')
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16} and model.config.dtype == 'bfloat16'
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+        jnp.dtype('bfloat16')
+    } and model.config.dtype == 'bfloat16'
     narrow = model.logits(params, TOKENS)
     assert narrow.dtype == jnp.float32 and narrow.shape == (2, 3, 40)
     assert np.isfinite(narrow).all()
@@ -126,6 +128,6 @@ def test_what_load_refuses(loaded):
         upcycle.load(path, dtype='int8')
     with pytest.raises(UserError, match='axes named data, expert, model'):
         upcycle.load(path, mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ('x',)))
-    with pytest.raises(UserError, match='family'):
+    with pytest.raises(UserError, match=r"holds a model of the family 't5', and `model` is of 'vit'"):
         upcycle.load(path, model=upcycle.load(loaded['vit', 'vit_npz'][1])[0])
     assert partitioning.current_mesh() is None
