@@ -76,8 +76,8 @@ def load(
     # Backbones have no head.
     missing = tuple(f'{PARAMS}{part}/' for part in found.lacking if not any(_below(part, name) for name in stored))
     wanted = {name: with_dtype(name, leaf, dtype) for name, leaf in wanted.items() if not name.startswith(missing)}
-    steps = plan_surgery(stored, wanted, spec, axes)
-    flat = execute(steps, reader.read, _shardings(wanted), new={})
+    surgery_plan = plan_surgery(stored, wanted, spec, axes)
+    flat = execute(surgery_plan, reader.read, _shardings(wanted), new={})
     return found, unflatten_dict(flat, sep='/')['params']
 
 
@@ -183,18 +183,18 @@ def upcycle(
     check_surgery(surgery, has_state=False, has_hidden=batch is not None, way_out='give a batch')
     leaves, axes = _leaves_of(_our_model(sparse), mesh)
     reader = _reader(params)
-    made = _plan(reader, sparse, surgery, leaves, axes)
-    source = SourceModel(sparse, made, reader, leaves)
+    surgery_plan = _plan(reader, sparse, surgery, leaves, axes)
+    source = SourceModel(sparse, surgery_plan, reader, leaves)
 
     def hidden(target: Mapping[str, jax.Array], mlp: str) -> Any:
         return source.hidden_states(batch, target, mlp)
 
     with partitioning.use(next(iter(leaves.values())).sharding.mesh):
-        done = carry_out(made, reader, _shardings(leaves), key, hidden=hidden)
-        receipt = receipt_of(made, reader, key, done)
+        done = carry_out(surgery_plan, reader, _shardings(leaves), key, hidden=hidden)
+        receipt = receipt_of(surgery_plan, reader, key, done)
         flat, made = done.leaves, unflatten_dict(done.leaves, sep='/')['params']
         if batch is None:
-            layers = _check_layers(made, sparse, reader, flat)
+            layers = _check_layers(surgery_plan, sparse, reader, flat)
             no_batch = 'not compared: no batch was given'
             receipt['function_check'] = {'whole_model': no_batch, 'layers': layers, 'activations': 'seeded normal'}
         else:
@@ -372,16 +372,20 @@ def _below(part: str, name: str) -> bool:
 
 
 def _check_layers(
-    made: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
+    surgery_plan: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, float]]:
     """Each MoE layer that was made of a dense MLP against it, as `upcycle convert` does."""
-    if made.spec.operator is None or made.spec.operator.starts_from is not Start.DENSE:
+    if surgery_plan.spec.operator is None or surgery_plan.spec.operator.starts_from is not Start.DENSE:
         return {}
     checks = {}
     for path in model.moe_layers():
         mlp = f'{PARAMS}{path}'
         inside = {name.removeprefix(f'{mlp}/'): leaf for name, leaf in flat.items() if name.startswith(f'{mlp}/')}
-        rows = [row for row in made.rows if row.action is Action.EXPERTS and mlp_of(row.target) == mlp and row.sources]
+        rows = [
+            row
+            for row in surgery_plan.rows
+            if row.action is Action.EXPERTS and mlp_of(row.target) == mlp and row.sources
+        ]
         routed = any(name.startswith('router/') for name in inside)
         if rows and routed and num_bytes(inside) <= CHECKED_BYTES:
             dense = {within_mlp(row.target): reader.read(row.sources[0]) for row in rows}
