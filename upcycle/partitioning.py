@@ -134,13 +134,14 @@ def batch_axes(boxed: Any) -> Any:
 def mesh_axes(
     logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, over_data: bool = False
 ) -> PartitionSpec:
-    """Mesh axes of a parameter. An axis too short to be split evenly stays whole."""
+    """Mesh axes of a parameter. An axis stays whole where it does not divide evenly, and where the mesh lacks the axis."""
     rules = dict(RULES + (OVER_DATA if over_data else ()))
     spec = []
     for name, size in zip(logical, shape, strict=True):
         axes = rules.get(name)
-        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        spec.append(axes if size % parts == 0 else None)
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        splits = all(a in mesh.shape for a in names) and size % math.prod(mesh.shape[a] for a in names) == 0
+        spec.append(axes if splits else None)
     return PartitionSpec(*spec)
 
 
@@ -187,6 +188,13 @@ def put_whole(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     `jax.device_put` to a sharding that spans several processes gathers the leaf from all of them first, to compare.
     """
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def whole_on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """A whole leaf on the host of every process, also where each holds a part of it; all processes must ask for it then."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = jax.jit(lambda leaf: leaf, out_shardings=replicated(leaf.sharding.mesh))(leaf).addressable_data(0)
+    return np.asarray(leaf)
 
 
 def share_of(sharding: NamedSharding, process: int | None = None) -> Share:

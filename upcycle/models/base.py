@@ -82,6 +82,19 @@ class BaseModel:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
 
+def read_features(
+    batch: Mapping[str, Any], required: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, jax.Array]:
+    """Features of a batch as arrays of JAX; those that are optional where they are there.
+
+    Raises:
+      UserError: a required feature is missing.
+    """
+    if missing := [name for name in required if name not in batch]:
+        raise UserError(f'the batch has no {missing[0]!r}, only {", ".join(sorted(batch)) or "nothing"}: add it.')
+    return {name: jnp.asarray(batch[name]) for name in (*required, *optional) if name in batch}
+
+
 def told(config: type, facts: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """What the facts of a checkpoint say of these fields of a configuration.
 

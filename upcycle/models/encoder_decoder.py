@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from upcycle import cost
 from upcycle.errors import UserError
-from upcycle.models.base import BaseModel, told
+from upcycle.models.base import BaseModel, read_features, told
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
@@ -155,9 +155,26 @@ class EncoderDecoderModel(BaseModel):
         }
         return sums, *self.moe_loss(written)
 
-    def logits(self, params: Any, batch: Batch) -> jax.Array:
-        """Logits of every target (B, L, V), at evaluation."""
-        return self.module().apply({'params': params}, **_inputs(batch), training=False)
+    def logits(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+        """Logits of every target, float32 (B, L, V), at evaluation; see `models.Model`.
+
+        Args:
+          params: of this model.
+          batch: `encoder_input_tokens` (B, K), int32, 0 at padding; `decoder_input_tokens` (B, L), the targets shifted right by
+            one with 0 in front. Where targets are padded, `decoder_target_tokens` (B, L), 0 at padding, keeps padding from taking
+            slots of experts; without them every position is real. Of packed sequences `encoder_segment_ids` (B, K) and
+            `decoder_segment_ids` (B, L).
+
+        Raises:
+          UserError: a feature is missing, or is no matrix of tokens.
+        """
+        tokens = read_features(batch, self.inputs, _INPUTS[len(self.inputs) :])
+        for name, array in tokens.items():
+            if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
+                raise UserError(
+                    f'{name} is {array.dtype.name}{array.shape}, and must be whole numbers (batch, length).'
+                )
+        return self.module().apply({'params': params}, **tokens, training=False)
 
     def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
         """FLOPs of one forward pass over a batch of `batch_spec`, by component; see `models.Model`."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from upcycle import cost
 from upcycle.errors import UserError, one_of
-from upcycle.models.base import BaseModel, told
+from upcycle.models.base import BaseModel, read_features, told
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
@@ -165,9 +165,43 @@ class ImageClassifier(BaseModel):
         }
         return sums, *self.moe_loss(written)
 
-    def features(self, params: Any, batch: Batch) -> jax.Array:
-        """What the head reads, (B, D) float32, at the evaluation capacity: the frozen representation of few-shot probes."""
-        return self.module().apply({'params': params}, batch['image'], batch['weights'] > 0, features_only=True)
+    def logits(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+        """Logits of every class, float32 (B, classes), at evaluation; see `models.Model`.
+
+        Args:
+          params: of this model.
+          batch: `image` (B, height, width, channels), as the model was trained on them (most often scaled to [-1, 1]); `weights`
+            (B,), 0 for rows that only fill up a batch; without them every row is real.
+
+        Raises:
+          UserError: there are no images, of other sizes than the model reads, or the parameters are a backbone without a head.
+        """
+        images = self._images(batch)
+        if 'head' not in params:
+            raise UserError(
+                'the parameters have no head, which a backbone lacks: `features` gives what a head would read.'
+            )
+        return self.module().apply({'params': params}, *images)
+
+    def features(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+        """What the head reads, (B, D) float32, at the evaluation capacity: the frozen representation of few-shot probes.
+
+        Args:
+          params: of this model; a head is not read.
+          batch: as `logits` takes it.
+        """
+        return self.module().apply({'params': params}, *self._images(batch), features_only=True)
+
+    def _images(self, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
+        """The images of a batch, and which of them do not only fill it up; None: all are real."""
+        c = self.config
+        found = read_features(batch, self.inputs, ('weights',))
+        if found['image'].shape[1:] != (c.image_size, c.image_size, c.image_channels):
+            raise UserError(
+                f'image is {found["image"].shape}, and the model reads (batch, {c.image_size}, {c.image_size}, '
+                f'{c.image_channels}).'
+            )
+        return found['image'], found['weights'] > 0 if 'weights' in found else None
 
     def _targets(self, labels_BxV: jax.Array, training: bool) -> jax.Array:
         targets_BxV = labels_BxV

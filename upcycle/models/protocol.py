@@ -106,6 +106,21 @@ class Model(Protocol):
     ) -> 'tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]':
         """Sums over targets (`loss`, `z_loss`, `correct`, `weight`), the MoE layers' auxiliary loss, and their metrics."""
 
+    def logits(self, params: Params, batch: Mapping[str, Any]) -> 'jax.Array':
+        """Logits in float32 at evaluation: no dropout, and the capacity factor of evaluation. Traceable by `jax.jit`.
+
+        Args:
+          params: of this model, nested dicts of arrays.
+          batch: arrays of NumPy or JAX by feature: those of `inputs`, and others that the family's own docstring names. Further
+            features are not read.
+
+        Returns:
+          The shape is the family's.
+
+        Raises:
+          UserError: a feature is missing or has another shape than the model reads.
+        """
+
     def loss_normalizer(self, batch: Mapping[str, 'jax.Array']) -> 'jax.Array':
         """What the summed loss of the whole batch is divided by."""
 

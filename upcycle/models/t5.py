@@ -381,7 +381,7 @@ class Transformer(nn.Module):
         self,
         encoder_input_tokens: jax.Array,
         decoder_input_tokens: jax.Array,
-        decoder_target_tokens: jax.Array,
+        decoder_target_tokens: jax.Array | None = None,
         encoder_segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
         *,

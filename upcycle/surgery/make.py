@@ -36,6 +36,7 @@ class Maker:
       new: leaves whose action is NEW.
       on_source: called with every leaf that was read.
       hidden: for ROUTER_INIT = 'hidden'.
+      key: of everything random; None: that of the surgery's seed.
 
     Attributes:
       lineages: of each MLP that was come to, for each of its experts, the MLPs that it is made of.
@@ -49,8 +50,10 @@ class Maker:
         new: Mapping[str, jax.Array],
         on_source: OnSource = lambda name, leaf: None,
         hidden: Hidden | None = None,
+        key: jax.Array | None = None,
     ):
         self.plan, self.new, self.hidden = plan, new, hidden
+        self._key = jax.random.key(plan.spec.seed) if key is None else key
         self._read, self._on_source = read, on_source
         self._held: dict[str, jax.Array | np.ndarray] = {}
         self.lineages: dict[str, Lineage] = {}
@@ -74,7 +77,7 @@ class Maker:
             return mean(row, len(parents), parents)
         mlp, name = mlp_of(row.target), within_mlp(row.target)
         make = _compiled(self.plan.spec.operator, name, tuple(self.plan.mlps[mlp].items()), jnp.dtype(row.dtype))
-        return casts.cast(row.target, make(parents, index, key_of(self.plan.spec.seed, mlp)), row.dtype)
+        return casts.cast(row.target, make(parents, index, key_for(self._key, mlp)), row.dtype)
 
     def pieces(self, row: Row) -> Iterator[tuple[int | None, jax.Array | np.ndarray]]:
         """Yields a leaf in pieces, for callers without room for a whole stack of experts.
@@ -103,13 +106,13 @@ class Maker:
                 return self.new[row.target]
             case Action.REMAKE:
                 make = _compiled_whole(spec.dense_operator, row.shape, row.axes, leaf_names.pattern(row.target))
-                made = make([self.source(name) for name in row.sources], key_of(spec.seed, row.target))
+                made = make([self.source(name) for name in row.sources], key_for(self._key, row.target))
                 return casts.cast(row.target, made, row.dtype)
         assert row.action is Action.ROUTER, row
         if not row.shape:
             # The scale of Soft MoE's cosines.
             return jnp.ones((), row.dtype)
-        key = key_of(spec.seed, row.target)
+        key = key_for(self._key, row.target)
         lineage = self.lineage(row)
         # Soft MoE has several columns an expert, side by side.
         slots = row.shape[1] // len(lineage)
@@ -187,8 +190,3 @@ def mean(row: Row, count: int, leaves: Iterable[jax.Array | np.ndarray]) -> jax.
 @functools.partial(jax.jit, donate_argnums=0)
 def _add(total: jax.Array, leaf: jax.Array) -> jax.Array:
     return total + leaf.astype(total.dtype)
-
-
-def key_of(seed: int, target: str) -> jax.Array:
-    """A leaf's or MLP's own random key: it depends on the seed and the name, not on the order of execution."""
-    return key_for(jax.random.key(seed), target)

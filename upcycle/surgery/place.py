@@ -28,6 +28,7 @@ def execute(
     hidden: Callable[[Mapping[str, jax.Array], str], np.ndarray] | None = None,
     progress: Progress | None = None,
     lineages: dict[str, Lineage] | None = None,
+    key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Makes every leaf of the target.
 
@@ -44,13 +45,14 @@ def execute(
       hidden: for ROUTER_INIT = 'hidden': the states that the MLP of a path reads, from the target's leaves, routers missing.
       progress: called with (target, leaves done, leaves in all).
       lineages: filled with what each MLP's experts were made of.
+      key: of everything random; None: that of the surgery's seed.
 
     Returns:
       The target, flat.
     """
     target: dict[str, jax.Array] = {}
     states = None if hidden is None else functools.partial(hidden, target)
-    maker = Maker(plan, read, new=new, on_source=on_source, hidden=states)
+    maker = Maker(plan, read, new=new, on_source=on_source, hidden=states, key=key)
     for row in plan.in_order():
         target[row.target] = _place(maker, row, shardings[row.target])
         if progress is not None:

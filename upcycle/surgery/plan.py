@@ -164,6 +164,11 @@ class Plan:
         return found
 
 
+def is_clock(name: str) -> bool:
+    """Whether a leaf counts the optimizer's steps: `opt_state/count`, or one of several counters below that name."""
+    return name == COUNT or name.startswith(f'{COUNT}/')
+
+
 def mlp_of(target: str) -> str:
     """Path of the MLP that a leaf of an MoE layer, or of its optimizer state, belongs to: such as 'params/layers_1/mlp'."""
     segments = (PARAMS + target.removeprefix(STATES).removeprefix(PARAMS)).split('/')

@@ -25,6 +25,7 @@ from upcycle.surgery.plan import (
     Plan,
     Row,
     Surgery,
+    is_clock,
     mlp_of,
 )
 from upcycle.surgery.router_init import INHERITED
@@ -97,7 +98,7 @@ def plan_surgery(
     unfit = {match[1] or match[2] for problem in problems if (match := _UNFIT.search(problem))}
     for source, leaf in dense.items():
         name = _base_name(source)
-        if source in used or name in unfit or name in dropped or name in ('step', COUNT):
+        if source in used or name in unfit or name in dropped or name == 'step' or is_clock(name):
             continue
         reason = 'NEW_HEAD = True' if in_head(name) else _why_dropped(name, sparse, spec)
         if reason is None and spec.dense_operator is not None:
@@ -125,9 +126,9 @@ def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool)
     keeps_state = spec.optimizer_state is OptimizerState.TILE
     if target == 'rng':
         return (Action.NEW,)
-    if target == COUNT and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
+    if is_clock(target) and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
         # The decay clock goes on with the step, also where the state itself starts afresh.
-        return Action.KEEP, COUNT if keeps_state and COUNT in base else 'step'
+        return Action.KEEP, target if target in base and (keeps_state or target != COUNT) else 'step'
     if target.startswith('opt_state/') and (is_router or is_new or not keeps_state):
         return (Action.ZEROS,)
     if is_new:

@@ -65,7 +65,7 @@ def data_of(run: ModelRun) -> DataSource:
 def make_layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
     """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
     spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
-    boxed = _boxed_shapes(run.model, tuple(sorted(spec.items())))
+    boxed = boxed_shapes(run.model, tuple(sorted(spec.items())))
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)
     specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
@@ -92,7 +92,7 @@ def make_layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) 
 
 
 @functools.lru_cache(maxsize=16)
-def _boxed_shapes(model: Model, batch_spec: tuple[tuple[str, Any], ...]) -> Any:
+def boxed_shapes(model: Model, batch_spec: tuple[tuple[str, Any], ...]) -> Any:
     """Shapes of a model's parameters, boxed with their logical axes. Cached: tracing a deep stack takes seconds, and a run's
     preflight and its start both need them."""
     return jax.eval_shape(lambda key: model.init(key, dict(batch_spec)), jax.random.key(0))
