@@ -4,7 +4,6 @@
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,40 +19,14 @@ _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh approximation. In float32 its gradient is made from the result, without another tanh."""
-    return _gelu(x) if x.dtype == jnp.float32 else jax.nn.gelu(x, approximate=True)
-
-
-# T5X's activations by name; its GELU is the tanh approximation.
+# T5X's activations by name. Its GELU is the tanh approximation, as is JAX's.
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    'gelu': gelu,
+    'gelu': jax.nn.gelu,
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,
     'linear': lambda x: x,
 }
 
-
-@jax.custom_vjp
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _gelu(x)
-    return y, (x, y)
-
-
-def _gelu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    # y = x s(2u) with s the logistic function and u = sqrt(2 / pi) (x + 0.044715 x^3), so that dy/dx = s (1 + 2 (x - y) du/dx).
-    x, y = kept
-    small = jnp.abs(x) < 1e-30
-    s = jnp.where(small, 0.5, y / jnp.where(small, 1.0, x))
-    slope = math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * 0.044715 * jnp.square(x))
-    return (dy * s * (1.0 + (x - y) * slope),)
-
-
-_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 # Names products with weights for `stack.Remat`: those of all experts are batched, and so unlike any other to JAX's own policies.
 PRODUCT = 'product_with_weights'

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.models.layers import Dense, drop, drop_key, gelu
+from upcycle.models.layers import Dense, drop, drop_key
 
 _xavier_init = nn.initializers.xavier_uniform()
 
@@ -41,7 +41,7 @@ class MlpBlock(nn.Module):
         h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
 
         def activate(h: jax.Array, key: jax.Array | None) -> jax.Array:
-            h = gelu(h) if self.gelu is Gelu.TANH else jax.nn.gelu(h, approximate=False)
+            h = jax.nn.gelu(h, approximate=self.gelu is Gelu.TANH)
             return drop(h, key, self.dropout_rate, broadcast_axis=None)
 
         # As in T5's: the backward pass need only keep what the GELU was given.
