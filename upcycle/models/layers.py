@@ -39,7 +39,7 @@ class Dense(nn.Module):
     With `group_sizes` it is one such layer for each expert, parameters stacked: rows come sorted by expert, that many for each.
 
     With an `activation` it is a layer of what `activation(*x, key=key)` makes of several arrays of as many rows; the backward
-    pass keeps these arrays, and on accelerators computes that again. On CPUs it would take longer than to keep that too.
+    pass keeps these arrays, and computes that again.
 
     With `both_gradients` the backward pass goes on from here only when it has the kernel's gradient too: a compiler would leave
     that for the end, and hold the output's gradient until then. It pays where that is larger than the kernel's.
@@ -82,7 +82,7 @@ class Dense(nn.Module):
             key, *rest = rest
             return project(rest, activation(*parts, key=key))
 
-        return computed_again(activate_and_project, (key, kernel, bias, group_sizes), parts, on_cpus=False)
+        return computed_again(activate_and_project, (key, kernel, bias, group_sizes), parts)
 
 
 def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
@@ -96,10 +96,11 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def computed_again(function: Callable[[Any, Any], jax.Array], rest: Any, xs: Any, *, on_cpus: bool = True) -> jax.Array:
+def computed_again(function: Callable[[Any, Any], jax.Array], rest: Any, xs: Any) -> jax.Array:
     """`function(rest, xs)`, of which the backward pass keeps the arguments and nothing that was computed from them.
 
-    As `jax.checkpoint`, but with `on_cpus` for real there too, see `after`. The result has the rows of `xs`.
+    As `jax.checkpoint`, except that a policy of a surrounding `jax.checkpoint` still applies to what the function computes.
+    XLA:CPU drops optimization barriers, and so keeps what should be computed again.
     """
     run = jax.custom_vjp(function)
 
@@ -108,28 +109,12 @@ def computed_again(function: Callable[[Any, Any], jax.Array], rest: Any, xs: Any
 
     def backward(kept: Any, dy: jax.Array) -> Any:
         rest, xs = kept
-        return jax.vjp(function, rest, after(xs, dy, on_cpus=on_cpus))[1](dy)
+        # Not before `dy` is known: else a compiler finds that the forward pass has computed it, and keeps that.
+        xs, _ = jax.lax.optimization_barrier((xs, dy))
+        return jax.vjp(function, rest, xs)[1](dy)
 
     run.defvjp(forward, backward)
     return run(rest, xs)
-
-
-def after(xs: Any, dy: jax.Array, *, on_cpus: bool = True) -> Any:
-    """`xs`, but not before `dy` is known, which has as many rows: what is computed from it is not computed earlier, and not found
-    to be what the forward pass has computed already.
-
-    XLA:CPU drops optimization barriers before it looks for equal computations and decides on an order. There, with `on_cpus`,
-    zeros made from `dy` are added, of which it does not know that they are zeros; without, nothing happens there.
-    """
-
-    def tied(xs: Any, dy: jax.Array) -> Any:
-        zero = jnp.minimum(jnp.abs(dy[..., :1]), 0)
-        return jax.tree.map(lambda x: x + zero.astype(x.dtype), xs)
-
-    def fenced(xs: Any, dy: jax.Array) -> Any:
-        return jax.lax.optimization_barrier((xs, dy))[0]
-
-    return jax.lax.platform_dependent(xs, dy, cpu=tied if on_cpus else fenced, default=fenced)
 
 
 class LayerNorm(nn.Module):
