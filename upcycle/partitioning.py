@@ -127,7 +127,6 @@ def batch_axes(boxed: Any) -> Any:
     return jax.tree.map(
         lambda spec: sum(name in STACKED_AXES for name in spec),
         logical_axes(boxed),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
 
@@ -151,7 +150,6 @@ def param_specs(boxed: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
         lambda logical, param: mesh_axes(logical, param.shape, mesh, over_data=over_data),
         logical_axes(boxed),
         unbox(boxed),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
 

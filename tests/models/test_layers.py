@@ -11,7 +11,8 @@ from tests.small import FEATURES, close_to_largest, image_batch, random_batch, s
 from upcycle.models.attention import attend
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.models.layers import computed_again, drop
+from upcycle.models.layers import drop
+from upcycle.models.memory import recomputed
 
 
 def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
@@ -31,9 +32,9 @@ def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
     def gradients(f):
         return jit(jax.grad(lambda kernel, xs: loss(f, kernel, xs), argnums=(0, 1)))(w, (x, x + 1))
 
-    again = gradients(lambda rest, xs: computed_again(function, rest, xs))
+    again = gradients(lambda rest, xs: recomputed(function, rest, xs))
     assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, gradients(function))))
-    stacked = jit(jax.vmap(jax.grad(lambda x: loss(lambda *given: computed_again(function, *given), w, (x, x)))))
+    stacked = jit(jax.vmap(jax.grad(lambda x: loss(lambda *given: recomputed(function, *given), w, (x, x)))))
     assert close_to_largest(stacked(x[None])[0], jit(jax.grad(lambda x: loss(function, w, (x, x))))(x))
 
 
@@ -63,7 +64,7 @@ def kept_bytes(function, *arguments):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
-def test_attention_weights_that_are_computed_again():
+def test_attention_weights_that_are_recomputed():
     """The same gradients, of all arguments, and nothing that grows with the square of the length is kept."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, key, value = (jax.random.normal(k, (2, length, 8, 32)) for k, length in zip(keys, (256, 320, 320), strict=False))

@@ -26,7 +26,7 @@ from tests.small import (
     with_moe,
 )
 from upcycle.errors import UserError
-from upcycle.models import stack
+from upcycle.models import memory, stack
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.stack import Remat, apply_layers, segments
@@ -253,12 +253,12 @@ def test_a_loop_keeps_decisions_and_no_constants(monkeypatch):
     """What `Remat.FULL` holds for each layer beside its input: a few integers a token."""
     kept = []
 
-    class Kept(stack._Constant):
+    class Kept(memory._Constant):
         def __init__(self, value):
             kept.append(value.shape)
             super().__init__(value)
 
-    monkeypatch.setattr(stack, '_Constant', jax.tree_util.register_static(Kept))
+    monkeypatch.setattr(memory, '_Constant', jax.tree_util.register_static(Kept))
     which = model(scan_layers=True, remat='full', position_biases='every_layer')
     batch = random_batch()
     params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec_of(batch)), jax.random.key(0)))

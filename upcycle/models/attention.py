@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle.models.layers import Dense, DType, computed_again, drop, drop_key
+from upcycle.models import memory
+from upcycle.models.layers import Dense, DType, drop, drop_key
 
 _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -28,20 +29,6 @@ def mask_value(dtype: DType) -> float:
     """Added to the logits of masked positions (T5X adds -1e10): finite in the type, with room for other biases. In a row that is
     masked as a whole, infinities would be nan, and so would be every gradient."""
     return float(jnp.finfo(dtype).min) / 2
-
-
-@jax.custom_jvp
-def softmax(logits: jax.Array) -> jax.Array:
-    """Over the last axis. The backward pass keeps the result and nothing else: of attention weights, the largest arrays of a
-    step, one instead of two. JAX's own keeps the exponentials too (unless `jax_softmax_custom_jvp` is set), and XLA then keeps
-    the logits, to compute the result again."""
-    return jax.lax.optimization_barrier(jax.nn.softmax(logits))
-
-
-@softmax.defjvp
-def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    weights, (change,) = softmax(*primals), tangents
-    return weights, weights * (change - (weights * change).sum(axis=-1, keepdims=True))
 
 
 def attend(
@@ -68,11 +55,11 @@ def attend(
         logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
         if biases:
             logits_BxHxQxK += functools.reduce(operator.add, biases).astype(logits_BxHxQxK.dtype)
-        weights_BxHxQxK = drop(softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
+        weights_BxHxQxK = drop(memory.softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
         return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
 
     rest = (key_BxKxHxN, value_BxKxHxN, tuple(biases), key)
-    return average(rest, query_BxQxHxN) if keep_weights else computed_again(average, rest, query_BxQxHxN)
+    return average(rest, query_BxQxHxN) if keep_weights else memory.recomputed(average, rest, query_BxQxHxN)
 
 
 class MultiHeadDotProductAttention(nn.Module):

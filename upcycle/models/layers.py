@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from upcycle.models import memory
+
 DType = Any
 
 _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
@@ -41,8 +43,7 @@ class Dense(nn.Module):
     With an `activation` it is a layer of what `activation(*x, key=key)` makes of several arrays of as many rows; the backward
     pass keeps these arrays, and computes that again.
 
-    With `both_gradients` the backward pass goes on from here only when it has the kernel's gradient too: a compiler would leave
-    that for the end, and hold the output's gradient until then. It pays where that is larger than the kernel's.
+    `both_gradients`: see `memory.both_gradients`.
     """
 
     features: int
@@ -74,7 +75,7 @@ class Dense(nn.Module):
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
         project = functools.partial(_project, dtype=self.dtype)
         if self.both_gradients:
-            kernel, parts = jax.lax.optimization_barrier((kernel, parts))
+            kernel, parts = memory.both_gradients(kernel, parts)
         if activation is None:
             return project((kernel, bias, group_sizes), parts[0])
 
@@ -82,7 +83,7 @@ class Dense(nn.Module):
             key, *rest = rest
             return project(rest, activation(*parts, key=key))
 
-        return computed_again(activate_and_project, (key, kernel, bias, group_sizes), parts)
+        return memory.recomputed(activate_and_project, (key, kernel, bias, group_sizes), parts)
 
 
 def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
@@ -94,27 +95,6 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     y = checkpoint_name(rows @ kernel.astype(dtype), PRODUCT)
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def computed_again(function: Callable[[Any, Any], jax.Array], rest: Any, xs: Any) -> jax.Array:
-    """`function(rest, xs)`, of which the backward pass keeps the arguments and nothing that was computed from them.
-
-    As `jax.checkpoint`, except that a policy of a surrounding `jax.checkpoint` still applies to what the function computes.
-    XLA:CPU drops optimization barriers, and so keeps what should be computed again.
-    """
-    run = jax.custom_vjp(function)
-
-    def forward(rest: Any, xs: Any) -> tuple[jax.Array, Any]:
-        return function(rest, xs), (rest, xs)
-
-    def backward(kept: Any, dy: jax.Array) -> Any:
-        rest, xs = kept
-        # Not before `dy` is known: else a compiler finds that the forward pass has computed it, and keeps that.
-        xs, _ = jax.lax.optimization_barrier((xs, dy))
-        return jax.vjp(function, rest, xs)[1](dy)
-
-    run.defvjp(forward, backward)
-    return run(rest, xs)
 
 
 class LayerNorm(nn.Module):
@@ -212,5 +192,5 @@ class Embed(nn.Module):
 
     def attend(self, x_BxLxD: jax.Array) -> jax.Array:
         """Logits (B, L, V) in float32: similarity to every embedding."""
-        embedding, x_BxLxD = jax.lax.optimization_barrier((self.embedding, x_BxLxD))  # as `both_gradients` of `Dense`
+        embedding, x_BxLxD = memory.both_gradients(self.embedding, x_BxLxD)
         return x_BxLxD.astype(jnp.float32) @ embedding.T

@@ -5,10 +5,9 @@ on the way in, so that neither the surgery, nor the optimizer, nor a checkpoint 
 other form.
 """
 
-import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from upcycle import partitioning
+from upcycle.models import memory
 from upcycle.models.casting import needed_as_they_are
 from upcycle.models.layers import PRODUCT
 from upcycle.moe.all_to_all import CROSSED
@@ -153,7 +153,7 @@ def _loop(
     block_axes = tuple(axes(j) for j in range(period))
     own = tuple([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)] for j in range(period))
 
-    def layer_of(j: int) -> LayerOfLoop:
+    def layer_of(j: int) -> memory.Layer:
         def apply(params, x_BxLxD, arrays, keys, index):
             layer_keys = {name: jax.random.fold_in(key, index * period + j) for name, key in keys.items()}
             x_BxLxD, metrics = layer(config, block[j], parent=None).apply(
@@ -172,7 +172,7 @@ def _loop(
         layers = tuple(jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False) for layer in layers)
     stack = functools.partial(_stack_block, block_axes=block_axes, dtypes=dtypes)
     if remat is Remat.FULL:
-        x_BxLxD, written = _replayed(layers, stack, block_axes, own, x_BxLxD, arrays, keys, stack_again=not last)
+        x_BxLxD, written = memory.replayed(layers, stack, block_axes, own, x_BxLxD, arrays, keys, stack_again=not last)
     else:
         x_BxLxD, written = _scan(layers, stack(own), x_BxLxD, arrays, keys)
     if parent.is_mutable_collection(METRICS):
@@ -183,12 +183,8 @@ def _loop(
     return x_BxLxD
 
 
-# One layer: (parameters, x_BxLxD, arrays, keys, iteration) -> (x_BxLxD, what it wrote into METRICS).
-LayerOfLoop = Callable[[Any, jax.Array, Any, Any, jax.Array], tuple[jax.Array, Any]]
-
-
 def _scan(
-    layers: Sequence[LayerOfLoop], stacked: Any, x_BxLxD: jax.Array, arrays: Any, keys: Any
+    layers: Sequence[memory.Layer], stacked: Any, x_BxLxD: jax.Array, arrays: Any, keys: Any
 ) -> tuple[jax.Array, Any]:
     """The loop: (B, L, D), and, stacked, what each layer wrote."""
 
@@ -204,149 +200,7 @@ def _scan(
     return jax.lax.scan(body, x_BxLxD, (jnp.arange(repeats), stacked))
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Constant:
-    """A constant of a traced program, among arrays."""
-
-    value: Any
-
-
-def _replayed(
-    layers: Sequence[LayerOfLoop],
-    stack: Callable[[Any], Any],
-    block_axes: Any,
-    params: Any,
-    x_BxLxD: jax.Array,
-    arrays: Any,
-    keys: Any,
-    *,
-    stack_again: bool,
-) -> tuple[jax.Array, Any]:
-    """The loop with `Remat.FULL`, with as few stacks as possible: they are what a loop costs in memory.
-
-    Kept are the layers' inputs and their routers' decisions. The backward pass writes gradients over the stacked parameters: each
-    of its iterations is the last to read its layers' parameters, whose gradients have the same shapes and types. With
-    `stack_again` it stacks the parameters anew, so that an encoder's stacks are not held while the decoder runs. JAX's own
-    derivative of `_scan` would hold the stacks, and make others for the gradients.
-
-    `layers` are under `jax.checkpoint`, whose policy says what else is kept.
-    """
-    leaves, structure = jax.tree.flatten(arrays)
-    has_gradient = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    floats, others = (
-        [x for x, yes in zip(leaves, has_gradient, strict=True) if bool(yes) is kind] for kind in (True, False)
-    )
-
-    layers = [_with_floats_apart(apply, structure, has_gradient) for apply in layers]
-
-    def forward(params, x_BxLxD, floats, others, keys):
-        # Not before the layers below are done: a compiler is free to stack a decoder's parameters while the encoder runs.
-        params, x_BxLxD = jax.lax.optimization_barrier((params, x_BxLxD))
-        stacked = stack(params)
-
-        def body(x_BxLxD, xs):
-            index, params = xs
-            inputs, derivatives, written = [], [], []
-            for layer, own in zip(layers, params, strict=True):
-                inputs.append(x_BxLxD)
-                (x_BxLxD, metrics), derivative = jax.vjp(layer, own, x_BxLxD, floats, others, keys, index)
-                derivatives.append(_without_arguments(derivative))
-                written.append(metrics)
-            return x_BxLxD, (inputs, derivatives, written)
-
-        x_BxLxD, (inputs, derivatives, written) = jax.lax.scan(body, x_BxLxD, (_indices(stacked), stacked))
-        kept = params, None if stack_again else stacked, inputs, derivatives, floats, others, keys
-        return (x_BxLxD, written), kept
-
-    def backward(kept, cotangents):
-        params, stacked, inputs, derivatives, floats, others, keys = kept
-        dx_BxLxD, dwritten = cotangents
-        if stack_again:
-            # Without a barrier the compiler would find that it has these stacks already, and hold them.
-            params, dx_BxLxD = jax.lax.optimization_barrier((params, dx_BxLxD))
-        again, unstack = jax.vjp(stack, params)
-        stacked = again if stack_again else stacked
-
-        def body(carry, xs):
-            dx_BxLxD, dfloats, stacks = carry
-            index, inputs, derivatives, dwritten = xs
-            stacks = list(stacks)
-            for j in reversed(range(len(layers))):
-                # One layer at a time, its parameters' gradients included: else the compiler computes the layers below again while
-                # this one's activations are held.
-                here = _taken(stacks[j], index), inputs[j], dx_BxLxD
-                params, x_BxLxD, dx_BxLxD = jax.lax.optimization_barrier(here)
-                derivative = _with_arguments(derivatives[j], [params, x_BxLxD, floats, others, keys, index])
-                dparams, dx_BxLxD, more, *_ = derivative((dx_BxLxD, dwritten[j]))
-                dparams, dx_BxLxD, more = jax.lax.optimization_barrier((dparams, dx_BxLxD, more))
-                dfloats = jax.tree.map(jnp.add, dfloats, more)
-                stacks[j] = _put(stacks[j], dparams, index, block_axes[j])
-            return (dx_BxLxD, dfloats, tuple(stacks)), None
-
-        start = dx_BxLxD, jax.tree.map(jnp.zeros_like, floats), stacked
-        kept = _indices(stacked), inputs, derivatives, dwritten
-        (dx_BxLxD, dfloats, grads), _ = jax.lax.scan(body, start, kept, reverse=True)
-        return *unstack(grads), dx_BxLxD, dfloats, None, None
-
-    loop = jax.custom_vjp(lambda *operands: forward(*operands)[0])
-    loop.defvjp(forward, backward)
-    return loop(params, x_BxLxD, floats, others, keys)
-
-
-def _indices(stacked: Any) -> jax.Array:
-    """The numbers of a loop's iterations."""
-    return jnp.arange(jax.tree.leaves(stacked)[0].shape[0])
-
-
-def _with_floats_apart(apply: LayerOfLoop, structure: Any, has_gradient: Sequence[bool]) -> Callable[..., Any]:
-    """The layer as a function of its arrays that have a gradient, and of the others."""
-
-    def layer(params, x_BxLxD, floats, others, keys, index):
-        sources = {True: iter(floats), False: iter(others)}
-        arrays = jax.tree.unflatten(structure, [next(sources[yes]) for yes in has_gradient])
-        return apply(params, x_BxLxD, arrays, keys, index)
-
-    return layer
-
-
-def _without_arguments(derivative: Any) -> Any:
-    """A layer's derivative, as `jax.vjp` returns it, as one loop hands it to another.
-
-    It goes without the layer's arguments, which are there already, and is not stacked where it is a constant of the program.
-    """
-    derivative.args_res = None
-    kept = derivative.opaque_residuals
-    derivative.opaque_residuals = [x if isinstance(x, jax.Array) else _Constant(x) for x in kept]
-    return derivative
-
-
-def _with_arguments(derivative: Any, arguments: list[Any]) -> Any:
-    """What `_without_arguments` made, as it was."""
-    derivative.args_res = arguments
-    kept = derivative.opaque_residuals
-    derivative.opaque_residuals = [x.value if isinstance(x, _Constant) else x for x in kept]
-    return derivative
-
-
-def _taken(stacks: Any, index: jax.Array) -> Any:
-    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks)
-
-
-def _put(stacks: Any, leaves: Any, index: jax.Array, axes: Any) -> Any:
-    """The stacks with one layer's leaves at an index, lying on the mesh as they did."""
-
-    def put(logical: PartitionSpec, stack: jax.Array, leaf: jax.Array) -> jax.Array:
-        return partitioning.constrain_stack(jax.lax.dynamic_update_index_in_dim(stack, leaf, index, axis=0), logical)
-
-    return jax.tree.map(put, axes, stacks, leaves, is_leaf=_is_axes)
-
-
-def _is_axes(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
-
-
-def _stack_dtypes(layer: LayerOfLoop, dtype: Any, params: Any, *arguments: Any) -> Any:
+def _stack_dtypes(layer: memory.Layer, dtype: Any, params: Any, *arguments: Any) -> Any:
     """For each parameter of a layer, the type of its stack.
 
     It is `dtype` where the layer itself does nothing with the parameter but cast it to that type: cast first it is the same
@@ -370,4 +224,4 @@ def _stack(layers: Sequence[Any], axes: Any, dtypes: Any) -> Any:
     def stack(logical: PartitionSpec, dtype: Any, *leaves: jax.Array) -> jax.Array:
         return partitioning.constrain_stack(jnp.stack([leaf.astype(dtype) for leaf in leaves]), logical)
 
-    return jax.tree.map(stack, axes, dtypes, *layers, is_leaf=_is_axes)
+    return jax.tree.map(stack, axes, dtypes, *layers)
