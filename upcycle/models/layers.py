@@ -153,7 +153,6 @@ class MlpBlock(nn.Module):
     dtype: DType = jnp.float32
     embed_axis: str = 'embed'
     mlp_axis: str = 'mlp'
-    # An expert sees slots, which have no order: a mask shared by all of them would drop a neuron for the whole batch.
     dropout_broadcast_axis: int | None = -2
 
     @nn.compact

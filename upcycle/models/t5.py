@@ -22,7 +22,7 @@ from upcycle.models.attention import (
 from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.groups import sparse_layers
-from upcycle.moe.layer import MoELayer, apply_mlp
+from upcycle.moe.layer import MoELayer, replace_mlp
 from upcycle.moe.routers.base import MoE
 from upcycle.schema import Count, Depth, Rate, shown
 
@@ -125,22 +125,24 @@ def _mlp_arguments(config: T5Config) -> dict[str, Any]:
 
 
 def moe_layer(config: T5Config, moe: MoE, name: str | None = None) -> MoELayer:
-    """The MoE layer that stands in for an MLP: its experts are that MLP."""
-    arguments = _mlp_arguments(config)
-    arguments |= {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', 'dropout_broadcast_axis': None}
-    if config.expert_dropout_rate is not None:
-        arguments['dropout_rate'] = config.expert_dropout_rate
-    width = arguments['mlp_dim'] = moe.expert_width(config.mlp_dim)
-    shared = None
-    if moe.num_shared_experts:
-        shared = _mlp_arguments(config) | {'mlp_dim': moe.num_shared_experts * width}
-    return MoELayer(moe, MlpBlock, arguments, shared, name=name)
+    """Returns the MoE layer that replaces an MLP."""
+    return replace_mlp(
+        moe,
+        MlpBlock,
+        _mlp_arguments(config),
+        dropout_rate=config.expert_dropout_rate,
+        # Slots have no order: a mask for all of them would drop a neuron for the whole batch.
+        dropout_broadcast_axis=None,
+        name=name,
+    )
 
 
-def _mlp(config: T5Config, moe: MoE | None) -> nn.Module:
+def _apply_mlp(
+    config: T5Config, moe: MoE | None, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False
+) -> jax.Array:
     if moe is None:
-        return MlpBlock(**_mlp_arguments(config), name='mlp')
-    return moe_layer(config, moe, name='mlp')
+        return MlpBlock(**_mlp_arguments(config), name='mlp')(x, training)
+    return moe_layer(config, moe, name='mlp')(x, real_BxL, training=training, decoding=decoding)
 
 
 def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDotProductAttention:
@@ -182,7 +184,7 @@ class EncoderLayer(nn.Module):
         y = _attention(config, 'attention')(y, y, mask, bias, training=training)
         x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
         y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = apply_mlp(_mlp(config, self.moe), y, real_BxL, training)
+        y = _apply_mlp(config, self.moe, y, real_BxL, training)
         return x_BxLxD + Dropout(config.dropout_rate)(y, training)
 
 
@@ -218,7 +220,7 @@ class DecoderLayer(nn.Module):
         )
         x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
         y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=decoding)
+        y = _apply_mlp(config, self.moe, y, real_BxL, training, decoding)
         return x_BxLxD + Dropout(config.dropout_rate)(y, training)
 
 

@@ -23,7 +23,7 @@ from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
 from upcycle.moe.groups import sparse_layers
-from upcycle.moe.layer import MoELayer
+from upcycle.moe.layer import MoELayer, replace_mlp
 from upcycle.moe.routers.base import MoE
 from upcycle.schema import Count, Depth, Positive, Rate
 
@@ -377,12 +377,5 @@ def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
 
 
 def moe_layer(config: ViTConfig, moe: MoE, name: str | None = None) -> MoELayer:
-    """The MoE layer that stands in for an MLP: its experts are that MLP."""
-    arguments = _mlp_arguments(config) | {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
-    if config.expert_dropout_rate is not None:
-        arguments['dropout_rate'] = config.expert_dropout_rate
-    width = arguments['mlp_dim'] = moe.expert_width(config.mlp_dim)
-    shared = None
-    if moe.num_shared_experts:
-        shared = _mlp_arguments(config) | {'mlp_dim': moe.num_shared_experts * width}
-    return MoELayer(moe, MlpBlock, arguments, shared, name=name)
+    """Returns the MoE layer that replaces an MLP."""
+    return replace_mlp(moe, MlpBlock, _mlp_arguments(config), dropout_rate=config.expert_dropout_rate, name=name)

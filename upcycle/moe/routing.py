@@ -131,37 +131,46 @@ def weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
     return Routing(token_GxExC, jax.vmap(one)(token_GxExC, probs_GxSxE))
 
 
-def normalize(routing: Routing, num_tokens: int) -> Routing:
+def combine_weights(routing: Routing | Choices, num_tokens: int, config: 'Assigning') -> Routing | Choices:
+    """Turns the weights of a routing, probabilities so far, into combine weights."""
+    if config.normalize_combine_weights:
+        routing = _normalize(routing, num_tokens)
+    if config.leaves_the_rest:
+        routing = _leave_the_rest(routing, num_tokens)
+    return routing
+
+
+def _normalize(routing: Routing | Choices, num_tokens: int) -> Routing | Choices:
     """Divides a token's weights by their sum, so that a covered token's weights add up to 1 (paper, section 3.1).
 
     The floor keeps the gradient finite, which divides by the square of the sum: a saturated router can leave a token to an expert
     at a probability whose square is 0 in float32. Such a token fades out.
     """
-    sum_GxS = token_sums(routing, num_tokens)
-    sum_GxExC = jax.vmap(lambda sums, token: sums.at[token].get(mode='fill', fill_value=1.0))(
-        sum_GxS, routing.token_GxExC
-    )
-    return routing._replace(weight_GxExC=routing.weight_GxExC / jnp.maximum(sum_GxExC, 1e-18))
+    token, weight = routing
+    return type(routing)(token, weight / jnp.maximum(_over_tokens(routing, weight, num_tokens), 1e-18))
 
 
-def leave_the_rest(routing: Routing, num_tokens: int) -> Routing:
-    """XFT's weights (Ding et al. 2024, arXiv 2404.15247, section 3.1): the largest of a token's weights, shared out by a softmax
-    over all of them. A shared expert gets the rest of 1, and so all of it where no expert took the token.
+def _leave_the_rest(routing: Routing | Choices, num_tokens: int) -> Routing | Choices:
+    """Applies XFT's weights (Ding et al. 2024, arXiv 2404.15247, section 3.1): the largest of a token's weights, shared out by a
+    softmax over all of them. A shared expert gets the rest of 1, and so all of it if no expert took the token.
     """
-
-    def over_tokens(slots_GxExC: jax.Array, reduce: str = 'add') -> jax.Array:
-        """Sum or maximum over each token's slots, back in its slots."""
-
-        def one(token_ExC, slots_ExC):
-            per_token = getattr(jnp.zeros(num_tokens).at[token_ExC], reduce)(slots_ExC, mode='drop')
-            return per_token.at[token_ExC].get(mode='fill', fill_value=1.0)
-
-        return jax.vmap(one)(routing.token_GxExC, slots_GxExC)
-
-    weight_GxExC = routing.weight_GxExC
+    token, weight = routing
     # A scattered maximum has no gradient: find where it is, then take it from there.
-    is_largest_GxExC = weight_GxExC >= over_tokens(jax.lax.stop_gradient(weight_GxExC), 'max')
-    largest_GxExC = over_tokens(weight_GxExC * is_largest_GxExC) / over_tokens(is_largest_GxExC.astype(jnp.float32))
-    share_GxExC = jnp.exp(weight_GxExC) / over_tokens(jnp.exp(weight_GxExC))
-    used_GxExC = routing.token_GxExC < num_tokens
-    return routing._replace(weight_GxExC=jnp.where(used_GxExC, share_GxExC * largest_GxExC, 0.0))
+    is_largest = weight >= _over_tokens(routing, jax.lax.stop_gradient(weight), num_tokens, 'max')
+    largest = _over_tokens(routing, weight * is_largest, num_tokens)
+    largest /= _over_tokens(routing, is_largest.astype(jnp.float32), num_tokens)
+    share = jnp.exp(weight) / _over_tokens(routing, jnp.exp(weight), num_tokens)
+    used = token < num_tokens if isinstance(routing, Routing) else True
+    return type(routing)(token, jnp.where(used, share * largest, 0.0))
+
+
+def _over_tokens(routing: Routing | Choices, values: jax.Array, num_tokens: int, reduce: str = 'add') -> jax.Array:
+    """Sums (`reduce` = 'add') or maxima ('max') of the values over each token's slots, back in its slots; 1 in empty slots."""
+    if isinstance(routing, Choices):
+        return (values.max if reduce == 'max' else values.sum)(axis=-1, keepdims=True)
+
+    def one(token_ExC: jax.Array, values_ExC: jax.Array) -> jax.Array:
+        per_token = getattr(jnp.zeros(num_tokens).at[token_ExC], reduce)(values_ExC, mode='drop')
+        return per_token.at[token_ExC].get(mode='fill', fill_value=1.0)
+
+    return jax.vmap(one)(routing.token_GxExC, values)

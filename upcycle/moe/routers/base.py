@@ -10,9 +10,10 @@ import jax
 from upcycle import schema
 from upcycle.errors import UserError, refuse
 from upcycle.moe.conventions import CapacityRule, Dispatch, RoutePadding, RouterType, SharedWeights
+from upcycle.moe.dispatch import combine, dispatch
 from upcycle.moe.groups import num_groups
 from upcycle.moe.losses import routing_metrics
-from upcycle.moe.routing import Across, Routing, Tokens, covered_tokens, here, leave_the_rest, normalize, prepare
+from upcycle.moe.routing import Across, Mixing, Routing, Tokens, combine_weights, covered_tokens, here, prepare
 from upcycle.schema import Count, Natural, Positive, Rate, Whole
 
 # Fields whose macro has another name than theirs.
@@ -195,15 +196,67 @@ class Routed(MoE):
     router_init_stddev: Natural = 0.02
     shared_weights: SharedWeights = SharedWeights.ONE
 
-    @property
-    def leaves_the_rest(self) -> bool:
-        """Shared experts get what the weights of the routed ones leave of 1."""
-        return self.shared_weights is SharedWeights.XFT
-
     def _invalid(self) -> Iterator[str]:
         yield from super()._invalid()
         if self.leaves_the_rest and not self.num_shared_experts:
             yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
+
+    @property
+    def leaves_the_rest(self) -> bool:
+        """Whether shared experts get what the routed ones' weights leave of 1."""
+        return self.shared_weights is SharedWeights.XFT
+
+    @property
+    def dropless(self) -> bool:
+        """Whether tokens reach their experts without slots."""
+        return False
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise that is added to logits in training."""
+        return 0.0
+
+    def balance_loss_of(
+        self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array
+    ) -> jax.Array | None:
+        """Returns a balance loss that needs logits with and without noise and replaces that of `route`; None for most.
+
+        Args:
+          logits_GxSxE: without noise.
+          noisy_GxSxE: with noise; None if no noise was added.
+          real_GxS: bool, False at padding.
+        """
+        return None
+
+    def route(
+        self,
+        logits_GxSxN: jax.Array,
+        real_GxS: jax.Array,
+        capacity: int,
+        across: Across = here,
+        bias_E: jax.Array | None = None,
+    ) -> tuple[Routing | Mixing, dict[str, jax.Array]]:
+        """Routes tokens: pure, of static shape, in float32, and local to a group.
+
+        Args:
+          logits_GxSxN: router logits: N = E, or E * C for Soft MoE.
+          real_GxS: bool, False at padding.
+          capacity: C.
+          across: sums an array over the devices that hold the other groups; only losses and metrics need it.
+          bias_E: added to probabilities for Top-K's choice only, not for its weights; None for no bias.
+
+        Returns:
+          The routing, and the layer's metrics (scalars, and `load` of shape (E,)), under flaxformer's names where it has them.
+        """
+        raise NotImplementedError
+
+    def to_slots(self, x_GxSxD: jax.Array, routing: Any) -> jax.Array:
+        """Fills the slots of a routing with tokens, (E, G, C, D); empty slots hold zeros."""
+        raise NotImplementedError
+
+    def from_slots(self, y_ExGxCxD: jax.Array, routing: Any, num_tokens: int) -> jax.Array:
+        """Sums each token's slots, weighted, in float32: (E, G, C, D) to (G, S, D) with S = `num_tokens`."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,18 +314,12 @@ class Assigning(Routed):
 
     @property
     def dropless(self) -> bool:
-        """Tokens reach their experts without slots."""
         return self.dispatch is Dispatch.RAGGED
 
     @property
     def choices_in_capacity(self) -> int:
         """The factor by which V-MoE's capacity rule counts a token."""
         return 1
-
-    @property
-    def noise_stddev(self) -> float:
-        """Standard deviation of the noise that is added to logits in training."""
-        return 0.0
 
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
         """C: slots of one expert for one group, at most S.
@@ -290,48 +337,21 @@ class Assigning(Routed):
         return min(slots, tokens_per_group)
 
     def assign(self, tokens: Tokens, capacity: int, across: Across, bias_E: jax.Array | None) -> Assigned:
-        """Puts tokens into slots. Arguments as `route`'s, with the probabilities instead of the logits."""
+        """Puts tokens into slots; arguments as for `route`, except probabilities instead of logits."""
         raise NotImplementedError
-
-    def balance_loss_of(
-        self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array
-    ) -> jax.Array | None:
-        """A balance loss that needs logits with and without noise, in place of that of `assign`; None: there is none.
-
-        Args:
-          logits_GxSxE: without noise.
-          noisy_GxSxE: with noise; None: no noise was added.
-          real_GxS: bool, False at padding.
-        """
-        return None
 
     def route(
         self,
-        logits_GxSxE: jax.Array,
+        logits_GxSxN: jax.Array,
         real_GxS: jax.Array,
         capacity: int,
         across: Across = here,
         bias_E: jax.Array | None = None,
     ) -> tuple[Routing, dict[str, jax.Array]]:
-        """Assigns tokens to slots: pure, of static shape, in float32, and local to a group.
-
-        Args:
-          logits_GxSxE: router logits, float32.
-          real_GxS: bool, False at padding.
-          capacity: C.
-          across: sums an array over the devices that hold the other groups; only losses and metrics need it.
-          bias_E: of Top-K's choice, not of its weights; None: none.
-
-        Returns:
-          The routing, and the metrics of one layer (scalars, and `load` of shape (E,)); names are flaxformer's where it has them.
-        """
-        tokens = prepare(logits_GxSxE, real_GxS, self)
+        tokens = prepare(logits_GxSxN, real_GxS, self)
         routing, auxiliary_loss, dropped, followed = self.assign(tokens, capacity, across, bias_E)
-        S = logits_GxSxE.shape[1]
-        if self.normalize_combine_weights:
-            routing = normalize(routing, num_tokens=S)
-        if self.leaves_the_rest:
-            routing = leave_the_rest(routing, num_tokens=S)
+        S = logits_GxSxN.shape[1]
+        routing = combine_weights(routing, S, self)
         used_GxExC = routing.token_GxExC < S
         metrics = routing_metrics(
             tokens,
@@ -342,6 +362,12 @@ class Assigning(Routed):
             weight=routing.weight_GxExC.sum(),
         )
         return routing, {**followed, **metrics, 'auxiliary_loss': auxiliary_loss, 'fraction_dropped': dropped}
+
+    def to_slots(self, x_GxSxD: jax.Array, routing: Routing) -> jax.Array:
+        return dispatch(x_GxSxD, routing, self.dispatch, self.experts_of_a_token)
+
+    def from_slots(self, y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int) -> jax.Array:
+        return combine(y_ExGxCxD, routing, num_tokens, self.dispatch, self.experts_of_a_token)
 
     def probabilities(self, logits_BxLxE: jax.Array, real_BxL: jax.Array) -> jax.Array:
         """Each token's probabilities of all experts, 0 where it may not route."""

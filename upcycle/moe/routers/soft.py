@@ -63,10 +63,15 @@ class Soft(Routed):
                 f'{way_out}.'
             )
 
-    def mix(
-        self, logits_GxSxN: jax.Array, real_GxS: jax.Array, across: Across = here
+    def route(
+        self,
+        logits_GxSxN: jax.Array,
+        real_GxS: jax.Array,
+        capacity: int,
+        across: Across = here,
+        bias_E: jax.Array | None = None,
     ) -> tuple[Mixing, dict[str, jax.Array]]:
-        """The shares of tokens in slots and of slots in tokens (section 2.1). Arguments and metrics as `Assigning.route`'s.
+        """Computes the shares of tokens in slots and of slots in tokens (section 2.1); see `Routed.route`.
 
         Padding is in no slot and gets nothing, unless it is routed.
         """
@@ -95,3 +100,13 @@ class Soft(Routed):
             'auxiliary_loss': zero,
             'fraction_dropped': zero,
         }
+
+    def to_slots(self, x_GxSxD: jax.Array, routing: Mixing) -> jax.Array:
+        G, _, D = x_GxSxD.shape
+        x_GxNxD = jnp.einsum('gsd,gsn->gnd', x_GxSxD.astype(jnp.float32), routing.dispatch_GxSxN).astype(x_GxSxD.dtype)
+        return x_GxNxD.reshape(G, self.num_experts, -1, D).swapaxes(0, 1)
+
+    def from_slots(self, y_ExGxCxD: jax.Array, routing: Mixing, num_tokens: int) -> jax.Array:
+        E, G, C, D = y_ExGxCxD.shape
+        y_GxNxD = y_ExGxCxD.swapaxes(0, 1).reshape(G, E * C, D).astype(jnp.float32)
+        return jnp.einsum('gnd,gsn->gsd', y_GxNxD, routing.combine_GxSxN).astype(y_ExGxCxD.dtype)

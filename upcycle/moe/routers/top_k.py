@@ -10,7 +10,18 @@ from upcycle import schema
 from upcycle.moe.conventions import AdaptiveBalance, BalanceLoss, FillOrder, RouterType
 from upcycle.moe.losses import auxiliary_loss_of, importance_load_loss, routing_metrics
 from upcycle.moe.routers.base import Assigned, Assigning
-from upcycle.moe.routing import CHOSEN, Across, Choices, Routing, Tokens, decided, here, prepare, weighed
+from upcycle.moe.routing import (
+    CHOSEN,
+    Across,
+    Choices,
+    Routing,
+    Tokens,
+    combine_weights,
+    decided,
+    here,
+    prepare,
+    weighed,
+)
 from upcycle.schema import Count, Natural, Rate
 
 
@@ -168,17 +179,11 @@ class TopK(TokenChoice):
         It is token by token, so the compiler partitions it, and its sums are over all groups.
         """
         tokens = prepare(logits_GxSxE, real_GxS, self)
-        E = logits_GxSxE.shape[-1]
-        expert_GxSxK = self._choose(tokens.probs_GxSxE, bias_E)
-        weight_GxSxK = jnp.take_along_axis(tokens.probs_GxSxE, expert_GxSxK, axis=-1)
-        auxiliary_loss = auxiliary_loss_of(tokens, expert_GxSxK, self, here)
-        may_GxSx1 = tokens.may_route_GxS[..., None]
-        expert_GxSxK = jnp.where(may_GxSx1, expert_GxSxK, E)
-        weight_GxSxK = jnp.where(may_GxSx1, weight_GxSxK, 0.0)
-        if self.normalize_combine_weights:
-            weight_GxSxK /= jnp.maximum(weight_GxSxK.sum(axis=-1, keepdims=True), 1e-18)
-        if self.leaves_the_rest:
-            weight_GxSxK = weight_GxSxK.max(axis=-1, keepdims=True) * jax.nn.softmax(weight_GxSxK, axis=-1)
+        _, S, E = logits_GxSxE.shape
+        chosen_GxSxK = self._choose(tokens.probs_GxSxE, bias_E)
+        expert_GxSxK = jnp.where(tokens.may_route_GxS[..., None], chosen_GxSxK, E)
+        weight_GxSxK = jnp.take_along_axis(tokens.probs_GxSxE, expert_GxSxK, axis=-1, mode='fill', fill_value=0)
+        choices = combine_weights(Choices(expert_GxSxK, weight_GxSxK), S, self)
         used_E = jnp.zeros(E, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop')
         metrics = routing_metrics(
             tokens,
@@ -186,12 +191,12 @@ class TopK(TokenChoice):
             used_E=used_E,
             slots=used_E.sum(),
             covered=tokens.may_route_GxS.sum(),
-            weight=weight_GxSxK.sum(),
+            weight=choices.weight_GxSxK.sum(),
         )
         if bias_E is not None:
             metrics[CHOSEN] = metrics['load']
-        return Choices(expert_GxSxK, weight_GxSxK), metrics | {
-            'auxiliary_loss': auxiliary_loss,
+        return choices, metrics | {
+            'auxiliary_loss': auxiliary_loss_of(tokens, chosen_GxSxK, self, here),
             'fraction_dropped': jnp.zeros(()),
         }
 
