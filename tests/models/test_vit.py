@@ -344,7 +344,7 @@ def test_other_images_and_more_classes_are_refused():
         def batch_spec(self):
             return {'image': ((1, *self.image_shape), 'float32')}
 
-    with pytest.raises(UserError, match='images are 28 x 28 x 1, and the model reads IMAGE_SIZE = 16'):
+    with pytest.raises(UserError, match='images are 28 x 28 x 1, but the model has IMAGE_SIZE = 16'):
         ImageClassifier(small_vit()).check_data(Data())
     Data.image_shape, Data.num_classes = (16, 16, 3), 11
     with pytest.raises(UserError, match='NUM_CLASSES = 10 is smaller than the 11 classes'):

@@ -1,7 +1,4 @@
-"""Layers of T5: RMS norm, gated MLP, attention with a key/value cache, relative position biases. Parameter names are T5X's.
-
-`Dense`, `Dropout` and `attend` serve other families too.
-"""
+"""Layers of T5: RMS norm, gated MLP, embedding. Parameter names are T5X's. Other families use `Dense` and `Dropout` too."""
 
 import functools
 import operator
@@ -17,7 +14,6 @@ from upcycle.models import memory
 
 DType = Any
 
-_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
@@ -30,20 +26,20 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-# Names products with weights for `stack.Remat`: those of all experts are batched, and so unlike any other to JAX's own policies.
+# Names products with weights for `stack.Remat`. Those of experts are batched, so JAX's own policies do not recognise them.
 PRODUCT = 'product_with_weights'
 
 
 class Dense(nn.Module):
-    """A matrix multiplication, its parameters held in float32; `kernel_axes` are its logical axes. T5 has no biases: no
-    `bias_init`, no bias.
+    """A linear layer with float32 parameters.
 
-    With `group_sizes` it is one such layer for each expert, parameters stacked: rows come sorted by expert, that many for each.
-
-    With an `activation` it is a layer of what `activation(*x, key=key)` makes of several arrays of as many rows; the backward
-    pass keeps these arrays, and computes that again.
-
-    `both_gradients`: see `memory.both_gradients`.
+    Attributes:
+      features: width of the output.
+      kernel_axes: logical axes of the kernel.
+      dtype: type of the product.
+      kernel_init: of the kernel.
+      bias_init: of the bias; None for no bias, as in T5.
+      both_gradients: see `memory.both_gradients`.
     """
 
     features: int
@@ -61,6 +57,14 @@ class Dense(nn.Module):
         activation: Callable[..., jax.Array] | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          x: rows; with an `activation` its arguments, arrays of rows.
+          group_sizes: number of rows of each expert; rows are sorted by expert, and the parameters are stacked (E, ...).
+          activation: applied first, as `activation(*x, key=key)`. The backward pass recomputes its result from `x`.
+          key: random key for `activation`.
+        """
         parts = (x,) if activation is None else tuple(x)
         experts = () if group_sizes is None else group_sizes.shape
         kernel = self.param(
@@ -98,7 +102,7 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
 
 
 class LayerNorm(nn.Module):
-    """T5's layer norm: root mean square only, no centring, no bias; the mean is taken in float32."""
+    """T5's layer norm: root mean square only, without centring and bias. The mean is computed in float32."""
 
     dtype: DType = jnp.float32
     epsilon: float = 1e-6
@@ -117,7 +121,7 @@ class LayerNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout with one mask for all positions of a sequence, as T5 does (axis -2 is broadcast)."""
+    """Dropout with one mask for all positions of a sequence, as in T5 (axis -2 is broadcast)."""
 
     rate: float
     broadcast_axis: int | None = -2
@@ -128,12 +132,12 @@ class Dropout(nn.Module):
 
 
 def drop_key(module: nn.Module, rate: float, training: bool) -> jax.Array | None:
-    """The key of a module's next mask; None: nothing is dropped."""
+    """Returns the key of a module's next mask; None if nothing is dropped."""
     return module.make_rng('dropout') if training and rate > 0 else None
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float, broadcast_axis: int | None) -> jax.Array:
-    """Dropout with one mask for all of an axis; without a key there is none."""
+    """Applies dropout, with one mask for all of `broadcast_axis`; does nothing without a key."""
     if key is None:
         return x
     broadcast = () if broadcast_axis is None else (broadcast_axis,)
@@ -141,10 +145,15 @@ def drop(x: jax.Array, key: jax.Array | None, rate: float, broadcast_axis: int |
 
 
 class MlpBlock(nn.Module):
-    """T5's MLP. With several activations it is gated: their product feeds `wo`. It is also what an expert is; `group_sizes`, the
-    rows of each, makes it all experts at once.
+    """T5's MLP, gated if it has several activations: their product is the input of `wo`. An expert is such an MLP too.
 
-    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
+    Attributes:
+      mlp_dim: F.
+      activations: names in `ACTIVATION_FUNCTIONS`.
+      dropout_rate: of the hidden activations.
+      dtype: type of the products.
+      embed_axis, mlp_axis: logical axes of the kernels.
+      dropout_broadcast_axis: axis that shares one mask.
     """
 
     mlp_dim: int
@@ -157,6 +166,7 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
+        """Applies the MLP; with `group_sizes`, the number of rows of each expert, all experts at once."""
         names = ['wi'] if len(self.activations) == 1 else [f'wi_{i}' for i in range(len(self.activations))]
         wi = functools.partial(Dense, self.mlp_dim, (self.embed_axis, self.mlp_axis), dtype=self.dtype)
         parts = [wi(name=name)(x, group_sizes) for name in names]
@@ -165,13 +175,12 @@ class MlpBlock(nn.Module):
             activated = (ACTIVATION_FUNCTIONS[name](part) for name, part in zip(self.activations, parts, strict=True))
             return drop(functools.reduce(operator.mul, activated), key, self.dropout_rate, self.dropout_broadcast_axis)
 
-        # Of all this the backward pass need only keep the products with `wi`.
         wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
         return wo(parts, group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 
 class Embed(nn.Module):
-    """Token embedding, initialised at standard deviation 1 as in T5."""
+    """Token embedding, initialised with standard deviation 1 as in T5."""
 
     vocab_size: int
     emb_dim: int
@@ -186,10 +195,10 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
-        # Rows first, then their type: the gradient of a frequent token is a sum of many, which adds up in float32.
+        # Cast rows, not the table: the gradient of a frequent token is then a sum in float32.
         return jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.dtype)
 
     def attend(self, x_BxLxD: jax.Array) -> jax.Array:
-        """Logits (B, L, V) in float32: similarity to every embedding."""
+        """Computes logits (B, L, V) in float32, the products with all embeddings."""
         embedding, x_BxLxD = memory.both_gradients(self.embedding, x_BxLxD)
         return x_BxLxD.astype(jnp.float32) @ embedding.T

@@ -1,8 +1,7 @@
-"""A stack of layers: one after the other, rematerialised or not, or as one compiled block that is looped over.
+"""A stack of layers: unrolled or as a loop over one compiled block, rematerialised or not.
 
-Parameters are `layers_0`, `layers_1`, ... (T5) or `encoderblock_0`, ... (ViT) however the stack is compiled: a loop stacks them
-on the way in, so that neither the surgery, nor the optimizer, nor a checkpoint knows about it, and a run can be resumed with the
-other form.
+Parameters are `layers_0`, `layers_1`, ... (T5) or `encoderblock_0`, ... (ViT) in either form. The loop stacks them on the way in,
+so that surgery, optimizer and checkpoints do not depend on the form, and a run can be resumed with the other one.
 """
 
 import enum
@@ -27,21 +26,21 @@ ACTIVATIONS = ('batch', 'length', 'embed')
 
 
 class Remat(enum.StrEnum):
-    """What the backward pass computes again instead of keeping, layer by layer.
+    """What the backward pass recomputes in each layer instead of keeping it.
 
-    Every form keeps the routers' decisions: recomputed activations are rounded differently, so that a router could choose other
-    experts, and a token's gradient would go to an expert that never saw it. They are a few integers a token: with capacity
-    factor 2, 8 bytes in an Expert Choice layer and 16 in a Top-2 layer.
+    Every form keeps the routers' decisions: recomputed activations are rounded differently, so a router could choose other
+    experts, and a token's gradient would go to an expert that never saw it. With capacity factor 2 they take 8 bytes a token in
+    an Expert Choice layer and 16 in a Top-2 layer.
     """
 
     NONE = 'none'
-    MINIMAL = 'minimal'  # all but the products with weight matrices
-    EXCHANGE = 'exchange'  # all but what crossed the network between expert shards
-    FULL = 'full'  # all, the all-to-alls of expert parallelism included
+    MINIMAL = 'minimal'  # everything except products with weight matrices and all-to-all results
+    EXCHANGE = 'exchange'  # everything except all-to-all results
+    FULL = 'full'  # everything, all-to-alls included
 
     @property
     def keeps_attention_weights(self) -> bool:
-        """While the backward pass is in a layer. They are the largest arrays there that are cheap to compute once more."""
+        """Whether a layer's backward pass keeps attention weights, its largest arrays that are cheap to recompute."""
         return self in (Remat.NONE, Remat.MINIMAL)
 
 
@@ -76,14 +75,14 @@ def apply_layers(
     Args:
       parent: owns the parameters of the layers.
       layer: called as `layer(config, kind)(x, *arrays, *switches)`.
-      config: of every layer. Its `dtype` is that of the activations.
-      kinds: what tells one layer from another, such as its MoE.
+      config: of every layer; its `dtype` is that of the activations.
+      kinds: what differs between layers, such as the MoE.
       x_BxLxD: input.
       arrays: the same for every layer.
       switches: the same for every layer, static.
       remat: see `Remat`.
       scan: loop over blocks of equal layers.
-      last: no other stack follows it, so that the backward pass begins with it.
+      last: whether the backward pass begins with this stack.
       prefix: of the layers' names, before their number.
 
     Returns:
@@ -95,24 +94,23 @@ def apply_layers(
         module = nn.remat(layer, policy=_policy(remat), static_argnums=tuple(range(first, first + len(switches))))
     scan = scan and not parent.is_initializing()
     for start, period, repeats in segments(kinds):
+        numbers = range(start, start + period * repeats)
         if scan and repeats > 1:
-            block = kinds[start : start + period]
-            ends = last and start + period * repeats == len(kinds)
-            x_BxLxD = _loop(
-                parent, layer, config, block, start, repeats, x_BxLxD, arrays, switches, remat, ends, prefix
-            )
+            block = [layer(config, kind, parent=None) for kind in kinds[start : start + period]]
+            names = [[f'{prefix}{i}' for i in numbers[j::period]] for j in range(period)]
+            ends = last and numbers.stop == len(kinds)
+            x_BxLxD = _loop(parent, block, names, x_BxLxD, arrays, switches, remat, ends)
             continue
-        for i in range(start, start + period * repeats):
+        for i in numbers:
             x_BxLxD = module(config, kinds[i], name=f'{prefix}{i}')(x_BxLxD, *arrays, *switches)
             x_BxLxD = nn.with_logical_constraint(x_BxLxD, ACTIVATIONS)
     return x_BxLxD
 
 
 def segments(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
-    """Cuts a stack into repeated blocks: (first layer, layers in the block, repeats).
+    """Divides a stack into repeated blocks: (first layer, layers in the block, repeats).
 
-    The whole stack is one segment where it is periodic (every second layer sparse); else runs of equal layers are segments (the
-    last half sparse).
+    A periodic stack (every second layer sparse) is one segment. Otherwise runs of equal layers are segments (last half sparse).
     """
     depth = len(kinds)
     for period in range(1, depth // 2 + 1):
@@ -125,86 +123,76 @@ def segments(kinds: Sequence[Any]) -> list[tuple[int, int, int]]:
 
 def _loop(
     parent: nn.Module,
-    layer: type[nn.Module],
-    config: Any,
-    block: Sequence[Any],
-    start: int,
-    repeats: int,
+    block: Sequence[nn.Module],
+    names: Sequence[Sequence[str]],
     x_BxLxD: jax.Array,
     arrays: tuple[jax.Array | None, ...],
     switches: tuple[bool | int, ...],
     remat: Remat,
     last: bool,
-    prefix: str,
 ) -> jax.Array:
-    """`repeats` blocks of layers as a scan over their stacked parameters."""
-    params = parent.variables['params']
-    period = len(block)
+    """Applies a block of layers in a loop; `names` are those of each layer of the block in `parent`, one an iteration."""
+    params = [[parent.variables['params'][name] for name in repeated] for repeated in names]
     keys = {name: parent.make_rng(name) for name in ('dropout', 'jitter') if parent.has_rng(name)}
 
-    def axes(j: int) -> Any:
-        def init() -> Any:
-            return layer(config, block[j], parent=None).init(
-                {'params': jax.random.key(0), **keys}, x_BxLxD, *arrays, *switches
-            )
-
-        return partitioning.logical_axes(jax.eval_shape(init)['params'])
-
-    block_axes = tuple(axes(j) for j in range(period))
-    own = tuple([params[f'{prefix}{start + r * period + j}'] for r in range(repeats)] for j in range(period))
+    def axes(layer: nn.Module) -> Any:
+        rngs = {'params': jax.random.key(0), **keys}
+        boxed = jax.eval_shape(lambda: layer.init(rngs, x_BxLxD, *arrays, *switches)['params'])
+        return partitioning.logical_axes(boxed)
 
     def layer_of(j: int) -> memory.Layer:
         def apply(params, x_BxLxD, arrays, keys, index):
-            layer_keys = {name: jax.random.fold_in(key, index * period + j) for name, key in keys.items()}
-            x_BxLxD, metrics = layer(config, block[j], parent=None).apply(
-                {'params': params}, x_BxLxD, *arrays, *switches, rngs=layer_keys, mutable=[METRICS]
+            rngs = {name: jax.random.fold_in(key, index * len(block) + j) for name, key in keys.items()}
+            x_BxLxD, written = block[j].apply(
+                {'params': params}, x_BxLxD, *arrays, *switches, rngs=rngs, mutable=[METRICS]
             )
-            return nn.with_logical_constraint(x_BxLxD, ACTIVATIONS), metrics.get(METRICS, {})
+            return nn.with_logical_constraint(x_BxLxD, ACTIVATIONS), written.get(METRICS, {})
 
         return apply
 
-    layers = tuple(layer_of(j) for j in range(period))
-    dtypes = tuple(
-        _stack_dtypes(layer, config.dtype, params[0], x_BxLxD, arrays, keys, jnp.zeros((), jnp.int32))
-        for layer, params in zip(layers, own, strict=True)
-    )
+    layers = [layer_of(j) for j in range(len(block))]
+    block_axes = [axes(layer) for layer in block]
+    dtypes = [
+        _stack_dtypes(layers[j], block[j].config.dtype, params[j][0], x_BxLxD, arrays, keys, jnp.zeros((), jnp.int32))
+        for j in range(len(block))
+    ]
     if remat is not Remat.NONE:
-        layers = tuple(jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False) for layer in layers)
+        layers = [jax.checkpoint(layer, policy=_policy(remat), prevent_cse=False) for layer in layers]
     stack = functools.partial(_stack_block, block_axes=block_axes, dtypes=dtypes)
     if remat is Remat.FULL:
-        x_BxLxD, written = memory.replayed(layers, stack, block_axes, own, x_BxLxD, arrays, keys, stack_again=not last)
+        x_BxLxD, metrics = memory.replayed(
+            layers, stack, block_axes, params, x_BxLxD, arrays, keys, stack_again=not last
+        )
     else:
-        x_BxLxD, written = _scan(layers, stack(own), x_BxLxD, arrays, keys)
+        x_BxLxD, metrics = _scan(layers, stack(params), len(names[0]), x_BxLxD, arrays, keys)
     if parent.is_mutable_collection(METRICS):
-        for j, metrics in enumerate(written):
-            for r in range(repeats if metrics else 0):
-                here = jax.tree.map(lambda leaf, r=r: leaf[r], metrics)
-                parent.put_variable(METRICS, f'{prefix}{start + r * period + j}', here)
+        for repeated, stacked in zip(names, metrics, strict=True):
+            for r, name in enumerate(repeated if stacked else ()):
+                parent.put_variable(METRICS, name, jax.tree.map(lambda leaf, r=r: leaf[r], stacked))
     return x_BxLxD
 
 
 def _scan(
-    layers: Sequence[memory.Layer], stacked: Any, x_BxLxD: jax.Array, arrays: Any, keys: Any
+    layers: Sequence[memory.Layer], stacked: Any, repeats: int, x_BxLxD: jax.Array, arrays: Any, keys: Any
 ) -> tuple[jax.Array, Any]:
-    """The loop: (B, L, D), and, stacked, what each layer wrote."""
+    """Loops over the blocks; returns (B, L, D) and the stacked metrics of each layer."""
 
     def body(x_BxLxD, xs):
         index, params = xs
-        written = []
+        metrics = []
         for layer, own in zip(layers, params, strict=True):
-            x_BxLxD, metrics = layer(own, x_BxLxD, arrays, keys, index)
-            written.append(metrics)
-        return x_BxLxD, written
+            x_BxLxD, written = layer(own, x_BxLxD, arrays, keys, index)
+            metrics.append(written)
+        return x_BxLxD, metrics
 
-    repeats = jax.tree.leaves(stacked)[0].shape[0]
     return jax.lax.scan(body, x_BxLxD, (jnp.arange(repeats), stacked))
 
 
 def _stack_dtypes(layer: memory.Layer, dtype: Any, params: Any, *arguments: Any) -> Any:
-    """For each parameter of a layer, the type of its stack.
+    """Returns the type of the stack of each parameter of a layer.
 
-    It is `dtype` where the layer itself does nothing with the parameter but cast it to that type: cast first it is the same
-    number, and half as large. Any other one is stacked as it is, since a layer that is not in a loop reads it so.
+    It is `dtype` if all the layer does with the parameter is to cast it to that type, since the result is the same and the stack
+    half as large. Other parameters keep their type.
     """
     as_they_are = needed_as_they_are(layer, dtype, params, *arguments)
     return jax.tree.map(lambda leaf, keep: leaf.dtype if keep else jnp.dtype(dtype), params, as_they_are)
@@ -215,10 +203,10 @@ def _stack_block(params: Sequence[Sequence[Any]], block_axes: Sequence[Any], dty
 
 
 def _stack(layers: Sequence[Any], axes: Any, dtypes: Any) -> Any:
-    """Stacked parameters, each in the type of its stack.
+    """Stacks parameters, each in the type of its stack.
 
-    A stack lies on the mesh as its parameters do, and so does its gradient, which the compiler would else be free to lay out
-    along another axis, and to move from there in every step.
+    A stack and its gradient are sharded as the parameters. The compiler could shard the gradient along another axis, and would
+    then have to move it in every step.
     """
 
     def stack(logical: PartitionSpec, dtype: Any, *leaves: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ Parameters: `router/router_weights/w/kernel` (D, E), `expert/...` with a leading
 MLP of their joint width. For `router_state/...` see `moe.state`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,28 +40,25 @@ class RouterWeights(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
-        if self.cosine:
-            return _Cosines(self.num_logits, init, name='w')(x_BxLxD)
         dense = nn.Dense(
-            self.num_logits, use_bias=False, dtype=jnp.float32, precision='highest', kernel_init=init, name='w'
+            self.num_logits,
+            use_bias=False,
+            dtype=jnp.float32,
+            precision='highest',
+            kernel_init=init,
+            dot_general=_cosines if self.cosine else None,
+            name='w',
         )
         return dense(x_BxLxD)
 
 
-class _Cosines(nn.Module):
-    """Cosine of the input and each column of the kernel."""
+def _cosines(x_BxLxD: jax.Array, kernel_DxN: jax.Array, *dot_general: Any, **options: Any) -> jax.Array:
+    """Computes the cosines of the input and each column of the kernel, as a `dot_general` of `nn.Dense`."""
 
-    features: int
-    kernel_init: Callable[..., jax.Array]
+    def unit(v: jax.Array, axis: int) -> jax.Array:
+        return v * jax.lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-12)
 
-    @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        kernel_DxN = self.param('kernel', self.kernel_init, (x_BxLxD.shape[-1], self.features), jnp.float32)
-
-        def unit(v: jax.Array, axis: int) -> jax.Array:
-            return v * jax.lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-12)
-
-        return jnp.matmul(unit(x_BxLxD, -1), unit(kernel_DxN, 0), precision='highest')
+    return jax.lax.dot_general(unit(x_BxLxD, -1), unit(kernel_DxN, 0), *dot_general, **options)
 
 
 class Router(nn.Module):
