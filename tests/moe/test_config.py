@@ -173,7 +173,7 @@ class TestSparseLayers:
             "which DISPATCH = 'ragged' does not keep",
         ),
         ({'router': 'top_k', 'adaptive_balance': {}, 'dispatch': 'ragged'}, "DISPATCH = 'ragged' drops none"),
-        ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts that are parts'),
+        ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts parts'),
         ({'router': 'merged', 'merged_shared_weight': 2}, 'AVERAGE_SHARED_WEIGHT = 2 must be a number in'),
         ({'router': 'dense', 'dispatch': 'ragged'}, "the router 'dense' trains every expert"),
         ({'router': 'top_k', 'adaptive_balance': {'decay': 1.5}}, 'ADAPTIVE_BALANCE_DECAY = 1.5 must be a number in'),
