@@ -136,19 +136,18 @@ def test_dropout_differs_from_layer_to_layer_of_a_loop():
             return 4.0 * x_BxLxD + scale * nn.Dropout(0.5, deterministic=False)(jnp.ones_like(x_BxLxD)) / 2
 
     class Stack(nn.Module):
-        scan: bool
+        config: Any
 
         @nn.compact
         def __call__(self, x_BxLxD):
-            config = types.SimpleNamespace(dtype=jnp.float32)
-            form = {'remat': Remat.NONE, 'scan': self.scan, 'last': True}
-            return apply_layers(self, Masks, config, 'aa', x_BxLxD, (), (), **form)
+            return apply_layers(self, Masks, 'aa', x_BxLxD, (), (), last=True)
 
     params = {f'layers_{i}': {'scale': jnp.ones(())} for i in range(2)}
 
     def masks(scan, seed):
         rngs = {'dropout': jax.random.key(seed)}
-        digits = np.asarray(Stack(scan).apply({'params': params}, jnp.zeros((4, 8, 16)), rngs=rngs))
+        config = types.SimpleNamespace(dtype=jnp.float32, remat=Remat.NONE, scan_layers=scan)
+        digits = np.asarray(Stack(config).apply({'params': params}, jnp.zeros((4, 8, 16)), rngs=rngs))
         return np.stack([digits // 4, digits % 4])
 
     looped = masks(True, 0)

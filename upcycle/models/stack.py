@@ -59,40 +59,37 @@ def _policy(remat: Remat):
 def apply_layers(
     parent: nn.Module,
     layer: type[nn.Module],
-    config: Any,
     kinds: Sequence[Any],
     x_BxLxD: jax.Array,
     arrays: tuple[jax.Array | None, ...],
     switches: tuple[bool | int, ...],
     *,
-    remat: Remat,
-    scan: bool,
     last: bool,
+    scan: bool = True,
     prefix: str = 'layers_',
 ) -> jax.Array:
     """Applies a stack of layers inside the compact method of `parent`.
 
     Args:
-      parent: owns the parameters of the layers.
+      parent: owns the parameters of the layers. Its `config` has fields `dtype` (of activations), `remat` and `scan_layers`.
       layer: called as `layer(config, kind)(x, *arrays, *switches)`.
-      config: of every layer; its `dtype` is that of the activations.
       kinds: what differs between layers, such as the MoE.
       x_BxLxD: input.
       arrays: the same for every layer.
       switches: the same for every layer, static.
-      remat: see `Remat`.
-      scan: loop over blocks of equal layers.
       last: whether the backward pass begins with this stack.
+      scan: False to unroll the stack regardless of `scan_layers`.
       prefix: of the layers' names, before their number.
 
     Returns:
       (B, L, D).
     """
-    module = layer
+    config, module = parent.config, layer
+    remat = config.remat
     if remat is not Remat.NONE:
         first = 2 + len(arrays)
         module = nn.remat(layer, policy=_policy(remat), static_argnums=tuple(range(first, first + len(switches))))
-    scan = scan and not parent.is_initializing()
+    scan = scan and config.scan_layers and not parent.is_initializing()
     for start, period, repeats in segments(kinds):
         numbers = range(start, start + period * repeats)
         if scan and repeats > 1:

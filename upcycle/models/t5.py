@@ -4,6 +4,7 @@ Any MLP of either stack can be an MoE layer. A dense model and its upcycled one 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -154,6 +155,24 @@ def _position_biases(config: T5Config, which: PositionBiases, length: int, *, bi
     return biases(length, length, bidirectional)
 
 
+def _zero_padding(config: T5Config, y_BxLxD: jax.Array, real_BxL: jax.Array) -> jax.Array:
+    """Multiplies activations at padding by 0, if the configuration asks for it."""
+    return y_BxLxD * real_BxL[..., None].astype(y_BxLxD.dtype) if config.zero_padded_activations else y_BxLxD
+
+
+def _add_sublayer(
+    config: T5Config,
+    real_BxL: jax.Array,
+    training: bool,
+    norm: str,
+    x_BxLxD: jax.Array,
+    sublayer: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Applies a sublayer after a norm of that name, and adds the result to its input."""
+    y_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name=norm)(x_BxLxD), real_BxL)
+    return x_BxLxD + Dropout(config.dropout_rate)(sublayer(y_BxLxD), training)
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention, then MLP or MoE. `bias` is the stack's; None if each layer has its own."""
 
@@ -167,13 +186,10 @@ class EncoderLayer(nn.Module):
         config = self.config
         if bias is None:
             bias = _position_biases(config, PositionBiases.EVERY_LAYER, x_BxLxD.shape[1], bidirectional=True)
-        keep = _zeroing(config, real_BxL)
-        y = keep(LayerNorm(config.dtype, name='pre_attention_layer_norm')(x_BxLxD))
-        y = _attention(config, 'attention')(y, y, mask, bias, training=training)
-        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
-        y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = _apply_mlp(config, self.moe, y, real_BxL, training)
-        return x_BxLxD + Dropout(config.dropout_rate)(y, training)
+        add = functools.partial(_add_sublayer, config, real_BxL, training)
+        attention = _attention(config, 'attention')
+        x_BxLxD = add('pre_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, mask, bias, training=training))
+        return add('pre_mlp_layer_norm', x_BxLxD, lambda y: _apply_mlp(config, self.moe, y, real_BxL, training))
 
 
 class DecoderLayer(nn.Module):
@@ -198,25 +214,13 @@ class DecoderLayer(nn.Module):
         config = self.config
         if bias is None:
             bias = _position_biases(config, PositionBiases.EVERY_LAYER, max_length, bidirectional=False)
-        keep = _zeroing(config, real_BxL)
-        y = keep(LayerNorm(config.dtype, name='pre_self_attention_layer_norm')(x_BxLxD))
-        y = _attention(config, 'self_attention')(y, y, mask, bias, training=training, decoding=decoding)
-        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
-        y = keep(LayerNorm(config.dtype, name='pre_cross_attention_layer_norm')(x_BxLxD))
-        y = _attention(config, 'encoder_decoder_attention', cross=True)(
-            y, encoded_BxKxD, cross_mask, training=training, decoding=decoding
-        )
-        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
-        y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = _apply_mlp(config, self.moe, y, real_BxL, training, decoding)
-        return x_BxLxD + Dropout(config.dropout_rate)(y, training)
-
-
-def _zeroing(config: T5Config, real_BxL: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Returns a function that multiplies activations at padding by 0, if the configuration asks for it."""
-    if not config.zero_padded_activations:
-        return lambda y: y
-    return lambda y: y * real_BxL[..., None].astype(y.dtype)
+        add = functools.partial(_add_sublayer, config, real_BxL, training)
+        call = {'training': training, 'decoding': decoding}
+        attention = _attention(config, 'self_attention')
+        x_BxLxD = add('pre_self_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, mask, bias, **call))
+        cross = _attention(config, 'encoder_decoder_attention', cross=True)
+        x_BxLxD = add('pre_cross_attention_layer_norm', x_BxLxD, lambda y: cross(y, encoded_BxKxD, cross_mask, **call))
+        return add('pre_mlp_layer_norm', x_BxLxD, lambda y: _apply_mlp(config, self.moe, y, real_BxL, **call))
 
 
 class Encoder(nn.Module):
@@ -229,20 +233,9 @@ class Encoder(nn.Module):
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, x_BxLxD.shape[1], bidirectional=True)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        x_BxLxD = apply_layers(
-            self,
-            EncoderLayer,
-            config,
-            config.layer_moe('encoder'),
-            x_BxLxD,
-            (real_BxL, mask, bias),
-            (training,),
-            remat=config.remat,
-            scan=config.scan_layers,
-            last=False,
-        )
-        x_BxLxD = LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD)
-        x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
+        arrays, layers = (real_BxL, mask, bias), config.layer_moe('encoder')
+        x_BxLxD = apply_layers(self, EncoderLayer, layers, x_BxLxD, arrays, (training,), last=False)
+        x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD), real_BxL)
         return Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
 
 
@@ -266,27 +259,14 @@ class Decoder(nn.Module):
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, max_length, bidirectional=False)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        x_BxLxD = apply_layers(
-            self,
-            DecoderLayer,
-            config,
-            config.layer_moe('decoder'),
-            x_BxLxD,
-            (encoded_BxKxD, real_BxL, mask, cross_mask, bias),
-            (training, decoding, max_length),
-            remat=config.remat,
-            scan=config.scan_layers and not decoding,
-            last=True,
-        )
-        x_BxLxD = LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD)
-        x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
+        arrays, layers = (encoded_BxKxD, real_BxL, mask, cross_mask, bias), config.layer_moe('decoder')
+        switches = (training, decoding, max_length)
+        x_BxLxD = apply_layers(self, DecoderLayer, layers, x_BxLxD, arrays, switches, last=True, scan=not decoding)
+        x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD), real_BxL)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training)
         if config.logits_via_embedding:
             return x_BxLxD
-        logits = Dense(
-            config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32, both_gradients=True, name='logits_dense'
-        )
-        return logits(x_BxLxD)
+        return Dense(config.vocab_size, ('embed', 'vocab'), both_gradients=True, name='logits_dense')(x_BxLxD)
 
 
 class Transformer(nn.Module):

@@ -226,18 +226,9 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
         config = self.config
+        blocks = tuple(zip(config.layer_moe(), config.layer_depths(), strict=True))
         x_BxLxD = apply_layers(
-            self,
-            EncoderBlock,
-            config,
-            tuple(zip(config.layer_moe(), config.layer_depths(), strict=True)),
-            x_BxLxD,
-            (real_BxL,),
-            (training,),
-            prefix='encoderblock_',
-            remat=config.remat,
-            scan=config.scan_layers,
-            last=True,
+            self, EncoderBlock, blocks, x_BxLxD, (real_BxL,), (training,), last=True, prefix='encoderblock_'
         )
         return _norm(config, 'encoder_norm')(x_BxLxD)
 
