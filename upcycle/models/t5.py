@@ -46,7 +46,7 @@ class T5Config:
       position_biases: see `PositionBiases` [POSITION_BIASES].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
-      expert_dropout_rate: the same inside experts; None for dropout_rate [EXPERT_DROPOUT_RATE].
+      expert_dropout_rate: dropout_rate inside experts; None for the same rate [EXPERT_DROPOUT_RATE].
       float32_attention_logits: compute attention logits in float32.
       remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block of each stack and loop over it, for deep models [SCAN_LAYERS].

@@ -68,7 +68,7 @@ class ViTConfig:
       norm_epsilon: added to the variance by layer norms [NORM_EPSILON].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
-      expert_dropout_rate: the same inside experts; None for dropout_rate [EXPERT_DROPOUT_RATE].
+      expert_dropout_rate: dropout_rate inside experts; None for the same rate [EXPERT_DROPOUT_RATE].
       stochastic_depth: probability that an image skips a residual branch of the last block, growing linearly from 0 at the first
         (Huang et al. 2016) [STOCHASTIC_DEPTH]. Blocks then differ, so that `scan_layers` has no effect.
       remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
