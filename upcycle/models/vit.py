@@ -143,6 +143,15 @@ class ViTConfig:
         last = max(self.num_layers - 1, 1)
         return tuple(self.stochastic_depth * i / last for i in range(self.num_layers))
 
+    @property
+    def mlp_arguments(self) -> dict[str, Any]:
+        """Arguments of `MlpBlock` for a dense MLP."""
+        return {'mlp_dim': self.mlp_dim, 'gelu': self.gelu, 'dropout_rate': self.dropout_rate, 'dtype': self.dtype}
+
+    def moe_layer(self, moe: MoE, name: str | None = None) -> MoELayer:
+        """Returns the module of an MoE layer."""
+        return replace_mlp(moe, MlpBlock, self.mlp_arguments, {'dropout_rate': self.expert_dropout_rate}, name)
+
     def dense(self) -> 'ViTConfig':
         """Returns the same model without MoE layers."""
         return dataclasses.replace(self, moe=None)
@@ -212,9 +221,9 @@ class EncoderBlock(nn.Module):
         x_BxLxD = x_BxLxD + skip(dropout(y))
         y = _norm(config, 'LayerNorm_1')(x_BxLxD)
         if moe is None:
-            y = MlpBlock(**_mlp_arguments(config), name='MlpBlock_0')(y, training)
+            y = MlpBlock(**config.mlp_arguments, name='MlpBlock_0')(y, training)
         else:
-            y = moe_layer(config, moe, name='MlpBlock_0')(y, real_BxL, training=training)
+            y = config.moe_layer(moe, name='MlpBlock_0')(y, real_BxL, training=training)
         return x_BxLxD + skip(dropout(y))
 
 
@@ -248,7 +257,7 @@ class MAPHead(nn.Module):
         attention = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')
         x_Bx1xD = attention(probe_Bx1xD, x_BxLxD)
         y_Bx1xD = _norm(config, 'LayerNorm_0')(x_Bx1xD)
-        x_Bx1xD = x_Bx1xD + MlpBlock(**_mlp_arguments(config), name='MlpBlock_0')(y_Bx1xD, training)
+        x_Bx1xD = x_Bx1xD + MlpBlock(**config.mlp_arguments, name='MlpBlock_0')(y_Bx1xD, training)
         return x_Bx1xD[:, 0]
 
 
@@ -340,17 +349,3 @@ def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(
         config.norm_epsilon, config.dtype, scale_init=ones, bias_init=zeros, use_fast_variance=False, name=name
     )
-
-
-def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
-    return {
-        'mlp_dim': config.mlp_dim,
-        'gelu': config.gelu,
-        'dropout_rate': config.dropout_rate,
-        'dtype': config.dtype,
-    }
-
-
-def moe_layer(config: ViTConfig, moe: MoE, name: str | None = None) -> MoELayer:
-    """Returns the MoE layer that replaces an MLP."""
-    return replace_mlp(moe, MlpBlock, _mlp_arguments(config), dropout_rate=config.expert_dropout_rate, name=name)
