@@ -1,4 +1,4 @@
-"""What the layers' own derivatives compute, and what they keep for it."""
+"""Derivatives of the layers, and what they keep for the backward pass."""
 
 import functools
 

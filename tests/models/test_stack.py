@@ -249,7 +249,7 @@ def test_the_backward_pass_takes_no_decision_again(kind, remat, scan):
 
 
 def test_a_loop_keeps_decisions_and_no_constants(monkeypatch):
-    """What `Remat.FULL` holds for each layer beside its input: a few integers a token."""
+    """Besides its input `Remat.FULL` holds a few integers a token for each layer."""
     kept = []
 
     class Kept(memory._Constant):

@@ -92,7 +92,7 @@ class TestT5X:
 
     @pytest.mark.parametrize('rows', ['nopad', 'pad'])
     def test_flaxformers_dense_logits(self, rows):
-        """flaxformer multiplies the activations of padding by 0. Its logits there are nobody's business."""
+        """flaxformer multiplies the activations of padding by 0. Its logits there do not matter."""
         arrays = fixture('flaxformer_moe_reference.npz')
         batch = fixture_batch(arrays, f'{rows}/input/')
         config = dataclasses.replace(FIXTURE_T5, zero_padded_activations=True)

@@ -1,4 +1,4 @@
-"""V-MoE's own numbers: logits, weights, layer outputs and gradients of a small upcycled ViT; and what a ViT must do beside."""
+"""V-MoE's numbers (logits, weights, layer outputs and gradients of a small upcycled ViT), and further behaviour of a ViT."""
 
 import dataclasses
 import functools

@@ -234,7 +234,7 @@ class TestPadding:
 
 @pytest.mark.parametrize(('router', 'fill_order'), ROUTERS)
 def test_no_gradient_is_nan(router, fill_order):
-    """Tokens that nobody took, groups of padding, probabilities that underflow to 0."""
+    """Tokens that no expert took, groups of padding, probabilities that underflow to 0."""
     config = MoEConfig(
         num_experts=E,
         router=router,
