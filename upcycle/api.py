@@ -388,6 +388,10 @@ def _check_layers(
         ]
         routed = any(name.startswith('router/') for name in inside)
         if rows and routed and num_bytes(inside) <= CHECKED_BYTES:
-            dense = {within_mlp(row.target): reader.read(row.sources[0]) for row in rows}
-            checks[path] = dataclasses.asdict(check_layer(model, path, dense, inside, CHECKED_TOKENS))
+            host = partitioning.whole_on_host
+            dense = {within_mlp(row.target): host(reader.read(row.sources[0])) for row in rows}
+            inside = {name: host(leaf) for name, leaf in inside.items()}
+            # Outside the mesh, whose devices may be more than the routing groups of the checked tokens.
+            with partitioning.on_one_device(jax.local_devices()[0]):
+                checks[path] = dataclasses.asdict(check_layer(model, path, dense, inside, CHECKED_TOKENS))
     return checks
