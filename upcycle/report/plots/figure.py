@@ -8,10 +8,10 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from upcycle.report.compare import Report
 from upcycle.report.runs import Role
@@ -66,8 +66,9 @@ class Plot:
         """The picture with a palette of few colours: a fifth of the bytes of the full one."""
         full, file = io.BytesIO(), io.BytesIO()
         _figure(self.panels, self.height).savefig(full, format='png', dpi=DPI)
-        image = Image.open(full).convert('RGB').quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        image.save(file, 'PNG', optimize=True)
+        picture = PIL.Image.open(full).convert('RGB')
+        method, dither = PIL.Image.Quantize.FASTOCTREE, PIL.Image.Dither.NONE
+        picture.quantize(COLOURS, method, dither=dither).save(file, 'PNG', optimize=True)
         return file.getvalue()
 
 
