@@ -297,6 +297,31 @@ def test_a_stack_has_the_types_that_its_layers_read(family, monkeypatch):
     assert any('/expert/' in path for path in types['bfloat16'])
 
 
+@pytest.mark.parametrize('family', [pytest.param('t5', marks=pytest.mark.exhaustive), 'vit'])
+def test_the_gradient_of_a_deep_stack_reads_no_more_of_each_layer(family):
+    """XLA:CPU may fuse the sum of residual branches across layers: each layer would add up all of them again."""
+    if family == 't5':
+        config, build = model().config, EncoderDecoderModel
+        fields, batch = of_depth, random_batch()
+    else:
+        config, build = small_vit(moe=vit_moe(), moe_layers='every_other'), ImageClassifier
+        fields, batch = lambda depth: {'num_layers': depth}, image_batch(config)
+
+    def operands(depth):
+        """Of all fused operations."""
+        deep = build(dataclasses.replace(config, **fields(depth)))
+        spec = {name: (array.shape, array.dtype) for name, array in batch.items()}
+        params = nn.unbox(jax.eval_shape(lambda key: deep.init(key, spec), jax.random.key(0)))
+
+        def loss(params):
+            return deep.forward(params, batch, None, training=True)[0]['loss']
+
+        text = jit(jax.grad(loss)).lower(params).compile().as_text()
+        return sum(fusion.count('%') for fusion in re.findall(r' fusion\((.*?)\), kind', text))
+
+    assert operands(8) < 2.1 * operands(4)
+
+
 @pytest.mark.parametrize('family', ['t5', 'vit'])
 def test_a_rematerialised_loop_takes_bfloat16(family):
     """Gradients have the types of the stacks that they are written into, also where a layer computes in float32."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from upcycle.errors import refuse
 from upcycle.models.attention import attend
 from upcycle.models.base import settle
+from upcycle.models.layer_norm import LayerNorm
 from upcycle.models.layers import Dense, Dropout
 from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import Remat, apply_layers
@@ -333,13 +334,8 @@ class VisionTransformer(nn.Module):
         return head(x_BxD)
 
 
-def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
-    ones, zeros = (
-        nn.with_logical_partitioning(init, ('embed',)) for init in (nn.initializers.ones, nn.initializers.zeros)
-    )
-    return nn.LayerNorm(
-        config.norm_epsilon, config.dtype, scale_init=ones, bias_init=zeros, use_fast_variance=False, name=name
-    )
+def _norm(config: ViTConfig, name: str) -> LayerNorm:
+    return LayerNorm(config.norm_epsilon, config.dtype, name=name)
 
 
 def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
