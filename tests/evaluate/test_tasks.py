@@ -139,6 +139,6 @@ def test_what_cannot_be_measured_is_refused():
         tasks.TaskEvaluator(run.task_metrics, run.model, run.eval_data, partitioning.batch_sharding(mesh))
     with pytest.raises(UserError, match='TASK_METRICS_DECODES = 0'):
         configuration.load([*FILES, METRICS], bindings(TASK_METRICS_DECODES=0))
-    with pytest.raises(UserError, match='TASK_METRICS is for models that write text'):
+    with pytest.raises(UserError, match='TASK_METRICS is for T5 models'):
         small = runs.bindings('vit dense', 'unused', 1)
         configuration.load([*runs.FILES['vit dense'], METRICS], small)
