@@ -12,7 +12,7 @@ import pytest
 from tests import runs
 from tests.small import image_batch, random_batch, small_t5, small_vit
 from tests.training.test_loop import killed_at, leaves_of, lines_of
-from upcycle import configuration, run_config
+from upcycle import configuration, run_config, schema
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
@@ -256,7 +256,7 @@ def test_a_run_goes_back_at_a_spike_and_leaves_the_batches_out(tmp_path, monkeyp
     }
     # Steps that were left out have been paid for.
     assert last['flops'] == pytest.approx(clean_lines[-1]['flops'] * 11 / 8)
-    assert 'step 4: back to this step, and on without the next 2 batches' in capsys.readouterr().err
+    assert 'step 4: rolled back to this step; the next 2 batches are skipped' in capsys.readouterr().err
     with monkeypatch.context() as patch:
         killed_at(patch, 11)  # at step 6, after both
         with pytest.raises(KeyboardInterrupt):
@@ -374,15 +374,12 @@ def test_what_an_older_version_did_not_bind_had_its_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('settings', 'message'),
-    [
-        ({'max_skipped_steps': -1}, 'MAX_SKIPPED_STEPS = -1'),
-        ({'spike_window': 1}, 'SPIKE_WINDOW = 1'),
-        ({'max_rollbacks': True}, 'MAX_ROLLBACKS = True'),
-        ({'spike_deviations': 0}, 'SPIKE_DEVIATIONS = 0'),
-        ({'spike_deviations': None, 'max_rollbacks': 1}, 'MAX_ROLLBACKS = 1'),
-    ],
+    'settings', [{'max_skipped_steps': -1}, {'spike_window': 1}, {'max_rollbacks': True}, {'spike_deviations': 0}]
 )
-def test_mistakes(settings, message):
-    with pytest.raises(UserError, match=message):
-        health.Limits(**settings)
+def test_bounds(settings):
+    assert len(list(schema.misfits(settings, health.Limits, str))) == 1
+
+
+def test_rollbacks_need_spikes():
+    with pytest.raises(UserError, match='MAX_ROLLBACKS = 1 needs SPIKE_DEVIATIONS'):
+        health.Limits(spike_deviations=None, max_rollbacks=1)

@@ -34,7 +34,7 @@ def refusal(command, files, bindings):
             'NUM_MICROBATCHES = 4 would cut a routing group',
         ),
         ({'MESH_SHAPE': '(1, 2, 1)'}, 'MESH_SHAPE = (1, 2, 1) needs 2 devices'),
-        ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' names no parameter"),
+        ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' matches no parameter"),
         ({'LEARNING_RATE_FACTORS': 'constant * linear_cooldown', 'COOLDOWN_STEPS': 9}, 'COOLDOWN_STEPS'),
         ({'SURGERY': None}, 'SURGERY is None, which says what becomes of it: use runs/continue_dense.gin'),
         ({'MODEL_DIR': 'the dense run'}, 'holds another run, in which upcycle.training.run.Run.'),

@@ -86,8 +86,6 @@ def test_which_schedules_depend_on_their_end():
         ({'factors': 'constant * cosin'}, ['LEARNING_RATE_FACTORS', 'cosin', 'cosine_decay']),
         ({'cooldown_steps': 5}, ['COOLDOWN_STEPS = 5', 'linear_cooldown']),
         ({'policy': 'anew'}, ['LEARNING_RATE_POLICY', 'anew', 'restart']),
-        ({'timescale': 0}, ['TIMESCALE']),
-        ({'warmup_steps': -1}, ['WARMUP_STEPS']),
     ],
 )
 def test_mistakes(settings, words):
