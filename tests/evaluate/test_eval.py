@@ -133,7 +133,7 @@ MISTAKES = {
     'probe of a language model': (['--few_shot'], ['FEW_SHOT', 't5']),
     'a sparse model': (
         options((runs.TINY, 'moe/t5.gin', runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4}),
-        ['is dense and the model is not', 'runs/upcycle.gin'],
+        ['is dense and the model is sparse', 'runs/upcycle.gin'],
     ),
     'another architecture': (
         options((runs.TINY, runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4, 'NUM_EMBEDDINGS': 384, 'MLP_DIM': 8}),

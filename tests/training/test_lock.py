@@ -119,7 +119,7 @@ NO_FILE = {
 @pytest.mark.parametrize('kind', NO_FILE)
 def test_what_is_no_file_is_refused_and_kept(kind, tmp_path):
     NO_FILE[kind](tmp_path / NAME)
-    with pytest.raises(UserError, match=rf'{NAME} cannot be written: it is no file, and the lock of a run is one'):
+    with pytest.raises(UserError, match=f'{NAME} is not a file, but a run writes a file there'):
         lock(tmp_path).take(1)
     assert os.path.lexists(tmp_path / NAME)
 

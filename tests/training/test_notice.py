@@ -94,7 +94,7 @@ def test_the_notice_becomes_one_sigterm(platform, server, told, capsys):
         told.clear()
         assert not told.wait(0.1)
     assert told.times == 1
-    assert f'{platform} says that it takes this machine away' in capsys.readouterr().err
+    assert f'{platform} preempts this machine' in capsys.readouterr().err
     # Nobody listens any more.
     assert 'preemption notice' not in {thread.name for thread in threading.enumerate()}
 
@@ -116,7 +116,7 @@ def test_a_run_saves_and_exits_with_75(server, dense, tmp_path, capsys, monkeypa
     assert exit.value.code == PREEMPTED
     step = read_metrics(path / 'metrics.jsonl')[-1]['step']
     assert open_checkpoint(path).step == step
-    assert f'asked to stop, and saved step {step};' in capsys.readouterr().err
+    assert f'stopped on request and saved step {step};' in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked_is_refused(monkeypatch, server):

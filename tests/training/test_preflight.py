@@ -26,8 +26,8 @@ def refusal(command, files, bindings):
     ('more', 'words'),
     [
         ({'TRAIN_STEPS': 4}, 'TRAIN_STEPS = 4 counts from'),
-        ({'TRAIN_STEPS': 3}, 'stands at step 4: raise TRAIN_STEPS'),
-        ({'DENSE_STEP': 9}, 'stands at step 9: raise TRAIN_STEPS'),
+        ({'TRAIN_STEPS': 3}, 'is at step 4: raise TRAIN_STEPS'),
+        ({'DENSE_STEP': 9}, 'is at step 9: raise TRAIN_STEPS'),
         ({'NUM_MICROBATCHES': 3}, 'does not divide into 3 microbatches'),
         (
             {'GROUPS_MULTIPLE_OF': 2, 'GROUP_SIZE': 64, 'NUM_MICROBATCHES': 4},
@@ -36,7 +36,7 @@ def refusal(command, files, bindings):
         ({'MESH_SHAPE': '(1, 2, 1)'}, 'MESH_SHAPE = (1, 2, 1) needs 2 devices'),
         ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' matches no parameter"),
         ({'LEARNING_RATE_FACTORS': 'constant * linear_cooldown', 'COOLDOWN_STEPS': 9}, 'COOLDOWN_STEPS'),
-        ({'SURGERY': None}, 'SURGERY is None, which says what becomes of it: use runs/continue_dense.gin'),
+        ({'SURGERY': None}, 'SURGERY is None: use runs/continue_dense.gin'),
         ({'MODEL_DIR': 'the dense run'}, 'holds another run, in which upcycle.training.run.Run.'),
         ({'MODEL_DIR': 'no run'}, 'holds checkpoints but no config.gin'),
         ({'MODEL_DIR': 'lost'}, 'its checkpoints are gone'),
@@ -148,7 +148,7 @@ def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, d
 @pytest.mark.parametrize('kind', ['upcycle', 'scratch'])
 def test_moe_layers_that_choose_no_layer_are_named(kind, tmp_path, dense):
     start = {'INITIAL_CHECKPOINT_PATH': dense} if kind == 'upcycle' else {}
-    with pytest.raises(UserError, match='MOE_LAYERS choose none of the layers'):
+    with pytest.raises(UserError, match='MOE_LAYERS choose no layers'):
         runs.build(kind, tmp_path / 'run', 6, **runs.ONE_LAYER, **start)
 
 

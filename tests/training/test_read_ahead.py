@@ -8,7 +8,7 @@ import pytest
 from upcycle.errors import UserError
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.training import read_ahead
-from upcycle.training.read_ahead import Examination, ReadAhead, deal
+from upcycle.training.read_ahead import Examination, ReadAhead
 
 
 class Source:
@@ -66,9 +66,3 @@ def test_examination():
     for name in ('x', '22'):
         with pytest.raises(UserError, match=f'{name} of here holds 1 numbers that are NaN'):
             examine({**leaves, name: np.array([1.0, np.nan], np.float32)})
-
-
-def test_leaves_are_dealt_out_by_size():
-    sizes = {'a': 5, 'b': 1, 'c': 3, 'd': 3, 'e': 4}
-    assert deal(sizes, 2) == [['a', 'd'], ['e', 'c', 'b']]
-    assert deal({}, 3) == [[], [], []]

@@ -150,7 +150,7 @@ def test_a_new_head_is_not_compared(capsys):
     paper = {**first_receipt(), 'function_check': {'whole_model': 'pending', 'layers': {'m': {}}}}
     complete = receipt_of_start.ReceiptOfStart('there', paper).complete(model, {}, {}, None, new_head=True)
     assert complete['function_check'] == {
-        'whole_model': 'not compared: NEW_HEAD = True gives it another task.',
+        'whole_model': 'not compared: NEW_HEAD = True gives the model another task.',
         'layers': {'m': {}},
     }
     assert 'not compared' in capsys.readouterr().err

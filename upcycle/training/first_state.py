@@ -1,4 +1,4 @@
-"""The first state of a run that starts from a checkpoint: surgery, leaf by leaf onto the devices, and its receipt."""
+"""The first state of a run that starts from a checkpoint: surgery, leaf by leaf onto the devices, and the receipt."""
 
 import contextlib
 import functools
@@ -29,19 +29,19 @@ from upcycle.training.step import TrainState
 
 
 def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any] | None]:
-    """The first state by surgery on `run.initial_checkpoint_path`, leaf by leaf onto the devices.
+    """Makes the first state by surgery on `run.initial_checkpoint_path`, leaf by leaf onto the devices.
 
     Args:
       start: the run, its checkpoint, and the plan.
-      batch: a batch on which the upcycled function is compared with the dense one.
+      batch: a batch to compare the upcycled model with the dense one on.
 
     Returns:
-      The state; and the receipt, or None where nothing was expanded.
+      The state, and the receipt, or None if nothing was expanded.
     """
     run, reader, plan = start.run, start.reader, start.plan
     for part in readers_of(reader):
         require_whole(part.path)
-    carried = ReceiptOfStart.of(reader)
+    receipt_of_start = ReceiptOfStart.of(reader)
     upcycles = run.surgery.made_by is not None
     leaves = start.layout.flat()
     source = SourceModel(run.model, plan, reader, leaves)
@@ -56,18 +56,20 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         leaf = read(name, None)
         return casts.cast(name, leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))  # as on a device
 
-    # Where the checkpoint does not say the step, it is given.
+    # A checkpoint without a step has DENSE_STEP.
     stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
     sources = {name: stored.get(name, step) for row in plan.rows for name in row.sources}
     averaged = {name for row in plan.rows if row.action is Action.MEAN for name in row.sources}
-    whole, look = sources.keys(), sha256_of
-    if not upcycles:
-        whole, look = (set(), None) if carried is None else (carried.comparable() & whole, carried.compare)
-    examination = Examination(str(reader.path), sources, whole, look, read_whole)
+    whole, examine = sources.keys(), sha256_of
+    if not upcycles and receipt_of_start is None:
+        whole, examine = set(), None
+    elif not upcycles:
+        whole, examine = receipt_of_start.comparable() & whole, receipt_of_start.compare
+    examination = Examination(str(reader.path), sources, whole, examine, read_whole)
 
     def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
         examination.add(name, leaf)
-        if name in averaged:  # and so not part of the state
+        if name in averaged:  # not part of the state, so free it at once
             examination.settle()
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
@@ -94,12 +96,11 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         hashes = examination.result()
     state = TrainState(**unflatten_dict(flat, sep='/'))
     if not upcycles:
-        if carried is None:
+        if receipt_of_start is None:
             return state, None
-        receipt = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
+        receipt = receipt_of_start.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
         return state, carried_on(receipt, plan)
-    started_from = source_of(reader, int(state.step))
-    receipt = make_receipt(plan, source=started_from, hashes=hashes, lineages=lineages)
+    receipt = make_receipt(plan, source=source_of(reader, int(state.step)), hashes=hashes, lineages=lineages)
     receipt['function_check'] = reported(
         lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
     )
@@ -107,7 +108,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
 
 
 def new_head(run: Run, layout: Layout, plan: Plan) -> dict[str, jax.Array]:
-    """The parameters that a plan starts afresh, as a run from scratch with the same seed would."""
+    """Initialises the parameters that a plan does not copy, like a run from scratch with the same seed."""
     names = [row.target for row in plan.rows if row.action is Action.NEW and row.target.startswith('params/')]
     if not names:
         return {}
@@ -117,6 +118,6 @@ def new_head(run: Run, layout: Layout, plan: Plan) -> dict[str, jax.Array]:
         flat = flatten_dict({'params': params}, sep='/')
         return {name: flat[name] for name in names}
 
-    # What is not asked for is not computed.
+    # XLA computes only these parameters.
     shardings = {name: layout.flat()[name].sharding for name in names}
     return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))

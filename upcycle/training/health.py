@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from upcycle.errors import UserError
-from upcycle.metrics import warn
 from upcycle.schema import Bound, Positive, Whole
+from upcycle.warning import warn
 
 # An expert is starved if it gets less than this fraction of an even share of the tokens between two lines of the log; a router is
 # saturated if its entropy is less than this fraction of that of a uniform choice.
@@ -30,8 +30,8 @@ class Limits:
       spike_deviations: d. A loss is a spike if it exceeds the median m of the losses before it by d times the larger of m / 100
         and their standard deviation, estimated from the median absolute deviation. None: no loss is a spike [SPIKE_DEVIATIONS].
       spike_window: number of losses that the median is computed from [SPIKE_WINDOW].
-      max_rollbacks: the first max_rollbacks spikes return the run to its newest checkpoint (or its start) and skip the batches
-        since; later spikes are only reported [MAX_ROLLBACKS].
+      max_rollbacks: number of spikes that return the run to its newest checkpoint (or its start) and skip the batches since;
+        later spikes are only reported [MAX_ROLLBACKS].
     """
 
     max_skipped_steps: Whole = 10
