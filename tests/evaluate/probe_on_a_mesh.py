@@ -1,4 +1,4 @@
-"""A probe whose features lie on the mesh of all devices: called in processes with several of them."""
+"""A few-shot probe on the mesh of all devices, called in processes with several devices."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The few-shot probe: against scikit-learn's ridge regression, one device against eight, draws, labels and refusals."""
+"""The few-shot probe: compared with scikit-learn's ridge regression, one device with eight; draws, labels and refusals."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ V = 7
 
 
 def clusters(count, width, seed, spread=3.0):
-    """Features around a centre of each class, with columns of very different scale and mean, and one that is constant."""
+    """Features around a centre per class, with columns of very different scale and mean, and a constant one."""
     centres = np.random.default_rng(0).normal(size=(V, width))
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % V)
@@ -31,7 +31,7 @@ def clusters(count, width, seed, spread=3.0):
 
 
 def scikit_scores(train, rows, test, l2):
-    """big_vision's regression by scikit-learn, float64."""
+    """Scores of big_vision's regression by scikit-learn, float64."""
     x, test = (np.asarray(x, np.float64) for x in (train.features_NxD[rows], test.features_NxD))
     mean, std = x.mean(axis=0), x.std(axis=0) + 1e-5
     with_bias = [np.pad((x - mean) / std, ((0, 0), (0, 1)), constant_values=100.0) for x in (x, test)]
@@ -53,7 +53,7 @@ def test_equals_scikit_learn(shots, l2):
 
 
 def test_classes_of_different_size():
-    """`ridge` takes any rows: the bias is then not the same for all classes."""
+    """`ridge` accepts any rows; classes of different size have different biases."""
     train, test = clusters(210, 10, seed=1), clusters(50, 10, seed=2)
     rows = np.flatnonzero(train.labels_NxM[:, 0] < 3)[:70]
     scores = few_shot.ridge(train, rows, V)(16.0).scores(test.features_NxD)

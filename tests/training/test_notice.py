@@ -1,4 +1,4 @@
-"""A platform's notice that it takes the machine away, by metadata servers on loopback that answer as the platforms' do."""
+"""Preemption notices, with metadata servers on loopback that answer like the platforms'."""
 
 import http.server
 import signal
@@ -15,7 +15,7 @@ from upcycle.training import loop, notice
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers like both platforms' metadata servers, and refuses what they refuse."""
+    """Answers and refuses requests like both platforms' metadata servers."""
 
     def __init__(self):
         super().__init__(('localhost', 0), Handler)
@@ -69,7 +69,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def told(monkeypatch):
-    """Set by SIGTERM, which is counted."""
+    """Counts SIGTERMs."""
     told = threading.Event()
     told.times = 0
 
@@ -95,7 +95,7 @@ def test_the_notice_becomes_one_sigterm(platform, server, told, capsys):
         assert not told.wait(0.1)
     assert told.times == 1
     assert f'{platform} preempts this machine' in capsys.readouterr().err
-    # Nobody listens any more.
+    # The listener has stopped.
     assert 'preemption notice' not in {thread.name for thread in threading.enumerate()}
 
 

@@ -1,4 +1,4 @@
-"""What `train` refuses before it begins, `plan` refuses too, in the same words."""
+"""`plan` refuses what `train` refuses before it starts, with the same message."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def test_a_run_does_not_begin_in_the_folder_of_a_foreign_checkpoint(tmp_path, de
 
 
 class Changed:
-    """Data of which a file has changed since the run was started."""
+    """Data with a file that has changed since the run was started."""
 
     def __init__(self, source):
         self._source = source
@@ -114,7 +114,7 @@ def dense_of(folder):
 
 
 def test_a_checkpoint_without_a_surgery(tmp_path, dense):
-    """As in T5X, where the path is enough."""
+    """In T5X the path alone is enough."""
     bindings = runs.bindings('dense', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
     for command in (train.run, plan.run):
         said = refusal(command, PRETRAIN, bindings)
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_a_surgery(tmp_path, dense):
 
 
 def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
-    """It goes on from its own checkpoint, and the dense one is planned as at its beginning."""
+    """The run resumes from its own checkpoint; the plan is still that of the dense one."""
     folder = shutil.copytree(upcycled, tmp_path / 'run')
     plan.run(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense_of(folder)))
     assert 'parameters_after' in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_moe_layers_that_choose_no_layer_are_named(kind, tmp_path, dense):
 
 
 class Unreadable:
-    """A stream that shows what is wrong with it when it is opened."""
+    """A stream that fails when it is opened."""
 
     def __init__(self, source):
         self._source = source

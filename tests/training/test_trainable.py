@@ -1,4 +1,4 @@
-"""Training a part of the parameters."""
+"""Training a subset of the parameters."""
 
 import functools
 
@@ -23,7 +23,7 @@ def start():
 
 
 def moved(trainable, steps=2):
-    """The parameters that change, and those whose optimizer state does."""
+    """Returns the parameters that change, and those whose optimizer state changes."""
     state = start()
     frozen = trainable.frozen(state.params, MODEL.moe_layers(), start_step=10)
     new, metrics = one_layer.train(MODEL, OPTIMIZER, state, steps, frozen=frozen)
