@@ -210,7 +210,7 @@ def test_processes_that_were_told_different_numbers(monkeypatch):
     first = hosts.Together(store, 0, 2, ended.append, 0.01)
     monkeypatch.setattr(global_state, 'num_processes', 4)
     with pytest.raises(
-        UserError, match='--process_count=4, and process 0 was started with 2: give the same number'
+        UserError, match='--process_count=4, but process 0 was started with 2: use the same number'
     ) as refusal:
         hosts._watch_others()
     hosts._together.fail(2, str(refusal.value))
@@ -240,7 +240,7 @@ def test_a_process_that_never_comes():
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     (first,) = processes(0, port=port)
-    assert first[1] == 69 and first[0].startswith('upcycle: not all 2 processes have come within 4 s'), first
+    assert first[1] == 69 and first[0].startswith('upcycle: not all 2 processes have connected within 4 s'), first
     assert first[0].count('\n') == 1
     (second,) = processes(1, port=port)
     assert second[1] == 69 and second[0].startswith('upcycle: process 0 does not answer at localhost:'), second

@@ -235,7 +235,7 @@ def test_a_log_waits_for_its_bucket(bucket, monkeypatch, capsys):
             log.copy()
             assert len(calls) == 1, 'a run does not wait for its log'
             said = capsys.readouterr().err
-            assert 'the log is kept in' in said and 'and sent later: ' in said and said.count('\n') == 1
+            assert 'the log stays in' in said and 'and is sent later: ' in said and said.count('\n') == 1
         assert [line['step'] for line in read_metrics(bucket / 'metrics.jsonl')] == [1]
         log.copy()
         assert [line['step'] for line in read_metrics(bucket / 'metrics.jsonl')] == [1, 2]

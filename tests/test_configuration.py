@@ -437,7 +437,9 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(kind, name, value, 
     for _ in range(2):
         assert read(resumed(tmp_path, kind)) == value
         said = capsys.readouterr().err
-        assert f'{name} = {value}, as when the run in {tmp_path}/run began; the default of this version is' in said
+        assert (
+            f'{name} keeps {value}, with which the run in {tmp_path}/run began; the default of this version is' in said
+        )
         assert f'{name} = {value}\n' in path.read_text().partition('# Defaults')[2]
 
 
@@ -547,7 +549,7 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
     (tmp_path / 'run' / 'config.gin').write_bytes(text.encode(errors='surrogateescape'))
     run_config.claim(run, identity, write=False)
     (tmp_path / 'run' / 'checkpoints').mkdir()
-    with pytest.raises(UserError, match='checkpoints but a config.gin that describes no run: bring that file back'):
+    with pytest.raises(UserError, match='checkpoints but an invalid config.gin: restore that file'):
         run_config.claim(run, identity)
     (tmp_path / 'run' / 'config.gin').unlink()
     (tmp_path / 'run' / 'config.gin').mkdir()

@@ -428,7 +428,7 @@ TAMPERED = {
     ),
     'another hash': (
         lambda paper: paper['sha256'].update({'params/encoder/layers_1/mlp/wo/kernel': '0' * 64}),
-        'encoder/layers_1/mlp/expert/wo/kernel of .* is not what its receipt says',
+        'encoder/layers_1/mlp/expert/wo/kernel of .* does not match the hash in its receipt',
     ),
 }
 

@@ -20,7 +20,7 @@ CASES = {
     'a_process_that_never_comes': (
         'processes that do not come',
         '--coordinator_timeout=5',
-        ['exit 69', 'upcycle: not all 2 processes have come within 5 s', r'raise --coordinator_timeout', r'\n1\n'],
+        ['exit 69', 'upcycle: not all 2 processes have connected within 5 s', r'raise --coordinator_timeout', r'\n1\n'],
     ),
     'accelerator_is_not_there': ('platforms', '', ['upcycle: JAX_PLATFORMS=cuda cannot be used', 'exit 2']),
     'bucket_that_cannot_be_reached': (
@@ -36,7 +36,7 @@ CASES = {
     'checkpoint_without_a_surgery': (
         'plan refuses what train refuses',
         '',
-        ["upcycle: INITIAL_CHECKPOINT_PATH = 't5' is set, and SURGERY is None", 'runs/continue_dense.gin', 'exit 2']
+        ["upcycle: INITIAL_CHECKPOINT_PATH = 't5' is set, but SURGERY is None", 'runs/continue_dense.gin', 'exit 2']
         * 2,
     ),
     'checkpoints_are_gone': (

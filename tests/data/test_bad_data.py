@@ -155,7 +155,7 @@ def test_a_host_without_examples_is_told(streamed):  # noqa: F811
 
 def test_a_training_source_that_ends_stops_the_run(tmp_path):
     run = runs.build('vit dense', tmp_path, 6, EVAL_PERIOD=100, **{'train/images.DatasetConfig.num_batches': 3})
-    with pytest.raises(UserError, match='TRAIN_DATASET ends after 3 batches, and TRAIN_STEPS = 6 asks for more'):
+    with pytest.raises(UserError, match='TRAIN_DATASET ends after 3 batches, and TRAIN_STEPS = 6 needs more'):
         loop.train(Start.of(run))
 
 

@@ -1,4 +1,4 @@
-"""A folder that has been trained in and holds no checkpoint: a run that lost them is refused, one that had none begins again."""
+"""Run folders without checkpoints: a run that lost its checkpoints is refused, one that never had any starts again."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from upcycle.training.preflight import preflight
 
 @pytest.fixture
 def run(dense, tmp_path):
-    """Four steps, with checkpoints of the second and the fourth."""
+    """A run of four steps, with checkpoints of steps 2 and 4."""
     return shutil.copytree(dense, tmp_path / 'run')
 
 
@@ -39,7 +39,7 @@ def half_written(run):
 
 
 def older(run):
-    """By a version that kept no record."""
+    """A run of a version without a record."""
     empty(run)
     (run / folder.RECORD).unlink()
 
@@ -57,7 +57,7 @@ def events_too(run):
 
 
 def stopped_early(run):
-    """SIGTERM before the first period was over: the log does not reach it."""
+    """SIGTERM before the first checkpoint period ended, which the log does not reach."""
     empty(run)
     lines = (run / 'metrics.jsonl').read_text().splitlines()
     (run / 'metrics.jsonl').write_text('\n'.join(lines[:2]))
@@ -73,7 +73,7 @@ GONE = (remove, empty, set_aside, half_written, older, damaged_record, events_to
 
 
 def look(kind, model_dir, steps):
-    """As `upcycle plan` does."""
+    """Checks a run like `upcycle plan`."""
     return preflight(runs.build(kind, model_dir, steps), configuration.resolved())
 
 
@@ -83,7 +83,7 @@ def contents(run):
 
 @pytest.mark.parametrize('gone', GONE, ids=lambda gone: gone.__name__)
 def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
-    """Nothing is changed, and both ways out are named."""
+    """Nothing is changed, and the message names both fixes."""
     gone(run)
     before = contents(run)
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
 
 @pytest.mark.parametrize('left', [remove, empty, half_written], ids=lambda left: left.__name__)
 def test_killed_before_its_first_checkpoint_it_begins_again(left, run, dense, capsys):
-    """By the record: the log goes beyond the first period, as it may while that checkpoint is written."""
+    """The record decides: the log may exceed the first checkpoint period while that checkpoint is written."""
     left(run)
     folder.record(str(run), saved=False)
     before = (run / 'metrics.jsonl').read_bytes()
@@ -111,7 +111,7 @@ def test_killed_before_its_first_checkpoint_it_begins_again(left, run, dense, ca
 
 
 def test_without_its_log_it_starts_again(run):
-    """The way out that the sentence names."""
+    """The fix that the message names."""
     empty(run)
     os.unlink(run / 'metrics.jsonl')
     assert int(runs.train('dense', run, 4).step) == 4
@@ -130,7 +130,7 @@ def test_a_folder_where_a_file_is_written_is_named(name, command, run):
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
     before = sorted(run.rglob('*'))
-    with pytest.raises(UserError, match=f'{name}.* cannot be (written|read)'):
+    with pytest.raises(UserError, match=f'{name}.* (cannot be read|is not a file)'):
         command('dense', run, 6)
     assert sorted(run.rglob('*')) == before
 

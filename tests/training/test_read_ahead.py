@@ -1,4 +1,4 @@
-"""Reading ahead changes when a leaf is read, and nothing else."""
+"""Reading ahead gives the same leaves and errors as reading on request."""
 
 import threading
 
@@ -8,7 +8,7 @@ import pytest
 from upcycle.errors import UserError
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.training import read_ahead
-from upcycle.training.read_ahead import Examination, ReadAhead, deal
+from upcycle.training.read_ahead import Examination, ReadAhead
 
 
 class Source:
@@ -37,7 +37,7 @@ def test_any_order_and_what_nobody_announced():
     source = Source()
     with ReadAhead(source, [(str(i), None) for i in range(10)]) as reading:
         assert [reading(str(i), None)[0] for i in (9, 99, 3, 0, 8)] == [9, 99, 3, 0, 8]
-        # Only a few are ahead of who asks.
+        # Only a few leaves are read ahead.
         assert len(source.asked) <= 5 + read_ahead._LEAVES_AHEAD + 2
 
 
@@ -49,7 +49,7 @@ def test_a_damaged_leaf_is_reported_where_it_is_asked_for():
 
 
 def examine(leaves):
-    """Looks at all of them, at those with even numbers whole."""
+    """Checks all leaves; examines those with even numbers whole."""
     whole = [name for name in leaves if name.isdigit() and int(name) % 2 == 0]
     examination = Examination('here', leaves, whole, sha256_of, leaves.get)
     try:
@@ -66,9 +66,3 @@ def test_examination():
     for name in ('x', '22'):
         with pytest.raises(UserError, match=f'{name} of here holds 1 numbers that are NaN'):
             examine({**leaves, name: np.array([1.0, np.nan], np.float32)})
-
-
-def test_leaves_are_dealt_out_by_size():
-    sizes = {'a': 5, 'b': 1, 'c': 3, 'd': 3, 'e': 4}
-    assert deal(sizes, 2) == [['a', 'd'], ['e', 'c', 'b']]
-    assert deal({}, 3) == [[], [], []]
