@@ -26,7 +26,7 @@ CLAIM = Claim('Ours ends ahead.', 'ours', 'theirs')
 
 def test_a_claim_holds_where_the_interval_excludes_zero():
     verdict = judge(CLAIM, seeds(0.1, 0.12, 0.11))
-    assert verdict.differences == pytest.approx((-0.1, -0.12, -0.11))
+    assert verdict.values == pytest.approx((-0.1, -0.12, -0.11))
     assert verdict.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5)
     assert verdict.word == 'holds'
     assert verdict.standard_errors == pytest.approx(0.11 / (0.01 / 3**0.5))
@@ -93,7 +93,7 @@ def test_a_difference_of_differences():
         for group, gap in zip(seeds(0.1, 0.12), (0.1, 0.12), strict=True)
     ]
     verdict = judge(Claim('', 'ours', 'theirs', than=('other', 'theirs')), runs)
-    assert verdict.differences == pytest.approx((-0.05, -0.05)) and verdict.word == 'holds'
+    assert verdict.values == pytest.approx((-0.05, -0.05)) and verdict.word == 'holds'
     assert judge(Claim('', 'ours', 'theirs', than=('nowhere', 'theirs')), runs).mean is None
     assert '(ours less theirs) less (other less theirs)' in as_markdown([verdict])
 

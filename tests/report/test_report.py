@@ -16,10 +16,10 @@ from upcycle.report.command import report_main
 from upcycle.report.compare import Report, interpolate, mean_rows, paired, reaches
 from upcycle.report.html import write_report
 from upcycle.report.plots import Plot
-from upcycle.report.plots.experts import LoadOverSteps
-from upcycle.report.quantities import unit
+from upcycle.report.plots.experts import load_over_steps
 from upcycle.report.runs import Axis, Role, Run, load_run
 from upcycle.report.tables import print_table
+from upcycle.report.text import unit
 
 START, SUNK_FLOPS, SUNK_SECONDS = 1000, 1000 * 3e12, 1000 / 8.0
 LAYERS = ('encoder/layers_1', 'decoder/layers_1')
@@ -232,7 +232,7 @@ def test_load_over_time_is_that_of_the_least_even_layer_and_of_the_last_number_o
         for step, load in ((10, [0.5, 0.5]), (20, [0.3, 0.3, 0.2, 0.2]), (40, last))
     ]
     ax = matplotlib.figure.Figure().add_subplot()
-    LoadOverSteps(Run('grow', tmp_path, Role.UPCYCLED, tuple(records)))(ax)
+    load_over_steps(Run('grow', tmp_path, Role.UPCYCLED, tuple(records)), ax)
     assert ax.get_title().startswith('grow: ')
     (drawn,) = ax.collections
     np.testing.assert_allclose(drawn.get_array(), np.array([[0.3, 0.3, 0.2, 0.2], last]).T * 4)

@@ -95,7 +95,7 @@ CONFIGS = {
     'fails': ('def get_config(scale=1):\n  return 1 / 0', ['ZeroDivisionError']),
     'another scale': (
         "from upcycle.sweep import grid\ndef get_config(scale='full'):\n  grid.one_of_scales(scale, 'mini', 'full')",
-        ['--scale=huge is not one of mini, full'],
+        ['--scale=huge is unknown: it must be one of mini, full'],
     ),
 }
 

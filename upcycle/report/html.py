@@ -1,4 +1,4 @@
-"""The report as a page."""
+"""The report as an HTML page."""
 
 import html
 import pathlib
@@ -48,16 +48,16 @@ def write_report(
     first: Sequence[Plot] = (),
     tables: Mapping[str, Table] | None = None,
 ) -> pathlib.Path:
-    """Writes `report.html`, `report.csv` and one PNG per figure, which the page shows.
+    """Writes `report.html`, `report.csv` and the figures of the page, one PNG each.
 
     Args:
-      runs: the branches of one dense checkpoint; or one mapping of branch name to run per seed.
+      runs: the branches of one dense checkpoint, or one mapping of branch name to run per seed.
       out_dir: folder, made if absent.
       title: the page's heading.
-      notes: how to reproduce, shown as given; `evaluated_on` also goes into the captions.
-      verdicts: of the claims that the comparison was made to check.
-      first: plots to be shown before those of every report.
-      tables: more tables, by title, after the verdicts.
+      notes: how to reproduce the report, shown as given; `evaluated_on` is also shown in captions.
+      verdicts: verdicts on the paper's claims.
+      first: plots shown before the standard ones.
+      tables: more tables, by title, shown after the verdicts.
 
     Returns:
       The path of `report.html`.
@@ -168,7 +168,7 @@ def _receipts(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _receipt(run: Run, seed: str) -> Iterator[str]:
-    """The step-0 function check: every key may be missing, since `convert` leaves parts pending."""
+    """Shows the step-0 function check. Any key may be missing: `convert` leaves parts pending."""
     e, receipt = html.escape, run.receipt if isinstance(run.receipt, Mapping) else {}
     source, check = _part(receipt, 'source'), _part(receipt, 'function_check')
     yield f'<h2>Receipt of {e(run.name)}{e(seed)}</h2><p>'
@@ -191,7 +191,7 @@ def _receipt(run: Run, seed: str) -> Iterator[str]:
 
 
 def _part(of: object, key: str) -> Mapping[str, Any]:
-    """A mapping in a mapping; empty where either is something else."""
+    """Returns a mapping in a mapping; an empty one if either is something else."""
     value = of.get(key) if isinstance(of, Mapping) else None
     return value if isinstance(value, Mapping) else {}
 
@@ -201,7 +201,7 @@ def _fact(value: object) -> str:
 
 
 def _typical_tokens(reports: Sequence[Report]) -> Iterator[str]:
-    """Of every run with DIVERSITY_PERIOD the layer whose experts tell most about their tokens, at the last evaluation."""
+    """Shows, for every run with DIVERSITY_PERIOD, the layer with the largest token information at the last evaluation."""
     tables = [table for run in reports[0].runs if (table := _typical_tokens_of(run)) is not None]
     if not tables:
         return
@@ -213,7 +213,7 @@ def _typical_tokens(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _typical_tokens_of(run: Run) -> tuple[str, Table] | None:
-    """The title and table of one run."""
+    """Returns the title and the table of one run, or None."""
     last = next((r for r in reversed(run.split('diversity')) if 'experts/token_information' in r), {})
     layers = [key.rpartition('/')[0] for key in last if key.endswith('/typical_tokens')]
     if not layers:

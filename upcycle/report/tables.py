@@ -1,6 +1,5 @@
-"""The numbers of a comparison: tables as text, on the console, and in a CSV."""
+"""The numbers of a comparison: as tables of text, on the console, and in a CSV file."""
 
-import csv
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -10,17 +9,19 @@ import rich.console
 import rich.markup
 import rich.table
 
+from upcycle.report import text
 from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, warnings_of
 from upcycle.report.headlines import headlines
-from upcycle.report.quantities import cost_text, extra_text, metric_text
 from upcycle.report.runs import Axis, Run
+from upcycle.report.sample import Sample
+from upcycle.report.text import cost_text, extra_text, metric_text
 
-# A head and rows, as text.
+# The head and the rows, as text.
 Table = tuple[list[str], list[list[str]]]
 
 
 def print_table(report: Report | Sequence[Report], console: rich.console.Console | None = None) -> None:
-    """Prints headlines and tables; several reports are the seeds of one comparison."""
+    """Prints warnings, tables and headlines; several reports are the seeds of one comparison."""
     reports = [report] if isinstance(report, Report) else list(report)
     console = console or rich.console.Console()
     if not console.is_terminal:
@@ -39,7 +40,7 @@ def print_table(report: Report | Sequence[Report], console: rich.console.Console
 
 
 def tables_of(reports: Sequence[Report]) -> dict[str, Table]:
-    """Titles and the tables under them, as text."""
+    """Returns the tables by title."""
     budget = reports[0].budget.get(Axis.FLOPS)
     mean = f', mean over {len(reports)} seeds' if len(reports) > 1 else ''
     at = f'; at equal FLOPs (*): {extra_text(budget, reports[0].sunk[Axis.FLOPS])}' if budget is not None else ''
@@ -75,7 +76,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _times(run: Run) -> list[str] | None:
-    """The time in a run's loop and its shares; None where they were not logged."""
+    """Returns the time in a run's loop and how it was spent; None if that was not logged."""
     last = next((record for record in reversed(run.records) if 'data_seconds' in record), None)
     if last is None:
         return None
@@ -88,30 +89,22 @@ def _times(run: Run) -> list[str] | None:
 
 
 def _difference(reports: Sequence[Report], p: Paired) -> list[str]:
-    def gap(value: float | None, sign: str = '+') -> str:
-        if value is None:
-            return '–'
-        return f'{value:{sign}.4f}' if p.metric == 'loss' else f'{100 * value:{sign}.2f}'
-
+    word, *style = {'loss': ('loss', '+.4f', 1.0), 'accuracy': ('accuracy, points', '+.2f', 100.0)}[p.metric]
     budget = cost_text(next(r.budget[p.axis] for r in reports if p.axis in r.budget), p.axis)
-    seeds = [gap(value) for value in p.values] if len(reports) > 1 else []
-    spread = f' ± {gap(p.half_width, "")}' if p.half_width is not None else ''
-    words = {'loss': 'loss', 'accuracy': 'accuracy, points'}
-    return [p.branch, p.axis.word, budget, words[p.metric], *seeds, gap(p.mean) + spread]
+    seeds = [Sample(values=(value,)).text(*style) for value in p.values] if len(reports) > 1 else []
+    return [p.branch, p.axis.word, budget, word, *seeds, p.text(*style)]
 
 
 def write_csv(reports: Sequence[Report], path: pathlib.Path) -> None:
-    """All numbers unrounded, a line per seed and branch."""
+    """Writes all numbers unrounded, one line per seed and branch."""
     names = [field.name for field in dataclasses.fields(Row)]
     gaps = [(axis, metric) for axis in Axis for metric in ('loss', 'accuracy')]
-    with path.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        extra = [f'{m}_difference_at_equal_{a.word.lower()}' for a, m in gaps]
-        writer.writerow(['seed', *names, 'budget_flops', *extra])
-        for seed, report in enumerate(reports, 1):
-            for row in report.rows:
-                found = report.differences.get(row.branch, {})
-                values = [getattr(row, name) for name in names]
-                values[names.index('role')] = row.role.value
-                differences = [getattr(found[a], m) if a in found else None for a, m in gaps]
-                writer.writerow([seed, *values, report.budget.get(Axis.FLOPS), *differences])
+    lines = []
+    for seed, report in enumerate(reports, 1):
+        for row in report.rows:
+            by_axis = report.differences.get(row.branch, {})
+            values = {name: getattr(row, name) for name in names} | {'role': row.role.value}
+            differences = [getattr(by_axis[a], m) if a in by_axis else None for a, m in gaps]
+            lines.append([seed, *values.values(), report.budget.get(Axis.FLOPS), *differences])
+    extra = [f'{m}_difference_at_equal_{a.word.lower()}' for a, m in gaps]
+    text.write_csv(path, ['seed', *names, 'budget_flops', *extra], lines)

@@ -1,7 +1,7 @@
 """The report's figures.
 
-`figure.py` saves panels, `axes.py` and `lines.py` have what panels share. The panels: `quality.py` against cost, `steps.py` over
-steps, `experts.py` of MoE layers, `ends.py` of first and last values.
+`figure.py` renders panels; `axes.py` and `lines.py` are parts that panels share. The panels: `quality.py` (metrics against cost),
+`steps.py` (values over steps), `experts.py` (MoE layers), `ends.py` (first and last values).
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def other_plots(reports: Sequence[Report]) -> list[Plot]:
-    """Everything after the main figures: before training, the initial drop, scratch from zero, experts, schedule, throughput."""
+    """Returns all other plots: step 0, the initial drop, MoE from scratch, experts, schedule and throughput."""
     return [
         *step_zero_plot(reports),
         *drop_plot(reports),
