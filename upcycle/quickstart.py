@@ -1,6 +1,6 @@
-"""The main job on real data that needs no download: dense pretraining, then three branches from it, then the report.
+"""`upcycle quickstart`: dense pretraining, three branches and a report, on real data that needs no download.
 
-Every run here is a plain `upcycle train` with the gin files and bindings below; each command is printed and in the report.
+Every run is a plain `upcycle train`; its command is printed and shown in the report.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from upcycle.sweep.points import Point
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch(Point):
-    """One run of the comparison, and what it is in it."""
+    """One run of the comparison, and its role."""
 
     role: Role
 
@@ -34,21 +34,21 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     Args:
       out: folder of the runs (`seed_S/BRANCH`) and of the report (`report/`).
       family: a name in `JOBS`.
-      budget: multiplies the numbers of steps; nothing depends on the clock.
-      seeds: of initialisation, data order and surgery; each is a whole comparison.
+      budget: multiplies the numbers of steps.
+      seeds: seeds of initialisation, data order and surgery; each is a whole comparison.
 
     Returns:
       The path of `report.html`.
 
     Raises:
-      UserError: an unknown family, or the folder holds another comparison.
+      UserError: an option is wrong, or the folder holds another comparison.
     """
     if family not in JOBS:
-        raise UserError(f'--family={family} is not one of {", ".join(JOBS)}.')
+        raise UserError(f'--family={family} is unknown: it must be one of {", ".join(JOBS)}.')
     if not 0 < budget <= 1e6:
-        raise UserError(f'--budget={budget:g} must be above 0, and at most 1e6; 1 is 20 to 50 minutes.')
+        raise UserError(f'--budget={budget:g} must be above 0 and at most 1e6; 1 takes 20 to 50 minutes.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
+        raise UserError(f'--seeds={",".join(map(str, seeds))} must be distinct integers of at least 0.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
     platforms.devices()
     _claim(out, {'family': family, 'budget': budget})
@@ -80,10 +80,10 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
 
 
 def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
-    """The dense run and its three branches. All three see the same batches in the same order.
+    """Returns the dense run and its three branches, which all see the same batches in the same order.
 
-    The extra FLOPs of the dense continuation are those of upcycling, and MoE from scratch gets the FLOPs of the dense run and
-    of upcycling together.
+    The dense continuation gets as many extra FLOPs as upcycling; MoE from scratch gets the FLOPs of the dense run and of
+    upcycling together.
     """
 
     def make(name: str, role: Role, run: str, steps: int, *, sparse: bool, start: bool) -> Branch:
@@ -139,7 +139,7 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
         for option, value in settings.items():
             if old.get(option, value) != value:
                 raise UserError(
-                    f'--out={out} holds a comparison with --{option}={old[option]}: name another folder, or say the same.'
+                    f'--out={out} holds a comparison with --{option}={old[option]}: repeat that option, or name another folder.'
                 )
         return
     outputs.write('--out', path, json.dumps(settings))

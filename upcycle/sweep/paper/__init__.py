@@ -1,14 +1,14 @@
 """The runs of the paper's figures and tables, for the experiments of `configs/`, at three scales.
 
-  mini      the quickstarts' models on embedded data, minutes a run on two CPU cores
-  full      the paper's models, data (public where the paper's is private) and meshes
-  compiled  the programs of `full`, compiled for their TPU topology and not run
+  mini      the quickstarts' models on embedded data: minutes per run on two CPU cores
+  full      the paper's models, data (public data where the paper's is private) and meshes
+  compiled  the programs of `full`, compiled for their TPU topology but not run
 
-A run is named after its model, seed and branch and not after a figure: `language_mini/seed_0/upcycled`. Experiments that share
---out share their runs.
+Runs are named after model, seed and branch, not after a figure: `language_mini/seed_0/upcycled`. Experiments with the same --out
+share their runs.
 
-`setting.py` describes models (those of the paper are files of `configs/settings/`), `branch.py` runs of a comparison, `panel.py`
-comparisons with their claims, `steps.py` numbers of steps at equal FLOPs; `experiment.py` and `programs.py` make configs of them.
+`setting.py` describes models (the paper's are files of `configs/settings/`), `branch.py` the runs of a comparison, `panel.py`
+comparisons with their claims, `steps.py` numbers of steps at equal FLOPs; `experiment.py` and `programs.py` make the configs.
 """
 
 from upcycle.report.runs import Role

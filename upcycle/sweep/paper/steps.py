@@ -1,4 +1,4 @@
-"""Numbers of steps: the branches of a panel spend the same FLOPs."""
+"""Numbers of steps at which all branches of a panel spend the same FLOPs."""
 
 import functools
 
@@ -9,7 +9,7 @@ from upcycle.sweep.paper.setting import NUM_CHECKPOINTS, Setting
 
 
 def steps_of(setting: Setting, branch: Branch) -> tuple[int, int]:
-    """Steps of a branch, and the step of the dense run at which it starts."""
+    """Returns the number of steps of a branch, and the step of the dense run at which it starts."""
     budget = branch.budget * setting.extra_steps * step_flops(setting, UPCYCLED)
     if branch.with_dense:
         budget += setting.dense_steps * step_flops(setting, CONTINUATION)
@@ -22,7 +22,7 @@ def steps_of(setting: Setting, branch: Branch) -> tuple[int, int]:
 
 
 def step_flops(setting: Setting, branch: Branch) -> float:
-    """FLOPs of a training step."""
+    """Returns the FLOPs of a training step."""
     files = branch.files_in(setting, setting.shapes or None)
     bindings = {name: grid.text_of(value) for name, value in branch.bindings_in(setting).items()}
     return _cached(tuple(files), tuple(sorted(bindings.items())))
