@@ -1,6 +1,8 @@
 """Numbers of steps at which all branches of a panel spend the same FLOPs."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from upcycle import configuration, cost
 from upcycle.sweep import grid
@@ -23,9 +25,12 @@ def steps_of(setting: Setting, branch: Branch) -> tuple[int, int]:
 
 def step_flops(setting: Setting, branch: Branch) -> float:
     """Returns the FLOPs of a training step."""
-    files = branch.files_in(setting, setting.shapes or None)
-    bindings = {name: grid.text_of(value) for name, value in branch.bindings_in(setting).items()}
-    return _cached(tuple(files), tuple(sorted(bindings.items())))
+    return flops_of(branch.files_in(setting, setting.shapes or None), branch.bindings_in(setting))
+
+
+def flops_of(gin_files: Sequence[str], bindings: Mapping[str, Any]) -> float:
+    """Returns the FLOPs of a training step of a run; MODEL_DIR, TRAIN_STEPS and INITIAL_CHECKPOINT_PATH may be missing."""
+    return _cached(tuple(gin_files), tuple(sorted((name, grid.text_of(value)) for name, value in bindings.items())))
 
 
 @functools.cache
