@@ -5,7 +5,7 @@ fine-tuning on SuperGLUE (Base and Large 1.5 to 2 points above their dense model
 
 Here the dense model, its continuation and the upcycled model are fine-tuned alike, after half of the extra budget and after all
 of it. Runs are compared at equal pretraining budgets and equal fine-tuning steps. At the mini scale the language task is to fill
-a gap in the standard library's source with the right keyword, over the six seeds of Figure 2, and the vision task is scikit-learn's
+a gap in the standard library's source with the right keyword, over the six seeds of Figure 2; the vision task is scikit-learn's
 small scans of digits.
 
   upcycle sweep --config=configs/figure_3.py --scale=mini --out=runs/paper
