@@ -26,7 +26,7 @@ from typing import Any
 import ml_collections
 
 from upcycle.sweep import grid
-from upcycle.sweep.paper import steps
+from upcycle.sweep.paper.steps import flops_of
 
 MODEL, MOE, TASK, SETTINGS = (
     'models/t5_1_1_mini.gin',
@@ -235,4 +235,4 @@ def _gin_files(run: str, files: Sequence[str], moe: bool) -> list[str]:
 
 
 def _step_flops(run: str, files: Sequence[str], bindings: Mapping[str, Any], moe: bool) -> float:
-    return steps.flops_of(_gin_files(run, files, moe), bindings)
+    return flops_of(_gin_files(run, files, moe), bindings)
