@@ -1,6 +1,7 @@
 """The paper's comparison: which branch from a dense checkpoint is best at equal extra cost?"""
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,66 +41,66 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """A branch minus the dense continuation, where both have spent the extra cost `budget` (steps, FLOPs or seconds)."""
-
-    budget: float
-    loss: float | None
-    accuracy: float | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
-    """A comparison of runs that share one dense checkpoint.
+    """A comparison of runs that share one dense checkpoint, by their validation values.
+
+    Values between evaluations are interpolated linearly.
 
     Attributes:
       runs: the compared runs.
-      sunk: cost of the dense checkpoint, per axis.
-      budget: the smallest extra cost that the dense continuation and every upcycled run reached, per axis.
-      rows: one per run.
-      differences: to the dense continuation, by branch and axis.
-      warnings: sentences about runs that do not compare.
+
+    Raises:
+      UserError: there are no runs, or two have the same name.
     """
 
-    runs: tuple[Run, ...]
-    sunk: Mapping[Axis, float]
-    budget: Mapping[Axis, float]
-    rows: tuple[Row, ...]
-    differences: Mapping[str, Mapping[Axis, Difference]]
-    warnings: tuple[str, ...]
+    runs: Sequence[Run]
 
-    @classmethod
-    def compare(cls, runs: Sequence[Run]) -> 'Report':
-        """Compares runs by their validation values, linearly interpolated between evaluations.
-
-        Raises:
-          UserError: there are no runs, or two have the same name.
-        """
-        if not runs:
+    def __post_init__(self) -> None:
+        if not self.runs:
             raise UserError('no runs to compare: give at least one run folder.')
-        names = [run.name for run in runs]
-        twice = next((run for run in runs if names.count(run.name) > 1), None)
+        names = [run.name for run in self.runs]
+        twice = next((run for run in self.runs if names.count(run.name) > 1), None)
         if twice:
             raise UserError(f'two runs are named {twice.name!r} (one is {twice.path}): rename one of the folders.')
-        branches = [run for run in runs if not run.from_zero]
-        warnings = []
-        if len({run.start[Axis.STEPS] for run in branches}) > 1:
-            starts = ', '.join(f'{run.name} at {run.start[Axis.STEPS]:,.0f}' for run in branches)
-            warnings.append(f'The branches start from different steps, so their extra costs do not compare: {starts}.')
-        sunk = _sunk(runs, branches)
-        report = cls(tuple(runs), sunk, {}, (), {}, tuple(warnings))
-        pair = [r for r in branches if r.role in (Role.DENSE_CONTINUATION, Role.UPCYCLED)]
-        if {r.role for r in pair} >= {Role.DENSE_CONTINUATION, Role.UPCYCLED}:
-            ends = {a: [x[-1] for r in pair for x in [report.curve(r, 'loss', a)[0]] if len(x)] for a in Axis}
-            budget = {a: float(min(e)) for a, e in ends.items() if len(e) == len(pair)}
-            report = dataclasses.replace(report, budget=budget)
-        base = report.find(Role.DENSE_CONTINUATION)
-        others = [r for r in report.branches if base and r is not base]
-        return dataclasses.replace(
-            report,
-            rows=tuple(report._row(run) for run in runs),
-            differences={r.name: report._differences(r, base) for r in others},
-        )
+
+    @functools.cached_property
+    def _started(self) -> list[Run]:
+        """The runs that started from the dense checkpoint."""
+        return [run for run in self.runs if not run.from_zero]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about runs that do not compare."""
+        if len({run.start[Axis.STEPS] for run in self._started}) <= 1:
+            return []
+        starts = ', '.join(f'{run.name} at {run.start[Axis.STEPS]:,.0f}' for run in self._started)
+        return [f'The branches start from different steps, so their extra costs do not compare: {starts}.']
+
+    @functools.cached_property
+    def sunk(self) -> dict[Axis, float]:
+        """Cost of the dense checkpoint, per axis."""
+        sunk = {a: next((r.start[a] for r in self._started if r.start[a]), 0.0) for a in Axis}
+        dense = self.find(Role.DENSE)
+        if dense and self._started:
+            steps, _ = dense.curve('loss', Axis.STEPS)
+            for axis in Axis:
+                value = interpolate((steps, dense.curve('loss', axis)[0]), sunk[Axis.STEPS])
+                sunk[axis] = sunk[axis] or value or 0.0
+        return sunk
+
+    @functools.cached_property
+    def budget(self) -> dict[Axis, float]:
+        """The smallest extra cost that the dense continuation and every upcycled run reached, per axis; {} without these."""
+        pair = [r for r in self._started if r.role in (Role.DENSE_CONTINUATION, Role.UPCYCLED)]
+        if len({r.role for r in pair}) < 2:
+            return {}
+        ends = {a: [x[-1] for r in pair for x in [self.curve(r, 'loss', a)[0]] if len(x)] for a in Axis}
+        return {a: float(min(end)) for a, end in ends.items() if len(end) == len(pair)}
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the table, one per run."""
+        return [self._row(run) for run in self.runs]
 
     @property
     def branches(self) -> list[Run]:
@@ -157,13 +158,14 @@ class Report:
             accuracy_at_budget=at['accuracy'],
         )
 
-    def _differences(self, run: Run, base: Run) -> dict[Axis, Difference]:
-        result = {}
-        for axis, budget in self.budget.items():
-            ours, theirs = ([interpolate(self.curve(r, m, axis), budget) for m in METRICS] for r in (run, base))
-            gaps = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
-            result[axis] = Difference(budget, *gaps)
-        return result
+    def difference(self, branch: str, axis: Axis, metric: str) -> float | None:
+        """Returns a metric of a branch minus that of the dense continuation at the budget of an axis; None if unknown."""
+        base = self.find(Role.DENSE_CONTINUATION)
+        run = next((run for run in self.branches if run.name == branch and run is not base), None)
+        if base is None or run is None:
+            return None
+        ours, theirs = (interpolate(self.curve(r, metric, axis), self.budget.get(axis)) for r in (run, base))
+        return None if ours is None or theirs is None else ours - theirs
 
     def passes(self, run: Run, other: Run, axis: Axis = Axis.FLOPS) -> float | None:
         """Returns the extra cost from which the loss of `run` stays below that of `other`, as far as both go, or None."""
@@ -202,16 +204,6 @@ def interpolate(curve: Curve, x: float | None) -> float | None:
     return float(np.interp(x, xs, ys)) if xs[0] - slack <= x <= xs[-1] + slack else None
 
 
-def _sunk(runs: Sequence[Run], branches: Sequence[Run]) -> dict[Axis, float]:
-    sunk = {a: next((r.start[a] for r in branches if r.start[a]), 0.0) for a in Axis}
-    dense = next((r for r in runs if r.role is Role.DENSE), None)
-    if dense and branches:
-        for axis in Axis:
-            value = interpolate((dense.curve('loss', Axis.STEPS)[0], dense.curve('loss', axis)[0]), sunk[Axis.STEPS])
-            sunk[axis] = sunk[axis] or value or 0.0
-    return sunk
-
-
 def _core_days(flops: float | None) -> float | None:
     return None if flops is None else cost.core_days(flops, cost.TPU_V4_CORE, cost.UTILIZATION)
 
@@ -232,11 +224,10 @@ class Paired(Sample):
 def paired(reports: Sequence[Report]) -> list[Paired]:
     """Returns the paired differences over seeds, given one report per seed. A seed without a branch has the value None."""
     result = []
-    for branch in dict.fromkeys(name for report in reports for name in report.differences):
+    for branch in dict.fromkeys(run.name for report in reports for run in report.branches):
         for axis in Axis:
             for metric in METRICS:
-                differences = [report.differences.get(branch, {}).get(axis) for report in reports]
-                values = tuple(getattr(d, metric) if d else None for d in differences)
+                values = tuple(report.difference(branch, axis, metric) for report in reports)
                 pair = Paired(branch=branch, axis=axis, metric=metric, values=values)
                 if pair.known:
                     result.append(pair)
@@ -261,8 +252,8 @@ def _mean_row(rows: Sequence[Row]) -> Row:
 def compare_seeds(runs: Sequence[Run] | Sequence[Mapping[str, Run]]) -> list[Report]:
     """Makes one report per seed; the keys of a mapping become the names of its runs, so that seeds can be paired."""
     if not runs or isinstance(runs[0], Run):
-        return [Report.compare(runs)]
-    return [Report.compare([dataclasses.replace(run, name=n) for n, run in group.items()]) for group in runs]
+        return [Report(runs)]
+    return [Report([dataclasses.replace(run, name=n) for n, run in group.items()]) for group in runs]
 
 
 def warnings_of(reports: Sequence[Report]) -> list[str]:

@@ -102,9 +102,8 @@ def write_csv(reports: Sequence[Report], path: pathlib.Path) -> None:
     lines = []
     for seed, report in enumerate(reports, 1):
         for row in report.rows:
-            by_axis = report.differences.get(row.branch, {})
             values = {name: getattr(row, name) for name in names} | {'role': row.role.value}
-            differences = [getattr(by_axis[a], m) if a in by_axis else None for a, m in gaps]
+            differences = [report.difference(row.branch, a, m) for a, m in gaps]
             lines.append([seed, *values.values(), report.budget.get(Axis.FLOPS), *differences])
     extra = [f'{m}_difference_at_equal_{a.word.lower()}' for a, m in gaps]
     text.write_csv(path, ['seed', *names, 'budget_flops', *extra], lines)
