@@ -55,27 +55,13 @@ FUNCTION: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 # Fields that change nothing in what is computed from given weights.
 HARMLESS = (
-    'transformers_version',
-    'torch_dtype',
-    'dtype',
-    'use_cache',
-    '_name_or_path',
-    'initializer_range',
+    *('transformers_version', 'torch_dtype', 'dtype', 'use_cache', '_name_or_path', 'initializer_range'),
     'dropout_rate',
 )
 VARIABLES = (
-    'COLUMNS',
-    'LINES',
-    'HOME',
-    'TMPDIR',
-    'TERM',
-    'NO_COLOR',
-    'FORCE_COLOR',
-    'LANG',
-    'MPLBACKEND',
-    'MPLCONFIGDIR',
+    *('COLUMNS', 'LINES', 'HOME', 'TMPDIR', 'TERM', 'NO_COLOR', 'FORCE_COLOR', 'LANG', 'MPLBACKEND', 'MPLCONFIGDIR'),
+    *('JAX_PLATFORMS', 'XLA_FLAGS', 'TFDS_DATA_DIR', 'GCE_METADATA_HOST', 'AWS_EC2_METADATA_SERVICE_ENDPOINT'),
 )
-VARIABLES += ('JAX_PLATFORMS', 'XLA_FLAGS', 'TFDS_DATA_DIR', 'GCE_METADATA_HOST', 'AWS_EC2_METADATA_SERVICE_ENDPOINT')
 VALUES = ('', '0', '-1', '1', 'x', '/nonexistent', '/dev/null', '/proc', 'a' * 5000, '\u2603', '~', 'http://', '1e9')
 LINES = ('{', 'NaN', '\x00', '[]', '{"step": NaN}', '{"step": 1e400}', '{"step": "4", "split": "train"}')
 SPLITS = ('train', 'validation', 'diversity')

@@ -6,7 +6,7 @@ from tests.report.test_budgets import run
 from upcycle.report.claims import Claim, as_markdown, judge
 from upcycle.report.numbers import Numbers, ends, write_csv
 from upcycle.report.numbers import as_markdown as numbers_as_markdown
-from upcycle.report.plots import Final, final_plot
+from upcycle.report.plots.ends import Final, final_plot
 from upcycle.report.runs import Role
 
 

@@ -5,8 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from upcycle.report.plots import Plot
-from upcycle.report.plots.figure import COLOURS, DPI
+from upcycle.report.plots.figure import COLOURS, DPI, Plot
 
 NOISE = np.random.default_rng(0).normal(size=5000)
 

@@ -15,8 +15,8 @@ from upcycle.errors import UserError
 from upcycle.report.command import report_main
 from upcycle.report.compare import Report, interpolate, mean_rows, paired, reaches
 from upcycle.report.html import write_report
-from upcycle.report.plots import Plot
 from upcycle.report.plots.experts import load_over_steps
+from upcycle.report.plots.figure import Plot
 from upcycle.report.runs import Axis, Role, Run, load_run
 from upcycle.report.tables import print_table
 from upcycle.report.text import unit

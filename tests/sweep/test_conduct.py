@@ -13,7 +13,7 @@ from tests.checkpoints import trees
 from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.report.plots import Plot
+from upcycle.report.plots.figure import Plot
 from upcycle.sweep import conduct, launchers, reports
 from upcycle.sweep import grid as grids
 from upcycle.sweep.conduct import Entry

@@ -11,8 +11,8 @@ from upcycle.report.claims import Verdict
 from upcycle.report.claims import rows as claim_rows
 from upcycle.report.compare import Report, compare_seeds, warnings_of
 from upcycle.report.headlines import headlines
-from upcycle.report.plots import Plot, main_plots, other_plots
-from upcycle.report.plots.figure import of_the_first
+from upcycle.report.plots import ends, experts, quality, steps
+from upcycle.report.plots.figure import Plot, of_the_first
 from upcycle.report.runs import Run
 from upcycle.report.tables import Table, tables_of, write_csv
 
@@ -65,7 +65,15 @@ def write_report(
     notes = notes or {}
     reports = compare_seeds(runs)
     out = pathlib.Path(out_dir)
-    main, others = [*first, *main_plots(reports, notes.get('evaluated_on'))], other_plots(reports)
+    main = [*first, *quality.main_plots(reports, notes.get('evaluated_on'))]
+    others = [
+        *ends.step_zero_plot(reports),
+        *quality.drop_plot(reports),
+        *quality.from_zero_plot(reports),
+        *experts.expert_plots(reports),
+        steps.schedule_plot(reports),
+        steps.throughput_plot(reports),
+    ]
     parts = [
         *_head(title, reports),
         *_claims(verdicts),

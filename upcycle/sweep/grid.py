@@ -12,7 +12,7 @@ A config is a Python file with `get_config(scale) -> ml_collections.ConfigDict`:
             report/NAME when all points are finished. `groups`: one per seed, {branch: names of its points in order of
             training}; `roles`: by branch, 'upcycled' by default; `base`: the branch that the others are compared with at
             several budgets; `curves`: the branches to draw, all by default; `claims`: fields of `report.claims.Claim`;
-            `finals`: fields of `report.plots.Final`; `numbers`: fields of `report.numbers.Numbers`
+            `finals`: fields of `report.plots.ends.Final`; `numbers`: fields of `report.numbers.Numbers`
   compile?  instead of points: a list of {name, gin_files, bindings, topology}, programs that are compiled and not run
   test?     bindings for a final evaluation of the best point, such as the test split
 """

@@ -51,17 +51,17 @@ def write_comparison(report: Mapping[str, Any], commands: Mapping[str, str], out
       commands: commands by the names of points.
       out: the sweep's folder.
     """
-    from upcycle.report import budgets, claims, numbers, plots
+    from upcycle.report import budgets, claims, numbers
     from upcycle.report.compare import compare_seeds
     from upcycle.report.html import write_report
+    from upcycle.report.plots.ends import Final, final_plot
 
     folder = pathlib.Path(out, 'report', report.get('name', ''))
     seeds = _runs_of(report, out)
     curves = report.get('curves')
     groups = [{name: run for name, run in runs.items() if curves is None or name in curves} for runs in seeds]
     finals = [
-        plots.final_plot(plots.Final(**final), seeds, f'ends_{number + 1}')
-        for number, final in enumerate(report.get('finals', ()))
+        final_plot(Final(**final), seeds, f'ends_{number + 1}') for number, final in enumerate(report.get('finals', ()))
     ]
     verdicts = [claims.judge(claims.Claim(**claim), seeds) for claim in report.get('claims', ())]
     texts, tables = {}, {}

@@ -11,6 +11,8 @@ share their runs.
 comparisons with their claims, `steps.py` numbers of steps at equal FLOPs; `experiment.py` and `programs.py` make the configs.
 """
 
+# ruff: noqa: F401
+# The names that the files of `configs/` use.
 from upcycle.report.runs import Role
 from upcycle.sweep.paper.branch import (
     CONTINUATION,
@@ -37,28 +39,3 @@ from upcycle.sweep.paper.setting import (
     scale_of,
     setting_of,
 )
-
-__all__ = [
-    'CONTINUATION',
-    'FOUR_WAY_POD',
-    'POD',
-    'SCRATCH',
-    'UPCYCLED',
-    'Branch',
-    'Downstream',
-    'Panel',
-    'Pod',
-    'Role',
-    'Scale',
-    'Setting',
-    'capacity',
-    'continuation',
-    'every_size',
-    'experiment',
-    'experts',
-    'from_scratch',
-    'of_experts',
-    'scale_of',
-    'setting_of',
-    'upcycled',
-]
