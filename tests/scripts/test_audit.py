@@ -29,9 +29,9 @@ def audit(folder, packages, code, *arguments):
 @pytest.mark.parametrize(
     ('packages', 'pip_audit', 'code', 'words'),
     [
-        ([SOUND, OURS], 0, 0, '1 packages looked up, 0 with'),
+        ([SOUND, OURS], 0, 0, '1 packages checked, 0 with'),
         ([SOUND, KNOWN, OURS], 1, 1, 'pillow 9.0: CVE-1, fixed in 9.1'),
-        ([SOUND, UNKNOWN], 0, 2, 'seqio: not looked up (not found on the index)'),
+        ([SOUND, UNKNOWN], 0, 2, 'seqio: not checked (not found on the index)'),
         (None, 1, 2, 'no report'),
     ],
 )
