@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, outputs, platforms
+from upcycle import outputs, platforms
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.models.quickstart import JOBS, Job
@@ -18,6 +18,7 @@ from upcycle.report.compare import compare_seeds
 from upcycle.report.html import write_report
 from upcycle.report.runs import Role, load_run
 from upcycle.report.tables import print_table
+from upcycle.sweep.paper.steps import flops_of
 from upcycle.sweep.points import Point
 
 
@@ -106,7 +107,7 @@ def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
     upcycle_steps = max(1, round(job.upcycle_steps * budget))
     dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps, sparse=False, start=False)
     scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps, sparse=True, start=False)
-    ratio = _step_flops(scratch) / _step_flops(dense)
+    ratio = flops_of(scratch.gin_files, scratch.bindings) / flops_of(dense.gin_files, dense.bindings)
     scratch.bindings['TRAIN_STEPS'] = str(max(1, round(dense_steps / ratio + upcycle_steps)))
     return [
         dense,
@@ -121,11 +122,6 @@ def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
         make('upcycled', Role.UPCYCLED, 'runs/upcycle.gin', dense_steps + upcycle_steps, sparse=True, start=True),
         scratch,
     ]
-
-
-def _step_flops(branch: Branch) -> float:
-    run = configuration.load(branch.gin_files, branch.bindings)
-    return cost.step_flops(run.model, run.train_data.batch_spec())
 
 
 def _claim(out: str, settings: dict[str, Any]) -> None:

@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 
-from upcycle.report.claims import WINDOW
-from upcycle.report.compare import Report, interpolate
+from upcycle.report.claims import WINDOW, mean_between
+from upcycle.report.compare import Report
 from upcycle.report.plots.axes import set_title
 from upcycle.report.plots.figure import INK, ROLE_COLOURS, RULE, SOFT, Panel, Plot
 from upcycle.report.runs import Axis, Role
@@ -59,11 +57,8 @@ def _difference(report: Report, branch: str, base: str, share: float) -> float |
     budget = theirs[0][-1]
     if math.isclose(ours[0][-1], budget, rel_tol=_ROUNDING):
         budget = min(ours[0][-1], budget)
-    places = np.linspace((share - WINDOW) * budget, share * budget, 5)
-    gaps = [(interpolate(ours, x), interpolate(theirs, x)) for x in places]
-    if any(value is None for gap in gaps for value in gap):
-        return None
-    return statistics.fmean(a - b for a, b in gaps)
+    means = [mean_between(curve, (share - WINDOW) * budget, share * budget) for curve in (ours, theirs)]
+    return None if None in means else means[0] - means[1]
 
 
 def _sorted(rows: Sequence[AtBudget]) -> tuple[list[float], dict[str, dict[float, AtBudget]]]:

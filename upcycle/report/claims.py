@@ -121,7 +121,7 @@ def _gap(claim: Claim, runs: Mapping[str, Run], branches: tuple[str, str]) -> fl
         cost = min(float(x[-1]) for x, _ in curves)
         if claim.at is not None:
             cost = claim.at * sunk
-        values = [mean_before(curve, cost) for curve in curves]
+        values = [_mean_before(curve, cost) for curve in curves]
     return None if None in values else values[0] - values[1]
 
 
@@ -131,12 +131,16 @@ def curve_of(run: Run, metric: str, axis: Axis) -> Curve:
     return run.curve(name, axis, split) if slash else run.curve(metric, axis)
 
 
-def mean_before(curve: Curve, cost: float) -> float | None:
+def _mean_before(curve: Curve, cost: float) -> float | None:
     """Averages a curve over the last `WINDOW` before a cost; None if the curve does not reach it."""
-    places = np.linspace((1 - WINDOW) * cost, cost, 5)
     if len(curve[0]) == 1:  # a metric that is only logged at the last step
         return float(curve[1][0]) if math.isclose(curve[0][0], cost, rel_tol=0.02) else None
-    values = [interpolate(curve, float(place)) for place in places]
+    return mean_between(curve, (1 - WINDOW) * cost, cost)
+
+
+def mean_between(curve: Curve, low: float, high: float) -> float | None:
+    """Averages a curve over five evenly spaced costs; None if it does not reach one of them."""
+    values = [interpolate(curve, float(cost)) for cost in np.linspace(low, high, 5)]
     return None if None in values else statistics.fmean(values)
 
 

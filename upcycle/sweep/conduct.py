@@ -33,6 +33,8 @@ class Entry:
       step_flops: FLOPs of one step.
       status: see `Status`.
       progress: its progress, as logged.
+      job: its job, while that runs.
+      began: `time.monotonic()` at the start of the job, less the seconds of steps that were logged before.
       overhead: seconds spent on starting, compiling, evaluating and saving; None until the run has ended.
       reason: why it failed; empty if it did not.
     """
@@ -43,6 +45,8 @@ class Entry:
     step_flops: float
     status: Status = Status.WAITING
     progress: Progress = dataclasses.field(default_factory=Progress)
+    job: Job | None = None
+    began: float = 0.0
     overhead: float | None = None
     reason: str = ''
 
@@ -148,69 +152,55 @@ def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[
       launcher: starts the runs.
       show: called about every `PERIOD` seconds and after every change of a status.
     """
-    running = _Running(entries, out, launcher)
     try:
-        running.start_ready()
-        while running.jobs:
+        _start_ready(entries, out, launcher)
+        while any(entry.job for entry in entries):
             show(entries)
             time.sleep(PERIOD)
-            running.look()
-            running.start_ready()
+            for entry in entries:
+                if entry.job is not None:
+                    _follow(entry, entry.job, out)
+            _start_ready(entries, out, launcher)
         show(entries)
     finally:
-        for job in running.jobs.values():
-            job.stop()
+        for entry in entries:
+            if entry.job is not None:
+                entry.job.stop()
 
 
-class _Running:
-    """The jobs in progress, by the names of their points.
+def _start_ready(entries: list[Entry], out: str, launcher: Launcher) -> None:
+    """Starts waiting points whose predecessors are finished, as far as the launcher has free slots."""
+    by_name = {entry.point.name: entry for entry in entries}
+    free = launcher.slots - sum(entry.job is not None for entry in entries)
+    ready = []
+    for entry in entries:
+        if entry.status is not Status.WAITING:
+            continue
+        states = {by_name[name].status for name in entry.point.after}
+        if states & {Status.FAILED, Status.BLOCKED}:
+            entry.status = Status.BLOCKED
+        elif states <= {Status.FINISHED} and len(ready) < free:
+            ready.append(entry)
+    if not ready:
+        return
+    commands = [(entry.point.arguments, log_of(out, entry.point.name)) for entry in ready]
+    for entry, job in zip(ready, launcher.start_all(commands), strict=True):
+        entry.job, entry.status = job, Status.RUNNING
+        entry.began = time.monotonic() - entry.progress.seconds
 
-    Args:
-      entries: all points of the grid; updated in place.
-      out: the sweep's folder.
-      launcher: starts the runs.
-    """
 
-    def __init__(self, entries: list[Entry], out: str, launcher: Launcher):
-        self.jobs: dict[str, Job] = {}
-        self._entries = {entry.point.name: entry for entry in entries}
-        self._out, self._launcher = out, launcher
-        self._began: dict[str, tuple[float, float]] = {}
-
-    def start_ready(self) -> None:
-        """Starts waiting points whose predecessors are finished, as far as the launcher has free slots."""
-        ready = []
-        for entry in self._entries.values():
-            if entry.status is not Status.WAITING:
-                continue
-            states = {self._entries[name].status for name in entry.point.after}
-            if states & {Status.FAILED, Status.BLOCKED}:
-                entry.status = Status.BLOCKED
-            elif states <= {Status.FINISHED} and len(self.jobs) + len(ready) < self._launcher.slots:
-                ready.append(entry)
-        if not ready:
-            return
-        commands = [(entry.point.arguments, log_of(self._out, entry.point.name)) for entry in ready]
-        for entry, job in zip(ready, self._launcher.start_all(commands), strict=True):
-            self.jobs[entry.point.name] = job
-            self._began[entry.point.name] = time.monotonic(), entry.progress.seconds
-            entry.status = Status.RUNNING
-
-    def look(self) -> None:
-        """Reads the logs again and removes the jobs that have ended."""
-        for name, job in list(self.jobs.items()):
-            entry, code = self._entries[name], job.poll()
-            entry.look()
-            if code is None:
-                continue
-            del self.jobs[name]
-            since, seconds = self._began[name]
-            entry.overhead = time.monotonic() - since - (entry.progress.seconds - seconds)
-            if code == 0 and entry.point.finished(entry.total_steps):
-                entry.status = Status.FINISHED
-            else:
-                entry.status = Status.FAILED
-                entry.reason = reason_of(log_of(self._out, name), code)
+def _follow(entry: Entry, job: Job, out: str) -> None:
+    """Reads the log of a running point again, and removes its job if that has ended."""
+    code = job.poll()
+    entry.look()
+    if code is None:
+        return
+    entry.job, entry.overhead = None, time.monotonic() - entry.began - entry.progress.seconds
+    if code == 0 and entry.point.finished(entry.total_steps):
+        entry.status = Status.FINISHED
+    else:
+        entry.status = Status.FAILED
+        entry.reason = reason_of(log_of(out, entry.point.name), code)
 
 
 def run_to_end(launcher: Launcher, arguments: Sequence[str], log: str) -> int:
