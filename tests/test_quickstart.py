@@ -1,4 +1,4 @@
-"""The main job at a budget of a few steps: four runs, a table, a report, and the same again from where it was cut off."""
+"""The quickstart with a few steps: four runs, a table, a report, and resumption."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Branches at several budgets, and runs in several legs."""
+"""Branches at several budgets, and chained runs."""
 
 import io
 import pathlib
@@ -17,7 +17,7 @@ STEPS = range(0, 101, 2)
 
 
 def run(name, loss, role=Role.UPCYCLED, steps=STEPS, step_flops=1.0, start_step=1000, sunk=500.0):
-    """A run that logs `loss(flops)`."""
+    """Returns a run that logs `loss(flops)`."""
     records = tuple(
         {
             'split': 'validation',

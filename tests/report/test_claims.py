@@ -1,4 +1,4 @@
-"""Claims: who is better at which cost, and when the seeds settle it."""
+"""Claims: which branch is better at which cost, and when the seeds decide it."""
 
 import pytest
 
@@ -99,7 +99,7 @@ def test_a_difference_of_differences():
 
 
 def test_step_by_step():
-    """Half as many steps of twice the cost: level at equal FLOPs, ahead at equal steps."""
+    """Half as many steps of twice the cost: equal at equal FLOPs, ahead at equal steps."""
     dear = run('dear', lambda x: 2 - 0.01 * x, steps=range(0, 51, 2), step_flops=2.0)
     pair = [{'dear': dear, 'theirs': run('theirs', lambda x: 2 - 0.01 * x)}]
     assert judge(Claim('', 'dear', 'theirs'), pair).mean == pytest.approx(0)

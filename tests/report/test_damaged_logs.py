@@ -1,4 +1,4 @@
-"""Any damaged `metrics.jsonl` is one sentence of `upcycle report`, with the file and the line."""
+"""For any damaged `metrics.jsonl`, `upcycle report` prints one sentence with the file and the line."""
 
 import json
 

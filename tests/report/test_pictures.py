@@ -1,4 +1,4 @@
-"""Pictures of a report: small files."""
+"""The pictures of a report are small files."""
 
 import io
 

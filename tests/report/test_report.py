@@ -1,4 +1,4 @@
-"""The numbers of the report on runs whose curves are straight lines, and what a user may have done to the folders."""
+"""The numbers of a report on runs with linear curves, and damaged or unusual run folders."""
 
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ LAYERS = ('encoder/layers_1', 'decoder/layers_1')
 
 
 def write_run(folder, start, steps, flops, rate, loss, experts=False, sunk=(0.0, 0.0), every=100):
-    """A run whose validation loss is `loss(steps since start)` and whose accuracy is a tenth of it."""
+    """Writes a run with validation loss `loss(steps since start)` and a tenth of it as accuracy."""
     folder.mkdir(parents=True)
     lines = []
     for k in range(0, steps + 1, every):
@@ -65,7 +65,7 @@ def runs(tmp_path):
 
 @pytest.fixture
 def not_drawn(monkeypatch):
-    """Figures without their pictures, whose drawing is most of a test's time."""
+    """Skips drawing, which takes most of a test's time."""
     monkeypatch.setattr(Plot, 'png', lambda self: b'')
 
 

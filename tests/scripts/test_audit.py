@@ -1,4 +1,4 @@
-"""scripts/audit.sh, by a program that stands in for pip-audit."""
+"""scripts/audit.sh with a fake pip-audit."""
 
 import json
 import os
@@ -16,7 +16,7 @@ UNKNOWN = {'name': 'seqio', 'skip_reason': 'not found on the index'}
 
 
 def audit(folder, packages, code, *arguments):
-    """Runs the script beside a pip-audit that reports these packages (None: nothing) and exits with that code."""
+    """Runs the script with a pip-audit that reports these packages (None: nothing) and exits with that status."""
     program = folder / 'pip-audit'
     report = '' if packages is None else f'echo \'{json.dumps({"dependencies": packages})}\' > "${{a#--output=}}"'
     body = f'for a in "$@"; do [[ $a == --output=* ]] && {report or ":"}; done'

@@ -1,4 +1,4 @@
-"""Launchers: what they ask of gcloud, sbatch and xpk, by programs that stand in for them; processes of one host for real."""
+"""Launchers: their calls of fake gcloud, sbatch and xpk programs, and real processes on one host."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ TRAIN = ('train', '--gin_file=a.gin', "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}"
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Makes a program that notes its arguments, one a line, and its input, and does what a line of shell says."""
+    """Makes a program that records its arguments, one per line, and its input, and then runs a line of shell."""
     bin_folder = tmp_path / 'bin'
     bin_folder.mkdir()
 

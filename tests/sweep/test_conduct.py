@@ -1,4 +1,4 @@
-"""Carrying out a grid: order, finished points, failures, the estimate, the best; and one real sweep of two tiny runs."""
+"""Running a grid: order, finished points, failures, time left, the best point; and a real sweep of two tiny runs."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from upcycle.sweep.points import Point, Progress, Status, progress_of
 
 
 class Pretend(launchers.Launcher):
-    """Runs that take no time: they write what a run writes, or fail."""
+    """A launcher of runs that take no time: they write a log and a checkpoint, or fail."""
 
     def __init__(self, fails=(), slots=1):
         self.slots, self.fails = slots, fails
@@ -59,7 +59,7 @@ def at_once(monkeypatch):
 
 
 def grid(out, **after):
-    """Entries of points of ten steps."""
+    """Returns entries of points of ten steps."""
     return [
         Entry(
             Point(name=name, gin_files=(), bindings={'MODEL_DIR': str(out / name)}, after=needs),
@@ -192,7 +192,7 @@ def sweep_command(out, steps=3):
 
 
 def test_a_grid_from_the_command_line(tmp_path, capsys):
-    """Two runs, one of which fails; called again, the finished one is left alone and the other tried again."""
+    """One of two runs fails; the second sweep keeps the finished run and tries the other again."""
     command = [*sweep_command(tmp_path), '--grid', 'LABEL_SMOOTHING=0.1,0.2']
     good, bad = (tmp_path / f'LABEL_SMOOTHING={value}' for value in (0.1, 0.2))
     bad.write_text('no folder')
@@ -298,7 +298,7 @@ def test_slots_have_their_own_cores(tmp_path, monkeypatch):
 
 
 def test_a_papers_figure_ends_in_verdicts(tmp_path, monkeypatch, capsys):
-    """The report of a figure, from run folders written by hand: upcycling ends 0.1 ahead, and starts behind."""
+    """The report of a figure from handwritten run folders: upcycling starts behind and ends 0.1 ahead."""
     monkeypatch.setattr(Plot, 'png', lambda self: b'')
     what = grids.load('configs/figure_2_language.py', 'mini')
     points = grids.resolve(what, str(tmp_path))
@@ -400,7 +400,7 @@ echo Submitted batch job 42
 
 
 def test_points_that_start_together_are_an_array_of_slurm(tmp_path, monkeypatch):
-    """Programs that keep the script that they are given stand in for Slurm's."""
+    """Fake Slurm programs that keep the submitted scripts."""
     programs, scripts = tmp_path / 'bin', tmp_path / 'scripts'
     programs.mkdir()
     scripts.mkdir()
@@ -431,7 +431,7 @@ case "$*" in *--wait-for-job-completion=*) exit $(cat {folder}/status) ;; esac
 
 
 def test_points_are_workloads_of_a_gke_cluster(tmp_path, monkeypatch):
-    """A program that notes its arguments stands in for xpk."""
+    """A fake xpk that records its arguments."""
     (tmp_path / 'xpk').write_text(XPK.format(folder=tmp_path))
     (tmp_path / 'xpk').chmod(0o755)
     options = {'cluster': 'c', 'tpu-type': 'v4-128', 'docker-image': 'i', 'zone': 'z'}
@@ -480,7 +480,7 @@ def test_an_unknown_option_of_the_cluster(tmp_path):
 
 @pytest.mark.parametrize('kind', [list, tuple])
 def test_a_point_that_starts_from_several_checkpoints(kind, tmp_path):
-    """Its first step is the largest of theirs; a checkpoint without a step counts as 0."""
+    """Its first step is the largest step of the checkpoints; a checkpoint without a step counts as 0."""
     tree = trees.t5(False, state=False)
     first = trees.write(tmp_path / 'first', 't5x_orbax', tree)
     second = trees.write(tmp_path / 'second', 't5x_orbax', {**tree, 'step': np.asarray(7, np.int32)})

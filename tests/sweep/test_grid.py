@@ -1,4 +1,4 @@
-"""Grids: axes, products, the command line's form, configs, and the order of points that start from others."""
+"""Grids: axes, products, the command line, configs, and the order of points."""
 
 import ml_collections
 import pytest
