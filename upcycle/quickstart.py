@@ -87,8 +87,9 @@ def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
     upcycling together.
     """
 
-    def make(name: str, role: Role, run: str, steps: int, *, sparse: bool, start: bool) -> Branch:
-        files = (job.model, *((job.moe,) if sparse else ()), job.data, run, job.settings)
+    def make(name: str, role: Role, run: str, steps: int) -> Branch:
+        is_sparse = role in (Role.UPCYCLED, Role.SCRATCH)
+        files = (job.model, *((job.moe,) if is_sparse else ()), job.data, run, job.settings)
         bindings = {
             'MODEL_DIR': os.path.join(folder, name),
             'TRAIN_STEPS': str(steps),
@@ -97,31 +98,22 @@ def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
         }
         if role is not Role.DENSE and job.cooldown_steps:
             bindings['COOLDOWN_STEPS'] = str(round(job.cooldown_steps * budget))
-        if start:
+        if role in (Role.UPCYCLED, Role.DENSE_CONTINUATION):
             bindings['INITIAL_CHECKPOINT_PATH'] = os.path.join(folder, 'dense')
-        if sparse and start:
+        if role is Role.UPCYCLED:
             bindings['UPCYCLE_SEED'] = str(seed)
         return Branch(name=name, role=role, gin_files=files, bindings=bindings)
 
     dense_steps = max(1, round(job.dense_steps * budget))
     upcycle_steps = max(1, round(job.upcycle_steps * budget))
-    dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps, sparse=False, start=False)
-    scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps, sparse=True, start=False)
+    dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps)
+    scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps)
     ratio = flops_of(scratch.gin_files, scratch.bindings) / flops_of(dense.gin_files, dense.bindings)
     scratch.bindings['TRAIN_STEPS'] = str(max(1, round(dense_steps / ratio + upcycle_steps)))
-    return [
-        dense,
-        make(
-            'dense_continuation',
-            Role.DENSE_CONTINUATION,
-            'runs/continue_dense.gin',
-            dense_steps + max(1, round(upcycle_steps * ratio)),
-            sparse=False,
-            start=True,
-        ),
-        make('upcycled', Role.UPCYCLED, 'runs/upcycle.gin', dense_steps + upcycle_steps, sparse=True, start=True),
-        scratch,
-    ]
+    more_steps = dense_steps + max(1, round(upcycle_steps * ratio))
+    continuation = make('dense_continuation', Role.DENSE_CONTINUATION, 'runs/continue_dense.gin', more_steps)
+    upcycled = make('upcycled', Role.UPCYCLED, 'runs/upcycle.gin', dense_steps + upcycle_steps)
+    return [dense, continuation, upcycled, scratch]
 
 
 def _claim(out: str, settings: dict[str, Any]) -> None:

@@ -69,6 +69,10 @@ def not_drawn(monkeypatch):
     monkeypatch.setattr(Plot, 'png', lambda self: b'')
 
 
+def one_seed(*runs):
+    return [{run.name: run for run in runs}]
+
+
 def test_roles_come_from_names_and_else_from_metrics(tmp_path, runs):
     assert {run.name: run.role for run in runs} == {
         'dense': Role.DENSE,
@@ -114,13 +118,13 @@ def test_table_at_the_end_and_at_equal_cost(runs):
 
 def test_where_the_time_went(tmp_path, runs, capsys):
     console = rich.console.Console(width=200)
-    print_table(Report(runs), console)
+    print_table([Report(runs)], console)
     assert 'Where the time went' not in capsys.readouterr().out
     folder = write_run(tmp_path / 'timed', 0, 100, 1e12, 1.0, lambda k: 1.0)
     spent = {'seconds': 80.0, 'data_seconds': 20.0, 'evaluation_seconds': 15.0, 'checkpoint_seconds': 5.0}
     lines = [json.loads(line) | spent for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    print_table(Report([load_run(folder)]), console)
+    print_table([Report([load_run(folder)])], console)
     out = capsys.readouterr().out.split('Where the time went')[1]
     assert re.search(r'timed +100 seconds +60\.0% +20\.0% +15\.0% +5\.0%', out), out
 
@@ -179,7 +183,7 @@ def test_a_run_in_progress(tmp_path, runs, not_drawn):
     with pytest.raises(UserError, match=re.escape(f'{metrics}, line 1')):
         load_run(runs[-1].path)
     metrics.write_text(json.dumps({'step': START, 'split': 'train', 'start_step': START, 'loss': math.nan}) + '\n')
-    path = write_report([*runs[:-1], load_run(runs[-1].path)], tmp_path / 'out', 'half a run')
+    path = write_report(one_seed(*runs[:-1], load_run(runs[-1].path)), tmp_path / 'out', 'half a run')
     assert 'upcycled' in path.read_text()
 
 
@@ -200,7 +204,7 @@ def test_user_errors_name_the_path(tmp_path, runs):
 
 def test_the_page_refers_to_files_of_its_folder_only(tmp_path, runs):
     notes = {'evaluated_on': '65,536 tokens', 'command': 'upcycle quickstart\n--out "<here>"'}
-    path = write_report(runs, tmp_path / 'out', 'A <title>', notes)
+    path = write_report(one_seed(*runs), tmp_path / 'out', 'A <title>', notes)
     page = path.read_text()
     assert not re.search(r'https?:|<script|<link|@import|url\(|data:', page)
     names = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -248,11 +252,11 @@ def test_what_experts_read_is_of_the_layer_that_says_most_at_the_last_look(tmp_p
         return found | {'split': 'diversity', 'step': step}
 
     looked = dataclasses.replace(runs[-1], records=(*runs[-1].records, look(1100, 0.25), look(1200, 0.5)))
-    page = write_report([*runs[:-1], looked], tmp_path / 'out', 'looked').read_text()
+    page = write_report(one_seed(*runs[:-1], looked), tmp_path / 'out', 'looked').read_text()
     assert f'<summary>{looked.name}, {LAYERS[1]}: 1.500 nats</summary>' in page
     assert '<td>0</td><td>2.5</td><td>&#x27;def&#x27;</td>' in page and '<td>1</td><td>1</td><td>–</td>' in page
     assert '&lt;of&gt;' not in page
-    assert 'What each expert reads' not in write_report(runs, tmp_path / 'none', 'not looked').read_text()
+    assert 'What each expert reads' not in write_report(one_seed(*runs), tmp_path / 'none', 'not looked').read_text()
 
 
 def test_seeds_are_paired(tmp_path, not_drawn):
@@ -291,7 +295,7 @@ def test_a_dense_run_without_a_seed_serves_all_seeds(tmp_path, not_drawn):
 
 def test_console(runs):
     console = rich.console.Console(record=True, width=140)
-    print_table(Report(runs), console)
+    print_table([Report(runs)], console)
     text = console.export_text()
     assert '+2.4 PFLOPs (80.0% of the sunk cost)' in text
     assert re.search(r'upcycled +steps +700 +loss +-0\.1100', text)

@@ -199,7 +199,7 @@ def test_a_grid_from_the_command_line(tmp_path, capsys):
     code, out, _ = call(command, capsys)
     assert code == 1
     assert f'{good.name}: finished' in out
-    assert f'{bad.name} failed: ' in out and 'tries again' in out
+    assert f'{bad.name} failed: ' in out and 'repeat the command' in out
     assert read_metrics(str(good / 'metrics.jsonl'))[-1]['step'] == 3
     written = (good / 'metrics.jsonl').stat().st_mtime_ns
     bad.unlink()

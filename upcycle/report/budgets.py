@@ -32,14 +32,14 @@ class AtBudget(Sample):
     share: float
 
 
-def at_budgets(reports: Sequence[Report], base: str, shares: Sequence[float] = SHARES) -> list[AtBudget]:
+def at_budgets(reports: Sequence[Report], base: str) -> list[AtBudget]:
     """Compares all other branches with the base at every budget that they reached.
 
     Losses are averaged over the last `WINDOW` of the whole budget, which is the FLOPs that the base spent.
     """
     rows = []
     for branch in dict.fromkeys(run.name for report in reports for run in report.branches):
-        for share in shares:
+        for share in SHARES:
             gaps = (_difference(report, branch, base, share) for report in reports)
             known = tuple(gap for gap in gaps if gap is not None)
             if branch != base and known:

@@ -249,11 +249,9 @@ def _mean_row(rows: Sequence[Row]) -> Row:
     return dataclasses.replace(rows[0], **means)
 
 
-def compare_seeds(runs: Sequence[Run] | Sequence[Mapping[str, Run]]) -> list[Report]:
+def compare_seeds(seeds: Sequence[Mapping[str, Run]]) -> list[Report]:
     """Makes one report per seed; the keys of a mapping become the names of its runs, so that seeds can be paired."""
-    if not runs or isinstance(runs[0], Run):
-        return [Report(runs)]
-    return [Report([dataclasses.replace(run, name=n) for n, run in group.items()]) for group in runs]
+    return [Report([dataclasses.replace(run, name=name) for name, run in runs.items()]) for runs in seeds]
 
 
 def warnings_of(reports: Sequence[Report]) -> list[str]:

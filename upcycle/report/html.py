@@ -40,7 +40,7 @@ pre { background: var(--code); padding: .7rem; border-radius: 6px; overflow-x: a
 
 
 def write_report(
-    runs: Sequence[Run] | Sequence[Mapping[str, Run]],
+    seeds: Sequence[Mapping[str, Run]],
     out_dir: str | pathlib.Path,
     title: str,
     notes: Mapping[str, str] | None = None,
@@ -51,7 +51,7 @@ def write_report(
     """Writes `report.html`, `report.csv` and the figures of the page, one PNG each.
 
     Args:
-      runs: the branches of one dense checkpoint, or one mapping of branch name to run per seed.
+      seeds: the branches of one dense checkpoint by name, one mapping per seed.
       out_dir: folder, made if absent.
       title: the page's heading.
       notes: how to reproduce the report, shown as given; `evaluated_on` is also shown in captions.
@@ -63,7 +63,7 @@ def write_report(
       The path of `report.html`.
     """
     notes = notes or {}
-    reports = compare_seeds(runs)
+    reports = compare_seeds(seeds)
     out = pathlib.Path(out_dir)
     main = [*first, *quality.main_plots(reports, notes.get('evaluated_on'))]
     others = [

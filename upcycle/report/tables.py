@@ -20,9 +20,8 @@ from upcycle.report.text import cost_text, extra_text, metric_text
 Table = tuple[list[str], list[list[str]]]
 
 
-def print_table(report: Report | Sequence[Report], console: rich.console.Console | None = None) -> None:
+def print_table(reports: Sequence[Report], console: rich.console.Console | None = None) -> None:
     """Prints warnings, tables and headlines; several reports are the seeds of one comparison."""
-    reports = [report] if isinstance(report, Report) else list(report)
     console = console or rich.console.Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)

@@ -64,11 +64,11 @@ def set_limits(ax: Axes, every: np.ndarray, late: np.ndarray, firsts: Mapping[st
         )
 
 
-def name_lines(ax: Axes, labels: Sequence[Label], gap: float = 0.068) -> None:
+def name_lines(ax: Axes, labels: Sequence[Label]) -> None:
     """Writes the names of lines at the right edge, at their last values, moved apart so that no two overlap."""
     # More names than fit are set smaller, within 1.05 of the axis.
-    size = 8 if len(labels) * gap <= 1.05 else 6.5
-    gap = min(gap, 1.05 / max(len(labels), 1))
+    gap = min(0.068, 1.05 / max(len(labels), 1))
+    size = 8 if gap == 0.068 else 6.5
     place = ax.transData + ax.transAxes.inverted()
     middle = ax.get_xlim()[1]
     order = sorted((min(max(place.transform((middle, y))[1], 0.0), 1.0), text, colour) for y, text, colour in labels)
