@@ -32,6 +32,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 from soaking.starts import (
     FAMILIES,
     LONGEST_SECONDS,
+    PERIODS,  # noqa: F401  (read by a test)
     ROOT,
     Case,
     Leg,
@@ -178,7 +179,7 @@ def disturb(
     reached, damaged = 0, False
     for number in range(MOST_STARTS):
         account.starts += 1
-        # A run upcycles only at its first start.
+        # A run upcycles at its first start.
         aim = 'upcycle' if number == 0 and chance.random() < SHARE_UPCYCLING else chance.choice(AIMS)
         sent = chance.choice((signal.SIGKILL, signal.SIGTERM)) if account.kills < kills else None
         with Leg(case, run, dense, total) as leg:

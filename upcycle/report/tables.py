@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import rich.box
 import rich.console
-import rich.markup
 import rich.table
 
+from upcycle import tables
 from upcycle.report import text
 from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, warnings_of
 from upcycle.report.headlines import headlines
@@ -22,20 +22,18 @@ Table = tuple[list[str], list[list[str]]]
 
 def print_table(reports: Sequence[Report], console: rich.console.Console | None = None) -> None:
     """Prints warnings, tables and headlines; several reports are the seeds of one comparison."""
-    console = console or rich.console.Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+    console = console or tables.console(120)
     for warning in warnings_of(reports):
-        console.print(f'Warning: {warning}', style='yellow', markup=False)
+        console.print(f'Warning: {warning}', style='yellow')
     for name, (head, body) in tables_of(reports).items():
         table = rich.table.Table(title=name, title_justify='left', box=rich.box.SIMPLE_HEAD)
         for i, column in enumerate(head):
             table.add_column(column, justify='right' if i else 'left', overflow='fold')
         for row in body:
-            table.add_row(*map(rich.markup.escape, row))
+            table.add_row(*row)
         console.print(table)
     for line in headlines(reports):
-        console.print(f'- {line}', markup=False, highlight=False)
+        console.print(f'- {line}', highlight=False)
 
 
 def tables_of(reports: Sequence[Report]) -> dict[str, Table]:
@@ -46,16 +44,16 @@ def tables_of(reports: Sequence[Report]) -> dict[str, Table]:
     costs = ['+ steps', '+ FLOPs', '% sunk', '+ core-days', '+ time']
     head = ['branch', 'step', *costs, 'loss', 'accuracy', 'loss*', 'accuracy*']
     body = [_cells(row) for row in mean_rows(reports)]
-    tables = {f'Branches{mean}{at}': (head, body)}
+    result = {f'Branches{mean}{at}': (head, body)}
     differences = paired(reports)
     if differences:
         seeds = [f'seed {i}' for i in range(1, len(reports) + 1)] if len(reports) > 1 else []
         head = ['branch', 'at equal', 'budget', 'metric', *seeds, 'difference']
-        tables['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
+        result['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
     if times := [row for run in reports[0].runs if (row := _times(run))]:
         head = ['branch', 'time', 'steps', 'waiting for data', 'evaluations', 'checkpoints']
-        tables[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
-    return tables
+        result[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
+    return result
 
 
 def _cells(row: Row) -> list[str]:
