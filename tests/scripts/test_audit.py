@@ -32,7 +32,7 @@ def audit(folder, packages, code, *arguments):
         ([SOUND, OURS], 0, 0, '1 packages checked, 0 with'),
         ([SOUND, KNOWN, OURS], 1, 1, 'pillow 9.0: CVE-1, fixed in 9.1'),
         ([SOUND, UNKNOWN], 0, 2, 'seqio: not checked (not found on the index)'),
-        (None, 1, 2, 'no report'),
+        (None, 1, 2, 'not written a report'),
     ],
 )
 def test_what_is_known_and_what_is_not(packages, pip_audit, code, words, tmp_path):

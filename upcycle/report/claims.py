@@ -79,14 +79,14 @@ class Verdict(Sample):
         """
         if self.half_width is None:
             return 'undecided'
-        if self.claim.within is not None:
-            if abs(self.mean) + self.half_width < self.claim.within:
-                return 'holds'
-            return 'does not hold' if abs(self.mean) - self.half_width > self.claim.within else 'undecided'
-        if self.half_width >= abs(self.mean):
-            return 'undecided'
-        lower = self.claim.metric in LOWER_IS_BETTER
-        return 'holds' if (self.mean < 0) == lower else 'does not hold'
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        if (within := self.claim.within) is not None:
+            holds, fails = -within < low and high < within, low > within or high < -within
+        elif self.claim.metric in LOWER_IS_BETTER:
+            holds, fails = high < 0, low > 0
+        else:
+            holds, fails = low > 0, high < 0
+        return 'holds' if holds else 'does not hold' if fails else 'undecided'
 
 
 def judge(claim: Claim, seeds: Sequence[Mapping[str, Run]]) -> Verdict:
