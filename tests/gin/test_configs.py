@@ -1,4 +1,4 @@
-"""Every experiment of configs/: at every scale each of its points is built."""
+"""Builds every point of every experiment in configs/ at every scale."""
 
 import pathlib
 
