@@ -64,6 +64,11 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(name)
 
 
+def damaged(file: str | os.PathLike[str], reason: str | Exception) -> UserError:
+    """Returns the error for a file of a checkpoint, or a leaf in it, that cannot be trusted."""
+    return UserError(f'{file} is damaged ({reason}): copy the checkpoint again.')
+
+
 @functools.cache
 def _load_client() -> None:
     """Loads TensorFlow, where etils reads buckets with it, silently and without accelerators."""

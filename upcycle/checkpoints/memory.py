@@ -1,4 +1,4 @@
-"""Parameters in memory, read as a checkpoint is."""
+"""A reader of parameters in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from upcycle import partitioning
 
 
 class MemoryReader:
-    """See `upcycle.checkpoints.Reader`. What is read shares no memory with the arrays on the devices.
+    """See `upcycle.checkpoints.Reader`. Results share no memory with the arrays on the devices.
 
     Args:
-      leaves: arrays by their names in a checkpoint ('params/...'), or their shapes, of which a plan can be made.
-      step: training steps taken; None: not known.
+      leaves: arrays by their names in a checkpoint ('params/...'). `jax.ShapeDtypeStruct`s suffice for a plan.
+      step: training steps taken; None if unknown.
     """
 
     format = 'memory'

@@ -1,4 +1,4 @@
-"""T5X's layout of today: an Orbax item `state`."""
+"""T5X's current layout: an Orbax item `state`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OrbaxReader(T5XReader):
 
 
 class OrbaxLayout(T5XLayout):
-    """What T5X writes by default today."""
+    """The format that T5X writes by default today."""
 
     format = 't5x_orbax'
     state = 'state'
@@ -34,7 +34,7 @@ class OrbaxLayout(T5XLayout):
         return False
 
     def commit(self, writer: folder_writer.FolderWriter, metadata: Mapping[str, Any]) -> None:
-        """Placeholders and the index."""
+        """Writes placeholders, the index and the metadata."""
         placeholders = self.placeholders(writer)
         for future in [writer.put(keys, value) for keys, value in placeholders.items()]:
             future.result()
