@@ -33,7 +33,7 @@ from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
 from upcycle.training.state import make_layout, make_plan
-from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
+from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
 
 # A larger MoE layer is not put together for the function check, which then waits for the first load.
 CHECKED_BYTES = 2 << 30
@@ -108,7 +108,7 @@ def convert(
     with discarded_if_refused(writer):
         _check_clock(plan, writer, format)
         work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify)
-        work.write()
+        write(writer, work.missing_parts(), leaves)
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
@@ -154,19 +154,16 @@ class _Conversion:
         self._sources: dict[str, np.ndarray] = {}
         self._check: _LayerCheck | None = None
 
-    def write(self) -> None:
-        """Makes every leaf, in the plan's order, and hands the parts that are missing to the writer."""
-        progress = Progress({name: self._leaves[name] for name in self._todo})
+    def missing_parts(self) -> Iterator[Part]:
+        """Makes every leaf, in the plan's order, and yields the parts that the writer does not have."""
         rows = [row for row in self._plan.in_order() if row.target in self._leaves]
         for row, sources in zip(rows, ahead(self._reads(rows)), strict=True):
             self._sources = sources
             for start, value in self._parts(row):
                 region = WHOLE if start is None else (slice(start, start + len(value)),)
                 if region in self._todo.get(row.target, ()):
-                    self._writer.write(row.target, region, value)
-                    progress.add(row.target, value.nbytes)
+                    yield row.target, region, value
         self._wait_for_checks()
-        progress.end()
 
     def lineages(self) -> dict[str, Lineage]:
         """What the experts of each MLP are made of, those included that an earlier call had written."""

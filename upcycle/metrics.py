@@ -1,4 +1,4 @@
-"""What a run logs: `metrics.jsonl`, TensorBoard events, and a progress line."""
+"""The log of a run: `metrics.jsonl` and TensorBoard events."""
 
 import contextlib
 import json
@@ -7,8 +7,8 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,7 +17,6 @@ from upcycle import files
 from upcycle.errors import UserError
 from upcycle.log_lines import PADDING, lines_of, parse_line, what_is_wrong
 
-Batch = TypeVar('Batch')
 # Seconds between copies to a bucket. It takes whole objects only, so each copy sends the whole log; the period doubles, up to the
 # longest, while the bucket does not accept them.
 COPY_PERIOD = 60.0
@@ -207,56 +206,6 @@ def plain(value: Any) -> Any:
     return array.tolist() if array.ndim else array.item()
 
 
-class Progress:
-    """A progress line on standard error: step, loss, rate, time left. In place on a terminal, a line each elsewhere."""
-
-    def __init__(self, name: str, start_step: int, total_steps: int, *, quiet: bool = False):
-        self._quiet = quiet
-        self._name, self._first, self._total = name, start_step, total_steps
-        self._start = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints the progress of the run."""
-        if self._quiet:
-            return
-        seconds = time.monotonic() - self._start
-        done = step - self._first
-        rate = done / seconds if seconds > 0 else 0.0
-        left = (self._total - step) / rate if rate > 0 else 0.0
-        values = '  '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-        text = f'{self._name}  step {step}/{self._total}  {values}  {rate:.2f} steps/s  {clock(left)} left'
-        print(
-            f'\r{text:<110}' if self._terminal else text,
-            end='' if self._terminal else '\n',
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def end(self) -> None:
-        """Ends the line."""
-        if self._terminal:
-            print(file=sys.stderr)
-
-
 def warn(text: str) -> None:
-    """A line on standard error, after the progress line if there is one."""
-    start = '\n' if sys.stderr.isatty() else ''
-    print(f'{start}warning: {text}', file=sys.stderr, flush=True)
-
-
-def counted(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """The batches; prints their number on standard error every ten seconds."""
-    start = last = time.monotonic()
-    for count, batch in enumerate(batches, 1):
-        yield batch
-        if (now := time.monotonic()) - last > 10:
-            last = now
-            print(f'{name}: {count} batches, {count / (now - start):.2f} batches/s', file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """'1:02:03' or '2:03'."""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+    """Prints a warning on standard error."""
+    print(f'warning: {text}', file=sys.stderr, flush=True)

@@ -5,10 +5,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import math
 import re
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,9 +17,11 @@ from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_ch
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
+from upcycle.cost import num_bytes
 from upcycle.errors import Unavailable, UserError
 from upcycle.leaf_names import grouped, not_read
 from upcycle.models import identify
+from upcycle.progress import Progress
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
 Part = tuple[str, Region, np.ndarray]
@@ -135,12 +134,13 @@ def fingerprint(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> str:
 
 
 def write(writer: Writer, made: Iterable[Part], leaves: Leaves) -> None:
-    """Hands parts to a writer as they are made, and shows how far it is."""
-    progress = Progress(leaves)
-    for name, region, value in made:
-        writer.write(name, region, value)
-        progress.add(name, value.nbytes)
-    progress.end()
+    """Hands parts to a writer as they are made, and shows the progress."""
+    done, total = 0, num_bytes([leaves[name] for name in writer.todo()])
+    with Progress('writing', 'MB', total / 1e6) as progress:
+        for name, region, value in made:
+            writer.write(name, region, value)
+            done += value.nbytes
+            progress.show(done / 1e6, name)
 
 
 def ahead(calls: Iterable[Callable[[], Any]], count: int = _READS_AHEAD) -> Iterator[Any]:
@@ -190,34 +190,6 @@ def _check_clock(reader: Reader, writer: Writer, step: int | None) -> None:
             f'opt_state/count of {reader.path} is {count} and the step is {step}, and the format has only one of them: leave the '
             'optimizer state out with --optimizer_state=none.'
         )
-
-
-class Progress:
-    """A line on standard error: leaves, bytes and rate."""
-
-    def __init__(self, leaves: Mapping[str, jax.ShapeDtypeStruct]):
-        self._leaves = len(leaves)
-        self._total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
-        self._seen: set[str] = set()
-        self._bytes = 0
-        self._start = self._shown = time.monotonic()
-
-    def add(self, name: str, count: int) -> None:
-        """Counts a part."""
-        self._seen.add(name)
-        self._bytes += count
-        if time.monotonic() - self._shown > 1.0:
-            self._show()
-
-    def end(self) -> None:
-        """Shows the last line."""
-        self._show()
-
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        rate = self._bytes / max(self._shown - self._start, 1e-9)
-        done = f'{len(self._seen)}/{self._leaves} leaves, {self._bytes / 1e6:.0f} of {self._total / 1e6:.0f} MB'
-        print(f'{done}, {rate / 1e6:.0f} MB/s', file=sys.stderr, flush=True)
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -16,7 +16,8 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
 from upcycle.gin_data import require_data
-from upcycle.metrics import counted, plain
+from upcycle.metrics import plain
+from upcycle.progress import counted
 from upcycle.training import start
 from upcycle.training.state import make_layout, params_from
 

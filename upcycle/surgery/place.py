@@ -1,8 +1,6 @@
 """Carrying out a plan: every leaf is made and put onto its devices."""
 
 import functools
-import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +13,6 @@ from upcycle.surgery.make import Maker, OnSource, Read, mean
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.plan import Action, Plan, Row
 
-Progress = Callable[[str, int, int], None]
-
 
 def execute(
     plan: Plan,
@@ -26,7 +22,7 @@ def execute(
     new: Mapping[str, jax.Array],
     on_source: OnSource = lambda name, leaf: None,
     hidden: Callable[[Mapping[str, jax.Array], str], np.ndarray] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, str], None] = lambda done, target: None,
     lineages: dict[str, Lineage] | None = None,
     key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
@@ -43,7 +39,7 @@ def execute(
       new: leaves whose action is NEW.
       on_source: called with every leaf that was read, before it is freed.
       hidden: for ROUTER_INIT = 'hidden': the states that the MLP of a path reads, from the target's leaves, routers missing.
-      progress: called with (target, leaves done, leaves in all).
+      progress: called with (leaves done, target).
       lineages: filled with what each MLP's experts were made of.
       key: of everything random; None: that of the surgery's seed.
 
@@ -55,8 +51,7 @@ def execute(
     maker = Maker(plan, read, new=new, on_source=on_source, hidden=states, key=key)
     for row in plan.in_order():
         target[row.target] = _place(maker, row, shardings[row.target])
-        if progress is not None:
-            progress(row.target, len(target), len(plan.rows))
+        progress(len(target), row.target)
     if lineages is not None:
         lineages.update(maker.lineages)
     return {row.target: target[row.target] for row in plan.rows}
@@ -126,19 +121,3 @@ def without_leading_axis(sharding: jax.sharding.Sharding) -> jax.sharding.Shardi
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
     return sharding
-
-
-def print_progress(label: str) -> Progress:
-    """A progress line on standard error: leaves done, rate, time left."""
-    start = time.monotonic()
-    last = [start]
-
-    def show(target: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if jax.process_index() > 0 or (done < total and now - last[0] < 1.0):
-            return
-        last[0] = now
-        left = (now - start) / done * (total - done)
-        print(f'{label}: {done}/{total} leaves, {left:.0f} s left ({target})', file=sys.stderr, flush=True)
-
-    return show

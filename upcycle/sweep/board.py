@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 
 from upcycle import tables
-from upcycle.metrics import clock
+from upcycle.progress import clock
 from upcycle.sweep.conduct import Entry, seconds_left
 from upcycle.sweep.points import Status
 

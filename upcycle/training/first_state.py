@@ -13,9 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from upcycle import casts, hosts, partitioning
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
+from upcycle.progress import Progress
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.operators import Lineage
-from upcycle.surgery.place import execute, print_progress
+from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Action, Plan
 from upcycle.surgery.receipt import carried_on, check_function, make_receipt, reported
 from upcycle.training.read_ahead import Examination, ReadAhead, requests_of
@@ -73,7 +74,11 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     shardings = {name: leaf.sharding for name, leaf in leaves.items()}
     lineages: dict[str, Lineage] = {}
     new = {'rng': run_key, **new_head(run, start.layout, plan)}
-    with contextlib.closing(examination), ReadAhead(read, requests_of(plan, shardings)) as reading:
+    with (
+        contextlib.closing(examination),
+        ReadAhead(read, requests_of(plan, shardings)) as reading,
+        Progress('upcycling' if upcycles else 'loading', 'leaf', len(plan.rows)) as progress,
+    ):
         flat = hosts.together(
             lambda: execute(
                 plan,
@@ -82,7 +87,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
                 new=new,
                 on_source=on_source,
                 hidden=functools.partial(source.hidden_states, batch),
-                progress=print_progress('upcycling' if upcycles else 'loading'),
+                progress=progress.show,
                 lineages=lineages,
             )
         )

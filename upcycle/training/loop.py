@@ -18,8 +18,9 @@ from upcycle.data import DataSource
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
-from upcycle.metrics import MetricsLog, Progress, warn
+from upcycle.metrics import MetricsLog, warn
 from upcycle.models import identify
+from upcycle.progress import Progress
 from upcycle.training import folder as run_folder
 from upcycle.training import preemption
 from upcycle.training import state as states
@@ -192,12 +193,12 @@ class _Trainer:
         if first >= run.total_steps:
             return state
         step_fn = self.step
-        progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
         batches = self._endless(first + self.health.values['batches_left_out'])
         with contextlib.ExitStack() as closing:
             asked_to_stop = closing.enter_context(preemption.watch(first))
             self._evaluate(self.unfinished, state, first, log)
             timer = closing.enter_context(Timer(self.ledger, first))
+            progress = closing.enter_context(Progress(self.name, 'step', run.total_steps, first=first, period=0.0))
             for step in range(first + 1, run.total_steps + 1):
                 self.profile.before(step)
                 timer.book('seconds')
@@ -216,7 +217,8 @@ class _Trainer:
                     timer.book('seconds')
                     found = self.health.look_at_routing(means) | self.health.counts
                     self._write(log, step, 'train', means | found | {'steps_per_second': timer.rate(step)})
-                    progress.show(step, {name: means[name] for name in ('loss', 'accuracy') if name in means})
+                    shown = [f'{name} {means[name]:.4f}' for name in ('loss', 'accuracy') if name in means]
+                    progress.show(step, '  '.join(shown))
                     timer.book()
                 # The last step ends as it would: a checkpoint of it says that the run is finished.
                 stop = asked_to_stop(step) and not last
@@ -239,9 +241,7 @@ class _Trainer:
                     timer.book('checkpoint_seconds')
                 if stop:
                     self._wait(manager)
-                    progress.end()
                     raise Preempted(f'asked to stop, and saved step {step}; the same command goes on from there.')
-        progress.end()
         self._wait(manager)
         return state
 

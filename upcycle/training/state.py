@@ -20,7 +20,8 @@ from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model, identify
 from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
-from upcycle.surgery.place import execute, print_progress
+from upcycle.progress import Progress
+from upcycle.surgery.place import execute
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
 from upcycle.surgery.planning import plan_surgery
 from upcycle.training.run import ModelRun, Run
@@ -266,5 +267,6 @@ def params_from(run: ModelRun, layout: Layout, reader: Reader) -> tuple[Any, str
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
     with in_gin_words(run.model, reader):
         plan = plan_surgery(stored, wanted, spec, layout.logical_axes, grids=run.model.grids)
-    flat = execute(plan, reader.read, shardings, new={}, progress=print_progress('loading'))
+    with Progress('loading', 'leaf', len(plan.rows)) as progress:
+        flat = execute(plan, reader.read, shardings, new={}, progress=progress.show)
     return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)
