@@ -139,7 +139,7 @@ def test_a_disk_that_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.tempfile, 'TemporaryFile', refuse)
     state = type('State', (), {'f_flag': os.ST_RDONLY})
     monkeypatch.setattr(outputs.os, 'statvfs', lambda path: state)
-    with pytest.raises(UserError, match='Read-only file system: it lies on a disk that is read-only'):
+    with pytest.raises(UserError, match='Read-only file system: the disk is read-only'):
         outputs.check('--to', tmp_path / 'x', Kind.NEW_FOLDER)
 
 

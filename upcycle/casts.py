@@ -17,7 +17,8 @@ def cast(name: str, value: Array, dtype: Any) -> Array:
 
     Args:
       name: of the leaf, for messages.
-      value: any shape; NaN and infinity are kept. Each process checks its local part of a global array, and warns or raises alone.
+      value: any shape; NaN and infinity are kept. Each process checks only its own part of a global array, and warns or raises
+        alone.
       dtype: of the result.
 
     Raises:

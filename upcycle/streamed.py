@@ -29,8 +29,8 @@ class Unread:
 def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments: Any) -> Iterator[tuple[str, Any]]:
     """Computes a function piece by piece, and yields each result as soon as it is known.
 
-    The jaxpr of the function is cut such that the unread parameters of a piece do not exceed the largest parameter in bytes. Equal
-    pieces, such as those of similar layers, are compiled once. A piece ends before the parameters of the next are read.
+    The jaxpr of the function is cut such that the unread parameters of a piece have at most the bytes of the largest parameter.
+    Equal pieces, such as those of similar layers, are compiled once. A piece ends before the parameters of the next are read.
 
     Args:
       function: maps `params` and the other arguments to results by name; pure and traceable.

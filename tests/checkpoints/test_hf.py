@@ -158,7 +158,7 @@ def test_the_table_of_early_files_that_nothing_uses(folder, tmp_path, capsys):
     assert 'not_read' not in exported.metadata
     # Of another layer transformers knows nothing.
     add(folder, **{OLD_TABLE.replace('block.0', 'block.1'): np.ones((32, 2), np.float32)})
-    with pytest.raises(UserError, match='have no counterpart in our models: decoder.block.1.*EncDecAttention'):
+    with pytest.raises(UserError, match='holds unknown arrays: decoder.block.1.*EncDecAttention'):
         open_checkpoint(folder)
 
 
@@ -290,7 +290,7 @@ DAMAGE = {
         write_index({'shared.weight': 'model-00002.safetensors'}),
         'model-00002.* is not there',
     ),
-    'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'do not lie beside it'),
+    'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'outside its folder'),
     'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'looks for extra'),
     'no configuration': (
         lambda f: (f / 'config.json').unlink(),
@@ -336,7 +336,7 @@ def rename(folder, change):
 def test_an_encoder_alone(folder):
     """Such as a sentence encoder, or the text encoder of an image generator."""
     rename(folder, lambda name: None if name.startswith(('decoder.', 'lm_head')) else name)
-    with pytest.raises(UserError, match='holds no decoder, and our T5 has both an encoder and a decoder'):
+    with pytest.raises(UserError, match='holds no decoder: our T5 needs encoder and decoder'):
         open_checkpoint(folder)
 
 
@@ -350,7 +350,7 @@ def test_position_biases_in_every_layer_of_a_model_that_is_no_umt5(folder):
 
 def test_a_model_inside_another_one_is_not_called_half(folder):
     rename(folder, lambda name: f'transformer.{name}')
-    with pytest.raises(UserError, match="begin with 'transformer.', as of a model inside another one"):
+    with pytest.raises(UserError, match="begin with 'transformer.', as if the model were a part"):
         open_checkpoint(folder)
 
 
@@ -369,5 +369,5 @@ def test_class_token_and_position_that_add_up_to_too_much(tmp_path):
     begin = header['vit.embeddings.position_embeddings']['data_offsets'][0]
     number = np.float16(60_000).tobytes()
     save(tmp_path / 'vit' / 'model.safetensors', header, data[:begin] + number + data[begin + 2 :])
-    with pytest.raises(UserError, match='the class token and its position add up to more than float16 holds'):
+    with pytest.raises(UserError, match='the class token plus its position overflows float16'):
         open_checkpoint(tmp_path / 'vit').read('params/cls')

@@ -76,8 +76,8 @@ def names_no_file(step):
 
 
 DAMAGE = {
-    'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ are not those'),
-    'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes and was saved with \d+'),
+    'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ have changedthose'),
+    'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes but was saved with \d+'),
     'missing weights': (lambda step: largest(step).unlink(), r'state/\S+ is missing'),
     'flipped byte of the index': (lambda step: flip(step / 'state' / '_METADATA'), 'bytes of state/_METADATA are not'),
     'metadata in place of data': (
@@ -162,7 +162,7 @@ def test_the_checkpoint_to_start_from_is_refused(run):
     integrity.require_whole(str(step))
     flip(largest(step))
     with pytest.raises(
-        UserError, match=r'6 is damaged \(bytes of state/\S+ are not .*: copy it again, or name an earlier'
+        UserError, match=r'6 is damaged \(bytes of state/\S+ have changed.*: copy it again, or name an earlier'
     ):
         integrity.require_whole(open_checkpoint(run).path)
 
