@@ -155,7 +155,7 @@ CASES = {
     'space_check_that_contradicts_itself': (
         'places to write to',
         '',
-        ['has 62.9 MB free, and 67.2 MB are needed', 'exit 2', 'Read-only file system', 'exit 2'],
+        ['has 62.9 MB free, but 67.2 MB are needed', 'exit 2', 'Read-only file system', 'exit 2'],
     ),
     't5_old_cross_attention_bias': (
         'documented and refused',

@@ -231,7 +231,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
     usage = type('Usage', (), {'free': 1000})
     monkeypatch.setattr(outputs.shutil, 'disk_usage', lambda path: usage)
     for format in ('upcycle', 'vit_npz', 'huggingface'):
-        with pytest.raises(UserError, match=r'has 1 kB free, and 1.05 MB are needed'):
+        with pytest.raises(UserError, match=r'has 1 kB free, but 1.05 MB are needed'):
             transfer(source, tmp_path / 'out' / 'x.npz', format)
     assert os.listdir(tmp_path) == ['in']
 

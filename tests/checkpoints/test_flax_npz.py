@@ -273,7 +273,7 @@ def _with(**more):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-30]), 'is not a zip archive of arrays'),
         (_twice, 'two arrays named params/head/bias'),
-        (_shorter_than_said, r'params/head/bias of .* should be float32\[5\] and has 16 bytes'),
+        (_shorter_than_said, r'params/head/bias of .* is damaged .float32\[5\] does not fit into its 16 bytes'),
         (_with(params__head__bias=np.ones(5)), 'params/head/bias is float64'),
         (_with(params__conv_root__kernel=np.ones(2, 'f')), 'that our ViT does not have: conv_root/kernel'),
         (

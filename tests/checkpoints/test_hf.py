@@ -152,7 +152,7 @@ def test_the_table_of_early_files_that_nothing_uses(folder, tmp_path, capsys):
     trees.assert_same(reader, trees.t5(False, state=False))
     assert list(reader.metadata['not_read']) == [OLD_TABLE]
     imported = transfer(folder, tmp_path / 'imported', 'upcycle')
-    assert f'not read  {OLD_TABLE}  because it is a table' in capsys.readouterr().out
+    assert f'not read  {OLD_TABLE}: an unused table' in capsys.readouterr().out
     exported = open_checkpoint(transfer(imported, tmp_path / 'exported', 'huggingface'))
     trees.assert_same(exported, trees.t5(False, state=False))
     assert 'not_read' not in exported.metadata
@@ -276,30 +276,30 @@ DAMAGE = {
     'offsets out of range': (change_header(shared__weight={'data_offsets': [0, 10**12]}), 'shared.weight of .* bytes'),
     'offsets that overlap': (change_header(shared__weight={'data_offsets': [0, 2560]}), 'begins at byte'),
     'negative offsets': (change_header(shared__weight={'data_offsets': [-2560, 0]}), 'shared.weight of'),
-    'shape': (change_header(shared__weight={'shape': [40, 17]}), r'shared.weight of .* should be float32\[40, 17\]'),
+    'shape': (change_header(shared__weight={'shape': [40, 17]}), r'shared.weight of .* is damaged .float32\[40, 17\] does not fit'),
     'negative shape': (change_header(shared__weight={'shape': [-40, -16]}), 'shared.weight of'),
     'type': (change_header(shared__weight={'dtype': 'F8_E4M3'}), 'shared.weight of .* type F8_E4M3'),
-    'a leaf is gone': (change_header(shared__weight=None), 'belong to no array|follows from the others'),
-    'cut': (cut, 'ends at byte .* copy it again'),
+    'a leaf is gone': (change_header(shared__weight=None), 'belong to no array|begins at byte'),
+    'cut': (cut, 'ends at byte .* copy the checkpoint again'),
     'twice': (twice, 'shared.weight is there twice'),
     'header too long': (lambda f: (f / 'model.safetensors').write_bytes(b'\xff' * 40), 'its header would be'),
     'no header': (lambda f: save(f / 'model.safetensors', b'[1]', b''), 'is not a safetensors file'),
-    'notes that are no texts': (note_a_list, 'its metadata is no dictionary of texts'),
+    'notes that are no texts': (note_a_list, 'its metadata is not a dictionary of strings'),
     'empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'is not a safetensors file'),
     'index names a missing file': (
         write_index({'shared.weight': 'model-00002.safetensors'}),
-        'model-00002.* is not there',
+        'model-00002.* is missing',
     ),
     'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'outside its folder'),
-    'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'looks for extra'),
+    'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'does not hold extra'),
     'no configuration': (
         lambda f: (f / 'config.json').unlink(),
-        'has no config.json, which says what the arrays do not',
+        'has no config.json: copy',
     ),
-    'another model': (change_config(model_type='bert'), 'type bert: only T5 and ViT'),
+    'another model': (change_config(model_type='bert'), 'model_type bert: only T5 and ViT'),
     'another activation': (change_config(feed_forward_proj='gated-tanh'), 'gated-tanh'),
     'another norm': (change_config(layer_norm_epsilon=1e-5), 'layer_norm_epsilon is 1e-05'),
-    'fewer layers': (change_config(num_layers=1), 'num_layers is 1, and the arrays have 2'),
+    'fewer layers': (change_config(num_layers=1), 'num_layers is 1, but the arrays have 2'),
 }
 
 

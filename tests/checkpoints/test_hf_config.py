@@ -318,5 +318,5 @@ def test_every_command_warns_once(folders, tmp_path, capfd, command):
     capfd.readouterr()
     assert cli.run(arguments) == 0
     out, said = capfd.readouterr()
-    assert 'not read  vit.embeddings.mask_token  because it is the token of masked patches' in out
+    assert 'not read  vit.embeddings.mask_token: the token of masked patches' in out
     assert said.count('warning:') == 2 and said.count('image_mean') == said.count('some_scale = 2.0') == 1

@@ -91,15 +91,15 @@ def test_a_variant_counts_where_it_is_named(folder, said):
 
 
 ALONE = {
-    'model.fp16.safetensors': r'holds model.fp16.safetensors and no model.safetensors: name the file itself',
-    'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors and no model.safetensors.index.json',
+    'model.fp16.safetensors': r'holds model.fp16.safetensors instead of model.safetensors: name the file itself',
+    'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors but no model.safetensors.index.json',
     'model.safetensors.index.fp16.json': 'name the file itself, .*model.safetensors.index.fp16.json',
     'pytorch_model.bin': 'pytorch_model.bin, a pickle, which is never opened',
     'pytorch_model-00001-of-00002.bin': 'a pickle, which is never opened',
     'pytorch_model.fp16.bin': 'a pickle, which is never opened',
-    'tf_model.h5': 'tf_model.h5, which is not read: save the model again',
-    'flax_model.msgpack': 'flax_model.msgpack, which is not read',
-    'model-q4.gguf': 'gguf, which is not read',
+    'tf_model.h5': 'tf_model.h5, which cannot be read: save the model again',
+    'flax_model.msgpack': 'flax_model.msgpack, which cannot be read',
+    'model-q4.gguf': 'gguf, which cannot be read',
     'adapter_config.json': 'is an adapter and not a model: .*merge_and_unload',
     'adapter_model.safetensors': 'is an adapter and not a model: .*merge_and_unload',
 }
@@ -111,7 +111,7 @@ def test_a_folder_without_the_file_that_counts(folder, name):
     with pytest.raises(UserError, match=ALONE[name]) as caught:
         open_checkpoint(folder)
     assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
-    if 'never opened' in ALONE[name] or 'not read' in ALONE[name]:
+    if 'never opened' in ALONE[name] or 'cannot be read' in ALONE[name]:
         with pytest.raises(UserError, match=ALONE[name]):
             open_checkpoint(folder / name)
 
@@ -236,7 +236,7 @@ def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
     assert said() == ''
 
 
-@pytest.mark.parametrize('kind', ['a link that leads nowhere', 'a file'])
+@pytest.mark.parametrize('kind', ['a dangling link', 'a file'])
 def test_a_newer_step_that_is_no_folder_is_reported(steps, said, kind):
     run, finished, _ = steps
     newer = run / finished.format(2000)
@@ -279,7 +279,7 @@ def test_warnings_come_below_a_listing(folder, capfd):
     ones(folder)
     assert cli.run(['inspect', '--quick', str(folder)]) == 0
     out, error = capfd.readouterr()
-    assert 'token_embedder' in out and error.count('is skipped') == 1
+    assert 'token_embedder' in out and error.count('are ignored') == 1
     assert cli.run(['inspect', '--quick', '--json', str(folder)]) == 0
     out, error = capfd.readouterr()
-    assert json.loads(out)['step'] == 100 and error.count('is skipped') == 1
+    assert json.loads(out)['step'] == 100 and error.count('are ignored') == 1

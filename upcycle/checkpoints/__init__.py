@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from etils import epath
 
     from upcycle.checkpoints.arrays import ArrayReader
+    from upcycle.checkpoints.views import Region
     from upcycle.checkpoints.writing import Writer
 
 _STEP = re.compile(r'(?:checkpoint_)?(\d+)')  # step folders: `100` (ours) or `checkpoint_100` (T5X)
@@ -65,11 +66,7 @@ class Reader(Protocol):
         """Returns each leaf's name with its stored shape and dtype, from metadata alone."""
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: tuple[slice, ...] = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: Region = ()
     ) -> jax.Array | np.ndarray:
         """Reads one leaf: to the host, or, given a `sharding`, each shard directly onto its device.
 

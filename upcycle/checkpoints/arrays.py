@@ -121,11 +121,7 @@ class ArrayReader:
         return dict(self._leaves)
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: views.Region = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: views.Region = ()
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         if name not in self._leaves:

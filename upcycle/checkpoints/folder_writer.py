@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,19 +32,22 @@ _BYTES_IN_FLIGHT = 256 << 20
 _ARRAYS_AHEAD = 16
 
 
-class Layout(Protocol):
+class Layout:
     """One format of zarr arrays in a folder.
 
     Attributes:
         format: name of the format.
         state: folder of the arrays, below the step's.
+        reader: opens a committed folder, which may still have its temporary name.
     """
 
     format: str
     state: str
+    reader: type[arrays.ArrayReader]
 
     def final(self, path: epath.Path, step: int | None) -> epath.Path:
         """Returns the step's folder below the path that the user named."""
+        raise NotImplementedError
 
     def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Returns the keys of each leaf in the format's tree, and the leaves left out with the reason.
@@ -52,18 +55,19 @@ class Layout(Protocol):
         Raises:
             UserError: the format has no place for a leaf.
         """
+        raise NotImplementedError
 
     def is_inline(self, keys: tuple[str, ...]) -> bool:
         """Whether the array is stored in the index."""
+        return False
 
     def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
         """Returns TensorStore's driver of an array and its metadata, with a checksum for every chunk."""
+        raise NotImplementedError
 
     def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
         """Writes the index and the metadata."""
-
-    def reader(self, folder: epath.Path) -> arrays.ArrayReader:
-        """Opens a committed folder, which may still have its temporary name."""
+        raise NotImplementedError
 
 
 class FolderWriter:
@@ -71,15 +75,14 @@ class FolderWriter:
 
     Args:
         layout: the format.
-        path: what the user named.
-        leaves: everything that will be written.
-        step: of the checkpoint, None where it is unknown.
-        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
-        alike: leaves whose rows are all the same. On a disk, the files of their parts are one file with several names.
+        path: the path that the user named.
+        leaves: all leaves to write.
+        step: of the checkpoint; None if unknown.
+        identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+        alike: leaves whose rows are all equal. On a disk, their parts are hard links to one file.
 
     Raises:
-        UserError: the target exists, a leaf has no counterpart, there is too little space, or what lies there is the beginning of
-            another write.
+        UserError: the path exists or holds another interrupted write, the format has no place for a leaf, or the disk is full.
     """
 
     def __init__(

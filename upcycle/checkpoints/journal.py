@@ -49,7 +49,7 @@ class Journal:
             self.done = {(name, start) for name, start in read[1:]}
         self._file: Any = None
         self._written: list[Part] = []  # not yet known to be on disk
-        self._syncing: tuple[concurrent.futures.Future, list[Part]] | None = None
+        self._recording: concurrent.futures.Future | None = None
         self._synced = time.monotonic()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -62,8 +62,9 @@ class Journal:
     def add(self, part: Part) -> None:
         """Adds a written part, which is recorded after a background sync."""
         self._written.append(part)
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            self._note()
+        is_idle = self._recording is None or self._recording.done()
+        if is_idle and time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            self._record()
 
     def forget(self) -> None:
         """Drops parts that are not recorded yet, because they are being removed."""
@@ -72,7 +73,10 @@ class Journal:
     def close(self) -> None:
         """Waits until every part is on disk and recorded."""
         if not self._file.closed:
-            self._note(wait=True)
+            if self._written:
+                self._record()
+            if self._recording is not None:
+                self._recording.result()
             self._file.close()
         self._pool.shutdown()
 
@@ -80,23 +84,18 @@ class Journal:
         """Deletes the file of a complete checkpoint."""
         self._path.unlink()
 
-    def _note(self, *, wait: bool = False) -> None:
-        while self._syncing is not None or (wait and self._written):
-            if self._syncing is None:
-                self._begin_sync()
-            future, safe = self._syncing
-            if not (wait or future.done()):
-                return
-            future.result()
-            self._file.write(''.join(json.dumps(part) + '\n' for part in safe))
-            self._file.flush()
-            self._syncing = None
-        if self._written:
-            self._begin_sync()
+    def _record(self) -> None:
+        """Begins to record the written parts, after the end of an earlier recording."""
+        if self._recording is not None:
+            self._recording.result()
+        parts, self._written = self._written, []
 
-    def _begin_sync(self) -> None:
-        # One sync of the whole system: syncing small files one by one is slow.
-        self._syncing, self._written = (self._pool.submit(os.sync), self._written), []
+        def sync_and_record() -> None:
+            os.sync()  # of the whole system: syncing small files one by one is slow
+            self._file.write(''.join(json.dumps(part) + '\n' for part in parts))
+            self._file.flush()
+
+        self._recording = self._pool.submit(sync_and_record)
         self._synced = time.monotonic()
 
 

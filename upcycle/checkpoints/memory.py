@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from upcycle import partitioning
+from upcycle.checkpoints.views import Region
 
 
 class MemoryReader:
@@ -29,11 +30,7 @@ class MemoryReader:
         return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self._leaves.items()}
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: tuple[slice, ...] = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: Region = ()
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         leaf = self._leaves[name]

@@ -60,11 +60,12 @@ class NativeReader(arrays.ArrayReader):
         return json_files.read_json(epath.Path(self.path) / item / 'metadata')
 
 
-class NativeLayout:
+class NativeLayout(folder_writer.Layout):
     """Our own format, written part by part; see `folder_writer.Layout`. Orbax can restore it."""
 
     format = 'upcycle'
     state = 'state'
+    reader = NativeReader
 
     def final(self, path: epath.Path, step: int | None) -> epath.Path:
         """A step of a run folder; 0 if the step is unknown."""
@@ -73,10 +74,6 @@ class NativeLayout:
     def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """Every leaf has a place."""
         return {name: tuple(name.split('/')) for name in leaves}, {}
-
-    def is_inline(self, keys: tuple[str, ...]) -> bool:
-        """Every array has a folder."""
-        return False
 
     def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
         """Uncompressed: weights hardly compress, and compressors are slower than disks."""
@@ -99,10 +96,6 @@ class NativeLayout:
             (writer.folder / item).mkdir(exist_ok=True)
             (writer.folder / item / 'metadata').write_text(json.dumps(content))
         orbax_item.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
-
-    def reader(self, folder: epath.Path) -> NativeReader:
-        """See `folder_writer.Layout`."""
-        return NativeReader(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,18 +301,18 @@ def _nest(like: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = '') 
 
 
 def _require_same(path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    def describe(leaf: Any) -> str:
-        return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
-
-    differences = [f'only in the checkpoint: {name} {describe(stored[name])}' for name in stored.keys() - wanted.keys()]
-    differences += [f'only in the model: {name} {describe(wanted[name])}' for name in wanted.keys() - stored.keys()]
-    differences += [
-        f'different: {name} is {describe(stored[name])} in the checkpoint, {describe(wanted[name])} in the model'
-        for name in stored.keys() & wanted.keys()
-        if describe(stored[name]) != describe(wanted[name])
+    """Raises DifferentLeaves unless all names, shapes and dtypes are equal."""
+    theirs, ours = (
+        {name: f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}' for name, leaf in leaves.items()}
+        for leaves in (stored, wanted)
+    )
+    problems = [f'only in the checkpoint: {name} {theirs[name]}' for name in theirs.keys() - ours.keys()]
+    problems += [f'only in the model: {name} {ours[name]}' for name in ours.keys() - theirs.keys()]
+    problems += [
+        f'different: {name} is {theirs[name]} in the checkpoint, {ours[name]} in the model'
+        for name in theirs.keys() & ours.keys()
+        if theirs[name] != ours[name]
     ]
-    if differences:
-        raise DifferentLeaves(
-            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR',
-            sorted(differences),
-        )
+    if problems:
+        heading = f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR'
+        raise DifferentLeaves(heading, sorted(problems))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from upcycle.checkpoints.views import Region
+
 
 class SeveralReader:
     """See `upcycle.checkpoints.Reader`. The step is the maximum, the cost the sum."""
@@ -48,11 +50,7 @@ class SeveralReader:
         return {f'{name}@{i}': leaf for i, reader in enumerate(self.readers) for name, leaf in reader.leaves().items()}
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: tuple[slice, ...] = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: Region = ()
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         name, _, index = name.rpartition('@')

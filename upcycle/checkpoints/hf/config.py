@@ -18,38 +18,28 @@ from upcycle.errors import UserError
 
 # Fields of any architecture that our models do not support.
 _NO_VALUE = {'quantization_config': None, 'per_layer_config': None}
-# Fields that do not change the logits at evaluation, by topic.
-_HARMLESS = frozenset(
-    name
-    for topic in (
-        # Origin, storage and execution of weights, and outputs.
-        """
-        _name_or_path _commit_hash name_or_path transformers_version model_type tokenizer_class processor_class
-        torch_dtype dtype use_bfloat16 torchscript xla_device transformers_weights _attn_implementation
-        attn_implementation _attn_implementation_autoset _attn_implementation_internal
-        _experts_implementation_internal experts_implementation gradient_checkpointing chunk_size_feed_forward
-        use_cache output_past return_dict use_return_dict output_attentions output_hidden_states output_scores
-        return_dict_in_generate output_logits tf_legacy_loss tie_last_hidden_states add_cross_attention
-        cross_attention_hidden_size
-        """,
-        # Training, fine-tuning and other heads.
-        """
-        dropout_rate classifier_dropout hidden_dropout_prob attention_probs_dropout_prob initializer_factor
-        initializer_range finetuning_task problem_type label2id encoder_stride
-        """,
-        # Generation and tasks.
-        """
-        prefix task_specific_params n_positions max_length max_new_tokens min_length min_new_tokens do_sample
-        early_stopping num_beams max_time num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
-        epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
-        encoder_no_repeat_ngram_size bad_words_ids force_words_ids renormalize_logits constraints
-        forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-        suppress_tokens begin_suppress_tokens forced_decoder_ids num_return_sequences penalty_alpha bos_token_id
-        sep_token_id guidance_scale low_memory cache_implementation cache_config
-        """,
-    )
-    for name in topic.split()
-)
+# Fields that do not change the logits at evaluation: origin, storage and execution of weights, and outputs; training, fine-tuning
+# and other heads; generation and tasks.
+_HARMLESS = """
+    _name_or_path _commit_hash name_or_path transformers_version model_type tokenizer_class processor_class
+    torch_dtype dtype use_bfloat16 torchscript xla_device transformers_weights _attn_implementation
+    attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _experts_implementation_internal experts_implementation gradient_checkpointing chunk_size_feed_forward
+    use_cache output_past return_dict use_return_dict output_attentions output_hidden_states output_scores
+    return_dict_in_generate output_logits tf_legacy_loss tie_last_hidden_states add_cross_attention
+    cross_attention_hidden_size
+
+    dropout_rate classifier_dropout hidden_dropout_prob attention_probs_dropout_prob initializer_factor
+    initializer_range finetuning_task problem_type label2id encoder_stride
+
+    prefix task_specific_params n_positions max_length max_new_tokens min_length min_new_tokens do_sample
+    early_stopping num_beams max_time num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
+    epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids force_words_ids renormalize_logits constraints
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens forced_decoder_ids num_return_sequences penalty_alpha bos_token_id
+    sep_token_id guidance_scale low_memory cache_implementation cache_config
+"""
 
 
 def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
@@ -89,7 +79,7 @@ def _resolve_aliases(file: epath.Path, config: dict[str, Any], aliases: Mapping[
 
 
 def _warn(file: epath.Path, config: Mapping[str, Any], architecture: Architecture) -> None:
-    known = _HARMLESS | architecture.harmless | _NO_VALUE.keys() | {'architectures'}
+    known = {*_HARMLESS.split(), 'architectures'} | architecture.harmless | _NO_VALUE.keys()
     known |= architecture.fields.keys() | architecture.values.keys() | architecture.inputs.keys()
     if unknown := {name: schema.shown(value) for name, value in config.items() if name not in known}:
         shown = ', '.join(

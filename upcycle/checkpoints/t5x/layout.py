@@ -13,10 +13,9 @@ from upcycle.checkpoints.t5x import tree
 from upcycle.errors import UserError
 
 
-class T5XLayout:
+class T5XLayout(folder_writer.Layout):
     """T5X's tree, written part by part; see `folder_writer.Layout`."""
 
-    format = ''
     state = ''
 
     def final(self, path: epath.Path, step: int | None) -> epath.Path:

@@ -103,6 +103,7 @@ class LegacyLayout(T5XLayout):
     """The format of T5X's published models."""
 
     format = 't5x_legacy'
+    reader = LegacyReader
 
     def is_inline(self, keys: tuple[str, ...]) -> bool:
         """T5X stores factored statistics, which it does not shard, in the index."""
@@ -125,7 +126,3 @@ class LegacyLayout(T5XLayout):
         notes = {**metadata, INDEX_HASH: hashlib.sha256(index).hexdigest()}
         (writer.folder / METADATA).write_text(json.dumps(notes))
         (writer.folder / 'checkpoint').write_bytes(index)
-
-    def reader(self, folder: epath.Path) -> LegacyReader:
-        """See `folder_writer.Layout`."""
-        return LegacyReader(folder)

@@ -28,10 +28,7 @@ class OrbaxLayout(T5XLayout):
 
     format = 't5x_orbax'
     state = 'state'
-
-    def is_inline(self, keys: tuple[str, ...]) -> bool:
-        """Every array has a folder."""
-        return False
+    reader = OrbaxReader
 
     def commit(self, writer: folder_writer.FolderWriter, metadata: Mapping[str, Any]) -> None:
         """Writes placeholders, the index and the metadata."""
@@ -43,7 +40,3 @@ class OrbaxLayout(T5XLayout):
         (writer.folder / self.state / orbax_item.ORBAX_INDEX).write_text(orbax_item.orbax_index(shapes, zarr3=False))
         (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
         orbax_item.mark_finished(writer.folder, (self.state,))
-
-    def reader(self, folder: epath.Path) -> OrbaxReader:
-        """See `folder_writer.Layout`."""
-        return OrbaxReader(folder)
