@@ -218,7 +218,7 @@ def test_a_head_that_is_missing_is_said(folder, capsys):
         offsets[:] = [offset - (end - begin) * (offset >= end) for offset in offsets]
     save(folder / 'model.safetensors', header, data[:begin] + data[end:])
     reader = open_checkpoint(folder)
-    assert 'has no head (lm_head.weight): the embedding is taken' in capsys.readouterr().err
+    assert 'has no head (lm_head.weight): the embedding is used' in capsys.readouterr().err
     names = ('params/decoder/logits_dense/kernel', 'params/token_embedder/embedding')
     np.testing.assert_array_equal(*(reader.read(name) if 'token' in name else reader.read(name).T for name in names))
 

@@ -239,12 +239,12 @@ UNLIKE = {
     'another crop': ({'do_center_crop': True, 'crop_size': 24, 'size': 28}, 'crop_size = 24'),
     'the shorter side': ({'size': {'shortest_edge': 12}}, 'shortest_edge'),
     'bicubic': ({'resample': 3}, r'resample = 3 \(bicubic\)'),
-    'a text for a switch': ({'do_resize': 'no'}, "do_resize = 'no' is neither"),
+    'a text for a switch': ({'do_resize': 'no'}, "do_resize = 'no' must be True or False"),
     'no sides': ({'size': []}, 'size = '),
     'not resized': ({'do_resize': False}, 'do_resize'),
     'blue first': ({'do_flip_channel_order': True}, 'do_flip_channel_order'),
     'another processor': ({'image_processor_type': 'CLIPImageProcessor'}, 'CLIPImageProcessor'),
-    'an unknown field': ({'do_sharpen': True}, 'do_sharpen is not known'),
+    'an unknown field': ({'do_sharpen': True}, 'unknown fields: do_sharpen'),
 }
 
 

@@ -141,7 +141,7 @@ def test_chunks_of_any_size(written, size):
     tree['chunk_grid']['configuration']['chunk_shape'] = [size, 16]
     header.write_text(json.dumps(tree))
     try:
-        with pytest.raises(UserError, match='has chunks of|cannot be read'):
+        with pytest.raises(UserError, match='its chunks of|cannot be read'):
             open_checkpoint(written['upcycle']).read('params/token_embedder/embedding')
     finally:
         header.write_text(before)
