@@ -44,11 +44,11 @@ class Reader(Protocol):
     """One step of a checkpoint. Opening it reads the index; arrays are only read by `read`.
 
     Attributes:
-        format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
-        path: the step's folder, or the file.
-        step: training steps taken at the save; None if the checkpoint does not record them.
-        metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` and
-            `facts`: what the format records and shapes do not tell (activation, norm epsilon, ...). {} if nothing is recorded.
+      format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
+      path: the step's folder, or the file.
+      step: training steps taken at the save; None if the checkpoint does not record them.
+      metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` and
+        `facts`: what the format records and shapes do not tell (activation, norm epsilon, ...). {} if nothing is recorded.
     """
 
     format: str
@@ -73,7 +73,7 @@ class Reader(Protocol):
         Without a sharding, `region` selects a part of the leaf, such as one expert.
 
         Raises:
-            UserError: the leaf does not exist, or its stored bytes are missing or damaged.
+          UserError: the leaf does not exist, or its stored bytes are missing or damaged.
         """
 
 
@@ -81,11 +81,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     """Opens a checkpoint and detects its format.
 
     Args:
-        path: a step's folder, a file, or a folder of steps (a run folder, its `checkpoints`, a T5X model directory), of which the
-            newest finished step is opened. Local or in a bucket (`gs://`, `s3://`).
+      path: a step's folder, a file, or a folder of steps (a run folder, its `checkpoints`, a T5X model directory), of which the
+        newest finished step is opened. Local or in a bucket (`gs://`, `s3://`).
 
     Raises:
-        UserError: the path does not exist, or holds no finished checkpoint of a known format.
+      UserError: the path does not exist, or holds no finished checkpoint of a known format.
     """
     from upcycle.checkpoints.hf.folder import refuse_other_files
 
@@ -201,15 +201,15 @@ def create_checkpoint(
     """Begins a checkpoint, or continues an interrupted write of the same checkpoint.
 
     Args:
-        path: of the checkpoint; formats with steps make a folder for the step below it.
-        format: one of `FORMATS`.
-        leaves: all leaves that will be written, by our names.
-        step: training steps taken; None if unknown.
-        identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
-        alike: leaves whose rows are all equal, such as experts that are copies.
+      path: of the checkpoint; formats with steps make a folder for the step below it.
+      format: one of `FORMATS`.
+      leaves: all leaves that will be written, by our names.
+      step: training steps taken; None if unknown.
+      identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+      alike: leaves whose rows are all equal, such as experts that are copies.
 
     Raises:
-        UserError: the path exists, the format has no place for a leaf, or the disk is too full.
+      UserError: the path exists, the format has no place for a leaf, or the disk is too full.
     """
     from upcycle.checkpoints import flax_npz, folder_writer, native, t5x
     from upcycle.checkpoints.hf.writer import HuggingFaceWriter
@@ -227,15 +227,15 @@ def check_target(path: str | os.PathLike[str], format: str, *, below_runs: bool)
     """Checks that a checkpoint can be written to `--to`, before any work.
 
     Args:
-        path: as the user gave it.
-        format: one of `FORMATS`.
-        below_runs: whether the path may lie in the folder of a run.
+      path: as the user gave it.
+      format: one of `FORMATS`.
+      below_runs: whether the path may lie in the folder of a run.
 
     Returns:
-        The absolute path.
+      The absolute path.
 
     Raises:
-        UserError: as `outputs.check`, or the path exists. An empty folder or an interrupted write of a checkpoint is accepted.
+      UserError: as `outputs.check`, or the path exists. An empty folder or an interrupted write of a checkpoint is accepted.
     """
     full = outputs.check('--to', path, outputs.Kind.NEW_FILE if format == 'vit_npz' else outputs.Kind.NEW_FOLDER)
     if not below_runs:

@@ -57,7 +57,7 @@ def kvstore(folder: epath.Path) -> dict[str, Any]:
     """Returns TensorStore's spec of a folder, local or in a bucket.
 
     Raises:
-        UserError: TensorStore cannot open the name, or would open another one.
+      UserError: TensorStore cannot open the name, or would open another one.
     """
     name = os.fspath(folder)
     try:
@@ -79,8 +79,8 @@ class ArrayReader:
     Threads may call `read` concurrently after the first call of `leaves`.
 
     Args:
-        path: the step's folder, or the file.
-        sources: the source of each leaf, by name. A spec with `dtype` and `metadata.shape` is only opened when it is read.
+      path: the step's folder, or the file.
+      sources: the source of each leaf, by name. A spec with `dtype` and `metadata.shape` is only opened when it is read.
     """
 
     format = ''

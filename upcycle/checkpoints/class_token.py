@@ -14,11 +14,11 @@ def without_own_position(cls: views.Lazy, table: views.Lazy) -> tuple[views.Lazy
     We add positions first, as big_vision does today; the activations are the same.
 
     Args:
-        cls: (1, 1, D).
-        table: (1, 1 + patches, D).
+      cls: (1, 1, D).
+      table: (1, 1 + patches, D).
 
     Returns:
-        (1, patches, D) and (1, 1, D). Reading the second raises UserError if the sum overflows its dtype.
+      (1, patches, D) and (1, 1, D). Reading the second raises UserError if the sum overflows its dtype.
     """
     patches = views.Window(table, (slice(None), slice(1, None)))
     dtype = jax.numpy.promote_types(cls.dtype.newbyteorder('='), table.dtype.newbyteorder('='))

@@ -66,11 +66,11 @@ class NpzReader(arrays.ArrayReader):
     """A lazy view of a ViT in an `.npz` file; see `upcycle.checkpoints.Reader`.
 
     Args:
-        file: the file.
-        subtree: the part that is the ViT, such as 'img' in a SigLIP checkpoint.
+      file: the file.
+      subtree: the part that is the ViT, such as 'img' in a SigLIP checkpoint.
 
     Raises:
-        UserError: the file is not a zip archive of arrays, or holds arrays that our ViT does not have.
+      UserError: the file is not a zip archive of arrays, or holds arrays that our ViT does not have.
     """
 
     format = 'vit_npz'

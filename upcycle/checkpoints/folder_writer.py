@@ -36,9 +36,9 @@ class Layout:
     """One format of zarr arrays in a folder.
 
     Attributes:
-        format: name of the format.
-        state: folder of the arrays, below the step's.
-        reader: opens a committed folder, which may still have its temporary name.
+      format: name of the format.
+      state: folder of the arrays, below the step's.
+      reader: opens a committed folder, which may still have its temporary name.
     """
 
     format: str
@@ -53,7 +53,7 @@ class Layout:
         """Returns the keys of each leaf in the format's tree, and the leaves left out with the reason.
 
         Raises:
-            UserError: the format has no place for a leaf.
+          UserError: the format has no place for a leaf.
         """
         raise NotImplementedError
 
@@ -74,15 +74,15 @@ class FolderWriter:
     """A `writing.Writer` of zarr arrays.
 
     Args:
-        layout: the format.
-        path: the path that the user named.
-        leaves: all leaves to write.
-        step: of the checkpoint; None if unknown.
-        identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
-        alike: leaves whose rows are all equal. On a disk, their parts are hard links to one file.
+      layout: the format.
+      path: the path that the user named.
+      leaves: all leaves to write.
+      step: of the checkpoint; None if unknown.
+      identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+      alike: leaves whose rows are all equal. On a disk, their parts are hard links to one file.
 
     Raises:
-        UserError: the path exists or holds another interrupted write, the format has no place for a leaf, or the disk is full.
+      UserError: the path exists or holds another interrupted write, the format has no place for a leaf, or the disk is full.
     """
 
     def __init__(

@@ -40,11 +40,11 @@ def describe(folder: epath.Path, sizes: Mapping[str, int]) -> dict[str, dict[str
     """Hashes files. Only process 0 may call this, after every process has called `serve`.
 
     Args:
-        folder: of the files.
-        sizes: bytes of each file by its name; they balance the shares.
+      folder: of the files.
+      sizes: bytes of each file by its name; they balance the shares.
 
     Returns:
-        By name, in the order of `sizes`: `bytes` and `sha256`, or `wrong`: the reason why it cannot be read.
+      By name, in the order of `sizes`: `bytes` and `sha256`, or `wrong`: the reason why it cannot be read.
     """
     store = hosts.store()
     if jax.process_count() == 1 or store is None or sum(sizes.values()) < SHARED_BYTES:

@@ -31,7 +31,7 @@ def write_record(folder: epath.Path) -> None:
     """Reads every file of a step back and writes its checksums. The files must not change afterwards.
 
     Raises:
-        OSError: a file cannot be read.
+      OSError: a file cannot be read.
     """
     hashes = hashing.describe(folder, {name: (folder / name).stat().length for name in _files(folder)})
     for name, file in hashes.items():
@@ -71,7 +71,7 @@ def require_whole(path: str) -> None:
     """Checks the checksums of a checkpoint that all processes are about to read. Process 0 checks for all.
 
     Raises:
-        UserError: a file is damaged, or the processes have opened different steps.
+      UserError: a file is damaged, or the processes have opened different steps.
     """
     folder = epath.Path(path)
     names = [folder.name] if jax.process_count() == 1 else hosts.texts(folder.name)
@@ -95,13 +95,13 @@ def newest_whole_step(model_dir: str) -> int | None:
     Process 0 checks and renames; all processes return the same. Call this before the folder is opened for writing.
 
     Args:
-        model_dir: the run's folder.
+      model_dir: the run's folder.
 
     Returns:
-        The newest undamaged step; None if there are no steps.
+      The newest undamaged step; None if there are no steps.
 
     Raises:
-        UserError: all steps are damaged; none is renamed.
+      UserError: all steps are damaged; none is renamed.
     """
     folder = files.absolute(model_dir) / 'checkpoints'
     refusal = f'no step in {folder} is whole: see the message of process 0.'
@@ -182,12 +182,12 @@ def by_process_0(compute: Callable[[], int], refusal: str) -> int:
     """Calls a function on process 0 and returns its result on all processes.
 
     Args:
-        compute: returns a number from 0, or `_NO_STEP`.
-        refusal: the message on the other processes if process 0 raises a UserError.
+      compute: returns a number from 0, or `_NO_STEP`.
+      refusal: the message on the other processes if process 0 raises a UserError.
 
     Raises:
-        UserError, Unavailable: process 0 raised one, or a bucket did not answer it.
-        RuntimeError: on the other processes, if process 0 raised anything else.
+      UserError, Unavailable: process 0 raised one, or a bucket did not answer it.
+      RuntimeError: on the other processes, if process 0 raised anything else.
     """
     if jax.process_count() == 1:
         return compute()

@@ -23,14 +23,14 @@ class Journal:
     """A file with the identity of the write, then a line for each part that would survive a crash of the machine.
 
     Args:
-        folder: the folder that is written.
-        identity: JSON that identifies source and result.
+      folder: the folder that is written.
+      identity: JSON that identifies source and result.
 
     Attributes:
-        done: the parts recorded by an earlier attempt.
+      done: the parts recorded by an earlier attempt.
 
     Raises:
-        UserError: the folder holds another interrupted write.
+      UserError: the folder holds another interrupted write.
     """
 
     def __init__(self, folder: epath.Path, identity: Mapping[str, Any]):

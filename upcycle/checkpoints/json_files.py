@@ -27,7 +27,7 @@ def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | 
     """Returns the JSON object in a file; `pairs`: `object_pairs_hook` of `json.loads`.
 
     Raises:
-        UserError: the file is missing or damaged, or does not hold a JSON object.
+      UserError: the file is missing or damaged, or does not hold a JSON object.
     """
     try:
         content = json.loads(file.read_text(), object_pairs_hook=pairs)

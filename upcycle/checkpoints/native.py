@@ -113,8 +113,8 @@ class CheckpointManager:
     """Saves and restores the steps of one run. A run must have one manager: opening it removes interrupted saves.
 
     Args:
-        model_dir: the run's folder; steps are in its `checkpoints`.
-        keep: how many of the newest steps to keep; None keeps all. Steps that are links are kept, too.
+      model_dir: the run's folder; steps are in its `checkpoints`.
+      keep: how many of the newest steps to keep; None keeps all. Steps that are links are kept, too.
     """
 
     def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1):
@@ -149,8 +149,8 @@ class CheckpointManager:
         """Copies `state` to the host, then writes it atomically in the background. The next call raises its failure.
 
         Raises:
-            UserError: `step` is not larger than the newest one, a leaf holds NaN or infinity, or the folder cannot be written.
-            TypeError: `state` is not a plain nested dict of arrays.
+          UserError: `step` is not larger than the newest one, a leaf holds NaN or infinity, or the folder cannot be written.
+          TypeError: `state` is not a plain nested dict of arrays.
         """
         arrays_of = flatten(state)
         leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in arrays_of.items()}
@@ -180,13 +180,13 @@ class CheckpointManager:
         """Returns the state, data and metadata of `step`.
 
         Args:
-            step: a finished step.
-            abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings on any number of devices. Names, shapes and dtypes
-                must equal the stored ones.
+          step: a finished step.
+          abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings on any number of devices. Names, shapes and dtypes
+            must equal the stored ones.
 
         Raises:
-            UserError: the step does not exist, leaves differ (the message lists them), or files are damaged.
-            TypeError: `abstract_state` is not a plain nested dict of arrays, or a leaf has no sharding.
+          UserError: the step does not exist, leaves differ (the message lists them), or files are damaged.
+          TypeError: `abstract_state` is not a plain nested dict of arrays, or a leaf has no sharding.
         """
         self._manager.wait_until_finished()
         wanted = flatten(abstract_state)
@@ -206,7 +206,7 @@ class CheckpointManager:
         """Waits for the current save.
 
         Raises:
-            UserError: the save failed; earlier steps are unchanged.
+          UserError: the save failed; earlier steps are unchanged.
         """
         with self._failed_saves():
             self._manager.wait_until_finished()
@@ -269,8 +269,8 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the leaves of a plain nested dict of arrays or `jax.ShapeDtypeStruct`s by their names on disk.
 
     Raises:
-        TypeError: a node is not a dict, a leaf is not an array or is a typed random key, or a key is empty or contains `/` or
-            `.`, the separators of names.
+      TypeError: a node is not a dict, a leaf is not an array or is a typed random key, or a key is empty or contains `/` or
+        `.`, the separators of names.
     """
     leaves: dict[str, Any] = {}
 

@@ -91,7 +91,7 @@ class Member:
         """Checks the checksum of the whole member, once before its first partial read.
 
         Raises:
-            zipfile.BadZipFile: the checksum differs.
+          zipfile.BadZipFile: the checksum differs.
         """
         with self.archive.zip.open(self.info) as file:
             while file.read(1 << 20):

@@ -34,8 +34,8 @@ def orbax_index(keys: Mapping[tuple[str, ...], tuple[int, ...]], *, zarr3: bool)
     """Returns the index of an Orbax pytree item of zarr arrays, each in a folder named by its keys joined by dots.
 
     Args:
-        keys: the shape of each leaf by its path of dictionary keys.
-        zarr3: whether the arrays are in zarr 3 instead of zarr 2.
+      keys: the shape of each leaf by its path of dictionary keys.
+      zarr3: whether the arrays are in zarr 3 instead of zarr 2.
     """
     entries = {
         str(path): {
@@ -52,7 +52,7 @@ def orbax_arrays(item: epath.Path) -> dict[tuple[str, ...], arrays.Source]:
     """Returns the source of each array of an Orbax pytree item, by its path of keys.
 
     Raises:
-        UserError: the item's index is damaged.
+      UserError: the item's index is damaged.
     """
     index = json_files.read_json(item / ORBAX_INDEX)
     try:

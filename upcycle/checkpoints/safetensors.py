@@ -96,10 +96,10 @@ def read_files(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads the headers of a model in one file, or in the files of an index.
 
     Returns:
-        The arrays by name, and the notes in the first header.
+      The arrays by name, and the notes in the first header.
 
     Raises:
-        UserError: a file is missing or damaged, or index and files do not match.
+      UserError: a file is missing or damaged, or index and files do not match.
     """
     if not file.name.endswith('.json'):
         return _read_header(file)
@@ -205,12 +205,12 @@ class FilesWriter:
     """Writes arrays, in any order, to `model.safetensors`, or to shards and their index.
 
     Args:
-        folder: a local folder.
-        arrays: shape and dtype of each array, in the order of the files.
-        shard_bytes: the most bytes of arrays in a file, unless a single array is larger.
+      folder: a local folder.
+      arrays: shape and dtype of each array, in the order of the files.
+      shard_bytes: the most bytes of arrays in a file, unless a single array is larger.
 
     Attributes:
-        last: the file by which readers recognise the folder.
+      last: the file by which readers recognise the folder.
     """
 
     def __init__(self, folder: epath.Path, arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int = SHARD_BYTES):

@@ -21,12 +21,12 @@ class Claim:
     """An exclusive lock on a local path, held until it is released or this process ends.
 
     Args:
-        place: the file or folder to write to; created if it does not exist.
-        final: its final name, for the message.
-        kind: whether it is a file or a folder.
+      place: the file or folder to write to; created if it does not exist.
+      final: its final name, for the message.
+      kind: whether it is a file or a folder.
 
     Raises:
-        UserError: another process holds the lock.
+      UserError: another process holds the lock.
     """
 
     def __init__(self, place: epath.Path, final: epath.Path, kind: outputs.Kind):
@@ -67,15 +67,15 @@ class Staging:
     It lies next to the final path on a disk, and in the folder for temporary files if the final path is in a bucket.
 
     Args:
-        final: the path that the user named.
-        kind: whether it is a file or a folder.
-        needed: bytes.
+      final: the path that the user named.
+      kind: whether it is a file or a folder.
+      needed: bytes.
 
     Attributes:
-        path: the file or folder to write; remains of an interrupted write are removed.
+      path: the file or folder to write; remains of an interrupted write are removed.
 
     Raises:
-        UserError: the final path exists, or the disk is too full.
+      UserError: the final path exists, or the disk is too full.
     """
 
     def __init__(self, final: epath.Path, kind: outputs.Kind, needed: int):
@@ -102,10 +102,10 @@ class Staging:
         """Renames or uploads the result to its final path.
 
         Args:
-            last: the file by which readers recognise the folder; uploaded last.
+          last: the file by which readers recognise the folder; uploaded last.
 
         Raises:
-            UserError: the final path exists by now, or the bucket refuses the upload, of which nothing remains.
+          UserError: the final path exists by now, or the bucket refuses the upload, of which nothing remains.
         """
         if self._temporary is None:
             give_name(self.path, self._final, self._kind)
@@ -173,8 +173,8 @@ class StagedWriter:
     """Base of the writers that use `Staging`; see `writing.Writer`. An interrupted write starts over.
 
     Args:
-        path: of the checkpoint.
-        leaves: everything to write; `rng` is left out.
+      path: of the checkpoint.
+      leaves: everything to write; `rng` is left out.
     """
 
     def __init__(self, path: epath.Path, leaves: writing.Leaves):

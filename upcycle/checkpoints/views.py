@@ -50,7 +50,7 @@ class Transposed(_View):
     """The source with permuted axes, as by `np.transpose`.
 
     Raises:
-        ValueError: the source has another number of axes.
+      ValueError: the source has another number of axes.
     """
 
     axes: tuple[int, ...]
@@ -80,7 +80,7 @@ class SplitAxis(_View):
     """The source with one axis split: (..., count * size, ...) becomes (..., count, size, ...).
 
     Raises:
-        ValueError: the source has no such axis, or its size is not a multiple of `count`.
+      ValueError: the source has no such axis, or its size is not a multiple of `count`.
     """
 
     axis: int
@@ -170,7 +170,7 @@ class Stacked:
     """A stack of sources of equal shape along a new leading axis, such as the experts of an MoE layer.
 
     Raises:
-        ValueError: there is no source, or shapes or dtypes differ.
+      ValueError: there is no source, or shapes or dtypes differ.
     """
 
     sources: tuple[Lazy, ...]
@@ -202,9 +202,9 @@ class Computed:
     """A function of sources. For small arrays, because reading any region computes the whole.
 
     Attributes:
-        shape, dtype: of the result.
-        sources: the arguments.
-        compute: the function.
+      shape, dtype: of the result.
+      sources: the arguments.
+      compute: the function.
     """
 
     shape: tuple[int, ...]

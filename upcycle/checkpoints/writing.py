@@ -64,8 +64,8 @@ class Writer(Protocol):
     """Writes one checkpoint, which is invisible until `finish`.
 
     Attributes:
-        path: of the finished checkpoint.
-        left_out: leaves that the format does not need, and why.
+      path: of the finished checkpoint.
+      left_out: leaves that the format does not need, and why.
     """
 
     path: str
@@ -95,11 +95,11 @@ def not_refused(place: epath.Path, name: str = '') -> Iterator[None]:
     """Converts errors of a local disk.
 
     Args:
-        place: the file or folder.
-        name: the leaf that is written; '' for anything else.
+      place: the file or folder.
+      name: the leaf that is written; '' for anything else.
 
     Raises:
-        WriteError: the disk refuses the write.
+      WriteError: the disk refuses the write.
     """
     try:
         yield

@@ -21,8 +21,8 @@ class Turn:
     """The change of layout between a tensor and our array.
 
     Attributes:
-        to_ours: converts a lazy tensor to ours. Raises ValueError if its shape does not fit.
-        to_theirs: the inverse, on NumPy arrays.
+      to_ours: converts a lazy tensor to ours. Raises ValueError if its shape does not fit.
+      to_theirs: the inverse, on NumPy arrays.
     """
 
     to_ours: Callable[[views.Lazy], views.Lazy]
@@ -39,8 +39,8 @@ class Entry:
     """The tensor or tensors of one of our leaves.
 
     Attributes:
-        names: the name of the tensor, or a tuple of names if each row of our leaf is a tensor, such as the experts of (E, ...).
-        turn: the change of layout of each tensor.
+      names: the name of the tensor, or a tuple of names if each row of our leaf is a tensor, such as the experts of (E, ...).
+      turn: the change of layout of each tensor.
     """
 
     names: str | tuple[str, ...]
@@ -66,18 +66,18 @@ class Architecture:
     Each subclass has a module in this package and is registered in `ARCHITECTURES`.
 
     Attributes:
-        title: name for messages.
-        family: our model family.
-        model_types: the values of `model_type` that it covers.
-        classes: valid suffixes of the names in `architectures`; the first is the default.
-        fields: fields of config.json that are read or compared, with their types.
-        sizes: the fields that must agree with the shapes of the tensors.
-        values: other fields that change the function, with the only value that our models support; None: no value is supported.
-        inputs: fields that describe the inputs, with our values.
-        harmless: other fields that do not change the logits.
-        aliases: other names of fields (`attribute_map`).
-        depths: fields that count layers, with a pattern of the names of a layer's tensors.
-        not_read: tensors that are ignored, and why; transformers ignores them, too.
+      title: name for messages.
+      family: our model family.
+      model_types: the values of `model_type` that it covers.
+      classes: valid suffixes of the names in `architectures`; the first is the default.
+      fields: fields of config.json that are read or compared, with their types.
+      sizes: the fields that must agree with the shapes of the tensors.
+      values: other fields that change the function, with the only value that our models support; None: no value is supported.
+      inputs: fields that describe the inputs, with our values.
+      harmless: other fields that do not change the logits.
+      aliases: other names of fields (`attribute_map`).
+      depths: fields that count layers, with a pattern of the names of a layer's tensors.
+      not_read: tensors that are ignored, and why; transformers ignores them, too.
     """
 
     title: str
@@ -97,7 +97,7 @@ class Architecture:
         """Normalises fields that can be written in several ways, and checks what types cannot express.
 
         Raises:
-            UserError: our models do not support a value.
+          UserError: our models do not support a value.
         """
 
     def warn(self, file: epath.Path, config: Config) -> None:
@@ -107,7 +107,7 @@ class Architecture:
         """Warns if other files of the folder describe inputs that our pipelines do not make.
 
         Raises:
-            UserError: a file is damaged.
+          UserError: a file is damaged.
         """
 
     def rename(self, name: str) -> str:
@@ -122,7 +122,7 @@ class Architecture:
         """Returns our arrays by their names below `params/`, mostly with `sources.by_table`, and the facts.
 
         Raises:
-            UserError: configuration and tensors contradict each other, or our models do not support them.
+          UserError: configuration and tensors contradict each other, or our models do not support them.
         """
         raise NotImplementedError
 
@@ -138,7 +138,7 @@ class Architecture:
         """Returns the fields of config.json that follow from shapes, for writing.
 
         Raises:
-            KeyError, IndexError, ValueError, ZeroDivisionError: a leaf is missing.
+          KeyError, IndexError, ValueError, ZeroDivisionError: a leaf is missing.
         """
         raise NotImplementedError
 
@@ -157,10 +157,10 @@ class Architecture:
         """Returns the complete config.json.
 
         Args:
-            sizes: see `config_sizes`.
-            metadata: of our checkpoint, with `facts`.
+          sizes: see `config_sizes`.
+          metadata: of our checkpoint, with `facts`.
 
         Raises:
-            UserError: the format cannot express a fact.
+          UserError: the format cannot express a fact.
         """
         raise NotImplementedError

@@ -46,7 +46,7 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
     """Returns the checked fields without nulls, and the architecture.
 
     Raises:
-        UserError: the file is damaged, or the architecture or the value of a field is not supported.
+      UserError: the file is damaged, or the architecture or the value of a field is not supported.
     """
     config = {name: value for name, value in json_files.read_json(file).items() if value is not None}
     if 'model_type' not in config:

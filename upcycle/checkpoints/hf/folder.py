@@ -34,7 +34,7 @@ def refuse_other_files(folder: epath.Path) -> None:
     """Refuses a file, or a folder without `model.safetensors` and its index, whose kind is known.
 
     Raises:
-        UserError: there is an adapter, a file with another name, or a file of another program.
+      UserError: there is an adapter, a file with another name, or a file of another program.
     """
     names = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else [folder.name]
     folder = folder if folder.is_dir() else folder.parent
@@ -68,9 +68,9 @@ def which_file(folder: epath.Path, named: str | None, by_config: Any) -> epath.P
     """Returns the file of arrays or index to read, in the order of transformers' `_get_resolved_checkpoint_files`.
 
     Args:
-        folder: of the model.
-        named: the file that the user named; None if the user named the folder.
-        by_config: `transformers_weights` of the configuration.
+      folder: of the model.
+      named: the file that the user named; None if the user named the folder.
+      by_config: `transformers_weights` of the configuration.
     """
     if named is not None and not _SHARD.fullmatch(named):
         return folder / named

@@ -45,11 +45,11 @@ def check(folder: epath.Path, image_size: Any) -> None:
     """Warns if the configuration of the image processor describes images that our pipelines do not make.
 
     Args:
-        folder: of the model.
-        image_size: of the model's configuration.
+      folder: of the model.
+      image_size: of the model's configuration.
 
     Raises:
-        UserError: the file is damaged.
+      UserError: the file is damaged.
     """
     for name in _PROCESSOR_FILES:
         file = folder / name

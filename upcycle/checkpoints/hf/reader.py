@@ -21,10 +21,10 @@ class HuggingFaceReader(arrays.ArrayReader):
     """A lazy view of a folder of safetensors; see `upcycle.checkpoints.Reader`.
 
     Args:
-        path: the folder, or a file in it.
+      path: the folder, or a file in it.
 
     Raises:
-        UserError: the files are incomplete or damaged, or the architecture is not supported.
+      UserError: the files are incomplete or damaged, or the architecture is not supported.
     """
 
     format = 'huggingface'

@@ -27,7 +27,7 @@ def renamed(folder: epath.Path, stored: Tensors, architecture: Architecture) -> 
     """Returns the tensors by their names in the table, without the prefixes of wrappers.
 
     Raises:
-        UserError: there are tensors of an adapter, or two tensors get the same name.
+      UserError: there are tensors of an adapter, or two tensors get the same name.
     """
     if adapters := [name for name in stored if _ADAPTERS.search(name)]:
         raise UserError(
@@ -51,7 +51,7 @@ def by_table(folder: epath.Path, stored: Tensors, table: Table) -> dict[str, vie
     """Returns our arrays by their names below `params/`, in the order of the tensors. The table may have more leaves.
 
     Raises:
-        UserError: a tensor is unknown, a stack is incomplete, or a shape does not fit.
+      UserError: a tensor is unknown, a stack is incomplete, or a shape does not fit.
     """
     ours = {theirs: name for name, entry in table.items() for theirs in entry.every_name}
     _refuse_unknown(folder, [name for name in stored if name not in ours], ours)

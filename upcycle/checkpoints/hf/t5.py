@@ -210,7 +210,7 @@ def _activations(file: epath.Path, config: Config) -> tuple[str, ...]:
     """Returns our names of the activations. `dense_act_fn` and `is_gated_act`, if present, override `feed_forward_proj`.
 
     Raises:
-        UserError: the activation is not supported.
+      UserError: the activation is not supported.
     """
     projection = config.get('feed_forward_proj', 'relu' if config['model_type'] == 't5' else 'gated-gelu')
     gate, _, name = projection.rpartition('-')
@@ -250,7 +250,7 @@ def _with_shared(folder: epath.Path, config: Config, stored: dict[str, Any], sca
     """Returns the tensors with one embedding, and with a head unless the model scales before a tied head.
 
     Raises:
-        UserError: copies of the embedding differ.
+      UserError: copies of the embedding differ.
     """
     # Old files contain copies of the shared embedding.
     for copy in ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', *(['lm_head.weight'] if scaled else [])):

@@ -93,7 +93,7 @@ def _entries(
     """Returns the table entry of each leaf except the step.
 
     Raises:
-        UserError: the format has no place for a leaf.
+      UserError: the format has no place for a leaf.
     """
     ours = {f'{_PARAMS}{name}': entry for name, entry in architecture.table(sizes, shapes).items()}
     # Parameters first: an option leaves the optimizer state out.

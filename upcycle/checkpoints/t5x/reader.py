@@ -159,10 +159,10 @@ def _layers(location: str, source: views.Lazy, stack: re.Match[str], subblocks: 
     """Returns the layers of a stack by our names.
 
     Args:
-        location: name of the array, for messages.
-        source: all layers.
-        stack: the match of its name.
-        subblocks: layers per block.
+      location: name of the array, for messages.
+      source: all layers.
+      stack: the match of its name.
+      subblocks: layers per block.
     """
     if not schema.fits(blocks := source.shape[_STACK_AXIS], schema.Depth):
         raise files.damaged(location, f'a stack of {blocks} layers is too large')
