@@ -153,5 +153,5 @@ def test_an_index_that_claims_too_much_is_refused_before_it_is_believed(dense, t
     entry = next(iter(index['tree_metadata'].values()))
     entry['key_metadata'][-1]['key'] = '../../../elsewhere'
     (step / 'state' / '_METADATA').write_text(json.dumps(index))
-    with pytest.raises(UserError, match='do not lie beside it'):
+    with pytest.raises(UserError, match='outside its folder'):
         open_checkpoint(step)
