@@ -56,9 +56,7 @@ def test_images_that_cannot_be_decoded_are_left_out_up_to_the_bound(tmp_path, ca
     # Twice in two epochs; counted once.
     assert left_out == 4
     err = capsys.readouterr().err.splitlines()
-    assert [line.split(' is left out: ')[0] for line in err] == [
-        f'warning: bad record {i} of at most 2' for i in (1, 2)
-    ]
+    assert [line.split(' is skipped: ')[0] for line in err] == [f'warning: bad record {i} of at most 2' for i in (1, 2)]
     assert {re.search(r'train/\w+/(\d+)\.png cannot be decoded', line)[1] for line in err} == {'03', '08'}
     with pytest.raises(
         UserError, match=r'^2 bad records are more than MAX_BAD_RECORDS = 1; the last one: .*\.png cannot'
@@ -147,7 +145,7 @@ def test_a_damaged_shard_is_one_sentence_and_never_a_shorter_epoch(file_format, 
 
 def test_a_host_without_examples_is_told(streamed):  # noqa: F811
     data = config(streamed, split='train[:2]', batch_size=4)
-    with pytest.raises(UserError, match='no example for reader 3 of 4'):
+    with pytest.raises(UserError, match='no examples for reader 3 of 4'):
         next(data.batches(share=Share.even(3, 4)))
     one_pass = dataclasses.replace(data, repeat=False)
     assert [len(numbers(one_pass.batches(share=Share.even(i, 4)))) for i in range(4)] == [1, 1, 0, 0]

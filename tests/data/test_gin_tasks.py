@@ -85,7 +85,7 @@ def test_the_task_of_keywords_builds_and_its_operative_config_too():
 def test_files_must_be_bound():
     path = next(path for path in TASKS if path.stem.startswith('text_files'))
     (train, _), _, _ = build(f"include '{path}'\n{RUN}")
-    with pytest.raises(UserError, match='TRAIN_FILES is not bound'):
+    with pytest.raises(UserError, match='TRAIN_FILES is not set'):
         train.batches()
 
 

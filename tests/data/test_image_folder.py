@@ -134,12 +134,12 @@ def mistakes():
         shutil.rmtree(folder / 'train')
 
     return {
-        empty_class: 'train/yellow holds no image',
+        empty_class: 'train/yellow contains no images',
         lacking: r'train/blue is a class that .*/validation lacks',
         additional: r'validation/azure is a class that .*/train lacks',
-        loose: r'train/0\.png lies in no folder of a class',
-        text: r'red/notes\.txt is no image by its ending',
-        nothing: "TRAIN_FOLDER = '.*train' holds no folder",
+        loose: r'train/0\.png is not in a class folder',
+        text: r'red/notes\.txt does not have an image extension',
+        nothing: "TRAIN_FOLDER = '.*train' contains no folders",
         gone: "TRAIN_FOLDER = '.*train' is not a folder",
     }
 
@@ -152,7 +152,7 @@ def test_mistakes_are_one_sentence(folder, damage, message):
 
 
 def test_unbound_and_remote_folders():
-    with pytest.raises(UserError, match='TRAIN_FOLDER is not bound'):
+    with pytest.raises(UserError, match='TRAIN_FOLDER is not set'):
         config(ImageFolder(None)).batches()
     with pytest.raises(UserError, match='is not a local folder'):
         config(ImageFolder('gs://bucket/train')).batches()

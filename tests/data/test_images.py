@@ -225,7 +225,7 @@ def test_an_error_while_reading_ahead_is_raised_in_its_place():
 
 
 def test_mistakes(monkeypatch):
-    with pytest.raises(UserError, match='BATCH_SIZE = 12 does not divide into the 5 parts'):
+    with pytest.raises(UserError, match='BATCH_SIZE = 12 is not divisible by the 5 parts'):
         config().batches(share=Share.even(0, 5))
     with pytest.raises(UserError, match=r'@InceptionPreprocessing\(\) does not take the images of @Mnist5k\(\)'):
         config(preprocessing=InceptionPreprocessing())

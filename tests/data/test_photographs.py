@@ -176,7 +176,7 @@ def test_images_that_cannot_be_decoded():
     jpeg = encoded(picture(), 'JPEG')
     for content, reason in (
         (b'', 'the file is empty'),
-        (b'not an image', 'no image format that Pillow knows'),
+        (b'not an image', 'not an image format that Pillow knows'),
         (jpeg.content[:-200], 'truncated'),
     ):
         with pytest.raises(
@@ -185,7 +185,7 @@ def test_images_that_cannot_be_decoded():
             CentralCropPreprocessing()([jpeg, Encoded('broken.jpg', content)], 0, 0)
         assert '\n' not in str(error.value)
     deep = Image.fromarray(np.full((9, 9), 40000, np.uint16))
-    with pytest.raises(UserError, match=r'photo\.png has more than 8 bits a channel'):
+    with pytest.raises(UserError, match=r'photo\.png has more than 8 bits per channel'):
         decode(encoded(deep), 3)
 
 

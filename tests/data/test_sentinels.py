@@ -77,22 +77,22 @@ def test_sentinels(case, folder, request):  # noqa: F811
 
 
 REFUSED = {
-    "a file's sentinels without a file": (None, {'sentinels': 'mt5'}, "SENTINELS = 'mt5'.*bind SENTENCEPIECE_MODEL"),
+    "a file's sentinels without a file": (None, {'sentinels': 'mt5'}, "SENTINELS = 'mt5'.*set SENTENCEPIECE_MODEL"),
     'a file that has none': ('model', {'sentinels': 'mt5'}, 'has no piece <extra_id_0>'),
     'others on top': ('holds_sentinels', {'sentinels': 't5'}, '<extra_id_0> is id 49'),
-    'umT5 without a file': (None, {'sentinels': 'umt5'}, "SENTINELS = 'umt5'.*bind SENTENCEPIECE_MODEL"),
+    'umT5 without a file': (None, {'sentinels': 'umt5'}, "SENTINELS = 'umt5'.*set SENTENCEPIECE_MODEL"),
     'umT5 on top of others': (
         'holds_sentinels',
         {'sentinels': 'umt5'},
         "SENTINELS = 'umt5' adds.*<extra_id_0> is id 49",
     ),
     'bytes and a file': ('model', {'sentinels': 'byt5'}, "SENTINELS = 'byt5' are bytes, and SENTENCEPIECE_MODEL"),
-    'twice the same': (None, {'sentinels': (300, 300)}, r'SENTINELS = \(300, 300\) must be different ids'),
+    'twice the same': (None, {'sentinels': (300, 300)}, r'SENTINELS = \(300, 300\) must be distinct ids'),
     'padding': (None, {'sentinels': (300, 0)}, r'SENTINELS = \(300, 0\) must be'),
     'none': (None, {'sentinels': ()}, r'SENTINELS = \(\) must be'),
     'too few': (None, {'sentinels': (300,)}, 'needs 2 sentinels and the vocabulary has 1: .*SENTINELS'),
     'none at all': ('model', {'extra_ids': 0}, 'needs 2 sentinels and the vocabulary has 0: .*SENTINELS'),
-    'in the text': (None, {'sentinels': (300, ord('o') + 3)}, 'the text holds the id 114, which is sentinel 1'),
+    'in the text': (None, {'sentinels': (300, ord('o') + 3)}, 'the text contains the id 114, which is sentinel 1'),
 }
 
 
@@ -110,7 +110,7 @@ def test_byt5_does_not_take_bytes_that_the_text_holds(tmp_path):
     files = TextFiles(str(tmp_path / 'a.txt'), sentinels='byt5')
     assert first_batch(config(files))['encoder_input_tokens'].max() == 258
     # 57 spans: 258 down to 202, and Greek letters begin with the bytes 206 and 207.
-    with pytest.raises(UserError, match='the text holds the id 210, which is sentinel 48'):
+    with pytest.raises(UserError, match='the text contains the id 210, which is sentinel 48'):
         first_batch(dataclasses.replace(config(files), task_feature_lengths={'inputs': 1024, 'targets': 229}))
 
 
@@ -218,5 +218,5 @@ def test_checkpoints_with_the_vocabularies_of_mt5_and_umt5(model_type, rows, fir
         assert kind is None
         data.check_sentinels(source, kind)
         return
-    with pytest.raises(UserError, match=f"sentinels {first}, .* takes 358, 357, .*SENTINELS = '{model_type}'"):
+    with pytest.raises(UserError, match=f"sentinels {first}, .* uses 358, 357, .*SENTINELS = '{model_type}'"):
         data.check_sentinels(source, kind)

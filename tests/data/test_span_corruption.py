@@ -88,9 +88,9 @@ def test_t5s_own_lengths():
 @pytest.mark.parametrize(
     ('lengths', 'message'),
     [
-        ({'inputs': 512, 'targets': 113}, "which need 114 tokens for inputs of 512: bind 'targets' to 114 or more"),
+        ({'inputs': 512, 'targets': 113}, "which need 114 tokens for inputs of 512: set 'targets' to 114 or more"),
         ({'inputs': 4096, 'targets': 4096}, 'needs 227 sentinels and the vocabulary has 100'),
-        ({'inputs': 3, 'targets': 9}, "bind 'inputs' to 4 or more"),
+        ({'inputs': 3, 'targets': 9}, "set 'inputs' to 4 or more"),
         ({'inputs': 512}, "both 'inputs' and 'targets'"),
         (None, "both 'inputs' and 'targets'"),
     ],

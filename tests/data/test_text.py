@@ -250,7 +250,7 @@ def test_a_streamed_task_is_packed_and_replayed(streamed):
     assert {name: (value.shape, value.dtype) for name, value in batches[0].items()} == streamed.batch_spec()
     assert batches[0]['encoder_segment_ids'].max() > 1
     assert_equal(take(streamed, 2, 9), batches[9:11])
-    assert 'replaying' in streamed.promise()
+    assert 'replays' in streamed.promise()
     assert 'corpus_sha256' not in streamed.fingerprint()
 
 
@@ -260,7 +260,7 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
     )
     batches = take(evaluation, None)
     assert [int((b['decoder_loss_weights'].sum(axis=1) > 0).sum()) for b in batches] == [4, 4, 2]
-    with pytest.raises(UserError, match='bind EVAL_STEPS'):
+    with pytest.raises(UserError, match='set EVAL_STEPS'):
         evaluation.batches(share=Share.even(0, 4))
     bounded = dataclasses.replace(evaluation, num_batches=5)
     parts = [take(bounded, None, share=Share.even(i, 4)) for i in range(4)]
@@ -280,9 +280,9 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
             "'stdlib_span_coruption' is not registered",
         ),
         ({'source': None, 'module': 'no.such.module'}, "MIXTURE_OR_TASK_MODULE = 'no.such.module' cannot be imported"),
-        ({'source': None, 'task_feature_lengths': {'inputs': 32}}, "lengths of both 'inputs' and 'targets'"),
+        ({'source': None, 'task_feature_lengths': {'inputs': 32}}, "both 'inputs' and 'targets'"),
         ({'split': 'test'}, "no split 'test'"),
-        ({'task_feature_lengths': {'inputs': 32, 'targets': 7}}, "bind 'targets' to 8 or more"),
+        ({'task_feature_lengths': {'inputs': 32, 'targets': 7}}, "set 'targets' to 8 or more"),
         ({'task_feature_lengths': {'inputs': 400, 'targets': 400}, 'split': 'validation'}, 'give it more text'),
     ],
 )
@@ -293,7 +293,7 @@ def test_mistakes_are_one_sentence(train, change, message):
 
 
 def test_a_batch_must_divide_among_the_hosts(train):
-    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide into the 3 parts'):
+    with pytest.raises(UserError, match='BATCH_SIZE = 8 is not divisible by the 3 parts'):
         train.batches(share=Share.even(0, 3))
 
 

@@ -167,7 +167,7 @@ def test_fingerprint(by_place, streamed):
 
 
 def test_mistakes(by_place, tmp_path):
-    with pytest.raises(UserError, match=r"bright has no split 'validation': bind it to one of .*test.*train"):
+    with pytest.raises(UserError, match=r"bright has no split 'validation': set it to one of .*test.*train"):
         config(by_place, split='validation').batches()
     with pytest.raises(UserError, match=r"TFDS_NAME = 'brihgt' is neither known to TFDS .* nor prepared in"):
         DatasetConfig(TfdsImages('brihgt', by_place), CentralCropPreprocessing(), 'train', 8).batches()
@@ -175,9 +175,9 @@ def test_mistakes(by_place, tmp_path):
         UserError, match=r'cifar10/3\.0\.2 is not prepared in .*: run `tfds build cifar10 --file_format=array'
     ):
         DatasetConfig(TfdsImages('cifar10', str(tmp_path)), CentralCropPreprocessing(), 'train', 8).batches()
-    with pytest.raises(UserError, match=r"label_feature = 'class' is no feature of bright"):
+    with pytest.raises(UserError, match=r"label_feature = 'class' is not a feature of bright"):
         config(by_place, source={'label_feature': 'class'}).num_classes  # noqa: B018
-    with pytest.raises(UserError, match=r"label_feature = 'number' of bright holds no classes"):
+    with pytest.raises(UserError, match=r"label_feature = 'number' of bright is not a class label"):
         config(by_place, source={'label_feature': 'number'}).num_classes  # noqa: B018
 
 

@@ -1,4 +1,4 @@
-"""Random batches, for compiling and for measuring speed: nothing is read, and nothing can be learnt from them."""
+"""Random batches for compiling and for measuring speed. Nothing is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Endless:
     num_batches: int | None
 
     def fingerprint(self) -> dict[str, JSON]:
-        """Everything that the batches depend on."""
+        """All fields, which determine the batches."""
         fields = {name: dict(v) if isinstance(v, Mapping) else v for name, v in vars(self).items()}
         return {
             'synthetic': type(self).__name__,
@@ -34,7 +34,7 @@ class _Endless:
         return f'Random numbers, no data: global batch b is a pure function of (seed {self.seed}, b).'
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
-        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
+        """Yields a reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
         runs = share.rows(self.batch_size)
         numbers = itertools.count(start) if self.num_batches is None else range(start, self.num_batches)
         return (self._batch(number, runs) for number in numbers)
@@ -49,13 +49,13 @@ class _Endless:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticText(_Endless):
-    """Rows of random tokens without padding, as an encoder-decoder reads them. It is a `DataSource`.
+    """A `DataSource` of random tokens without padding, for an encoder-decoder.
 
-    task_feature_lengths: tokens of 'inputs' and 'targets' in a row [TASK_FEATURE_LENGTHS].
-    vocabulary_size: tokens are below this, and above 0.
+    task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
+    vocabulary_size: tokens lie between 1 and `vocabulary_size` - 1.
     batch_size: rows of a global batch.
-    seed: of the tokens.
-    num_batches: batches at most; None: endless.
+    seed: seed of the tokens.
+    num_batches: number of batches; None: endless.
     """
 
     task_feature_lengths: Mapping[str, Count]
@@ -92,13 +92,14 @@ class SyntheticText(_Endless):
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticImages(_Endless):
-    """Random images and classes, as an image classifier reads them. It is a `DataSource`.
+    """A `DataSource` of random images and classes, for an image classifier.
 
-    image_size, image_channels: of a row of `image`; values have mean 0 and deviation 1.
-    num_classes: labels are below this, one an image.
+    image_size: height and width in pixels; values have mean 0 and standard deviation 1.
+    image_channels: number of channels.
+    num_classes: labels are below it, one per image.
     batch_size: rows of a global batch.
-    seed: of the images.
-    num_batches: batches at most; None: endless.
+    seed: seed of the images.
+    num_batches: number of batches; None: endless.
     """
 
     image_size: Count
