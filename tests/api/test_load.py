@@ -88,7 +88,7 @@ def test_a_run_of_ours_has_the_configuration_that_it_was_trained_with(upcycled):
 
 def test_moe_layers_of_other_programs_need_their_model(tmp_path):
     path = trees.write(tmp_path / 'moe', 't5x_legacy', trees.t5(True, state=False))
-    with pytest.raises(UserError, match='does not say how they route'):
+    with pytest.raises(UserError, match='does not describe their routing'):
         upcycle.load(path)
     dense, _ = upcycle.load(trees.write(tmp_path / 'dense', 't5x_legacy', trees.t5(False, state=False)))
     model, params = upcycle.load(path, model=upcycle.sparse(dense, NUM_EXPERTS=4))
@@ -128,6 +128,6 @@ def test_what_load_refuses(loaded):
         upcycle.load(path, dtype='int8')
     with pytest.raises(UserError, match='axes named data, expert, model'):
         upcycle.load(path, mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ('x',)))
-    with pytest.raises(UserError, match=r"holds a model of the family 't5', and `model` is of 'vit'"):
+    with pytest.raises(UserError, match=r"contains a model of the family 't5', and `model` is of 'vit'"):
         upcycle.load(path, model=upcycle.load(loaded['vit', 'vit_npz'][1])[0])
     assert partitioning.current_mesh() is None

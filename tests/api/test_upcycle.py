@@ -164,16 +164,16 @@ def nan_in_one_leaf(params):
 REFUSED = {
     'operator=None': lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(None), key=0),
     "optimizer_state='tile'": lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(optimizer_state='tile'), key=0),
-    'give a batch': lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(router_init='hidden'), key=0),
+    'pass a batch': lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(router_init='hidden'), key=0),
     'no MoE layers': lambda d, p, s: upcycle.upcycle(p, d, key=0),
-    'must be a model of ours': lambda d, p, s: upcycle.plan(p, p),
+    'must be a model of this package': lambda d, p, s: upcycle.plan(p, p),
     'must be nested dicts': lambda d, p, s: upcycle.plan(3, s),
     'list of dense models is empty': lambda d, p, s: upcycle.plan([], s),
     'NaN or infinite': lambda d, p, s: upcycle.upcycle(nan_in_one_leaf(p), s, key=0),
-    'used by no leaf': lambda d, p, s: upcycle.plan({**p, 'more': {'w': p['token_embedder']['embedding']}}, s),
+    'is not used by the model': lambda d, p, s: upcycle.plan({**p, 'more': {'w': p['token_embedder']['embedding']}}, s),
     'has no source': lambda d, p, s: upcycle.plan({'decoder': p['decoder']}, s),
     "format='zip'": lambda d, p, s: upcycle.convert((), 'x', 'y', format='zip'),
-    'optimizer state of a model of ours': lambda d, p, s: upcycle.plan(upcycle.State(p, None, id), s),
+    'optimizer state of our models': lambda d, p, s: upcycle.plan(upcycle.State(p, None, id), s),
     'names 2 checkpoints': lambda d, p, s: upcycle.upcycle([p, p], s, key=0),
 }
 

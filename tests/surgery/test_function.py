@@ -111,9 +111,13 @@ def test_drop_says_how_much_it_changed():
 @pytest.mark.parametrize(
     ('spec', 'moe', 'message'),
     [
-        ({'operator': 'copy'}, {'granularity': 2}, "EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular'"),
+        (
+            {'operator': 'copy'},
+            {'granularity': 2},
+            "EXPERT_GRANULARITY makes experts narrower: use EXPERT_OPERATOR = 'granular'",
+        ),
         ({'operator': Granular(shards=2)}, {'granularity': 4}, 'needs a source of shape'),
-        ({'operator': Granular(shards=4)}, {'granularity': 4, 'num_experts': 6}, 'NUM_EXPERTS = 6 is no multiple'),
+        ({'operator': Granular(shards=4)}, {'granularity': 4, 'num_experts': 6}, 'NUM_EXPERTS = 6 is not a multiple'),
         (
             {'operator': Granular(shards=2)},
             {'granularity': 2, 'num_shared_experts': 1},

@@ -96,9 +96,9 @@ def test_state_goes_with_the_branch_and_the_step_is_the_largest():
             'branches',
             1,
             4,
-            "'branches' takes each expert from another checkpoint, and INITIAL_CHECKPOINT_PATH names one",
+            "'branches' needs several checkpoints, and INITIAL_CHECKPOINT_PATH names one",
         ),
-        ('branches', 3, 4, 'NUM_EXPERTS = 4 is no multiple of the 3 checkpoints'),
+        ('branches', 3, 4, 'NUM_EXPERTS = 4 is not a multiple of the 3 checkpoints'),
         ('copy', 2, 4, "INITIAL_CHECKPOINT_PATH names 2 checkpoints, and EXPERT_OPERATOR = 'copy' starts from one"),
         (None, 2, 4, 'names 2 checkpoints, and this run starts from one'),
     ],
@@ -116,7 +116,7 @@ def test_checkpoints_that_differ():
     other.pop('params/encoder/encoder_norm/scale@1')
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in other.items()}
     sparse = {'params/encoder/encoder_norm/scale': jax.ShapeDtypeStruct((128,), jnp.float32)}
-    with pytest.raises(UserError, match=r'encoder_norm/scale is not the same in all checkpoints: \(128,\), missing'):
+    with pytest.raises(UserError, match=r'encoder_norm/scale differs between the checkpoints: \(128,\), missing'):
         plan_surgery(leaves, sparse, BRANCHES)
 
 

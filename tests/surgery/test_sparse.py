@@ -155,9 +155,13 @@ def test_merged_state_is_the_parents_mean():
     ('operator', 'num_experts', 'message'),
     [
         ('grow', 4, "'grow' adds experts to the 4 of the checkpoint, and NUM_EXPERTS = 4: raise it"),
-        ('grow', 6, "no multiple of the checkpoint's 4 experts, which GROW_UTILITY = 'uniform' copies equally often"),
-        ('merge', 11, 'needs 7 new experts, and the 4 of the checkpoint make 6 pairs: set it to 10 at most'),
-        (Grow(utility='gradient'), 6, "measures the optimizer's second moments, and the checkpoint holds none"),
+        (
+            'grow',
+            6,
+            "not a multiple of the checkpoint's 4 experts, which GROW_UTILITY = 'uniform' copies equally often",
+        ),
+        ('merge', 11, 'needs 7 new experts, and the 4 of the checkpoint form 6 pairs: set it to at most 10'),
+        (Grow(utility='gradient'), 6, "measures the optimizer's second moments, and the checkpoint has none"),
         ('copy', 8, r"\('copy' starts from a dense checkpoint, and this one has experts\)"),
     ],
 )
@@ -172,14 +176,14 @@ def test_dense_checkpoints_do_not_grow():
     model, batch = model_of('t5')
     with pytest.raises(UserError, match="'grow' starts from a checkpoint with experts, and this one has none"):
         plan_for(model, dense_params('t5'), GROW, batch)
-    with pytest.raises(UserError, match="ROUTER_INIT = 'copied' goes on with a checkpoint's router"):
+    with pytest.raises(UserError, match="ROUTER_INIT = 'copied' needs the checkpoint's router"):
         plan_for(model, dense_params('t5'), Surgery(router_init='copied'), batch)
 
 
 def test_a_router_can_start_anew():
     model, batch = model_of('t5')
     what = plan_for(model, source(), Surgery(operator='grow', router_init='orthogonal'), batch)
-    assert "ROUTER_INIT = 'orthogonal' starts routers anew" in what.dropped.values()
+    assert "ROUTER_INIT = 'orthogonal' reinitialises routers" in what.dropped.values()
 
 
 @pytest.mark.parametrize('setting', [{'utility': 'rank'}, {'drop': 1.0}])

@@ -69,7 +69,7 @@ def test_a_deeper_umt5_repeats_the_position_biases_of_its_layers():
 
 def test_a_shallower_model_is_refused():
     shallow = EncoderDecoderModel(small_t5(num_encoder_layers=1))
-    with pytest.raises(UserError, match='encoder/layers_1/.* of the checkpoint is used by no leaf'):
+    with pytest.raises(UserError, match='encoder/layers_1/.* of the checkpoint is not used by the model'):
         plan_for(shallow, dense_params('t5'), surgery('depth'), random_batch())
 
 
@@ -108,7 +108,7 @@ def test_a_wider_model_has_the_same_function(family):
 
 def test_a_width_that_is_no_multiple():
     model = EncoderDecoderModel(small_t5(emb_dim=192))
-    with pytest.raises(UserError, match=r"cannot be made of .* \(128, 256\) float32 by DENSE_OPERATOR = 'width'"):
+    with pytest.raises(UserError, match=r"cannot be made from .* \(128, 256\) float32 by DENSE_OPERATOR = 'width'"):
         plan_for(model, dense_params('t5'), surgery('width'), random_batch())
 
 
@@ -177,7 +177,7 @@ def test_learned_coefficients_lead_back_to_a_dense_model():
 
 def test_narrow_experts_are_no_mlp():
     model, batch = model_of('t5', granularity=2)
-    with pytest.raises(UserError, match="cannot be made of .* by DENSE_OPERATOR = 'average'"):
+    with pytest.raises(UserError, match="cannot be made from .* by DENSE_OPERATOR = 'average'"):
         plan_for(model.dense(), params_of(model, batch), surgery('average'), batch)
 
 

@@ -1,4 +1,4 @@
-"""Learned positions for a grid of another size."""
+"""Resizes learned positions to another grid size."""
 
 import math
 
@@ -7,13 +7,13 @@ import numpy as np
 
 
 def resize_positions(pos_1xLxD: jax.Array, num_positions: int) -> jax.Array:
-    """Bilinear interpolation of a square grid of positions, its corners staying corners.
+    """Interpolates a square grid of positions bilinearly, with aligned corners.
 
-    As vision_transformer and big_vision do it (`scipy.ndimage.zoom` of order 1) when a checkpoint meets inputs of another size.
+    Matches vision_transformer and big_vision (`scipy.ndimage.zoom` of order 1).
 
     Args:
-      pos_1xLxD: learned at L places.
-      num_positions: wanted.
+      pos_1xLxD: learned positions.
+      num_positions: number of positions in the result.
 
     Returns:
       (1, num_positions, D).
