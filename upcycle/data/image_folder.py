@@ -39,9 +39,9 @@ class ImageFolder:
 
     Class ids follow the alphabetical order of the folder names.
 
-    train_folder: contains one folder of images per class [TRAIN_FOLDER].
-    validation_folder: the same for validation, with the same classes. None: hold out about 5% of the training images, chosen
-        by the hashes of their names [VALIDATION_FOLDER].
+    train_folder: folder that contains one folder of training images per class [TRAIN_FOLDER].
+    validation_folder: the same for validation images, with the same classes. None: hold out about 5% of the training images,
+        chosen by the hashes of their names [VALIDATION_FOLDER].
     """
 
     train_folder: str | None

@@ -81,7 +81,7 @@ class DatasetConfig:
 
     source: source of the images.
     preprocessing: converts them to model inputs; a frozen dataclass, whose fields are part of the fingerprint.
-    split: 'train', 'validation', ..., or a TFDS slice such as 'train[:99%]'.
+    split: name of the split: 'train', 'validation', ..., or a TFDS slice such as 'train[:99%]'.
     batch_size: rows of a global batch.
     seed: seed of the order and the augmentation.
     shuffle: draw a new order in every epoch; set to False for validation.

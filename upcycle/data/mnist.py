@@ -121,7 +121,7 @@ class Optdigits(_Digits):
 class ScanAugmentation:
     """Random distortions of small scans, applied in this order. Strength 0 leaves the scans unchanged.
 
-    strength: factor on all distortions below [AUGMENT_STRENGTH].
+    strength: factor on all distortions; 0: none [AUGMENT_STRENGTH].
     max_shift: largest shift along each axis, in pixels.
     max_rotation: largest rotation in either direction, in degrees.
     max_shear: largest shear of x by y, in either direction.

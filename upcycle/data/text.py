@@ -42,7 +42,7 @@ class DatasetConfig:
 
     mixture_or_task_name: name in seqio's registry [MIXTURE_OR_TASK_NAME].
     task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
-    split: 'train', 'validation', ...
+    split: name of the split: 'train', 'validation', ...
     batch_size: rows of a global batch.
     seed: seed of shuffling and corruption.
     pack: pack several examples per row, with segment ids and positions, as T5X does.

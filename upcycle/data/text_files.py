@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class TextFiles:
     """UTF-8 text files, one document per file, as the task `text_files_span_corruption`.
 
-    train_files: one or more globs (`**` for any depth; `gs://` and other buckets without `**`).
-    validation_files: the same for validation. None: hold out about 5% of the training files, chosen by the hashes of their
+    train_files: one or more globs of training files (`**` for any depth; `gs://` and other buckets without `**`).
+    validation_files: globs of validation files. None: hold out about 5% of the training files, chosen by the hashes of their
         names.
     vocabulary: path of a SentencePiece model with T5's special ids (pad 0, EOS 1). None: bytes.
     extra_ids: number of sentinels to add on top of a vocabulary that has none.

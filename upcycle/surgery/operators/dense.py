@@ -78,7 +78,7 @@ class Random(Operator):
     """Randomly initialised experts, everything else copied (Komatsuzaki et al. 2023, figures 7 and 13).
 
     Attributes:
-      initializer: initializer of the kernels; biases start at 0 [RANDOM_INITIALIZER].
+      initializer: see `Initializer`; biases start at 0 [RANDOM_INITIALIZER].
       copied: number of experts, the first ones, that are copies of the dense MLP instead [RANDOM_COPIED].
     """
 
