@@ -22,7 +22,7 @@ from upcycle.cost import num_bytes
 from upcycle.errors import UserError
 from upcycle.foreign import MoERule, PathRules, State, plan_foreign, upcycle_foreign
 from upcycle.formats import FORMATS
-from upcycle.in_memory import as_key, auto_mesh, carry_out, check_surgery, receipt_of
+from upcycle.in_memory import as_key, auto_mesh, carry_out, check_surgery
 from upcycle.models import Model, Params, identify
 from upcycle.surgery.operators import Start
 from upcycle.surgery.place import execute
@@ -189,9 +189,8 @@ def upcycle(
         return source.hidden_states(batch, target, mlp)
 
     with partitioning.use(next(iter(leaves.values())).sharding.mesh):
-        done = carry_out(surgery_plan, reader, _shardings(leaves), key, hidden=hidden)
-        receipt = receipt_of(surgery_plan, reader, key, done)
-        flat, made = done.leaves, unflatten_dict(done.leaves, sep='/')['params']
+        flat, receipt = carry_out(surgery_plan, reader, _shardings(leaves), key, hidden=hidden)
+        made = unflatten_dict(flat, sep='/')['params']
         if batch is None:
             layers = _check_layers(surgery_plan, sparse, reader, flat)
             whole = 'not compared: no batch was given'

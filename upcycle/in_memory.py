@@ -1,6 +1,5 @@
 """Surgery from Python: executes a plan on devices and makes its receipt."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -75,21 +74,6 @@ def check_surgery(surgery: Surgery, *, has_state: bool, has_hidden: bool, way_ou
         raise UserError(f"router_init='hidden' needs hidden states on data: {way_out}, or use another router_init.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """The result of a surgery.
-
-    Attributes:
-      leaves: the target leaves.
-      hashes: sha256 of each leaf that was read.
-      lineages: the lineage of each MLP.
-    """
-
-    leaves: dict[str, jax.Array]
-    hashes: dict[str, str]
-    lineages: dict[str, Lineage]
-
-
 def carry_out(
     plan: Plan,
     reader: Reader,
@@ -98,8 +82,9 @@ def carry_out(
     *,
     hidden: Hidden | None = None,
     names: Callable[[str], str] = str,
-) -> Made:
-    """Makes the leaves of a plan.
+    shown: Plan | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Executes a plan.
 
     Args:
       plan: the plan.
@@ -108,6 +93,10 @@ def carry_out(
       key: random key, used instead of the surgery's seed.
       hidden: see `surgery.place.execute`.
       names: maps a leaf or MLP of the plan to the user's name, for hashes, lineages and messages.
+      shown: the plan with the user's names, for the receipt; None: `plan`.
+
+    Returns:
+      The target leaves, and the receipt with the function check pending.
 
     Raises:
       UserError: a source contains NaN or infinity.
@@ -123,10 +112,7 @@ def carry_out(
             hashes[name] = sha256_of(name, host)
 
     leaves = execute(plan, reader.read, shardings, new={}, on_source=look, hidden=hidden, lineages=lineages, key=key)
-    return Made(leaves, hashes, {names(mlp): lineage for mlp, lineage in lineages.items()})
-
-
-def receipt_of(plan: Plan, reader: Reader, key: jax.Array, made: Made) -> dict[str, Any]:
-    """Makes the receipt of the result of `carry_out`, with the function check pending."""
-    receipt = make_receipt(plan, source=source_of(reader, reader.step), hashes=made.hashes, lineages=made.lineages)
-    return receipt | {'seed': seed_of(key)}
+    lineages = {names(mlp): lineage for mlp, lineage in lineages.items()}
+    source = source_of(reader, reader.step)
+    receipt = make_receipt(plan if shown is None else shown, source=source, hashes=hashes, lineages=lineages)
+    return leaves, receipt | {'seed': seed_of(key)}

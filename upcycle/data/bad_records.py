@@ -41,14 +41,3 @@ class BadRecords:
                 f'{len(self._seen)} bad records are more than MAX_BAD_RECORDS = {self._most}; the last one: {text}'
             )
         warn(f'bad record {len(self._seen)} of at most {self._most} is skipped: {text}')
-
-
-def checked_bound(most: int) -> int:
-    """Returns the limit.
-
-    Raises:
-        UserError: it is not an integer >= 0.
-    """
-    if not isinstance(most, int) or isinstance(most, bool) or most < 0:
-        raise UserError(f'MAX_BAD_RECORDS = {most!r} must be a whole number of at least 0.')
-    return most

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from upcycle.data import JSON, WHOLE, Share, draws
-from upcycle.data.bad_records import BadRecordError, BadRecords, checked_bound
+from upcycle.data.bad_records import BadRecordError, BadRecords
 from upcycle.data.image_folder import ImageFolder
 from upcycle.data.mnist import Mnist5k, Optdigits, ScanAugmentation
 from upcycle.data.photographs import CentralCropPreprocessing, InceptionPreprocessing
@@ -98,10 +98,9 @@ class DatasetConfig:
     shuffle: bool = True
     num_batches: Count | None = None
     repeat: bool = True
-    max_bad_records: int = 0
+    max_bad_records: Whole = 0
 
     def __post_init__(self):
-        checked_bound(self.max_bad_records)
         if self.source.encoded != self.preprocessing.encoded:
             names = type(self.source).__name__, type(self.preprocessing).__name__
             raise UserError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from upcycle.data import corpus, tensorflow_quiet
-from upcycle.data.bad_records import BadRecords, checked_bound
+from upcycle.data.bad_records import BadRecords
 from upcycle.data.sentinels import Sentinels, vocabulary_with
 from upcycle.errors import UserError
 from upcycle.schema import Count, Whole
@@ -40,9 +40,6 @@ class TextFiles:
     extra_ids: Whole = 100
     sentinels: Literal['t5', 'umt5', 'mt5', 'byt5'] | Count | Sequence[Count] | None = None
     max_bad_records: Whole = 0
-
-    def __post_init__(self):
-        checked_bound(self.max_bad_records)
 
     def task(self) -> seqio.Task:
         """Makes the seqio task. Files are read and tokenised in memory at the first example.

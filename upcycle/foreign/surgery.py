@@ -17,7 +17,7 @@ from upcycle.errors import DifferentLeaves, UserError
 from upcycle.foreign.optimizer import OptimizerTree, add_state
 from upcycle.foreign.outline import Named, Outline, outline_of, without_index
 from upcycle.foreign.rules import PathRules, State
-from upcycle.in_memory import auto_mesh, carry_out, check_surgery, receipt_of
+from upcycle.in_memory import auto_mesh, carry_out, check_surgery
 from upcycle.surgery.plan import PARAMS, Action, Plan, Surgery, is_clock
 from upcycle.surgery.planning import plan_surgery
 
@@ -101,13 +101,12 @@ def upcycle_foreign(
     plan = _plan(models, surgery)
     shardings = {row.target: _sharding(first, row.target, row.sources, mesh) for row in plan.rows}
     known = dataclasses.replace(plan, rows=tuple(row for row in plan.rows if row.action is not Action.NEW))
-    reader = _reader(models)
-    done = carry_out(known, reader, shardings, key, hidden=hidden, names=outline.theirs)
-    leaves = {name: _in_theirs(leaf, outline.targets[name], mesh) for name, leaf in done.leaves.items()}
+    shown = _with_their_names(plan, outline)
+    made, receipt = carry_out(known, _reader(models), shardings, key, hidden=hidden, names=outline.theirs, shown=shown)
+    leaves = {name: _in_theirs(leaf, outline.targets[name], mesh) for name, leaf in made.items()}
     params = first.tree.like(
         {outline.targets[name].name: leaf for name, leaf in leaves.items() if name.startswith(PARAMS)}
     )
-    receipt = receipt_of(_with_their_names(plan, outline), reader, key, done)
     receipt['function_check'] = dict.fromkeys(('whole_model', 'layers'), 'not compared: no batch was given')
     if batch is not None:
         gap = function_gap(rules.dense_apply(first.params, batch), rules.sparse_apply(params, batch))

@@ -170,12 +170,11 @@ def _one_of_several(dense: Abstract) -> tuple[Abstract, int, list[str]]:
     count = 1 + max(int(_SEVERAL.search(name)[0][1:]) for name in dense)
     base, problems = {}, []
     for name in dict.fromkeys(map(_base_name, dense)):
-        shapes = {getattr(dense.get(f'{name}@{i}'), 'shape', None) for i in range(count)}
-        if len(shapes) == 1:
+        shapes = [getattr(dense.get(f'{name}@{i}'), 'shape', 'missing') for i in range(count)]
+        if len(set(shapes)) == 1:
             base[name] = dense[f'{name}@0']
         else:
-            shown = ', '.join(str(getattr(dense.get(f'{name}@{i}'), 'shape', 'missing')) for i in range(count))
-            problems.append(f'{name} differs between the checkpoints: {shown}')
+            problems.append(f'{name} differs between the checkpoints: {", ".join(map(str, shapes))}')
     return base, count, problems
 
 
