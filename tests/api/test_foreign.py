@@ -1,4 +1,4 @@
-"""A model that is not ours: its function is kept, every operator and policy works, and every gap in the rules has a name."""
+"""Foreign models: the function is preserved, every operator and policy works, and errors name every gap in the rules."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ MLP = 'params/block_1/mlp'
 
 @functools.cache
 def params():
-    """Of the dense model; no number is 0."""
+    """Nonzero parameters of the dense model."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(DENSE.init, jax.random.key(0), IMAGE)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, jnp.float32), shapes)
@@ -87,7 +87,7 @@ class TestCopy:
 
 
 class TestTrees:
-    """Kinds: what a tree of parameters may be."""
+    """Kinds of parameter trees."""
 
     @pytest.fixture(scope='class')
     @staticmethod
@@ -95,9 +95,9 @@ class TestTrees:
         return flat(upcycle.upcycle(params(), RULES, upcycle.Surgery('drop'), key=0)[0])
 
     def same(self, made, expected):
-        found = flat(made)
-        assert found.keys() == expected.keys()
-        for name, leaf in found.items():
+        leaves = flat(made)
+        assert leaves.keys() == expected.keys()
+        for name, leaf in leaves.items():
             np.testing.assert_array_equal(leaf, expected[name])
 
     def test_frozen(self, expected):
@@ -153,7 +153,7 @@ class TestTrees:
             upcycle.plan(tree, RULES)
 
     def test_keys_that_mean_something_to_us(self):
-        """A leaf below `mixing`, `router`, `expert` or `shared` is a leaf like others."""
+        """Leaves below `mixing`, `router`, `expert` or `shared` are ordinary leaves."""
         tree = {
             name: {'w': jnp.full((2,), 3.0)} for name in ('mixing', 'router', 'expert', 'shared', 'router_state', 'a@1')
         }
@@ -231,7 +231,7 @@ class TestOperators:
 
     def test_every_operator_is_here(self):
         tested = {'copy', 'noise', 'random', 'drop', 'granular', 'branches', 'merge'}
-        assert EXPERT_OPERATORS.keys() - tested == {'partial', 'grow'}  # of the same kinds
+        assert EXPERT_OPERATORS.keys() - tested == {'partial', 'grow'}  # similar to tested ones
 
     @pytest.mark.parametrize('init', ['normal', 'orthogonal', 'hidden'])
     def test_router_initialisation(self, init):
@@ -251,7 +251,7 @@ class TestOperators:
 
 
 def optimizer_state(tx):
-    """State with no zeros, after 7 steps."""
+    """Nonzero state after 7 steps."""
     state = tx.init(params())
     rng = np.random.default_rng(2)
 
@@ -286,7 +286,7 @@ class TestOptimizerState:
         rows = {row['target']: row['action'] for row in receipt['plan']}
         assert rows[f'opt_state/0/mu/{expert("Dense_0/bias")}'] == 'tile'
         assert rows[f'opt_state/0/mu/{MLP}/router/kernel'] == 'new' and rows['opt_state/0/count'] == 'keep'
-        # The next step can be taken.
+        # Another step works.
         grads = jax.tree.map(jnp.ones_like, made.params)
         updates, _ = ADAM.update(grads, made.opt_state, made.params)
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, made.params)

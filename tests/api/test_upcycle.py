@@ -1,4 +1,4 @@
-"""Our models in memory: the bytes of `upcycle convert`, receipts, recipes, refusals."""
+"""Our models in memory: the same bytes as `upcycle convert`, receipts, recipes, errors."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_the_bytes_of_convert(operator, dense_model, sparse_model, untrained, tm
     for path, layer in written['function_check']['layers'].items():
         for name, value in receipt['function_check']['layers'][path].items():
             np.testing.assert_allclose(value, layer[name], rtol=1e-5, atol=1e-6)
-    # Straight from the checkpoint, which is never in memory as a whole.
+    # From the checkpoint path, which is never fully in memory.
     from_path, receipt = upcycle.upcycle(untrained, sparse_model, surgery, key=3)
     assert_same(flat(from_path), stored)
     assert receipt['source']['step'] == 4
@@ -119,7 +119,7 @@ def test_a_vit_and_its_recipe(tmp_path):
     )
     image = {'image': np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)}
     made, receipt = upcycle.upcycle(params, sparse, key=0)
-    # Every expert takes every token, and the weights are normalised.
+    # Every expert takes every token, with normalised weights.
     np.testing.assert_allclose(sparse.logits(made, image), model.logits(params, image), atol=1e-4)
     assert receipt['function_check']['layers'].keys() == sparse.moe_layers().keys()
 
@@ -129,7 +129,7 @@ def test_recipes(dense_model):
     soft = upcycle.sparse(
         model, 'recipes/soft_moe.gin', NUM_EXPERTS=2, ENCODER_MOE_LAYERS=(0,), DECODER_MOE_LAYERS='none'
     )
-    # DECODER_MOE_LAYERS has the value that a dense model's file gives it, and the model another one.
+    # DECODER_MOE_LAYERS has the value of the dense model's file, and the model has another.
     assert [moe.router for moe in soft.moe_layers().values()] == ['soft']
     with pytest.raises(UserError, match='gin.NUM_EXPERT=2'):
         upcycle.sparse(model, NUM_EXPERT=2)

@@ -1,4 +1,4 @@
-"""The user's own images: found, named, split, read; and what is wrong with them said."""
+"""The user's images: listing, splitting, reading and error messages."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ COLOURS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ of 3 x 8 images of one colour each, in several formats and depths; validation/ of 3 x 2."""
+    """train/ with 3 x 8 images of one colour each, in several formats and depths; validation/ with 3 x 2."""
     for split, n in (('train', 8), ('validation', 2)):
         for name, colour in COLOURS.items():
             for i in range(n):

@@ -1,4 +1,4 @@
-"""Synthetic batches: a pure function of seed and number, the same for any number of hosts."""
+"""Synthetic batches: a pure function of (seed, number), for any number of hosts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, b): whatever the start, the number of hosts, or the road they come by."""
+"""Batches are a pure function of (seed, b), for any start, number of hosts and pipeline."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ def assert_equal(left, right):
 
 
 def decoded_text(batch, row, vocabulary):
-    """The chunk that a row was made of."""
+    """The chunk that a row was made from."""
     sentinels = vocabulary.vocab_size - vocabulary.extra_ids
     spans, sentinel = {}, None
     for token in batch['decoder_target_tokens'][row].tolist():
@@ -267,7 +267,7 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
     assert [len(part) for part in parts] == [5] * 4
     assert sum((b['decoder_loss_weights'].sum(axis=1) > 0).sum() for part in parts for b in part) == 10
     assert len(take(bounded, None)) == 3
-    # A stream is dealt to readers, wherever in the batch their rows are, and one reader may be several hosts.
+    # A stream is dealt out to readers, independently of their rows, and one reader may be several hosts.
     assert_equal(take(bounded, None, share=Share(0, 2, (0, 3), 4)), take(bounded, None, share=Share.even(0, 2)))
     assert_equal(take(evaluation, None, share=Share(0, 1, (0, 1), 2)), batches)
 

@@ -1,4 +1,4 @@
-"""The user's own files: SentencePiece, splits, and what is said when something is wrong with them."""
+"""The user's text files: SentencePiece, splits and error messages."""
 
 import itertools
 
