@@ -23,11 +23,11 @@ class _Endless:
 
     def fingerprint(self) -> dict[str, JSON]:
         """All fields, which determine the batches."""
-        fields = {name: dict(v) if isinstance(v, Mapping) else v for name, v in vars(self).items()}
-        return {
-            'synthetic': type(self).__name__,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
-        }
+        return {'synthetic': type(self).__name__, **dataclasses.asdict(self)}
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and dtypes of a global batch."""
+        return {name: ((self.batch_size, *row.shape[1:]), row.dtype) for name, row in self._rows(0, 1).items()}
 
     def promise(self) -> str:
         """Which determinism holds."""
@@ -67,17 +67,8 @@ class SyntheticText(_Endless):
     def __post_init__(self):
         require_lengths(self.task_feature_lengths)
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes [B, L] of a global batch, by T5X's feature names, unpacked."""
-        inputs, targets = ((self.batch_size, self.task_feature_lengths[name]) for name in ('inputs', 'targets'))
-        return {
-            'encoder_input_tokens': (inputs, np.dtype(np.int32)),
-            'decoder_input_tokens': (targets, np.dtype(np.int32)),
-            'decoder_target_tokens': (targets, np.dtype(np.int32)),
-            'decoder_loss_weights': (targets, np.dtype(np.float32)),
-        }
-
     def _rows(self, first: int, rows: int) -> Batch:
+        """Features [rows, L] with T5X's names, unpacked."""
         inputs, targets = self.task_feature_lengths['inputs'], self.task_feature_lengths['targets']
         uniform = draws.uniform(self.seed, draws.NOISE, first, rows, inputs + targets)
         tokens = 1 + (uniform * (self.vocabulary_size - 1)).astype(np.int32)
@@ -113,14 +104,6 @@ class SyntheticImages(_Endless):
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of a row of `image`."""
         return self.image_size, self.image_size, self.image_channels
-
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes and dtypes of a global batch."""
-        return {
-            'image': ((self.batch_size, *self.image_shape), np.dtype(np.float32)),
-            'labels': ((self.batch_size, 1), np.dtype(np.int32)),
-            'weights': ((self.batch_size,), np.dtype(np.float32)),
-        }
 
     def _rows(self, first: int, rows: int) -> Batch:
         shape = self.image_shape

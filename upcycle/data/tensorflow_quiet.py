@@ -25,22 +25,19 @@ _NOISE = re.compile(rb'[IWE]\d{4} |WARNING: All log messages before absl::Initia
 def _without_startup_noise() -> Iterator[None]:
     """Buffers stderr, then writes it without the start-up messages, or all of it if the import fails."""
     sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        noise = _NOISE
+    terminal, imported = os.dup(2), False
+    with tempfile.TemporaryFile() as buffer:
+        os.dup2(buffer.fileno(), 2)
         try:
             yield
-        except BaseException:
-            noise = re.compile(rb'(?!)')
-            raise
+            imported = True
         finally:
             sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
-            held.seek(0)
-            for line in held:
-                if not noise.match(line):
+            buffer.seek(0)
+            for line in buffer:
+                if not (imported and _NOISE.match(line)):
                     os.write(2, line)
 
 

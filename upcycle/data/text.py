@@ -188,16 +188,8 @@ class DatasetConfig:
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names."""
-        lengths = {
-            'encoder': self.task_feature_lengths['inputs'],
-            'decoder': self.task_feature_lengths['targets'],
-        }
-        names = [
-            'encoder_input_tokens',
-            'decoder_input_tokens',
-            'decoder_target_tokens',
-            'decoder_loss_weights',
-        ]
+        lengths = {'encoder': self.task_feature_lengths['inputs'], 'decoder': self.task_feature_lengths['targets']}
+        names = ['encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights']
         if self.pack:
             names += [f'{stack}_{name}' for stack in lengths for name in ('segment_ids', 'positions')]
         return {
