@@ -26,10 +26,10 @@ class Share:
     rows. All readers read the same number of parts.
 
     Attributes:
-        index: number of the reader.
-        count: number of readers.
-        parts: parts that the reader reads, ascending, not necessarily consecutive.
-        of: number of parts of a batch.
+      index: number of the reader.
+      count: number of readers.
+      parts: parts that the reader reads, ascending, not necessarily consecutive.
+      of: number of parts of a batch.
     """
 
     index: int = 0
@@ -46,7 +46,7 @@ class Share:
         """Row numbers in the global batch, as ascending runs of consecutive rows.
 
         Raises:
-            UserError: the batch size is not a multiple of the parts.
+          UserError: the batch size is not a multiple of the parts.
         """
         if batch_size % self.of:
             raise UserError(

@@ -17,7 +17,8 @@ class BadRecordError(UserError):
 class BadRecords:
     """Counts the bad records of one data source in this process, each once.
 
-    most: number of records that may be skipped [MAX_BAD_RECORDS].
+    Args:
+      most: number of records that may be skipped [MAX_BAD_RECORDS].
     """
 
     def __init__(self, most: int):
@@ -28,7 +29,7 @@ class BadRecords:
         """Counts a record and warns on standard error.
 
         Raises:
-            UserError: the limit is exceeded.
+          UserError: the limit is exceeded.
         """
         text = str(record)
         if text in self._seen:

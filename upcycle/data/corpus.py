@@ -26,9 +26,10 @@ class Document(NamedTuple):
 class Corpus(NamedTuple):
     """All documents of all splits, each followed by EOS, sorted by name.
 
-    tokens: uint16 (int32 for vocabularies of more than 65,536 ids), split after split.
-    splits: (offset, number of tokens) of each split.
-    sha256: hash of names, splits and contents.
+    Attributes:
+      tokens: uint16 (int32 for vocabularies of more than 65,536 ids), split after split.
+      splits: (offset, number of tokens) of each split.
+      sha256: hash of names, splits and contents.
     """
 
     tokens: np.ndarray
@@ -56,12 +57,12 @@ def read_utf8(path: str, read: Callable[[str], bytes], bad_records: BadRecords) 
     """Reads a text file and skips lines that are not UTF-8.
 
     Args:
-        path: path of the file.
-        read: returns the bytes of `path`.
-        bad_records: counts the skipped lines.
+      path: path of the file.
+      read: returns the bytes of `path`.
+      bad_records: counts the skipped lines.
 
     Raises:
-        UserError: the file cannot be read, or has too many bad lines.
+      UserError: the file cannot be read, or has too many bad lines.
     """
     try:
         content = read(path)

@@ -39,8 +39,9 @@ class ImageFolder:
 
     Class ids follow the alphabetical order of the folder names.
 
-    train_folder: folder that contains one folder of training images per class [TRAIN_FOLDER].
-    validation_folder: the same for validation images, with the same classes. None: hold out about 5% of the training images,
+    Attributes:
+      train_folder: folder that contains one folder of training images per class [TRAIN_FOLDER].
+      validation_folder: folder of validation images, with the same classes. None: hold out about 5% of the training images,
         chosen by the hashes of their names [VALIDATION_FOLDER].
     """
 
@@ -60,7 +61,7 @@ class ImageFolder:
         """Number of examples in a split.
 
         Raises:
-            UserError: the split is unknown, or the folders are not usable.
+          UserError: the split is unknown, or the folders are not usable.
         """
         return len(self._split(split).files)
 
@@ -68,7 +69,7 @@ class ImageFolder:
         """Reads the undecoded files and int32 labels [n, 1].
 
         Raises:
-            UserError: a file cannot be read.
+          UserError: a file cannot be read.
         """
         files, labels = self._split(split)
         return list(thread_pool().map(_read_file, [files[place] for place in places])), labels[places]

@@ -71,7 +71,7 @@ class Preprocessing(Protocol):
         """Returns float32 [n, H, W, C] for consecutive examples from index `first`; randomness depends on (seed, index) only.
 
         Raises:
-            BadRecordError: an image is broken.
+          BadRecordError: an image is broken.
         """
 
 
@@ -79,15 +79,16 @@ class Preprocessing(Protocol):
 class DatasetConfig:
     """A `DataSource` of batches of labelled images for an image classifier.
 
-    source: source of the images.
-    preprocessing: converts them to model inputs; a frozen dataclass, whose fields are part of the fingerprint.
-    split: name of the split: 'train', 'validation', ..., or a TFDS slice such as 'train[:99%]'.
-    batch_size: rows of a global batch.
-    seed: seed of the order and the augmentation.
-    shuffle: draw a new order in every epoch; set to False for validation.
-    num_batches: maximum number of batches, for a bounded evaluation.
-    repeat: True: endless. False: one pass, whose last batch is padded with rows of weight 0.
-    max_bad_records: number of images per host that may fail to decode; their rows have weight 0 [MAX_BAD_RECORDS].
+    Attributes:
+      source: source of the images.
+      preprocessing: converts them to model inputs; a frozen dataclass, whose fields are part of the fingerprint.
+      split: name of the split: 'train', 'validation', ..., or a TFDS slice such as 'train[:99%]'.
+      batch_size: rows of a global batch.
+      seed: seed of the order and the augmentation.
+      shuffle: draw a new order in every epoch; set to False for validation.
+      num_batches: maximum number of batches, for a bounded evaluation.
+      repeat: True: endless. False: one pass, whose last batch is padded with rows of weight 0.
+      max_bad_records: number of images per host that may fail to decode; their rows have weight 0 [MAX_BAD_RECORDS].
     """
 
     source: ImageSource
@@ -154,7 +155,7 @@ class DatasetConfig:
         """Yields a reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
 
         Raises:
-            UserError: the batch size is not divisible by the parts, or the data cannot be read.
+          UserError: the batch size is not divisible by the parts, or the data cannot be read.
         """
         rows = np.concatenate([np.arange(run.start, run.stop) for run in share.rows(self.batch_size)])
         stop = self._number_of_batches()

@@ -34,7 +34,7 @@ class _Digits:
         """Number of examples in a split.
 
         Raises:
-            UserError: the split is unknown, or the package is not installed.
+          UserError: the split is unknown, or the package is not installed.
         """
         return len(self._split(split)[0])
 
@@ -121,16 +121,17 @@ class Optdigits(_Digits):
 class ScanAugmentation:
     """Random distortions of small scans, applied in this order. Strength 0 leaves the scans unchanged.
 
-    strength: factor on all distortions; 0: none [AUGMENT_STRENGTH].
-    max_shift: largest shift along each axis, in pixels.
-    max_rotation: largest rotation in either direction, in degrees.
-    max_shear: largest shear of x by y, in either direction.
-    max_zoom: the scale lies between 1 / (1 + max_zoom) and 1 + max_zoom.
-    max_fading: the contrast is multiplied by a factor between 1 - max_fading and 1.
-    inversion: probability of black on white.
-    cutout: side of a square of one random grey, centred anywhere, in pixels.
-    noise: standard deviation of the noise added to each pixel, where black is 0 and white is 1.
-    value_range: values of black and white in the result.
+    Attributes:
+      strength: factor on all distortions; 0: none [AUGMENT_STRENGTH].
+      max_shift: largest shift along each axis, in pixels.
+      max_rotation: largest rotation in either direction, in degrees.
+      max_shear: largest shear of x by y, in either direction.
+      max_zoom: the scale lies between 1 / (1 + max_zoom) and 1 + max_zoom.
+      max_fading: the contrast is multiplied by a factor between 1 - max_fading and 1.
+      inversion: probability of black on white.
+      cutout: side of a square of one random grey, centred anywhere, in pixels.
+      noise: standard deviation of the noise added to each pixel, where black is 0 and white is 1.
+      value_range: values of black and white in the result.
     """
 
     strength: Natural = 1.0
@@ -151,12 +152,12 @@ class ScanAugmentation:
         """Distorts consecutive examples. Each result depends only on the image, the seed and its index.
 
         Args:
-            images: uint8 [n, H, W, 1].
-            seed: random seed.
-            first: index of the first example.
+          images: uint8 [n, H, W, 1].
+          seed: random seed.
+          first: index of the first example.
 
         Returns:
-            float32 [n, H, W, 1] within `value_range`.
+          float32 [n, H, W, 1] within `value_range`.
         """
         n, size = images.shape[:2]
         u_NxK = draws.uniform(seed, draws.AUGMENT, first, n, 12)

@@ -45,8 +45,8 @@ def decode(encoded: Encoded, channels: int) -> Image.Image:
     """Decodes to an 8-bit image with 1 (grey) or 3 (RGB) channels.
 
     Raises:
-        BadRecordError: Pillow cannot decode it.
-        UserError: it has more than 8 bits per channel.
+      BadRecordError: Pillow cannot decode it.
+      UserError: it has more than 8 bits per channel.
     """
     try:
         image = Image.open(io.BytesIO(encoded.content))
@@ -73,9 +73,10 @@ def _one_line(error: Exception, encoded: Encoded) -> str:
 class Photographs:
     """Preprocessing shared by training and evaluation.
 
-    image_size: height and width of the result, in pixels.
-    image_channels: 3, or 1 for grey.
-    value_range: values of black and white in the result.
+    Attributes:
+      image_size: height and width of the result, in pixels.
+      image_channels: 3, or 1 for grey.
+      value_range: values of black and white in the result.
     """
 
     image_size: Count = 224
@@ -97,15 +98,15 @@ class Photographs:
         """Decodes and preprocesses consecutive examples. Each result depends only on its bytes, the seed and its index.
 
         Args:
-            images: encoded images.
-            seed: random seed.
-            first: index of the first example.
+          images: encoded images.
+          seed: random seed.
+          first: index of the first example.
 
         Returns:
-            float32 [n, H, W, C] within `value_range`.
+          float32 [n, H, W, C] within `value_range`.
 
         Raises:
-            BadRecordError: an image cannot be decoded.
+          BadRecordError: an image cannot be decoded.
         """
         u_NxK = draws.uniform(seed, draws.AUGMENT, first, len(images), self.num_draws)
         out_NxHxWxC = np.empty((len(images), *self.image_shape), np.float32)
@@ -132,12 +133,13 @@ class Photographs:
 class InceptionPreprocessing(Photographs):
     """Training preprocessing: inception crop, left-right flip, RandAugment.
 
-    area_range: smallest and largest fraction of the image area that the crop covers.
-    aspect_ratio_range: smallest and largest width / height of the crop.
-    flip: probability of a left-right flip.
-    randaugment_layers: operations per image; 0: none. big_vision's augmentation levels (Steiner et al. 2022) are 2 layers of
+    Attributes:
+      area_range: smallest and largest fraction of the image area that the crop covers.
+      aspect_ratio_range: smallest and largest width / height of the crop.
+      flip: probability of a left-right flip.
+      randaugment_layers: operations per image; 0: none. big_vision's augmentation levels (Steiner et al. 2022) are 2 layers of
         magnitude 0 (light1), 10 (light2), 15 (medium1 and 2), 20 (strong1 and 2).
-    randaugment_magnitude: strength of the operations; 10 is RandAugment's full strength, larger values are allowed.
+      randaugment_magnitude: strength of the operations; 10 is RandAugment's full strength, larger values are allowed.
     """
 
     area_range: tuple[Share, Share] = (0.05, 1.0)
@@ -167,7 +169,8 @@ class InceptionPreprocessing(Photographs):
 class CentralCropPreprocessing(Photographs):
     """Evaluation preprocessing: resize the smaller side to `resize_small`, then crop the centre.
 
-    resize_small: size of the smaller side before the crop, in pixels (256 for 224). None: resize the whole image to the
+    Attributes:
+      resize_small: size of the smaller side before the crop, in pixels (256 for 224). None: resize the whole image to the
         square, as vision_transformer evaluates fine-tuned models; use it for images that are already square.
     """
 
@@ -202,13 +205,13 @@ def inception_crop(
     The aspect ratio is uniform. The height is uniform over those for which the area is in range and the box fits.
 
     Args:
-        image_size: (width, height).
-        area_range: smallest and largest fraction of the image area.
-        aspect_ratio_range: smallest and largest width / height.
-        attempts: uniform [n, 4]; the first attempt that gives a valid box is used, or else the whole image.
+      image_size: (width, height).
+      area_range: smallest and largest fraction of the image area.
+      aspect_ratio_range: smallest and largest width / height.
+      attempts: uniform [n, 4]; the first attempt that gives a valid box is used, or else the whole image.
 
     Returns:
-        (left, top, right, bottom).
+      (left, top, right, bottom).
     """
     width, height = image_size
     least, most = (share * width * height for share in area_range)

@@ -84,10 +84,10 @@ def rand_augment(image: Image.Image, magnitude: float, draws: np.ndarray) -> Ima
     """Applies one random operation per row of `draws`, in sequence.
 
     Args:
-        image: 8-bit grey or RGB.
-        magnitude: strength of every operation; 10 is full strength. 0 still changes the image: `Posterize` keeps one bit,
-            `Brightness` a tenth.
-        draws: uniform [layers, DRAWS_PER_LAYER].
+      image: 8-bit grey or RGB.
+      magnitude: strength of every operation; 10 is full strength. 0 still changes the image: `Posterize` keeps one bit,
+        `Brightness` a tenth.
+      draws: uniform [layers, DRAWS_PER_LAYER].
     """
     names = list(OPERATIONS)
     for which, sign, *uv in draws:

@@ -161,10 +161,10 @@ def span_corruption_task(
     """Makes an unregistered seqio task of span corruption over a corpus, which is read at first use.
 
     Args:
-        name: name of the task.
-        read: reads the corpus.
-        vocabulary: a seqio vocabulary.
-        sentinels: ids in the order of their use. None: T5's, see `counted_down`.
+      name: name of the task.
+      read: reads the corpus.
+      vocabulary: a seqio vocabulary.
+      sentinels: ids in the order of their use. None: T5's, see `counted_down`.
     """
     source = RandomAccessSource(read, counted_down(vocabulary) if sentinels is None else sentinels)
     feature = seqio.Feature(vocabulary=vocabulary, add_eos=True)
@@ -185,7 +185,7 @@ def check_split(source: RandomAccessSource, split: str, lengths: span_corruption
     """Returns the number of chunks per epoch of a split.
 
     Raises:
-        UserError: the split is unknown, is shorter than a chunk, or contains a sentinel.
+      UserError: the split is unknown, is shorter than a chunk, or contains a sentinel.
     """
     length = lengths.tokens
     if split not in source.splits:

@@ -37,12 +37,12 @@ def vocabulary_with(model: str | None, kind: Sentinels, extra_ids: int) -> tuple
     id 258.
 
     Args:
-        model: path of a SentencePiece model; None: bytes.
-        kind: SENTINELS, see `TextFiles`.
-        extra_ids: number of ids to add for 't5'.
+      model: path of a SentencePiece model; None: bytes.
+      kind: SENTINELS, see `TextFiles`.
+      extra_ids: number of ids to add for 't5'.
 
     Raises:
-        UserError: the file cannot be used, or lacks these sentinels.
+      UserError: the file cannot be used, or lacks these sentinels.
     """
     seqio = tensorflow_quiet.seqio()
     pieces = () if model is None else _pieces(seqio.SentencePieceVocabulary(model), model)
@@ -80,7 +80,7 @@ def _pieces(vocabulary: seqio.Vocabulary, model: str) -> tuple[int, ...]:
     """Ids of the pieces <extra_id_0>, <extra_id_1>, ... of a model file.
 
     Raises:
-        UserError: the file cannot be loaded, or its special ids are not T5's.
+      UserError: the file cannot be loaded, or its special ids are not T5's.
     """
     try:
         tokenizer = vocabulary.tokenizer

@@ -57,11 +57,11 @@ def checked_lengths(sequence_length: Mapping[str, int], sentinels: Sequence[int]
     """Returns `lengths_for_inputs` after checking the targets and the sentinels.
 
     Args:
-        sequence_length: TASK_FEATURE_LENGTHS, with 'inputs' and 'targets' in tokens.
-        sentinels: available ids.
+      sequence_length: TASK_FEATURE_LENGTHS, with 'inputs' and 'targets' in tokens.
+      sentinels: available ids.
 
     Raises:
-        UserError: the targets would be truncated, or there are fewer sentinels than spans.
+      UserError: the targets would be truncated, or there are fewer sentinels than spans.
     """
     require_lengths(sequence_length or {})
     binding = f'TASK_FEATURE_LENGTHS = {dict(sequence_length)!r}'
@@ -94,11 +94,11 @@ def noise_mask(length: int, seeds: Any) -> tf.Tensor:
     """Draws the mask of noise tokens. Kept and noise spans alternate, beginning with a kept one.
 
     Args:
-        length: number of tokens, at least 2.
-        seeds: two stateless seeds [2, 2], for the lengths of the noise spans and of the kept spans.
+      length: number of tokens, at least 2.
+      seeds: two stateless seeds [2, 2], for the lengths of the noise spans and of the kept spans.
 
     Returns:
-        bool [length].
+      bool [length].
     """
     _, noise, spans, _, _ = corrupted_lengths(length)
     noise_lengths = _random_partition(noise, spans, seeds[0])
@@ -124,13 +124,13 @@ def span_corruption(
     """Seqio preprocessor that turns chunks into inputs and targets without EOS.
 
     Args:
-        dataset: examples of 'targets', int32 chunks of `checked_lengths(...).tokens` tokens, and 'seed', int64 [2].
-        sequence_length: TASK_FEATURE_LENGTHS.
-        output_features: features of the task.
-        sentinels: ids in the order of their use.
+      dataset: examples of 'targets', int32 chunks of `checked_lengths(...).tokens` tokens, and 'seed', int64 [2].
+      sequence_length: TASK_FEATURE_LENGTHS.
+      output_features: features of the task.
+      sentinels: ids in the order of their use.
 
     Returns:
-        Examples of 'inputs' and 'targets', each a pure function of its chunk and seed.
+      Examples of 'inputs' and 'targets', each a pure function of its chunk and seed.
     """
     lengths = checked_lengths(sequence_length, sentinels)
 

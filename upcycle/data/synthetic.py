@@ -51,11 +51,12 @@ class _Endless:
 class SyntheticText(_Endless):
     """A `DataSource` of random tokens without padding, for an encoder-decoder.
 
-    task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
-    vocabulary_size: tokens lie between 1 and `vocabulary_size` - 1.
-    batch_size: rows of a global batch.
-    seed: seed of the tokens.
-    num_batches: number of batches; None: endless.
+    Attributes:
+      task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
+      vocabulary_size: tokens lie between 1 and `vocabulary_size` - 1.
+      batch_size: rows of a global batch.
+      seed: seed of the tokens.
+      num_batches: number of batches; None: endless.
     """
 
     task_feature_lengths: Mapping[str, Count]
@@ -85,12 +86,13 @@ class SyntheticText(_Endless):
 class SyntheticImages(_Endless):
     """A `DataSource` of random images and classes, for an image classifier.
 
-    image_size: height and width in pixels; values have mean 0 and standard deviation 1.
-    image_channels: number of channels.
-    num_classes: labels are below it, one per image.
-    batch_size: rows of a global batch.
-    seed: seed of the images.
-    num_batches: number of batches; None: endless.
+    Attributes:
+      image_size: height and width in pixels; values have mean 0 and standard deviation 1.
+      image_channels: number of channels.
+      num_classes: labels are below it, one per image.
+      batch_size: rows of a global batch.
+      seed: seed of the images.
+      num_batches: number of batches; None: endless.
     """
 
     image_size: Count

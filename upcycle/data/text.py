@@ -40,18 +40,19 @@ __all__ = ['DatasetConfig', 'TextFiles']
 class DatasetConfig:
     """A `DataSource` of batches of a seqio task or mixture for an encoder-decoder.
 
-    mixture_or_task_name: name in seqio's registry [MIXTURE_OR_TASK_NAME].
-    task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
-    split: name of the split: 'train', 'validation', ...
-    batch_size: rows of a global batch.
-    seed: seed of shuffling and corruption.
-    pack: pack several examples per row, with segment ids and positions, as T5X does.
-    shuffle: shuffle the examples; set to False for validation in corpus order.
-    use_cached: read the output of `seqio_cache_tasks`; for streamed tasks only.
-    module: module that registers the task; it is imported first.
-    num_batches: maximum number of batches, for a bounded evaluation.
-    repeat: True: endless. False: one pass, whose last batch is padded with rows of zeros.
-    source: files of `text_files_span_corruption`. None: look the task up in seqio's registry.
+    Attributes:
+      mixture_or_task_name: name in seqio's registry [MIXTURE_OR_TASK_NAME].
+      task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
+      split: name of the split: 'train', 'validation', ...
+      batch_size: rows of a global batch.
+      seed: seed of shuffling and corruption.
+      pack: pack several examples per row, with segment ids and positions, as T5X does.
+      shuffle: shuffle the examples; set to False for validation in corpus order.
+      use_cached: read the output of `seqio_cache_tasks`; for streamed tasks only.
+      module: module that registers the task; it is imported first.
+      num_batches: maximum number of batches, for a bounded evaluation.
+      repeat: True: endless. False: one pass, whose last batch is padded with rows of zeros.
+      source: files of `text_files_span_corruption`. None: look the task up in seqio's registry.
     """
 
     mixture_or_task_name: str
@@ -77,8 +78,8 @@ class DatasetConfig:
         """The seqio task or mixture.
 
         Raises:
-            MissingData: its module cannot be imported.
-            UserError: the task is unknown or does not fit.
+          MissingData: its module cannot be imported.
+          UserError: the task is unknown or does not fit.
         """
         if self.source is not None:
             return self.source.task()
@@ -148,7 +149,7 @@ class DatasetConfig:
         """Checks the lengths of a task of ours without reading data; seqio checks those of its tasks.
 
         Raises:
-            UserError: the targets would be truncated, or there are fewer sentinels than spans.
+          UserError: the targets would be truncated, or there are fewer sentinels than spans.
         """
         if self._random_access is not None:
             self._lengths()
@@ -162,11 +163,11 @@ class DatasetConfig:
         """Checks that a task of ours uses the sentinels of a checkpoint, unless SENTINELS is set.
 
         Args:
-            path: path of the checkpoint, for the message.
-            known: its sentinels: a name that SENTINELS accepts, or the first two; None: unknown.
+          path: path of the checkpoint, for the message.
+          known: its sentinels: a name that SENTINELS accepts, or the first two; None: unknown.
 
         Raises:
-            UserError: the task uses other sentinels.
+          UserError: the task uses other sentinels.
         """
         source, names = self._random_access, {ids: name for name, ids in TRAINED_WITH.items()}
         ids = TRAINED_WITH.get(known) if known is None or isinstance(known, str) else tuple(known)
@@ -232,7 +233,7 @@ class DatasetConfig:
         """Yields a reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
 
         Raises:
-            UserError: the batch size is not divisible by the parts, or the data cannot be read.
+          UserError: the batch size is not divisible by the parts, or the data cannot be read.
         """
         rows = sum(map(len, share.rows(self.batch_size)))
         stop = self._number_of_batches()

@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 class TextFiles:
     """UTF-8 text files, one document per file, as the task `text_files_span_corruption`.
 
-    train_files: one or more globs of training files (`**` for any depth; `gs://` and other buckets without `**`).
-    validation_files: globs of validation files. None: hold out about 5% of the training files, chosen by the hashes of their
+    Attributes:
+      train_files: one or more globs of training files (`**` for any depth; `gs://` and other buckets without `**`).
+      validation_files: globs of validation files. None: hold out about 5% of the training files, chosen by the hashes of their
         names.
-    vocabulary: path of a SentencePiece model with T5's special ids (pad 0, EOS 1). None: bytes.
-    extra_ids: number of sentinels to add on top of a vocabulary that has none.
-    sentinels: ids that replace spans in span corruption. `t5`: `extra_ids` ids on top of the vocabulary, from the last one
+      vocabulary: path of a SentencePiece model with T5's special ids (pad 0, EOS 1). None: bytes.
+      extra_ids: number of sentinels to add on top of a vocabulary that has none.
+      sentinels: ids that replace spans in span corruption. `t5`: `extra_ids` ids on top of the vocabulary, from the last one
         down; `umt5`: 300 of them. `mt5`: the pieces `<extra_id_0>`, `<extra_id_1>`, ... of the model file, as in mT5.
         `byt5`: 258, 257, ... for bytes without a model file. A list: these ids in this order. A number: this id and the 99
         below it. None: `mt5` if the model file has such pieces, else `t5` [SENTINELS].
-    max_bad_records: number of lines that are not UTF-8 and may be skipped [MAX_BAD_RECORDS].
+      max_bad_records: number of lines that are not UTF-8 and may be skipped [MAX_BAD_RECORDS].
     """
 
     train_files: str | Sequence[str] | None
@@ -48,7 +49,7 @@ class TextFiles:
         by name.
 
         Raises:
-            UserError: a glob matches nothing, a file is in both splits, or the vocabulary cannot be used.
+          UserError: a glob matches nothing, a file is in both splits, or the vocabulary cannot be used.
         """
         files = _patterns(self.train_files), _patterns(self.validation_files)
         sentinels = tuple(self.sentinels) if isinstance(self.sentinels, list) else self.sentinels

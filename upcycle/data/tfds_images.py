@@ -28,12 +28,13 @@ from upcycle.schema import Count
 class TfdsImages:
     """Labelled images of a TFDS dataset. Splits are TFDS's: 'train', 'train[:99%]', 'validation', ...
 
-    name: name in TFDS, optionally with configuration and version: 'imagenet2012:5.1.0' [TFDS_NAME].
-    data_dir: folder of the prepared data. None: the environment variable TFDS_DATA_DIR, or TFDS's default [TFDS_DATA_DIR].
-    image_feature: name of the image feature.
-    label_feature: name of the feature with a class or a sequence of classes.
-    max_labels: largest number of classes per image.
-    shuffle_buffer: number of undecoded images in the shuffle buffer, for streamed files.
+    Attributes:
+      name: name in TFDS, optionally with configuration and version: 'imagenet2012:5.1.0' [TFDS_NAME].
+      data_dir: folder of the prepared data. None: the environment variable TFDS_DATA_DIR, or TFDS's default [TFDS_DATA_DIR].
+      image_feature: name of the image feature.
+      label_feature: name of the feature with a class or a sequence of classes.
+      max_labels: largest number of classes per image.
+      shuffle_buffer: number of undecoded images in the shuffle buffer, for streamed files.
     """
 
     name: str
@@ -69,7 +70,7 @@ class TfdsImages:
         """Number of examples in a split.
 
         Raises:
-            UserError: the split is unknown, or the dataset is not prepared.
+          UserError: the split is unknown, or the dataset is not prepared.
         """
         return self._split(split).num_examples
 
@@ -77,7 +78,7 @@ class TfdsImages:
         """Reads the undecoded images and int32 labels [n, max_labels].
 
         Raises:
-            UserError: a file is missing or damaged.
+          UserError: a file is missing or damaged.
         """
         with tensorflow_quiet.reading(self.name):
             try:
@@ -199,8 +200,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
     """Loads the builder of a prepared dataset.
 
     Raises:
-        MissingData: the name is unknown to TFDS, or the dataset is not prepared.
-        UserError: it cannot be loaded.
+      MissingData: the name is unknown to TFDS, or the dataset is not prepared.
+      UserError: it cannot be loaded.
     """
     tfds = tensorflow_quiet.tfds()
     bare = name.split(':')[0].split('/')[0]
