@@ -57,39 +57,36 @@ class Tree:
     rebuild: Callable[[Mapping[Keys, Any]], Any]
 
     @classmethod
-    def of(cls, tree: Any, called: str = 'params') -> 'Tree':
+    def of(cls, tree: Any) -> 'Tree':
         """Flattens a tree.
 
         Args:
           tree: nested mappings.
-          called: name of the tree in messages.
 
         Raises:
           UserError: the tree is not a mapping, is empty, or contains a list, an object or a leaf that is not numeric.
         """
         if not isinstance(tree, Mapping):
-            raise UserError(f'{called} must be nested dicts of arrays, not {type(tree).__name__}.')
+            raise UserError(f'params must be nested dicts of arrays, not {type(tree).__name__}.')
         leaves: dict[str, Any] = {}
         keys: dict[str, Keys] = {}
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
             name = '/'.join(_segments(path))
             if not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
-                raise UserError(
-                    f'{name} of {called} is in a list or an object: parameters must be nested dicts of arrays.'
-                )
+                raise UserError(f'{name} of params is in a list or an object: params must be nested dicts of arrays.')
             array = _inside(leaf)
             if not hasattr(array, 'shape') or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
-                raise UserError(f'{name} of {called} is not a numeric array: pass only the parameters of the model.')
+                raise UserError(f'{name} of params is not a numeric array: pass only the parameters of the model.')
             path_keys = tuple(entry.key for entry in path)
             for end in range(1, len(path_keys) + 1):
                 prefix = '/'.join(map(str, path_keys[:end]))
                 if keys.setdefault(prefix, path_keys[:end]) != path_keys[:end]:
                     raise UserError(
-                        f'{prefix} of {called} is the name of two paths: no key may contain a `/` or equal another as text.'
+                        f'{prefix} of params is the name of two paths: no key may contain a `/` or equal another as text.'
                     )
             leaves[name] = array
         if not leaves:
-            raise UserError(f'{called} contains no arrays.')
+            raise UserError('params contains no arrays.')
         return cls(leaves, keys, _builder(tree))
 
     def like(self, leaves: Mapping[str, Any]) -> Any:

@@ -74,18 +74,18 @@ def inherited(
     return jnp.concatenate([old_DxO, new_DxN], axis=1)
 
 
-def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array, *, steps: int = 20) -> jax.Array:
+def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array) -> jax.Array:
     """Clusters hidden states and returns the centres as router columns, with the scale of `normal`.
 
-    The mean is subtracted first, because it does not distinguish the states. Uses spherical k-means, because a router compares
-    directions. After mergekit's `hidden` gate, whose vectors are mean hidden states of prompts.
+    The mean is subtracted first, because it does not distinguish the states. Uses 20 steps of spherical k-means, because a
+    router compares directions. An empty cluster keeps its centre. After mergekit's `hidden` gate, whose vectors are mean hidden
+    states of prompts.
 
     Args:
       x_NxD: hidden states of real tokens.
       num_columns: number of router columns.
       stddev: root mean square of a column's entries.
       key: key for choosing the initial centres among the states.
-      steps: steps of Lloyd's algorithm. An empty cluster keeps its centre.
     """
 
     def unit(v_NxD: jax.Array) -> jax.Array:
@@ -105,5 +105,5 @@ def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array, 
         sum_CxD = nearest_NxC.T @ x_NxD
         return jnp.where(nearest_NxC.sum(axis=0)[:, None] > 0, unit(sum_CxD), centre_CxD), None
 
-    centre_CxD, _ = jax.lax.scan(step, x_NxD[first], None, length=steps)
+    centre_CxD, _ = jax.lax.scan(step, x_NxD[first], None, length=20)
     return stddev * jnp.sqrt(x_NxD.shape[1]) * centre_CxD.T
