@@ -40,6 +40,7 @@ setuptools.setup(
         'ml-collections>=1.0',
         'gin-config>=0.5,<0.6',
         'numpy>=2.0',
+        'scipy>=1.13',
         'tensorstore>=0.1.70',
         'etils>=1.9',
         'msgpack>=1.0',

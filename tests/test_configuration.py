@@ -165,7 +165,7 @@ def test_impossible_combinations_are_all_said():
         ({'DATA SEED': 1}, "binds 'DATA SEED', which is not a name"),
         (
             {'TASK_FEATURE_LENGTHS': {}},
-            "TASK_FEATURE_LENGTHS = {} must name the lengths of both 'inputs' and 'targets'",
+            "TASK_FEATURE_LENGTHS = {} must have both 'inputs' and 'targets'",
         ),
         (
             {'upcycle.training.rum.Run.seed': 1},
