@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.errors import UserError, one_of, refuse
+from upcycle import schema
+from upcycle.errors import UserError, refuse
 from upcycle.models.attention import (
     MultiHeadDotProductAttention,
     PositionBiases,
@@ -24,7 +25,7 @@ from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.groups import sparse_layers
 from upcycle.moe.layer import MoELayer, apply_mlp
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Count, Depth, Rate, shown
+from upcycle.schema import Count, Depth, FloatType, Rate, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class T5Config:
     mlp_activations: Sequence[str] = ('gelu', 'linear')
     logits_via_embedding: bool = False
     position_biases: PositionBiases = PositionBiases.SHARED
-    dtype: str = 'bfloat16'
+    dtype: FloatType = 'bfloat16'
     dropout_rate: Rate = 0.0
     expert_dropout_rate: Rate | None = None
     float32_attention_logits: bool = False
@@ -78,19 +79,12 @@ class T5Config:
     decoder_moe_layers: str | Sequence[int] = 'every_other'
 
     def __post_init__(self):
-        # gin hands over lists; a module's attributes must hash.
-        object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+        schema.validate(self, {'vocab_size': 'NUM_EMBEDDINGS', 'emb_dim': 'EMBED_DIM', 'dtype': 'ACTIVATION_DTYPE'})
         if not self.mlp_activations or not ACTIVATION_FUNCTIONS.keys() >= {*self.mlp_activations}:
             raise UserError(
                 f'MLP_ACTIVATIONS = {shown(self.mlp_activations)} must be one or several of '
                 f"{', '.join(ACTIVATION_FUNCTIONS)}, such as ('gelu', 'linear')."
             )
-        for name in ('encoder_moe_layers', 'decoder_moe_layers'):
-            if not isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, 'remat', one_of(Remat, self.remat, 'REMAT'))
-        biases = one_of(PositionBiases, self.position_biases, 'POSITION_BIASES')
-        object.__setattr__(self, 'position_biases', biases)
         for stack in ('encoder', 'decoder'):
             for moe in self.layer_moe(stack):
                 if moe is not None:
@@ -98,8 +92,6 @@ class T5Config:
         if self.decoder_moe is not None and not self.decoder_moe.causal:
             refuse(self.decoder_moe.looks_ahead('DECODER_'))
             object.__setattr__(self, 'decoder_moe', dataclasses.replace(self.decoder_moe, causal=True))
-        if self.dtype not in ('float32', 'bfloat16', 'float16'):
-            raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
 
     def layer_moe(self, stack: str) -> tuple[MoE | None, ...]:
         """For each layer of the 'encoder' or 'decoder', its MoE, or None where the MLP is dense."""
