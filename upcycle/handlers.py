@@ -1,4 +1,4 @@
-"""From the options of a command to the call that does it. Heavy imports wait until a command needs them."""
+"""Handlers: each calls its command with the parsed options. Modules that load JAX are imported in the handler."""
 
 import argparse
 import os
@@ -11,24 +11,26 @@ from upcycle.host_memory import keep_freed_memory
 
 
 def _join_hosts(options: argparse.Namespace) -> None:
-    """Joins the other processes, where the options of `_add_hosts` name them."""
+    """Joins the other processes of the run, if the options of `arguments._add_hosts` ask for it."""
     from upcycle import hosts
 
     by_hand = (options.coordinator_address, options.process_count, options.process_index)
     if any(value is not None for value in by_hand):
         if any(value is None for value in by_hand):
-            raise UserError('--coordinator_address, --process_count and --process_index go together: give all three.')
+            raise UserError(
+                '--coordinator_address, --process_count and --process_index belong together: give all three.'
+            )
         if options.process_count < 1:
             raise UserError(f'--process_count={options.process_count} must be at least 1.')
         if not 0 <= options.process_index < options.process_count:
+            last = options.process_count - 1
             raise UserError(
-                f'--process_index={options.process_index} must lie between 0 and --process_count - 1 = '
-                f'{options.process_count - 1}.'
+                f'--process_index={options.process_index} must be between 0 and --process_count - 1 = {last}.'
             )
         hosts.parse_address(options.coordinator_address)
     if not 0 < options.coordinator_timeout <= 1e6:
         raise UserError(
-            f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0, and at most 1e6 seconds.'
+            f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0 and at most 1e6 seconds.'
         )
     if options.distributed or options.coordinator_address is not None:
         hosts.join(*by_hand, timeout=options.coordinator_timeout)
@@ -41,7 +43,7 @@ def quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     try:
         seeds = tuple(int(seed) for seed in options.seeds.split(','))
     except ValueError:
-        raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
+        raise UserError(f'--seeds={options.seeds} must be comma-separated whole numbers, such as 0,1,2.') from None
     out = f'runs/quickstart_{options.family}' if options.out is None else options.out
     quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
 
@@ -80,11 +82,9 @@ def evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 
 def compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    # Before JAX is loaded: the host must not look for TPUs of its own.
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-    # No chip is touched, so several compilations may run beside each other.
-    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+    _compute_on_the_cpu()
+    os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # the host need not be a TPU VM
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # no chip is used, so compilations may run in parallel
     from upcycle.commands import compile
 
     compile.run(
@@ -99,15 +99,15 @@ def compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
     )
 
 
-def _on_the_host() -> None:
-    """Before JAX is loaded: files are turned on the host, and an accelerator is left to whom it serves."""
+def _compute_on_the_cpu() -> None:
+    """Leaves the accelerators to other processes. Must run before JAX is loaded."""
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
 def convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    _on_the_host()
+    _compute_on_the_cpu()
     _check_formats(options.format)
-    named = {
+    options_as_bindings = {
         'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source),
         'EXPERT_OPERATOR': options.operator,
         'UPCYCLE_SEED': options.seed,
@@ -118,7 +118,7 @@ def convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
     path = convert.run(
         options.gin_file,
-        {**bindings, **{name: value for name, value in named.items() if value is not None}},
+        {**bindings, **{name: value for name, value in options_as_bindings.items() if value is not None}},
         options.target,
         options.format,
         dtype=options.dtype,
@@ -144,7 +144,7 @@ def export(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 def _transfer(options: argparse.Namespace, format: str, source_format: str | None) -> None:
     _check_formats(source_format, format)
-    _on_the_host()
+    _compute_on_the_cpu()
     from upcycle import transfer
 
     path = transfer.transfer(
@@ -160,7 +160,7 @@ def _transfer(options: argparse.Namespace, format: str, source_format: str | Non
 
 
 def inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
-    _on_the_host()
+    _compute_on_the_cpu()
     from upcycle.inspection import inspect
 
     with warning.last():
@@ -169,9 +169,9 @@ def inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
 
 def sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
     environment = dict(os.environ)
-    # The runs need the accelerators; what watches them does not.
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    # Whoever ends a sweep also ends its runs.
+    # Only the runs need the accelerators, and they get `environment`.
+    _compute_on_the_cpu()
+    # SIGTERM ends the runs of a sweep with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from upcycle.sweep.command import sweep
     from upcycle.sweep.grid import parse_option
@@ -198,7 +198,7 @@ def report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
         report_experiment(config=options.config, scale=options.scale, out=options.out)
         return
     if options.config is not None or options.scale is not None or not options.runs:
-        raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
+        raise UserError('name either run folders, or an experiment with --config (and --scale), not both.')
     from upcycle.report.command import report_main
 
     report_main(options.runs, 'report' if options.out is None else options.out)
