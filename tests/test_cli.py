@@ -28,7 +28,7 @@ def command(kind, model_dir, steps=6, files=None, **more):
 
 # What is wrong, the kind of run, bindings, words that the message must hold.
 MISTAKES = {
-    'unused binding': ('dense', {'NUM_EXPERTS': 8}, ['NUM_EXPERTS', 'used by nothing']),
+    'unused binding': ('dense', {'NUM_EXPERTS': 8}, ['NUM_EXPERTS', 'is unused']),
     'mistyped binding': ('dense', {'BATCH_SIZ': 8}, ['BATCH_SIZ', 'did you mean BATCH_SIZE']),
     'unused parameter': ('dense', {'upcycle.moe.config.MoEConfig.num_experts': 8}, ['MoEConfig.num_experts']),
     'experts and mesh': ('scratch', {'MESH_SHAPE': '(1, 3, 1)', 'NUM_EXPERTS': 4}, ['MESH_SHAPE']),

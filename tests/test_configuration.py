@@ -60,7 +60,7 @@ def test_all_mistakes_at_once():
         'NUM_EXPERTS = 2.5 must be a whole number',
         "REMAT = 'some' must be one of none, minimal, exchange, full.",
         'did you mean upcycle.training.optimizer.Adafactor?',
-        'MODEL_DIR = [1, 2] must be a text.',
+        'MODEL_DIR = [1, 2] must be a string.',
     ):
         assert words in text
 
@@ -132,7 +132,7 @@ class TestSettingsOfOtherRouters:
             configuration.load(files, bindings)
             return
         (found,) = mistakes(files, bindings)
-        assert ' only, and the MoE layers have expert_choice: leave it out' in found
+        assert ' only, and the MoE layers have expert_choice: remove it' in found
 
 
 def test_impossible_combinations_are_all_said():
@@ -144,13 +144,13 @@ def test_impossible_combinations_are_all_said():
 @pytest.mark.parametrize(
     ('more', 'words'),
     [
-        ({'MODEL': '@upcycle.training.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
+        ({'MODEL': '@upcycle.training.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be an object of type Model'),
         (
             {'OPTIMIZER': '@upcycle.training.optimizer.Adafactor'},
-            'OPTIMIZER = @Adafactor must be a Optimizer, written @NAME()',
+            'OPTIMIZER = @Adafactor must be an object of type Optimizer (@NAME())',
         ),
         ({'DATA_SEED': '%RANDOM_SED'}, 'RANDOM_SED is not set (did you mean RANDOM_SEED?)'),
-        ({'DATA_SEED': '%DATA_SEED'}, 'DATA_SEED is set to itself'),
+        ({'DATA_SEED': '%DATA_SEED'}, 'DATA_SEED refers to itself'),
         ({'DATA_SEED': True}, 'DATA_SEED = True must be a whole number of at least 0'),
         ({'DATA_SEED': 2**31}, 'DATA_SEED = 2147483648 (beyond 2147483647, the largest whole number) must be a whole'),
         (
@@ -169,7 +169,7 @@ def test_impossible_combinations_are_all_said():
         ),
         (
             {'upcycle.training.rum.Run.seed': 1},
-            'upcycle.training.rum.Run is not known (did you mean upcycle.training.run.Run?)',
+            'upcycle.training.rum.Run is unknown (did you mean upcycle.training.run.Run?)',
         ),
     ],
 )
@@ -206,10 +206,10 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
     found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
     for line, words in (
         (2, 'upcycle.training.optimiser cannot be imported (did you mean upcycle.training.optimizer?)'),
-        (4, 'BATCH_SIZ is used by nothing (did you mean BATCH_SIZE?)'),
-        (7, 'moe.MoEConfg is not known (did you mean moe.MoEConfig?)'),
+        (4, 'BATCH_SIZ is unused (did you mean BATCH_SIZE?)'),
+        (7, 'moe.MoEConfg is unknown (did you mean moe.MoEConfig?)'),
         (9, 'moe.MoEConfig has no parameter num_expert (did you mean num_experts?)'),
-        (10, 'moe.nothing is not known'),
+        (10, 'moe.nothing is unknown'),
         (11, 'runs/pretrian.gin does not exist (did you mean runs/pretrain.gin?)'),
         (12, 'includes itself'),
     ):
@@ -232,7 +232,7 @@ def test_what_needs_itself(tmp_path):
     ]
     path.write_text('\n'.join(lines))
     found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
-    assert found == ('@tests.test_configuration.endless needs itself: bind something else.',)
+    assert found == ('@tests.test_configuration.endless refers to itself: bind something else.',)
 
 
 def test_a_scope_that_would_be_inherited_is_asked_for(tmp_path):
@@ -245,7 +245,7 @@ def test_a_scope_that_would_be_inherited_is_asked_for(tmp_path):
     small = {'MODEL_DIR': 'x', 'TRAIN_STEPS': '1', 'NUM_CLASSES': '3', 'TRAIN_FOLDER': '/nowhere', 'PATCH_SIZE': '14'}
     found = '\n'.join(mistakes(files, small))
     assert 'images.Mnist5k has no parameter x.' in found
-    assert 'write @train/InceptionPreprocessing() where it is used' in found
+    assert 'refer to it as @train/InceptionPreprocessing().' in found
 
 
 def test_nothing_looks_for_a_device():
@@ -492,7 +492,7 @@ def test_what_may_change_follows_the_command(tmp_path, capsys):
 @pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.commands.train.run()', '[', "'x'\nimport os"])
 def test_defaults_in_a_folder_are_data(value, tmp_path):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', value)])
-    with pytest.raises(UserError, match='config.gin holds defaults that are no data|must be a number'):
+    with pytest.raises(UserError, match='config.gin holds defaults that are not plain data|must be a number'):
         resumed(tmp_path)
 
 
@@ -578,7 +578,7 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
 def test_files_in_an_order_in_which_one_undoes_another(files, first, second):
     found = mistakes(files, {'MODEL_DIR': 'x', 'TRAIN_STEPS': '2', 'INITIAL_CHECKPOINT_PATH': '/nowhere'})
     said = [sentence for sentence in found if 'name the files in the order models, moe, tasks, runs' in sentence]
-    assert len(said) == 1 and said[0].startswith(f'{first} stands before {second}, which sets '), found
+    assert len(said) == 1 and said[0].startswith(f'{first} comes before {second}, which overrides its '), found
 
 
 @pytest.mark.parametrize('folder', ['', 'models'])
@@ -618,7 +618,7 @@ def test_a_binding_that_a_scope_replaces(bound, instead):
         assert configuration.load(runs.FILES['dense'], bindings).train_data.seed == 77
     else:
         (found,) = mistakes(runs.FILES['dense'], bindings)
-        assert found == f'--gin.{bound}=77 has no effect, because it is bound in a scope too: bind {instead}.'
+        assert found == f'--gin.{bound}=77 has no effect, because it is also bound in a scope: bind {instead}.'
 
 
 def test_a_folder_as_a_gin_file():

@@ -45,19 +45,16 @@ def parser() -> argparse.ArgumentParser:
             command.epilog = 'Bindings: --gin.NAME=VALUE, such as --gin.TRAIN_STEPS=1000.'
         return command
 
-    for add_command in (
-        _add_quickstart,
-        _add_train,
-        _add_plan,
-        _add_evaluate,
-        _add_compile,
-        _add_convert,
-        _add_transfer,
-        _add_inspect,
-        _add_sweep,
-        _add_report,
-    ):
-        add_command(add)
+    _add_quickstart(add)
+    _add_train(add)
+    _add_plan(add)
+    _add_evaluate(add)
+    _add_compile(add)
+    _add_convert(add)
+    _add_transfer(add)
+    _add_inspect(add)
+    _add_sweep(add)
+    _add_report(add)
     return top
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from upcycle import arguments, interrupts, warning
-from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, status_of, whole_list, without_password
+from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, one_line, status_of, whole_list, without_password
 
 TRACEBACK = 'UPCYCLE_TRACEBACK'  # environment variable: print the traceback of an unexpected error
 
@@ -56,8 +56,8 @@ def _report(error: BaseException) -> int:
         _discard(sys.stdout)
         code = 2
     else:
-        text = ' '.join(str(error).split())
-        text = f'{type(error).__name__}: {text[:500]}' if text else type(error).__name__
+        name = type(error).__name__
+        text = f'{name}: {one_line(error)[:500]}' if str(error) else name
         if traced := _is_traced():
             traceback.print_exception(error)
         _print(f'unexpected {without_password(text)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
@@ -72,11 +72,9 @@ def _leave_hosts(code: int, failure: BaseException | None) -> int:
     """
     from upcycle import hosts
 
-    text = None
-    if failure is not None and code != PREEMPTED:
-        text = without_password(' '.join(str(failure).split()) or type(failure).__name__)
+    reason = None if failure is None or code == PREEMPTED else without_password(one_line(failure))
     try:
-        hosts.part(code, text)
+        hosts.part(code, reason)
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

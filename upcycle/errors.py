@@ -100,6 +100,11 @@ def mistakes_of(error: UserError) -> tuple[str, ...]:
     return error.mistakes if isinstance(error, UserErrors) else (str(error),)
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line, or its type if it has none."""
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
 def without_password(text: str) -> str:
     """Masks the user names and passwords of all addresses in a text."""
     return re.sub(r'(?<=://)[^/@\s]+@', '***@', text)
