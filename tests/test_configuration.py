@@ -1,4 +1,4 @@
-"""The check of the whole configuration: what is wrong is said at once, by its name, before anything is built."""
+"""Checks of the configuration: all mistakes are reported at once, by name, before anything is built."""
 
 import enum
 import inspect
@@ -16,9 +16,11 @@ from etils import epath
 
 import gin
 from tests import runs
+from tests.small import small_t5
 from upcycle import configuration, gin_files, gin_values, run_config, schema
 from upcycle.commands import train
 from upcycle.errors import UserError, UserErrors, mistakes_of
+from upcycle.models.stack import Remat
 from upcycle.models.vit import Gelu
 from upcycle.moe.conventions import BalanceLoss
 from upcycle.sweep import conduct
@@ -66,7 +68,7 @@ def test_all_mistakes_at_once():
 
 
 class TestSettingsOfOtherRouters:
-    """A recipe sets the fields of every router; what a user sets must be a field of one that was chosen."""
+    """A recipe sets the fields of every router; what a user sets must be a field of a chosen router."""
 
     ALL_DENSE = {'ENCODER_ROUTER': 'dense', 'DECODER_ROUTER': 'dense'}
 
@@ -219,11 +221,11 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
 
 
 def endless(inner):
-    """A function for gin, of which nobody knows what it makes."""
+    """A configurable with an unknown return type."""
     return inner
 
 
-def test_what_needs_itself(tmp_path):
+def test_a_configurable_that_refers_to_itself(tmp_path):
     path = tmp_path / 'mine.gin'
     lines = ['from __gin__ import dynamic_registration', 'from tests import test_configuration']
     lines += [
@@ -249,7 +251,7 @@ def test_a_scope_that_would_be_inherited_is_asked_for(tmp_path):
 
 
 def test_nothing_looks_for_a_device():
-    """JAX is told of a platform that does not exist, and would say so."""
+    """JAX is set to a platform that does not exist, and would fail."""
     arguments = [
         'train',
         *(f'--gin_file={file}' for file in runs.FILES['dense']),
@@ -269,7 +271,7 @@ def test_nothing_looks_for_a_device():
 
 
 def test_every_configurable_of_ours_has_types(tmp_path):
-    """An annotation that cannot be evaluated would check nothing."""
+    """A type that cannot be evaluated would check nothing."""
     for name in gin_files.shipped():
         if not name.startswith('t5x/'):
             gin_files.read([name], {})
@@ -307,6 +309,19 @@ def test_every_configurable_of_ours_has_types(tmp_path):
 )
 def test_types(value, hint, expected):
     assert schema.fits(value, hint) is expected
+
+
+def test_a_config_made_in_python_is_checked_by_the_same_types():
+    with pytest.raises(UserErrors) as error:
+        small_t5(emb_dim=0, remat='some', dtype='float8', encoder_moe=3)
+    assert error.value.mistakes == (
+        'EMBED_DIM = 0 must be a whole number of at least 1.',
+        "ACTIVATION_DTYPE = 'float8' must be one of float32, bfloat16, float16.",
+        "REMAT = 'some' must be one of none, minimal, exchange, full.",
+        'ENCODER_MOE = 3 must be an object of type MoE (@NAME()) or None.',
+    )
+    config = small_t5(remat='full', mlp_activations=['relu'], encoder_moe_layers=[0])
+    assert config.remat is Remat.FULL and config.mlp_activations == ('relu',) and hash(config)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +383,7 @@ def test_a_value_is_the_same_however_it_is_written(before, now, tmp_path):
 
 
 def test_a_default_is_the_same_bound_or_not(tmp_path):
-    """Whichever binding of a run is left out, as an older gin file may do."""
+    """For each binding of a run, which an older gin file may lack."""
     run, bindings = claim_of(tmp_path, 'scratch', ENCODER_ROUTER='top_k')
     defaults = run_config.defaults_of_now()
     checked = 0
@@ -384,7 +399,7 @@ def test_a_default_is_the_same_bound_or_not(tmp_path):
 
 
 def began_with(tmp_path, kind='dense', changes=(), **more):
-    """The config.gin of a run that began with other defaults: `changes` are (parameter, its value then; None: not there)."""
+    """Writes the config.gin of a run that began with other defaults: `changes` are (parameter, old default or None)."""
     run_config.claim(*claim_of(tmp_path, kind, **more))
     path = tmp_path / 'run' / 'config.gin'
     lines = path.read_text().splitlines(keepends=True)
@@ -404,7 +419,7 @@ def resumed(tmp_path, kind='dense', **more):
 
 
 def test_the_configuration_holds_every_operative_value(tmp_path):
-    """Each parameter of everything that the run is made of, bound or not."""
+    """Each parameter of each configurable of the run, bound or not."""
     run_config.claim(*claim_of(tmp_path, 'scratch'))
     stored = run_config._read_config(tmp_path / 'run' / 'config.gin').all
     for name in ('Adafactor.clipping_threshold', 'decoder/upcycle.moe.config.MoEConfig.min_capacity', 'Run.dense_step'):
@@ -482,7 +497,7 @@ def test_a_setting_that_exists_no_longer_is_left_alone(tmp_path):
 
 
 def test_what_may_change_follows_the_command(tmp_path, capsys):
-    """A default of it may be bound, and left out again."""
+    """Such a setting may be bound, and unbound again."""
     began_with(tmp_path)
     assert resumed(tmp_path, LEAF_GRADIENT_NORMS=True).leaf_gradient_norms
     assert not resumed(tmp_path).leaf_gradient_norms
@@ -497,7 +512,7 @@ def test_defaults_in_a_folder_are_data(value, tmp_path):
 
 
 def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
-    """`train` and the check of a sweep."""
+    """`train`, and the check of a sweep."""
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     seen = []
     monkeypatch.setattr(train.loop, 'train', lambda start, *_: seen.append(start.run.optimizer.clipping_threshold))
@@ -534,7 +549,7 @@ def test_how_a_model_is_compiled_may_change(more, tmp_path):
 
 
 def test_a_dense_run_is_no_sparse_one(tmp_path):
-    """Not by a setting of experts that the dense one had never heard of."""
+    """The message does not name a setting of experts, which the dense run does not have."""
     run_config.claim(*claim_of(tmp_path))
     with pytest.raises(UserError, match=r'EncoderDecoderModel.\w+ is 0.0 and not 0.01|_moe is None and not @'):
         run_config.claim(*claim_of(tmp_path, 'scratch'), write=False)
@@ -583,7 +598,7 @@ def test_files_in_an_order_in_which_one_undoes_another(files, first, second):
 
 @pytest.mark.parametrize('folder', ['', 'models'])
 def test_an_own_file_that_one_of_ours_replaces(folder, tmp_path, capsys):
-    """A warning, unless its folder's name says where it belongs, as those of ours do."""
+    """Gives a warning, unless the name of its folder gives its place in the order."""
     own = tmp_path / folder / 'mine.gin'
     own.parent.mkdir(exist_ok=True)
     own.write_text('WARMUP_STEPS = 3\nEVAL_STEPS = 7\n')
@@ -627,7 +642,7 @@ def test_a_folder_as_a_gin_file():
 
 
 def test_an_order_that_changes_nothing_is_taken():
-    """The two set nothing in common; or what they do is given on the command line."""
+    """The two files set no common binding, or the command line sets it."""
     files = (runs.TINY, runs.TASK, 'moe/t5.gin', 'runs/scratch.gin')
     assert configuration.load(files, runs.bindings('scratch', '/nowhere', 6)).model.moe_layers()
     files = (runs.TASK, runs.TINY, 'runs/pretrain.gin')
@@ -663,7 +678,7 @@ def test_a_model_before_another_one_of_another_family():
 
 
 def test_a_model_needs_less_than_a_run():
-    """`eval`, `convert` and `compile` ask for nothing that they do not read."""
+    """`eval`, `convert` and `compile` require only what they read."""
     found = wrong('upcycle', MODEL_DIR='%gin.REQUIRED', TRAIN_STEPS='%gin.REQUIRED')
     assert [sentence.split()[0] for sentence in found] == ['MODEL_DIR', 'TRAIN_STEPS', 'INITIAL_CHECKPOINT_PATH']
     small = {name: value for name, value in runs.SMALL_STEPS.items() if name != 'TRAIN_STEPS'}
@@ -676,7 +691,7 @@ def test_a_model_needs_less_than_a_run():
 
 
 def test_another_process_begins_the_run_while_this_one_looks(tmp_path, monkeypatch):
-    """Between a look for config.gin and a look for checkpoints, process 0 may write both."""
+    """Process 0 may write config.gin and checkpoints between the two looks of another process."""
     run = runs.build('dense', tmp_path / 'run', 6)
     bound, read = configuration.resolved(), run_config._read_config
 

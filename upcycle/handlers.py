@@ -15,24 +15,19 @@ def _join_hosts(options: argparse.Namespace) -> None:
     from upcycle import hosts
 
     by_hand = (options.coordinator_address, options.process_count, options.process_index)
-    if any(value is not None for value in by_hand):
-        if any(value is None for value in by_hand):
-            raise UserError(
-                '--coordinator_address, --process_count and --process_index belong together: give all three.'
-            )
+    given = [value is not None for value in by_hand]
+    if any(given) and not all(given):
+        raise UserError('--coordinator_address, --process_count and --process_index must be given together.')
+    if all(given):
         if options.process_count < 1:
             raise UserError(f'--process_count={options.process_count} must be at least 1.')
-        if not 0 <= options.process_index < options.process_count:
-            last = options.process_count - 1
-            raise UserError(
-                f'--process_index={options.process_index} must be between 0 and --process_count - 1 = {last}.'
-            )
+        last = options.process_count - 1
+        if not 0 <= options.process_index <= last:
+            raise UserError(f'--process_index={options.process_index} must be from 0 to --process_count - 1 = {last}.')
         hosts.parse_address(options.coordinator_address)
     if not 0 < options.coordinator_timeout <= 1e6:
-        raise UserError(
-            f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0 and at most 1e6 seconds.'
-        )
-    if options.distributed or options.coordinator_address is not None:
+        raise UserError(f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0 and at most 1e6.')
+    if options.distributed or all(given):
         hosts.join(*by_hand, timeout=options.coordinator_timeout)
 
 
