@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from upcycle.models.vit import Gelu
 from upcycle.moe.conventions import BalanceLoss
 from upcycle.sweep import conduct
 from upcycle.sweep.points import Point
+from upcycle.training.optimizer import Adafactor, Optimizer
 from upcycle.training.trainable import Trainable
 
 
@@ -146,10 +148,13 @@ def test_impossible_combinations_are_all_said():
 @pytest.mark.parametrize(
     ('more', 'words'),
     [
-        ({'MODEL': '@upcycle.training.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be an object of type Model'),
+        (
+            {'MODEL': '@upcycle.training.optimizer.Adafactor()'},
+            'MODEL = @upcycle.training.optimizer.Adafactor() must be an object of type Model',
+        ),
         (
             {'OPTIMIZER': '@upcycle.training.optimizer.Adafactor'},
-            'OPTIMIZER = @Adafactor must be an object of type Optimizer (@NAME())',
+            'OPTIMIZER = @upcycle.training.optimizer.Adafactor must be an object of type Optimizer (@NAME())',
         ),
         ({'DATA_SEED': '%RANDOM_SED'}, 'RANDOM_SED is not set (did you mean RANDOM_SEED?)'),
         ({'DATA_SEED': '%DATA_SEED'}, 'DATA_SEED refers to itself'),
@@ -301,10 +306,14 @@ def test_every_configurable_of_ours_has_types(tmp_path):
         ('ab', tuple[str, ...], False),
         ({'a': 1}, dict[str, int], True),
         ({1: 1}, dict[str, int], False),
-        (schema.Made(UserErrors), UserError, True),
-        (schema.Made(UserError), UserErrors, False),
-        (schema.Made(UserError, called=False), UserError, False),
-        (schema.Made(inspect.signature), UserError, True),
+        (UserErrors([]), UserError, True),
+        (UserError(), UserErrors, False),
+        (UserError, UserError, False),
+        (UserError, type[UserError], True),
+        (Adafactor(), Optimizer, True),
+        (Adafactor, Optimizer, False),
+        (Trainable(), Optimizer, False),
+        (inspect.signature, Callable[..., Any], True),
     ],
 )
 def test_types(value, hint, expected):

@@ -1,6 +1,6 @@
 """Builds a run from the bindings in gin's configuration."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -17,6 +17,7 @@ from upcycle.gin_values import (
     macro_value,
     references,
     set_macros,
+    show,
 )
 from upcycle.training.run import ModelRun, Run
 
@@ -102,12 +103,11 @@ class Builder:
             return UNKNOWN
         parameter = schema.parameters(target).get(key)
         hint = Any if parameter is None else parameter.annotation
-        outline = self._replace(value, self._outline)
-        if outline is UNKNOWN:
-            return UNKNOWN
-        if not schema.fits(outline, hint):
-            return self._mistake(f'{name} = {schema.shown(outline)} must be {schema.in_words(hint)}.')
-        return self._replace(value, self._call)
+        built = self._build(value)
+        if built is not UNKNOWN and not schema.fits(built, hint):
+            text = show(value) if any(references(value)) else schema.shown(value)
+            return self._mistake(f'{name} = {text} must be {schema.in_words(hint)}.')
+        return built
 
     def _is_required_macro(self, value: Any) -> bool:
         """Whether the gin files leave a value to the command line."""
@@ -125,31 +125,21 @@ class Builder:
             return value is not UNKNOWN  # of which a mistake already tells
         return False
 
-    def _replace(self, value: Any, reference: Callable[[Any], Any]) -> Any:
-        """Maps the references in a value; returns `UNKNOWN` if one of them is."""
+    def _build(self, value: Any) -> Any:
+        """Replaces the references in a value by what they refer to; returns `UNKNOWN` if one cannot be built."""
+        if macro := innermost(value):
+            value = macro_value(macro)
+            return self._build(value) if self._is_set(macro, value) else UNKNOWN
         if is_reference(value):
-            return reference(value)
+            target = value.configurable.wrapped
+            return self.make(value.scopes, target) if value.evaluate else value.scoped_configurable_fn
         if isinstance(value, Mapping):
-            pairs = [(self._replace(key, reference), self._replace(item, reference)) for key, item in value.items()]
+            pairs = [(self._build(key), self._build(item)) for key, item in value.items()]
             return UNKNOWN if any(UNKNOWN in pair for pair in pairs) else dict(pairs)
         if isinstance(value, list | tuple):
-            items = [self._replace(item, reference) for item in value]
+            items = [self._build(item) for item in value]
             return UNKNOWN if any(item is UNKNOWN for item in items) else type(value)(items)
         return value
-
-    def _outline(self, reference: Any) -> Any:
-        """A placeholder for a reference, to check its type before anything is built."""
-        if macro_of(reference):
-            macro = innermost(reference)
-            value = macro_value(macro)
-            return self._replace(value, self._outline) if self._is_set(macro, value) else UNKNOWN
-        return schema.Made(reference.configurable.wrapped, reference.evaluate)
-
-    def _call(self, reference: Any) -> Any:
-        if macro := innermost(reference):
-            return self._replace(macro_value(macro), self._call)
-        target = reference.configurable.wrapped
-        return self.make(reference.scopes, target) if reference.evaluate else reference.scoped_configurable_fn
 
     def _refuse_inherited_scopes(self, scopes: Sequence[str], value: Any) -> None:
         """In gin a reference without a scope inherits its caller's scope, which `resolved` would not show."""

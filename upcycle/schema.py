@@ -42,19 +42,6 @@ Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, 'in [0, 1]')]
 FloatType = Literal['float32', 'bfloat16', 'float16']
 
 
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A placeholder for an object not yet built.
-
-    Attributes:
-      kind: the class or function that builds it.
-      called: False if the value is the class itself, not an instance.
-    """
-
-    kind: Any
-    called: bool = True
-
-
 @functools.cache
 def parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a class or function, with evaluated annotations; `Any` for those that cannot be evaluated."""
@@ -76,7 +63,7 @@ def required(target: Callable[..., Any]) -> list[str]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, which may contain `Made` placeholders, is of a type."""
+    """Whether a value is of a type; of a protocol, if it has its members."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -95,8 +82,6 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(fits, value, arguments))
     if origin is not None and issubclass(origin, Sequence):
         return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
-    if isinstance(value, Made):
-        return _is_a(value, hint)
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint in (int, float) and isinstance(value, int):
@@ -105,7 +90,11 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, float) and math.isfinite(value)
     if inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
         return isinstance(value, str) and value in set(hint)
-    return inspect.isclass(hint) and not _is_protocol(hint) and isinstance(value, hint)
+    if getattr(hint, '_is_protocol', False):  # Python 3.13: typing.is_protocol
+        members = {name for name in (*vars(hint), *inspect.get_annotations(hint)) if not name.startswith('_')}
+        return not inspect.isclass(value) and members <= {*dir(value)}
+    kind = origin or hint
+    return inspect.isclass(kind) and isinstance(value, kind)
 
 
 def misfits(values: Mapping[str, Any], target: Callable[..., Any], binding: Callable[[str], str]) -> Iterator[str]:
@@ -174,8 +163,6 @@ def written(value: Any, within: Callable[[Any], str] | None = None) -> str:
       within: formats the items of containers; None: this function.
     """
     within = written if within is None else within
-    if isinstance(value, Made):
-        return f'@{value.kind.__name__}' + '()' * value.called
     if isinstance(value, enum.Enum):
         return within(value.value)
     if isinstance(value, list | tuple):
@@ -227,22 +214,3 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_comparable(key): _comparable(item) for key, item in value.items()}
     return value
-
-
-def _is_a(value: Made, hint: Any) -> bool:
-    """Whether the object will be an instance of a class, or have the members of a protocol; assumed of what functions return."""
-    if not value.called:
-        return not inspect.isclass(hint)
-    if not inspect.isclass(value.kind):
-        return True
-    if not inspect.isclass(hint):
-        return False
-    if not _is_protocol(hint):
-        return issubclass(value.kind, hint)
-    wanted = {name for name in (*vars(hint), *getattr(hint, '__annotations__', {})) if not name.startswith('_')}
-    has = {*dir(value.kind), *getattr(value.kind, '__dataclass_fields__', {})}
-    return wanted <= has
-
-
-def _is_protocol(hint: Any) -> bool:
-    return getattr(hint, '_is_protocol', False)  # Python 3.13: typing.is_protocol
