@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_quickstart(add: Add) -> None:
-    text = 'the main job on real data without a download; 20 to 50 minutes on 2 cores'
+    text = 'run the main job on real data without a download (20 to 50 minutes on 2 cores)'
     quickstart = add('quickstart', handlers.quickstart, text)
     families = ' or '.join(f'{name} ({job.summary})' for name, job in JOBS.items())
     quickstart.add_argument('--family', default='language', help=families)
@@ -69,7 +69,7 @@ def _add_quickstart(add: Add) -> None:
 
 
 def _add_train(add: Add) -> None:
-    train = add('train', handlers.train, 'one training run', gin=True)
+    train = add('train', handlers.train, 'train a model: pretrain, continue, upcycle or fine-tune', gin=True)
     steps = 'steps to trace into MODEL_DIR/profile, such as 10:15'
     train.add_argument('--profile_steps', metavar='FIRST:LAST', help=steps)
     notice = 'gce or aws: also poll its metadata server for a preemption notice'
@@ -78,13 +78,13 @@ def _add_train(add: Add) -> None:
 
 
 def _add_plan(add: Add) -> None:
-    plan = add('plan', handlers.plan, 'the surgery of a run, planned from metadata alone', gin=True)
+    plan = add('plan', handlers.plan, 'plan the surgery of a run from metadata alone', gin=True)
     plan.add_argument('--from', dest='source', action='append', metavar='PATH', help=_SEVERAL)
     _add_json(plan)
 
 
 def _add_evaluate(add: Add) -> None:
-    evaluate = add('eval', handlers.evaluate, 'metrics of a checkpoint: loss, accuracy, few-shot probes', gin=True)
+    evaluate = add('eval', handlers.evaluate, 'evaluate a checkpoint: loss, accuracy, few-shot probes', gin=True)
     _add_source(evaluate, 'a run folder or any checkpoint')
     evaluate.add_argument('--few_shot', action='store_true', help='short for --gin_file=runs/few_shot.gin')
     _add_json(evaluate, file=True)
@@ -92,7 +92,7 @@ def _add_evaluate(add: Add) -> None:
 
 
 def _add_compile(add: Add) -> None:
-    text = 'ahead-of-time compilation of a run for a TPU topology, without a TPU'
+    text = 'compile a run ahead of time for a TPU topology, without a TPU'
     compile_ = add('compile', handlers.compile, text, gin=True)
     compile_.add_argument('--topology', required=True, metavar='KIND:SHAPE', help='such as v4:4x4x8 or v5e:16x16')
     compile_.add_argument('--num_slices', type=int, default=1, help='joined by the data-centre network (%(default)s)')
@@ -118,9 +118,9 @@ def _add_convert(add: Add) -> None:
 
 
 def _add_transfer(add: Add) -> None:
-    import_ = add('import', handlers.import_, 'a checkpoint of another format, rewritten in ours')
+    import_ = add('import', handlers.import_, 'rewrite a checkpoint of another format in ours')
     import_.add_argument('--format', help=f'refuse other formats: {_FORMATS}')
-    export = add('export', handlers.export, 'a checkpoint of ours, rewritten in another format')
+    export = add('export', handlers.export, 'rewrite a checkpoint of ours in another format')
     export.add_argument('--format', required=True, help=_FORMATS)
     for command in (import_, export):
         _add_source(command, 'the checkpoint')
@@ -132,7 +132,7 @@ def _add_transfer(add: Add) -> None:
 
 
 def _add_inspect(add: Add) -> None:
-    inspect = add('inspect', handlers.inspect, 'the content of a checkpoint of any readable format')
+    inspect = add('inspect', handlers.inspect, 'show the content of a checkpoint of any readable format')
     inspect.add_argument('path')
     inspect.add_argument('--leaves', action='store_true', help='list every leaf')
     inspect.add_argument('--quick', action='store_true', help='read no weights, and so compare no experts')
@@ -140,7 +140,7 @@ def _add_inspect(add: Add) -> None:
 
 
 def _add_sweep(add: Add) -> None:
-    sweep = add('sweep', handlers.sweep, 'a grid of runs: an experiment of configs/, or any bindings', gin=True)
+    sweep = add('sweep', handlers.sweep, 'run a grid: an experiment of configs/, or any bindings', gin=True)
     sweep.add_argument('--config', metavar='FILE', help='such as configs/finetune_imagenet.py')
     sweep.add_argument('--scale', help="of the experiment, such as mini (the experiment's default)")
     axis = 'repeatable: an axis of bindings over --gin_file'
@@ -163,7 +163,7 @@ def _add_sweep(add: Add) -> None:
 
 
 def _add_report(add: Add) -> None:
-    report = add('report', handlers.report, 'tables and plots of run folders or of an experiment')
+    report = add('report', handlers.report, 'write tables and plots of run folders or of an experiment')
     report.add_argument('runs', nargs='*', metavar='MODEL_DIR')
     report.add_argument('--config', metavar='FILE', help='instead of run folders: an experiment, finished or not')
     report.add_argument('--scale', help='of the experiment')

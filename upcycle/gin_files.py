@@ -77,10 +77,10 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Parsed:
       bindings: of the command line, as text. A value that is neither a Python literal nor a gin reference is a string.
     """
     gin.clear_config(clear_constants=True)
-    reader = _Reader()
-    parsed = reader.parsed
+    parsed, order = Parsed(), _Order()
     for file in files:
-        reader.file(file, f'--gin_file={file}', ())
+        order.begin(file)
+        _read_file(parsed, order, file, f'--gin_file={file}', ())
     for name, value in bindings.items():
         label = f'--gin.{name}={value}'
         before = len(parsed.mistakes)
@@ -93,11 +93,10 @@ def read(files: Sequence[str], bindings: Mapping[str, str]) -> Parsed:
                 f'{label} binds {name!r}, which is not a name: write --gin.NAME=VALUE without spaces.'
             )
         else:
-            with gin.config._parse_scope() as context:
-                reader.statements(f'{name} = {literal(value)}', label, context, ())
+            _Source(parsed, order, label, ()).read(f'{name} = {literal(value)}')
         if len(parsed.mistakes) == before:
             parsed.bound.append(name)
-    parsed.mistakes += reader.wrong_order(bindings)
+    order.check(bindings, parsed)
     return parsed
 
 
@@ -176,110 +175,147 @@ def _gin_folder() -> pathlib.Path:
     return PACKAGE / 'gin' if (PACKAGE / 'gin').is_dir() else PACKAGE.parent / 'gin'
 
 
-class _Delegate(gin.config.ParserDelegate):
-    """Makes references gin's, or `UNKNOWN`."""
-
-    def __init__(self, reader: '_Reader'):
-        super().__init__()
-        self._reader = reader
-
-    def macro(self, name: str) -> Any:
-        self._reader.parsed.used.add(name)
-        return super().macro(name)
-
-    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
-        scoped_selector = aliases.current(scoped_selector)
-        self._reader.look_at_token()
-        if self._reader.configurable(scoped_selector.rpartition('/')[2]) is None:
-            return UNKNOWN
-        return super().configurable_reference(scoped_selector, evaluate)
+def _find(name: str) -> tuple[str | None, str]:
+    """The path of a gin file; or None, and why there is no such file."""
+    candidates = [os.path.join(folder, name) for folder in search_paths()]
+    if path := next(filter(os.path.isfile, candidates), None):
+        return path, ''
+    if any(map(os.path.isdir, candidates)):
+        return None, 'is a folder: name a file in it.'
+    return None, f'does not exist{nearest(name, shipped())}: looked in {", ".join(dict.fromkeys(search_paths()))}.'
 
 
-class _Reader:
-    """Reads statements one by one and collects the mistakes in each."""
+def _read_file(parsed: Parsed, order: '_Order', name: str, label: str, within: tuple[str, ...]) -> None:
+    """Reads a file and what it includes.
+
+    Args:
+      parsed: the result, which is extended.
+      order: told of each binding.
+      name: of the file.
+      label: its name in messages.
+      within: paths of the files that include it.
+    """
+    path, problem = _find(name)
+    if path in within:
+        problem = 'includes itself.'
+    elif path is not None:
+        parsed.files.append(name)
+        try:
+            text = pathlib.Path(path).read_text('utf-8')
+        except (OSError, ValueError) as error:
+            problem = f'cannot be read: {one_line(error)}.'
+        else:
+            _Source(parsed, order, name, (*within, path)).read(text)
+    if problem:
+        parsed.mistakes.append(f'{label} {problem}')
+
+
+class _Order:
+    """Finds files of the command line in an order in which one undoes another."""
 
     def __init__(self) -> None:
-        self.parsed = Parsed()
-        self._label = self._place = ''
-        self._in_file = False
-        self._parser: Any = None
-        self._context: Any = None
-        # The file of the command line being read, itself or through an include.
-        self._named = ''
-        # For each binding, the file of the command line that set it last.
+        self._file = ''
+        # For each binding, the file that set it last, itself or through an include.
         self._setters: dict[str, str] = {}
-        # For a file and the next one that replaces bindings of it, against the order: these bindings.
+        # For a file and one that replaces bindings of it, against the order: these bindings.
         self._overridden: dict[tuple[str, str], list[str]] = {}
-        # The files of the command line that are shipped with this package.
+        # The files that are shipped with this package.
         self._ours: set[str] = set()
 
-    def wrong_order(self, bindings: Mapping[str, str]) -> Iterator[str]:
-        """Yields a mistake for two files in the wrong order if that matters. A user's file before one of ours is a warning."""
+    def begin(self, file: str) -> None:
+        """Begins a file of the command line."""
+        self._file = file
+        path, _ = _find(file)
+        if path is not None and pathlib.Path(path).resolve().is_relative_to(_gin_folder().resolve()):
+            self._ours.add(file)
+
+    def note(self, binding: str) -> None:
+        """Notes a binding of the current file or of a file that it includes."""
+        before, now = self._setters.get(binding, ''), self._file
+        in_wrong_order = _folder(now) in FOLLOWS.get(_folder(before), ())
+        in_order = _folder(before) in FOLLOWS.get(_folder(now), ())
+        if in_wrong_order or (before and before not in self._ours and now in self._ours and not in_order):
+            self._overridden.setdefault((before, now), []).append(binding)
+        self._setters[binding] = now
+
+    def check(self, bindings: Mapping[str, str], parsed: Parsed) -> None:
+        """Adds a mistake for two files in the wrong order if that matters; for a user's file before one of ours, a warning."""
         for (first, second), names in self._overridden.items():
             if not (lost := [name for name in names if name not in bindings]):
                 continue
             if _folder(second) in FOLLOWS.get(_folder(first), ()):
-                yield (
+                parsed.mistakes.append(
                     f'{first} comes before {second}, which overrides its {lost[0]}: name the files in the order models, moe, '
                     'tasks, runs, and then those of recipes and surgery.'
                 )
-                continue
-            replaced = lost[0] if len(lost) == 1 else f'{lost[0]} and {len(lost) - 1} more'
-            self.parsed.warnings.append(
-                f'{second} comes after {first} and replaces its {replaced}: name {first} last to use its values.'
-            )
-
-    def file(self, name: str, label: str, within: tuple[str, ...]) -> None:
-        """Reads a file and what it includes; `within`: the files that include it."""
-        candidates = [os.path.join(folder, name) for folder in search_paths()]
-        path = next(filter(os.path.isfile, candidates), None)
-        if path is None:
-            if any(map(os.path.isdir, candidates)):
-                self._note(f'{label} is a folder: name a file in it.')
             else:
-                looked = ', '.join(dict.fromkeys(search_paths()))
-                self._note(f'{label} does not exist{nearest(name, shipped())}: looked in {looked}.')
-            return
-        if path in within:
-            self._note(f'{label} includes itself.')
-            return
-        self.parsed.files.append(name)
-        if not within:
-            self._named = name
-            if pathlib.Path(path).resolve().is_relative_to(_gin_folder().resolve()):
-                self._ours.add(name)
-        try:
-            text = pathlib.Path(path).read_text('utf-8')
-        except (OSError, ValueError) as error:
-            self._note(f'{label} cannot be read: {one_line(error)}.')
-            return
-        with gin.config._parse_scope() as context:
-            self.statements(text, name, context, (*within, path))
+                replaced = lost[0] if len(lost) == 1 else f'{lost[0]} and {len(lost) - 1} more'
+                parsed.warnings.append(
+                    f'{second} comes after {first} and replaces its {replaced}: name {first} last to use its values.'
+                )
 
-    def statements(self, text: str, label: str, context: Any, within: tuple[str, ...]) -> None:
-        """Reads the statements of a text; `label`: its name in messages."""
-        outer = self._label, self._place, self._in_file, self._parser, self._context
-        self._label, self._place, self._in_file, self._context = label, label, bool(within), context
+
+class _Delegate(gin.config.ParserDelegate):
+    """Makes references gin's, or `UNKNOWN`."""
+
+    def __init__(self, source: '_Source'):
+        super().__init__()
+        self._source = source
+
+    def macro(self, name: str) -> Any:
+        self._source.parsed.used.add(name)
+        return super().macro(name)
+
+    def configurable_reference(self, scoped_selector: str, evaluate: bool) -> Any:
+        scoped_selector = aliases.current(scoped_selector)
+        self._source.look_at_token()
+        if self._source.configurable(scoped_selector.rpartition('/')[2]) is None:
+            return UNKNOWN
+        return super().configurable_reference(scoped_selector, evaluate)
+
+
+class _Source:
+    """One gin source, whose mistakes are collected statement by statement.
+
+    Args:
+      parsed: the result, which is extended.
+      order: told of each binding of a file.
+      label: the source's name in messages.
+      within: its path, after those of the files that include it; () for a binding of the command line.
+    """
+
+    def __init__(self, parsed: Parsed, order: _Order, label: str, within: tuple[str, ...]) -> None:
+        self.parsed = parsed
+        self._order = order
+        self._label = self._place = label
+        self._within = within
+
+    def read(self, text: str) -> None:
+        """Puts what the text binds into gin's configuration."""
         unknown: set[str] = set()
-        for statement in map(_with_current_names, self._statements(text, label)):
-            self._place = f'{label}, line {statement.location.line_num}' if within else label
-            if isinstance(statement, config_parser.ImportStatement):
-                self._import(statement)
-            elif isinstance(statement, config_parser.IncludeStatement):
-                self.file(statement.filename, f'{self._place}: {statement.filename}', within)
-            elif statement.selector not in unknown:
-                is_binding = isinstance(statement, config_parser.BindingStatement)
-                is_macro = is_binding and not statement.arg_name
-                if not is_macro and self.configurable(statement.selector) is None:
-                    unknown.add(statement.selector)
-                elif is_binding:
-                    self._bind(statement)
-        self._label, self._place, self._in_file, self._parser, self._context = outer
+        with gin.config._parse_scope() as self._context:
+            for statement in map(_with_current_names, self._statements(text)):
+                self._move(statement.location.line_num)
+                if isinstance(statement, config_parser.ImportStatement):
+                    self._import(statement)
+                elif isinstance(statement, config_parser.IncludeStatement):
+                    label = f'{self._place}: {statement.filename}'
+                    _read_file(self.parsed, self._order, statement.filename, label, self._within)
+                elif statement.selector not in unknown:
+                    is_binding = isinstance(statement, config_parser.BindingStatement)
+                    is_macro = is_binding and not statement.arg_name
+                    if not is_macro and self.configurable(statement.selector) is None:
+                        unknown.add(statement.selector)
+                    elif is_binding:
+                        self._bind(statement)
 
     def look_at_token(self) -> None:
         """Moves to the line of the current token: gin parses a whole block before it returns the first statement."""
-        if self._in_file:
-            self._place = f'{self._label}, line {self._parser._current_location().line_num}'
+        self._move(self._parser._current_location().line_num)
+
+    def _move(self, line: int) -> None:
+        if self._within:
+            self._place = f'{self._label}, line {line}'
 
     def configurable(self, selector: str) -> Any:
         """What a selector refers to in the current file; notes a mistake and returns None if it is unknown."""
@@ -292,13 +328,13 @@ class _Reader:
         self._note(f'{self._place}: {selector} is unknown{nearest(selector, known)}.')
         return None
 
-    def _statements(self, text: str, label: str) -> Iterator[Any]:
+    def _statements(self, text: str) -> Iterator[Any]:
         try:
             self._parser = config_parser.ConfigParser(io.StringIO(text), _Delegate(self))
             yield from self._parser
         except Exception as error:  # from the parser and from Python's tokenizer alike
             line = getattr(error, 'lineno', None)
-            location = f'{label}, line {line}' if line and '\n' in text else label
+            location = f'{self._label}, line {line}' if line and '\n' in text else self._label
             reason = getattr(error, 'msg', None) or one_line(error)
             self._note(f'{location} does not parse ({reason}): fix its syntax.')
 
@@ -312,10 +348,11 @@ class _Reader:
     def _bind(self, statement: config_parser.BindingStatement) -> None:
         scope, selector, name, value, _ = statement
         scoped = f'{scope}/{selector}' if scope else selector
-        self._note_setter(f'{scoped}.{name}' if name else scoped)
+        if self._within:
+            self._order.note(f'{scoped}.{name}' if name else scoped)
         if not name:
             gin.bind_parameter((scoped, 'gin.macro', 'value'), value)
-            if self._in_file:
+            if self._within:
                 self.parsed.macros[scoped] = self._place
             return
         try:
@@ -324,16 +361,6 @@ class _Reader:
             target = self._context.get_configurable(selector).wrapped
             known = inspect.signature(target).parameters
             self._note(f'{self._place}: {selector} has no parameter {name}{nearest(name, known)}.')
-
-    def _note_setter(self, name: str) -> None:
-        if not self._in_file:
-            return
-        before = self._setters.get(name, '')
-        in_wrong_order = _folder(self._named) in FOLLOWS.get(_folder(before), ())
-        in_order = _folder(before) in FOLLOWS.get(_folder(self._named), ())
-        if in_wrong_order or (before and before not in self._ours and self._named in self._ours and not in_order):
-            self._overridden.setdefault((before, self._named), []).append(name)
-        self._setters[name] = self._named
 
     def _names_here(self) -> Iterator[str]:
         """The classes that the file's imports bring, as the file would name them."""
