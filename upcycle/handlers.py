@@ -7,7 +7,6 @@ import signal
 from upcycle import warning
 from upcycle.errors import UserError
 from upcycle.formats import FORMATS
-from upcycle.host_memory import keep_freed_memory
 
 
 def _join_hosts(options: argparse.Namespace) -> None:
@@ -32,7 +31,6 @@ def _join_hosts(options: argparse.Namespace) -> None:
 
 
 def quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    keep_freed_memory()
     from upcycle import quickstart
 
     try:
@@ -44,7 +42,6 @@ def quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
 
 
 def train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    keep_freed_memory()
     _join_hosts(options)
     from upcycle.commands import train
     from upcycle.training import notice, profile
@@ -68,7 +65,6 @@ def _one_or_several(paths: list[str]) -> str:
 
 
 def evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    keep_freed_memory()
     _join_hosts(options)
     from upcycle.commands import evaluate
 
