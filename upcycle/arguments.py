@@ -26,7 +26,7 @@ Add = Callable[..., argparse.ArgumentParser]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. The parsed options hold a `handler`, to call with them and the bindings."""
+    """The parser of all commands. The parsed options hold a `handler`, which takes the others as keyword arguments."""
     top = argparse.ArgumentParser(
         prog='upcycle',
         description=DESCRIPTION,
@@ -41,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         if gin:
             order = 'repeatable: models, moe, tasks, runs'
-            command.add_argument('--gin_file', action='append', default=[], metavar='FILE', help=order)
+            command.add_argument(
+                '--gin_file', dest='gin_files', action='append', default=[], metavar='FILE', help=order
+            )
             command.epilog = 'Bindings: --gin.NAME=VALUE, such as --gin.TRAIN_STEPS=1000.'
         return command
 
@@ -134,7 +136,7 @@ def _add_transfer(add: Add) -> None:
 def _add_inspect(add: Add) -> None:
     inspect = add('inspect', handlers.inspect, 'show the content of a checkpoint of any readable format')
     inspect.add_argument('path')
-    inspect.add_argument('--leaves', action='store_true', help='list every leaf')
+    inspect.add_argument('--leaves', dest='all_leaves', action='store_true', help='list every leaf')
     inspect.add_argument('--quick', action='store_true', help='read no weights, and so compare no experts')
     _add_json(inspect)
 
@@ -144,9 +146,10 @@ def _add_sweep(add: Add) -> None:
     sweep.add_argument('--config', metavar='FILE', help='such as configs/finetune_imagenet.py')
     sweep.add_argument('--scale', help="of the experiment, such as mini (the experiment's default)")
     axis = 'repeatable: an axis of bindings over --gin_file'
-    sweep.add_argument('--grid', action='append', default=[], metavar='NAME=A,B,C', help=axis)
+    sweep.add_argument('--grid', dest='axes', action='append', default=[], metavar='NAME=A,B,C', help=axis)
     launcher = 'this machine, Slurm jobs, GKE workloads, or only print the commands (%(default)s)'
-    sweep.add_argument('--where', default='local', choices=('local', 'slurm', 'gke', 'print'), help=launcher)
+    launchers = ('local', 'slurm', 'gke', 'print')
+    sweep.add_argument('--where', dest='launcher_name', default='local', choices=launchers, help=launcher)
     sweep.add_argument(
         '--cluster',
         action='append',
@@ -164,7 +167,7 @@ def _add_sweep(add: Add) -> None:
 
 def _add_report(add: Add) -> None:
     report = add('report', handlers.report, 'write tables and plots of run folders or of an experiment')
-    report.add_argument('runs', nargs='*', metavar='MODEL_DIR')
+    report.add_argument('run_dirs', nargs='*', metavar='MODEL_DIR')
     report.add_argument('--config', metavar='FILE', help='instead of run folders: an experiment, finished or not')
     report.add_argument('--scale', help='of the experiment')
     out = "folder of report.html, report.csv and the plots (report); with --config the sweep's --out (runs/NAME)"
@@ -180,7 +183,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
 
 
 def _add_json(command: argparse.ArgumentParser, *, file: bool = False) -> None:
-    command.add_argument('--json', action='store_true', help='machine-readable')
+    command.add_argument('--json', dest='as_json', action='store_true', help='machine-readable')
     if file:
         command.add_argument('--out', metavar='FILE', help='also write the JSON to this file')
 

@@ -182,8 +182,9 @@ def run(given: Sequence[str]) -> int:
       UserError: a mistake, which `main` prints.
     """
     warning.forget()
-    options, rest = arguments.parser().parse_known_args(given)
-    bindings = {}
+    parsed, rest = arguments.parser().parse_known_args(given)
+    options = vars(parsed)
+    command, handler, bindings = options.pop('command'), options.pop('handler'), {}
     for argument in rest:
         name, equals, value = argument.removeprefix('--gin.').partition('=')
         if not argument.startswith('--gin.') or not equals or not name:
@@ -191,8 +192,10 @@ def run(given: Sequence[str]) -> int:
                 f'unknown argument {argument}: bindings are written --gin.NAME=VALUE; see `upcycle --help`.'
             )
         bindings[name] = value
-    if bindings and not hasattr(options, 'gin_file'):
-        raise UserError(f'{options.command} takes no gin bindings: remove --gin.{next(iter(bindings))}.')
+    if 'gin_files' in options:
+        options['bindings'] = bindings
+    elif bindings:
+        raise UserError(f'{command} takes no gin bindings: remove --gin.{next(iter(bindings))}.')
     try:
         os.getcwd()
     except OSError as error:
@@ -202,7 +205,7 @@ def run(given: Sequence[str]) -> int:
     except OSError as error:
         raise UserError('no folder for temporary files is writable: set TMPDIR to one that is.') from error
     try:
-        return options.handler(options, bindings) or 0
+        return handler(**options) or 0
     except Exception as error:
         if status_of(error) != 1:
             raise
