@@ -55,7 +55,7 @@ MISTAKES = {
         ["MLP_ACTIVATIONS = ('gelu', 'linaer')", 'gelu, relu, silu, linear'],
     ),
     'no activation': ('dense', {'MLP_ACTIVATIONS': '()'}, ['MLP_ACTIVATIONS = () must be one or several of']),
-    'mesh in a word': ('dense', {'MESH_SHAPE': 'atuo'}, ["MESH_SHAPE = 'atuo' is neither 'auto' nor three sizes"]),
+    'mesh in a word': ('dense', {'MESH_SHAPE': 'atuo'}, ["MESH_SHAPE = 'atuo' must be 'auto' or three sizes"]),
     'checkpoints, but none': (
         'upcycle',
         {'INITIAL_CHECKPOINT_PATH': '()'},

@@ -184,7 +184,7 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, capsys):
     code, _, error = call(
         ['import', f'--from={trees.write(tmp_path / "in", "upcycle", broken)}', '--to=unused'], capsys
     )
-    assert code == 2 and 'is not a whole t5 (' in error and error.count('\n') <= SCREEN, error
+    assert code == 2 and 'is not a complete t5 (' in error and error.count('\n') <= SCREEN, error
     assert re.search(r'params/encoder/layers_\*/attention/out/kernel \(12, 16\) is missing \(12 of them\)', error), (
         error
     )

@@ -141,12 +141,12 @@ REFUSED = {
     'a leaf of another shape': (
         {'params/encoder/layers_1/attention/out/kernel': np.ones((16, 12), 'f')},
         [],
-        ['not a whole t5', 'attention/out/kernel is (16, 12)', '(12, 16)'],
+        ['not a complete t5', 'attention/out/kernel is (16, 12)', '(12, 16)'],
     ),
     'a leaf too many': (
         {'params/encoder/adapter/kernel': np.ones(3, 'f')},
         [],
-        ['encoder/adapter/kernel', 'belongs to nothing'],
+        ['encoder/adapter/kernel', 'is unknown'],
     ),
     'a leaf missing': (
         {'params/encoder/layers_0/mlp/wo/kernel': None},
@@ -159,7 +159,11 @@ REFUSED = {
         [],
         ['embedding/v_row is (7,)'],
     ),
-    'state of nothing': ({'opt_state/param_states/x/v': np.ones(7, 'f')}, [], ['x/v is the state of no parameter']),
+    'state of nothing': (
+        {'opt_state/param_states/x/v': np.ones(7, 'f')},
+        [],
+        ['x/v is optimizer state of an unknown parameter'],
+    ),
     'experts and router': (
         {'params/encoder/layers_1/mlp/router/router_weights/w/kernel': np.ones((16, 5), 'f')},
         [],
