@@ -175,14 +175,9 @@ def _gin_folder() -> pathlib.Path:
     return PACKAGE / 'gin' if (PACKAGE / 'gin').is_dir() else PACKAGE.parent / 'gin'
 
 
-def _find(name: str) -> tuple[str | None, str]:
-    """The path of a gin file; or None, and why there is no such file."""
-    candidates = [os.path.join(folder, name) for folder in search_paths()]
-    if path := next(filter(os.path.isfile, candidates), None):
-        return path, ''
-    if any(map(os.path.isdir, candidates)):
-        return None, 'is a folder: name a file in it.'
-    return None, f'does not exist{nearest(name, shipped())}: looked in {", ".join(dict.fromkeys(search_paths()))}.'
+def _find(name: str) -> str | None:
+    """The path of a gin file; None if it does not exist."""
+    return next(filter(os.path.isfile, (os.path.join(folder, name) for folder in search_paths())), None)
 
 
 def _read_file(parsed: Parsed, order: '_Order', name: str, label: str, within: tuple[str, ...]) -> None:
@@ -195,19 +190,24 @@ def _read_file(parsed: Parsed, order: '_Order', name: str, label: str, within: t
       label: its name in messages.
       within: paths of the files that include it.
     """
-    path, problem = _find(name)
-    if path in within:
-        problem = 'includes itself.'
-    elif path is not None:
-        parsed.files.append(name)
-        try:
-            text = pathlib.Path(path).read_text('utf-8')
-        except (OSError, ValueError) as error:
-            problem = f'cannot be read: {one_line(error)}.'
+    path = _find(name)
+    if path is None:
+        if any(os.path.isdir(os.path.join(folder, name)) for folder in search_paths()):
+            parsed.mistakes.append(f'{label} is a folder: name a file in it.')
         else:
-            _Source(parsed, order, name, (*within, path)).read(text)
-    if problem:
-        parsed.mistakes.append(f'{label} {problem}')
+            looked = ', '.join(dict.fromkeys(search_paths()))
+            parsed.mistakes.append(f'{label} does not exist{nearest(name, shipped())}: looked in {looked}.')
+        return
+    if path in within:
+        parsed.mistakes.append(f'{label} includes itself.')
+        return
+    parsed.files.append(name)
+    try:
+        text = pathlib.Path(path).read_text('utf-8')
+    except (OSError, ValueError) as error:
+        parsed.mistakes.append(f'{label} cannot be read: {one_line(error)}.')
+    else:
+        _Source(parsed, order, name, (*within, path)).read(text)
 
 
 class _Order:
@@ -225,7 +225,7 @@ class _Order:
     def begin(self, file: str) -> None:
         """Begins a file of the command line."""
         self._file = file
-        path, _ = _find(file)
+        path = _find(file)
         if path is not None and pathlib.Path(path).resolve().is_relative_to(_gin_folder().resolve()):
             self._ours.add(file)
 
