@@ -92,7 +92,7 @@ CASES = {
         'recipes',
         '',
         [
-            *('upcycle: moe/t5.gin stands before models/t5_1_1_tiny.gin', 'exit 2'),
+            *('upcycle: moe/t5.gin comes before models/t5_1_1_tiny.gin', 'exit 2'),
             *('upcycle: moe/vit.gin is for models of the family vit', 'exit 2'),
         ],
     ),

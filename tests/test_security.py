@@ -129,7 +129,7 @@ def test_a_copy_of_a_configuration_in_a_bucket_is_removed(tmp_path, monkeypatch)
     assert not os.path.exists(copy)
     (tmp_path / 'config.gin').write_text('import os\n')
     with pytest.raises(
-        UserError, match=f'{tmp_path}/config.gin is not read unasked, .* name a local copy with --gin_file.'
+        UserError, match=f'{tmp_path}/config.gin does more than describe a run .* name a local copy with --gin_file.'
     ):
         evaluate._config_of(str(tmp_path)).__enter__()
 

@@ -197,7 +197,7 @@ def test_a_rematerialised_loop_holds_its_parameters_once():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(UserError, match="REMAT = 'some' is not one of none, minimal, exchange, full"):
+    with pytest.raises(UserError, match="REMAT = 'some' must be one of none, minimal, exchange, full"):
         small_t5(remat='some')
     assert small_t5(remat='full').remat is Remat.FULL
 

@@ -247,7 +247,7 @@ MISTAKES = {
     'nothing to sweep': ([], ['--config', '--grid']),
     'both': (['--config=configs/finetune_imagenet.py', '--grid=A=1'], ['--config', '--grid']),
     'a scale of no experiment': (['--scale=mini', '--grid=RANDOM_SEED=1'], ['--scale=mini']),
-    'an unused axis': (['--grid=NUM_EXPERTS=2,4'], ['NUM_EXPERTS=2: ', 'used by nothing']),
+    'an unused axis': (['--grid=NUM_EXPERTS=2,4'], ['NUM_EXPERTS=2: ', 'is unused']),
     'a value that does not fit': (['--grid=TRAIN_STEPS=2,-1'], ['TRAIN_STEPS=-1: ', 'at least 1']),
     'no such config': (['--config=configs/figure_99.py'], ['figure_99']),
 }
