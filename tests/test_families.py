@@ -1,4 +1,4 @@
-"""Only the modules of a family name it: what a new family touches is what docs/architecture.md says."""
+"""Only the modules of a family name it: what a new family touches is what docs/contributing.md says."""
 
 import pathlib
 import re
