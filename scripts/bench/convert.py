@@ -1,10 +1,10 @@
-"""Conversion at full size: speed beside the disk's own, and memory. Makes its own dense checkpoint, and cleans up.
+"""Measures conversion at full size: speed against the disk's, and memory. Makes a dense checkpoint first, and cleans up.
 
   python scripts/bench/convert.py --size=base                    # T5 1.1 Base to 32 experts in every other layer: 8.0 GB
   python scripts/bench/convert.py --size=large --dtype=bfloat16  # T5 1.1 Large: 14 GB
   python scripts/bench/convert.py --pure                         # no disk: time for each byte as E grows
 
-The disk's own rate is that of one file (--disk_bytes), written in pieces of 8 MiB and synced, before and after.
+The disk's rate is that of one file (--disk_bytes), written in pieces of 8 MiB and synced, before and after the conversion.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from upcycle.surgery.plan import Action, Plan, Row, Surgery
 
 FILES = ['models/t5_1_1_{size}.gin', 'moe/t5.gin', 'runs/convert.gin']
 _PIECE = 8 << 20
-# What the command loads, before it does anything.
+# Imports of the command, to measure the interpreter.
 _INTERPRETER = 'import upcycle.commands.convert, jax; jax.devices()'
 
 
 def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindings: str) -> str:
-    """A dense checkpoint with random weights, leaf by leaf."""
+    """Writes a dense checkpoint with random weights, leaf by leaf."""
     run = configuration.load_model(files, {'INITIAL_CHECKPOINT_PATH': 'unused', **bindings})
     leaves = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in identify.shapes(run.model.dense()).items()
@@ -56,7 +56,7 @@ def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindi
 
 
 def disk_rate(folder: pathlib.Path, size: int) -> float:
-    """Bytes a second of one file, written in order and synced."""
+    """Returns the bytes/s of one file, written in order and synced."""
     piece = np.random.default_rng(0).bytes(_PIECE)
     file = folder / 'sequential'
     os.sync()
@@ -73,18 +73,18 @@ def disk_rate(folder: pathlib.Path, size: int) -> float:
 
 
 def peak(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command."""
+    """Runs a command; returns its seconds and peak resident bytes."""
     start = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     if after <= before:
-        raise RuntimeError('an earlier command was larger: its peak hides this one')
+        raise RuntimeError('an earlier command had a higher peak, which hides this one')
     return time.monotonic() - start, after * 1024
 
 
 def measure(options: argparse.Namespace) -> None:
-    """One conversion as a user runs it, beside the disk."""
+    """Measures one conversion as a user runs it, and the disk."""
     folder = pathlib.Path(options.folder) / 'bench_convert'
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -126,7 +126,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def pure(options: argparse.Namespace) -> None:
-    """Time to make the experts of one MLP of T5 Base, by their number; nothing is written."""
+    """Times the experts of one MLP of T5 Base by their number; nothing is written."""
     from upcycle.surgery.make import Maker
 
     rng = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def pure(options: argparse.Namespace) -> None:
             def make(plan=plan) -> int:
                 maker = Maker(plan, read, new={})
                 made = (np.asarray(value) for row in plan.rows for _, value in maker.pieces(row))
-                # A sum of each: nothing is made that nobody looks at.
+                # Reads each array, so that it is computed.
                 return sum(value.nbytes + int(value.reshape(-1)[-1] > 9) for value in made)
 
             make()

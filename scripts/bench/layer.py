@@ -1,9 +1,9 @@
-"""One MoE layer, forward and backward: every dispatch beside the same experts fed tokens that are already dispatched.
+"""Times one MoE layer, forward and backward, with every dispatch, against its experts on tokens that are already dispatched.
 
   python scripts/bench/layer.py            # time, d=512, F=2048, E=32, cf=2, 4096 tokens a group
   python scripts/bench/layer.py --grow     # time and memory as the tokens of a group grow 1x, 2x, 4x, 8x
 
-The floor is what no dispatch can beat: the experts' matrix products on as many slots, and nothing else.
+The floor is the lower bound of any dispatch: only the experts' matrix products, on as many slots.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MLP = {'activations': ('gelu', 'linear'), 'dtype': jnp.float32}
 
 
 def build(config: MoEConfig, tokens: int, width: int, mlp_width: int):
-    """The compiled gradient of a layer, and its arguments."""
+    """Returns the compiled gradient of a layer, and its arguments."""
     layer = MoELayer(config, MlpBlock, MLP | {'mlp_dim': mlp_width})
     x = jax.random.normal(jax.random.key(0), (1, tokens, width))
     real = jnp.ones((1, tokens), bool)
@@ -39,7 +39,7 @@ def build(config: MoEConfig, tokens: int, width: int, mlp_width: int):
 
 
 def build_floor(config: MoEConfig, tokens: int, width: int, mlp_width: int):
-    """The same experts on slots that are already filled."""
+    """Returns the same for the experts alone, on slots that are already filled."""
     experts = nn.vmap(
         MlpBlock,
         in_axes=(0, None),

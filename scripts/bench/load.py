@@ -1,10 +1,10 @@
-"""Starting a trainer from a dense checkpoint, beside the least that it could take.
+"""Times the start of a trainer from a dense checkpoint, against a lower bound.
 
   python scripts/bench/load.py                     # T5 1.1 Base to 8 experts in every other layer, on a mesh of 4 CPU devices
 
-The least: restore the dense checkpoint as a dense run would, and for each new leaf one broadcast onto the mesh that allocates
-and writes the same bytes. Ours: plan, read, spread, look for NaN and fingerprint each leaf, initialise the routers. The function
-check, which depends on the batch and the model's compilation, is left out.
+The lower bound restores the dense checkpoint as a dense run would, and allocates and writes the same bytes with one broadcast for
+each new leaf. Ours plans, reads, shards, searches for NaN, fingerprints each leaf and initialises the routers. The
+function check, which depends on the batch and the model's compilation, is left out.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def compare(options: argparse.Namespace, files: list[str], dense: str) -> None:
-    """Prints medians, and how often each leaf was read."""
+    """Prints medians, and the most reads of one leaf."""
     bindings = {'INITIAL_CHECKPOINT_PATH': dense, 'NUM_EXPERTS': str(options.experts)}
     run = configuration.load(files, bindings)
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)

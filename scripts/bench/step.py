@@ -1,9 +1,9 @@
-"""The whole training step, sparse beside dense, and what it is made of: forward, backward, optimizer.
+"""Times the training step, sparse and dense, and its parts: forward, backward, optimizer.
 
   python scripts/bench/step.py                                        # E = 8, 32, 128 and cf = 1, 2
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python scripts/bench/step.py
 
-*Overhead* is the ratio of the times over the ratio of the FLOPs: 1.00 means that the sparse step costs what its FLOPs cost.
+*Overhead* is the ratio of times over the ratio of FLOPs: 1.00 means that a sparse step costs as much as its FLOPs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from upcycle.training.step import TrainState, train_step
 
 
 def batch_of(rows: int, inputs: int, targets: int, vocabulary: int) -> dict[str, jax.Array]:
-    """Random tokens, no padding."""
+    """Returns a batch of random tokens without padding."""
     rng = np.random.default_rng(0)
     target = rng.integers(1, vocabulary, (rows, targets)).astype(np.int32)
     return {
@@ -85,7 +85,7 @@ class Step:
             self.grads = grads
 
     def parts(self):
-        """What can be timed, by name."""
+        """Returns the timed functions by name."""
         params = self.state.params
         return {
             'step': self.step,

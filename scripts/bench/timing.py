@@ -1,4 +1,4 @@
-"""Timing side by side: the candidates take turns, so that a noisy machine is noisy for all of them."""
+"""Times candidates side by side: they take turns, so that noise of the machine affects all of them."""
 
 import atexit
 import functools
@@ -16,7 +16,7 @@ SERVE = '--serve'
 
 
 def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int, pause: float = 0.0) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` turns, after one turn that is not counted. Before each is a pause."""
+    """Returns the median seconds of each candidate over `rounds` turns, after one uncounted turn, with pauses in between."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for turn in range(rounds + 1):
@@ -31,9 +31,11 @@ def medians(candidates: Mapping[str, Callable[[], Any]], rounds: int, pause: flo
 
 
 def updating(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[], Any]:
-    """One update a turn, each of the state that the last one gave: `step` gives up the memory of its argument, as in training.
+    """Returns a function that updates a state once a call, with donated memory as in training.
 
-    `step` returns the state and whatever else it measures.
+    Args:
+      step: returns the new state, and anything else.
+      state: the first state.
     """
     held = [jax.tree.map(jnp.copy, state)]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, held[0])
@@ -47,7 +49,7 @@ def updating(step: Callable[[Any], tuple[Any, Any]], state: Any) -> Callable[[],
 
 
 class Apart:
-    """Candidates in a process of their own, which is this script called with `--serve WHO`."""
+    """Candidates in a separate process, which runs this script with `--serve WHO`."""
 
     def __init__(self, who: str):
         command = [sys.executable, *sys.argv, SERVE, who]
@@ -55,19 +57,19 @@ class Apart:
         atexit.register(self._process.kill)
 
     def run(self, name: str) -> None:
-        """One turn of a candidate, to its end."""
+        """Runs a candidate once and waits for it."""
         print(name, file=self._process.stdin, flush=True)
         if self._process.stdout.readline().strip() != name:
             raise RuntimeError(f'the process of {name} has ended')
 
 
 def served() -> str | None:
-    """Whose candidates this process is to serve; None: it is not such a process."""
+    """Returns whose candidates this process serves; None for the main process."""
     return sys.argv[-1] if SERVE in sys.argv[:-1] else None
 
 
 def serve(candidates: Mapping[str, Callable[[], Any]]) -> None:
-    """Runs candidates by name, as they are asked for, until nobody asks."""
+    """Runs candidates whose names arrive on standard input, until it ends."""
     for line in sys.stdin:
         jax.block_until_ready(candidates[line.strip()]())
         print(line.strip(), flush=True)
@@ -81,14 +83,14 @@ def beside(
     *,
     one_process: bool,
 ) -> list[list[str]]:
-    """Rows of a table: theirs and ours in milliseconds, and their ratio.
+    """Returns rows of a table: theirs and ours in milliseconds, and their ratio.
 
     Args:
-      builders: two, theirs first: a variant's parts by name.
-      variants: what is built.
-      parts: what is timed of each variant, a row each.
-      rounds: of which the medians are.
-      one_process: both in one, which has one heap for both; else each in its own.
+      builders: two, theirs first, that return the parts of a variant by name.
+      variants: names of variants.
+      parts: timed parts of each variant, a row each.
+      rounds: number of turns.
+      one_process: both in one process with one heap; otherwise each has its own.
     """
 
     def named(who: str) -> dict[str, Callable[[], Any]]:
@@ -102,7 +104,7 @@ def beside(
     for who in builders:
         run = None if one_process else Apart(who).run
         sides[who] = named(who) if one_process else {name: functools.partial(run, name) for name in names}
-    # A process that has its result goes on to give memory back, for a tenth of a second: not at the cost of the other's turn.
+    # After its turn a process returns memory for a tenth of a second, which must not slow the other's turn.
     pause = 0.0 if one_process else 0.5
     seconds = medians({(who, name): sides[who][name] for name in names for who in builders}, rounds, pause)
     rows = []
@@ -114,6 +116,6 @@ def beside(
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = ['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header)]
     return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows])

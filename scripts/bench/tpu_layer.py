@@ -1,9 +1,9 @@
-"""One MoE layer of T5 Base, forward and backward, compiled for four TPU v4 chips: the compiler's account of each dispatch.
+"""Compiles one MoE layer of T5 Base, forward and backward, for four TPU v4 chips: the compiler's account of each dispatch.
 
   python scripts/bench/tpu_layer.py [expert_choice,gather expert_choice,einsum top_k,gather top_k,einsum]
 
 16384 tokens a chip, as in a step of 2048 x 512 on 64 chips; D=768, F=2048 (gated), E=32, cf=2, groups of 4096, bfloat16. Nothing
-is run. The cycles are the compiler's estimates of its fused operations; row gathers and collectives are not among them.
+is run. Cycles are the compiler's estimates of fused operations, without row gathers and collectives.
 """
 
 import os
@@ -31,7 +31,7 @@ DEFAULT = ['expert_choice,gather', 'expert_choice,einsum', 'top_k,gather', 'top_
 
 
 def account(router: str, dispatch: str, mesh: jax.sharding.Mesh) -> list[str]:
-    """A row of the table."""
+    """Returns a row of the table."""
     config = MoEConfig(E, router=router, dispatch=dispatch, groups_multiple_of=4)
     arguments = {'mlp_dim': F, 'dtype': jnp.bfloat16, 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
     layer = MoELayer(config, MlpBlock, arguments)

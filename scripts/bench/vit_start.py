@@ -1,10 +1,10 @@
-"""From a public ViT file to the first sparse state: time and memory. Makes its own file of that layout, and cleans up.
+"""Measures time and memory from a public ViT file to the first sparse state. Makes a file of that layout, and cleans up.
 
   python scripts/bench/vit_start.py                   # ViT-B/16, 21843 classes; 32 experts in the last 6 blocks, 8 CPU devices
 
 `import` is `upcycle import --format=vit_npz` as a user runs it. `online` plans, reads, and places every expert on its device, as
-a trainer does when it starts; the devices of a CPU share the host's memory, so that its peak holds the whole sparse state and
-whatever is needed beside it. The function check, which depends on the batch and the model's compilation, is left out.
+a trainer does when it starts. The devices of a CPU share the host's memory, so the peak holds the whole sparse state and working
+memory. The function check, which depends on the batch and the model's compilation, is left out.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from upcycle.training import state as states
 from upcycle.training.start import Start
 
 DENSE_STEP = 1000
-# What the command loads, before it does anything.
+# Imports of the command, to measure the interpreter.
 _INTERPRETER = 'import upcycle.commands.train, upcycle.transfer, jax; jax.devices()'
 
 
 def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
-    """Prints what the sparse state takes, and the process at its peak."""
+    """Prints the time and size of the sparse state, and the peak of the process."""
     run = configuration.load(files, {'INITIAL_CHECKPOINT_PATH': path, 'DENSE_STEP': str(DENSE_STEP), **bindings})
     mesh = partitioning.make_mesh((1, jax.device_count(), 1), run.num_experts)
     where = states.make_layout(run, mesh, run.model.smallest_batch())
@@ -44,7 +44,7 @@ def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
     state, _ = first_state.from_checkpoint(Start(run, mesh, where), {})
     jax.block_until_ready(state)
     seconds = time.monotonic() - begin
-    # What is not split lies on every device.
+    # Unsharded leaves lie on every device.
     size = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
     beside = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - size
     found = {
@@ -56,7 +56,7 @@ def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
 
 
 def main() -> None:
-    """Makes the file, imports it, and starts from it."""
+    """Makes the file, imports it and starts from it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='vit_b16')
     parser.add_argument('--classes', default='21843')

@@ -15,7 +15,7 @@ from upcycle.models.layers import drop
 from upcycle.models.memory import recomputed
 
 
-def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
+def test_recomputed_functions_have_the_same_gradients():
     """Also of arguments without a gradient, and of none."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, w = jax.random.normal(keys[0], (8, 16)), jax.random.normal(keys[1], (16, 4))

@@ -18,7 +18,7 @@ class BaseModel:
     """Implements members of `Model` for a frozen dataclass with fields `config`, `aux_loss_factor` and `router_z_loss_factor`.
 
     A family sets `network`, the class of its Flax module, and `moe_fields`, the fields of its configuration that hold a `MoE`.
-    Its configuration has `dense()`.
+    Its configuration has `dense()` and `moe_layer(moe)`.
     """
 
     lacking: ClassVar[tuple[str, ...]] = ()
@@ -76,6 +76,10 @@ class BaseModel:
     def module(self, num_microbatches: int = 1) -> nn.Module:
         """See `models.Model`."""
         return self.network(self.with_moe(num_microbatches=num_microbatches).config)
+
+    def moe_module(self, path: str) -> nn.Module:
+        """See `models.Model`."""
+        return self.config.moe_layer(self.moe_layers()[path])
 
     def moe_loss(self, written: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the auxiliary loss of the MoE layers and their metrics, from the variables that a forward pass wrote."""

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +15,7 @@ from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
-from upcycle.models.t5 import T5Config, Transformer, moe_layer
+from upcycle.models.t5 import T5Config, Transformer
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural, Rate
@@ -133,8 +132,9 @@ class EncoderDecoderModel(BaseModel):
     ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
         """See `models.Model`; sums are over target tokens."""
         rngs = {} if rng is None else dict(zip(('dropout', 'jitter'), jax.random.split(rng), strict=True))
+        inputs = {name: batch[name] for name in _INPUTS if name in batch}
         logits_BxLxV, written = self.module(num_microbatches).apply(
-            {'params': params}, **_inputs(batch), training=training, rngs=rngs, mutable=[METRICS]
+            {'params': params}, **inputs, training=training, rngs=rngs, mutable=[METRICS]
         )
         targets_BxL = batch['decoder_target_tokens']
         weights_BxL = batch['decoder_loss_weights'].astype(jnp.float32)
@@ -207,10 +207,6 @@ class EncoderDecoderModel(BaseModel):
         tokens = {stack: math.prod(batch_spec[f'{stack}_input_tokens'][0]) for stack in ('encoder', 'decoder')}
         return {path: tokens[path.split('/')[0]] for path in self.moe_layers()}
 
-    def moe_module(self, path: str) -> nn.Module:
-        """See `models.Model`."""
-        return moe_layer(self.config, self.moe_layers()[path])
-
     def real_tokens(self, batch: Batch, paths: tuple[str, ...]) -> dict[str, jax.Array]:
         """See `models.Model`."""
         real = {'encoder': batch['encoder_input_tokens'] > 0, 'decoder': batch['decoder_target_tokens'] > 0}
@@ -239,7 +235,3 @@ class EncoderDecoderModel(BaseModel):
             )
         if (check := getattr(data, 'check_lengths', None)) is not None:
             check()
-
-
-def _inputs(batch: Batch) -> dict[str, jax.Array]:
-    return {name: batch[name] for name in _INPUTS if name in batch}

@@ -23,14 +23,8 @@ def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     config = metadata.get('model', {}).get('config', {})
     if not isinstance(config, Mapping):
         raise UserError(f"the checkpoint's metadata is damaged: its model is {schema.shown(config)}.")
-    return {name: config[name] for name in _facts_known(metadata.get('family')) if name in config}
-
-
-def _facts_known(family: Any) -> tuple[str, ...]:
-    """Returns the names of a family's facts, or those of all families if it is unknown."""
-    known = isinstance(family, str) and family in registry.FAMILIES
-    kinds = [registry.family(family)] if known else registry.families()
-    return tuple(dict.fromkeys(fact for kind in kinds for fact in kind.facts))
+    known = {fact for kind in registry.families() for fact in kind.facts}
+    return {name: value for name, value in config.items() if name in known}
 
 
 def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +14,7 @@ from upcycle.errors import UserError
 from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.protocol import BatchSpec
-from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
+from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural, Rate
@@ -246,10 +245,6 @@ class ImageClassifier(BaseModel):
     def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
         """See `models.Model`."""
         return dict.fromkeys(self.moe_layers(), self.num_tokens(batch_spec))
-
-    def moe_module(self, path: str) -> nn.Module:
-        """See `models.Model`."""
-        return moe_layer(self.config, self.moe_layers()[path])
 
     def real_tokens(self, batch: Batch, paths: tuple[str, ...]) -> dict[str, jax.Array]:
         """See `models.Model`; all tokens of real images."""

@@ -46,7 +46,7 @@ class T5Config:
       position_biases: see `PositionBiases` [POSITION_BIASES].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
-      expert_dropout_rate: the same inside experts; None for dropout_rate [EXPERT_DROPOUT_RATE].
+      expert_dropout_rate: dropout_rate inside experts; None for the same rate [EXPERT_DROPOUT_RATE].
       float32_attention_logits: compute attention logits in float32.
       remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block of each stack and loop over it, for deep models [SCAN_LAYERS].
@@ -99,39 +99,33 @@ class T5Config:
         )
         return moe_of_layers(moe, layers, depth, f'{stack.upper()}_MOE_LAYERS')
 
+    @property
+    def mlp_arguments(self) -> dict[str, Any]:
+        """Arguments of `MlpBlock` for a dense MLP."""
+        return {
+            'mlp_dim': self.mlp_dim,
+            'activations': self.mlp_activations,
+            'dropout_rate': self.dropout_rate,
+            'dtype': self.dtype,
+        }
+
+    def moe_layer(self, moe: MoE, name: str | None = None) -> MoELayer:
+        """Returns the module of an MoE layer."""
+        # Slots have no order: a dropout mask for all of them would drop a neuron for the whole batch.
+        expert = {'dropout_rate': self.expert_dropout_rate, 'dropout_broadcast_axis': None}
+        return replace_mlp(moe, MlpBlock, self.mlp_arguments, expert, name)
+
     def dense(self) -> 'T5Config':
-        """Returns the same model without MLPs replaced by MoE layers."""
+        """Returns the same model with dense MLPs only."""
         return dataclasses.replace(self, encoder_moe=None, decoder_moe=None)
-
-
-def _mlp_arguments(config: T5Config) -> dict[str, Any]:
-    return {
-        'mlp_dim': config.mlp_dim,
-        'activations': config.mlp_activations,
-        'dropout_rate': config.dropout_rate,
-        'dtype': config.dtype,
-    }
-
-
-def moe_layer(config: T5Config, moe: MoE, name: str | None = None) -> MoELayer:
-    """Returns the MoE layer that replaces an MLP."""
-    return replace_mlp(
-        moe,
-        MlpBlock,
-        _mlp_arguments(config),
-        dropout_rate=config.expert_dropout_rate,
-        # Slots have no order: a mask for all of them would drop a neuron for the whole batch.
-        dropout_broadcast_axis=None,
-        name=name,
-    )
 
 
 def _apply_mlp(
     config: T5Config, moe: MoE | None, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False
 ) -> jax.Array:
     if moe is None:
-        return MlpBlock(**_mlp_arguments(config), name='mlp')(x, training)
-    return moe_layer(config, moe, name='mlp')(x, real_BxL, training=training, decoding=decoding)
+        return MlpBlock(**config.mlp_arguments, name='mlp')(x, training)
+    return config.moe_layer(moe, name='mlp')(x, real_BxL, training=training, decoding=decoding)
 
 
 def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDotProductAttention:

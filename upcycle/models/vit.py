@@ -69,7 +69,7 @@ class ViTConfig:
       norm_epsilon: added to the variance by layer norms [NORM_EPSILON].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
-      expert_dropout_rate: the same inside experts; None for dropout_rate [EXPERT_DROPOUT_RATE].
+      expert_dropout_rate: dropout_rate inside experts; None for the same rate [EXPERT_DROPOUT_RATE].
       stochastic_depth: probability that an image skips a residual branch of the last block, growing linearly from 0 at the first
         (Huang et al. 2016) [STOCHASTIC_DEPTH]. Blocks then differ, so that `scan_layers` has no effect.
       remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
@@ -140,6 +140,15 @@ class ViTConfig:
         last = max(self.num_layers - 1, 1)
         return tuple(self.stochastic_depth * i / last for i in range(self.num_layers))
 
+    @property
+    def mlp_arguments(self) -> dict[str, Any]:
+        """Arguments of `MlpBlock` for a dense MLP."""
+        return {'mlp_dim': self.mlp_dim, 'gelu': self.gelu, 'dropout_rate': self.dropout_rate, 'dtype': self.dtype}
+
+    def moe_layer(self, moe: MoE, name: str | None = None) -> MoELayer:
+        """Returns the module of an MoE layer."""
+        return replace_mlp(moe, MlpBlock, self.mlp_arguments, {'dropout_rate': self.expert_dropout_rate}, name)
+
     def dense(self) -> 'ViTConfig':
         """Returns the same model without MoE layers."""
         return dataclasses.replace(self, moe=None)
@@ -209,9 +218,9 @@ class EncoderBlock(nn.Module):
         x_BxLxD = x_BxLxD + skip(dropout(y))
         y = _norm(config, 'LayerNorm_1')(x_BxLxD)
         if moe is None:
-            y = MlpBlock(**_mlp_arguments(config), name='MlpBlock_0')(y, training)
+            y = MlpBlock(**config.mlp_arguments, name='MlpBlock_0')(y, training)
         else:
-            y = moe_layer(config, moe, name='MlpBlock_0')(y, real_BxL, training=training)
+            y = config.moe_layer(moe, name='MlpBlock_0')(y, real_BxL, training=training)
         return x_BxLxD + skip(dropout(y))
 
 
@@ -245,7 +254,7 @@ class MAPHead(nn.Module):
         attention = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')
         x_Bx1xD = attention(probe_Bx1xD, x_BxLxD)
         y_Bx1xD = _norm(config, 'LayerNorm_0')(x_Bx1xD)
-        x_Bx1xD = x_Bx1xD + MlpBlock(**_mlp_arguments(config), name='MlpBlock_0')(y_Bx1xD, training)
+        x_Bx1xD = x_Bx1xD + MlpBlock(**config.mlp_arguments, name='MlpBlock_0')(y_Bx1xD, training)
         return x_Bx1xD[:, 0]
 
 
@@ -332,17 +341,3 @@ class VisionTransformer(nn.Module):
 
 def _norm(config: ViTConfig, name: str) -> LayerNorm:
     return LayerNorm(config.norm_epsilon, config.dtype, name=name)
-
-
-def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
-    return {
-        'mlp_dim': config.mlp_dim,
-        'gelu': config.gelu,
-        'dropout_rate': config.dropout_rate,
-        'dtype': config.dtype,
-    }
-
-
-def moe_layer(config: ViTConfig, moe: MoE, name: str | None = None) -> MoELayer:
-    """Returns the MoE layer that replaces an MLP."""
-    return replace_mlp(moe, MlpBlock, _mlp_arguments(config), dropout_rate=config.expert_dropout_rate, name=name)

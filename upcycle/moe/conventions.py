@@ -24,9 +24,7 @@ class FillOrder(enum.StrEnum):
     """Order in which Top-K choices claim the slots of an expert."""
 
     TOKEN_MAJOR = 'token_major'  # token by token: causal, since no token can evict an earlier one
-    CHOICE_MAJOR = (
-        'choice_major'  # first choices before second ones, so later tokens can evict earlier ones: flaxformer
-    )
+    CHOICE_MAJOR = 'choice_major'  # first choices before second ones, which they may evict: flaxformer
     PRIORITY = 'priority'  # as choice_major, with tokens sorted by their best probability (Batch Prioritised Routing)
 
 
@@ -54,7 +52,7 @@ class BalanceLoss(enum.StrEnum):
 
 
 class SharedWeights(enum.StrEnum):
-    """Weights of the shared experts beside the routed ones."""
+    """Weights of shared and routed experts."""
 
     ONE = 'one'  # shared experts have weight 1 (DeepSeekMoE)
     XFT = 'xft'  # a token's routed weights sum to its largest probability, and shared experts get the rest of 1
@@ -75,7 +73,7 @@ class AdaptiveBalance:
     a <- decay * a + (1 - decay) * min(rate * d, largest), where d is the share of dropped choices and a starts at 0.
 
     Attributes:
-      rate: xi, the factor of d.
+      rate: xi, the factor of the share of dropped choices.
       largest: a_max, the upper bound of what the weight moves towards.
       decay: beta, of the running mean.
     """

@@ -273,25 +273,22 @@ def replace_mlp(
     moe: MoE,
     mlp: type[nn.Module],
     arguments: Mapping[str, Any],
-    *,
-    dropout_rate: float | None,
+    expert_arguments: Mapping[str, Any],
     name: str | None = None,
-    **expert_arguments: Any,
 ) -> MoELayer:
     """Returns the MoE layer that replaces an MLP.
 
     Args:
       moe: configuration of the layer.
       mlp: class of the MLP.
-      arguments: of the dense MLP, `mlp_dim` and `dropout_rate` among them.
-      dropout_rate: inside the experts; None for that of the dense MLP.
+      arguments: of the dense MLP.
+      expert_arguments: arguments that differ for experts; a `dropout_rate` of None does not.
       name: of the module.
-      **expert_arguments: of the experts only.
     """
     width = moe.expert_width(arguments['mlp_dim'])
-    expert = {**arguments, 'mlp_dim': width, 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', **expert_arguments}
-    if dropout_rate is not None:
-        expert['dropout_rate'] = dropout_rate
+    expert = {**arguments, **expert_arguments, 'mlp_dim': width, 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
+    if expert['dropout_rate'] is None:
+        expert['dropout_rate'] = arguments['dropout_rate']
     shared = {**arguments, 'mlp_dim': moe.num_shared_experts * width} if moe.num_shared_experts else None
     return MoELayer(moe, mlp, expert, shared, name=name)
 

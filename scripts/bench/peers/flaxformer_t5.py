@@ -1,4 +1,4 @@
-"""Our T5 beside flaxformer's under t5x, where both are installed (neither is on a package index): forward, gradient, step.
+"""Times our T5 against flaxformer's under t5x (forward, gradient, step); both must be installed, neither is on a package index.
 
   PYTHONPATH=/path/to/flaxformer:/path/to/t5x python scripts/bench/peers/flaxformer_t5.py
 
@@ -52,7 +52,7 @@ MOE_TRUNCATED_DTYPE = 'float32'
 
 
 def theirs(factor: float | None, batch: dict[str, jax.Array]):
-    """t5x's loss and optimizer on flaxformer's model."""
+    """Builds flaxformer's model with t5x's loss and optimizer."""
     folder = pathlib.Path(next(iter(flaxformer.__path__))).parent
     gin.clear_config()
     gin.add_config_file_search_path(str(folder))
@@ -69,7 +69,7 @@ def theirs(factor: float | None, batch: dict[str, jax.Array]):
     optimizer = model.optimizer_def.create(params)
     rng = jax.random.PRNGKey(1)
 
-    # The loss of an MoE looks for what sparse layers say.
+    # The loss of an MoE model expects metrics of sparse layers.
     loss_fn = EncoderDecoderModel.loss_fn if factor is None else type(model).loss_fn
 
     def loss(params):
@@ -87,7 +87,7 @@ def theirs(factor: float | None, batch: dict[str, jax.Array]):
 
 
 def ours(factor: float | None, batch: dict[str, jax.Array]):
-    """The same model and optimizer of ours."""
+    """Builds our model and optimizer of the same sizes."""
     moe = {}
     if factor is not None:
         encoder = MoEConfig(EXPERTS, train_capacity_factor=factor)
@@ -104,7 +104,7 @@ def ours(factor: float | None, batch: dict[str, jax.Array]):
         **moe,
     )
     ours = Step(config, batch, None if factor is None else EXPERTS)
-    # Theirs measures no norm of the parameters. That of the gradient stays in ours, since the update depends on it.
+    # Theirs does not measure the norm of the parameters. Ours keeps that of the gradient, on which the update depends.
     parts = ours.parts()
     return {
         'forward': parts['forward'],

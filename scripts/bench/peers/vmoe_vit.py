@@ -1,4 +1,4 @@
-"""Our ViT beside that of vmoe, where vmoe and vision_transformer are installed (neither is on a package index).
+"""Times our ViT against vmoe's; vmoe and vision_transformer must be installed, neither is on a package index.
 
   PYTHONPATH=/path/to/vmoe:/path/to/vision_transformer python scripts/bench/peers/vmoe_vit.py
 
@@ -57,7 +57,7 @@ def cross_entropy(logits, labels):
 
 
 def theirs(variant, image, labels) -> Candidate:
-    """vmoe's model, as its own configs build it."""
+    """Builds vmoe's model as its configs do."""
     encoder = {'num_layers': BLOCKS, 'mlp_dim': 4 * WIDTH, 'num_heads': HEADS}
     if variant is not None:
         factor, images = variant
@@ -86,7 +86,7 @@ def theirs(variant, image, labels) -> Candidate:
 
 
 def ours(variant, image, labels) -> Candidate:
-    """The same model of ours; routers as theirs, not normalised."""
+    """Builds our model of the same sizes, with combine weights as theirs, not normalised."""
     moe, images = None, 1
     if variant is not None:
         factor, images = variant[0], variant[1] or len(image)

@@ -260,7 +260,7 @@ class Assigning(Routed):
     Attributes:
       train_capacity_factor: slots of an expert in training, as a multiple of an even share of the tokens
         [TRAIN_EXPERT_CAPACITY_FACTOR].
-      eval_capacity_factor: the same at evaluation [EVAL_EXPERT_CAPACITY_FACTOR].
+      eval_capacity_factor: slots of an expert at evaluation, as such a multiple [EVAL_EXPERT_CAPACITY_FACTOR].
       capacity_rule: see `CapacityRule` [CAPACITY_RULE].
       min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
       normalize_combine_weights: divide a token's weights by their sum [NORMALIZE_COMBINE_WEIGHTS].

@@ -231,16 +231,11 @@ def fill_slots(
         best_GxS = jnp.where(may_route_GxS, probs_GxSxE.max(axis=-1), -1.0)
         order_GxS = jnp.argsort(-best_GxS, axis=-1)
         queue_GxSxK = jnp.take_along_axis(expert_GxSxK, order_GxS[..., None], axis=1)
-    if fill_order is FillOrder.TOKEN_MAJOR:
-        queue_GxN = queue_GxSxK.reshape(G, S * K)
-    else:
-        queue_GxN = queue_GxSxK.swapaxes(1, 2).reshape(G, K * S)
-    asked_GxNxE = jax.nn.one_hot(queue_GxN, E, dtype=jnp.int32)
+    by_choice = (lambda x: x) if fill_order is FillOrder.TOKEN_MAJOR else (lambda x: x.swapaxes(1, 2))
+    queue = by_choice(queue_GxSxK)
+    asked_GxNxE = jax.nn.one_hot(queue.reshape(G, S * K), E, dtype=jnp.int32)
     slot_GxN = jnp.sum(jnp.cumsum(asked_GxNxE, axis=1) * asked_GxNxE, axis=-1) - 1
-    if fill_order is FillOrder.TOKEN_MAJOR:
-        slot_GxSxK = slot_GxN.reshape(G, S, K)
-    else:
-        slot_GxSxK = slot_GxN.reshape(G, K, S).swapaxes(1, 2)
+    slot_GxSxK = by_choice(slot_GxN.reshape(queue.shape))
     if fill_order is FillOrder.PRIORITY:
         slot_GxSxK = jnp.take_along_axis(slot_GxSxK, jnp.argsort(order_GxS, axis=-1)[..., None], axis=1)
     kept_GxSxK = (expert_GxSxK < E) & (slot_GxSxK < capacity)
