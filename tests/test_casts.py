@@ -36,7 +36,7 @@ REFUSED = {
     ),
     'rounded up': ('float32', 'float16', 65520, ['65520']),
     'bfloat16 to float16': ('bfloat16', 'float16', 131072, ['131072']),
-    'bfloat16': ('float32', 'bfloat16', 3.4e38, ['bfloat16', 'take --dtype=float32.']),
+    'bfloat16': ('float32', 'bfloat16', 3.4e38, ['bfloat16', 'use --dtype=float32.']),
     'float64': ('float64', 'float32', 1e300, ['float32', '1e+300']),
     'int64': ('int64', 'int32', 2**31, ['int32', '2.14748e+09']),
     'negative': ('int64', 'uint32', -1, ['uint32']),
@@ -73,7 +73,7 @@ def test_what_fits_is_cast_as_numpy_does(capsys):
 
 def test_a_leaf_of_which_only_zeros_are_left_is_a_warning(capsys):
     assert not casts.cast('params/x', np.full(3, 1e-9, np.float32), 'float16').any()
-    assert 'warning: every number of params/x is too small for float16' in capsys.readouterr().err
+    assert 'warning: all numbers of params/x are too small for float16' in capsys.readouterr().err
 
 
 def t5(**leaves):

@@ -123,7 +123,7 @@ def test_a_claim_on_what_another_writer_has_just_finished(tmp_path, monkeypatch)
 REFUSED = {
     'another format': ({}, ['--format=vit_npz'], ['upcycle, not vit_npz']),
     'no such format': ({}, ['--format=zip'], ['--format=zip is not one of']),
-    'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 is not one of']),
+    'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 must be one of']),
     'another step': ({}, ['--step=7'], ['is at step 100', '--step=7']),
     'a step below 0': ({'step': None}, ['--step=-1'], ['--step=-1 must be a whole number of at least 0']),
     'no number': ({'step': None}, ['--step=1e6'], ['--step=1e6 must be a whole number of at least 0']),

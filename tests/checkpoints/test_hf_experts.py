@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from tests.checkpoints import trees
-from upcycle.checkpoints import arrays, hf, safetensors, writing
+from upcycle.checkpoints import arrays, hf, safetensors, views, writing
 from upcycle.checkpoints.hf import architecture, sources, writer
 from upcycle.errors import UserError
 
@@ -100,7 +100,7 @@ def test_a_region_reads_its_experts_and_their_rows(tree, written, monkeypatch):
 
 def test_part_of_each_row_is_read_in_blocks(tree, written, monkeypatch):
     path, _ = written
-    monkeypatch.setattr(safetensors, '_READ_BYTES', 3 * D * tree[f'params/{KERNEL}'].itemsize)
+    monkeypatch.setattr(views, 'READ_BYTES', 3 * D * tree[f'params/{KERNEL}'].itemsize)
     sizes = []
     read_into = safetensors._read_into
     monkeypatch.setattr(safetensors, '_read_into', lambda file, x: sizes.append(x.size) or read_into(file, x))

@@ -79,7 +79,10 @@ DAMAGE = {
     'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ have changed'),
     'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes but was saved with \d+'),
     'missing weights': (lambda step: largest(step).unlink(), r'state/\S+ is missing'),
-    'flipped byte of the index': (lambda step: flip(step / 'state' / '_METADATA'), 'bytes of state/_METADATA have changed'),
+    'flipped byte of the index': (
+        lambda step: flip(step / 'state' / '_METADATA'),
+        'bytes of state/_METADATA have changed',
+    ),
     'metadata in place of data': (
         lambda step: shutil.copy(step / 'metadata' / 'metadata', step / 'data' / 'metadata'),
         'data/metadata has',
