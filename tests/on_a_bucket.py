@@ -1,4 +1,4 @@
-"""Run by test_buckets.py: commands whose run folders lie in a bucket of a stand-in for Google's storage, on loopback.
+"""Run by test_buckets.py: commands with run folders in a bucket of a local stand-in for Google Cloud Storage.
 
 python -m tests.on_a_bucket FOLDER
 
@@ -22,7 +22,7 @@ def served():
     download = objects.download
 
     def with_generation(request, response, storage, *rest, **named):
-        # Google's storage says which version of an object it sends, and TensorStore insists.
+        # Google Cloud Storage sends the version of an object, which TensorStore requires.
         with contextlib.suppress(NotFound):
             found = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
             response['x-goog-generation'] = found['generation']
@@ -32,7 +32,7 @@ def served():
     from gcp_storage_emulator.server import create_server
 
     with create_server(HOST, 0, in_memory=True, default_bucket='bucket') as server:
-        # A client that hangs up early would have it print a traceback into a command's output.
+        # It would print a traceback into a command's output if a client disconnects early.
         server._api._httpd.handle_error = lambda *_: None
         yield f'http://{HOST}:{server._api._httpd.server_port}'
 

@@ -1,4 +1,4 @@
-"""Numbers that a narrower type cannot hold: refused by the name of their leaf, wherever something is written or loaded."""
+"""Numbers that a narrower type cannot hold are refused, with the name of their leaf, at every write and load."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ from upcycle.checkpoints.native import CheckpointManager
 from upcycle.errors import UserError
 
 SIZES = {'NUM_EMBEDDINGS': 40, 'EMBED_DIM': 16, 'NUM_HEADS': 2, 'HEAD_DIM': 6, 'MLP_DIM': 24}
-# Of a T5: an MLP that experts are made of, one that stays dense, a table, a scale.
+# Leaves of a T5: an MLP that becomes experts, one that stays dense, a table, a scale.
 LEAVES = (
     'params/encoder/layers_1/mlp/wi_1/kernel',
     'params/decoder/layers_0/mlp/wo/kernel',
@@ -26,7 +26,7 @@ LEAVES = (
 )
 
 
-# From, to, a number, what is said of it.
+# From, to, a number, words of the message.
 REFUSED = {
     'float16': (
         'float32',
@@ -146,7 +146,7 @@ def test_a_clock_of_64_bits_is_not_cut_on_its_way_to_a_device(tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32'])
 def test_a_run_does_not_save_what_has_overflown(dtype, tmp_path):
-    """Nothing is cast when a state is saved: its optimizer has cast, and this is where its numbers are looked at."""
+    """A save does not cast, but checks the numbers, which the optimizer has cast."""
 
     def state(step, number):
         return {'step': np.int32(step), 'opt_state': {'param_states': {'x': {'m': jnp.asarray([1, number], dtype)}}}}
