@@ -1,4 +1,4 @@
-"""Buckets, devices and other processes that do not answer, or say no: one sentence, and the status says whether to try again."""
+"""Buckets, devices and processes that do not answer or refuse: a clear error, and a status that tells whether to retry."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ def tf_error(name, text):
 
 
 def s3_error(status):
-    """What botocore, which need not be installed, raises: it is told by its module."""
+    """An error of botocore, which need not be installed; its module identifies it."""
     kind = type('ClientError', (Exception,), {'__module__': 'botocore.exceptions'})
     error = kind('An error occurred (x) when calling the HeadObject operation')
     error.response = {'ResponseMetadata': {'HTTPStatusCode': status}}
@@ -194,7 +194,7 @@ class Store:
 
 
 def test_processes_that_were_told_different_numbers(monkeypatch):
-    """JAX goes by process 0. The one that was told another number ends, and so do the others, with the same sentence."""
+    """JAX uses the number of process 0. A process with another number ends with a message, and so do the others."""
     from jax._src.distributed import global_state
 
     store, ended = Store(), []

@@ -1,4 +1,4 @@
-"""Conversion: what the trainer would start from, streamed to disk, the same bytes each time, checked against its source."""
+"""Conversion writes the state that the trainer would start from, deterministically, and checks it against the source."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def run_of(dense, tmp_path, **more):
 
 
 def first_state(run):
-    """What a trainer starts from, flat and without its random key, and the receipt."""
+    """Returns the state that a trainer starts from, flat and without its random key, and the receipt."""
     start = Start.of(run)
     with partitioning.use(start.mesh):
         batch = next(run.train_data.batches(0))
@@ -60,7 +60,7 @@ def converted(dense, tmp_path_factory):
 
 
 def contents(path):
-    """Every leaf of a checkpoint but the run's random key."""
+    """Returns every leaf of a checkpoint except the run's random key."""
     reader = open_checkpoint(path)
     return {name: reader.read(name) for name in reader.leaves() if name != 'rng'}
 
@@ -81,7 +81,7 @@ def test_is_what_the_trainer_starts_from(online, converted):
     assert written.keys() == paper.keys()
     for name in written.keys() - {'function_check', 'plan', 'dropped'}:
         assert written[name] == paper[name], name
-    # The run's own key is made by the run.
+    # The run makes its random key.
     assert written['plan'] == [row for row in paper['plan'] if row['target'] != 'rng']
     assert written['function_check']['whole_model'] == 'pending' and 'lineage' not in written
     layers = written['function_check']['layers']
@@ -140,7 +140,7 @@ def experts_of(leaves):
 
 
 def test_out_of_several_checkpoints(dense, converted, tmp_path, capsys):
-    """Of equal ones the experts are copies, and the mean is each of them."""
+    """Of equal sources the experts are copies, and the mean equals each of them."""
     more = (f'--from={dense}', '--gin_file=surgery/branches.gin')
     code, _, error = call(arguments(dense, tmp_path / 'out', *more), capsys)
     assert code == 0, error
@@ -174,7 +174,7 @@ def test_more_experts_and_back_to_a_dense_model(dense, converted, tmp_path, caps
 
 
 def test_large_leaves_reach_hugging_face_in_parts(converted, tmp_path, capsys, monkeypatch):
-    """The conversion hands a leaf of more than 64 MiB over in rows, and a tensor lies there transposed."""
+    """Leaves above 64 MiB are converted in rows, and the tensor is transposed."""
     files = (runs.TINY, 'surgery/average.gin')
     command = ['convert', *(f'--gin_file={file}' for file in files), '--gin.NUM_EMBEDDINGS=384', f'--from={converted}']
     command += ['--optimizer_state=none', '--format=huggingface', '--verify']
@@ -287,7 +287,7 @@ def test_copied_experts_are_one_file_with_several_names(dense, tmp_path, monkeyp
     monkeypatch.setattr(writing, '_SMALL_BYTES', 0)  # an expert a chunk, however small
     run = run_of(dense, tmp_path, OPTIMIZER_STATE='tile')
     leaves = first_state(run)[0]
-    # Room for two copies of an expert, where there will be four.
+    # Room for two copies of an expert, but four are needed.
     size = sum(leaf.nbytes for leaf in leaves.values()) - sum(leaf.nbytes for leaf in experts_of(leaves).values()) // 2
     usage = type('Usage', (), {'free': outputs.SPARE_BYTES + size})
     monkeypatch.setattr(outputs.shutil, 'disk_usage', lambda folder: usage)
@@ -395,7 +395,7 @@ def test_bad_sources_leave_nothing_behind(tmp_path, capsys):
 
 
 def continuation(converted, tmp_path):
-    """The run that goes on with a converted checkpoint as it is."""
+    """A run that continues a converted checkpoint."""
     files = (runs.TINY, 'moe/t5.gin', runs.TASK, 'runs/continue_dense.gin')
     return configuration.load(files, runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=converted))
 

@@ -102,7 +102,7 @@ CASES = {
         [
             *(r"mlp_activations = \['relu', 'linear'\]", 'exit 0'),
             *(r"MLP_ACTIVATIONS = \('relu', 'linear'\)", 'exit 2'),
-            *(r'config.json: image_size is \[8, 32\], and our ViT takes squares', 'exit 2'),
+            *(r'config.json: image_size is \[8, 32\]: our ViT supports squares only', 'exit 2'),
         ],
     ),
     'import_with_an_odd_step': (
@@ -136,7 +136,7 @@ CASES = {
     'preprocessor_of_a_vit_ignored': (
         'configuration fields',
         '',
-        ['warning: .*/preprocessor_config.json asks for other images', 'exit 0'] * 2,
+        ['warning: .*/preprocessor_config.json describes other images', 'exit 0'] * 2,
     ),
     'seqio_task_that_does_not_fit': (
         'tasks of the user',

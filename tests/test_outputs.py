@@ -1,4 +1,4 @@
-"""Where commands write: every option and binding is looked at before any work, and a wrong path is one sentence."""
+"""Outputs of commands: every option and binding is checked before any work, and a wrong path gives a clear error."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ LONG = 'n' * 250
 
 @pytest.fixture
 def places(tmp_path):
-    """A folder of paths in the way, by what they are."""
+    """A folder with paths of several kinds."""
     folder = tmp_path / 'places'
     folder.mkdir()
     (folder / 'file').write_text('mine')
@@ -165,7 +165,7 @@ def test_units_show_the_difference(free, needed, said, tmp_path, monkeypatch):
 
 
 def commands(path):
-    """Every command with an output, and what it does not reach is named so that it would fail otherwise."""
+    """All commands with an output. The other arguments would fail later."""
     model = ['--gin_file=models/t5_1_1_tiny.gin', '--gin_file=moe/t5.gin']
     text = [*model, '--gin_file=tasks/synthetic_text.gin', '--gin_file=runs/scratch.gin']
     return {

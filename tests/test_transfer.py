@@ -1,4 +1,4 @@
-"""`upcycle import` and `upcycle export`: what is refused, what a cut leaves behind, and how it goes on."""
+"""`upcycle import` and `upcycle export`: refusals, interrupted writes and their continuation."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def transfer_by_command(tmp_path, capsys, source, *more, name='import'):
 
 
 def source_and_target(format, folder):
-    """A checkpoint that can be written in a format, and where to."""
+    """Returns a checkpoint that can be written in a format, and a target."""
     if format == 'vit_npz':
         np.savez(folder / 'source.npz', **vits.ours())
         return folder / 'source.npz', folder / 'out.npz'
@@ -65,7 +65,7 @@ def test_import_and_export_by_command(tmp_path, capsys):
 
 @pytest.mark.parametrize('format', ['upcycle', 't5x_legacy', 'huggingface', 'vit_npz'])
 def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
-    """What is written last is an index, or metadata. The same command goes on when there is room."""
+    """The disk is full for the index or metadata. The same command continues when there is room."""
     source, target = source_and_target(format, tmp_path)
 
     def full(*_, **__):
@@ -106,7 +106,7 @@ def test_two_commands_do_not_write_one_checkpoint(format, tmp_path, monkeypatch)
 
 
 def test_a_claim_on_what_another_writer_has_just_finished(tmp_path, monkeypatch):
-    """It renames the place between this writer's looking at it and opening it."""
+    """The other process renames the folder before this writer opens it."""
     place, opened = epath.Path(tmp_path / 'out.tmp'), os.open
 
     def finished(*arguments):
@@ -119,11 +119,11 @@ def test_a_claim_on_what_another_writer_has_just_finished(tmp_path, monkeypatch)
     assert place.is_dir()
 
 
-# What is wrong with the tree, options, words of the message.
+# Changes of the tree, options, words of the message.
 REFUSED = {
     'another format': ({}, ['--format=vit_npz'], ['upcycle, not vit_npz']),
     'no such format': ({}, ['--format=zip'], ['--format=zip is not one of']),
-    'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 is not one of']),
+    'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 must be one of']),
     'another step': ({}, ['--step=7'], ['is at step 100', '--step=7']),
     'a step below 0': ({'step': None}, ['--step=-1'], ['--step=-1 must be a whole number of at least 0']),
     'no number': ({'step': None}, ['--step=1e6'], ['--step=1e6 must be a whole number of at least 0']),
@@ -241,7 +241,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
 
 
 def interrupted(monkeypatch, after):
-    """Makes the writer fail as a full disk does, after some parts."""
+    """Makes the writer fail after some parts, like a full disk."""
     write = folder_writer.FolderWriter.write
     seen = []
 
@@ -272,7 +272,7 @@ def test_goes_on_where_it_was_cut_off(format, tmp_path, monkeypatch):
         transfer(source, tmp_path / 'out', format, dtype='bfloat16')
     path = transfer(source, tmp_path / 'out', format)
     folder = pathlib.Path(path)
-    # Small arrays that lie in T5X's index are no parts.
+    # Small arrays in T5X's index are not parts.
     kept = [name for name in tree if name != 'rng' or format == 'upcycle']
     assert len(asked) < len(kept) - (20 if format == 't5x_legacy' else 38)
     trees.assert_same(
@@ -309,7 +309,7 @@ cli.main({command!r})
 
 
 def test_the_journal_waits_for_the_disk(tmp_path, monkeypatch):
-    """A part is noted only once it is safe from a crash of the machine."""
+    """A part is only recorded once it would survive a crash of the machine."""
     monkeypatch.setattr(journal, '_SECONDS_BETWEEN_SYNCS', 0.0)
     synced = []
     monkeypatch.setattr(journal.os, 'sync', lambda: time.sleep(0.01) or synced.append(len(written)))
@@ -333,7 +333,7 @@ def test_the_journal_waits_for_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_trained_step_with_a_changed_byte_is_refused(dense, tmp_path):
-    """Orbax's own files have no checksum of their numbers; what the run left beside them has."""
+    """Orbax's files have no checksums of arrays; the record of the run has."""
     step = pathlib.Path(shutil.copytree(f'{dense}/checkpoints/4', tmp_path / '4'))
     file = max((path for path in step.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -345,7 +345,7 @@ def test_a_trained_step_with_a_changed_byte_is_refused(dense, tmp_path):
 
 
 def test_what_is_discarded_stays_away(tmp_path):
-    """Though arrays that come next are being made behind: a race, so it is run some times."""
+    """Repeated, because arrays that are created in the background may race."""
     leaves = {f'params/layers_{i}/kernel': jax.ShapeDtypeStruct((4, 4), np.float32) for i in range(64)}
     for _ in range(20):
         writer = create_checkpoint(tmp_path / 'new', 'upcycle', leaves, step=1, identity={})
@@ -357,7 +357,7 @@ def test_what_is_discarded_stays_away(tmp_path):
 
 @pytest.mark.parametrize('format', ['huggingface', 'vit_npz'])
 def test_a_full_disk_at_the_end_leaves_nothing(format, tmp_path, monkeypatch, capsys):
-    """These formats begin again, so that what was written is of no use."""
+    """These formats start over, so an unfinished file is useless."""
     source = trees.write(tmp_path / 'source', 'upcycle', trees.vit(False, state=False))
     monkeypatch.setattr(os, 'fsync', lambda file: (_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left')))
     command = ['export', f'--from={source}', f'--to={tmp_path}/new/model.npz', f'--format={format}']

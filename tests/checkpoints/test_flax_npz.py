@@ -1,4 +1,4 @@
-"""ViT `.npz` files of every layout give one tree, lazily, and a bad file gives one sentence."""
+"""ViT `.npz` files of all layouts give the same tree, read lazily; a bad file gives a clear error."""
 
 import concurrent.futures
 import gc
@@ -41,7 +41,7 @@ def test_vision_transformer(tmp_path, pre_linen, compressed):
 
 
 def test_many_threads_read_what_is_there(tmp_path):
-    """Whole leaves and parts at once, which one `ZipFile` of Python 3.12.1 does not survive."""
+    """Concurrent reads of whole leaves and parts, which a shared `ZipFile` of Python 3.12.1 breaks."""
     tree = {**vits.ours(), 'params/stack': np.random.default_rng(0).normal(size=(50, 30, 20)).astype('f')}
     tree = {f'params/{i}/{name}': value for i in range(3) for name, value in tree.items()}
     np.savez(tmp_path / 'any.npz', **tree)
@@ -57,7 +57,7 @@ def test_many_threads_read_what_is_there(tmp_path):
 
 
 def test_an_archive_is_closed_with_its_reader(tmp_path):
-    """Also after its checksums have been compared."""
+    """Also after its checksums were compared."""
     reader = open_checkpoint(save(tmp_path / 'x.npz', vits.ours()))
     reader.read('params/embedding/kernel', region=(slice(0, 2),))
     archive = weakref.ref(reader._sources['params/embedding/kernel'].archive)
@@ -124,7 +124,7 @@ def test_trees_written_by_vmoe(part, experts):
     with np.load(fixtures_dir() / 'vmoe_reference.npz') as stored:
         values = {name: stored[name] for name in stored.files if name.startswith(f'{part}/params/')}
     assert len(reader.leaves()) == len(values)
-    # Leaf for leaf the same numbers: a map loses and doubles nothing.
+    # The same numbers in each leaf: the map loses or duplicates nothing.
     read = {name: reader.read(name) for name in reader.leaves()}
     assert sorted(value.tobytes() for value in read.values()) == sorted(value.tobytes() for value in values.values())
     block = 'params/Transformer/encoderblock_1'

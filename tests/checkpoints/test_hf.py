@@ -1,4 +1,4 @@
-"""Hugging Face folders written by hand: read lazily whatever the number of files, and every damage named."""
+"""Handwritten Hugging Face folders are read lazily from any number of files, and damage is named."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_the_library_reads_what_we_write(folder):
 
 @st.composite
 def headers(draw):
-    """Headers that are nearly right, and how many bytes of arrays follow."""
+    """Nearly valid headers, and the number of bytes after them."""
     header, end = {}, 0
     for name in draw(st.lists(st.sampled_from('abcd'), unique=True, max_size=3)):
         code, size = draw(st.sampled_from([('F32', 4), ('BF16', 2), ('BOOL', 1), ('I64', 8)]))
@@ -84,7 +84,7 @@ def headers(draw):
 
 
 def test_the_library_takes_and_refuses_the_same_files(tmp_path):
-    """The library is no part of the program; see `safetensors.py` why."""
+    """Compares with the safetensors library, which we do not use (see `safetensors.py`)."""
     library = pytest.importorskip('safetensors')
     file, taken = tmp_path / 'any.safetensors', []
 
@@ -134,7 +134,7 @@ def test_what_is_shared_may_be_repeated_if_it_is_the_same(folder):
 
 
 def add(folder, **more):
-    """More arrays, float32, at the end of the file."""
+    """Adds float32 arrays at the end of the file."""
     header, data = header_of(folder / 'model.safetensors')
     for name, value in more.items():
         end = len(data) + value.nbytes
@@ -156,7 +156,7 @@ def test_the_table_of_early_files_that_nothing_uses(folder, tmp_path, capsys):
     exported = open_checkpoint(transfer(imported, tmp_path / 'exported', 'huggingface'))
     trees.assert_same(exported, trees.t5(False, state=False))
     assert 'not_read' not in exported.metadata
-    # Of another layer transformers knows nothing.
+    # transformers ignores this table in no other layer.
     add(folder, **{OLD_TABLE.replace('block.0', 'block.1'): np.ones((32, 2), np.float32)})
     with pytest.raises(UserError, match='holds unknown arrays: decoder.block.1.*EncDecAttention'):
         open_checkpoint(folder)
@@ -173,7 +173,7 @@ def test_the_token_of_masked_patches_is_not_read(tmp_path, prefix):
 
 
 def test_a_pooler_below_a_classifier_is_not_read(tmp_path):
-    """`ViTForImageClassification` has none, and its head reads the token."""
+    """`ViTForImageClassification` has no pooler, and its head reads the token."""
     trees.write(tmp_path / 'vit', 'huggingface', vits.ours())
     width = np.ones(vits.WIDTH, np.float32)
     add(tmp_path / 'vit', **{'vit.pooler.dense.weight': np.diag(width), 'vit.pooler.dense.bias': width})
@@ -183,7 +183,7 @@ def test_a_pooler_below_a_classifier_is_not_read(tmp_path):
 
 
 def vit_5(name):
-    """A name of transformers 4 as 5 has it (`ViTModel` in its conversion_mapping.py, in that order)."""
+    """Converts a name of transformers 4 to 5 (`ViTModel` in its conversion_mapping.py, in that order)."""
     for old, new in (
         ('encoder.layer.', 'layers.'),
         ('attention.attention.query', 'attention.q_proj'),
@@ -278,7 +278,7 @@ DAMAGE = {
     'negative offsets': (change_header(shared__weight={'data_offsets': [-2560, 0]}), 'shared.weight of'),
     'shape': (
         change_header(shared__weight={'shape': [40, 17]}),
-        r'shared.weight of .* is damaged .float32\[40, 17\] does not fit',
+        r'shared.weight of .* float32\[40, 17\] does not fit',
     ),
     'negative shape': (change_header(shared__weight={'shape': [-40, -16]}), 'shared.weight of'),
     'type': (change_header(shared__weight={'dtype': 'F8_E4M3'}), 'shared.weight of .* type F8_E4M3'),
@@ -322,7 +322,7 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 
 def rename(folder, change):
-    """Writes the file again with other names; None: without the array."""
+    """Rewrites the file with other names; None removes the array."""
     header, data = header_of(folder / 'model.safetensors')
     arrays = {}
     for name, entry in header.items():

@@ -1,4 +1,4 @@
-"""What the configuration files of Hugging Face folders say: each field is read, compared, refused by name, or a warning."""
+"""Configuration files of Hugging Face folders: each field is read, compared, refused by name, or causes a warning."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from upcycle.checkpoints.hf import t5
 from upcycle.errors import UserError
 from upcycle.models import identify
 
-# All that transformers 4.57 and 5.24 write of their defaults (`to_dict`), and older versions of T5 and ViT on the hub.
+# All fields that transformers 4.57 and 5.24 write by default (`to_dict`), and those of older T5 and ViT files on the hub.
 WRITTEN = """
 bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
 exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length

@@ -1,4 +1,4 @@
-"""A damaged step is noticed, named and set aside; a step that cannot be written leaves the others as they were."""
+"""Damaged steps are detected, named and set aside; a failed save leaves other steps unchanged."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(kind, run, caps
         restored, data, _ = manager.restore(4, abstract(state(4)))
     np.testing.assert_array_equal(restored['params']['kernel'], state(4)['params']['kernel'])
     assert data == {'next_batch': 4}
-    # The step's name is free again, and once more after more damage.
+    # The step can be saved again, and set aside again.
     save(run, 6)
     assert open_checkpoint(run).step == integrity.newest_whole_step(run) == 6
     break_it(steps / '6')
@@ -150,7 +150,7 @@ def test_nothing_saved_is_nothing_damaged(tmp_path):
 
 
 def test_steps_of_older_versions_are_taken_as_their_format_finds_them(run, capsys):
-    """They have no record; steps that follow have, and then one without has lost it."""
+    """They have no record. All later steps have one, so a later step without it is damaged."""
     for step in ('2', '4', '6'):
         (run / 'checkpoints' / step / integrity.RECORD).unlink()
     assert integrity.newest_whole_step(run) == 6
@@ -191,7 +191,7 @@ def test_older_steps_go_when_the_new_one_has_been_read_back(tmp_path, monkeypatc
 
 @pytest.fixture
 def full_disk():
-    """No file may grow past so many bytes: the system refuses as it does where a disk is full."""
+    """Limits the size of files, which fails like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

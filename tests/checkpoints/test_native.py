@@ -82,7 +82,7 @@ def test_round_trip_is_exact(run):
 
 
 def test_what_is_counted_on_while_a_save_is_under_way_is_not_in_it(tmp_path, monkeypatch):
-    """Orbax makes the JSON behind: here not before the counting has gone on."""
+    """Orbax serializes JSON in the background, here only after training has changed the dictionaries."""
     dumps, counted = json.dumps, threading.Event()
 
     def late_dumps(*arguments, **options):

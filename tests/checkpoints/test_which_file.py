@@ -1,4 +1,4 @@
-"""Of several files or steps in one folder the right one is read, and what is passed over is said."""
+"""Of several files or steps in one folder the right one is read, and a warning names the others."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ INDEX = 'model.safetensors.index.json'
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """A T5 in one file, all of whose bytes are those of the seed."""
+    """A T5 in one file, from a seed."""
     path = tmp_path_factory.mktemp('whole') / 'model'
     trees.write(path, 'huggingface', trees.t5(False, state=False))
     return path
@@ -40,7 +40,7 @@ def said(capsys):
 
 
 def ones(folder, file='model-00001-of-00001.safetensors', index=INDEX):
-    """Another model in the same folder, all of whose numbers are 1, in a shard and with an index."""
+    """Adds another model, all ones, in a shard and with an index."""
     header, data = header_of(folder / 'model.safetensors')
     save(folder / file, header, np.ones(len(data) // 4, np.float32).tobytes())
     if index:

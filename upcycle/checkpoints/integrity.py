@@ -8,6 +8,7 @@ each chunk; and steps in a bucket, because the object store has its own checksum
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -161,11 +162,9 @@ def finished_steps(folder: epath.Path) -> list[int]:
 
 
 def _rename_aside(step: epath.Path) -> epath.Path:
-    name, count = f'{step.name}.damaged', 1
-    while (step.parent / name).exists():
-        count += 1
-        name = f'{step.name}.damaged-{count}'
-    return step.rename(step.parent / name)
+    suffixes = itertools.chain(['damaged'], (f'damaged-{count}' for count in itertools.count(2)))
+    paths = (step.parent / f'{step.name}.{suffix}' for suffix in suffixes)
+    return step.rename(next(path for path in paths if not path.exists()))
 
 
 def _files(folder: epath.Path, below: str = '') -> Iterator[str]:

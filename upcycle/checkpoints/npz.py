@@ -67,7 +67,6 @@ class Member:
 
     def _bytes(self, start: int, count: int) -> np.ndarray:
         out = np.empty(count, np.uint8)
-        view, done = memoryview(out), 0
         if count < self._size:
             _ = self._is_whole
         with self.archive.zip.open(self.info) as file:
@@ -75,11 +74,7 @@ class Member:
             file.read(self.header_bytes)
             if start:
                 file.seek(self.header_bytes + start)
-            while done < count:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise ValueError(f'{count - done} bytes are missing')
-                done += got
+            views.read_into(file, out)
         return out.view(self.dtype)
 
     @property

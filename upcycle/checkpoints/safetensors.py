@@ -48,7 +48,6 @@ _DTYPES = {
     'BOOL': np.dtype('bool'),
 }
 _MAX_HEADER = 100 << 20  # as in the library
-_READ_BYTES = 64 << 20
 # Raised while parsing a damaged header.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -69,27 +68,16 @@ class Tensor:
         row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
         out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
         is_whole_rows = out.shape[1:] == shape[1:]
-        step = len(out) if is_whole_rows else max(1, _READ_BYTES // max(row_bytes, 1))
+        step = len(out) if is_whole_rows else max(1, views.READ_BYTES // max(row_bytes, 1))
         with self.file.open('rb') as file:
             file.seek(self.offset + rows.start * row_bytes)
             for start in range(0, len(out), max(step, 1)):
                 part = out[start : start + step]
                 read = part if is_whole_rows else np.empty((len(part), *shape[1:]), self.dtype)
-                _read_into(file, read)
+                views.read_into(file, read)
                 if not is_whole_rows:
                     part[...] = read[(slice(None), *inside)]
         return out.reshape(()) if not self.shape else out
-
-
-def _read_into(file: BinaryIO, out: np.ndarray) -> None:
-    """Fills a contiguous array from a file. Raises ValueError if the file is too short."""
-    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
-    while done < len(view):
-        data = file.read(min(len(view) - done, _READ_BYTES))
-        if not data:
-            raise ValueError(f'{len(view) - done} bytes are missing')
-        view[done : done + len(data)] = data
-        done += len(data)
 
 
 def read_files(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,7 +148,7 @@ def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with file.open('rb') as stream:
             length = int.from_bytes(start := stream.read(8), 'little')
             if start == b'version ':
-                raise UserError(f'{file} is a pointer of Git LFS and not the file itself: run git lfs pull.')
+                raise UserError(f'{file} is a pointer of Git LFS instead of the file: run git lfs pull.')
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f'its header would be {length} bytes long')
             header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+
+READ_BYTES = 64 << 20  # of a file at a time
 
 # A slice without step for each leading axis; the other axes are whole, so `()` is the whole array.
 Region = tuple[slice, ...]
@@ -26,6 +28,17 @@ class Lazy(Protocol):
 
     def read(self, region: Region) -> np.ndarray:
         """Reads a region, in any memory order. May raise errors of the format's library for a damaged file."""
+
+
+def read_into(file: BinaryIO, out: np.ndarray) -> None:
+    """Fills a contiguous array from a file. Raises ValueError if the file is too short."""
+    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+    while done < len(view):
+        data = file.read(min(len(view) - done, READ_BYTES))
+        if not data:
+            raise ValueError(f'{len(view) - done} bytes are missing')
+        view[done : done + len(data)] = data
+        done += len(data)
 
 
 def bounds(region: Region, shape: tuple[int, ...]) -> Region:

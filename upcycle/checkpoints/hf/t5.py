@@ -215,7 +215,7 @@ def _activations(file: epath.Path, config: Config) -> tuple[str, ...]:
     projection = config.get('feed_forward_proj', 'relu' if config['model_type'] == 't5' else 'gated-gelu')
     gate, _, name = projection.rpartition('-')
     if gate not in ('', 'gated'):
-        raise UserError(f'{file}: feed_forward_proj is {projection!r}, which is not one of {", ".join(ACTIVATIONS)}.')
+        raise UserError(f'{file}: feed_forward_proj is {projection!r}: it must be one of {", ".join(ACTIVATIONS)}.')
     name = config.get('dense_act_fn', 'gelu_new' if projection == 'gated-gelu' else name)
     if name not in _ACT_FNS:
         field = 'dense_act_fn' if 'dense_act_fn' in config else 'feed_forward_proj'
