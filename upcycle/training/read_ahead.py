@@ -74,7 +74,7 @@ class Examination:
         read: Callable[[str], np.ndarray],
     ):
         self._path, self._leaves, self._whole, self._examine = path, leaves, frozenset(whole), examine
-        self._found: dict[str, tuple[int, str | None]] = {}
+        self._results: dict[str, tuple[int, str | None]] = {}
         self._waiting: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
         self._alone = jax.process_count() == 1
         self._pool = concurrent.futures.ThreadPoolExecutor(2)
@@ -98,9 +98,9 @@ class Examination:
         """Waits until all but a number of the added leaves are checked and freed."""
         while len(self._waiting) > remaining:
             name, future = self._waiting.popleft()
-            self._found[name] = future.result()
+            self._results[name] = future.result()
             if self._alone:
-                refuse_not_finite(self._path, name, self._found[name][0])
+                refuse_not_finite(self._path, name, self._results[name][0])
 
     def result(self) -> dict[str, str]:
         """Waits for all leaves and returns the hashes.
@@ -110,9 +110,9 @@ class Examination:
         """
         hosts.together(self._finish)
         names = sorted(self._leaves)
-        found = [self._found.get(name, (0, None)) for name in names]
-        counts = np.array([min(count, 2**31 - 1) for count, _ in found], np.int32)
-        digests = np.array([list(bytes.fromhex(digest or _NONE)) for _, digest in found], np.uint8)
+        results = [self._results.get(name, (0, None)) for name in names]
+        counts = np.array([min(count, 2**31 - 1) for count, _ in results], np.int32)
+        digests = np.array([list(bytes.fromhex(digest or _NONE)) for _, digest in results], np.uint8)
         if not self._alone:
             # One process hashes a leaf; the processes that hold its shards count.
             counts = hosts.gathered(counts).astype(np.int64).sum(axis=0)
@@ -130,7 +130,7 @@ class Examination:
     def _finish(self) -> None:
         self.settle()
         for name, future in self._dealt:
-            self._found[name] = future.result()
+            self._results[name] = future.result()
 
     def _at(self, name: str, leaf: jax.Array | np.ndarray) -> tuple[int, str | None]:
         """Returns the number of values of a leaf that are not finite, and its hash."""
