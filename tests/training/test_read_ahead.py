@@ -54,7 +54,7 @@ def examine(leaves):
     examination = Examination('here', leaves, whole, sha256_of, leaves.get)
     try:
         for name, leaf in leaves.items():
-            examination.add(name, leaf)
+            examination.check(name, leaf)
         return examination.result()
     finally:
         examination.close()
