@@ -344,7 +344,7 @@ def test_a_folder_of_checkpoints_that_tensorstore_cannot_open(name, words, tmp_p
 def test_settings_that_jax_refuses_wherever_it_first_looks_at_them(settings, words):
     look = 'import jax; jax.process_index()'
     program = 'import sys; from upcycle import cli, handlers; '
-    program += f'handlers.evaluate = lambda *_: exec({look!r}); cli.main(sys.argv[1:])'
+    program += f'handlers.evaluate = lambda **_: exec({look!r}); cli.main(sys.argv[1:])'
     arguments = [sys.executable, '-c', program, 'eval', '--from=x']
     done = subprocess.run(arguments, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1

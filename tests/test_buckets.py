@@ -145,7 +145,7 @@ def test_what_cannot_be_finished_is_removed(exported, bucket, monkeypatch, capsy
     [
         ('gs://nowhere/model', 'cannot be used'),
         ('gs://nowhere/model.npz', 'cannot be used'),
-        ('gs://bucket', 'names a bucket and no file in it'),
+        ('gs://bucket', 'names a bucket, not a file in it'),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(target, words, bucket, shallow, capsys):

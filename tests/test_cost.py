@@ -110,15 +110,10 @@ def test_reads_a_tpu_program():
     assert found['all-reduce'].wire_bytes == pytest.approx(2 * 64 * 128 * 4 * 7 / 8)
 
 
-def test_flops_of_a_token():
-    """Forward and backward add up to the step's; sparse layers cost what their slots do."""
-    model, batch = EncoderDecoderModel(CONFIGS['gather']), random_batch()
-    spec = spec_of(batch)
-    parts = cost.flops_per_token(model, spec)
-    total = sum(forward + backward for forward, backward in parts.values())
-    assert total * model.num_tokens(spec) == pytest.approx(cost.step_flops(model, spec))
-    assert all(backward == 2 * forward for forward, backward in parts.values())
-    assert model.num_tokens(spec) == sum(batch[f'{stack}_input_tokens'].size for stack in ('encoder', 'decoder'))
+def test_tokens_of_a_batch():
+    batch = random_batch()
+    tokens = EncoderDecoderModel(CONFIGS['dense']).num_tokens(spec_of(batch))
+    assert tokens == sum(batch[f'{stack}_input_tokens'].size for stack in ('encoder', 'decoder'))
 
 
 def test_active_parameters():

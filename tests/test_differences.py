@@ -161,7 +161,7 @@ def test_what_differs_comes_first_and_fits_a_screen(case, checkpoints, capsys, t
 @pytest.mark.parametrize(
     ('name', 'options', 'said'),
     [
-        ('moe', CONTINUE, 'it has experts and the model has none: include the file of moe/ that it was trained with'),
+        ('moe', CONTINUE, 'it has experts and the model has none: include its moe/ file'),
         ('dense', [*MOE, *CONTINUE], 'the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out'),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_is_not_whole(tmp_path, capsys):
     code, _, error = call(
         ['import', f'--from={trees.write(tmp_path / "in", "upcycle", broken)}', '--to=unused'], capsys
     )
-    assert code == 2 and 'is not a whole t5 (' in error and error.count('\n') <= SCREEN, error
+    assert code == 2 and 'is not a complete t5 (' in error and error.count('\n') <= SCREEN, error
     assert re.search(r'params/encoder/layers_\*/attention/out/kernel \(12, 16\) is missing \(12 of them\)', error), (
         error
     )

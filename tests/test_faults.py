@@ -92,7 +92,7 @@ CASES = {
         'recipes',
         '',
         [
-            *('upcycle: moe/t5.gin stands before models/t5_1_1_tiny.gin', 'exit 2'),
+            *('upcycle: moe/t5.gin comes before models/t5_1_1_tiny.gin', 'exit 2'),
             *('upcycle: moe/vit.gin is for models of the family vit', 'exit 2'),
         ],
     ),
@@ -125,7 +125,7 @@ CASES = {
     'newest_step_half_copied': (
         'which file counts',
         '',
-        ['warning: .*/checkpoint_2000 is passed over and checkpoint_1000 is read: it has neither', 'exit 0'],
+        ['warning: .*/checkpoint_2000 is skipped .it has neither .* checkpoint_1000 is read instead', 'exit 0'],
     ),
     'npz_big_endian': ('numbers', '', ['exit 0', *(r'\nwrote ', 'exit 0') * 3]),
     'position_biases_in_every_layer': (
@@ -150,12 +150,12 @@ CASES = {
     'single_file_beside_an_index': (
         'which file counts',
         '',
-        ['warning: .*index.json and its files are passed over', 'exit 0', r'read: \[2\.\]'],
+        ['warning: .*index.json and its files are ignored', 'exit 0', r'read: \[2\.\]'],
     ),
     'space_check_that_contradicts_itself': (
         'places to write to',
         '',
-        ['has 62.9 MB free, and 67.2 MB are needed', 'exit 2', 'Read-only file system', 'exit 2'],
+        ['has 62.9 MB free, but 67.2 MB are needed', 'exit 2', 'Read-only file system', 'exit 2'],
     ),
     't5_old_cross_attention_bias': (
         'documented and refused',

@@ -55,12 +55,12 @@ def test_auto(count, slices, experts, shape):
 @pytest.mark.parametrize(
     ('shape', 'experts', 'slices', 'message'),
     [
-        ('all', None, 1, "MESH_SHAPE = .* is neither 'auto' nor three sizes"),
-        ((2, 4), None, 1, "is neither 'auto' nor three sizes"),
-        ((2, 2, 0), None, 1, "is neither 'auto' nor three sizes"),
-        ((2, 2, 1), None, 1, 'needs 4 devices, and there are 8'),
+        ('all', None, 1, "MESH_SHAPE = .* must be 'auto' or three sizes"),
+        ((2, 4), None, 1, "must be 'auto' or three sizes"),
+        ((2, 2, 0), None, 1, "must be 'auto' or three sizes"),
+        ((2, 2, 1), None, 1, 'needs 4 devices, but there are 8'),
         ((1, 8, 1), 4, 1, 'NUM_EXPERTS = 4 does not divide among the 8 shards'),
-        ((1, 8, 1), 8, 2, 'the data axis alone crosses the network between slices'),
+        ((1, 8, 1), 8, 2, 'only the data axis may cross slices'),
     ],
 )
 def test_refusals(shape, experts, slices, message):

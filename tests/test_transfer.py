@@ -94,7 +94,7 @@ def test_two_commands_do_not_write_one_checkpoint(format, tmp_path, monkeypatch)
     def again(*arguments):
         monkeypatch.undo()
         with pytest.raises(
-            UserError, match=f'{target}.* is being written by another process: wait for its end'
+            UserError, match=f'{target}.* is being written by another process: wait for it to end'
         ) as error:
             transfer(source, target, format)
         refused.append(error)
@@ -124,7 +124,7 @@ REFUSED = {
     'another format': ({}, ['--format=vit_npz'], ['upcycle, not vit_npz']),
     'no such format': ({}, ['--format=zip'], ['--format=zip is not one of']),
     'dtype': ({}, ['--dtype=int8'], ['--dtype=int8 is not one of']),
-    'another step': ({}, ['--step=7'], ['stands at step 100', '--step=7']),
+    'another step': ({}, ['--step=7'], ['is at step 100', '--step=7']),
     'a step below 0': ({'step': None}, ['--step=-1'], ['--step=-1 must be a whole number of at least 0']),
     'no number': ({'step': None}, ['--step=1e6'], ['--step=1e6 must be a whole number of at least 0']),
     'nothing': ({'step': None}, ['--step='], ['--step= must be a whole number']),
@@ -142,12 +142,12 @@ REFUSED = {
     'a leaf of another shape': (
         {'params/encoder/layers_1/attention/out/kernel': np.ones((16, 12), 'f')},
         [],
-        ['not a whole t5', 'attention/out/kernel is (16, 12)', '(12, 16)'],
+        ['not a complete t5', 'attention/out/kernel is (16, 12)', '(12, 16)'],
     ),
     'a leaf too many': (
         {'params/encoder/adapter/kernel': np.ones(3, 'f')},
         [],
-        ['encoder/adapter/kernel', 'belongs to nothing'],
+        ['encoder/adapter/kernel', 'is unknown'],
     ),
     'a leaf missing': (
         {'params/encoder/layers_0/mlp/wo/kernel': None},
@@ -160,7 +160,11 @@ REFUSED = {
         [],
         ['embedding/v_row is (7,)'],
     ),
-    'state of nothing': ({'opt_state/param_states/x/v': np.ones(7, 'f')}, [], ['x/v is the state of no parameter']),
+    'state of nothing': (
+        {'opt_state/param_states/x/v': np.ones(7, 'f')},
+        [],
+        ['x/v is optimizer state of an unknown parameter'],
+    ),
     'experts and router': (
         {'params/encoder/layers_1/mlp/router/router_weights/w/kernel': np.ones((16, 5), 'f')},
         [],
@@ -186,7 +190,7 @@ def test_refused_with_nothing_left_behind(case, tmp_path, capsys):
 def test_two_clocks_do_not_fit_into_t5x(tmp_path):
     tree = trees.t5(False, state=True) | {'opt_state/count': np.int32(3)}
     source = trees.write(tmp_path / 'in', 'upcycle', tree)
-    with pytest.raises(UserError, match='opt_state/count of .* is 3 and the step is 100'):
+    with pytest.raises(UserError, match='opt_state/count of .* is 3 but the step is 100'):
         transfer(source, tmp_path / 'out', 't5x_legacy')
     assert os.listdir(tmp_path) == ['in']
 
@@ -204,7 +208,7 @@ def test_no_step_is_asked_for_where_it_is_needed(tmp_path):
     tree = trees.t5(False, state=False)
     del tree['step']
     source = trees.write(tmp_path / 'in', 'huggingface', tree)
-    with pytest.raises(UserError, match='t5x_legacy needs the step .* --step'):
+    with pytest.raises(UserError, match='t5x_legacy needs the step.* --step'):
         transfer(source, tmp_path / 'out', 't5x_legacy')
     assert open_checkpoint(transfer(source, tmp_path / 'out', 't5x_legacy', step=7)).step == 7
     ours = open_checkpoint(transfer(source, tmp_path / 'ours', 'upcycle'))
@@ -231,7 +235,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypat
     usage = type('Usage', (), {'free': 1000})
     monkeypatch.setattr(outputs.shutil, 'disk_usage', lambda path: usage)
     for format in ('upcycle', 'vit_npz', 'huggingface'):
-        with pytest.raises(UserError, match=r'has 1 kB free, and 1.05 MB are needed'):
+        with pytest.raises(UserError, match=r'has 1 kB free, but 1.05 MB are needed'):
             transfer(source, tmp_path / 'out' / 'x.npz', format)
     assert os.listdir(tmp_path) == ['in']
 
@@ -264,7 +268,7 @@ def test_goes_on_where_it_was_cut_off(format, tmp_path, monkeypatch):
     monkeypatch.setattr(
         folder_writer.FolderWriter, 'write', lambda self, name, *rest: asked.append(name) or write(self, name, *rest)
     )
-    with pytest.raises(UserError, match='is the beginning of another write .*leaves is'):
+    with pytest.raises(UserError, match='holds another interrupted write .*leaves is'):
         transfer(source, tmp_path / 'out', format, dtype='bfloat16')
     path = transfer(source, tmp_path / 'out', format)
     folder = pathlib.Path(path)
@@ -298,7 +302,7 @@ cli.main({command!r})
 """
     killed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    with pytest.raises(UserError, match='only saves that were interrupted'):
+    with pytest.raises(UserError, match='only interrupted saves'):
         open_checkpoint(tmp_path / 'out')
     path = transfer(source, tmp_path / 'out', 'upcycle')
     trees.assert_same(open_checkpoint(path), tree | big)
@@ -335,7 +339,7 @@ def test_a_trained_step_with_a_changed_byte_is_refused(dense, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match='are not those that were saved'):
+    with pytest.raises(UserError, match='have changed since the save'):
         transfer(str(step), str(tmp_path / 'out'), 't5x_legacy')
     assert not (tmp_path / 'out').exists()
 

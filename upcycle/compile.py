@@ -1,6 +1,6 @@
-"""Ahead-of-time compilation for a TPU topology, without a TPU: memory, FLOPs, collectives and an estimate of time and cost.
+"""Ahead-of-time compilation for a TPU topology, without a TPU: memory, FLOPs, collectives, and estimates of time and cost.
 
-What comes out is the TPU compiler's account of the very program that a pod would run. Nothing is executed.
+The figures are the TPU compiler's account of the program that a pod would run. Nothing is executed.
 """
 
 import contextlib
@@ -8,7 +8,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from jax.experimental import topologies
 from upcycle import cost, partitioning
 from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
+from upcycle.progress import waiting
 from upcycle.training import loop, start
 from upcycle.training.run import ModelRun
 from upcycle.training.state import make_layout
@@ -30,13 +30,13 @@ GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip, by its vendor's figures.
+    """A chip, with its vendor's figures.
 
     Attributes:
-      flops: a second in bfloat16.
-      memory: bytes a program can use.
-      memory_bandwidth: bytes a second.
-      network_bandwidth: bytes a second that it can send over all its links, one way.
+      flops: FLOP/s in bfloat16.
+      memory: usable bytes.
+      memory_bandwidth: bytes/s.
+      network_bandwidth: bytes/s sent over all links, one way.
       cores: on a chip; the paper counts core-days.
     """
 
@@ -47,8 +47,8 @@ class Chip:
     cores: int
 
 
-# cloud.google.com/tpu/docs, system architecture: looked up for v5e and v5p, from memory for the others. v4's usable memory is
-# what its compiler reports.
+# cloud.google.com/tpu/docs, system architecture: looked up for v5e and v5p, from memory for the others. v4's usable memory is as
+# its compiler reports.
 CHIPS = {
     'v2': Chip(45e12, 16 * GiB, 700e9, 248e9, 2),
     'v3': Chip(123e12, 32 * GiB, 900e9, 328e9, 2),
@@ -57,22 +57,22 @@ CHIPS = {
     'v5p': Chip(459e12, 95 * GiB, 2765e9, 600e9, 2),
     'v6e': Chip(918e12, 32 * GiB, 1640e9, 448e9, 1),
 }
-# That core-days are estimated for where TRAIN_STEPS is not given; no other figure depends on it.
+# Steps for the estimate of core-days if TRAIN_STEPS is not set; no other figure depends on it.
 STEPS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What one step costs one device, by the compiler's account.
+    """Cost of one step on one device, by the compiler's account.
 
     Attributes:
       topology: such as 'v4:4x4x4'.
       devices: of the mesh.
       chips: of the topology.
-      arguments, temporaries, code, peak: bytes, by XLA's statistics. Its temporaries are not what is set aside for them: of
-        programs with loops they have been up to 1.6 times that.
-      reserved: bytes set aside for arguments and temporaries together, which the compiler compares with a device's memory.
-      xla_flops: XLA's own count, in which the body of a loop counts once.
+      arguments, temporaries, code, peak: bytes, from XLA's statistics. For programs with loops `temporaries` has been up to 1.6
+        times the memory that the compiler reserves.
+      reserved: bytes reserved for arguments and temporaries together, which must fit a device's memory.
+      xla_flops: XLA's count, in which the body of a loop counts once.
       matmul_flops: of all matrix products, loops multiplied.
       analytic_flops: `cost.py`'s, per device.
       memory_bytes: read and written in memory, XLA's count (loops once).
@@ -104,12 +104,12 @@ class Account:
 
     @property
     def usable(self) -> float:
-        """Bytes of memory of one device."""
+        """Usable bytes of one device."""
         return self.chip.memory * self.chips / self.devices
 
     @property
     def has_loops(self) -> bool:
-        """Whether most of its work is in loops, which XLA counts once."""
+        """Whether XLA, which counts loops once, misses more than a tenth of the matrix products."""
         return self.xla_flops < 0.9 * self.matmul_flops
 
     @property
@@ -118,7 +118,7 @@ class Account:
         return self.reserved + self.code <= self.usable
 
     def seconds(self) -> dict[str, float]:
-        """A step's time by resource, each at its peak, and an estimate made of them; nothing was run.
+        """Returns a step's time by resource, each at its peak, and an estimate from these; nothing was run.
 
         Memory traffic inside loops counts once, so it is too small for scanned layers.
         """
@@ -129,7 +129,7 @@ class Account:
             'memory at full bandwidth': self.memory_bytes / (self.chip.memory_bandwidth * share),
             'network at full bandwidth': wire / (self.chip.network_bandwidth * share),
         }
-        # Products and memory overlap in a fused program, the synchronous collectives of an MoE layer do not.
+        # Products and memory traffic overlap in a fused program; the synchronous collectives of an MoE layer do not.
         parts['estimate'] = (
             max(parts['matrix products at peak'], parts['memory at full bandwidth'])
             + parts['network at full bandwidth']
@@ -137,7 +137,7 @@ class Account:
         return parts
 
     def core_days(self, steps: int, utilization: float) -> float:
-        """Core-days of a run at a share of the peak."""
+        """Returns the core-days of a run at a share (`utilization`) of the peak."""
         return cost.core_days(
             steps * self.analytic_flops * self.devices, self.chip.flops / self.chip.cores, utilization
         )
@@ -147,9 +147,9 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     """Compiles a run's training step for a topology.
 
     Args:
-      run: its mesh shape must use the topology's devices.
+      run: its mesh shape must match the topology.
       topology: such as 'v4:4x4x8', 'v5e:16x16', 'v5p:4x4x8', 'v6e:16x16'.
-      num_slices: connected by the data-centre network.
+      num_slices: number of slices, connected by the data-centre network.
 
     Returns:
       The account, and the compiled program as text.
@@ -162,9 +162,8 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
     start.check_batches(run, mesh)
     layout = make_layout(run, mesh)
-    print(f'compiling for {len(devices)} devices of {topology}, which can take minutes', file=sys.stderr, flush=True)
     begin = time.monotonic()
-    with partitioning.use(mesh):
+    with partitioning.use(mesh), waiting(f'compiling for {len(devices)} devices of {topology}'):
         lowered = loop.lower_step(run, layout, partitioning.batch_sharding(mesh))
         try:
             with _dump() as (dump, options):
@@ -199,13 +198,13 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
 
 
 ADVICE = (
-    'Raise NUM_MICROBATCHES, recompute more (REMAT), loop over layers (SCAN_LAYERS), split more (MESH_SHAPE, '
-    'PARAMETERS_OVER_DATA), or take a larger topology.'
+    'Raise NUM_MICROBATCHES, recompute more (REMAT), loop over layers (SCAN_LAYERS), shard more (MESH_SHAPE, '
+    'PARAMETERS_OVER_DATA), or use a larger topology.'
 )
 
 
 def show(account: Account, run: ModelRun, utilization: float) -> str:
-    """The account as text."""
+    """Formats the account as text."""
     gb = 1e9
     lines = [
         f'{account.topology}: {account.devices} devices on {account.chips} chips; compiled in {account.compile_seconds:.0f} s',
@@ -219,10 +218,10 @@ def show(account: Account, run: ModelRun, utilization: float) -> str:
         lines.append(
             f'cycles               {account.cycles / 1e6:.1f} M outside collectives, by the compiler (loops multiplied)'
         )
-    for kind, found in sorted(account.collectives.items()):
+    for kind, total in sorted(account.collectives.items()):
         lines.append(
-            f'{kind:20s} {found.count} a step, {found.operand_bytes / gb:.4f} GB in, {found.result_bytes / gb:.4f} GB out, '
-            f'{found.wire_bytes / gb:.4f} GB on the wire'
+            f'{kind:20s} {total.count} a step, {total.operand_bytes / gb:.4f} GB in, {total.result_bytes / gb:.4f} GB out, '
+            f'{total.wire_bytes / gb:.4f} GB on the wire'
         )
     if not account.collectives:
         lines.append('collectives          none')
@@ -238,7 +237,7 @@ def show(account: Account, run: ModelRun, utilization: float) -> str:
 
 
 def as_json(account: Account, run: ModelRun, utilization: float) -> dict[str, Any]:
-    """The account for other programs."""
+    """Returns the account for JSON."""
     return {
         **dataclasses.asdict(account),
         'fits': account.fits,
@@ -250,47 +249,49 @@ def as_json(account: Account, run: ModelRun, utilization: float) -> dict[str, An
 def _devices(topology: str, num_slices: int) -> list[jax.Device]:
     kind = topology.split(':')[0]
     if kind not in CHIPS or ':' not in topology:
-        raise UserError(f'--topology={topology} is not KIND:SHAPE with a kind of {", ".join(CHIPS)}, such as v4:4x4x4.')
+        raise UserError(
+            f'--topology={topology} must be KIND:SHAPE with KIND one of {", ".join(CHIPS)}, such as v4:4x4x4.'
+        )
     if importlib.util.find_spec('libtpu') is None:
         raise UserError('compiling for TPUs needs libtpu: pip install "upcycle[tpu]".')
     options: dict[str, Any] = {'num_slices': num_slices} if num_slices > 1 else {}
     if kind == 'v4':
-        # One device a chip, as a v4 pod shows itself.
+        # One device for each chip, as on a v4 pod.
         options['chip_config_name'] = 'megacore'
     try:
         with _quiet():
-            found = topologies.get_topology_desc(platform='tpu', topology_name=topology, **options)
+            description = topologies.get_topology_desc(platform='tpu', topology_name=topology, **options)
     except Exception as error:
-        raise UserError(f'--topology={topology} is refused by libtpu: {str(error).splitlines()[0]}') from None
-    return list(found.devices)
+        raise UserError(f'libtpu refuses --topology={topology}: {str(error).splitlines()[0]}') from None
+    return list(description.devices)
 
 
 @contextlib.contextmanager
 def _dump() -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Where the compiler writes what it did, and the options that make it: where XLA_FLAGS say so, else to a folder for now."""
-    if asked := re.search(r'--xla_dump_to=(\S+)', os.environ.get('XLA_FLAGS', '')):
-        yield Path(asked[1]), {}
+    """Yields the folder of the compiler's dump, that of XLA_FLAGS or a temporary one, and the options that enable the dump."""
+    if flag := re.search(r'--xla_dump_to=(\S+)', os.environ.get('XLA_FLAGS', '')):
+        yield Path(flag[1]), {}
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder), {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
 
 
 def _reserved(dump: Path) -> int | None:
-    """Bytes of device memory by the compiler's assignment of buffers, of which only its dump tells; None: it does not."""
-    # Of the step and nothing else: XLA_FLAGS have small programs on the CPU dumped too.
+    """Returns the bytes of device memory in the compiler's buffer assignment, from its dump; None if the dump lacks it."""
+    # Only of the step: with XLA_FLAGS small programs on the CPU are dumped too.
     reports = [file.read_text(encoding='utf-8') for file in dump.glob('*train_step*memory-usage-report.txt')]
-    found = [re.search(r'Memory Space: default .*\nTotal bytes: (\d+)', report) for report in reports]
-    return max((int(match[1]) for match in found if match), default=None)
+    matches = [re.search(r'Memory Space: default .*\nTotal bytes: (\d+)', report) for report in reports]
+    return max((int(match[1]) for match in matches if match), default=None)
 
 
 def _shortage(message: str) -> str:
-    found = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message)
-    return f'it needs {found[1]} of {found[2]} of memory.' if found else message.splitlines()[0]
+    sizes = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message)
+    return f'it needs {sizes[1]} of memory and a device has {sizes[2]}.' if sizes else message.splitlines()[0]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """libtpu writes pages to standard error on its way up."""
+    """Hides standard error while libtpu starts, which prints pages."""
     saved = os.dup(2)
     with open(os.devnull, 'w', encoding='utf-8') as nowhere:
         os.dup2(nowhere.fileno(), 2)

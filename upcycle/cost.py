@@ -1,10 +1,12 @@
-"""What a model costs: floating-point operations by component, parameters, bytes in memory and on the network, core-days.
+"""Costs of a model: floating-point operations by component, parameters, bytes, core-days.
 
 A multiply-add counts as 2 operations. Only matrix products and the weighting of experts' outputs are counted: no norms, softmax
 or activations.
 """
 
+import collections
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,26 +23,31 @@ TRAIN_OVER_FORWARD = 3.0
 
 
 def matmul(rows: int, inner: int, columns: int) -> float:
-    """FLOPs of (rows, inner) @ (inner, columns)."""
+    """Returns the FLOPs of (rows, inner) @ (inner, columns)."""
     return 2.0 * rows * inner * columns
 
 
-def attention(batch: int, queries: int, keys: int, width: int, heads_width: int, *, project_keys: bool = True) -> float:
-    """FLOPs of one attention layer: four projections, the scores and the weighted sum."""
-    projections = 2 * matmul(batch * queries, width, heads_width)
-    if project_keys:
-        projections += 2 * matmul(batch * keys, width, heads_width)
+def attention(batch: int, queries: int, keys: int, width: int, heads_width: int) -> float:
+    """Returns the FLOPs of one attention layer: four projections, the scores and the weighted sum."""
+    projections = 2 * matmul(batch * (queries + keys), width, heads_width)
     return projections + 2 * batch * matmul(queries, heads_width, keys)
 
 
 def mlp(tokens: int, width: int, mlp_width: int, matrices: int) -> float:
-    """FLOPs of an MLP of that many matrices (3 when gated) on that many tokens."""
+    """Returns the FLOPs of an MLP with that many matrices (3 if gated)."""
     return matrices * matmul(tokens, width, mlp_width)
 
 
 def moe(config: MoE, tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool) -> dict[str, float]:
-    """FLOPs of one MoE layer: its router, its experts on every slot (full or not), the shared ones on every token, and the way
-    there and back. `mlp_width` is that of a dense MLP.
+    """Returns the FLOPs of one MoE layer by component. Experts multiply all slots, full or not.
+
+    Args:
+      config: of the layer.
+      tokens: of the batch.
+      width: D.
+      mlp_width: F of a dense MLP.
+      matrices: of an MLP.
+      training: selects the capacity factor.
     """
     if not config.routes:
         return {'experts': mlp(tokens, width, mlp_width, matrices)}
@@ -55,46 +62,51 @@ def moe(config: MoE, tokens: int, width: int, mlp_width: int, matrices: int, *, 
         parts['shared_experts'] = mlp(tokens, width, config.num_shared_experts * expert_width, matrices)
     if config.meets_every_slot:
         groups = num_groups(tokens, config.group_size, config.groups_multiple_of)
-        # Every token against every slot of its group, there and back.
+        # Dispatch and combine multiply every token with every slot of its group.
         parts['combine'] = 2 * matmul(tokens, width, rows // groups)
     return parts
 
 
+def mlps(
+    layers: Iterable[MoE | None], tokens: int, width: int, mlp_width: int, matrices: int, *, training: bool
+) -> dict[str, float]:
+    """Returns the FLOPs of all MLPs of a stack by component. A layer is its MoE, None if dense; other arguments as for `moe`."""
+    total: collections.Counter[str] = collections.Counter()
+    for layer in layers:
+        if layer is None:
+            total['mlp'] += mlp(tokens, width, mlp_width, matrices)
+        else:
+            total.update(moe(layer, tokens, width, mlp_width, matrices, training=training))
+    return dict(total)
+
+
 def forward_flops(model: 'Model', batch_spec: 'BatchSpec', *, training: bool) -> float:
-    """FLOPs of one forward pass over a batch."""
+    """Returns the FLOPs of one forward pass over a batch."""
     return sum(model.forward_flops(batch_spec, training=training).values())
 
 
 def step_flops(model: 'Model', batch_spec: 'BatchSpec') -> float:
-    """FLOPs of one training step: forward and backward. Rematerialised work is not counted, as usual."""
+    """Returns the FLOPs of one training step, forward and backward. Rematerialised work is not counted, as usual."""
     return TRAIN_OVER_FORWARD * forward_flops(model, batch_spec, training=True)
 
 
-def flops_per_token(model: 'Model', batch_spec: 'BatchSpec') -> dict[str, tuple[float, float]]:
-    """(forward, backward) FLOPs of a training step by component, over the tokens of a batch (padding included)."""
-    tokens = model.num_tokens(batch_spec)
-    parts = model.forward_flops(batch_spec, training=True)
-    return {name: (flops / tokens, (TRAIN_OVER_FORWARD - 1) * flops / tokens) for name, flops in parts.items()}
-
-
-# Peak of a core of TPU v4, FLOP/s in bfloat16, and the share of it that estimates assume: the paper counts in days of such cores.
+# Peak of a TPU v4 core, FLOP/s in bfloat16, and the share of it that estimates assume. The paper counts in days of such cores.
 TPU_V4_CORE = 137.5e12
 UTILIZATION = 0.4
 
 
 def core_days(flops: float, core_flops_per_second: float, utilization: float) -> float:
-    """Core-days of that many FLOPs at a share of a core's peak."""
+    """Returns the core-days of that many FLOPs at a share (`utilization`) of a core's peak."""
     return flops / (core_flops_per_second * utilization) / 86400
 
 
 def num_parameters(params: Any) -> int:
-    """Numbers in a tree of arrays or abstract arrays."""
+    """Counts the numbers in a tree of arrays or abstract arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def num_active_parameters(params: Any, moe_layers: dict[str, MoE]) -> float:
-    """Parameters that one token passes through: of the experts, K of E for Top-K, cf of E for Expert Choice, all for
-    Soft MoE."""
+    """Counts the parameters that one token uses: of E experts K for Top-K, cf for Expert Choice, all for Soft MoE."""
     active = 0.0
     for path, leaf in flatten_dict(params, sep='/').items():
         share = 1.0
@@ -106,10 +118,10 @@ def num_active_parameters(params: Any, moe_layers: dict[str, MoE]) -> float:
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or abstract arrays: in memory, and (uncompressed) in a checkpoint."""
+    """Returns the bytes of a tree of arrays or abstract arrays, in memory or in an uncompressed checkpoint."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes on one device of a tree of (abstract) arrays with shardings."""
+    """Returns the bytes on one device of a tree of (abstract) arrays with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,6 @@
-"""Reads a compiled program's text: what it multiplies, what it sends, and how often, loops included.
+"""Counts matrix products and collectives in the text of a compiled program, loops included.
 
-XLA's own cost analysis counts the body of a loop once. Here every computation is weighted by how often it runs.
+XLA's cost analysis counts the body of a loop once. Here every computation is weighted by how often it runs.
 """
 
 import collections
@@ -33,13 +33,13 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind, over one step.
+    """Collectives of one kind in one step.
 
     Attributes:
-      count: how many are executed.
-      operand_bytes: what one device puts in.
-      result_bytes: what one device gets out.
-      wire_bytes: what one device sends, by the usual ring or direct algorithm.
+      count: number of executions.
+      operand_bytes: input of one device.
+      result_bytes: output of one device.
+      wire_bytes: sent by one device, with the usual ring or direct algorithm.
     """
 
     count: int = 0
@@ -49,7 +49,7 @@ class Collective:
 
 
 class Program:
-    """A compiled program, as `compiled.as_text()` shows it."""
+    """A compiled program, from its `as_text()`."""
 
     def __init__(self, text: str):
         self._computations: dict[str, list[Operation]] = {}
@@ -69,14 +69,14 @@ class Program:
         self.times = self._executions()
 
     def operations(self):
-        """Every operation with the times that it is executed."""
+        """Yields every operation and the number of its executions."""
         for name, operations in self._computations.items():
             for operation in operations:
                 yield operation, self.times[name]
 
     def collectives(self) -> dict[str, Collective]:
-        """What crosses the network, by kind. An all-reduce of which each device keeps a part counts as a reduce-scatter."""
-        found: dict[str, Collective] = {}
+        """Returns collectives by kind. An all-reduce of which each device keeps a part counts as a reduce-scatter."""
+        total: dict[str, Collective] = {}
         for computation, operations in self._computations.items():
             for operation in operations:
                 kind = operation.kind.removesuffix('-start')
@@ -97,17 +97,17 @@ class Program:
                     'reduce-scatter': operands * share,
                     'collective-permute': operands,
                 }[kind]
-                old, times = found.get(kind, Collective()), self.times[computation]
-                found[kind] = Collective(
+                old, times = total.get(kind, Collective()), self.times[computation]
+                total[kind] = Collective(
                     old.count + times,
                     old.operand_bytes + times * operands,
                     old.result_bytes + times * result,
                     old.wire_bytes + times * wire,
                 )
-        return found
+        return total
 
     def matmul_flops(self) -> float:
-        """FLOPs of all matrix products, a multiply-add counted as 2."""
+        """Counts the FLOPs of all matrix products; a multiply-add counts as 2."""
         total = 0.0
         for operation, times in self.operations():
             if times and operation.kind in ('convolution', 'dot'):
@@ -117,15 +117,15 @@ class Program:
         return total
 
     def estimated_cycles(self) -> int:
-        """The TPU compiler's own estimate of a step's cycles outside collectives; 0 where it gives none."""
-        cycles = 0
-        for operation, times in self.operations():
-            if match := re.search(r'"estimated_cycles":"(\d+)"', operation.rest):
-                cycles += times * int(match[1])
-        return cycles
+        """Returns the TPU compiler's estimate of a step's cycles outside collectives; 0 if it has none."""
+        return sum(
+            times * int(match[1])
+            for operation, times in self.operations()
+            if (match := re.search(r'"estimated_cycles":"(\d+)"', operation.rest))
+        )
 
     def _executions(self) -> dict[str, int]:
-        """How often each computation runs in one step."""
+        """Counts the runs of each computation in one step."""
         times: dict[str, int] = collections.defaultdict(int)
 
         def visit(name: str, count: int) -> None:
@@ -167,7 +167,7 @@ def _bytes(shape: str) -> int:
 
 
 def _group_size(operation: Operation) -> int | None:
-    """Devices that take part together; None: all."""
+    """Returns the number of devices in a collective's group; None for all."""
     if match := re.search(r'replica_groups=\{\{([\d,]+)\}', operation.rest):
         return len(match[1].split(','))
     if match := re.search(r'replica_groups=\[(\d+),(\d+)\]', operation.rest):
@@ -185,7 +185,7 @@ def _dot_flops(left: list[int], right: list[int], out: list[int], rest: str) -> 
 
 
 def _convolution_flops(left: list[int], right: list[int], out: list[int], rest: str) -> float:
-    """A TPU writes every product as a convolution, batch dimensions as dilated windows: only real overlaps count."""
+    """Counts the FLOPs of a convolution. TPUs write all products so, with batch dimensions as dilated windows."""
     labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', rest)
     left_labels, right_labels, out_labels = labels.groups()
     window = re.search(r'window=\{([^}]*)\}', rest)

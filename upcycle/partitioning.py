@@ -1,4 +1,4 @@
-"""The mesh, and which logical axis lies along which mesh axis.
+"""The device mesh, and the mapping of logical axes to mesh axes.
 
 Mesh axes: `data` and `expert` split the batch, `expert` the experts, `model` the width of MLPs, attention and vocabulary.
 """
@@ -23,7 +23,7 @@ from upcycle.schema import shown
 
 MESH_AXES = ('data', 'expert', 'model')
 
-# T5X's logical axis names. An axis that is not named here is never split.
+# T5X's logical axis names. Axes that are not listed are never split.
 RULES: tuple[tuple[str, Any], ...] = (
     ('batch', ('data', 'expert')),
     ('expert', 'expert'),
@@ -34,24 +34,24 @@ RULES: tuple[tuple[str, Any], ...] = (
     ('heads', 'model'),
 )
 
-# Fully sharded data parallelism: parameters are split over `data` too, along an axis that the rules above leave whole.
+# Fully sharded data parallelism: parameters are also split over `data`, along an axis that the rules above do not split.
 OVER_DATA: tuple[tuple[str, Any], ...] = (('embed', 'data'), ('mlp_embed', 'data'))
 
-# Along these a leaf is a stack of parameters, each with an optimizer state of its own.
+# Axes along which a leaf is a stack of parameters with separate optimizer states.
 STACKED_AXES = ('expert', 'layers')
 
 
 def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The device mesh.
+    """Makes the device mesh.
 
     Args:
-      shape: (data, expert, model) [MESH_SHAPE], or 'auto': as many expert shards as divide both the devices of a slice and the
+      shape: (data, expert, model) [MESH_SHAPE], or 'auto': the most expert shards that divide both the devices of a slice and the
         experts, the rest data.
       num_experts: E, or None for a dense model.
-      devices: to use; None: all.
+      devices: to use; None for all.
 
     Raises:
-      UserError: the shape does not use the devices, or the experts do not divide.
+      UserError: the shape does not match the devices, or the experts do not divide.
     """
     devices = platforms.devices() if devices is None else devices
     count = len(devices)
@@ -60,10 +60,10 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
         expert = math.gcd(count // slices, num_experts) if num_experts else 1
         shape = (count // expert, expert, 1)
     if isinstance(shape, str) or len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise UserError(f"MESH_SHAPE = {shown(shape)} is neither 'auto' nor three sizes (data, expert, model).")
+        raise UserError(f"MESH_SHAPE = {shown(shape)} must be 'auto' or three sizes (data, expert, model).")
     shape = tuple(shape)
     if math.prod(shape) != count:
-        raise UserError(f'MESH_SHAPE = {shape!r} needs {math.prod(shape)} devices, and there are {count}.')
+        raise UserError(f'MESH_SHAPE = {shape!r} needs {math.prod(shape)} devices, but there are {count}.')
     if num_experts and num_experts % shape[1]:
         raise UserError(
             f'NUM_EXPERTS = {num_experts} does not divide among the {shape[1]} shards of the expert axis of '
@@ -71,10 +71,10 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
         )
     if shape[0] % slices:
         raise UserError(
-            f'MESH_SHAPE = {shape!r}: the data axis alone crosses the network between slices, so its size must be a multiple '
-            f'of their number, {slices}.'
+            f'MESH_SHAPE = {shape!r}: only the data axis may cross slices, so its size must be a multiple of their number, '
+            f'{slices}.'
         )
-    # A pod's torus, such as 4 x 4 x 4, has no axes of 2 and 32: let one be split.
+    # A pod's torus, such as 4 x 4 x 4, has no axes of 2 and 32, so one is split.
     if slices == 1:
         laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
@@ -85,56 +85,52 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
-    """Inside, logical constraints on activations mean this mesh."""
+    """Context in which logical constraints on activations refer to this mesh."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 @contextlib.contextmanager
 def on_one_device(device: jax.Device) -> Iterator[None]:
-    """Inside, what is computed eagerly or by `jax.jit` from host arrays lies on one device of this process, also within `use`.
+    """Context in which results computed from host arrays, eagerly or by `jax.jit`, lie on one device, also within `use`.
 
-    A mesh in use puts such arrays on all of its devices, those of other processes included, whatever the default device.
+    A mesh in use places such arrays on all of its devices, including other processes', regardless of the default device.
     """
     with jax.set_mesh(None), jax.default_device(device):
         yield
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh of the enclosing `use`; None outside, and where it is a single device."""
+    """Returns the mesh of the enclosing `use`; None outside of one, and for a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
-    """Into how many parts a mesh cuts a batch."""
+    """Returns the number of parts into which a mesh splits a batch."""
     return 1 if mesh is None else mesh.shape['data'] * mesh.shape['expert']
 
 
 def unbox(boxed: Any) -> Any:
-    """Parameters without their boxes, where they are (`flax.linen.unbox` would also lay them out on the mesh in use)."""
+    """Removes the boxes of parameters without moving them (`flax.linen.unbox` would also lay them out on the mesh in use)."""
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
 
 
 def logical_axes(boxed: Any) -> Any:
-    """For each parameter its logical axes, a tuple of names, as a `PartitionSpec`."""
+    """Returns the logical axes of each parameter, as a `PartitionSpec` of names."""
     return nn.get_partition_spec(boxed)
 
 
 def batch_axes(boxed: Any) -> Any:
-    """For each parameter, how many leading axes are stacks of parameters."""
-    return jax.tree.map(
-        lambda spec: sum(name in STACKED_AXES for name in spec),
-        logical_axes(boxed),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
-    )
+    """Counts for each parameter the leading axes that are stacks of parameters."""
+    return jax.tree.map(lambda spec: sum(name in STACKED_AXES for name in spec), logical_axes(boxed))
 
 
 def mesh_axes(
     logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, over_data: bool = False
 ) -> PartitionSpec:
-    """Mesh axes of a parameter. An axis stays whole where it does not divide evenly, and where the mesh lacks the axis."""
+    """Returns the mesh axes of a parameter. An axis is not split if it does not divide evenly or the mesh lacks its axis."""
     rules = dict(RULES + (OVER_DATA if over_data else ()))
     spec = []
     for name, size in zip(logical, shape, strict=True):
@@ -146,23 +142,22 @@ def mesh_axes(
 
 
 def param_specs(boxed: Any, mesh: Mesh, *, over_data: bool = False) -> Any:
-    """The `PartitionSpec` of every parameter, by its logical axes; `over_data`: split over the data axis as well."""
+    """Returns the `PartitionSpec` of each parameter by its logical axes; with `over_data` also split over the data axis."""
     return jax.tree.map(
         lambda logical, param: mesh_axes(logical, param.shape, mesh, over_data=over_data),
         logical_axes(boxed),
         unbox(boxed),
-        is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
 
 def constrain_stack(stack: jax.Array, logical: PartitionSpec) -> jax.Array:
-    """Lays a stack of parameters, its layers first, along the axes of the mesh in use that split one of them.
+    """Shards a stack of parameters along the axes of the mesh in use that split one of them.
+
+    The compiler chooses the sharding of other axes, along which parameters may be split over `data`.
 
     Args:
       stack: (layers, *shape of the parameter).
       logical: the parameter's logical axes.
-
-    Other axes are left to the compiler: along them parameters may be split over `data`.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -173,47 +168,46 @@ def constrain_stack(stack: jax.Array, logical: PartitionSpec) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `expert`."""
+    """Returns the sharding of a batch: rows over `data` and `expert`."""
     return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole leaf on every device."""
+    """Returns the sharding that holds a whole leaf on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def put_whole(leaf: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A leaf that every process holds on its host, on its devices: each gets its part.
+    """Shards a leaf that every process holds on its host.
 
-    `jax.device_put` to a sharding that spans several processes gathers the leaf from all of them first, to compare.
+    Unlike `jax.device_put`, it does not first gather the leaf from all processes to compare it.
     """
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
 
 def whole_on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    """A whole leaf on the host of every process, also where each holds a part of it; all processes must ask for it then."""
+    """Returns a whole leaf on the host of every process. If processes hold parts of it, all of them must call this."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = jax.jit(lambda leaf: leaf, out_shardings=replicated(leaf.sharding.mesh))(leaf).addressable_data(0)
     return np.asarray(leaf)
 
 
 def share_of(sharding: NamedSharding, process: int | None = None) -> Share:
-    """The rows of a batch that a process reads: those that its devices hold, by their places on the mesh.
+    """Returns the share of a batch that a process reads: the rows that its devices hold.
 
-    Processes that hold a part in common, as where `model` crosses them, are one group, and so are those that are linked by a
-    chain of such processes. A group reads the rows of all its parts. If groups have different numbers of parts, every process
-    reads the whole batch.
+    Processes that hold a part in common (`model` crosses them) form a group, as do processes linked by a chain of such processes.
+    A group reads the rows of all its parts. If groups have different numbers of parts, every process reads the whole batch.
 
     Args:
       sharding: see `batch_sharding`.
-      process: its number; None: this one.
+      process: index of the process; None for this one.
     """
     return _shares(sharding)[jax.process_index() if process is None else process]
 
 
 @functools.lru_cache
 def _shares(sharding: NamedSharding) -> dict[int, Share]:
-    """By process."""
+    """Returns the shares of all processes."""
     of = batch_shards(sharding.mesh)
     held: dict[int, set[int]] = {}
     for device, (rows,) in sharding.devices_indices_map((of,)).items():
@@ -230,12 +224,12 @@ def _shares(sharding: NamedSharding) -> dict[int, Share]:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, share: Share = WHOLE) -> dict[str, jax.Array]:
-    """A global batch on the mesh: each device is given its rows.
+    """Places a global batch on the mesh.
 
     Args:
-      batch: of each feature the rows of `share`.
+      batch: the rows of `share` of each feature.
       sharding: see `batch_sharding`.
-      share: what this process has read: that of `share_of`, or the whole batch.
+      share: the share that this process has read: that of `share_of`, or the whole batch.
     """
 
     def put(rows: np.ndarray) -> jax.Array:
@@ -252,7 +246,7 @@ def put_batch(batch: Mapping[str, np.ndarray], sharding: NamedSharding, share: S
 
 
 def batches(data: DataSource | Kept, start: int, sharding: NamedSharding) -> Iterator[dict[str, jax.Array]]:
-    """The global batches of a data source from `start` on; each process reads its own share of them."""
+    """Yields the global batches of a data source from `start`; each process reads its share of them."""
     share = share_of(sharding)
     for batch in data.batches(start, share=share):
         yield put_batch(batch, sharding, share)

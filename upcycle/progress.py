@@ -1,6 +1,8 @@
 """Progress of a long operation on standard error."""
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -67,6 +69,24 @@ def counted(items: Iterable[Item], name: str) -> Iterator[Item]:
         for count, item in enumerate(items, 1):
             yield item
             progress.show(count)
+
+
+@contextlib.contextmanager
+def waiting(message: str, period: float = 10.0) -> Iterator[None]:
+    """Prints the elapsed time every `period` seconds during an operation without a count, such as a compilation."""
+    start, done = time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        while not done.wait(period):
+            print(f'{message}: {clock(time.monotonic() - start)}', file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def clock(seconds: float) -> str:

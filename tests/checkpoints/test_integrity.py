@@ -76,10 +76,13 @@ def names_no_file(step):
 
 
 DAMAGE = {
-    'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ are not those'),
-    'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes and was saved with \d+'),
+    'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ have changed'),
+    'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes but was saved with \d+'),
     'missing weights': (lambda step: largest(step).unlink(), r'state/\S+ is missing'),
-    'flipped byte of the index': (lambda step: flip(step / 'state' / '_METADATA'), 'bytes of state/_METADATA are not'),
+    'flipped byte of the index': (
+        lambda step: flip(step / 'state' / '_METADATA'),
+        'bytes of state/_METADATA have changed',
+    ),
     'metadata in place of data': (
         lambda step: shutil.copy(step / 'metadata' / 'metadata', step / 'data' / 'metadata'),
         'data/metadata has',
@@ -151,7 +154,7 @@ def test_steps_of_older_versions_are_taken_as_their_format_finds_them(run, capsy
     for step in ('2', '4', '6'):
         (run / 'checkpoints' / step / integrity.RECORD).unlink()
     assert integrity.newest_whole_step(run) == 6
-    assert '6 has no checksums.json, as it was saved by an older version' in capsys.readouterr().err
+    assert '6 has no checksums.json, because an older version saved it' in capsys.readouterr().err
     save(run, 8)
     flip(largest(run / 'checkpoints' / '8'))
     assert integrity.newest_whole_step(run) == 6
@@ -162,7 +165,7 @@ def test_the_checkpoint_to_start_from_is_refused(run):
     integrity.require_whole(str(step))
     flip(largest(step))
     with pytest.raises(
-        UserError, match=r'6 is damaged \(bytes of state/\S+ are not .*: copy it again, or name an earlier'
+        UserError, match=r'6 is damaged \(bytes of state/\S+ have changed.*: copy it again, or name an earlier'
     ):
         integrity.require_whole(open_checkpoint(run).path)
 

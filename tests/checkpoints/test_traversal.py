@@ -49,7 +49,7 @@ def test_safetensors_indices(written, tmp_path):
     def run(name):
         index = {'weight_map': {'shared.weight': name}}
         (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
-        with pytest.raises(UserError, match='do not lie beside it'):
+        with pytest.raises(UserError, match='outside its folder'):
             open_checkpoint(tmp_path)
 
     run()
@@ -79,7 +79,7 @@ def test_orbax_indices(written):
         entry = list(tree['tree_metadata'].values())[place]
         entry['key_metadata'][-1]['key'] = name
         index.write_text(json.dumps(tree))
-        with pytest.raises(UserError, match='do not lie beside it'):
+        with pytest.raises(UserError, match='outside its folder'):
             open_checkpoint(written['upcycle'])
 
     run()
@@ -97,7 +97,7 @@ def test_t5x_indices(written):
         tree = msgpack.unpackb(before, raw=False)
         tree['optimizer']['target']['token_embedder']['embedding']['kvstore']['path'] = name
         index.write_bytes(msgpack.packb(tree))
-        with pytest.raises(UserError, match='not one beside it|damaged'):
+        with pytest.raises(UserError, match='outside its folder|damaged'):
             open_checkpoint(written['t5x_legacy'])
 
     run()
@@ -112,7 +112,7 @@ def test_arrays_of_any_size(written, size):
     before = header.read_text()
     header.write_text(json.dumps(json.loads(before) | {'shape': [size, 16]}))
     try:
-        with pytest.raises(UserError, match='no model has|cannot be read'):
+        with pytest.raises(UserError, match='too large|cannot be read'):
             open_checkpoint(written['upcycle']).leaves()
     finally:
         header.write_text(before)
@@ -141,7 +141,7 @@ def test_chunks_of_any_size(written, size):
     tree['chunk_grid']['configuration']['chunk_shape'] = [size, 16]
     header.write_text(json.dumps(tree))
     try:
-        with pytest.raises(UserError, match='has chunks of|cannot be read'):
+        with pytest.raises(UserError, match='its chunks of|cannot be read'):
             open_checkpoint(written['upcycle']).read('params/token_embedder/embedding')
     finally:
         header.write_text(before)

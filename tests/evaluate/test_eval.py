@@ -145,7 +145,7 @@ MISTAKES = {
     ),
     'unused binding': (
         options((runs.TINY, runs.TASK, 'runs/eval.gin'), {'NUM_EXPERTS': 4}),
-        ['NUM_EXPERTS', 'used by nothing'],
+        ['NUM_EXPERTS', 'is unused'],
     ),
 }
 

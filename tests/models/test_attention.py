@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle.models.attention import attend, softmax
+from upcycle.models.attention import attend
+from upcycle.models.memory import softmax
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32) * 4
 

@@ -76,7 +76,7 @@ def test_a_router_for_other_experts():
 def test_positions_of_no_square_image():
     leaves = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in vits.ours().items()}
     leaves['params/pos_embedding'] = jax.ShapeDtypeStruct((1, 8, vits.WIDTH), 'float32')
-    with pytest.raises(UserError, match='here has 8 positions .pos_embedding., which no square image has'):
+    with pytest.raises(UserError, match='here has 8 positions .pos_embedding., which is not a square number'):
         identify.check('here', leaves)
 
 

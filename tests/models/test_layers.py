@@ -4,32 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
-from upcycle.models import layers
 from upcycle.models.attention import attend
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.models.layers import after, computed_again, drop, gelu
-
-
-def reference_gelu(x):
-    return jax.nn.gelu(x, approximate=True)
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_gelu_and_its_gradient_are_jax_s(dtype):
-    x = jnp.concatenate(
-        [jnp.linspace(-12, 12, 4001), jnp.array([0.0, -0.0, 1e-38, -1e-31, 1e-12, 50, -50, 1e10, -1e10])]
-    )
-    x = x.astype(dtype)
-    ours, theirs = (jit(lambda x, f=f: (f(x), jax.vmap(jax.grad(f))(x)))(x) for f in (gelu, reference_gelu))
-    np.testing.assert_array_equal(ours[0], theirs[0])
-    ours, theirs = (np.asarray(derivative).astype(np.float32) for _, derivative in (ours, theirs))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+from upcycle.models.layers import drop
+from upcycle.models.memory import recomputed
 
 
 def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
@@ -49,16 +32,10 @@ def test_what_is_computed_again_gives_the_gradients_of_what_is_kept():
     def gradients(f):
         return jit(jax.grad(lambda kernel, xs: loss(f, kernel, xs), argnums=(0, 1)))(w, (x, x + 1))
 
-    again = gradients(lambda rest, xs: computed_again(function, rest, xs))
+    again = gradients(lambda rest, xs: recomputed(function, rest, xs))
     assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, gradients(function))))
-    stacked = jit(jax.vmap(jax.grad(lambda x: loss(lambda *given: computed_again(function, *given), w, (x, x)))))
+    stacked = jit(jax.vmap(jax.grad(lambda x: loss(lambda *given: recomputed(function, *given), w, (x, x)))))
     assert close_to_largest(stacked(x[None])[0], jit(jax.grad(lambda x: loss(function, w, (x, x))))(x))
-
-
-def test_what_comes_after_is_the_same():
-    x, dy = jax.random.normal(jax.random.key(0), (2, 8, 16))
-    np.testing.assert_array_equal(jit(after)({'x': x}, -dy)['x'], x)
-    assert jit(after)(x.astype(jnp.bfloat16), dy).dtype == jnp.bfloat16
 
 
 def attentions(depth, keep_weights):
@@ -81,21 +58,23 @@ def attentions(depth, keep_weights):
     return loss
 
 
-def test_attention_weights_that_are_computed_again():
+def kept_bytes(function, *arguments):
+    """Bytes that JAX keeps for the backward pass, arguments left out."""
+    kept = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1].opaque_residuals, *arguments)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+def test_attention_weights_that_are_recomputed():
     """The same gradients, of all arguments, and nothing that grows with the square of the length is kept."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, key, value = (jax.random.normal(k, (2, length, 8, 32)) for k, length in zip(keys, (256, 320, 320), strict=False))
     mask = jnp.where(jax.random.bernoulli(keys[3], 0.8, (2, 1, 256, 320)), 0.0, -1e10)
     given = (key, value, mask, jax.random.normal(keys[4], (1, 8, 256, 320)))
-
-    def compiled(depth, keep_weights, argnums):
-        return jit(jax.grad(attentions(depth, keep_weights), argnums)).lower(x, given).compile()
-
-    kept, again = (compiled(3, keep_weights, (0, 1))(x, given) for keep_weights in (True, False))
+    kept, again = (jit(jax.grad(attentions(3, keep_weights), (0, 1)))(x, given) for keep_weights in (True, False))
     assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, kept)))
 
     def bytes_each(keep_weights):
-        sizes = [compiled(depth, keep_weights, 0).memory_analysis().temp_size_in_bytes for depth in (2, 4)]
+        sizes = [kept_bytes(attentions(depth, keep_weights), x, given) for depth in (2, 4)]
         return (sizes[1] - sizes[0]) / 2
 
     weights = 4 * 2 * 8 * 256 * 320
@@ -103,29 +82,22 @@ def test_attention_weights_that_are_computed_again():
     assert bytes_each(False) < 0.5 * weights
 
 
-@pytest.fixture
-def as_on_accelerators(monkeypatch):
-    """What is computed again on accelerators alone is so here."""
-    monkeypatch.setattr(layers, 'computed_again', lambda *arguments, on_cpus=True: computed_again(*arguments))
-
-
 def bytes_a_layer(model_of, batch, params_of):
-    """What the temporaries of a gradient grow by with each layer."""
+    """What each layer keeps for the backward pass."""
 
-    def temporaries(depth):
+    def kept(depth):
         model = model_of(depth)
 
         def loss(params):
             return model.forward(params, batch, None, training=True)[0]['loss']
 
-        params = jax.eval_shape(lambda: params_of(model.module()))
-        return jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+        return kept_bytes(loss, jax.eval_shape(lambda: params_of(model.module())))
 
-    return (temporaries(4) - temporaries(2)) / 2
+    return (kept(4) - kept(2)) / 2
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse, as_on_accelerators):
+def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse):
     """And nothing else of that size: it could be the activations, their tanh and their product too, 2.2 times as much."""
     batch = random_batch(inputs=64)
 
@@ -142,7 +114,7 @@ def test_of_an_mlp_of_t5_the_products_with_wi_are_kept(sparse, as_on_accelerator
 
 
 @pytest.mark.parametrize('sparse', [False, True])
-def test_of_an_mlp_of_a_vit_what_the_gelu_was_given_is_kept(sparse, as_on_accelerators):
+def test_of_an_mlp_of_a_vit_what_the_gelu_was_given_is_kept(sparse):
     fields = {'emb_dim': 32, 'num_heads': 2, 'mlp_dim': 4096, 'image_size': 32}
     batch = image_batch(small_vit(**fields))
 

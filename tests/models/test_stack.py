@@ -26,7 +26,7 @@ from tests.small import (
     with_moe,
 )
 from upcycle.errors import UserError
-from upcycle.models import stack
+from upcycle.models import memory, stack
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.stack import Remat, apply_layers, segments
@@ -136,19 +136,18 @@ def test_dropout_differs_from_layer_to_layer_of_a_loop():
             return 4.0 * x_BxLxD + scale * nn.Dropout(0.5, deterministic=False)(jnp.ones_like(x_BxLxD)) / 2
 
     class Stack(nn.Module):
-        scan: bool
+        config: Any
 
         @nn.compact
         def __call__(self, x_BxLxD):
-            config = types.SimpleNamespace(dtype=jnp.float32)
-            form = {'remat': Remat.NONE, 'scan': self.scan, 'last': True}
-            return apply_layers(self, Masks, config, 'aa', x_BxLxD, (), (), **form)
+            return apply_layers(self, Masks, 'aa', x_BxLxD, (), (), last=True)
 
     params = {f'layers_{i}': {'scale': jnp.ones(())} for i in range(2)}
 
     def masks(scan, seed):
         rngs = {'dropout': jax.random.key(seed)}
-        digits = np.asarray(Stack(scan).apply({'params': params}, jnp.zeros((4, 8, 16)), rngs=rngs))
+        config = types.SimpleNamespace(dtype=jnp.float32, remat=Remat.NONE, scan_layers=scan)
+        digits = np.asarray(Stack(config).apply({'params': params}, jnp.zeros((4, 8, 16)), rngs=rngs))
         return np.stack([digits // 4, digits % 4])
 
     looped = masks(True, 0)
@@ -198,7 +197,7 @@ def test_a_rematerialised_loop_holds_its_parameters_once():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(UserError, match="REMAT = 'some' is not one of none, minimal, exchange, full"):
+    with pytest.raises(UserError, match="REMAT = 'some' must be one of none, minimal, exchange, full"):
         small_t5(remat='some')
     assert small_t5(remat='full').remat is Remat.FULL
 
@@ -253,12 +252,12 @@ def test_a_loop_keeps_decisions_and_no_constants(monkeypatch):
     """What `Remat.FULL` holds for each layer beside its input: a few integers a token."""
     kept = []
 
-    class Kept(stack._Constant):
+    class Kept(memory._Constant):
         def __init__(self, value):
             kept.append(value.shape)
             super().__init__(value)
 
-    monkeypatch.setattr(stack, '_Constant', jax.tree_util.register_static(Kept))
+    monkeypatch.setattr(memory, '_Constant', jax.tree_util.register_static(Kept))
     which = model(scan_layers=True, remat='full', position_biases='every_layer')
     batch = random_batch()
     params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec_of(batch)), jax.random.key(0)))

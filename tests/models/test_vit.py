@@ -327,9 +327,9 @@ def test_load_loss_is_the_variation_of_the_expected_load():
     [
         ({'image_size': 18}, 'IMAGE_SIZE = 18 is not a multiple of PATCH_SIZE = 4'),
         ({'num_heads': 3}, 'EMBED_DIM = 128 is not a multiple of NUM_HEADS = 3'),
-        ({'pooling': 'max'}, "POOLING = 'max' is not one of token, gap, map"),
+        ({'pooling': 'max'}, "POOLING = 'max' must be one of token, gap, map"),
         ({'moe': MoEConfig(4), 'moe_layers': 'last_5'}, "MOE_LAYERS = 'last_5', but the stack has 4 layers"),
-        ({'stochastic_depth': 1.0}, 'STOCHASTIC_DEPTH = 1.0 must lie in'),
+        ({'stochastic_depth': 1.0}, r'STOCHASTIC_DEPTH = 1.0 must be a number in \[0, 1\)'),
         ({'group_images': 0}, 'GROUP_IMAGES = 0 must be'),
     ],
 )
@@ -345,7 +345,7 @@ def test_other_images_and_more_classes_are_refused():
         def batch_spec(self):
             return {'image': ((1, *self.image_shape), 'float32')}
 
-    with pytest.raises(UserError, match='images are 28 x 28 x 1, and the model reads IMAGE_SIZE = 16'):
+    with pytest.raises(UserError, match='images are 28 x 28 x 1, but the model has IMAGE_SIZE = 16'):
         ImageClassifier(small_vit()).check_data(Data())
     Data.image_shape, Data.num_classes = (16, 16, 3), 11
     with pytest.raises(UserError, match='NUM_CLASSES = 10 is smaller than the 11 classes'):

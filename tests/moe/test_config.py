@@ -172,12 +172,12 @@ class TestSparseLayers:
             {'router': 'top_k', 'default_output_decay': 0.9, 'dispatch': 'ragged'},
             "which DISPATCH = 'ragged' does not keep",
         ),
-        ({'router': 'top_k', 'adaptive_balance': {}, 'dispatch': 'ragged'}, "DISPATCH = 'ragged' drops nothing"),
-        ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts that are parts'),
+        ({'router': 'top_k', 'adaptive_balance': {}, 'dispatch': 'ragged'}, "DISPATCH = 'ragged' drops none"),
+        ({'router': 'merged', 'granularity': 2}, 'EXPERT_GRANULARITY = 2 makes experts parts'),
         ({'router': 'merged', 'merged_shared_weight': 2}, 'AVERAGE_SHARED_WEIGHT = 2 must be a number in'),
         ({'router': 'dense', 'dispatch': 'ragged'}, "the router 'dense' trains every expert"),
         ({'router': 'top_k', 'adaptive_balance': {'decay': 1.5}}, 'ADAPTIVE_BALANCE_DECAY = 1.5 must be a number in'),
-        ({'router': 'top_k', 'logit_normalization': 1.0, 'gate_noise': 1.0}, "GATE_NOISE has the logits' own scale"),
+        ({'router': 'top_k', 'logit_normalization': 1.0, 'gate_noise': 1.0}, "GATE_NOISE has the logits' scale"),
         ({'router': 'dense', 'inference_threshold': 1.0}, 'INFERENCE_THRESHOLD = 1.0 must lie between'),
         ({'num_shared_experts': -1}, 'NUM_SHARED_EXPERTS = -1 must be'),
         ({'shared_weights': 'half'}, "SHARED_WEIGHTS = 'half' must be one of one, xft"),
@@ -208,7 +208,7 @@ def test_soft_moe_mixes_no_two_examples():
     soft = MoEConfig(8, router='soft', group_size=512)
     soft.check_examples(num_tokens=8 * 512, length=512, way_out='')
     MoEConfig(8).check_examples(num_tokens=8 * 32, length=32, way_out='')
-    with pytest.raises(UserError, match='groups are of 256 tokens, an example has 32. Set GROUP_SIZE = 32'):
+    with pytest.raises(UserError, match='groups have 256 tokens, an example has 32. Set GROUP_SIZE = 32'):
         soft.check_examples(num_tokens=8 * 32, length=32, way_out='GROUP_SIZE = 32')
 
 
@@ -245,8 +245,8 @@ def test_metadata_of_a_layer():
         == layer
     )
     for damage in ({'router': {}}, {'balance_loss': {}}, {'router': 'hash'}, {'num_experts': None}, {'fill_order': 3}):
-        with pytest.raises(UserError, match='its metadata is damaged'):
+        with pytest.raises(UserError, match='metadata is damaged'):
             known_fields(MoEConfig, told | damage)
     del told['num_experts']
-    with pytest.raises(UserError, match='does not say num_experts of its model'):
+    with pytest.raises(UserError, match='metadata is damaged: num_experts of its model is missing'):
         known_fields(MoEConfig, told)

@@ -97,7 +97,7 @@ def test_every_parameter_has_a_gradient():
     [
         ({'causal': True}, "^ROUTER = 'soft' mixes every token with later ones"),
         ({'slots_per_expert': 0}, 'SLOTS_PER_EXPERT = 0 must be'),
-        ({'shared_weights': 'xft', 'num_shared_experts': 1}, "the router 'soft' leaves nothing: use 'one'"),
+        ({'shared_weights': 'xft', 'num_shared_experts': 1}, "the router 'soft' leaves none: use 'one'"),
     ],
 )
 def test_nonsense_is_refused(fields, message):

@@ -31,7 +31,7 @@ def refusal(command, files, bindings):
         ({'NUM_MICROBATCHES': 3}, 'does not divide into 3 microbatches'),
         (
             {'GROUPS_MULTIPLE_OF': 2, 'GROUP_SIZE': 64, 'NUM_MICROBATCHES': 4},
-            'NUM_MICROBATCHES = 4 would cut a routing group',
+            'NUM_MICROBATCHES = 4 would split a routing group',
         ),
         ({'MESH_SHAPE': '(1, 2, 1)'}, 'MESH_SHAPE = (1, 2, 1) needs 2 devices'),
         ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' matches no parameter"),

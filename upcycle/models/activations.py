@@ -1,4 +1,4 @@
-"""What the MLPs of a model read and write, whatever its family."""
+"""Inputs and outputs of the MLPs of a model of any family."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,38 +9,38 @@ import jax
 
 from upcycle.models import Model, Params
 
-# What an MLP, or an MoE layer in its place, reads and writes, both (B, L, D), and which tokens are real, bool (B, L).
+# Input and output of an MLP or MoE layer, both (B, L, D), and which tokens are real, bool (B, L).
 Activations = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def forward_and_activations(
     model: Model, params: Params, batch: Mapping[str, jax.Array], paths: tuple[str, ...]
 ) -> tuple[dict[str, jax.Array], dict[str, Activations]]:
-    """One forward pass at evaluation.
+    """Runs one forward pass at evaluation.
 
     Args:
       model: of any family.
-      params: of it.
-      batch: to be read.
+      params: of the model.
+      batch: features of the model.
       paths: of MLPs or MoE layers ('encoder/layers_1/mlp').
 
     Returns:
-      The sums over targets of `models.Model.forward`; for each path its activations.
+      The sums over targets of `models.Model.forward`, and the activations of each path.
     """
-    # Layer by layer, since a loop's layers have no names to look at.
+    # Unrolled, since a loop's layers have no names.
     compiled = {'scan_layers': False, 'remat': 'none'}
     fields = {field.name for field in dataclasses.fields(model.config)}
     unrolled = dataclasses.replace(model.config, **{name: compiled[name] for name in compiled.keys() & fields})
     seen: dict[str, tuple[jax.Array, jax.Array]] = {}
 
-    def look(call: Any, arguments: Any, named: Any, context: Any) -> Any:
+    def record(call: Any, arguments: Any, named: Any, context: Any) -> Any:
         y = call(*arguments, **named)
         path = '/'.join(context.module.path)
         if context.method_name == '__call__' and path in paths:
             seen[path] = arguments[0], y
         return y
 
-    with nn.intercept_methods(look):
+    with nn.intercept_methods(record):
         sums, _, _ = dataclasses.replace(model, config=unrolled).forward(
             params, batch, None, training=False, num_microbatches=1
         )

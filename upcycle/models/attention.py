@@ -11,37 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle.models.layers import Dense, DType, computed_again, drop, drop_key
+from upcycle.models import memory
+from upcycle.models.layers import Dense, drop, drop_key
 
 _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-_truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
 class PositionBiases(enum.StrEnum):
-    """Which layers have a table of relative position biases."""
+    """Tables of relative position biases."""
 
     SHARED = 'shared'  # one for each stack: T5, mT5
     EVERY_LAYER = 'every_layer'  # one for each layer: umT5, T5X's scalable_t5, flaxformer's scanned models
 
 
-def mask_value(dtype: DType) -> float:
-    """Added to the logits of masked positions (T5X adds -1e10): finite in the type, with room for other biases. In a row that is
-    masked as a whole, infinities would be nan, and so would be every gradient."""
+def mask_value(dtype: Any) -> float:
+    """Returns the bias of masked positions (T5X: -1e10), finite in the type with room for other biases.
+
+    With infinities a row in which everything is masked would be nan, and so would every gradient.
+    """
     return float(jnp.finfo(dtype).min) / 2
-
-
-@jax.custom_jvp
-def softmax(logits: jax.Array) -> jax.Array:
-    """Over the last axis. The backward pass keeps the result and nothing else: of attention weights, the largest arrays of a
-    step, one instead of two. JAX's own keeps the exponentials too (unless `jax_softmax_custom_jvp` is set), and XLA then keeps
-    the logits, to compute the result again."""
-    return jax.lax.optimization_barrier(jax.nn.softmax(logits))
-
-
-@softmax.defjvp
-def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    weights, (change,) = softmax(*primals), tangents
-    return weights, weights * (change - (weights * change).sum(axis=-1, keepdims=True))
 
 
 def attend(
@@ -54,37 +42,40 @@ def attend(
     *,
     keep_weights: bool = True,
 ) -> jax.Array:
-    """The average of values (B, Q, H, N) under softmax(query . key + biases), in the values' type; nothing is scaled.
+    """Averages values under softmax(query . key + biases), unscaled: (B, Q, H, N) in the values' type.
 
-    `drop(weights, key)` is dropout of the weights. Biases broadcast to (B, H, Q, K). Unless the backward pass is to keep the
-    weights, it computes them again: they grow with the square of the length.
+    Args:
+      query_BxQxHxN: queries.
+      key_BxKxHxN: keys.
+      value_BxKxHxN: values.
+      biases: of the logits, each broadcast to (B, H, Q, K).
+      drop: dropout of the weights, called as `drop(weights, key)`.
+      key: random key for `drop`.
+      keep_weights: for the backward pass, which recomputes them otherwise. They grow with the square of the length.
     """
 
     def average(rest: Any, query_BxQxHxN: jax.Array) -> jax.Array:
         key_BxKxHxN, value_BxKxHxN, biases, key = rest
-        # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
-        parts = (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
-        query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (x.swapaxes(1, 2) for x in parts)
-        logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
+        logits_BxHxQxK = jnp.einsum('bqhn,bkhn->bhqk', query_BxQxHxN, key_BxKxHxN)
         if biases:
             logits_BxHxQxK += functools.reduce(operator.add, biases).astype(logits_BxHxQxK.dtype)
-        weights_BxHxQxK = drop(softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
-        return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
+        weights_BxHxQxK = drop(memory.softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
+        return jnp.einsum('bhqk,bkhn->bqhn', weights_BxHxQxK, value_BxKxHxN)
 
     rest = (key_BxKxHxN, value_BxKxHxN, tuple(biases), key)
-    return average(rest, query_BxQxHxN) if keep_weights else computed_again(average, rest, query_BxQxHxN)
+    return average(rest, query_BxQxHxN) if keep_weights else memory.recomputed(average, rest, query_BxQxHxN)
 
 
 class MultiHeadDotProductAttention(nn.Module):
-    """Attention without biases and without 1/sqrt(depth), which T5 folds into the initialisation of the query.
+    """T5's attention: no biases in projections, and no 1/sqrt(depth), which is part of the query's initialisation.
 
-    With `decoding`, the first call (over the full length) makes the cache and later calls take one position each. A cross
-    attention caches the projected encoder output instead, which never changes.
+    With `decoding`, the first call (over the full length) makes the cache and later calls take one position each. Cross
+    attention caches the projected encoder output, which does not change.
     """
 
     num_heads: int
     head_dim: int
-    dtype: DType = jnp.float32
+    dtype: Any = jnp.float32
     dropout_rate: float = 0.0
     float32_logits: bool = False
     cross: bool = False
@@ -165,13 +156,13 @@ class RelativePositionBiases(nn.Module):
     """T5's learned biases by bucketed distance between query and key: half of the buckets exact, half logarithmic."""
 
     num_heads: int
-    dtype: DType = jnp.float32
+    dtype: Any = jnp.float32
     num_buckets: int = 32
     max_distance: int = 128
 
     @nn.compact
     def __call__(self, query_length: int, key_length: int, bidirectional: bool) -> jax.Array:
-        """Biases of shape (1, H, query_length, key_length)."""
+        """Returns biases (1, H, query_length, key_length)."""
         table_HxR = self.param(
             'rel_embedding',
             nn.with_logical_partitioning(
@@ -188,10 +179,10 @@ class RelativePositionBiases(nn.Module):
 def relative_position_bucket(
     distance: np.ndarray, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128
 ) -> np.ndarray:
-    """Bucket of a distance (key position minus query position), as mesh-tensorflow and T5X compute it.
+    """Returns the buckets of distances (key position minus query position), as mesh-tensorflow and T5X compute them.
 
-    A causal attention (`bidirectional=False`) maps the future to bucket 0. NumPy and T5X's epsilon, because distances such as 16
-    lie on a bucket's edge, where another device's rounding of the logarithm would change the model.
+    Causal attention (`bidirectional=False`) maps the future to bucket 0. Computed in NumPy with T5X's epsilon, because distances
+    such as 16 lie on a bucket's edge, where a device's rounding of the logarithm would change the model.
     """
     ahead = np.zeros_like(distance)
     behind = -distance
@@ -208,14 +199,17 @@ def relative_position_bucket(
 
 
 def same_segment(query_BxQ: jax.Array | None, key_BxK: jax.Array | None) -> jax.Array:
-    """Bool (B, 1, Q, K): query and key are of one segment; (1, 1, 1, 1) where there are no segments."""
+    """Returns bool (B, 1, Q, K), True where query and key belong to one segment; (1, 1, 1, 1) without segments."""
     if query_BxQ is None or key_BxK is None:
         return jnp.ones((1, 1, 1, 1), bool)
     return query_BxQ[:, None, :, None] == key_BxK[:, None, None, :]
 
 
 def flaxformer_decoder_tokens(decoder_input_tokens: jax.Array) -> jax.Array:
-    """flaxformer's `get_decoder_logit_mask`: token 0 is also the start symbol, real when first or followed by a real token."""
+    """Returns which tokens are real, as flaxformer's `get_decoder_logit_mask`.
+
+    Token 0 is padding, except that it is the start symbol if it is first or followed by a real token.
+    """
     real = decoder_input_tokens > 0
     next_real = jnp.pad(real[:, 1:], ((0, 0), (0, 1)))
     return (real | next_real).at[:, 0].set(True)

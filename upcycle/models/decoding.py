@@ -1,7 +1,7 @@
-"""Generation over a key/value cache: greedy, sampling and T5X's beam search, for any model; and T5's step.
+"""Generation with a key/value cache: greedy, sampling and T5X's beam search for any model; the decoding step of T5.
 
-Shape suffixes: `B` rows of a batch, `N` decodes (beams) of a row, `L` length, `V` vocabulary. A model sees a
-batch of `B * N` sequences, a row's decodes together.
+Shape suffixes: `B` rows of a batch, `N` decodes (beams) of a row, `L` length, `V` vocabulary. A model sees a batch of `B * N`
+sequences, the decodes of a row adjacent.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from upcycle.errors import UserError
 
-# Arrays with an axis of B * N in front, and scalars, which all decodes share.
+# Arrays with a leading axis of B * N, and scalars, which all decodes share.
 Cache = Any
 # (tokens (B * N, 1), cache) -> (logits (B * N, V) of the next token, cache with this position added).
 TokensToLogits = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
@@ -24,13 +24,13 @@ EOS_ID = 1
 
 
 def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
-    """What a log-probability is divided by, lest short sequences win: Wu et al. 2016, eq. 14."""
+    """Returns the divisor of a log-probability that keeps short sequences from winning: Wu et al. 2016, eq. 14."""
     return jnp.power((5.0 + length) / 6.0, alpha)
 
 
 class _Samples(NamedTuple):
     step: jax.Array
-    tokens_BxL: jax.Array  # begins with the decoder's first input, so L is one more than what is returned
+    tokens_BxL: jax.Array  # starts with the decoder's first input, so L is one more than is returned
     score_B: jax.Array
     ended_B: jax.Array
     cache: Cache
@@ -47,26 +47,26 @@ def sample(
     rng: jax.Array | None = None,
     eos_id: int = EOS_ID,
 ) -> tuple[jax.Array, jax.Array]:
-    """The most probable token at every position, or one drawn from the model.
+    """Generates sequences, greedily or by sampling.
 
     Args:
       tokens_to_logits: one step of the model.
       cache: empty, for B sequences.
-      batch_size: B; here every sequence is a row.
-      max_length: L, the most tokens to generate, the end included.
-      temperature: logits are divided by it before drawing; 0 is greedy.
-      top_k: draw among this many most probable tokens; 0: among all.
-      rng: a key, needed when drawing.
-      eos_id: a sequence ends with this token.
+      batch_size: B; every sequence is a row.
+      max_length: L, the most tokens to generate, end token included.
+      temperature: divides logits before sampling; 0 for greedy decoding.
+      top_k: sample among this many most probable tokens; 0 for all.
+      rng: key, required for sampling.
+      eos_id: the end token.
 
     Returns:
-      Tokens (B, L), padding after the end, and their log-probability (B,) under the model (at temperature 1).
+      Tokens (B, L) with padding after the end, and their log-probability (B,) under the model (at temperature 1).
 
     Raises:
-      UserError: a temperature without a key.
+      UserError: sampling without a key.
     """
     if temperature > 0 and rng is None:
-        raise UserError(f'TEMPERATURE = {temperature} draws tokens: pass a key as `rng`, or set it to 0.')
+        raise UserError(f'TEMPERATURE = {temperature} samples tokens: pass a key as `rng`, or set it to 0.')
 
     def unfinished(s: _Samples) -> jax.Array:
         return (s.step < max_length) & ~s.ended_B.all()
@@ -96,10 +96,10 @@ def sample(
 
 class _Beams(NamedTuple):
     step: jax.Array
-    live_BxNxL: jax.Array  # L as in `_Samples`; junk where there is no such beam
-    live_score_BxN: jax.Array  # log-probability; -inf where there is no such beam
+    live_BxNxL: jax.Array  # L as in `_Samples`; undefined for missing beams
+    live_score_BxN: jax.Array  # log-probability; -inf for missing beams
     ended_BxNxL: jax.Array
-    ended_score_BxN: jax.Array  # log-probability over brevity penalty; -inf where there is no such sequence
+    ended_score_BxN: jax.Array  # log-probability over brevity penalty; -inf for missing sequences
     cache: Cache
 
 
@@ -113,25 +113,25 @@ def beam_search(
     alpha: float = 0.6,
     eos_id: int = EOS_ID,
 ) -> tuple[jax.Array, jax.Array]:
-    """T5X's beam search: ended sequences by log-probability / ((5 + length) / 6)^alpha, the end counted.
+    """Runs T5X's beam search. Ended sequences rank by log-probability / ((5 + length) / 6)^alpha, end token included.
 
-    As there, every step considers the 2N most probable continuations of a row's live beams: those that end
-    compete with the ended sequences, and the N best others live on. It stops when no live beam, were all its
-    further tokens certain, could beat its row's worst ended sequence. So a beam of 1 is more than greedy: it
-    also sees an end that comes second, and goes on behind an end that comes first. Unlike there, where fewer
-    than N sequences ended, the best live ones, cut at `max_length`, follow them.
+    As in T5X, every step considers the 2N most probable continuations of a row's live beams. Those that end compete with the
+    ended sequences, and the N best others stay live. The search stops when no live beam, even if all its further tokens were
+    certain, could beat its row's worst ended sequence. So a beam of 1 differs from greedy decoding: it also considers an end
+    token that ranks second, and continues past one that ranks first. Unlike in T5X, if fewer than N sequences ended, the best
+    live ones, truncated at `max_length`, follow them.
 
     Args:
-      tokens_to_logits, batch_size, max_length, eos_id: as in `sample`.
+      tokens_to_logits, batch_size, max_length, eos_id: as for `sample`.
       cache: empty, for B * N sequences.
       num_decodes: N.
       alpha: strength of the brevity penalty; 0 compares plain log-probabilities.
 
     Returns:
-      Tokens (B, N, L), best first, padding after the end, and scores (B, N); -inf: no such sequence exists.
+      Tokens (B, N, L), best first, with padding after the end, and scores (B, N), -inf for missing sequences.
 
     Raises:
-      UserError: a negative alpha, for which the search could not tell when to stop.
+      UserError: alpha is negative, so that the search would not know when to stop.
     """
     if alpha < 0:
         raise UserError(f'ALPHA = {alpha} would favour short sequences: set it to 0 or more (0.6 in T5X).')
@@ -150,7 +150,7 @@ def beam_search(
         log_prob_BxNxV = jax.nn.log_softmax(logits_BNxV.astype(jnp.float32)).reshape(B, N, -1)
         log_prob_BxNxV += s.live_score_BxN[..., None]
         V = log_prob_BxNxV.shape[-1]
-        # A beam has one continuation that ends, so at least N of 2N go on.
+        # One continuation of each beam ends, so at least N of 2N do not.
         score_Bx2N, candidate_Bx2N = jax.lax.top_k(log_prob_BxNxV.reshape(B, N * V), 2 * N)
         beam_Bx2N, token_Bx2N = candidate_Bx2N // V, candidate_Bx2N % V
         tokens_Bx2NxL = _take(s.live_BxNxL, beam_Bx2N).at[:, :, s.step + 1].set(token_Bx2N)
@@ -168,7 +168,7 @@ def beam_search(
 
     empty_BxNxL = jnp.full((B, N, max_length + 1), PAD_ID, jnp.int32)
     none_BxN = jnp.full((B, N), -jnp.inf)
-    # One live beam only: N equal ones would stay equal.
+    # Only one live beam: N equal ones would stay equal.
     one_BxN = none_BxN.at[:, 0].set(0.0)
     start = _Beams(jnp.zeros((), jnp.int32), empty_BxNxL, one_BxN, empty_BxNxL, none_BxN, cache)
     end = jax.lax.while_loop(improvable, advance, start)
@@ -182,17 +182,17 @@ def beam_search(
 
 
 def _take(x_BxN: jax.Array, index_BxM: jax.Array) -> jax.Array:
-    # Row by row, so that a batch spread over devices is not gathered onto each of them.
+    # Row by row, so that a sharded batch is not gathered onto each device.
     return jax.vmap(lambda x, index: x[index])(x_BxN, index_BxM)
 
 
 def t5_step(
     transformer: nn.Module, params: Any, encoder_input_tokens: jax.Array, *, max_length: int, num_decodes: int
 ) -> tuple[TokensToLogits, Cache]:
-    """A T5's decoding step and its empty cache for B * N sequences. The encoder runs here, on B rows.
+    """Runs the encoder on B rows; returns the decoding step of a T5 and its empty cache for B * N sequences.
 
-    Keys and values of the encoder's output never change: they are repeated over a row's decodes here, once,
-    and no part of the cache that a search reorders.
+    Keys and values of the encoder's output do not change. They are repeated for a row's decodes once, here, and are not part of
+    the cache that a search reorders.
     """
 
     def decode(cache: Cache, *tokens: jax.Array) -> tuple[jax.Array, Cache]:
@@ -206,7 +206,7 @@ def t5_step(
 
     encoded = transformer.apply({'params': params}, encoder_input_tokens, method='encode')
     empty_BxL = jnp.full((encoder_input_tokens.shape[0], max_length), PAD_ID, jnp.int32)
-    # Jitted, so that only the cache of this call over the full length is computed and not its logits.
+    # Jitted, so that of this call over the full length only the cache is computed, not the logits.
     cache = jax.jit(lambda *tokens: decode({}, *tokens)[1])(encoded, encoder_input_tokens, empty_BxL)
     cache, encoder = jax.tree.map(repeat, (cache, (encoded, encoder_input_tokens)))
     fixed = {path: leaf for path, leaf in cache.items() if 'encoder_decoder_attention' in path}
@@ -231,13 +231,13 @@ def generate(
     rng: jax.Array | None = None,
     eos_id: int = EOS_ID,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sequences of a `models.t5.Transformer`: drawn (temperature > 0), greedy (one decode) or by beam search.
+    """Generates sequences of a `models.t5.Transformer` by sampling (temperature > 0), greedily (one decode) or by beam search.
 
-    Pure; jit it with everything static but `params`, the (B, length) tokens (0 at padding) and `rng`.
+    Pure. For `jax.jit` all arguments are static except `params`, the (B, length) tokens (0 at padding) and `rng`.
 
     Returns:
-      Tokens (B, N, L), best first, padding after the end, and scores (B, N): log-probabilities, in a beam
-      search over the brevity penalty. See `sample` and `beam_search` for the arguments and errors.
+      Tokens (B, N, L), best first, with padding after the end, and scores (B, N): log-probabilities, for beam search over the
+      brevity penalty. For arguments and errors see `sample` and `beam_search`.
     """
     B, N, L = encoder_input_tokens.shape[0], num_decodes, max_length
     step = t5_step(transformer, params, encoder_input_tokens, max_length=L, num_decodes=N)

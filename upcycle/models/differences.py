@@ -1,4 +1,4 @@
-"""In which sizes a model and the one that a checkpoint holds differ, by the fields of our configurations."""
+"""Differences in size between a model and the model of a checkpoint, as fields of configurations."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from upcycle.moe.config import MoEConfig
 
 
 class Difference(NamedTuple):
-    """One field: the class and the name of it, its value in the model, and in the checkpoint."""
+    """A field that differs: its class and name, its value in the model (`here`) and in the checkpoint (`there`)."""
 
     kind: type
     field: str
@@ -21,17 +21,17 @@ class Difference(NamedTuple):
 def differences(
     model: Model, path: str, leaves: identify.Leaves, facts: Mapping[str, Any], problems: Iterable[str]
 ) -> list[Difference]:
-    """How to make the model that a checkpoint holds out of one that it does not fit.
+    """Compares a model with the model of a checkpoint that does not fit it.
 
     Args:
-      model: as the gin files describe it.
+      model: from the gin files.
       path: of the checkpoint.
       leaves: of the checkpoint.
-      facts: what it says of itself.
+      facts: of the checkpoint; see `identify.facts_of`.
       problems: sentences about the leaves that do not fit.
 
     Returns:
-      The fields that differ; none where the checkpoint is no model that we know.
+      The fields that differ; empty if the checkpoint is of an unknown family.
     """
     try:
         there = identify.dense_model(path, leaves, facts).config
@@ -40,24 +40,20 @@ def differences(
     here = model.config
     if type(here) is not type(there):
         return []
-    found = [
-        Difference(type(here), name, *values)
+    differing = [
+        Difference(type(here), name, getattr(here, name), getattr(there, name))
         for name in model.sizes(leaves, list(problems))
-        if (values := (_plain(getattr(here, name)), _plain(getattr(there, name))))[0] != values[1]
+        if getattr(here, name) != getattr(there, name)
     ]
-    return found + _of_experts(model, leaves)
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return differing + _of_experts(model, leaves)
 
 
 def _of_experts(model: Model, leaves: identify.Leaves) -> list[Difference]:
-    """Number and places of experts, where both have some."""
+    """Compares the number and places of experts, if both models have experts."""
     here, there = model.moe_layers(), identify.moe_layers(leaves)
     if not here or not there:
         return []
-    found = []
+    differing = []
     counts = {
         leaf.shape[0]
         for name, leaf in leaves.items()
@@ -65,7 +61,7 @@ def _of_experts(model: Model, leaves: identify.Leaves) -> list[Difference]:
     }
     moe = next(iter(here.values()))
     if len(counts) == 1 and counts != {moe.num_experts}:
-        found.append(Difference(MoEConfig, 'num_experts', moe.num_experts, *counts))
+        differing.append(Difference(MoEConfig, 'num_experts', moe.num_experts, *counts))
     places: dict[str, tuple[list[int], list[int]]] = {}
     for side, paths in enumerate((here, (path.removeprefix('params/') for path in there))):
         for layer in paths:
@@ -76,5 +72,5 @@ def _of_experts(model: Model, leaves: identify.Leaves) -> list[Difference]:
                 places.setdefault(field, ([], []))[side].append(int(number[1]))
     for field, (ours, theirs) in places.items():
         if sorted(ours) != sorted(theirs):
-            found.append(Difference(type(model.config), field, sorted(ours), sorted(theirs)))
-    return found
+            differing.append(Difference(type(model.config), field, sorted(ours), sorted(theirs)))
+    return differing

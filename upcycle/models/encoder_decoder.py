@@ -1,18 +1,18 @@
-"""T5 as the trainer sees it: its loss, its cost, and where its MoE layers are. T5X's `EncoderDecoderModel`."""
+"""T5 for the trainer: its loss, its cost and its MoE layers. As T5X's `EncoderDecoderModel`."""
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle import cost
+from upcycle import cost, schema
 from upcycle.errors import UserError
-from upcycle.models.base import BaseModel, read_features, told
+from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
@@ -40,8 +40,8 @@ class EncoderDecoderModel(BaseModel):
       config: sizes and MoE layers.
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
-      loss_normalizing_factor: the summed loss is divided by it: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
-        [LOSS_NORMALIZING_FACTOR]. Adafactor does not see it; the balance with the auxiliary losses does.
+      loss_normalizing_factor: divides the summed loss: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
+        [LOSS_NORMALIZING_FACTOR]. Adafactor does not depend on it, but the balance with the auxiliary losses does.
       aux_loss_factor: weight of the load-balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
       router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """
@@ -49,7 +49,7 @@ class EncoderDecoderModel(BaseModel):
     config: T5Config
     z_loss: Natural = 1e-4
     label_smoothing: Rate = 0.0
-    loss_normalizing_factor: float | str | None = 'NUM_REAL_TARGET_TOKENS'
+    loss_normalizing_factor: float | Literal['NUM_REAL_TARGET_TOKENS'] | None = 'NUM_REAL_TARGET_TOKENS'
     aux_loss_factor: Natural = 0.01
     router_z_loss_factor: Natural = 0.0
 
@@ -62,17 +62,16 @@ class EncoderDecoderModel(BaseModel):
     blocks = ('layers',)
     components = ('mlp', 'attention', 'self_attention', 'encoder_decoder_attention')
     moe_fields = ('encoder_moe', 'decoder_moe')
+    network = Transformer
 
     def __post_init__(self):
-        factor = self.loss_normalizing_factor
-        if isinstance(factor, str) and factor != 'NUM_REAL_TARGET_TOKENS':
-            raise UserError(f"LOSS_NORMALIZING_FACTOR = {factor!r} is neither a number nor 'NUM_REAL_TARGET_TOKENS'.")
+        schema.validate(self, {})
 
     @classmethod
     def from_leaves(
         cls, path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]
     ) -> 'EncoderDecoderModel':
-        """The dense T5 that a checkpoint holds; see `models.Model`."""
+        """See `models.Model`."""
         vocab_size, emb_dim = shapes['token_embedder/embedding']
         first = '/layers_0' if facts.get('position_biases') == 'every_layer' else ''
         heads = shapes[f'encoder{first}{_POSITION_BIASES}'][0]
@@ -90,11 +89,11 @@ class EncoderDecoderModel(BaseModel):
             'logits_via_embedding': 'decoder/logits_dense/kernel' not in shapes,
             'dtype': 'float32',
         }
-        return cls(T5Config(**config | told(T5Config, facts, ('mlp_activations', 'position_biases'))))
+        return cls(T5Config(**config | known_facts(path, T5Config, facts, ('mlp_activations', 'position_biases'))))
 
     @classmethod
     def facts_in(cls, path: str, names: Iterable[str]) -> dict[str, Any]:
-        """Whether every layer has position biases; see `models.Model`."""
+        """See `models.Model`; whether every layer has position biases."""
         tables = {name for name in names if name.endswith(_POSITION_BIASES)}
         in_layers = {name for name in tables if '/layers_' in name}
         if not tables:
@@ -108,27 +107,23 @@ class EncoderDecoderModel(BaseModel):
 
     @classmethod
     def files_that_fit(cls, facts: Mapping[str, Any]) -> str:
-        """T5 1.0 has files of its own; see `models.Model`."""
+        """See `models.Model`; T5 1.0 has its own files."""
         is_t5_1_0 = facts.get('mlp_activations') in (['relu'], ('relu',)) and facts.get('logits_via_embedding')
         return 'models/t5_1_0_base.gin' if is_t5_1_0 else ''
 
     def smallest_batch(self) -> BatchSpec:
-        """One token of each feature; see `models.Model`."""
+        """See `models.Model`."""
         moes = (self.config.encoder_moe, self.config.decoder_moe)
         examples = math.lcm(*(moe.groups_multiple_of for moe in moes if moe))
         return dict.fromkeys(_INPUTS[:3], ((examples, 1), 'int32'))
 
-    def module(self, num_microbatches: int = 1) -> Transformer:
-        """The Flax module, its routing groups those of a batch cut into that many parts."""
-        return Transformer(self.with_moe(num_microbatches=num_microbatches).config)
-
     def init(self, rng: jax.Array, batch_spec: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Fresh parameters, boxed with their logical axis names. `batch_spec` names the features; its sizes do not matter."""
+        """See `models.Model`. Parameters do not depend on the sizes in `batch_spec`."""
         tokens = {name: jnp.ones(batch_spec[name][0], jnp.int32) for name in _INPUTS[:3]}
         return self.module().init(rng, **tokens)['params']
 
     def loss_normalizer(self, batch: Batch) -> jax.Array:
-        """What the summed loss of the whole batch is divided by."""
+        """See `models.Model`."""
         if self.loss_normalizing_factor == 'NUM_REAL_TARGET_TOKENS':
             return jnp.maximum(batch['decoder_loss_weights'].astype(jnp.float32).sum(), 1.0)
         return jnp.asarray(self.loss_normalizing_factor or 1.0, jnp.float32)
@@ -136,7 +131,7 @@ class EncoderDecoderModel(BaseModel):
     def forward(
         self, params: Any, batch: Batch, rng: jax.Array | None, *, training: bool, num_microbatches: int = 1
     ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
-        """Sums over target tokens, auxiliary loss, and routing metrics; see `models.Model`."""
+        """See `models.Model`; sums are over target tokens."""
         rngs = {} if rng is None else dict(zip(('dropout', 'jitter'), jax.random.split(rng), strict=True))
         logits_BxLxV, written = self.module(num_microbatches).apply(
             {'params': params}, **_inputs(batch), training=training, rngs=rngs, mutable=[METRICS]
@@ -156,28 +151,28 @@ class EncoderDecoderModel(BaseModel):
         return sums, *self.moe_loss(written)
 
     def logits(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
-        """Logits of every target, float32 (B, L, V), at evaluation; see `models.Model`.
+        """Computes the logits of every target, float32 (B, L, V), at evaluation; see `models.Model`.
 
         Args:
           params: of this model.
           batch: `encoder_input_tokens` (B, K), int32, 0 at padding; `decoder_input_tokens` (B, L), the targets shifted right by
-            one with 0 in front. Where targets are padded, `decoder_target_tokens` (B, L), 0 at padding, keeps padding from taking
-            slots of experts; without them every position is real. Of packed sequences `encoder_segment_ids` (B, K) and
+            one with 0 in front. Optional: `decoder_target_tokens` (B, L), 0 at padding, so that padded targets take no slots of
+            experts (without it every position is real); for packed sequences `encoder_segment_ids` (B, K) and
             `decoder_segment_ids` (B, L).
 
         Raises:
-          UserError: a feature is missing, or is no matrix of tokens.
+          UserError: a feature is missing, or is not a matrix of whole numbers.
         """
         tokens = read_features(batch, self.inputs, _INPUTS[len(self.inputs) :])
         for name, array in tokens.items():
             if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
                 raise UserError(
-                    f'{name} is {array.dtype.name}{array.shape}, and must be whole numbers (batch, length).'
+                    f'{name} has type {array.dtype.name} and shape {array.shape}, but must hold whole numbers (batch, length).'
                 )
         return self.module().apply({'params': params}, **tokens, training=False)
 
     def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
-        """FLOPs of one forward pass over a batch of `batch_spec`, by component; see `models.Model`."""
+        """See `models.Model`."""
         c = self.config
         batch, inputs = batch_spec['encoder_input_tokens'][0]
         targets = batch_spec['decoder_input_tokens'][0][1]
@@ -190,17 +185,12 @@ class EncoderDecoderModel(BaseModel):
             'logits': cost.matmul(batch * targets, c.emb_dim, c.vocab_size),
         }
         for stack, tokens in (('encoder', batch * inputs), ('decoder', batch * targets)):
-            for moe in c.layer_moe(stack):
-                if moe is None:
-                    parts = {'mlp': cost.mlp(tokens, c.emb_dim, c.mlp_dim, matrices)}
-                else:
-                    parts = cost.moe(moe, tokens, c.emb_dim, c.mlp_dim, matrices, training=training)
-                for part, count in parts.items():
-                    flops[f'{stack}/{part}'] = flops.get(f'{stack}/{part}', 0.0) + count
+            parts = cost.mlps(c.layer_moe(stack), tokens, c.emb_dim, c.mlp_dim, matrices, training=training)
+            flops |= {f'{stack}/{part}': count for part, count in parts.items()}
         return flops
 
     def moe_layers(self) -> dict[str, MoE]:
-        """The MoE layers by the path of their parameters."""
+        """See `models.Model`."""
         return {
             f'{stack}/layers_{i}/mlp': moe
             for stack in ('encoder', 'decoder')
@@ -209,34 +199,35 @@ class EncoderDecoderModel(BaseModel):
         }
 
     def num_tokens(self, batch_spec: Mapping[str, Any]) -> int:
-        """Tokens of a batch, inputs and targets."""
+        """See `models.Model`; inputs and targets."""
         return sum(math.prod(batch_spec[f'{stack}_input_tokens'][0]) for stack in ('encoder', 'decoder'))
 
     def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
-        """Tokens of a batch at each MoE layer."""
+        """See `models.Model`."""
         tokens = {stack: math.prod(batch_spec[f'{stack}_input_tokens'][0]) for stack in ('encoder', 'decoder')}
         return {path: tokens[path.split('/')[0]] for path in self.moe_layers()}
 
     def moe_module(self, path: str) -> nn.Module:
-        """One MoE layer on its own."""
+        """See `models.Model`."""
         return moe_layer(self.config, self.moe_layers()[path])
 
     def real_tokens(self, batch: Batch, paths: tuple[str, ...]) -> dict[str, jax.Array]:
-        """Which tokens are no padding; see `models.Model`."""
+        """See `models.Model`."""
         real = {'encoder': batch['encoder_input_tokens'] > 0, 'decoder': batch['decoder_target_tokens'] > 0}
         return {path: real[path.split('/')[0]] for path in paths}
 
     def token_kinds(self, batch: Batch) -> dict[str, tuple[jax.Array, int]]:
-        """The ids of the tokens that a layer's stack reads; see `models.Model`."""
+        """See `models.Model`; kinds are token ids of the layer's stack."""
         return {
             path: (batch[f'{path.split("/")[0]}_input_tokens'], self.config.vocab_size) for path in self.moe_layers()
         }
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task is no text, its vocabulary does not fit into the embedding, or Soft MoE would mix its
-        examples."""
+        """Raises UserError unless the task is text, its vocabulary fits the embedding, and Soft MoE does not mix examples."""
         if not {*_INPUTS[:3]} <= data.batch_spec().keys():
-            raise UserError('the model is a T5, and TRAIN_DATASET or EVAL_DATASET holds no text: name a task of text.')
+            raise UserError(
+                'the model is a T5, but TRAIN_DATASET or EVAL_DATASET is not a text task: choose a text task.'
+            )
         for moe in filter(None, self.config.layer_moe('encoder')):
             batch, length = data.batch_spec()['encoder_input_tokens'][0]
             moe.check_examples(batch * length, length, f'GROUP_SIZE = {length}')
@@ -244,7 +235,7 @@ class EncoderDecoderModel(BaseModel):
         if size is not None and size > self.config.vocab_size:
             raise UserError(
                 f"NUM_EMBEDDINGS = {self.config.vocab_size} is smaller than the task's vocabulary of {size} tokens, sentinels "
-                'included: raise it, or bind the vocabulary that the model was trained with.'
+                'included: raise it, or use the vocabulary that the model was trained with.'
             )
         if (check := getattr(data, 'check_lengths', None)) is not None:
             check()

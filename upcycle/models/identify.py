@@ -1,10 +1,11 @@
-"""Which model a checkpoint holds, from the names and shapes of its leaves: what import, export and conversion check first."""
+"""Identifies the model of a checkpoint from the names and shapes of its leaves, and checks that it is complete."""
 
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from upcycle import partitioning, schema
 from upcycle.errors import DifferentLeaves, UserError
@@ -16,24 +17,24 @@ _MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
 
 
 def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's metadata says of the model, by the fields of our configurations."""
+    """Returns the facts in a checkpoint's metadata: fields of the model's configuration that shapes do not tell."""
     if 'facts' in metadata:
         return dict(metadata['facts'])
     config = metadata.get('model', {}).get('config', {})
     if not isinstance(config, Mapping):
-        raise UserError(f'the metadata of the checkpoint is damaged: its model is {schema.shown(config)}.')
+        raise UserError(f"the checkpoint's metadata is damaged: its model is {schema.shown(config)}.")
     return {name: config[name] for name in _facts_known(metadata.get('family')) if name in config}
 
 
 def _facts_known(family: Any) -> tuple[str, ...]:
-    """The facts of a family, or of all where it is unknown."""
+    """Returns the names of a family's facts, or those of all families if it is unknown."""
     known = isinstance(family, str) and family in registry.FAMILIES
     kinds = [registry.family(family)] if known else registry.families()
     return tuple(dict.fromkeys(fact for kind in kinds for fact in kind.facts))
 
 
 def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """What the names of a checkpoint's leaves say of the model, by the fields of our configurations.
+    """Returns the facts that the names of a checkpoint's leaves tell; see `facts_of`.
 
     Raises:
       UserError: no model of its family has such leaves.
@@ -44,17 +45,17 @@ def facts_in(path: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _params(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among the leaves, by their names without `params/`."""
+    """Returns the parameters among the leaves, by their names without `params/`."""
     return {name.removeprefix('params/'): leaf for name, leaf in leaves.items() if name.startswith('params/')}
 
 
 def _kind_of(names: Collection[str]) -> type[Model] | None:
-    """The family of the model that has parameters of these names."""
+    """Returns the family of a model with parameters of these names; None if unknown."""
     return next((kind for kind in registry.families() if kind.telltale in names), None)
 
 
 def different_function(model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> dict[str, Any]:
-    """What a checkpoint says of itself and the model has otherwise; see `require_function`."""
+    """Returns the facts of a checkpoint that differ from the model; see `require_function`."""
     theirs = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
     return {
         name: value
@@ -64,16 +65,16 @@ def different_function(model: Model, facts: Mapping[str, Any], ignored: Collecti
 
 
 def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-    """Compares a model with what a checkpoint says of itself.
+    """Compares a model with the facts of a checkpoint.
 
     Args:
       path: of the checkpoint, for messages.
-      model: the model.
+      model: to be compared.
       facts: see `facts_of`.
       ignored: fields that may differ.
 
     Raises:
-      UserError: the model computes another function; the bindings that would fit are named.
+      UserError: the model computes another function; the message names the bindings that fit.
     """
     if different := different_function(model, facts, ignored):
         listing = '; '.join(
@@ -87,34 +88,34 @@ def require_function(path: str, model: Model, facts: Mapping[str, Any], ignored:
 
 
 def dense_model(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> Model:
-    """The dense model that a checkpoint holds, or was upcycled from.
+    """Returns the dense model of a checkpoint, or the one that it was upcycled from.
 
     Args:
       path: of the checkpoint, for messages.
-      leaves: its leaves; of MoE layers the width is read off an expert.
+      leaves: of the checkpoint; an MoE layer's width is that of an expert.
       facts: fields of the configuration that shapes do not tell.
 
     Raises:
-      UserError: it is a model of no family that we know, or is not whole.
+      UserError: the family is unknown, or the model is incomplete.
     """
-    found = {name: tuple(leaf.shape) for name, leaf in _params(leaves).items()}
-    kind = _kind_of(found)
+    params = {name: tuple(leaf.shape) for name, leaf in _params(leaves).items()}
+    kind = _kind_of(params)
     if kind is None:
         known = ' nor '.join(f'a {kind.title} (no {kind.telltale})' for kind in registry.families())
         raise UserError(f'{path} holds neither {known}.')
     try:
-        return kind.from_leaves(path, found, kind.facts_in(path, found) | dict(facts or {}))
+        return kind.from_leaves(path, params, kind.facts_in(path, params) | dict(facts or {}))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f'{path} is not a whole model: {error.args[0]} is missing or has another shape.') from error
+        raise UserError(f'{path} is not a complete model: {error.args[0]} is missing or has another shape.') from error
 
 
 def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> Model:
-    """The dense model of a checkpoint, after its leaves have been compared with that model's.
+    """Identifies the dense model of a checkpoint and compares all leaves with it.
 
-    MoE layers are only compared among themselves: what they hold is the operators' business.
+    MoE layers are only checked for consistency, since their contents depend on operators.
 
     Raises:
-      UserError: leaves are missing, of another shape, or belong to nothing; all are listed.
+      UserError: leaves are missing, unknown or have another shape; all are listed.
     """
     model = dense_model(path, leaves, facts)
     expected = shapes(model)
@@ -130,34 +131,27 @@ def check(path: str, leaves: Leaves, facts: Mapping[str, Any] | None = None) -> 
         if name.startswith(inside):
             continue
         if name not in expected:
-            problems.append(f'{name} {shape} belongs to nothing')
+            problems.append(f'{name} {shape} is unknown')
         elif shape != expected[name]:
-            problems.append(f'{name} is {shape}, and the other leaves ask for {expected[name]}')
+            problems.append(f'{name} is {shape}, but must be {expected[name]} to fit the other leaves')
     problems += [problem for layer in sparse for problem in _layer_problems(layer, stored)]
     problems += _state_problems(leaves, stored)
     if problems:
-        raise DifferentLeaves(f'{path} is not a whole {model.family}', problems)
+        raise DifferentLeaves(f'{path} is not a complete {model.family}', problems)
     return model
 
 
 @functools.lru_cache(maxsize=16)
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's parameters by their names in a checkpoint."""
+    """Returns the shapes of a model's parameters by their names in a checkpoint."""
     spec = model.smallest_batch()
     params = partitioning.unbox(jax.eval_shape(lambda key: model.init(key, spec), jax.random.key(0)))
-    return {'params/' + name: tuple(leaf.shape) for name, leaf in _flat(params).items()}
+    return {'params/' + name: tuple(leaf.shape) for name, leaf in flatten_dict(params, sep='/').items()}
 
 
 def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
-    """Paths of the MoE layers, 'params/encoder/layers_1/mlp', in the order of the checkpoint."""
+    """Returns the paths of the MoE layers, 'params/encoder/layers_1/mlp', in the order of the checkpoint."""
     return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, node in tree.items():
-        flat |= _flat(node, f'{prefix}{key}/') if isinstance(node, Mapping) else {prefix + key: node}
-    return flat
 
 
 def _is_moe(name: str) -> bool:
@@ -171,7 +165,7 @@ def _layer_of(name: str) -> str:
 
 def _layer_problems(layer: str, stored: Mapping[str, tuple[int, ...]]) -> list[str]:
     experts = {name: shape for name, shape in stored.items() if name.startswith(f'{layer}/expert/')}
-    # A layer that is merged has one number an expert in place of a router.
+    # A merged layer has one coefficient for each expert instead of a router.
     routing = (f'{layer}/router/', f'{layer}/mixing')
     routers = {name: shape for name, shape in stored.items() if name.startswith(routing) and shape}
     if not experts or not routers:
@@ -192,9 +186,9 @@ def _state_problems(leaves: Leaves, stored: Mapping[str, tuple[int, ...]]) -> li
         owner, _, slot = name.removeprefix('opt_state/param_states/').rpartition('/')
         shape = stored.get(f'params/{owner}')
         if shape is None:
-            problems.append(f'{name} is the state of no parameter')
+            problems.append(f'{name} is optimizer state of an unknown parameter')
             continue
         without_one = [shape[:axis] + shape[axis + 1 :] for axis in range(len(shape))]
         if tuple(leaf.shape) not in (without_one if slot in ('v_row', 'v_col') else [shape]):
-            problems.append(f'{name} is {tuple(leaf.shape)}, and its parameter is {shape}')
+            problems.append(f'{name} is {tuple(leaf.shape)}, but its parameter is {shape}')
     return problems

@@ -1,4 +1,4 @@
-"""ViT as the trainer sees it: its loss, its cost, and where its MoE layers are."""
+"""ViT for the trainer: its loss, its cost and its MoE layers."""
 
 import dataclasses
 import enum
@@ -10,24 +10,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle import cost
-from upcycle.errors import UserError, one_of
-from upcycle.models.base import BaseModel, read_features, told
+from upcycle import cost, schema
+from upcycle.errors import UserError
+from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig, moe_layer
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Natural
+from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
 
 
 class ClassLoss(enum.StrEnum):
-    """What is minimised."""
+    """Loss of an image."""
 
     SOFTMAX = 'softmax'  # cross entropy with the labels' distribution
-    SIGMOID = 'sigmoid'  # a yes or no for every class, summed over classes: many labels an image
+    SIGMOID = 'sigmoid'  # binary cross entropy of every class, summed over classes: several labels for one image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +41,17 @@ class ImageClassifier(BaseModel):
       config: sizes and MoE layers.
       loss: see `ClassLoss` [CLASS_LOSS].
       label_smoothing: share of a label spread over all classes, in training [LABEL_SMOOTHING].
-      mixup: in training each image and its labels are mixed with the previous row's, at a share drawn for the batch from
-        Beta(mixup, mixup) (Zhang et al. 2018, in the form of big_vision); 0: not. With NUM_MICROBATCHES above 1 each microbatch
-        draws its own share and mixes its own rows, so the result depends on it [MIXUP].
+      mixup: mixes each training image and its labels with the previous row's, with a weight drawn for the batch from
+        Beta(mixup, mixup) (Zhang et al. 2018, as in big_vision); 0 for no mixup. With NUM_MICROBATCHES above 1 each microbatch
+        draws its own weight and mixes its own rows, so the result depends on it [MIXUP].
       aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
       router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """
 
     config: ViTConfig
     loss: ClassLoss = ClassLoss.SOFTMAX
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
+    label_smoothing: Rate = 0.0
+    mixup: Natural = 0.0
     aux_loss_factor: Natural = 0.0
     router_z_loss_factor: Natural = 0.0
 
@@ -66,26 +66,24 @@ class ImageClassifier(BaseModel):
     blocks = ('encoderblock',)
     components = ('MlpBlock_0', 'MultiHeadDotProductAttention_0')
     moe_fields = ('moe',)
+    network = VisionTransformer
 
     def __post_init__(self):
-        object.__setattr__(self, 'loss', one_of(ClassLoss, self.loss, 'CLASS_LOSS'))
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f'LABEL_SMOOTHING = {self.label_smoothing!r} must lie in [0, 1).')
-        if not self.mixup >= 0:
-            raise UserError(f'MIXUP = {self.mixup!r} must be at least 0.')
+        schema.validate(self, {'loss': 'CLASS_LOSS'})
 
     @classmethod
     def from_leaves(
         cls, path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]
     ) -> 'ImageClassifier':
-        """The dense ViT that a checkpoint holds; see `models.Model`."""
+        """See `models.Model`."""
         patch, _, channels, emb_dim = shapes['embedding/kernel']
         learned = 'pos_embedding' in shapes
         positions = shapes['pos_embedding'][1] if learned else 1
         grid = math.isqrt(positions)
         if grid * grid != positions:
             raise UserError(
-                f'{path} has {positions} positions (pos_embedding), which no square image has, and our ViT takes squares only.'
+                f'{path} has {positions} positions (pos_embedding), which is not a square number: only square images are '
+                'supported.'
             )
         config = {
             'num_classes': shapes.get('head/kernel', (0, 1))[1],
@@ -101,12 +99,11 @@ class ImageClassifier(BaseModel):
             'representation_size': shapes.get('pre_logits/kernel', (0, None))[1],
             'dtype': 'float32',
         }
-        return cls(ViTConfig(**config | told(ViTConfig, facts, ('gelu', 'norm_epsilon'))))
+        return cls(ViTConfig(**config | known_facts(path, ViTConfig, facts, ('gelu', 'norm_epsilon'))))
 
     @classmethod
     def sizes(cls, names: Collection[str], problems: Sequence[str]) -> tuple[str, ...]:
-        """Fields that shapes tell; see `models.Model`. A backbone has no number of classes, and other leaves than the positions
-        do not tell the size of images."""
+        """See `models.Model`. A backbone has no number of classes; only positions depend on the size of images."""
         told_only_by = {'image_size': 'pos_embedding', 'num_classes': 'head/'}
         fields = (*super().sizes(names, problems), 'image_channels', 'representation_size')
         return tuple(
@@ -118,27 +115,23 @@ class ImageClassifier(BaseModel):
         )
 
     def smallest_batch(self) -> BatchSpec:
-        """The least images; see `models.Model`."""
+        """See `models.Model`."""
         c = self.config
         examples = c.moe.groups_multiple_of if c.moe else 1
         return {'image': ((examples, c.image_size, c.image_size, c.image_channels), 'float32')}
 
-    def module(self, num_microbatches: int = 1) -> VisionTransformer:
-        """The Flax module, its routing groups those of a batch cut into that many parts."""
-        return VisionTransformer(self.with_moe(num_microbatches=num_microbatches).config)
-
     def init(self, rng: jax.Array, batch_spec: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Fresh parameters, boxed with their logical axis names."""
+        """See `models.Model`."""
         return self.module().init(rng, jnp.zeros(self._image_shape(batch_spec), jnp.float32))['params']
 
     def loss_normalizer(self, batch: Batch) -> jax.Array:
-        """The number of real images of the whole batch."""
+        """See `models.Model`; the number of real images."""
         return jnp.maximum(batch['weights'].astype(jnp.float32).sum(), 1.0)
 
     def forward(
         self, params: Any, batch: Batch, rng: jax.Array | None, *, training: bool, num_microbatches: int = 1
     ) -> tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]:
-        """Sums over images, auxiliary loss, and routing metrics; `correct` counts top classes that are labels."""
+        """See `models.Model`; sums are over images, and `correct` counts top classes that are labels."""
         rngs = {}
         image_BxHxWxC = batch['image']
         labels_BxV = one_hot_labels(batch['labels'], self.config.num_classes)
@@ -166,42 +159,42 @@ class ImageClassifier(BaseModel):
         return sums, *self.moe_loss(written)
 
     def logits(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
-        """Logits of every class, float32 (B, classes), at evaluation; see `models.Model`.
+        """Computes the logits of every class, float32 (B, classes), at evaluation; see `models.Model`.
 
         Args:
           params: of this model.
-          batch: `image` (B, height, width, channels), as the model was trained on them (most often scaled to [-1, 1]); `weights`
-            (B,), 0 for rows that only fill up a batch; without them every row is real.
+          batch: `image` (B, height, width, channels), scaled as in training (usually to [-1, 1]); optional `weights` (B,), 0 for
+            rows that only fill up a batch.
 
         Raises:
-          UserError: there are no images, of other sizes than the model reads, or the parameters are a backbone without a head.
+          UserError: images are missing or of another shape than the model's, or the parameters have no head.
         """
         images = self._images(batch)
         if 'head' not in params:
             raise UserError(
-                'the parameters have no head, which a backbone lacks: `features` gives what a head would read.'
+                'the parameters have no head (they are a backbone): use `features` for the input of a head.'
             )
         return self.module().apply({'params': params}, *images)
 
     def features(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:
-        """What the head reads, (B, D) float32, at the evaluation capacity: the frozen representation of few-shot probes.
+        """Computes the input of the head, float32 (B, D), at the evaluation capacity, for few-shot probes.
 
         Args:
-          params: of this model; a head is not read.
-          batch: as `logits` takes it.
+          params: of this model; a head is not needed.
+          batch: as for `logits`.
         """
         return self.module().apply({'params': params}, *self._images(batch), features_only=True)
 
     def _images(self, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-        """The images of a batch, and which of them do not only fill it up; None: all are real."""
+        """Returns the images of a batch, and which of them are real; None if all are."""
         c = self.config
-        found = read_features(batch, self.inputs, ('weights',))
-        if found['image'].shape[1:] != (c.image_size, c.image_size, c.image_channels):
+        features = read_features(batch, self.inputs, ('weights',))
+        if features['image'].shape[1:] != (c.image_size, c.image_size, c.image_channels):
             raise UserError(
-                f'image is {found["image"].shape}, and the model reads (batch, {c.image_size}, {c.image_size}, '
+                f'image has shape {features["image"].shape}, but must be (batch, {c.image_size}, {c.image_size}, '
                 f'{c.image_channels}).'
             )
-        return found['image'], found['weights'] > 0 if 'weights' in found else None
+        return features['image'], features['weights'] > 0 if 'weights' in features else None
 
     def _targets(self, labels_BxV: jax.Array, training: bool) -> jax.Array:
         targets_BxV = labels_BxV
@@ -220,7 +213,7 @@ class ImageClassifier(BaseModel):
         return -(targets_BxV * yes_BxV + (1.0 - targets_BxV) * no_BxV).sum(axis=-1)
 
     def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
-        """FLOPs of one forward pass over a batch of `batch_spec`, by component; see `models.Model`."""
+        """See `models.Model`."""
         c = self.config
         images = batch_spec['image'][0][0]
         tokens = images * c.num_tokens
@@ -228,13 +221,7 @@ class ImageClassifier(BaseModel):
             'embedding': cost.matmul(images * c.grid**2, c.patch_size**2 * c.image_channels, c.emb_dim),
             'attention': c.num_layers * cost.attention(images, c.num_tokens, c.num_tokens, c.emb_dim, c.emb_dim),
         }
-        for moe in c.layer_moe():
-            if moe is None:
-                parts = {'mlp': cost.mlp(tokens, c.emb_dim, c.mlp_dim, matrices=2)}
-            else:
-                parts = cost.moe(moe, tokens, c.emb_dim, c.mlp_dim, matrices=2, training=training)
-            for part, count in parts.items():
-                flops[part] = flops.get(part, 0.0) + count
+        flops |= cost.mlps(c.layer_moe(), tokens, c.emb_dim, c.mlp_dim, matrices=2, training=training)
         head = cost.matmul(images, c.representation_size or c.emb_dim, c.num_classes)
         if c.representation_size is not None:
             head += cost.matmul(images, c.emb_dim, c.representation_size)
@@ -245,7 +232,7 @@ class ImageClassifier(BaseModel):
         return flops | {'head': head}
 
     def moe_layers(self) -> dict[str, MoE]:
-        """The MoE layers by the path of their parameters."""
+        """See `models.Model`."""
         return {
             f'Transformer/encoderblock_{i}/MlpBlock_0': moe
             for i, moe in enumerate(self.config.layer_moe())
@@ -253,35 +240,35 @@ class ImageClassifier(BaseModel):
         }
 
     def num_tokens(self, batch_spec: Mapping[str, Any]) -> int:
-        """Tokens of a batch: patches, and the class token where there is one."""
+        """See `models.Model`; patches and class tokens."""
         return batch_spec['image'][0][0] * self.config.num_tokens
 
     def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
-        """Tokens of a batch at each MoE layer."""
+        """See `models.Model`."""
         return dict.fromkeys(self.moe_layers(), self.num_tokens(batch_spec))
 
     def moe_module(self, path: str) -> nn.Module:
-        """One MoE layer on its own."""
+        """See `models.Model`."""
         return moe_layer(self.config, self.moe_layers()[path])
 
     def real_tokens(self, batch: Batch, paths: tuple[str, ...]) -> dict[str, jax.Array]:
-        """The tokens of images that do not only fill up the batch; see `models.Model`."""
+        """See `models.Model`; all tokens of real images."""
         shape = (batch['image'].shape[0], self.config.num_tokens)
         return dict.fromkeys(paths, jnp.broadcast_to(batch['weights'][:, None] > 0, shape))
 
     def token_kinds(self, batch: Batch) -> dict[str, tuple[jax.Array, int]]:
-        """The first label of a patch's image; see `models.Model`."""
+        """See `models.Model`; a token's kind is the first label of its image."""
         c = self.config
         label_Bx1 = jnp.where(batch['labels'][:, :1] < 0, c.num_classes, batch['labels'][:, :1])
         kind_BxL = jnp.broadcast_to(label_Bx1, (label_Bx1.shape[0], c.num_tokens))
         return dict.fromkeys(self.moe_layers(), (kind_BxL, c.num_classes))
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError when the task has no images, others than the model reads, or more classes than the head, or Soft MoE
-        would mix images."""
+        """Raises UserError unless the task has images of the model's shape and no more classes than the head, and Soft MoE does
+        not mix images."""
         if 'image' not in data.batch_spec():
             raise UserError(
-                'the model is a ViT, and TRAIN_DATASET or EVAL_DATASET holds no images: name a task of images.'
+                'the model is a ViT, but TRAIN_DATASET or EVAL_DATASET is not an image task: choose an image task.'
             )
         c = self.config
         for moe in self.moe_layers().values():
@@ -289,7 +276,7 @@ class ImageClassifier(BaseModel):
         shape = getattr(data, 'image_shape', None)
         if shape is not None and tuple(shape) != (c.image_size, c.image_size, c.image_channels):
             raise UserError(
-                f"the task's images are {' x '.join(map(str, shape))}, and the model reads IMAGE_SIZE = {c.image_size} with "
+                f"the task's images are {' x '.join(map(str, shape))}, but the model has IMAGE_SIZE = {c.image_size} and "
                 f'IMAGE_CHANNELS = {c.image_channels}: change the model or the task.'
             )
         classes = getattr(data, 'num_classes', None)
@@ -303,12 +290,12 @@ class ImageClassifier(BaseModel):
         shape = batch_spec['image'][0]
         if math.prod(shape[1:]) != c.image_size**2 * c.image_channels:
             raise UserError(
-                f'images of shape {shape[1:]} do not fit IMAGE_SIZE = {c.image_size} with IMAGE_CHANNELS = '
+                f'images of shape {shape[1:]} do not fit IMAGE_SIZE = {c.image_size} and IMAGE_CHANNELS = '
                 f'{c.image_channels}: change the model or the task.'
             )
         return shape
 
 
 def one_hot_labels(labels_BxN: jax.Array, num_classes: int) -> jax.Array:
-    """(B, V) float32, 1 at every label of an image; -1 is no label."""
+    """Encodes labels as float32 (B, V): 1 at every label of an image. Labels of -1 are padding."""
     return jnp.minimum(jax.nn.one_hot(labels_BxN, num_classes, dtype=jnp.float32).sum(axis=1), 1.0)

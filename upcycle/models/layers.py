@@ -1,10 +1,6 @@
-"""Layers of T5: RMS norm, gated MLP, attention with a key/value cache, relative position biases. Parameter names are T5X's.
-
-`Dense`, `Dropout` and `attend` serve other families too.
-"""
+"""Layers of T5: RMS norm, gated MLP, embedding. Parameter names are T5X's. Other families use `Dense` and `Dropout` too."""
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,62 +10,36 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from upcycle.models import memory
+
 DType = Any
 
-_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _truncated_normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """GELU in its tanh approximation. In float32 its gradient is made from the result, without another tanh."""
-    return _gelu(x) if x.dtype == jnp.float32 else jax.nn.gelu(x, approximate=True)
-
-
-# T5X's activations by name; its GELU is the tanh approximation.
+# T5X's activations by name. Its GELU is the tanh approximation, as is JAX's.
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    'gelu': gelu,
+    'gelu': jax.nn.gelu,
     'relu': jax.nn.relu,
     'silu': jax.nn.silu,
     'linear': lambda x: x,
 }
 
 
-@jax.custom_vjp
-def _gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    y = _gelu(x)
-    return y, (x, y)
-
-
-def _gelu_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    # y = x s(2u) with s the logistic function and u = sqrt(2 / pi) (x + 0.044715 x^3), so that dy/dx = s (1 + 2 (x - y) du/dx).
-    x, y = kept
-    small = jnp.abs(x) < 1e-30
-    s = jnp.where(small, 0.5, y / jnp.where(small, 1.0, x))
-    slope = math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * 0.044715 * jnp.square(x))
-    return (dy * s * (1.0 + (x - y) * slope),)
-
-
-_gelu.defvjp(_gelu_forward, _gelu_backward)
-
-# Names products with weights for `stack.Remat`: those of all experts are batched, and so unlike any other to JAX's own policies.
+# Names products with weights for `stack.Remat`. Those of experts are batched, so JAX's own policies do not recognise them.
 PRODUCT = 'product_with_weights'
 
 
 class Dense(nn.Module):
-    """A matrix multiplication, its parameters held in float32; `kernel_axes` are its logical axes. T5 has no biases: no
-    `bias_init`, no bias.
+    """A linear layer with float32 parameters.
 
-    With `group_sizes` it is one such layer for each expert, parameters stacked: rows come sorted by expert, that many for each.
-
-    With an `activation` it is a layer of what `activation(*x, key=key)` makes of several arrays of as many rows; the backward
-    pass keeps these arrays, and on accelerators computes that again. On CPUs it would take longer than to keep that too.
-
-    With `both_gradients` the backward pass goes on from here only when it has the kernel's gradient too: a compiler would leave
-    that for the end, and hold the output's gradient until then. It pays where that is larger than the kernel's.
+    Attributes:
+      features: width of the output.
+      kernel_axes: logical axes of the kernel.
+      dtype: type of the product.
+      kernel_init: of the kernel.
+      bias_init: of the bias; None for no bias, as in T5.
+      both_gradients: see `memory.both_gradients`.
     """
 
     features: int
@@ -87,6 +57,14 @@ class Dense(nn.Module):
         activation: Callable[..., jax.Array] | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          x: rows; with an `activation` its arguments, arrays of rows.
+          group_sizes: number of rows of each expert; rows are sorted by expert, and the parameters are stacked (E, ...).
+          activation: applied first, as `activation(*x, key=key)`. The backward pass recomputes its result from `x`.
+          key: random key for `activation`.
+        """
         parts = (x,) if activation is None else tuple(x)
         experts = () if group_sizes is None else group_sizes.shape
         kernel = self.param(
@@ -101,7 +79,7 @@ class Dense(nn.Module):
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
         project = functools.partial(_project, dtype=self.dtype)
         if self.both_gradients:
-            kernel, parts = jax.lax.optimization_barrier((kernel, parts))
+            kernel, parts = memory.both_gradients(kernel, parts)
         if activation is None:
             return project((kernel, bias, group_sizes), parts[0])
 
@@ -109,58 +87,22 @@ class Dense(nn.Module):
             key, *rest = rest
             return project(rest, activation(*parts, key=key))
 
-        return computed_again(activate_and_project, (key, kernel, bias, group_sizes), parts, on_cpus=False)
+        return memory.recomputed(activate_and_project, (key, kernel, bias, group_sizes), parts)
 
 
 def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
     kernel, bias, group_sizes = rest
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    y = checkpoint_name(x @ kernel if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes), PRODUCT)
+    if bias is None:
+        return y
     if group_sizes is not None:
-        y = checkpoint_name(jax.lax.ragged_dot(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
-        return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
-    # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    y = checkpoint_name(rows @ kernel.astype(dtype), PRODUCT)
-    return (y if bias is None else y + bias).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def computed_again(function: Callable[[Any, Any], jax.Array], rest: Any, xs: Any, *, on_cpus: bool = True) -> jax.Array:
-    """`function(rest, xs)`, of which the backward pass keeps the arguments and nothing that was computed from them.
-
-    As `jax.checkpoint`, but with `on_cpus` for real there too, see `after`. The result has the rows of `xs`.
-    """
-    run = jax.custom_vjp(function)
-
-    def forward(rest: Any, xs: Any) -> tuple[jax.Array, Any]:
-        return function(rest, xs), (rest, xs)
-
-    def backward(kept: Any, dy: jax.Array) -> Any:
-        rest, xs = kept
-        return jax.vjp(function, rest, after(xs, dy, on_cpus=on_cpus))[1](dy)
-
-    run.defvjp(forward, backward)
-    return run(rest, xs)
-
-
-def after(xs: Any, dy: jax.Array, *, on_cpus: bool = True) -> Any:
-    """`xs`, but not before `dy` is known, which has as many rows: what is computed from it is not computed earlier, and not found
-    to be what the forward pass has computed already.
-
-    XLA:CPU drops optimization barriers before it looks for equal computations and decides on an order. There, with `on_cpus`,
-    zeros made from `dy` are added, of which it does not know that they are zeros; without, nothing happens there.
-    """
-
-    def tied(xs: Any, dy: jax.Array) -> Any:
-        zero = jnp.minimum(jnp.abs(dy[..., :1]), 0)
-        return jax.tree.map(lambda x: x + zero.astype(x.dtype), xs)
-
-    def fenced(xs: Any, dy: jax.Array) -> Any:
-        return jax.lax.optimization_barrier((xs, dy))[0]
-
-    return jax.lax.platform_dependent(xs, dy, cpu=tied if on_cpus else fenced, default=fenced)
+        bias = jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
+    return y + bias
 
 
 class LayerNorm(nn.Module):
-    """T5's layer norm: root mean square only, no centring, no bias; the mean is taken in float32."""
+    """T5's layer norm: root mean square only, without centring and bias. The mean is computed in float32."""
 
     dtype: DType = jnp.float32
     epsilon: float = 1e-6
@@ -179,7 +121,7 @@ class LayerNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout with one mask for all positions of a sequence, as T5 does (axis -2 is broadcast)."""
+    """Dropout with one mask for all positions of a sequence, as in T5 (axis -2 is broadcast)."""
 
     rate: float
     broadcast_axis: int | None = -2
@@ -190,12 +132,12 @@ class Dropout(nn.Module):
 
 
 def drop_key(module: nn.Module, rate: float, training: bool) -> jax.Array | None:
-    """The key of a module's next mask; None: nothing is dropped."""
+    """Returns the key of a module's next mask; None if nothing is dropped."""
     return module.make_rng('dropout') if training and rate > 0 else None
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float, broadcast_axis: int | None) -> jax.Array:
-    """Dropout with one mask for all of an axis; without a key there is none."""
+    """Applies dropout, with one mask for all of `broadcast_axis`; does nothing without a key."""
     if key is None:
         return x
     broadcast = () if broadcast_axis is None else (broadcast_axis,)
@@ -203,10 +145,15 @@ def drop(x: jax.Array, key: jax.Array | None, rate: float, broadcast_axis: int |
 
 
 class MlpBlock(nn.Module):
-    """T5's MLP. With several activations it is gated: their product feeds `wo`. It is also what an expert is; `group_sizes`, the
-    rows of each, makes it all experts at once.
+    """T5's MLP, gated if it has several activations: their product is the input of `wo`. An expert is such an MLP too.
 
-    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
+    Attributes:
+      mlp_dim: F.
+      activations: names in `ACTIVATION_FUNCTIONS`.
+      dropout_rate: of the hidden activations.
+      dtype: type of the products.
+      embed_axis, mlp_axis: logical axes of the kernels.
+      dropout_broadcast_axis: axis that shares one mask.
     """
 
     mlp_dim: int
@@ -215,11 +162,11 @@ class MlpBlock(nn.Module):
     dtype: DType = jnp.float32
     embed_axis: str = 'embed'
     mlp_axis: str = 'mlp'
-    # An expert sees slots, which have no order: a mask shared by all of them would drop a neuron for the whole batch.
     dropout_broadcast_axis: int | None = -2
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
+        """Applies the MLP; with `group_sizes`, the number of rows of each expert, all experts at once."""
         names = ['wi'] if len(self.activations) == 1 else [f'wi_{i}' for i in range(len(self.activations))]
         wi = functools.partial(Dense, self.mlp_dim, (self.embed_axis, self.mlp_axis), dtype=self.dtype)
         parts = [wi(name=name)(x, group_sizes) for name in names]
@@ -228,13 +175,12 @@ class MlpBlock(nn.Module):
             activated = (ACTIVATION_FUNCTIONS[name](part) for name, part in zip(self.activations, parts, strict=True))
             return drop(functools.reduce(operator.mul, activated), key, self.dropout_rate, self.dropout_broadcast_axis)
 
-        # Of all this the backward pass need only keep the products with `wi`.
         wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
         return wo(parts, group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 
 class Embed(nn.Module):
-    """Token embedding, initialised at standard deviation 1 as in T5."""
+    """Token embedding, initialised with standard deviation 1 as in T5."""
 
     vocab_size: int
     emb_dim: int
@@ -249,10 +195,10 @@ class Embed(nn.Module):
         )
 
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
-        # Rows first, then their type: the gradient of a frequent token is a sum of many, which adds up in float32.
+        # Cast rows, not the table: the gradient of a frequent token is then a sum in float32.
         return jnp.take(self.embedding, tokens_BxL, axis=0).astype(self.dtype)
 
     def attend(self, x_BxLxD: jax.Array) -> jax.Array:
-        """Logits (B, L, V) in float32: similarity to every embedding."""
-        embedding, x_BxLxD = jax.lax.optimization_barrier((self.embedding, x_BxLxD))  # as `both_gradients` of `Dense`
+        """Computes logits (B, L, V) in float32, the products with all embeddings."""
+        embedding, x_BxLxD = memory.both_gradients(self.embedding, x_BxLxD)
         return x_BxLxD.astype(jnp.float32) @ embedding.T

@@ -12,13 +12,12 @@ from upcycle.moe.state import for_the_log
 def cross_entropy(
     logits_BxLxV: jax.Array, targets_BxL: jax.Array, *, z_loss: float = 0.0, label_smoothing: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Loss of each target, z-loss included, and the z-loss alone; both (B, L), float32.
+    """Computes the loss of each target including z-loss, and the z-loss alone; both (B, L), float32.
 
     As T5X's `losses.compute_weighted_cross_entropy` before weighting: z-loss is `z_loss * logsumexp(logits) ** 2`, and with
     label smoothing the entropy of the smoothed target is subtracted, so that a perfect model scores 0.
 
-    The backward pass keeps the logits and their normaliser, and is one pass over the logits; derived from the definition it keeps
-    their exponentials in float32 as well, and adds into zeros of their size.
+    The derivative is custom, as in T5X: it keeps the logits and their normaliser, but not the exponentials in float32.
     """
     return _cross_entropy(logits_BxLxV, targets_BxL, z_loss, label_smoothing)
 
@@ -65,13 +64,13 @@ def _is_target(x_BxLxV: jax.Array, targets_BxL: jax.Array) -> jax.Array:
 
 
 def _smoothed(x_BxLxV: jax.Array, label_smoothing: float) -> tuple[float, float, int]:
-    """Probability of the target, of every other class, and their number."""
+    """Returns the probability of the target, that of every other class, and the number of other classes."""
     others = x_BxLxV.shape[-1] - 1
     return 1.0 - label_smoothing, label_smoothing / others, others
 
 
 def summarize(sums: Mapping[str, jax.Array], normalizer: jax.Array) -> dict[str, jax.Array]:
-    """Turns sums over targets into means per target. `loss` is what is minimised; `cross_entropy_loss` compares models."""
+    """Turns sums over targets into means. `loss` is minimised; `cross_entropy_loss` is comparable between models."""
     weight = jnp.maximum(sums['weight'], 1e-9)
     return {
         'loss': sums['loss'] / normalizer + sums['moe_loss'],

@@ -1,11 +1,11 @@
-"""Images as sequences of patches, and fixed positions of these."""
+"""Images as sequences of patches, and fixed position embeddings."""
 
 import jax
 import numpy as np
 
 
 def to_patches(image: jax.Array, patch_size: int) -> jax.Array:
-    """(B, height, width, channels) to (B, patches, patch_size * patch_size * channels), patches row by row."""
+    """Turns (B, height, width, channels) into (B, patches, patch_size * patch_size * channels), patches row by row."""
     B, height, width, channels = image.shape
     rows, columns = height // patch_size, width // patch_size
     x = image.reshape(B, rows, patch_size, columns, patch_size, channels).swapaxes(2, 3)
@@ -13,7 +13,7 @@ def to_patches(image: jax.Array, patch_size: int) -> jax.Array:
 
 
 def sincos2d(grid: int, width: int, temperature: float = 10_000.0) -> np.ndarray:
-    """Fixed positions (1, grid * grid, width), float32: a quarter each of sin(x), cos(x), sin(y), cos(y) at falling frequencies.
+    """Returns fixed position embeddings (1, grid * grid, width), float32: sin(x), cos(x), sin(y), cos(y) at falling frequencies.
 
     As big_vision's `posemb_sincos_2d`, after MoCo v3.
     """

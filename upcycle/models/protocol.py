@@ -1,4 +1,4 @@
-"""The protocol of a model family: all that the trainer, the surgery, the evaluators and the commands know of a model.
+"""The protocol of a model family. Trainer, surgery, evaluators and commands use only its members.
 
 Axis letters are those of `upcycle.moe`. `models.registry` lists the families.
 """
@@ -17,20 +17,20 @@ BatchSpec = Mapping[str, tuple[tuple[int, ...], Any]]
 
 
 class Model(Protocol):
-    """One family's model: sizes, loss, and where its MoE layers are. It must be hashable: shapes are cached by model.
+    """A model of one family: sizes, loss and MoE layers. Hashable, since shapes are cached by model.
 
     Members of the class, which describe the family:
       family: its name in the registry, in gin files (moe/FAMILY.gin) and in checkpoints.
       title: its name in messages.
-      telltale: a parameter that models of this family have, and of no other.
-      head: paths of the parameters that belong to the training task and not to the model. Fine-tuning may initialise them anew.
+      telltale: a parameter that only models of this family have.
+      head: paths of the parameters that belong to the training task. Fine-tuning may reinitialise them.
       lacking: paths of parameters that a checkpoint may lack.
       grids: last segments of the names of learned positions (1, L, D) on a square grid, which surgery may interpolate.
-      facts: fields of the configuration that change the function and not the shapes of the parameters. In capitals they are
-        macros of gin/.
-      inputs: features of a batch that say how large it is, for messages.
+      facts: fields of the configuration that change the function but not the shapes of parameters. In capitals they are macros
+        of gin/.
+      inputs: features of a batch that tell its size, for messages.
       blocks: names of the modules that are numbered by layer, without the number.
-      components: names of the modules within a layer that `upcycle inspect` adds up.
+      components: names of the modules within a layer that `upcycle inspect` sums up.
     """
 
     family: ClassVar[str]
@@ -45,26 +45,26 @@ class Model(Protocol):
     components: ClassVar[tuple[str, ...]]
 
     config: Any
-    """Sizes, and how the stack is compiled: a dataclass."""
+    """Sizes and program form, a dataclass."""
 
     @classmethod
     def from_leaves(cls, path: str, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> 'Model':
-        """The dense model that a checkpoint holds, or was upcycled from.
+        """Returns the dense model of a checkpoint, or the one that it was upcycled from.
 
         Args:
           path: of the checkpoint, for messages.
-          shapes: of its parameters, by their names without `params/`. The width of an MoE layer is read from an expert.
+          shapes: of its parameters, by their names without `params/`. An MoE layer's width is that of an expert.
           facts: fields of the configuration that shapes do not tell.
 
         Raises:
-          UserError: no model of this family has such shapes.
-          KeyError, IndexError, ValueError, ZeroDivisionError: a parameter is missing, or has another shape; the first argument
+          UserError: no model of this family has such shapes or facts.
+          KeyError, IndexError, ValueError, ZeroDivisionError: a parameter is missing or has another shape; the first argument
             names it.
         """
 
     @classmethod
     def facts_in(cls, path: str, names: Iterable[str]) -> dict[str, Any]:
-        """What the names of a checkpoint's parameters, without `params/`, say of the model, by the fields of its configuration.
+        """Returns the facts that the names of a checkpoint's parameters, without `params/`, tell.
 
         Raises:
           UserError: no model of this family has such names.
@@ -72,11 +72,11 @@ class Model(Protocol):
 
     @classmethod
     def files_that_fit(cls, facts: Mapping[str, Any]) -> str:
-        """The gin file whose model has these facts, where one is known; else an empty string."""
+        """Returns the gin file of the model with these facts; '' if unknown."""
 
     @classmethod
     def sizes(cls, names: Collection[str], problems: Sequence[str]) -> tuple[str, ...]:
-        """Fields of the configuration that the shapes of a checkpoint's leaves tell.
+        """Returns the fields of the configuration that the shapes of a checkpoint's leaves tell.
 
         Args:
           names: of the leaves.
@@ -84,16 +84,16 @@ class Model(Protocol):
         """
 
     def smallest_batch(self) -> BatchSpec:
-        """A batch that the model takes, to see the shapes of its parameters: its tokens fill GROUPS_MULTIPLE_OF groups."""
+        """Returns the spec of a batch that fills GROUPS_MULTIPLE_OF groups, enough to find the shapes of parameters."""
 
     def with_dtype(self, dtype: str) -> 'Model':
-        """The same model with activations of another type."""
+        """Returns the same model with activations of another type."""
 
     def module(self, num_microbatches: int = 1) -> 'nn.Module':
-        """The Flax module, its routing groups those of a batch cut into that many parts."""
+        """Returns the Flax module for microbatches; routing groups are those of the whole batch."""
 
     def init(self, rng: 'jax.Array', batch_spec: BatchSpec) -> Params:
-        """Fresh parameters, boxed with their logical axis names (`flax.linen.LogicallyPartitioned`)."""
+        """Initialises parameters, boxed with their logical axis names (`flax.linen.LogicallyPartitioned`)."""
 
     def forward(
         self,
@@ -104,58 +104,58 @@ class Model(Protocol):
         training: bool,
         num_microbatches: int,
     ) -> 'tuple[dict[str, jax.Array], jax.Array, dict[str, jax.Array]]':
-        """Sums over targets (`loss`, `z_loss`, `correct`, `weight`), the MoE layers' auxiliary loss, and their metrics."""
+        """Returns sums over targets (`loss`, `z_loss`, `correct`, `weight`), the MoE layers' auxiliary loss and their metrics."""
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> 'jax.Array':
-        """Logits in float32 at evaluation: no dropout, and the capacity factor of evaluation. Traceable by `jax.jit`.
+        """Computes logits in float32 at evaluation: without dropout, with the evaluation capacity factor. Traceable by `jax.jit`.
 
         Args:
           params: of this model, nested dicts of arrays.
-          batch: arrays of NumPy or JAX by feature: those of `inputs`, and others that the family's own docstring names. Further
-            features are not read.
+          batch: NumPy or JAX arrays by feature: those of `inputs`, and others that the family documents. Further features are
+            ignored.
 
         Returns:
-          The shape is the family's.
+          Logits, whose shape the family documents.
 
         Raises:
-          UserError: a feature is missing or has another shape than the model reads.
+          UserError: a feature is missing or has the wrong shape.
         """
 
     def loss_normalizer(self, batch: Mapping[str, 'jax.Array']) -> 'jax.Array':
-        """What the summed loss of the whole batch is divided by."""
+        """Returns the divisor of the summed loss of the whole batch."""
 
     def forward_flops(self, batch_spec: BatchSpec, *, training: bool) -> dict[str, float]:
-        """Floating-point operations of one forward pass over a batch, by component, a multiply-add counted as 2."""
+        """Returns the FLOPs of one forward pass over a batch by component; a multiply-add counts as 2."""
 
     def dense(self) -> 'Model':
-        """The same model with every MoE layer a dense MLP again."""
+        """Returns the same model with dense MLPs instead of MoE layers."""
 
     def with_moe(self, **changes: Any) -> 'Model':
-        """The same model with these fields of all MoE layers changed, where their router has them."""
+        """Returns the same model with these fields of all MoE layers changed, if their router has them."""
 
     def saved(self, description: Mapping[str, Any]) -> 'Model':
-        """The model that a checkpoint's metadata describes, the JSON of `describe`, with this one's losses."""
+        """Returns the model of a checkpoint's metadata (from `describe`), with the losses of this one."""
 
     def moe_layers(self) -> 'dict[str, MoE]':
-        """The MoE layers by the path of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
+        """Returns the MoE layers by the paths of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
 
     def num_tokens(self, batch_spec: BatchSpec) -> int:
-        """Tokens of a batch, padding included: inputs and targets, or patches of images."""
+        """Counts the tokens of a batch, padding included: inputs and targets, or patches of images."""
 
     def moe_tokens(self, batch_spec: BatchSpec) -> dict[str, int]:
-        """How many tokens of a batch each MoE layer routes, by the same paths."""
+        """Counts the tokens of a batch that each MoE layer routes, by the paths of `moe_layers`."""
 
     def moe_module(self, path: str) -> 'nn.Module':
-        """One MoE layer on its own."""
+        """Returns the module of one MoE layer."""
 
     def real_tokens(self, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]) -> 'dict[str, jax.Array]':
-        """For each path of an MLP or MoE layer, which of the tokens that it reads are real: bool (B, L)."""
+        """Returns for each path of an MLP or MoE layer which of its tokens are real, bool (B, L)."""
 
     def token_kinds(self, batch: Mapping[str, 'jax.Array']) -> 'dict[str, tuple[jax.Array, int]]':
-        """What tells the tokens of each MoE layer apart, by its path: (int32 kinds (B, L), how many kinds there are)."""
+        """Returns the kinds of the tokens of each MoE layer by its path: (int32 (B, L), number of kinds)."""
 
     def check_data(self, data: Any) -> None:
-        """Refuses data that the model cannot read, such as a larger vocabulary."""
+        """Raises UserError for data that do not fit the model, such as a larger vocabulary."""
 
     def describe(self) -> dict[str, Any]:
-        """The configuration as JSON, for checkpoints."""
+        """Returns the configuration as JSON, for checkpoints."""

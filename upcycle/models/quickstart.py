@@ -1,20 +1,20 @@
-"""The main job of each family, on data that needs no download: what `upcycle quickstart` runs."""
+"""The quickstart of each family (`upcycle quickstart`), on data that needs no download."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The main job of one model family.
+    """The quickstart of one family.
 
     Attributes:
       summary: the family and its data, in words.
       title: of the report.
       task: the data, in words.
       counts: what its accuracy counts, in the plural.
-      model, moe, data, settings: gin files, in the order of inclusion; the run's own comes before `settings`.
-      dense_steps, upcycle_steps: at --budget=1. Those of the other two branches follow from equal FLOPs.
-      cooldown_steps: at --budget=1; over the last ones of each branch, not of the dense run, the learning rate falls to 0.
+      model, moe, data, settings: gin files in the order of inclusion; the run's own comes before `settings`.
+      dense_steps, upcycle_steps: at --budget=1. Steps of the other two branches follow from equal FLOPs.
+      cooldown_steps: at --budget=1: last steps of each branch (not the dense run), over which the learning rate falls to 0.
     """
 
     summary: str

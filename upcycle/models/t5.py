@@ -1,17 +1,19 @@
-"""T5 1.1 (and 1.0): an encoder-decoder Transformer whose parameter names and shapes are T5X's.
+"""T5 1.1 (and 1.0): an encoder-decoder Transformer with T5X's parameter names and shapes.
 
-Any MLP of either stack can be an MoE layer. A dense model and its upcycled one differ only in `mlp/expert/*`, `mlp/router/*`.
+Any MLP of either stack can be an MoE layer. A dense model and its upcycled one differ only in `mlp/expert/*` and `mlp/router/*`.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.errors import UserError, one_of, refuse
+from upcycle import schema
+from upcycle.errors import UserError, refuse
 from upcycle.models.attention import (
     MultiHeadDotProductAttention,
     PositionBiases,
@@ -21,15 +23,15 @@ from upcycle.models.attention import (
 )
 from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
-from upcycle.moe.groups import sparse_layers
-from upcycle.moe.layer import MoELayer, apply_mlp
+from upcycle.moe.groups import moe_of_layers
+from upcycle.moe.layer import MoELayer, replace_mlp
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Count, Depth, Rate, shown
+from upcycle.schema import Count, Depth, FloatType, Rate, shown
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5, with T5X's field names, and which of its MLPs are MoE layers.
+    """Sizes of a T5, with T5X's field names, and its MoE layers. Gin macros in brackets.
 
     Attributes:
       vocab_size: rows of the embedding [NUM_EMBEDDINGS].
@@ -40,17 +42,17 @@ class T5Config:
       num_encoder_layers: layers of the encoder [NUM_ENCODER_LAYERS].
       num_decoder_layers: layers of the decoder [NUM_DECODER_LAYERS].
       mlp_activations: ('gelu', 'linear') for T5 1.1, ('relu',) for T5 1.0 [MLP_ACTIVATIONS].
-      logits_via_embedding: the output layer is the embedding, scaled by 1/sqrt(D): T5 1.0 [LOGITS_VIA_EMBEDDING].
+      logits_via_embedding: use the embedding, scaled by 1/sqrt(D), as the output layer: T5 1.0 [LOGITS_VIA_EMBEDDING].
       position_biases: see `PositionBiases` [POSITION_BIASES].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
-      expert_dropout_rate: that probability inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
+      expert_dropout_rate: the same inside experts; None for dropout_rate [EXPERT_DROPOUT_RATE].
       float32_attention_logits: compute attention logits in float32.
-      remat: what the backward pass computes again, see `models.stack.Remat` [REMAT].
+      remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block of each stack and loop over it, for deep models [SCAN_LAYERS].
       zero_padded_activations: multiply activations at padding by 0 before attention and MLP: flaxformer does, T5X does not
         [ZERO_PADDED_ACTIVATIONS].
-      encoder_moe, decoder_moe: the stacks' MoE layers; None: a dense stack.
+      encoder_moe, decoder_moe: MoE layers of the stacks; None for a dense stack.
       encoder_moe_layers, decoder_moe_layers: which layers: 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or
         a list of indices [ENCODER_MOE_LAYERS, DECODER_MOE_LAYERS].
     """
@@ -65,7 +67,7 @@ class T5Config:
     mlp_activations: Sequence[str] = ('gelu', 'linear')
     logits_via_embedding: bool = False
     position_biases: PositionBiases = PositionBiases.SHARED
-    dtype: str = 'bfloat16'
+    dtype: FloatType = 'bfloat16'
     dropout_rate: Rate = 0.0
     expert_dropout_rate: Rate | None = None
     float32_attention_logits: bool = False
@@ -78,40 +80,27 @@ class T5Config:
     decoder_moe_layers: str | Sequence[int] = 'every_other'
 
     def __post_init__(self):
-        # gin hands over lists; a module's attributes must hash.
-        object.__setattr__(self, 'mlp_activations', tuple(self.mlp_activations))
+        schema.validate(self, {'vocab_size': 'NUM_EMBEDDINGS', 'emb_dim': 'EMBED_DIM', 'dtype': 'ACTIVATION_DTYPE'})
         if not self.mlp_activations or not ACTIVATION_FUNCTIONS.keys() >= {*self.mlp_activations}:
             raise UserError(
                 f'MLP_ACTIVATIONS = {shown(self.mlp_activations)} must be one or several of '
                 f"{', '.join(ACTIVATION_FUNCTIONS)}, such as ('gelu', 'linear')."
             )
-        for name in ('encoder_moe_layers', 'decoder_moe_layers'):
-            if not isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, 'remat', one_of(Remat, self.remat, 'REMAT'))
-        biases = one_of(PositionBiases, self.position_biases, 'POSITION_BIASES')
-        object.__setattr__(self, 'position_biases', biases)
-        for stack in ('encoder', 'decoder'):
-            for moe in self.layer_moe(stack):
-                if moe is not None:
-                    moe.expert_width(self.mlp_dim)
+        for moe in filter(None, (*self.layer_moe('encoder'), *self.layer_moe('decoder'))):
+            moe.expert_width(self.mlp_dim)
         if self.decoder_moe is not None and not self.decoder_moe.causal:
             refuse(self.decoder_moe.looks_ahead('DECODER_'))
             object.__setattr__(self, 'decoder_moe', dataclasses.replace(self.decoder_moe, causal=True))
-        if self.dtype not in ('float32', 'bfloat16', 'float16'):
-            raise UserError(f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.')
 
     def layer_moe(self, stack: str) -> tuple[MoE | None, ...]:
-        """For each layer of the 'encoder' or 'decoder', its MoE, or None where the MLP is dense."""
-        moe = getattr(self, f'{stack}_moe')
-        depth = getattr(self, f'num_{stack}_layers')
-        if moe is None:
-            return (None,) * depth
-        sparse = sparse_layers(getattr(self, f'{stack}_moe_layers'), depth, f'{stack.upper()}_MOE_LAYERS')
-        return tuple(moe if i in sparse else None for i in range(depth))
+        """Returns the MoE of each layer of the 'encoder' or 'decoder'; None where the MLP is dense."""
+        moe, layers, depth = (
+            getattr(self, name) for name in (f'{stack}_moe', f'{stack}_moe_layers', f'num_{stack}_layers')
+        )
+        return moe_of_layers(moe, layers, depth, f'{stack.upper()}_MOE_LAYERS')
 
     def dense(self) -> 'T5Config':
-        """The same model without MoE layers: what an upcycled model comes from."""
+        """Returns the same model without MLPs replaced by MoE layers."""
         return dataclasses.replace(self, encoder_moe=None, decoder_moe=None)
 
 
@@ -125,22 +114,24 @@ def _mlp_arguments(config: T5Config) -> dict[str, Any]:
 
 
 def moe_layer(config: T5Config, moe: MoE, name: str | None = None) -> MoELayer:
-    """The MoE layer that stands in for an MLP: its experts are that MLP."""
-    arguments = _mlp_arguments(config)
-    arguments |= {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', 'dropout_broadcast_axis': None}
-    if config.expert_dropout_rate is not None:
-        arguments['dropout_rate'] = config.expert_dropout_rate
-    width = arguments['mlp_dim'] = moe.expert_width(config.mlp_dim)
-    shared = None
-    if moe.num_shared_experts:
-        shared = _mlp_arguments(config) | {'mlp_dim': moe.num_shared_experts * width}
-    return MoELayer(moe, MlpBlock, arguments, shared, name=name)
+    """Returns the MoE layer that replaces an MLP."""
+    return replace_mlp(
+        moe,
+        MlpBlock,
+        _mlp_arguments(config),
+        dropout_rate=config.expert_dropout_rate,
+        # Slots have no order: a mask for all of them would drop a neuron for the whole batch.
+        dropout_broadcast_axis=None,
+        name=name,
+    )
 
 
-def _mlp(config: T5Config, moe: MoE | None) -> nn.Module:
+def _apply_mlp(
+    config: T5Config, moe: MoE | None, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False
+) -> jax.Array:
     if moe is None:
-        return MlpBlock(**_mlp_arguments(config), name='mlp')
-    return moe_layer(config, moe, name='mlp')
+        return MlpBlock(**_mlp_arguments(config), name='mlp')(x, training)
+    return moe_layer(config, moe, name='mlp')(x, real_BxL, training=training, decoding=decoding)
 
 
 def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDotProductAttention:
@@ -157,15 +148,33 @@ def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDot
 
 
 def _position_biases(config: T5Config, which: PositionBiases, length: int, *, bidirectional: bool) -> jax.Array | None:
-    """Biases (1, H, length, length) from the table of the calling module; None where `which` modules have none."""
+    """Computes biases (1, H, length, length) from a table of the calling module; None unless modules of this kind have one."""
     if config.position_biases is not which:
         return None
     biases = RelativePositionBiases(config.num_heads, config.dtype, name='relpos_bias')
     return biases(length, length, bidirectional)
 
 
+def _zero_padding(config: T5Config, y_BxLxD: jax.Array, real_BxL: jax.Array) -> jax.Array:
+    """Multiplies activations at padding by 0, if the configuration asks for it."""
+    return y_BxLxD * real_BxL[..., None].astype(y_BxLxD.dtype) if config.zero_padded_activations else y_BxLxD
+
+
+def _add_sublayer(
+    config: T5Config,
+    real_BxL: jax.Array,
+    training: bool,
+    norm: str,
+    x_BxLxD: jax.Array,
+    sublayer: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Applies a sublayer after a norm of that name, and adds the result to its input."""
+    y_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name=norm)(x_BxLxD), real_BxL)
+    return x_BxLxD + Dropout(config.dropout_rate)(sublayer(y_BxLxD), training)
+
+
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention, then MLP or MoE. `bias` is that of the stack, None where each layer has its own."""
+    """Pre-norm self-attention, then MLP or MoE. `bias` is the stack's; None if each layer has its own."""
 
     config: T5Config
     moe: MoE | None
@@ -177,13 +186,10 @@ class EncoderLayer(nn.Module):
         config = self.config
         if bias is None:
             bias = _position_biases(config, PositionBiases.EVERY_LAYER, x_BxLxD.shape[1], bidirectional=True)
-        keep = _zeroing(config, real_BxL)
-        y = keep(LayerNorm(config.dtype, name='pre_attention_layer_norm')(x_BxLxD))
-        y = _attention(config, 'attention')(y, y, mask, bias, training=training)
-        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
-        y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = apply_mlp(_mlp(config, self.moe), y, real_BxL, training)
-        return x_BxLxD + Dropout(config.dropout_rate)(y, training)
+        add = functools.partial(_add_sublayer, config, real_BxL, training)
+        attention = _attention(config, 'attention')
+        x_BxLxD = add('pre_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, mask, bias, training=training))
+        return add('pre_mlp_layer_norm', x_BxLxD, lambda y: _apply_mlp(config, self.moe, y, real_BxL, training))
 
 
 class DecoderLayer(nn.Module):
@@ -208,24 +214,13 @@ class DecoderLayer(nn.Module):
         config = self.config
         if bias is None:
             bias = _position_biases(config, PositionBiases.EVERY_LAYER, max_length, bidirectional=False)
-        keep = _zeroing(config, real_BxL)
-        y = keep(LayerNorm(config.dtype, name='pre_self_attention_layer_norm')(x_BxLxD))
-        y = _attention(config, 'self_attention')(y, y, mask, bias, training=training, decoding=decoding)
-        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
-        y = keep(LayerNorm(config.dtype, name='pre_cross_attention_layer_norm')(x_BxLxD))
-        y = _attention(config, 'encoder_decoder_attention', cross=True)(
-            y, encoded_BxKxD, cross_mask, training=training, decoding=decoding
-        )
-        x_BxLxD = x_BxLxD + Dropout(config.dropout_rate)(y, training)
-        y = keep(LayerNorm(config.dtype, name='pre_mlp_layer_norm')(x_BxLxD))
-        y = apply_mlp(_mlp(config, self.moe), y, real_BxL, training, decoding=decoding)
-        return x_BxLxD + Dropout(config.dropout_rate)(y, training)
-
-
-def _zeroing(config: T5Config, real_BxL: jax.Array):
-    if not config.zero_padded_activations:
-        return lambda y: y
-    return lambda y: y * real_BxL[..., None].astype(y.dtype)
+        add = functools.partial(_add_sublayer, config, real_BxL, training)
+        call = {'training': training, 'decoding': decoding}
+        attention = _attention(config, 'self_attention')
+        x_BxLxD = add('pre_self_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, mask, bias, **call))
+        cross = _attention(config, 'encoder_decoder_attention', cross=True)
+        x_BxLxD = add('pre_cross_attention_layer_norm', x_BxLxD, lambda y: cross(y, encoded_BxKxD, cross_mask, **call))
+        return add('pre_mlp_layer_norm', x_BxLxD, lambda y: _apply_mlp(config, self.moe, y, real_BxL, **call))
 
 
 class Encoder(nn.Module):
@@ -238,25 +233,14 @@ class Encoder(nn.Module):
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, x_BxLxD.shape[1], bidirectional=True)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        x_BxLxD = apply_layers(
-            self,
-            EncoderLayer,
-            config,
-            config.layer_moe('encoder'),
-            x_BxLxD,
-            (real_BxL, mask, bias),
-            (training,),
-            remat=config.remat,
-            scan=config.scan_layers,
-            last=False,
-        )
-        x_BxLxD = LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD)
-        x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
+        arrays, layers = (real_BxL, mask, bias), config.layer_moe('encoder')
+        x_BxLxD = apply_layers(self, EncoderLayer, layers, x_BxLxD, arrays, (training,), last=False)
+        x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD), real_BxL)
         return Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers over embedded tokens, ending in logits (in float32) unless they come from the embedding."""
+    """A stack of decoder layers over embedded tokens, ending in float32 logits unless these come from the embedding."""
 
     config: T5Config
 
@@ -275,31 +259,18 @@ class Decoder(nn.Module):
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, max_length, bidirectional=False)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        x_BxLxD = apply_layers(
-            self,
-            DecoderLayer,
-            config,
-            config.layer_moe('decoder'),
-            x_BxLxD,
-            (encoded_BxKxD, real_BxL, mask, cross_mask, bias),
-            (training, decoding, max_length),
-            remat=config.remat,
-            scan=config.scan_layers and not decoding,
-            last=True,
-        )
-        x_BxLxD = LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD)
-        x_BxLxD = _zeroing(config, real_BxL)(x_BxLxD)
+        arrays, layers = (encoded_BxKxD, real_BxL, mask, cross_mask, bias), config.layer_moe('decoder')
+        switches = (training, decoding, max_length)
+        x_BxLxD = apply_layers(self, DecoderLayer, layers, x_BxLxD, arrays, switches, last=True, scan=not decoding)
+        x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD), real_BxL)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training)
         if config.logits_via_embedding:
             return x_BxLxD
-        logits = Dense(
-            config.vocab_size, ('embed', 'vocab'), dtype=jnp.float32, both_gradients=True, name='logits_dense'
-        )
-        return logits(x_BxLxD)
+        return Dense(config.vocab_size, ('embed', 'vocab'), both_gradients=True, name='logits_dense')(x_BxLxD)
 
 
 class Transformer(nn.Module):
-    """The whole model. `encode` and `decode` are its halves, for generation."""
+    """The whole model, and its halves `encode` and `decode` for generation."""
 
     config: T5Config
 
@@ -315,7 +286,7 @@ class Transformer(nn.Module):
         *,
         training: bool = False,
     ) -> jax.Array:
-        """Encodes (B, L) tokens to (B, L, D); padding is token 0, packed sequences do not see each other."""
+        """Encodes (B, L) tokens to (B, L, D). Padding is token 0; packed sequences do not attend to each other."""
         real_BxL = encoder_input_tokens > 0
         mask = real_BxL[:, None, :, None] & real_BxL[:, None, None, :]
         mask &= same_segment(encoder_segment_ids, encoder_segment_ids)
@@ -334,17 +305,17 @@ class Transformer(nn.Module):
         decoding: bool = False,
         max_length: int | None = None,
     ) -> jax.Array:
-        """Logits (B, L, V) in float32.
+        """Computes logits (B, L, V) in float32.
 
         Args:
           encoded: encoder output.
-          encoder_input_tokens: what was encoded, for its padding.
+          encoder_input_tokens: the encoder's input, for its padding.
           decoder_input_tokens: targets shifted right.
-          decoder_target_tokens: for their padding; None: nothing is padding (generation).
+          decoder_target_tokens: targets, for their padding; None if nothing is padding (generation).
           encoder_segment_ids, decoder_segment_ids: of packed sequences.
           training: turns dropout on and selects the training capacity factor.
           decoding: use a key/value cache: the first call, over the full length, makes it; later calls take one position.
-          max_length: of the cache; needed in calls of one position.
+          max_length: of the cache; required in calls of one position.
         """
         config = self.config
         length = decoder_input_tokens.shape[1]
@@ -387,7 +358,7 @@ class Transformer(nn.Module):
         *,
         training: bool = False,
     ) -> jax.Array:
-        """Logits (B, L, V) of teacher forcing."""
+        """Computes logits (B, L, V) with teacher forcing."""
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, training=training)
         return self.decode(
             encoded,

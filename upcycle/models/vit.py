@@ -1,9 +1,9 @@
-"""Vision Transformer in Flax linen: patches, encoder blocks with dense or MoE MLPs, and three ways to pool.
+"""Vision Transformer in Flax linen: patches, encoder blocks with dense or MoE MLPs, and three kinds of pooling.
 
 Parameter names are big_vision's: `embedding`, `pos_embedding`, `cls`, `Transformer/encoderblock_i/MlpBlock_0/Dense_0`,
-`Transformer/encoder_norm`, `MAPHead_0`, `pre_logits`, `head`. An MoE block has `MlpBlock_0/expert/...` with E in front, and
-`MlpBlock_0/router/...`. The class token has no position of its own, as in big_vision; checkpoints in which it has one
-(vision_transformer, V-MoE) are read with that position added to the token, which is the same function.
+`Transformer/encoder_norm`, `MAPHead_0`, `pre_logits`, `head`. An MoE block has `MlpBlock_0/expert/...` with a leading axis E, and
+`MlpBlock_0/router/...`. The class token has no position, as in big_vision. Checkpoints in which it has one (vision_transformer,
+V-MoE) are read with that position added to the token, which is the same function.
 """
 
 import dataclasses
@@ -16,23 +16,24 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.errors import one_of, refuse
+from upcycle import schema
+from upcycle.errors import refuse
 from upcycle.models.attention import attend
 from upcycle.models.layer_norm import LayerNorm
 from upcycle.models.layers import Dense, Dropout
 from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
-from upcycle.moe.groups import sparse_layers
-from upcycle.moe.layer import MoELayer
+from upcycle.moe.groups import moe_of_layers
+from upcycle.moe.layer import MoELayer, replace_mlp
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Count, Depth, Positive, Rate
+from upcycle.schema import Count, Depth, FloatType, Positive, Rate
 
 _xavier_init = nn.initializers.xavier_uniform()
 
 
 class Pooling(enum.StrEnum):
-    """What the head reads."""
+    """Input of the head."""
 
     TOKEN = 'token'  # an extra class token
     GAP = 'gap'  # the mean over patches
@@ -40,7 +41,7 @@ class Pooling(enum.StrEnum):
 
 
 class Positions(enum.StrEnum):
-    """Where a patch gets its position from."""
+    """Position embeddings of patches."""
 
     LEARNED = 'learned'
     SINCOS = 'sincos2d'  # fixed sines and cosines of row and column (MoCo v3)
@@ -61,21 +62,21 @@ class ViTConfig:
       num_layers: encoder blocks [NUM_LAYERS].
       pooling: see `Pooling` [POOLING].
       positions: see `Positions` [POSITIONS].
-      representation_size: width of a tanh layer before the head (`pre_logits`), as ImageNet-21k checkpoints have; None: no such
+      representation_size: width of a tanh layer before the head (`pre_logits`), as in ImageNet-21k checkpoints; None for no such
         layer [REPRESENTATION_SIZE].
-      head_bias_init: where the head's biases start; very negative for a sigmoid loss over many classes [HEAD_BIAS_INIT].
+      head_bias_init: initial value of the head's biases; very negative for a sigmoid loss over many classes [HEAD_BIAS_INIT].
       gelu: see `Gelu` [GELU].
-      norm_epsilon: what layer norms add to the variance [NORM_EPSILON].
+      norm_epsilon: added to the variance by layer norms [NORM_EPSILON].
       dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
       dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
-      expert_dropout_rate: that probability inside the experts [EXPERT_DROPOUT_RATE]; None: dropout_rate.
+      expert_dropout_rate: the same inside experts; None for dropout_rate [EXPERT_DROPOUT_RATE].
       stochastic_depth: probability that an image skips a residual branch of the last block, growing linearly from 0 at the first
-        (Huang et al. 2016) [STOCHASTIC_DEPTH]. It makes all blocks differ, so that `scan_layers` has nothing to loop over.
-      remat: what the backward pass computes again, see `models.stack.Remat` [REMAT].
+        (Huang et al. 2016) [STOCHASTIC_DEPTH]. Blocks then differ, so that `scan_layers` has no effect.
+      remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block and loop over it, for deep models [SCAN_LAYERS].
-      moe: the MoE layers; None: a dense model.
+      moe: the MoE layers; None for a dense model.
       moe_layers: which blocks: 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or a list of indices [MOE_LAYERS].
-      group_images: images whose tokens compete for the same slots, at most [GROUP_IMAGES]; overrides the MoE's group size.
+      group_images: the most images whose tokens compete for the same slots; overrides the MoE's group size [GROUP_IMAGES].
     """
 
     num_classes: Count
@@ -92,33 +93,24 @@ class ViTConfig:
     head_bias_init: float = 0.0
     gelu: Gelu = Gelu.TANH
     norm_epsilon: Positive = 1e-6
-    dtype: str = 'bfloat16'
+    dtype: FloatType = 'bfloat16'
     dropout_rate: Rate = 0.0
     expert_dropout_rate: Rate | None = None
-    stochastic_depth: float = 0.0
+    stochastic_depth: Rate = 0.0
     remat: Remat = Remat.NONE
     scan_layers: bool = False
     moe: MoE | None = None
     moe_layers: str | Sequence[int] = 'last_half'
-    group_images: int = 8
+    group_images: Count = 8
 
     def __post_init__(self):
-        for field, kind, binding in (
-            ('pooling', Pooling, 'POOLING'),
-            ('positions', Positions, 'POSITIONS'),
-            ('gelu', Gelu, 'GELU'),
-            ('remat', Remat, 'REMAT'),
-        ):
-            object.__setattr__(self, field, one_of(kind, getattr(self, field), binding))
-        if not isinstance(self.moe_layers, str):
-            object.__setattr__(self, 'moe_layers', tuple(self.moe_layers))
+        schema.validate(self, {'emb_dim': 'EMBED_DIM', 'dtype': 'ACTIVATION_DTYPE'})
         refuse(self._invalid())
-        for moe in self.layer_moe():
-            if moe is not None:
-                moe.expert_width(self.mlp_dim)
+        for moe in filter(None, self.layer_moe()):
+            moe.expert_width(self.mlp_dim)
 
     def _invalid(self) -> Iterator[str]:
-        """What is wrong, a sentence each."""
+        """Yields a sentence for each mistake."""
         if self.image_size % self.patch_size:
             yield (
                 f'IMAGE_SIZE = {self.image_size} is not a multiple of PATCH_SIZE = {self.patch_size}: change one of them.'
@@ -127,45 +119,36 @@ class ViTConfig:
             yield f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}.'
         if self.positions is Positions.SINCOS and self.emb_dim % 4:
             yield f"POSITIONS = 'sincos2d' needs an EMBED_DIM that 4 divides, not {self.emb_dim}."
-        if not 0 <= self.stochastic_depth < 1:
-            yield f'STOCHASTIC_DEPTH = {self.stochastic_depth!r} must lie in [0, 1).'
-        if not isinstance(self.group_images, int) or self.group_images < 1:
-            yield f'GROUP_IMAGES = {self.group_images!r} must be a whole number of at least 1.'
-        if self.dtype not in ('float32', 'bfloat16', 'float16'):
-            yield f'ACTIVATION_DTYPE = {self.dtype!r} is not one of float32, bfloat16, float16.'
 
     @property
     def grid(self) -> int:
-        """Patches along a side of an image."""
+        """The number of patches along a side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """L: patches of an image, and the class token if there is one."""
+        """L: patches of an image, plus a class token if the model has one."""
         return self.grid**2 + (self.pooling is Pooling.TOKEN)
 
     def layer_moe(self) -> tuple[MoE | None, ...]:
-        """For each block its MoE, or None where the MLP is dense."""
-        if self.moe is None:
-            return (None,) * self.num_layers
-        sparse = sparse_layers(self.moe_layers, self.num_layers, 'MOE_LAYERS')
-        moe = dataclasses.replace(self.moe, group_size=self.group_images * self.num_tokens)
-        return tuple(moe if i in sparse else None for i in range(self.num_layers))
+        """Returns the MoE of each block; None where the MLP is dense."""
+        moe = self.moe and dataclasses.replace(self.moe, group_size=self.group_images * self.num_tokens)
+        return moe_of_layers(moe, self.moe_layers, self.num_layers, 'MOE_LAYERS')
 
     def layer_depths(self) -> tuple[float, ...]:
-        """For each block, the probability that an image skips one of its branches."""
+        """Returns for each block the probability that an image skips one of its branches."""
         last = max(self.num_layers - 1, 1)
         return tuple(self.stochastic_depth * i / last for i in range(self.num_layers))
 
     def dense(self) -> 'ViTConfig':
-        """The same model without MoE layers: what an upcycled model comes from."""
+        """Returns the same model without MoE layers."""
         return dataclasses.replace(self, moe=None)
 
 
 class ProjectHeads(nn.Module):
-    """A layer between the width and the heads, with parameters of three axes as in `flax.linen.DenseGeneral`.
+    """A linear layer from the width to heads, or with `merge` back; parameters as of `flax.linen.DenseGeneral`.
 
-    `kernel` is (D, H, N) and `bias` (H, N); merging heads, (H, N, D) and (D).
+    `kernel` is (D, H, N) and `bias` (H, N); with `merge` they are (H, N, D) and (D).
     """
 
     num_heads: int
@@ -186,15 +169,12 @@ class ProjectHeads(nn.Module):
         kernel = self.param('kernel', nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
         bias = self.param('bias', zeros, bias_shape, jnp.float32)
-        # One matrix product over rows: XLA:CPU is slow at those with several row or column axes.
-        rows = x.reshape(-1, D).astype(self.dtype) @ kernel.reshape(D, D).astype(self.dtype)
-        rows += bias.reshape(D).astype(self.dtype)
-        leading = x.shape[: x.ndim - 2] if self.merge else x.shape[:-1]
-        return rows.reshape(*leading, *((D,) if self.merge else (H, N)))
+        equation = 'blhn,hnd->bld' if self.merge else 'bld,dhn->blhn'
+        return jnp.einsum(equation, x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biases; flax's `MultiHeadDotProductAttention` by parameters and numbers."""
+    """Multi-head attention with biases, equal to flax's `MultiHeadDotProductAttention` in parameters and results."""
 
     num_heads: int
     dtype: Any
@@ -211,7 +191,7 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm self-attention, then MLP or MoE. `kind` is its MoE and the probability that an image skips a branch."""
+    """Pre-norm self-attention, then MLP or MoE. `kind`: its MoE, and the probability that an image skips a branch."""
 
     config: ViTConfig
     kind: tuple[MoE | None, float]
@@ -221,7 +201,7 @@ class EncoderBlock(nn.Module):
         config = self.config
         moe, skipped = self.kind
         dropout = functools.partial(Dropout(config.dropout_rate, broadcast_axis=None), training=training)
-        # One draw for an image: whole branches are skipped.
+        # One draw for each image: it skips the whole branch.
         skip = nn.Dropout(skipped, broadcast_dims=(1, 2), deterministic=not training)
         y = _norm(config, 'LayerNorm_0')(x_BxLxD)
         keep_weights = config.remat.keeps_attention_weights
@@ -243,24 +223,15 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
         config = self.config
+        blocks = tuple(zip(config.layer_moe(), config.layer_depths(), strict=True))
         x_BxLxD = apply_layers(
-            self,
-            EncoderBlock,
-            config,
-            tuple(zip(config.layer_moe(), config.layer_depths(), strict=True)),
-            x_BxLxD,
-            (real_BxL,),
-            (training,),
-            prefix='encoderblock_',
-            remat=config.remat,
-            scan=config.scan_layers,
-            last=True,
+            self, EncoderBlock, blocks, x_BxLxD, (real_BxL,), (training,), last=True, prefix='encoderblock_'
         )
         return _norm(config, 'encoder_norm')(x_BxLxD)
 
 
 class MAPHead(nn.Module):
-    """Multi-head attention pooling: one learned query looks at all tokens (Lee et al. 2019), as in big_vision."""
+    """Multi-head attention pooling with one learned query (Lee et al. 2019), as in big_vision."""
 
     config: ViTConfig
 
@@ -295,8 +266,8 @@ class VisionTransformer(nn.Module):
         """Applies the model.
 
         Args:
-          image: (B, height, width, channels); height and width are the configuration's.
-          real_B: bool, False for rows that fill up a batch; they take no slots. None: all are real.
+          image: (B, height, width, channels), with the configuration's height and width.
+          real_B: bool, False for rows that fill up a batch, which take no slots; None if all are real.
           training: turns dropout on and selects the training capacity factor.
           features_only: stop before the head.
 
@@ -373,12 +344,5 @@ def _mlp_arguments(config: ViTConfig) -> dict[str, Any]:
 
 
 def moe_layer(config: ViTConfig, moe: MoE, name: str | None = None) -> MoELayer:
-    """The MoE layer that stands in for an MLP: its experts are that MLP."""
-    arguments = _mlp_arguments(config) | {'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
-    if config.expert_dropout_rate is not None:
-        arguments['dropout_rate'] = config.expert_dropout_rate
-    width = arguments['mlp_dim'] = moe.expert_width(config.mlp_dim)
-    shared = None
-    if moe.num_shared_experts:
-        shared = _mlp_arguments(config) | {'mlp_dim': moe.num_shared_experts * width}
-    return MoELayer(moe, MlpBlock, arguments, shared, name=name)
+    """Returns the MoE layer that replaces an MLP."""
+    return replace_mlp(moe, MlpBlock, _mlp_arguments(config), dropout_rate=config.expert_dropout_rate, name=name)

@@ -1,4 +1,4 @@
-"""Layers of a ViT that need none of its configuration: MLP and patch embedding."""
+"""Layers of a ViT that do not depend on its configuration: MLP and patch embedding."""
 
 import enum
 import functools
@@ -8,22 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.models.layers import Dense, drop, drop_key, gelu
+from upcycle.models.layers import Dense, drop, drop_key
 
 _xavier_init = nn.initializers.xavier_uniform()
 
 
 class Gelu(enum.StrEnum):
-    """Which GELU: public checkpoints differ."""
+    """Form of the GELU; public checkpoints differ."""
 
-    TANH = 'tanh'  # the approximation: vision_transformer, big_vision, V-MoE
+    TANH = 'tanh'  # approximate: vision_transformer, big_vision, V-MoE
     ERF = 'erf'  # exact: Hugging Face, timm
 
 
 class MlpBlock(nn.Module):
-    """GELU between two layers with biases. It is also what an expert is; `group_sizes`, the rows of each, makes it all experts.
+    """GELU between two linear layers with biases. An expert is such an MLP too.
 
-    `mlp_axis` and `embed_axis` are the logical axes of its kernels.
+    `embed_axis` and `mlp_axis` are the logical axes of its kernels.
     """
 
     mlp_dim: int
@@ -35,22 +35,22 @@ class MlpBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
+        """Applies the MLP; with `group_sizes`, the number of rows of each expert, all experts at once."""
         dense = functools.partial(
             Dense, dtype=self.dtype, kernel_init=_xavier_init, bias_init=nn.initializers.normal(1e-6)
         )
         h = dense(self.mlp_dim, (self.embed_axis, self.mlp_axis), name='Dense_0')(x, group_sizes)
 
         def activate(h: jax.Array, key: jax.Array | None) -> jax.Array:
-            h = gelu(h) if self.gelu is Gelu.TANH else jax.nn.gelu(h, approximate=False)
+            h = jax.nn.gelu(h, approximate=self.gelu is Gelu.TANH)
             return drop(h, key, self.dropout_rate, broadcast_axis=None)
 
-        # As in T5's: the backward pass need only keep what the GELU was given.
         output = dense(x.shape[-1], (self.mlp_axis, self.embed_axis), name='Dense_1')
         return output((h,), group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 
 class PatchEmbedding(nn.Module):
-    """A convolution of stride patch size, as the matrix product that it is; its kernel is (patch, patch, channels, D)."""
+    """A convolution with stride patch size, computed as a matrix product. The kernel is (patch, patch, channels, D)."""
 
     patch_size: int
     channels: int

@@ -1,4 +1,4 @@
-"""What gin files call for the MoE layers of a stack: one name for the routers of all classes."""
+"""`MoEConfig`, the configurable of gin files that builds a router of any class."""
 
 import dataclasses
 import inspect
@@ -15,35 +15,35 @@ __all__ = ['AdaptiveBalance', 'MoEConfig', 'changed', 'settings']
 
 
 def MoEConfig(*positional: Any, **named: Any) -> MoE:  # noqa: N802 gin files of all versions call it so
-    """The MoE layers of a stack, of the class that `router` names.
+    """Returns the configuration of a stack's MoE layers, of the class that `router` names.
 
-    Its parameters are the fields of all routers. A router takes those that its class has; the others are passed over, because a
-    recipe sets the fields of every router that may be chosen. `configuration.load` refuses those that a user set in vain.
+    Parameters are the fields of all routers. Fields that the class lacks are ignored, because recipes set the fields of every
+    router that may be chosen; `configuration.load` refuses those that a user sets.
 
     Raises:
-      UserError: a value is not of its field's type, or several do not go together.
+      UserError: a value is not of its field's type, or values contradict each other.
     """
     given = inspect.signature(MoEConfig).bind(*positional, **named).arguments
     kind = ROUTERS[one_of(RouterType, given.pop('router', RouterType.EXPERT_CHOICE), 'ROUTER')]
     taken = {name: value for name, value in given.items() if name in settings(kind)}
-    passed_over = {name: value for name, value in given.items() if name not in {*taken, 'adaptive_balance'}}
-    refuse(schema.misfits(passed_over, MoEConfig, macro_of_field))
+    ignored = {name: value for name, value in given.items() if name not in {*taken, 'adaptive_balance'}}
+    refuse(schema.misfits(ignored, MoEConfig, macro_of_field))
     return kind(**taken)
 
 
 def settings(kind: type[MoE]) -> set[str]:
-    """The fields of a router's class that can be set."""
+    """Returns the fields of a router's class that can be set."""
     return {field.name for field in dataclasses.fields(kind) if field.init}
 
 
 def changed(config: MoE, **changes: Any) -> MoE:
-    """The same layers with other values of those fields that their router, perhaps another one now, has."""
+    """Returns the same layers with these fields changed; fields that the (possibly new) router lacks are ignored."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return MoEConfig(**(values | changes))
 
 
 def _parameters() -> Iterator[inspect.Parameter]:
-    """Those of `MoEConfig`."""
+    """Yields the parameters of `MoEConfig`."""
     fields: Mapping[str, inspect.Parameter] = {
         name: parameter for kind in ROUTERS.values() for name, parameter in inspect.signature(kind).parameters.items()
     }
@@ -64,5 +64,5 @@ def _parameters() -> Iterator[inspect.Parameter]:
 
 MoEConfig.__signature__ = inspect.Signature(list(_parameters()), return_annotation=MoE)
 MoEConfig.__annotations__ = {name: p.annotation for name, p in MoEConfig.__signature__.parameters.items()}
-# It makes nothing but data, of any values: see `gin_data.HARMLESS`.
+# It only builds data, whatever the values: see `gin_data.HARMLESS`.
 MoEConfig.harmless = {}

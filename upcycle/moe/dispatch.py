@@ -1,6 +1,6 @@
-"""Dispatch: tokens to slots and back. Two implementations of the same two functions; `einsum` is the reference.
+"""Dispatch and combine: tokens to slots and back, in two implementations, of which `einsum` is the reference.
 
-Slots are laid out expert first, (E, G, C, D), as the experts and the network want them, so that nothing is transposed on the way.
+Slots are laid out expert first, (E, G, C, D), as experts and all-to-alls need them, so that nothing is transposed.
 """
 
 import functools
@@ -13,19 +13,19 @@ from upcycle.moe.routing import Routing
 
 
 def masks(routing: Routing, num_tokens: int) -> tuple[jax.Array, jax.Array]:
-    """One-hot form of a routing, flaxformer's `RouterMask`: dispatch mask (bool) and combine array, both (G, S, E, C)."""
+    """Returns a routing as flaxformer's `RouterMask`: dispatch mask (bool) and combine array, both (G, S, E, C)."""
     mask_GxSxExC = routing.token_GxExC[:, None] == jnp.arange(num_tokens)[None, :, None, None]
     return mask_GxSxExC, mask_GxSxExC * routing.weight_GxExC[:, None]
 
 
 def dispatch(x_GxSxD: jax.Array, routing: Routing, how: Dispatch, longest: int) -> jax.Array:
-    """Puts every slot's token into its slot.
+    """Fills slots with their tokens.
 
     Args:
       x_GxSxD: tokens.
       routing: of these tokens.
       how: `gather` or `einsum`.
-      longest: no token sits in more slots than this.
+      longest: the most slots of one token.
 
     Returns:
       (E, G, C, D); empty slots hold zeros.
@@ -39,7 +39,7 @@ def dispatch(x_GxSxD: jax.Array, routing: Routing, how: Dispatch, longest: int) 
 
 
 def combine(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispatch, longest: int) -> jax.Array:
-    """Weighted sum of each token's slots, accumulated in float32: (E, G, C, D) -> (G, S, D)."""
+    """Sums each token's slots, weighted, in float32: (E, G, C, D) -> (G, S, D)."""
     _, G, _, D = y_ExGxCxD.shape
     if how is Dispatch.GATHER:
         weight_R = routing.weight_GxExC.swapaxes(0, 1).reshape(-1)
@@ -52,19 +52,19 @@ def combine(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, how: Dispat
 
 
 def _rows(routing: Routing, num_tokens: int) -> jax.Array:
-    """The row of (G * S) tokens in each slot, (E, G, C); one past the last row where the slot is empty."""
+    """Returns each slot's row among (G * S) tokens, (E, G, C); one past the last row for empty slots."""
     G = routing.token_GxExC.shape[0]
     first_Gx1x1 = num_tokens * jnp.arange(G)[:, None, None]
     row_GxExC = jnp.where(routing.token_GxExC < num_tokens, first_Gx1x1 + routing.token_GxExC, G * num_tokens)
     return row_GxExC.swapaxes(0, 1)
 
 
-# Each is the other's transpose. Left to autodiff, the transpose of a gather is a scatter-add in the type of the activations.
+# `_take` and `_add` are each other's transpose. Autodiff would transpose a gather to a scatter-add in the activations' type.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _take(x_TxD: jax.Array, row_R: jax.Array, num_rows: int, longest: int) -> jax.Array:
-    """Rows of x; zeros for the row past the last."""
+    """Takes rows of x; zeros for the row past the last."""
     del num_rows, longest
     return x_TxD.at[row_R].get(mode='fill', fill_value=0)
 
@@ -82,7 +82,7 @@ _take.defvjp(_take_forward, _take_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _add(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_rows: int, longest: int) -> jax.Array:
-    """For each of `num_rows` rows the weighted sum of its slots, (T, D)."""
+    """Sums the weighted slots of each of `num_rows` rows, (T, D)."""
     return _sum_of_slots(y_RxD, weight_R, row_R, num_rows, longest)
 
 
@@ -112,7 +112,7 @@ def _sum_of_slots(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, num_r
 
 
 def sum_scattered(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int) -> jax.Array:
-    """Sums of weighted slots by row, (T, D), by scatter-add in float32."""
+    """Sums weighted slots by row, (T, D), with a scatter-add in float32."""
     zeros_TxD = jnp.zeros((num_rows, y_RxD.shape[-1]), jnp.float32)
     return zeros_TxD.at[row_R].add(y_RxD.astype(jnp.float32) * weight_R[:, None], mode='drop').astype(y_RxD.dtype)
 
@@ -120,9 +120,10 @@ def sum_scattered(y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, nu
 def sum_in_blocks(
     y_RxD: jax.Array, weight_R: jax.Array, row_R: jax.Array, *, num_rows: int, longest: int, block: int = 128
 ) -> jax.Array:
-    """The same without scatters: slots sorted by row, then summed block by block by a one-hot product, linear in the slots.
+    """As `sum_scattered` without scatters: sorts slots by row and sums blocks with a one-hot product, linear in the slots.
 
-    A block sums the runs of equal rows that start in its `block` slots; it also reads the next `longest`, where a run may end.
+    A block sums the runs of equal rows that start in its `block` slots. It also reads the next `longest` slots, where a run may
+    end.
     """
     R, D = y_RxD.shape
     padding = -R % block
@@ -133,7 +134,7 @@ def sum_in_blocks(
     run_R = jnp.cumsum(starts_R.astype(jnp.int32))
 
     def windows(x_R: jax.Array, fill: int) -> jax.Array:
-        """(R / block, block + longest): every block's entries and the next `longest`."""
+        """Returns every block's entries and the next `longest`, (R / block, block + longest)."""
         position = block * jnp.arange((R + padding) // block)[:, None] + jnp.arange(block + longest)
         return x_R.at[position].get(mode='fill', fill_value=fill)
 
@@ -151,7 +152,7 @@ def sum_in_blocks(
         preferred_element_type=jnp.float32,
         precision='highest',
     ).astype(y_RxD.dtype)
-    # A search would sort twice more, which costs a TPU's compiler minutes in a deep model.
+    # `searchsorted` would sort twice more, which costs the TPU compiler minutes in a deep model.
     nowhere = R + padding
     first_T = jnp.full(num_rows, nowhere).at[jnp.where(starts_R, row_R, num_rows)].set(position_R, mode='drop')
     covered_T = first_T < nowhere

@@ -1,4 +1,4 @@
-"""Which layers are MoE layers, and into which groups and slots their tokens are cut."""
+"""Which layers are MoE layers, and how their tokens are divided into groups."""
 
 import math
 import re
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> tuple[int, ...]:
-    """Indices of the layers that are MoE layers.
+    """Returns the indices of the MoE layers.
 
     Args:
       spec: 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
@@ -21,7 +21,7 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
       binding: the gin macro that holds `spec`, for the message.
 
     Raises:
-      UserError: an unknown word, an index out of range, or one given twice.
+      UserError: the word is unknown, or an index is out of range or repeated.
     """
     if isinstance(spec, str):
         named = {
@@ -50,10 +50,18 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
     return tuple(sorted(layers))
 
 
-def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
-    """G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
+def moe_of_layers(
+    moe: 'MoE | None', spec: str | Sequence[int], num_layers: int, binding: str
+) -> tuple['MoE | None', ...]:
+    """Returns the MoE of each layer of a stack, None for dense layers; see `sparse_layers`."""
+    sparse = () if moe is None else sparse_layers(spec, num_layers, binding)
+    return tuple(moe if i in sparse else None for i in range(num_layers))
 
-    Follows flaxformer's `_num_groups`, with the multiple a binding instead of the mesh.
+
+def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
+    """Returns G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
+
+    As flaxformer's `_num_groups`, except that the multiple is a binding instead of a property of the mesh.
 
     Raises:
       UserError: no such divisor exists.
@@ -70,26 +78,26 @@ def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
 
 
 def microbatch_groups(config: 'MoE', num_tokens: int) -> int:
-    """Groups in a microbatch of that many tokens: those of the whole batch, cut at group boundaries.
+    """Returns the number of groups in a microbatch of `num_tokens`. Groups are those of the whole batch.
 
     Raises:
-      UserError: a group would be cut in two.
+      UserError: a microbatch would split a group.
     """
     microbatches = config.num_microbatches
     whole = num_groups(num_tokens * microbatches, config.group_size, config.groups_multiple_of)
     if whole % microbatches:
         raise UserError(
-            f'NUM_MICROBATCHES = {microbatches} would cut a routing group in two, since the batch has {whole} groups of '
+            f'NUM_MICROBATCHES = {microbatches} would split a routing group, since the batch has {whole} groups of '
             f'{num_tokens * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
         )
     return whole // microbatches
 
 
 def check_groups(groups: int, shards: int) -> None:
-    """Raises UserError unless the groups of a (micro)batch can be dealt out whole to the devices that share it."""
+    """Raises UserError unless the groups of a (micro)batch divide among the devices that share it."""
     if groups % shards:
         raise UserError(
-            f'the {groups} routing groups of a batch cannot be dealt out to the {shards} devices of the data and expert axes '
-            f'of MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (which changes the groups, and so the maths), '
-            'or use fewer devices there.'
+            f'the {groups} routing groups of a batch do not divide among the {shards} devices of the data and expert axes of '
+            f'MESH_SHAPE: set GROUPS_MULTIPLE_OF to a multiple of {shards} (this changes the groups and so the routing), or use '
+            'fewer devices on these axes.'
         )

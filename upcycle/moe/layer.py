@@ -1,8 +1,10 @@
-"""The MoE layer as a Flax module. Parameters: `router/router_weights/w/kernel` (D, E), `expert/...` with E in front, and where
-there are shared experts, `shared/...`: one MLP of their joint width. `router_state/...`: see `moe.state`.
+"""The MoE layer as a Flax module.
+
+Parameters: `router/router_weights/w/kernel` (D, E), `expert/...` with a leading axis E, and with shared experts `shared/...`, one
+MLP of their joint width. For `router_state/...` see `moe.state`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,17 +19,16 @@ from upcycle.moe import all_to_all, ragged
 from upcycle.moe.groups import check_groups, microbatch_groups
 from upcycle.moe.routers.base import MoE, Routed
 from upcycle.moe.routers.merged import Merged
-from upcycle.moe.routers.soft import Soft
 from upcycle.moe.routing import CHOSEN, Choices, Mixing, Routing, token_sums
 from upcycle.moe.state import NAME as STATE
 from upcycle.moe.state import OUTPUT_COUNT, OUTPUT_SUM, RouterState
 
-# The variable collection that one layer's routing metrics are written to.
+# The variable collection of a layer's routing metrics.
 METRICS = 'moe_metrics'
 
 
 class RouterWeights(nn.Module):
-    """Logits of a linear router in float32, without bias; named as in flaxformer. `cosine`: they are cosines.
+    """Logits of a linear router, in float32 and without bias; cosines instead of products with `cosine`. Named as in flaxformer.
 
     `precision='highest'`, because a TPU multiplies float32 in bfloat16 by default.
     """
@@ -39,32 +40,29 @@ class RouterWeights(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
-        if self.cosine:
-            return _Cosines(self.num_logits, init, name='w')(x_BxLxD)
         dense = nn.Dense(
-            self.num_logits, use_bias=False, dtype=jnp.float32, precision='highest', kernel_init=init, name='w'
+            self.num_logits,
+            use_bias=False,
+            dtype=jnp.float32,
+            precision='highest',
+            kernel_init=init,
+            dot_general=_cosines if self.cosine else None,
+            name='w',
         )
         return dense(x_BxLxD)
 
 
-class _Cosines(nn.Module):
-    """Cosine of the input and each column of the kernel."""
+def _cosines(x_BxLxD: jax.Array, kernel_DxN: jax.Array, *dot_general: Any, **options: Any) -> jax.Array:
+    """Computes the cosines of the input and each column of the kernel, as a `dot_general` of `nn.Dense`."""
 
-    features: int
-    kernel_init: Callable[..., jax.Array]
+    def unit(v: jax.Array, axis: int) -> jax.Array:
+        return v * jax.lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-12)
 
-    @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        kernel_DxN = self.param('kernel', self.kernel_init, (x_BxLxD.shape[-1], self.features), jnp.float32)
-
-        def unit(v: jax.Array, axis: int) -> jax.Array:
-            return v * jax.lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-12)
-
-        return jnp.matmul(unit(x_BxLxD, -1), unit(kernel_DxN, 0), precision='highest')
+    return jax.lax.dot_general(unit(x_BxLxD, -1), unit(kernel_DxN, 0), *dot_general, **options)
 
 
 class Router(nn.Module):
-    """Jitter, then logits: (B, L, D) -> (B, L, E) in float32, linear; of Soft MoE (B, L, E * C), scaled cosines."""
+    """Jitter, then logits in float32: (B, L, D) -> (B, L, E), linear; for Soft MoE (B, L, E * C), scaled cosines."""
 
     config: Routed
 
@@ -85,14 +83,14 @@ class Router(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """A dense MLP's replacement: the same MLP, E times, each on the tokens that the router sends it.
+    """Replaces a dense MLP by E copies of it, each on the tokens that the router sends it.
 
     Attributes:
       config: router, capacity and conventions.
-      expert: the class of the dense MLP, called as (x, training); it is mapped over a leading expert axis, so an expert *is* the
-        dense MLP. Where nothing is dropped it is called once for all experts, with `group_sizes` and `rngs`.
+      expert: class of the dense MLP, called as (x, training) and mapped over a leading expert axis. Dropless layers call it once
+        for all experts, with `group_sizes`.
       expert_arguments: its constructor's arguments.
-      shared_arguments: those of the MLP that is all shared experts; None: there are none.
+      shared_arguments: arguments of the one MLP that is all shared experts; None without shared experts.
     """
 
     config: MoE
@@ -112,21 +110,21 @@ class MoELayer(nn.Module):
             the load over.
 
         Returns:
-          (B, L, D) in the dtype of the input; 0 for a token that no expert took, where none is shared.
+          (B, L, D) in the dtype of the input; without shared experts 0 for a token that no expert took.
 
         Raises:
-          UserError: the tokens cannot be cut into the groups asked for, or the groups not dealt out to the mesh.
+          UserError: the tokens do not divide into the groups asked for, or the groups not among the devices of the mesh.
         """
         config = self.config.when(training=training)
         if config.num_shared_experts and self.shared_arguments is None:
-            raise ValueError('num_shared_experts is set, and the layer has no shared_arguments to make them of.')
+            raise ValueError('num_shared_experts is set, but the layer has no shared_arguments.')
         if isinstance(config, Merged):
             return self._merged(x_BxLxD, real_BxL, training)
         B, L, D = x_BxLxD.shape
         mesh = partitioning.current_mesh()
         shards = partitioning.batch_shards(mesh)
         if decoding:
-            # Nothing is dropped, so groups do not matter; a batch that does not divide is left to the compiler.
+            # Nothing is dropped, so groups do not matter. The compiler partitions a batch that does not divide.
             G = shards if B % shards == 0 else 1
             C = B * L // G
             mesh = mesh if B % shards == 0 else None
@@ -134,13 +132,6 @@ class MoELayer(nn.Module):
             G = microbatch_groups(config, B * L)
             C = config.capacity(B * L // G, training=training)
             check_groups(G, shards)
-        if isinstance(config, Soft):
-            logits_BxLxN = Router(config, name='router')(x_BxLxD, training=training)
-            x_ExGxCxD, mixing, metrics = all_to_all.dispatch_mixed(x_BxLxD, logits_BxLxN, real_BxL, config, G, mesh)
-            self._log(metrics, mixing, None, {})
-            y_ExGxCxD = self._apply_experts(x_ExGxCxD, training)
-            y_BxLxD = all_to_all.combine_mixed(y_ExGxCxD, mixing, (B, L, D), config, mesh)
-            return self._with_shared(y_BxLxD, x_BxLxD, mixing, training)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
         noisy = training and config.noise_stddev > 0
         if noisy:
@@ -164,8 +155,9 @@ class MoELayer(nn.Module):
         y_ExGxCxD = self._apply_experts(x_ExGxCxD, training)
         default_ExD = state.get('default_output')
         if default_ExD is not None:
-            # Every expert answers for every token with its default; one that took the token, with what it says beyond that.
-            self._log_outputs(y_ExGxCxD, routing, B * L // G, training)
+            # Every expert answers every token with its default; one that took the token adds its output's difference to it.
+            if training:
+                self._record(_outputs(y_ExGxCxD, routing, B * L // G))
             y_ExGxCxD -= default_ExD[:, None, None].astype(y_ExGxCxD.dtype)
         y_BxLxD = all_to_all.combine_outputs(y_ExGxCxD, routing, (B, L, D), config, mesh)
         if default_ExD is not None:
@@ -173,7 +165,7 @@ class MoELayer(nn.Module):
         return self._with_shared(y_BxLxD, x_BxLxD, routing, training)
 
     def _merged(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
-        """One MLP: lambda * shared + (1 - lambda) * sum_e softmax(a)_e W_e (XFT, arXiv 2404.15247, section 3.2)."""
+        """Applies one MLP: lambda * shared + (1 - lambda) * sum_e softmax(a)_e W_e (XFT, arXiv 2404.15247, section 3.2)."""
         config, D = self.config, x_BxLxD.shape[-1]
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
         mixing_E = self.param('mixing', zeros, (config.num_experts,), jnp.float32)
@@ -212,7 +204,7 @@ class MoELayer(nn.Module):
     def _with_shared(
         self, y_BxLxD: jax.Array, x_BxLxD: jax.Array, routing: Routing | Choices | Mixing, training: bool
     ) -> jax.Array:
-        """Adds the shared experts, and leaves the sum of all of a token's weights among the intermediates."""
+        """Adds the shared experts, and sows the sum of all of a token's weights into the intermediates."""
         if self.shared_arguments is None and not self.is_mutable_collection('intermediates'):
             return y_BxLxD
         weight_BxL = token_sums(routing, x_BxLxD.shape[0] * x_BxLxD.shape[1] // routing[0].shape[0])
@@ -259,43 +251,58 @@ class MoELayer(nn.Module):
         params = self.get_variable('params', 'expert')
         return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, mesh), choices
 
-    def _log_outputs(self, y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int, training: bool) -> None:
-        if not training:
-            return
-        used_ExGxC = (routing.token_GxExC < num_tokens).swapaxes(0, 1).astype(jnp.float32)
-        sum_ExD = jnp.einsum('egcd,egc->ed', y_ExGxCxD.astype(jnp.float32), used_ExGxC)
-        for name, value in ((OUTPUT_SUM, sum_ExD), (OUTPUT_COUNT, used_ExGxC.sum(axis=(1, 2)))):
-            value = jax.lax.stop_gradient(value)
-            self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-
-    def _log(
-        self,
-        metrics: dict[str, jax.Array],
-        routing: Any,
-        balance: jax.Array | None,
-        state: Mapping[str, jax.Array],
-    ) -> None:
+    def _log(self, metrics: dict[str, jax.Array], routing: Any, balance: jax.Array | None, state: Any) -> None:
         loss = metrics['auxiliary_loss'] if balance is None else balance
-        metrics = metrics | {'auxiliary_loss': loss * state.get('loss_weight', 1.0)}
-        for name, value in metrics.items():
-            self.sow(METRICS, name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        self._record(metrics | {'auxiliary_loss': loss * state.get('loss_weight', 1.0)})
         self.sow('intermediates', 'routing', routing)
 
+    def _record(self, metrics: dict[str, jax.Array]) -> None:
+        if self.is_mutable_collection(METRICS):
+            for name, value in metrics.items():
+                self.put_variable(METRICS, name, value)
 
-def apply_mlp(mlp: nn.Module, x: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool = False) -> jax.Array:
-    """Applies an MLP or the MoE layer in its place."""
-    if isinstance(mlp, MoELayer):
-        return mlp(x, real_BxL, training=training, decoding=decoding)
-    return mlp(x, training)
+
+def _outputs(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int) -> dict[str, jax.Array]:
+    """Sums each expert's outputs over its full slots, and counts these."""
+    used_ExGxC = (routing.token_GxExC < num_tokens).swapaxes(0, 1).astype(jnp.float32)
+    sum_ExD = jnp.einsum('egcd,egc->ed', y_ExGxCxD.astype(jnp.float32), used_ExGxC)
+    return jax.lax.stop_gradient({OUTPUT_SUM: sum_ExD, OUTPUT_COUNT: used_ExGxC.sum(axis=(1, 2))})
+
+
+def replace_mlp(
+    moe: MoE,
+    mlp: type[nn.Module],
+    arguments: Mapping[str, Any],
+    *,
+    dropout_rate: float | None,
+    name: str | None = None,
+    **expert_arguments: Any,
+) -> MoELayer:
+    """Returns the MoE layer that replaces an MLP.
+
+    Args:
+      moe: configuration of the layer.
+      mlp: class of the MLP.
+      arguments: of the dense MLP, `mlp_dim` and `dropout_rate` among them.
+      dropout_rate: inside the experts; None for that of the dense MLP.
+      name: of the module.
+      **expert_arguments: of the experts only.
+    """
+    width = moe.expert_width(arguments['mlp_dim'])
+    expert = {**arguments, 'mlp_dim': width, 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp', **expert_arguments}
+    if dropout_rate is not None:
+        expert['dropout_rate'] = dropout_rate
+    shared = {**arguments, 'mlp_dim': moe.num_shared_experts * width} if moe.num_shared_experts else None
+    return MoELayer(moe, mlp, expert, shared, name=name)
 
 
 def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Routing metrics under the names of the log: the mean over all MoE layers, and each layer's own.
+    """Names routing metrics for the log: their means over all MoE layers, and each layer's own.
+
+    The mean of `auxiliary_loss` counts Expert Choice layers as 0, as flaxformer's does.
 
     Args:
       written: the collection `METRICS` of a model.
-
-    The mean of `auxiliary_loss` counts Expert Choice layers as 0, as flaxformer's does.
     """
     by_layer: dict[str, dict[str, jax.Array]] = {}
     for (*layer, _, name), value in flatten_dict(dict(written)).items():

@@ -1,4 +1,4 @@
-"""Balance losses of routers, and what the log says of a routing."""
+"""Balance losses and metrics of routers."""
 
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def auxiliary_loss_of(tokens: Tokens, expert_GxSxK: jax.Array, config: 'TopK', across: Across) -> jax.Array:
-    """Top-K's balance loss; V-MoE's is the layer's business, since it needs logits with and without noise."""
+    """Computes Top-K's balance loss, except V-MoE's, which needs logits with and without noise (`balance_loss_of`)."""
     if config.balance_loss is BalanceLoss.MUTUAL_INFORMATION:
         return mutual_information_loss(tokens, across)
     return _load_balancing_loss(tokens, expert_GxSxK, across)
 
 
 def mutual_information_loss(tokens: Tokens, across: Across) -> jax.Array:
-    """-H(E[p]) + E[H(p)], minus the mutual information of token and expert: DS-MoE (Pan et al. 2024, arXiv 2404.05567, eq. 5).
+    """Computes -H(E[p]) + E[H(p)], minus the mutual information of token and expert (Pan et al. 2024, arXiv 2404.05567, eq. 5).
 
     Expectations are over the tokens of a group, the loss is the mean over groups.
     """
@@ -33,12 +33,12 @@ def mutual_information_loss(tokens: Tokens, across: Across) -> jax.Array:
 
 
 def entropy(probs: jax.Array) -> jax.Array:
-    """Of the last axis, in nats."""
+    """Computes the entropy over the last axis, in nats."""
     return -(probs * jnp.log(jnp.maximum(probs, 1e-30))).sum(axis=-1)
 
 
 def _load_balancing_loss(tokens: Tokens, expert_GxSxK: jax.Array, across: Across) -> jax.Array:
-    """E^2 * mean over groups and experts of (share of tokens that chose e) * (mean probability of e): Switch eq. 4-6."""
+    """Computes E^2 * mean over groups and experts of (share of tokens that chose e) * (mean probability of e): Switch eq. 4-6."""
     _, probs_GxSxE, may_route_GxS, in_loss_GxS = tokens
     E = probs_GxSxE.shape[-1]
     chose_GxSxE = jax.nn.one_hot(expert_GxSxK, E).max(axis=-2) * may_route_GxS[..., None]
@@ -52,11 +52,11 @@ def _load_balancing_loss(tokens: Tokens, expert_GxSxK: jax.Array, across: Across
 def importance_load_loss(
     logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array, config: 'TopK'
 ) -> jax.Array:
-    """V-MoE's balance losses, the mean over groups: squared coefficients of variation over experts (Riquelme et al. 2021, A.2).
+    """Computes V-MoE's balance losses, means over groups of squared coefficients of variation (Riquelme et al. 2021, A.2).
 
-    Importance is the sum of an expert's probabilities. Load is the expected number of tokens that choose an expert: with noise,
-    the probability that new noise would lift its logit above the K-th largest noisy one; without noise (None) there is none.
-    Computed as `NoisyTopExpertsPerItemRouter` of vmoe does.
+    Importance is the sum of an expert's probabilities. Load is the expected number of tokens that choose an expert: the
+    probability that new noise would lift its logit above the K-th largest noisy one. Without noise (None) the load loss is left
+    out. As vmoe's `NoisyTopExpertsPerItemRouter`.
     """
     probs_GxSxE = jax.nn.softmax(normalized_logits(logits_GxSxE, config), axis=-1)
     if config.route_padding is not RoutePadding.SKIP:
@@ -78,14 +78,14 @@ def importance_load_loss(
 def routing_metrics(
     tokens: Tokens, across: Across, *, used_E: jax.Array, slots: int, covered: jax.Array, weight: jax.Array
 ) -> dict[str, jax.Array]:
-    """Routing metrics over the counted tokens, each a scalar but `load`, the share of the routed tokens at each expert.
+    """Computes routing metrics over the counted tokens: scalars, and `load`, the share of the routed tokens at each expert.
 
     Args:
-      tokens: that were routed.
+      tokens: routed tokens.
       across: sums over devices; the other arguments are this device's.
-      used_E: full slots of each expert.
-      slots: all slots, full or not.
-      covered: tokens that some expert took.
+      used_E: number of full slots of each expert.
+      slots: number of slots.
+      covered: number of tokens that some expert took.
       weight: sum of all combine weights.
     """
     E = used_E.shape[0]

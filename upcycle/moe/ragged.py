@@ -1,7 +1,7 @@
 """Dropless Top-K: tokens are sorted by expert, and one ragged product multiplies each run of rows by its expert's matrix.
 
-There are no slots, so no capacity and no padding. Under expert parallelism the experts stay and the tokens travel: they go once
-around the ring of `expert` shards, collecting each shard's part of their sum.
+Without slots, it has neither capacity nor padding. Under expert parallelism tokens travel once around the ring of `expert` shards
+and collect each shard's part of their sum.
 """
 
 from collections.abc import Callable
@@ -16,32 +16,31 @@ from upcycle.moe.all_to_all import BATCH, DATA, EXPERT
 from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
 
-# (expert parameters, rows sorted by expert, rows of each expert) -> rows; the rows after the last run are garbage.
+# (expert parameters, rows sorted by expert, number of rows of each expert) -> rows; rows after the last run are undefined.
 Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def apply_experts(
     experts: Experts, params: Any, x_BxLxD: jax.Array, choices: Choices, config: TopK, mesh: AbstractMesh | None
 ) -> jax.Array:
-    """The weighted sum of each token's experts.
+    """Computes the weighted sum of each token's experts.
 
     Args:
-      experts: all experts of a device at once.
-      params: their parameters, each with E in front.
+      experts: applies all experts of a device.
+      params: of the experts, each (E, ...).
       x_BxLxD: tokens.
-      choices: their experts and weights, (B, L, K).
-      config: for E and the type that crosses the network.
+      choices: experts and weights of the tokens, (B, L, K).
+      config: of the layer.
       mesh: in use, or None for one device.
 
     Returns:
-      (B, L, D); 0 for a token that goes nowhere.
+      (B, L, D); 0 for a token without experts.
     """
 
     def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
         D, K = x_BxLxD.shape[-1], expert_BxLxK.shape[-1]
         if mesh is not None:
-            # Said of the parameters themselves, their gradients are summed over `data` as they are, and not in the activations'
-            # type (in which XLA:CPU cannot sum them at all).
+            # On the parameters, so that their gradients are summed over `data` in float32 and not in the activations' type.
             params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, DATA, to='varying'), params)
         x_NxD, expert_NxK, weight_NxK = (
             x_BxLxD.reshape(-1, D),
@@ -56,7 +55,7 @@ def apply_experts(
 
     if mesh is None:
         return local(params, x_BxLxD, *choices)
-    # The model axis is left to the compiler, which splits the experts' width over it.
+    # The compiler splits the experts' width over the model axis.
     moved = jax.shard_map(
         local, in_specs=(P(EXPERT), P(BATCH), P(BATCH), P(BATCH)), out_specs=P(BATCH), axis_names=set(BATCH)
     )
@@ -72,7 +71,7 @@ def _part(
     num_experts: int,
     first: jax.Array | int,
 ) -> jax.Array:
-    """The share of experts `first` to `first + num_experts` in each token's sum, in float32."""
+    """Computes the part of experts `first` to `first + num_experts` in each token's sum, in float32."""
     K = expert_NxK.shape[1]
     index_R = expert_NxK.reshape(-1) - first
     # Rows of other experts sort to the end, where no run covers them.
@@ -105,12 +104,12 @@ def _ring(
             x = x.astype(config.network_dtype)
         return jax.lax.ppermute(x, EXPERT, to_next).astype(dtype)
 
-    # Without rematerialisation every stop would keep its hidden activations, the whole ring's tokens of them.
+    # Without rematerialisation every stop would keep its hidden activations, in total those of all tokens in the ring.
     @jax.checkpoint
     def stop(travelling, _):
         x_NxD, expert_NxK, weight_NxK, sum_NxD = travelling
         sum_NxD += _part(experts, params, x_NxD, expert_NxK, weight_NxK, num_experts, first)
-        # Weights travel as they are: rounding them would round the router.
+        # Weights travel in float32: rounding them would round the router.
         weight_NxK = jax.lax.ppermute(weight_NxK, EXPERT, to_next)
         return (pass_on(x_NxD), pass_on(expert_NxK), weight_NxK, pass_on(sum_NxD)), None
 

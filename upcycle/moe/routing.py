@@ -1,4 +1,4 @@
-"""What a router decides: which token is in which slot, and with what weight; and the probabilities that it starts from."""
+"""Routings: which token is in which slot with what weight, and the probabilities that routers start from."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class Routing(NamedTuple):
-    """Which token sits in each slot.
+    """The token in each slot.
 
     Attributes:
-      token_GxExC: int32, the index within its group of the token in each slot; S where the slot is empty.
-      weight_GxExC: float32, the combine weight of that token for that expert; 0 where the slot is empty.
+      token_GxExC: int32, index of the slot's token within its group; S for an empty slot.
+      weight_GxExC: float32, combine weight of that token for that expert; 0 for an empty slot.
     """
 
     token_GxExC: jax.Array
@@ -26,11 +26,11 @@ class Routing(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Which experts each token goes to, where nothing is dropped.
+    """The experts of each token in dropless routing.
 
     Attributes:
-      expert_GxSxK: int32; E where a token goes nowhere.
-      weight_GxSxK: float32, the combine weights; 0 where a token goes nowhere.
+      expert_GxSxK: int32; E for a token that is not routed.
+      weight_GxSxK: float32, combine weights; 0 for a token that is not routed.
     """
 
     expert_GxSxK: jax.Array
@@ -38,11 +38,11 @@ class Choices(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """Soft MoE's routing. N = E * C slots, expert by expert.
+    """Soft MoE's routing, with N = E * C slots, expert by expert.
 
     Attributes:
-      dispatch_GxSxN: float32, the share of each token in a slot; over tokens they add up to 1.
-      combine_GxSxN: float32, the share of each slot in a token; over slots they add up to 1, or 0 at padding.
+      dispatch_GxSxN: float32, share of each token in a slot; sums to 1 over tokens.
+      combine_GxSxN: float32, share of each slot in a token; sums to 1 over slots, or to 0 at padding.
     """
 
     dispatch_GxSxN: jax.Array
@@ -51,19 +51,20 @@ class Mixing(NamedTuple):
 
 Across = Callable[[jax.Array], jax.Array]
 
-# A metric of routers with a bias: the share of the choices that fell on each expert.
+# A metric of routers with a bias: each expert's share of the choices.
 CHOSEN = 'chosen'
-# The name by which `models.stack.Remat` saves decisions: recomputed logits are rounded differently, and could decide differently.
+# Names decisions for `models.stack.Remat`, which keeps them: recomputed logits are rounded differently and could decide
+# otherwise.
 DECISION = 'routing_decision'
 
 
 def here(x: jax.Array) -> jax.Array:
-    """The sum over devices, where all groups are on this one."""
+    """Sums over devices when all groups are on this one: the identity."""
     return x
 
 
 class Tokens(NamedTuple):
-    """What routers start from: probabilities, who may take a slot, and who counts in the losses' means."""
+    """Input of routers: logits, probabilities, which tokens may take a slot, and which count in the means of losses."""
 
     logits_GxSxE: jax.Array
     probs_GxSxE: jax.Array
@@ -72,6 +73,7 @@ class Tokens(NamedTuple):
 
 
 def prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: 'Assigning') -> Tokens:
+    """Computes probabilities in float32, and applies `config.route_padding`."""
     logits_GxSxE = normalized_logits(logits_GxSxE.astype(jnp.float32), config)
     probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
     everything_GxS = jnp.ones_like(real_GxS)
@@ -87,22 +89,22 @@ def prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: 'Assigning') -
 
 
 def normalized_logits(logits_GxSxE: jax.Array, config: 'Assigning') -> jax.Array:
-    """Centred and divided by their deviation, where that is asked for (Wei et al. 2024, arXiv 2406.06563, section 3.1)."""
+    """Standardises logits if the configuration asks for it (Wei et al. 2024, arXiv 2406.06563, section 3.1)."""
     if config.logit_normalization is None:
         return logits_GxSxE
     centred_GxSxE = logits_GxSxE - logits_GxSxE.mean(axis=-1, keepdims=True)
-    # Equal logits, as of padding that is zeros, stay equal; the floor keeps their gradient finite.
+    # Equal logits, such as those of zeroed padding, stay equal; the floor keeps their gradient finite.
     variance_GxSx1 = jnp.square(centred_GxSxE).mean(axis=-1, keepdims=True)
     return config.logit_normalization * centred_GxSxE * jax.lax.rsqrt(variance_GxSx1 + 1e-12)
 
 
 def decided(index: jax.Array) -> jax.Array:
-    """Integers that the logits decided, under the name by which rematerialisation saves them."""
+    """Names integers that were decided by logits, so that rematerialisation keeps them."""
     return checkpoint_name(index, DECISION)
 
 
 def token_sums(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
-    """Sum of each token's combine weights, (G, S); 0 for a token that no expert took."""
+    """Sums each token's combine weights, (G, S); 0 for a token that no expert took."""
     if isinstance(routing, Mixing):
         return routing.combine_GxSxN.sum(axis=-1)
     if isinstance(routing, Choices):
@@ -113,7 +115,7 @@ def token_sums(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Arra
 
 
 def covered_tokens(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.Array:
-    """Bool (G, S): at least one expert took the token."""
+    """Returns bool (G, S), True if at least one expert took the token."""
     if isinstance(routing, Mixing):
         return (routing.combine_GxSxN > 0).any(axis=-1)
     if isinstance(routing, Choices):
@@ -122,7 +124,7 @@ def covered_tokens(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.
 
 
 def weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
-    """The routing of the tokens in the slots: each weighs what its expert's probability is, an empty slot 0."""
+    """Returns the routing of the tokens in the slots, weighted by their probabilities; empty slots have weight 0."""
 
     def one(token_ExC: jax.Array, probs_SxE: jax.Array) -> jax.Array:
         expert_Ex1 = jnp.arange(probs_SxE.shape[-1])[:, None]
@@ -131,37 +133,48 @@ def weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
     return Routing(token_GxExC, jax.vmap(one)(token_GxExC, probs_GxSxE))
 
 
-def normalize(routing: Routing, num_tokens: int) -> Routing:
-    """Divides a token's weights by their sum, so that a covered token's weights add up to 1 (paper, section 3.1).
+def combine_weights(routing: Routing | Choices, num_tokens: int, config: 'Assigning') -> Routing | Choices:
+    """Turns the weights of a routing, probabilities so far, into combine weights."""
+    if config.normalize_combine_weights:
+        routing = _normalize(routing, num_tokens)
+    if config.leaves_the_rest:
+        routing = _leave_the_rest(routing, num_tokens)
+    return routing
 
-    The floor keeps the gradient finite, which divides by the square of the sum: a saturated router can leave a token to an expert
-    at a probability whose square is 0 in float32. Such a token fades out.
+
+def _normalize(routing: Routing | Choices, num_tokens: int) -> Routing | Choices:
+    """Divides a token's weights by their sum, so that a covered token's weights sum to 1 (paper, section 3.1).
+
+    The floor keeps the gradient finite, which divides by the square of the sum: a saturated router can give an expert a token
+    with a probability whose square is 0 in float32. Such a token fades out.
     """
-    sum_GxS = token_sums(routing, num_tokens)
-    sum_GxExC = jax.vmap(lambda sums, token: sums.at[token].get(mode='fill', fill_value=1.0))(
-        sum_GxS, routing.token_GxExC
-    )
-    return routing._replace(weight_GxExC=routing.weight_GxExC / jnp.maximum(sum_GxExC, 1e-18))
+    token, weight = routing
+    return type(routing)(token, weight / jnp.maximum(_over_tokens(routing, weight, num_tokens), 1e-18))
 
 
-def leave_the_rest(routing: Routing, num_tokens: int) -> Routing:
-    """XFT's weights (Ding et al. 2024, arXiv 2404.15247, section 3.1): the largest of a token's weights, shared out by a softmax
-    over all of them. A shared expert gets the rest of 1, and so all of it where no expert took the token.
+def _leave_the_rest(routing: Routing | Choices, num_tokens: int) -> Routing | Choices:
+    """Applies XFT's weights (Ding et al. 2024, arXiv 2404.15247, section 3.1).
+
+    A softmax over a token's weights distributes the largest of them. Shared experts get the rest of 1, and so 1 for a token that
+    no expert took.
     """
+    token, weight = routing
+    # A scattered maximum has no gradient: find its place, and take it from there.
+    is_largest = weight >= _over_tokens(routing, jax.lax.stop_gradient(weight), num_tokens, 'max')
+    largest = _over_tokens(routing, weight * is_largest, num_tokens)
+    largest /= _over_tokens(routing, is_largest.astype(jnp.float32), num_tokens)
+    share = jnp.exp(weight) / _over_tokens(routing, jnp.exp(weight), num_tokens)
+    used = token < num_tokens if isinstance(routing, Routing) else True
+    return type(routing)(token, jnp.where(used, share * largest, 0.0))
 
-    def over_tokens(slots_GxExC: jax.Array, reduce: str = 'add') -> jax.Array:
-        """Sum or maximum over each token's slots, back in its slots."""
 
-        def one(token_ExC, slots_ExC):
-            per_token = getattr(jnp.zeros(num_tokens).at[token_ExC], reduce)(slots_ExC, mode='drop')
-            return per_token.at[token_ExC].get(mode='fill', fill_value=1.0)
+def _over_tokens(routing: Routing | Choices, values: jax.Array, num_tokens: int, reduce: str = 'add') -> jax.Array:
+    """Sums (`reduce` = 'add') or maxima ('max') of the values over each token's slots, back in its slots; 1 in empty slots."""
+    if isinstance(routing, Choices):
+        return (values.max if reduce == 'max' else values.sum)(axis=-1, keepdims=True)
 
-        return jax.vmap(one)(routing.token_GxExC, slots_GxExC)
+    def one(token_ExC: jax.Array, values_ExC: jax.Array) -> jax.Array:
+        per_token = getattr(jnp.zeros(num_tokens).at[token_ExC], reduce)(values_ExC, mode='drop')
+        return per_token.at[token_ExC].get(mode='fill', fill_value=1.0)
 
-    weight_GxExC = routing.weight_GxExC
-    # A scattered maximum has no gradient: find where it is, then take it from there.
-    is_largest_GxExC = weight_GxExC >= over_tokens(jax.lax.stop_gradient(weight_GxExC), 'max')
-    largest_GxExC = over_tokens(weight_GxExC * is_largest_GxExC) / over_tokens(is_largest_GxExC.astype(jnp.float32))
-    share_GxExC = jnp.exp(weight_GxExC) / over_tokens(jnp.exp(weight_GxExC))
-    used_GxExC = routing.token_GxExC < num_tokens
-    return routing._replace(weight_GxExC=jnp.where(used_GxExC, share_GxExC * largest_GxExC, 0.0))
+    return jax.vmap(one)(routing.token_GxExC, values)

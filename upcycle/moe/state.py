@@ -1,7 +1,7 @@
-"""Numbers of an MoE layer that follow what it does, and no gradient: a bias that balances, the weight of a loss, ...
+"""State of an MoE layer that has no gradient: a balancing bias, the weight of a loss, default outputs.
 
-They are leaves `router_state/...` beside the router's, all zeros at first, saved with the parameters and read by the layer. No
-optimizer knows them: the training step moves them on by the metrics of the step.
+It lies in leaves `router_state/...`, initially zeros, which are saved with the parameters and read by the layer. The training
+step updates them from the metrics of the step, without the optimizer.
 """
 
 from collections.abc import Mapping
@@ -16,26 +16,26 @@ from upcycle.moe.routers.base import MoE
 from upcycle.moe.routing import CHOSEN
 
 NAME = 'router_state'
-# Metrics that are only there to be followed: each expert's outputs added up, and how many they are.
+# Metrics that only update the state: the sum of each expert's outputs, and their number.
 OUTPUT_SUM, OUTPUT_COUNT = 'output_sum', 'output_count'
 
 
 class RouterState(nn.Module):
-    """The layer's leaves by name."""
+    """Returns the layer's state by name."""
 
     config: MoE
 
     @nn.compact
     def __call__(self, width: int) -> dict[str, jax.Array]:
-        found = {}
+        state = {}
         for name, shape in self.config.state_shapes(width).items():
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None,) * len(shape))
-            found[name] = jax.lax.stop_gradient(self.param(name, init, shape, jnp.float32))
-        return found
+            state[name] = jax.lax.stop_gradient(self.param(name, init, shape, jnp.float32))
+        return state
 
 
 def split(params: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """The parameters that have gradients, and the others, flat. Of any tree with the parameters' structure."""
+    """Splits a tree with the structure of the parameters into those with gradients, and the others, flattened."""
     flat = flatten_dict(params)
     state = {path: leaf for path, leaf in flat.items() if NAME in path}
     if not state:
@@ -46,13 +46,13 @@ def split(params: Any) -> tuple[Any, dict[str, jax.Array]]:
 def follow(
     params: Any, state: dict[Any, jax.Array], metrics: Mapping[str, jax.Array], layers: Mapping[str, MoE]
 ) -> Any:
-    """All parameters after a step.
+    """Updates the state after a step, and joins it with the other parameters.
 
     Args:
-      params: those with gradients, already updated.
-      state: the others, from `split`.
+      params: parameters with gradients, already updated.
+      state: from `split`.
       metrics: of the step, by layer: 'experts/layers_1/load'.
-      layers: the configuration of each MoE layer by its path.
+      layers: configurations of the MoE layers by path.
     """
     if not state:
         return params
@@ -62,8 +62,8 @@ def follow(
         config = layers['/'.join(layer)]
         seen = '/'.join(['experts', *layer[:-1]])
         if name == 'bias':
-            # Loss-free balancing (Wang et al. 2024, arXiv 2408.15664) counts what chose an expert, in a full one too. An even
-            # share is even despite rounding.
+            # Loss-free balancing (Wang et al. 2024, arXiv 2408.15664) counts all choices of an expert, dropped ones too. The
+            # threshold makes an even share even despite rounding.
             missing_E = 1.0 / config.num_experts - metrics[f'{seen}/{CHOSEN}']
             missing_E = jnp.where(jnp.abs(missing_E) < 1e-6, 0.0, missing_E)
             flat[path] = old + config.balance_bias_rate * jnp.sign(missing_E)
@@ -80,5 +80,5 @@ def follow(
 
 
 def for_the_log(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics without those that are only there to be followed."""
+    """Returns the metrics without those that only update the state."""
     return {name: value for name, value in metrics.items() if not name.endswith((OUTPUT_SUM, OUTPUT_COUNT, CHOSEN))}

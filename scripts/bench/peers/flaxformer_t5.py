@@ -3,9 +3,8 @@
   PYTHONPATH=/path/to/flaxformer:/path/to/t5x python scripts/bench/peers/flaxformer_t5.py
 
 d=256, F=1024, 4+4 layers of which half are sparse, 8 heads of 32, vocabulary 512, 8 experts, 8 x 128 tokens into encoder and
-decoder each, float32. Both with their own Adafactor; they take turns. Each has a process of its own, of which ours keeps freed
-memory as `upcycle train` does; `--one_process` puts both into one, as which theirs runs: nothing is kept. Their model comes
-from flaxformer's `experts_choose_base.gin`, resized.
+decoder each, float32. Both with their own Adafactor. They take turns, each in its own process (`--one_process`: both in one).
+Their model comes from flaxformer's `experts_choose_base.gin`, resized.
 """
 
 import argparse
@@ -15,12 +14,6 @@ import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from upcycle.host_memory import keep_freed_memory
-
-if sys.argv[-1] == 'ours':
-    # As `upcycle train` does, before JAX is loaded.
-    keep_freed_memory()
 
 import flax.linen as nn
 import flax.linen.partitioning as partitioning

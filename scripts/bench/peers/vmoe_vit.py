@@ -3,8 +3,7 @@
   PYTHONPATH=/path/to/vmoe:/path/to/vision_transformer python scripts/bench/peers/vmoe_vit.py
 
 Width 192, 12 blocks of which 6 are sparse (1, 3, 5, ...), 8 experts, 64 tokens an image, 32 images, float32. Both have the same
-sizes and the same optimizer (optax Adam), and take turns. Each has a process of its own, of which ours keeps freed memory as
-`upcycle train` does; `--one_process` puts both into one, as which theirs runs: nothing is kept.
+sizes and the same optimizer (optax Adam). They take turns, each in its own process (`--one_process`: both in one).
 """
 
 import argparse
@@ -14,12 +13,6 @@ import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from upcycle.host_memory import keep_freed_memory
-
-if sys.argv[-1] == 'ours':
-    # As `upcycle train` does, before JAX is loaded.
-    keep_freed_memory()
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Routers, one class each. To add one: a file here, a name in `conventions.RouterType`, a line in `ROUTERS`."""
+"""Routers, one class each. To add one, add a file here, a name to `conventions.RouterType` and a line to `ROUTERS`."""
 
 from upcycle.moe.conventions import RouterType
 from upcycle.moe.routers.base import MoE

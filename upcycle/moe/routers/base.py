@@ -1,21 +1,21 @@
-"""What the routers share. A router is a dataclass: its fields are what a user sets, its methods what an MoE layer does."""
+"""Base classes of routers. A router is a dataclass of settings with the methods that an MoE layer calls."""
 
 import dataclasses
-import enum
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
 from upcycle import schema
 from upcycle.errors import UserError, refuse
 from upcycle.moe.conventions import CapacityRule, Dispatch, RoutePadding, RouterType, SharedWeights
+from upcycle.moe.dispatch import combine, dispatch
 from upcycle.moe.groups import num_groups
 from upcycle.moe.losses import routing_metrics
-from upcycle.moe.routing import Across, Routing, Tokens, covered_tokens, here, leave_the_rest, normalize, prepare
-from upcycle.schema import Count, Natural, Positive, Rate, Whole
+from upcycle.moe.routing import Across, Mixing, Routing, Tokens, combine_weights, covered_tokens, here, prepare
+from upcycle.schema import Count, FloatType, Natural, Positive, Rate, Whole
 
-# Fields whose macro has another name than theirs.
+# Fields whose macros have other names.
 _MACROS = {
     'train_capacity_factor': 'TRAIN_EXPERT_CAPACITY_FACTOR',
     'eval_capacity_factor': 'EVAL_EXPERT_CAPACITY_FACTOR',
@@ -26,18 +26,18 @@ _MACROS = {
 
 
 def macro_of_field(field: str) -> str:
-    """The macro of a field, without the prefix of a stack."""
+    """Returns the macro of a field, without the prefix of a stack."""
     return _MACROS.get(field, field.upper())
 
 
 class Assigned(NamedTuple):
-    """What a router decides of the tokens of a layer.
+    """A router's assignment of tokens to slots.
 
     Attributes:
-      routing: who is in which slot.
-      auxiliary_loss: the balance loss, a scalar.
-      dropped: the share of choices that found no slot, a scalar.
-      followed: further metrics, which only the leaves of `moe.state` follow.
+      routing: the token in each slot.
+      auxiliary_loss: balance loss, a scalar.
+      dropped: share of choices without a slot, a scalar.
+      followed: further metrics, which only update `moe.state`.
     """
 
     routing: Routing
@@ -54,22 +54,22 @@ class MoE:
       num_experts: E, experts in every MoE layer [NUM_EXPERTS].
       router: the name of the class [ROUTER].
       group_size: the most tokens in a group, which compete for the same slots [GROUP_SIZE].
-      groups_multiple_of: the number of groups in a batch is a multiple of this [GROUPS_MULTIPLE_OF]: of data x expert shards of
-        the mesh. Neither is read from the mesh, so that a mesh never changes the maths.
-      granularity: a dense MLP is so many times wider than an expert [EXPERT_GRANULARITY].
-      num_shared_experts: experts that every token goes to, besides those that it is routed to; one MLP of their joint width
+      groups_multiple_of: the number of groups in a batch is a multiple of this [GROUPS_MULTIPLE_OF], which must be a multiple of
+        the mesh's data x expert shards. It is not read from the mesh, so that the mesh does not change results.
+      granularity: width of a dense MLP over that of an expert [EXPERT_GRANULARITY].
+      num_shared_experts: experts that every token goes to in addition to routed ones; one MLP of their joint width
         [NUM_SHARED_EXPERTS].
-      causal: the layer sits in an auto-regressive stack, where no router may look at later tokens.
-      num_microbatches: the trainer sets it, so that groups are those of the whole batch.
+      causal: whether the layer is in an autoregressive stack, where routers may not look at later tokens.
+      num_microbatches: set by the trainer, so that groups are those of the whole batch.
     """
 
-    # Tokens go to some of the experts, so that statistics of an expert's tokens mean something.
+    # Whether tokens go to some of the experts only, so that statistics of an expert's tokens are meaningful.
     assigns: ClassVar[bool] = False
-    # False: every token passes through one MLP.
+    # Whether there is a router; otherwise every token passes through one MLP.
     routes: ClassVar[bool] = True
-    # Values of fields that the class lacks, because it has no other.
+    # Fixed values of fields that the class lacks.
     implied: ClassVar[Mapping[str, Any]] = {}
-    # Fields that it lacks and that gin files may set all the same, for the run that trained the experts.
+    # Fields that the class lacks but gin files may set, for the run that trained the experts.
     of_the_run_before: ClassVar[frozenset[str]] = frozenset()
 
     num_experts: Count
@@ -82,20 +82,16 @@ class MoE:
     num_microbatches: Count = 1
 
     def __post_init__(self):
-        kinds = schema.parameters(type(self))
-        refuse(schema.misfits({name: getattr(self, name) for name in kinds}, type(self), macro_of_field))
-        for name, parameter in kinds.items():
-            if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, enum.StrEnum):
-                object.__setattr__(self, name, parameter.annotation(getattr(self, name)))
+        schema.validate(self, _MACROS)
         refuse(self._invalid())
 
     def _invalid(self) -> Iterator[str]:
-        """What is wrong with the fields together, a sentence each."""
+        """Yields a sentence for each contradiction between fields."""
         if self.causal:
             yield from self.looks_ahead()
 
     def looks_ahead(self, prefix: str = '') -> Iterator[str]:
-        """Why the layer may not be in a causal stack, a sentence each: its routing would depend on later tokens.
+        """Yields a sentence for each reason why the layer may not be in a causal stack: its routing depends on later tokens.
 
         Args:
           prefix: of the macros of its stack.
@@ -103,7 +99,7 @@ class MoE:
         return iter(())
 
     def in_words(self) -> str:
-        """The layer in a line."""
+        """Describes the layer in a line."""
         return f'{self.num_experts} experts, {self._choice_in_words()}, groups of at most {self.group_size} tokens'
 
     def _choice_in_words(self) -> str:
@@ -116,33 +112,33 @@ class MoE:
 
     @property
     def active_experts(self) -> float:
-        """Experts that a token passes through, on average; of the router 'dense' at inference."""
+        """Average number of experts of a token; for the router 'dense' at inference."""
         return self.num_experts
 
     @property
     def num_logits(self) -> int:
-        """Router logits of one token."""
+        """Number of router logits of one token."""
         return self.num_experts
 
     @property
     def meets_every_slot(self) -> bool:
-        """Dispatch and combine multiply every token with every slot of its group."""
+        """Whether dispatch and combine multiply every token with every slot of its group."""
         return False
 
     @property
     def can_normalize(self) -> bool:
-        """Combine weights can be divided by their sum, and the router still has a gradient."""
+        """Whether the router has a gradient when combine weights are divided by their sum."""
         return True
 
     def when(self, *, training: bool) -> 'MoE':
-        """The router in training or at inference; only 'dense' has another one at inference."""
+        """Returns the router of training or inference; they differ only for 'dense'."""
         return self
 
     def expert_width(self, mlp_dim: int) -> int:
-        """F of one expert, where that of a dense MLP is `mlp_dim`.
+        """Returns F of one expert, given that of a dense MLP.
 
         Raises:
-          UserError: it is no whole number.
+          UserError: it is not a whole number.
         """
         if mlp_dim % self.granularity:
             raise UserError(
@@ -151,25 +147,25 @@ class MoE:
         return mlp_dim // self.granularity
 
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
-        """C: slots of one expert for one group."""
+        """Returns C, the number of slots of one expert for one group."""
         raise NotImplementedError
 
     def slots(self, num_tokens: int, *, training: bool) -> int:
-        """Rows that the experts of one layer multiply, for that many tokens: E x C in every group."""
+        """Returns the number of rows that the experts of one layer multiply: E x C in every group."""
         groups = num_groups(num_tokens, self.group_size, self.groups_multiple_of)
         return groups * self.num_experts * self.capacity(num_tokens // groups, training=training)
 
     def state_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """The leaves of `moe.state` that a layer has, for tokens of that width; {} for most."""
+        """Returns the shapes of a layer's `moe.state`, for tokens of that width; {} for most."""
         return {}
 
     def check_examples(self, num_tokens: int, length: int, way_out: str) -> None:
-        """Raises UserError where the output for one example would depend on another one of its batch.
+        """Raises UserError if the output for one example would depend on others of its batch.
 
         Args:
           num_tokens: of a batch.
           length: of an example, in tokens.
-          way_out: the binding that makes groups of whole examples.
+          way_out: binding with which groups are whole examples.
         """
 
 
@@ -179,51 +175,102 @@ class Routed(MoE):
 
     Attributes:
       route_padding: see `RoutePadding` [ROUTE_PADDING].
-      network_dtype: type in which activations cross the network between expert shards; None: that of the activations
-        [NETWORK_DTYPE].
-      jitter_noise: the router's input is multiplied by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
+      network_dtype: type of activations in all-to-alls; None for the activations' own [NETWORK_DTYPE].
+      jitter_noise: multiplies the router's input by uniform(1 - jitter, 1 + jitter) in training [JITTER_NOISE].
       router_init_stddev: standard deviation of the router's initialisation [ROUTER_INIT_STDDEV].
       shared_weights: see `SharedWeights` [SHARED_WEIGHTS].
     """
 
-    # Logits are scaled cosines of the token and the router's columns, and not their products.
+    # Whether logits are scaled cosines of the token and the router's columns, instead of products.
     cosine: ClassVar[bool] = False
 
     route_padding: RoutePadding = RoutePadding.SKIP
-    network_dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
+    network_dtype: FloatType | None = None
     jitter_noise: Rate = 0.0
     router_init_stddev: Natural = 0.02
     shared_weights: SharedWeights = SharedWeights.ONE
-
-    @property
-    def leaves_the_rest(self) -> bool:
-        """Shared experts get what the weights of the routed ones leave of 1."""
-        return self.shared_weights is SharedWeights.XFT
 
     def _invalid(self) -> Iterator[str]:
         yield from super()._invalid()
         if self.leaves_the_rest and not self.num_shared_experts:
             yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
 
+    @property
+    def leaves_the_rest(self) -> bool:
+        """Whether shared experts get what the routed ones' weights leave of 1."""
+        return self.shared_weights is SharedWeights.XFT
+
+    @property
+    def dropless(self) -> bool:
+        """Whether tokens reach their experts without slots."""
+        return False
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise that is added to logits in training."""
+        return 0.0
+
+    def balance_loss_of(
+        self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array
+    ) -> jax.Array | None:
+        """Returns a balance loss that needs logits with and without noise and replaces that of `route`; None for most.
+
+        Args:
+          logits_GxSxE: without noise.
+          noisy_GxSxE: with noise; None if no noise was added.
+          real_GxS: bool, False at padding.
+        """
+        return None
+
+    def route(
+        self,
+        logits_GxSxN: jax.Array,
+        real_GxS: jax.Array,
+        capacity: int,
+        across: Across = here,
+        bias_E: jax.Array | None = None,
+    ) -> tuple[Routing | Mixing, dict[str, jax.Array]]:
+        """Routes tokens: pure, of static shape, in float32, and local to a group.
+
+        Args:
+          logits_GxSxN: router logits: N = E, or E * C for Soft MoE.
+          real_GxS: bool, False at padding.
+          capacity: C.
+          across: sums an array over the devices that hold the other groups; only losses and metrics need it.
+          bias_E: added to probabilities for Top-K's choice only, not for its weights; None for no bias.
+
+        Returns:
+          The routing, and the layer's metrics (scalars, and `load` of shape (E,)), under flaxformer's names where it has them.
+        """
+        raise NotImplementedError
+
+    def to_slots(self, x_GxSxD: jax.Array, routing: Any) -> jax.Array:
+        """Fills the slots of a routing with tokens, (E, G, C, D); empty slots hold zeros."""
+        raise NotImplementedError
+
+    def from_slots(self, y_ExGxCxD: jax.Array, routing: Any, num_tokens: int) -> jax.Array:
+        """Sums each token's slots, weighted, in float32: (E, G, C, D) to (G, S, D) with S = `num_tokens`."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(frozen=True)
 class Assigning(Routed):
-    """Routers that put tokens into slots of experts, by a softmax over experts.
+    """Routers that assign tokens to slots of experts, by a softmax over experts.
 
     Attributes:
       train_capacity_factor: slots of an expert in training, as a multiple of an even share of the tokens
         [TRAIN_EXPERT_CAPACITY_FACTOR].
-      eval_capacity_factor: slots of an expert at evaluation, likewise [EVAL_EXPERT_CAPACITY_FACTOR].
+      eval_capacity_factor: the same at evaluation [EVAL_EXPERT_CAPACITY_FACTOR].
       capacity_rule: see `CapacityRule` [CAPACITY_RULE].
       min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
       normalize_combine_weights: divide a token's weights by their sum [NORMALIZE_COMBINE_WEIGHTS].
       dispatch: see `Dispatch` [DISPATCH].
-      logit_normalization: a token's logits are centred, divided by their deviation and multiplied by this, before the softmax;
-        None: not (Skywork-MoE: 1) [ROUTER_LOGIT_NORMALIZATION].
+      logit_normalization: standardises a token's logits and multiplies them by this number before the softmax; None for no
+        normalization (Skywork-MoE: 1) [ROUTER_LOGIT_NORMALIZATION].
     """
 
     assigns = True
-    # Why the router cannot have DISPATCH = 'ragged', for the message; None: it can, and has `TopK.route_dropless`.
+    # Why the router refuses DISPATCH = 'ragged', for the message; None if it has `TopK.route_dropless`.
     not_ragged: ClassVar[str | None] = 'this router puts tokens into slots'
 
     train_capacity_factor: Positive = 2.0
@@ -261,77 +308,44 @@ class Assigning(Routed):
 
     @property
     def dropless(self) -> bool:
-        """Tokens reach their experts without slots."""
         return self.dispatch is Dispatch.RAGGED
 
     @property
     def choices_in_capacity(self) -> int:
-        """The factor by which V-MoE's capacity rule counts a token."""
+        """Factor of a token in V-MoE's capacity rule."""
         return 1
 
-    @property
-    def noise_stddev(self) -> float:
-        """Standard deviation of the noise that is added to logits in training."""
-        return 0.0
-
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
-        """C: slots of one expert for one group, at most S.
+        """Returns C, the number of slots of one expert for one group, at most S.
 
-        The two originals' rules: flaxformer `moe_layers.py` (K is not multiplied in) and vmoe `nn/routing.py`.
+        Rules of flaxformer's `moe_layers.py` (without a factor of K) and of vmoe's `nn/routing.py`.
         """
         factor = self.train_capacity_factor if training else self.eval_capacity_factor
         if self.capacity_rule is CapacityRule.FLAXFORMER:
             slots = max(round(factor * tokens_per_group / self.num_experts), self.min_capacity)
         else:
             exact = factor * self.choices_in_capacity * tokens_per_group / self.num_experts
-            # A product such as 1.1 * 40 lands a hair above the integer: do not let that cost a slot.
+            # A product such as 1.1 * 40 is slightly above the integer, which must not cost a slot.
             slots = -(-round(exact * 1e6) // 1_000_000)
             slots = -(-slots // 4) * 4
         return min(slots, tokens_per_group)
 
     def assign(self, tokens: Tokens, capacity: int, across: Across, bias_E: jax.Array | None) -> Assigned:
-        """Puts tokens into slots. Arguments as `route`'s, with the probabilities instead of the logits."""
+        """Puts tokens into slots; arguments as for `route`, except probabilities instead of logits."""
         raise NotImplementedError
-
-    def balance_loss_of(
-        self, logits_GxSxE: jax.Array, noisy_GxSxE: jax.Array | None, real_GxS: jax.Array
-    ) -> jax.Array | None:
-        """A balance loss that needs logits with and without noise, in place of that of `assign`; None: there is none.
-
-        Args:
-          logits_GxSxE: without noise.
-          noisy_GxSxE: with noise; None: no noise was added.
-          real_GxS: bool, False at padding.
-        """
-        return None
 
     def route(
         self,
-        logits_GxSxE: jax.Array,
+        logits_GxSxN: jax.Array,
         real_GxS: jax.Array,
         capacity: int,
         across: Across = here,
         bias_E: jax.Array | None = None,
     ) -> tuple[Routing, dict[str, jax.Array]]:
-        """Assigns tokens to slots: pure, of static shape, in float32, and local to a group.
-
-        Args:
-          logits_GxSxE: router logits, float32.
-          real_GxS: bool, False at padding.
-          capacity: C.
-          across: sums an array over the devices that hold the other groups; only losses and metrics need it.
-          bias_E: of Top-K's choice, not of its weights; None: none.
-
-        Returns:
-          The routing, and the metrics of one layer (scalars, and `load` of shape (E,)); names are flaxformer's where it has them.
-        """
-        tokens = prepare(logits_GxSxE, real_GxS, self)
+        tokens = prepare(logits_GxSxN, real_GxS, self)
         routing, auxiliary_loss, dropped, followed = self.assign(tokens, capacity, across, bias_E)
-        S = logits_GxSxE.shape[1]
-        if self.normalize_combine_weights:
-            routing = normalize(routing, num_tokens=S)
-        if self.leaves_the_rest:
-            routing = leave_the_rest(routing, num_tokens=S)
+        S = logits_GxSxN.shape[1]
+        routing = combine_weights(routing, S, self)
         used_GxExC = routing.token_GxExC < S
         metrics = routing_metrics(
             tokens,
@@ -343,7 +357,13 @@ class Assigning(Routed):
         )
         return routing, {**followed, **metrics, 'auxiliary_loss': auxiliary_loss, 'fraction_dropped': dropped}
 
+    def to_slots(self, x_GxSxD: jax.Array, routing: Routing) -> jax.Array:
+        return dispatch(x_GxSxD, routing, self.dispatch, self.experts_of_a_token)
+
+    def from_slots(self, y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int) -> jax.Array:
+        return combine(y_ExGxCxD, routing, num_tokens, self.dispatch, self.experts_of_a_token)
+
     def probabilities(self, logits_BxLxE: jax.Array, real_BxL: jax.Array) -> jax.Array:
-        """Each token's probabilities of all experts, 0 where it may not route."""
+        """Returns each token's probabilities of all experts; 0 for a token that may not be routed."""
         tokens = prepare(logits_BxLxE, real_BxL, self)
         return tokens.probs_GxSxE * tokens.may_route_GxS[..., None]

@@ -1,4 +1,4 @@
-"""Dense training, sparse inference: DS-MoE (Pan et al. 2024, arXiv 2404.05567)."""
+"""Dense training and sparse inference: DS-MoE (Pan et al. 2024, arXiv 2404.05567)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from upcycle.moe.routing import Across, Routing, Tokens, decided
 
 @dataclasses.dataclass(frozen=True)
 class Dense(TokenChoice):
-    """In training every expert takes every token, with a mutual-information loss; at inference Top-K, or a threshold.
+    """All experts for every token in training, with a mutual-information loss; Top-K or a threshold at inference.
 
     Attributes:
-      inference_threshold: at inference experts of a higher probability take a token; None: Top-K does [INFERENCE_THRESHOLD].
+      inference_threshold: at inference, tokens go to all experts with a higher probability; None for Top-K
+        [INFERENCE_THRESHOLD].
     """
 
     assigns = False
@@ -48,7 +49,7 @@ class Dense(TokenChoice):
         return TopK(**shared, **self.implied)
 
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
-        """All tokens, unless Top-K takes over."""
+        """Returns S, unless Top-K routes at inference."""
         now = self.when(training=training)
         return tokens_per_group if isinstance(now, Dense) else now.capacity(tokens_per_group, training=training)
 
@@ -58,7 +59,7 @@ class Dense(TokenChoice):
 
 
 def everybody(tokens: Tokens, threshold: float | None) -> Routing:
-    """Every expert takes every token, or those whose probability is above the threshold."""
+    """Routes every token to all experts, or to those with a probability above the threshold (DS-MoE inference)."""
     _, probs_GxSxE, may_route_GxS, _ = tokens
     G, S, E = probs_GxSxE.shape
     takes_GxSxE = jnp.broadcast_to(may_route_GxS[..., None], probs_GxSxE.shape)

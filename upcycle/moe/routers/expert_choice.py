@@ -13,7 +13,7 @@ from upcycle.moe.routing import Across, Routing, Tokens, decided, weighed
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice(Assigning):
-    """Every expert takes its most probable tokens of a group: balanced by construction, and never causal."""
+    """Every expert takes its most probable tokens of a group: balanced by construction, never causal."""
 
     not_ragged = 'Expert Choice has a fixed number of slots'
 
@@ -40,9 +40,9 @@ class ExpertChoice(Assigning):
 
 
 def best_tokens(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: int) -> Routing:
-    """The C most probable tokens of every expert."""
+    """Returns the C most probable tokens of every expert."""
     _, S, _ = probs_GxSxE.shape
-    # -1 is below every probability: a padding token is taken only when nothing else is left, and then not kept.
+    # -1 is below every probability: padding is only taken when nothing else is left, and then removed.
     score_GxExS = jnp.where(takeable_GxS[..., None], probs_GxSxE, -1.0).swapaxes(1, 2)
     score_GxExC, token_GxExC = jax.lax.top_k(score_GxExS, capacity)
     return weighed(decided(jnp.where(score_GxExC >= 0, token_GxExC, S)), probs_GxSxE)

@@ -1,4 +1,4 @@
-"""On the way back to a dense model: a learned mean of the experts (XFT, Ding et al. 2024, arXiv 2404.15247, section 3.2)."""
+"""A learned mean of the experts, on the way back to a dense model (XFT, Ding et al. 2024, arXiv 2404.15247, section 3.2)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from upcycle.schema import Share
 
 @dataclasses.dataclass(frozen=True)
 class Merged(MoE):
-    """The layer is one MLP, a mean of its experts; only the coefficients of the mean are new.
+    """One MLP, a mean of the experts with learned coefficients.
 
     Attributes:
-      merged_shared_weight: the share of shared experts in the mean [AVERAGE_SHARED_WEIGHT].
+      merged_shared_weight: share of shared experts in the mean [AVERAGE_SHARED_WEIGHT].
     """
 
     routes = False
@@ -26,8 +26,8 @@ class Merged(MoE):
         yield from super()._invalid()
         if self.granularity > 1:
             yield (
-                f'EXPERT_GRANULARITY = {self.granularity} makes experts that are parts of an MLP, whose mean is none: the '
-                "router 'merged' needs whole ones."
+                f'EXPERT_GRANULARITY = {self.granularity} makes experts parts of an MLP, and their mean is not an MLP: the '
+                "router 'merged' needs EXPERT_GRANULARITY = 1."
             )
 
     def in_words(self) -> str:

@@ -17,7 +17,7 @@ from upcycle.schema import Count
 
 @dataclasses.dataclass(frozen=True)
 class Soft(Routed):
-    """Every slot is a mean over the tokens of its group, every token a mean over all slots: nothing is dropped, never causal.
+    """Slots are means over the tokens of a group, tokens means over its slots: nothing is dropped, never causal.
 
     Attributes:
       slots_per_expert: slots of an expert in a group [SLOTS_PER_EXPERT].
@@ -32,7 +32,8 @@ class Soft(Routed):
         yield from super()._invalid()
         if self.leaves_the_rest:
             yield (
-                "SHARED_WEIGHTS = 'xft' shares out what a router leaves, and the router 'soft' leaves nothing: use 'one'."
+                "SHARED_WEIGHTS = 'xft' gives shared experts the rest of a token's weight, and the router 'soft' leaves none: "
+                "use 'one'."
             )
 
     def looks_ahead(self, prefix: str = '') -> Iterator[str]:
@@ -55,18 +56,22 @@ class Soft(Routed):
         return self.slots_per_expert
 
     def check_examples(self, num_tokens: int, length: int, way_out: str) -> None:
-        """Refuses groups that hold parts of several examples, since a slot is a mean over all tokens of its group."""
+        """Raises UserError if groups hold parts of several examples, since a slot is a mean over its group."""
         size = num_tokens // num_groups(num_tokens, self.group_size, self.groups_multiple_of)
         if length % size:
             raise UserError(
-                f"the router 'soft' would mix different examples: its groups are of {size} tokens, an example has {length}. Set "
-                f'{way_out}.'
+                f"the router 'soft' would mix examples: its groups have {size} tokens, an example has {length}. Set {way_out}."
             )
 
-    def mix(
-        self, logits_GxSxN: jax.Array, real_GxS: jax.Array, across: Across = here
+    def route(
+        self,
+        logits_GxSxN: jax.Array,
+        real_GxS: jax.Array,
+        capacity: int,
+        across: Across = here,
+        bias_E: jax.Array | None = None,
     ) -> tuple[Mixing, dict[str, jax.Array]]:
-        """The shares of tokens in slots and of slots in tokens (section 2.1). Arguments and metrics as `Assigning.route`'s.
+        """Computes the shares of tokens in slots and of slots in tokens (section 2.1); see `Routed.route`.
 
         Padding is in no slot and gets nothing, unless it is routed.
         """
@@ -74,7 +79,7 @@ class Soft(Routed):
         if self.route_padding is RoutePadding.ROUTE:
             real_GxS = jnp.ones_like(real_GxS)
         real_GxSx1 = real_GxS[..., None]
-        # The least number, and not -inf, so that a group of nothing but padding has no nan.
+        # The smallest number instead of -inf, so that a group of padding only has no nan.
         dispatch_GxSxN = jax.nn.softmax(jnp.where(real_GxSx1, logits_GxSxN, jnp.finfo(jnp.float32).min), axis=1)
         combine_GxSxN = jax.nn.softmax(logits_GxSxN, axis=-1) * real_GxSx1
         share_GxSxE = combine_GxSxN.reshape(*combine_GxSxN.shape[:2], self.num_experts, -1).sum(axis=-1)
@@ -95,3 +100,13 @@ class Soft(Routed):
             'auxiliary_loss': zero,
             'fraction_dropped': zero,
         }
+
+    def to_slots(self, x_GxSxD: jax.Array, routing: Mixing) -> jax.Array:
+        G, _, D = x_GxSxD.shape
+        x_GxNxD = jnp.einsum('gsd,gsn->gnd', x_GxSxD.astype(jnp.float32), routing.dispatch_GxSxN).astype(x_GxSxD.dtype)
+        return x_GxNxD.reshape(G, self.num_experts, -1, D).swapaxes(0, 1)
+
+    def from_slots(self, y_ExGxCxD: jax.Array, routing: Mixing, num_tokens: int) -> jax.Array:
+        E, G, C, D = y_ExGxCxD.shape
+        y_GxNxD = y_ExGxCxD.swapaxes(0, 1).reshape(G, E * C, D).astype(jnp.float32)
+        return jnp.einsum('gnd,gsn->gsd', y_GxNxD, routing.combine_GxSxN).astype(y_ExGxCxD.dtype)

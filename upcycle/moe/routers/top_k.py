@@ -1,4 +1,4 @@
-"""Top-K: every token takes its best experts (Switch: K = 1; V-MoE; flaxformer), in slots or without."""
+"""Top-K: every token takes its best experts (Switch: K = 1; V-MoE; flaxformer), with or without slots."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,16 +10,27 @@ from upcycle import schema
 from upcycle.moe.conventions import AdaptiveBalance, BalanceLoss, FillOrder, RouterType
 from upcycle.moe.losses import auxiliary_loss_of, importance_load_loss, routing_metrics
 from upcycle.moe.routers.base import Assigned, Assigning
-from upcycle.moe.routing import CHOSEN, Across, Choices, Routing, Tokens, decided, here, prepare, weighed
+from upcycle.moe.routing import (
+    CHOSEN,
+    Across,
+    Choices,
+    Routing,
+    Tokens,
+    combine_weights,
+    decided,
+    here,
+    prepare,
+    weighed,
+)
 from upcycle.schema import Count, Natural, Rate
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenChoice(Assigning):
-    """Routers by which a token takes its experts, in training or at inference.
+    """Routers with which tokens take experts, in training or at inference.
 
     Attributes:
-      num_selected_experts: K, experts that a token takes [NUM_SELECTED_EXPERTS].
+      num_selected_experts: K, experts of a token [NUM_SELECTED_EXPERTS].
       fill_order: see `FillOrder` [FILL_ORDER].
     """
 
@@ -34,15 +45,15 @@ class TokenChoice(Assigning):
             )
         if self.num_selected_experts == 1 and self.normalize_combine_weights:
             yield (
-                'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so that the router gets no '
-                'gradient: turn it off, or select at least 2 experts.'
+                'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so the router gets no gradient: '
+                'turn it off, or select at least 2 experts.'
             )
 
     def looks_ahead(self, prefix: str = '') -> Iterator[str]:
         if self.fill_order is FillOrder.PRIORITY:
             yield (
-                f"{prefix}FILL_ORDER = 'priority' lets later tokens push earlier ones out of a causal stack's buffers: use "
-                "'token_major'."
+                f"{prefix}FILL_ORDER = 'priority' lets later tokens evict earlier ones, which leaks the future in a causal "
+                "stack: use 'token_major'."
             )
 
     @property
@@ -60,14 +71,14 @@ class TopK(TokenChoice):
 
     Attributes:
       balance_loss: see `BalanceLoss` [BALANCE_LOSS].
-      balance_bias_rate: experts are chosen by their probability plus a bias, which rises or falls by this much a step where an
-        expert has fewer or more tokens than the mean; 0: none (DeepSeek-V3: 0.001) [BALANCE_BIAS_RATE].
-      adaptive_balance: with slots: the balance loss of a layer is multiplied by a weight that follows what it drops; None: it is
-        not [ADAPTIVE_BALANCE].
-      default_output_decay: with slots: an expert that does not take a token answers with the mean of its outputs, which is
-        averaged over steps with this decay, so that the router has a gradient for every expert; None: it does not answer
+      balance_bias_rate: experts are chosen by probability plus a bias, which each step raises (lowers) by this rate for experts
+        with fewer (more) tokens than the mean; 0 for no bias (DeepSeek-V3: 0.001) [BALANCE_BIAS_RATE].
+      adaptive_balance: multiplies each layer's balance loss by a weight that follows its dropped choices, see `AdaptiveBalance`;
+        needs slots; None for a constant weight [ADAPTIVE_BALANCE].
+      default_output_decay: an expert that does not take a token answers with the mean of its outputs, a running mean over steps
+        with this decay, so that the router has a gradient for every expert; needs slots; None for no such answers
         [DEFAULT_OUTPUT_DECAY].
-      gate_noise: normal noise of this standard deviation over E is added to the logits in training (V-MoE: 1) [GATE_NOISE].
+      gate_noise: adds normal noise of standard deviation gate_noise / E to the logits in training (V-MoE: 1) [GATE_NOISE].
     """
 
     not_ragged = None
@@ -81,7 +92,7 @@ class TopK(TokenChoice):
 
     def __post_init__(self):
         if isinstance(self.adaptive_balance, Mapping):
-            # As a checkpoint's JSON tells it, perhaps one of a later version.
+            # From a checkpoint's JSON, perhaps of a later version.
             names = schema.parameters(AdaptiveBalance).keys() & self.adaptive_balance.keys()
             balance = AdaptiveBalance(**{name: self.adaptive_balance[name] for name in names})
             object.__setattr__(self, 'adaptive_balance', balance)
@@ -90,20 +101,17 @@ class TopK(TokenChoice):
     def _invalid(self) -> Iterator[str]:
         yield from super()._invalid()
         if self.logit_normalization is not None and self.gate_noise:
-            yield (
-                "GATE_NOISE has the logits' own scale, which ROUTER_LOGIT_NORMALIZATION takes away: set one of them only."
-            )
+            yield ("GATE_NOISE has the logits' scale, which ROUTER_LOGIT_NORMALIZATION removes: set only one of them.")
         if self.adaptive_balance is not None and self.dropless:
             yield (
-                "ADAPTIVE_BALANCE follows what is dropped, and DISPATCH = 'ragged' drops nothing: set it to None, or use "
-                "'gather'."
+                "ADAPTIVE_BALANCE follows dropped choices, and DISPATCH = 'ragged' drops none: set it to None, or use 'gather'."
             )
         if self.default_output_decay is None:
             return
         if self.normalize_combine_weights or self.leaves_the_rest:
             yield (
-                'DEFAULT_OUTPUT_DECAY lets experts that are not chosen answer with their own probabilities, which is all of the '
-                "weight: turn NORMALIZE_COMBINE_WEIGHTS and SHARED_WEIGHTS = 'xft' off."
+                'DEFAULT_OUTPUT_DECAY gives all experts, chosen or not, their probabilities as weights, which sum to 1: turn '
+                "NORMALIZE_COMBINE_WEIGHTS and SHARED_WEIGHTS = 'xft' off."
             )
         if self.dropless:
             yield (
@@ -126,20 +134,20 @@ class TopK(TokenChoice):
         return self.gate_noise / self.num_experts
 
     def slots(self, num_tokens: int, *, training: bool) -> int:
-        """K a token where nothing is dropped; else as `MoE.slots`."""
+        """Returns K rows for each token if dropless; otherwise as `MoE.slots`."""
         if self.dropless:
             return num_tokens * self.num_selected_experts
         return super().slots(num_tokens, training=training)
 
     def state_shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        kept: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.balance_bias_rate:
-            kept['bias'] = (self.num_experts,)
+            shapes['bias'] = (self.num_experts,)
         if self.adaptive_balance is not None:
-            kept['loss_weight'] = ()
+            shapes['loss_weight'] = ()
         if self.default_output_decay is not None:
-            kept['default_output'] = (self.num_experts, width)
-        return kept
+            shapes['default_output'] = (self.num_experts, width)
+        return shapes
 
     def assign(self, tokens: Tokens, capacity: int, across: Across, bias_E: jax.Array | None) -> Assigned:
         expert_GxSxK = self._choose(tokens.probs_GxSxE, bias_E)
@@ -163,22 +171,16 @@ class TopK(TokenChoice):
     def route_dropless(
         self, logits_GxSxE: jax.Array, real_GxS: jax.Array, bias_E: jax.Array | None = None
     ) -> tuple[Choices, dict[str, jax.Array]]:
-        """`route` without slots: every token goes to all K experts it chose.
+        """Routes without slots: every token goes to all K experts that it chose; see `route`.
 
-        It is token by token, so the compiler partitions it, and its sums are over all groups.
+        Routing is token by token, so the compiler partitions it, and sums are over all groups.
         """
         tokens = prepare(logits_GxSxE, real_GxS, self)
-        E = logits_GxSxE.shape[-1]
-        expert_GxSxK = self._choose(tokens.probs_GxSxE, bias_E)
-        weight_GxSxK = jnp.take_along_axis(tokens.probs_GxSxE, expert_GxSxK, axis=-1)
-        auxiliary_loss = auxiliary_loss_of(tokens, expert_GxSxK, self, here)
-        may_GxSx1 = tokens.may_route_GxS[..., None]
-        expert_GxSxK = jnp.where(may_GxSx1, expert_GxSxK, E)
-        weight_GxSxK = jnp.where(may_GxSx1, weight_GxSxK, 0.0)
-        if self.normalize_combine_weights:
-            weight_GxSxK /= jnp.maximum(weight_GxSxK.sum(axis=-1, keepdims=True), 1e-18)
-        if self.leaves_the_rest:
-            weight_GxSxK = weight_GxSxK.max(axis=-1, keepdims=True) * jax.nn.softmax(weight_GxSxK, axis=-1)
+        _, S, E = logits_GxSxE.shape
+        chosen_GxSxK = self._choose(tokens.probs_GxSxE, bias_E)
+        expert_GxSxK = jnp.where(tokens.may_route_GxS[..., None], chosen_GxSxK, E)
+        weight_GxSxK = jnp.take_along_axis(tokens.probs_GxSxE, expert_GxSxK, axis=-1, mode='fill', fill_value=0)
+        choices = combine_weights(Choices(expert_GxSxK, weight_GxSxK), S, self)
         used_E = jnp.zeros(E, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop')
         metrics = routing_metrics(
             tokens,
@@ -186,23 +188,23 @@ class TopK(TokenChoice):
             used_E=used_E,
             slots=used_E.sum(),
             covered=tokens.may_route_GxS.sum(),
-            weight=weight_GxSxK.sum(),
+            weight=choices.weight_GxSxK.sum(),
         )
         if bias_E is not None:
             metrics[CHOSEN] = metrics['load']
-        return Choices(expert_GxSxK, weight_GxSxK), metrics | {
-            'auxiliary_loss': auxiliary_loss,
+        return choices, metrics | {
+            'auxiliary_loss': auxiliary_loss_of(tokens, chosen_GxSxK, self, here),
             'fraction_dropped': jnp.zeros(()),
         }
 
     def _choose(self, probs_GxSxE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
-        """The K experts of each token, (G, S, K)."""
+        """Returns the K experts of each token, (G, S, K)."""
         score_GxSxE = probs_GxSxE if bias_E is None else probs_GxSxE + jax.lax.stop_gradient(bias_E)
         return decided(jax.lax.top_k(score_GxSxE, self.num_selected_experts)[1])
 
 
 def _share_of_choices(expert_GxSxK: jax.Array, may_route_GxS: jax.Array, num_experts: int, across: Across) -> jax.Array:
-    """Of all choices those of each expert, found a slot or not."""
+    """Returns each expert's share of all choices, dropped or not."""
     expert_GxSxK = jnp.where(may_route_GxS[..., None], expert_GxSxK, num_experts)
     count_E = across(jnp.zeros(num_experts, jnp.int32).at[expert_GxSxK.reshape(-1)].add(1, mode='drop'))
     return count_E / jnp.maximum(count_E.sum(), 1)
@@ -215,13 +217,14 @@ def fill_slots(
     capacity: int,
     fill_order: FillOrder,
 ) -> tuple[Routing, jax.Array]:
-    """Puts each token's chosen experts into slots, which fill in `fill_order`; what overflows is dropped.
+    """Assigns slots to each token's chosen experts in `fill_order`, and drops choices of full experts.
 
-    Returns the routing and bool (G, S, K), the choices that found a slot.
+    Returns:
+      The routing, and bool (G, S, K), True for choices that have a slot.
     """
     G, S, E = probs_GxSxE.shape
     K = expert_GxSxK.shape[-1]
-    # Expert E does not exist: a token that may not route asks for it, and so counts nowhere.
+    # Tokens that may not be routed choose expert E, which does not exist, and so are not counted.
     expert_GxSxK = jnp.where(may_route_GxS[..., None], expert_GxSxK, E)
     queue_GxSxK = expert_GxSxK
     if fill_order is FillOrder.PRIORITY:
@@ -244,7 +247,7 @@ def fill_slots(
 
     def slots(expert_SxK, slot_SxK):
         token_SxK = jnp.broadcast_to(jnp.arange(S)[:, None], (S, K))
-        # Out of bounds means dropped: a full expert, or the expert that does not exist.
+        # Out of bounds means dropped: a full expert, or expert E.
         return jnp.full((E, capacity), S).at[expert_SxK, slot_SxK].set(token_SxK, mode='drop')
 
     return weighed(decided(jax.vmap(slots)(expert_GxSxK, slot_GxSxK)), probs_GxSxE), kept_GxSxK
