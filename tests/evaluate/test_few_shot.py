@@ -122,7 +122,7 @@ def test_eight_devices_and_two_processes_equal_one_device():
     expected = probe()
     for result in (on_devices(8, probe), processes(2, 4).call(probe)[0]):
         assert result['metrics'] == expected['metrics']
-        for name in ('primal', 'dual'):
+        for name in ('more images than features', 'fewer images than features'):
             scores = np.array(expected[name])
             assert np.abs(np.array(result[name]) - scores).max() <= 1e-5 * np.abs(scores).max()
 
