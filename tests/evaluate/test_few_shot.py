@@ -148,7 +148,7 @@ def test_random_images_have_no_split(tmp_path):
 
 
 @pytest.mark.parametrize('binding', ['FEW_SHOT_TRAIN_SPLIT', 'FEW_SHOT_TEST_SPLIT'])
-def test_a_split_that_is_not_there_is_refused_before_the_first_step(binding, tmp_path):
+def test_a_missing_split_is_refused_before_the_first_step(binding, tmp_path):
     files = [*runs.FILES['vit dense'], 'runs/few_shot.gin']
     with pytest.raises(UserError, match='typo'):
         train.run(files, runs.bindings('vit dense', tmp_path / 'run', 1, **{binding: 'typo'}))
