@@ -36,7 +36,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize('damage', DAMAGES)
 @pytest.mark.parametrize('number', [0, 2, 4])
-def test_no_line_is_lost_when_a_run_goes_on(damage, number, tmp_path, capsys):
+def test_no_line_is_lost_when_a_run_resumes(damage, number, tmp_path, capsys):
     """Whole lines up to the step of the resumption stay in the log, byte for byte; all others are set aside."""
     whole = [line(2), line(4), line(4, 'validation'), line(6)]
     lines = [*whole[:number], DAMAGES[damage], *whole[number:]]
@@ -53,7 +53,7 @@ def test_no_line_is_lost_when_a_run_goes_on(damage, number, tmp_path, capsys):
         assert not said  # a kill in the middle of a line
 
 
-def test_what_is_set_aside_adds_up(tmp_path):
+def test_removed_lines_accumulate(tmp_path):
     written = 0
     for last in (None, 4, 2):
         log = MetricsLog(str(tmp_path), last)
@@ -121,7 +121,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     assert events.Scalars('flops')[0].value == pytest.approx(1e17)
 
 
-def test_everything_is_closed_where_a_file_cannot_be_written(tmp_path, monkeypatch):
+def test_all_files_are_closed_even_if_one_cannot_be_written(tmp_path, monkeypatch):
     log = MetricsLog(str(tmp_path), None)
     log.write(1, 'train', {'loss': 1.0})
     closed = []

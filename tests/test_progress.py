@@ -11,7 +11,7 @@ from upcycle import progress
 from upcycle.progress import Progress, counted
 
 
-def test_lines_where_standard_error_is_not_a_terminal(capsys):
+def test_plain_lines_without_a_terminal(capsys):
     with Progress('train', 'step', 5, first=3, period=0.0) as shown:
         shown.show(4, 'loss 1.5000')
         shown.show(5, 'loss 1.2500')

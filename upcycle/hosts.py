@@ -34,10 +34,10 @@ def parse_address(text: str) -> tuple[str, int]:
     Raises:
       UserError: the address is not HOST:PORT.
     """
-    found = _ADDRESS.fullmatch(text)
+    match = _ADDRESS.fullmatch(text)
     with contextlib.suppress(ValueError):
-        if found and 1 <= int(found['port']) <= 65535:
-            return str(ipaddress.IPv6Address(found['six'])) if found['six'] else found['host'], int(found['port'])
+        if match and 1 <= int(match['port']) <= 65535:
+            return str(ipaddress.IPv6Address(match['six'])) if match['six'] else match['host'], int(match['port'])
     raise UserError(
         f'--coordinator_address={text} is not HOST:PORT with a port of 1 to 65535, such as 10.0.0.1:1234 or [fd00::1]:1234.'
     )

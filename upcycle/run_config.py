@@ -115,11 +115,11 @@ def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
         if old.bound:
             _warn_of_defaults(run.model_dir, old, bindings, default)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: old.defaults[name] for name in old.defaults.keys() & bindings if name not in old.bound}
-        kept = {name: value for name, value in kept.items() if schema.same(value, bindings[name])}
-        bound = {name: value for name, value in bindings.items() if name not in kept}
+        unchanged = {name: old.defaults[name] for name in old.defaults.keys() & bindings if name not in old.bound}
+        unchanged = {name: value for name, value in unchanged.items() if schema.same(value, bindings[name])}
+        bound = {name: value for name, value in bindings.items() if name not in unchanged}
         new = {name: value for name, value in default.items() if name not in bindings and can_be_written(value)}
-        files.replace_text(path, as_gin(bound, new | kept))
+        files.replace_text(path, as_gin(bound, new | unchanged))
 
 
 def _warn_of_defaults(model_dir: str, old: '_Stored', bindings: Mapping[str, str], default: Mapping[str, str]) -> None:

@@ -29,7 +29,7 @@ def probe(shape='auto') -> dict:
         assert len(train.features_NxD.sharding.device_set) == jax.device_count()
         assert train.features_NxD.addressable_shards[0].data.shape[0] == 512 // partitioning.batch_shards(mesh)
         result = {'metrics': few_shot.probe(few_shot.FewShot(shots=(1, 3), num_seeds=2), train, test, 30)}
-        for name, rows in (('primal', 99), ('dual', 19)):
+        for name, rows in (('more images than features', 99), ('fewer images than features', 19)):
             scores = few_shot.ridge(train, np.arange(rows), 30)(10.0).scores(test.features_NxD)
-            result[name] = np.asarray(few_shot._on_every_device(scores)).tolist()
+            result[name] = np.asarray(jax.jit(few_shot._on_every_device)(scores)).tolist()
     return result

@@ -122,7 +122,7 @@ def test_eight_devices_and_two_processes_equal_one_device():
     expected = probe()
     for result in (on_devices(8, probe), processes(2, 4).call(probe)[0]):
         assert result['metrics'] == expected['metrics']
-        for name in ('primal', 'dual'):
+        for name in ('more images than features', 'fewer images than features'):
             scores = np.array(expected[name])
             assert np.abs(np.array(result[name]) - scores).max() <= 1e-5 * np.abs(scores).max()
 
@@ -148,7 +148,7 @@ def test_random_images_have_no_split(tmp_path):
 
 
 @pytest.mark.parametrize('binding', ['FEW_SHOT_TRAIN_SPLIT', 'FEW_SHOT_TEST_SPLIT'])
-def test_a_split_that_is_not_there_is_refused_before_the_first_step(binding, tmp_path):
+def test_a_missing_split_is_refused_before_the_first_step(binding, tmp_path):
     files = [*runs.FILES['vit dense'], 'runs/few_shot.gin']
     with pytest.raises(UserError, match='typo'):
         train.run(files, runs.bindings('vit dense', tmp_path / 'run', 1, **{binding: 'typo'}))

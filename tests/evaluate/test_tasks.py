@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(command, bin
     assert not (tmp_path / 'run').exists()
 
 
-def test_random_tokens_are_no_task(tmp_path):
+def test_random_tokens_are_not_a_task(tmp_path):
     with pytest.raises(UserError, match='TASK_METRICS needs a text task in EVAL_DATASET'):
         train.run([*runs.FILES['dense'], METRICS], runs.bindings('dense', tmp_path / 'run', 1))
     assert not (tmp_path / 'run').exists()

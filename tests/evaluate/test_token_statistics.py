@@ -25,7 +25,7 @@ def test_experts_that_share_out_the_tokens_say_which_it_was():
     assert all(set(row) <= {4 * e, 4 * e + 1, 4 * e + 2, 4 * e + 3, -1} for e, row in enumerate(_typical(count_ExV)))
 
 
-def test_chance_is_no_information():
+def test_random_routing_has_no_information():
     rng = np.random.default_rng(0)
     # 2,000 random tokens of 50 kinds: the plain estimate is 49 * 7 / 4000 nats too large.
     draws = rng.integers(0, 8, 2000), rng.integers(0, 50, 2000)
@@ -100,7 +100,7 @@ def test_of_an_image_model_the_kinds_are_labels():
     assert found[f'experts/{layer}/token_kinds'].shape == (4,)
 
 
-def test_layers_where_every_expert_reads_every_token_are_left_out():
+def test_dense_routing_is_skipped():
     config = with_moe(small_t5(**SIZES), num_experts=4)
     soft = changed(config.encoder_moe, router='soft', slots_per_expert=1)
     model = EncoderDecoderModel(dataclasses.replace(config, encoder_moe=soft))

@@ -82,7 +82,7 @@ def contents(run):
 
 
 @pytest.mark.parametrize('gone', GONE, ids=lambda gone: gone.__name__)
-def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
+def test_lost_checkpoints_are_not_mistaken_for_a_new_run(gone, run):
     """Nothing is changed, and the message names both fixes."""
     gone(run)
     before = contents(run)
@@ -94,7 +94,7 @@ def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
 
 
 @pytest.mark.parametrize('left', [remove, empty, half_written], ids=lambda left: left.__name__)
-def test_killed_before_its_first_checkpoint_it_begins_again(left, run, dense, capsys):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(left, run, dense, capsys):
     """The record decides: the log may exceed the first checkpoint period while that checkpoint is written."""
     left(run)
     folder.record(str(run), saved=False)
@@ -117,7 +117,7 @@ def test_without_its_log_it_starts_again(run):
     assert int(runs.train('dense', run, 4).step) == 4
 
 
-def test_a_log_of_evaluations_at_the_start_is_no_training(run):
+def test_a_log_with_only_evaluations_at_the_start_allows_a_new_start(run):
     empty(run)
     first, *_ = (run / 'metrics.jsonl').read_text().splitlines()
     (run / 'metrics.jsonl').write_text(first + '\n')
@@ -126,7 +126,7 @@ def test_a_log_of_evaluations_at_the_start_is_no_training(run):
 
 @pytest.mark.parametrize('command', [runs.train, look])
 @pytest.mark.parametrize('name', folder.FILES)
-def test_a_folder_where_a_file_is_written_is_named(name, command, run):
+def test_a_folder_with_the_name_of_a_file_is_refused(name, command, run):
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
     before = sorted(run.rglob('*'))
@@ -135,7 +135,7 @@ def test_a_folder_where_a_file_is_written_is_named(name, command, run):
     assert sorted(run.rglob('*')) == before
 
 
-def test_names_that_no_run_gives_a_step_are_none(tmp_path):
+def test_invalid_names_of_steps_are_ignored(tmp_path):
     for name in ('4', '00000009', '\u0668', '\u00b2', '8.bak', '-8'):
         (tmp_path / 'checkpoints' / name).mkdir(parents=True)
     assert folder.newest_step(str(tmp_path)) == 4

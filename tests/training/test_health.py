@@ -105,7 +105,7 @@ def test_counts_survive_a_restart(step, skipping, tmp_path, monkeypatch):
     assert_same_run(tmp_path, skipping)
 
 
-def test_past_the_bound_it_stops_with_a_diagnosis_and_goes_on_with_a_higher_one(skipping, tmp_path, capsys):
+def test_more_skipped_steps_than_allowed_stop_with_a_diagnosis_and_a_higher_limit_continues(skipping, tmp_path, capsys):
     bounded = SKIPPED | {'MAX_SKIPPED_STEPS': 2}
     # The second start is at the checkpoint between the counted steps.
     for _ in range(2):
@@ -234,7 +234,7 @@ def light(data):
     return Poisoned(data, 'weights', 0.01, range(1000))
 
 
-def test_a_run_goes_back_at_a_spike_and_leaves_the_batches_out(tmp_path, monkeypatch, capsys):
+def test_a_rollback_skips_the_batches_of_a_spike(tmp_path, monkeypatch, capsys):
     """Two rollbacks to the checkpoint of step 4 give the run that never saw the batches, wherever it is killed."""
     more = LEAPING | {'MAX_ROLLBACKS': 2}
     # Step 6 is a spike, and the batches of steps 5 and 6 are skipped; then step 5, on the next batch, is a spike.
@@ -295,7 +295,7 @@ def test_without_rollbacks_a_spike_is_counted_once():
         ([2.0] * 9, 0.1, False),
     ],
 )
-def test_what_a_spike_is(before, loss, leaps):
+def test_definition_of_a_spike(before, loss, leaps):
     assert health.is_spike(loss, before, 10.0) == leaps
 
 
@@ -345,7 +345,7 @@ def test_a_real_router_saturates_and_leaves_have_norms(tmp_path, capsys):
     assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(lines[-1]['gradient_norm'], rel=1e-5)
 
 
-def test_what_is_put_up_with_may_change_between_legs(tmp_path):
+def test_limits_may_change_on_resuming(tmp_path):
     more = {'MAX_ROLLBACKS': 2, 'MAX_SKIPPED_STEPS': 0, 'LEAF_GRADIENT_NORMS': True}
     for changed in ({}, more):
         run = runs.build('dense', tmp_path, 4, **changed)
@@ -359,7 +359,7 @@ def test_what_is_put_up_with_may_change_between_legs(tmp_path):
     run_config.claim(run, configuration.resolved())
 
 
-def test_what_an_older_version_did_not_bind_had_its_default(tmp_path):
+def test_parameters_unknown_to_an_older_version_had_their_defaults(tmp_path):
     run = runs.build('dense', tmp_path, 4)
     run_config.claim(run, configuration.resolved())
     config = tmp_path / 'config.gin'

@@ -60,7 +60,7 @@ def test_taken_and_released(tmp_path):
     ],
     ids=str,
 )
-def test_a_dead_holder_of_this_machine_is_followed_at_once(dead, tmp_path, capsys):
+def test_the_lock_of_a_dead_holder_on_this_machine_is_taken_over_at_once(dead, tmp_path, capsys):
     lock(tmp_path, **dead).take()
     clock = Clock()
     lock(tmp_path, clock).take()
@@ -68,7 +68,7 @@ def test_a_dead_holder_of_this_machine_is_followed_at_once(dead, tmp_path, capsy
     assert not capsys.readouterr().err
 
 
-def test_one_whose_parent_does_not_look_is_dead(tmp_path):
+def test_a_zombie_is_dead(tmp_path):
     """As in a container whose first process does not reap its children."""
     child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
     me = {'process': child.pid, 'started': locks._start_of(child.pid)}
@@ -93,7 +93,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize('kind', UNKNOWN)
-def test_any_other_is_followed_when_its_heartbeat_stands_still(kind, tmp_path, capsys):
+def test_any_other_lock_is_taken_over_after_its_heartbeat_stops(kind, tmp_path, capsys):
     if isinstance(UNKNOWN[kind], bytes):
         (tmp_path / NAME).write_bytes(UNKNOWN[kind])
     else:
@@ -117,14 +117,14 @@ NO_FILE = {
 
 
 @pytest.mark.parametrize('kind', NO_FILE)
-def test_what_is_no_file_is_refused_and_kept(kind, tmp_path):
+def test_something_other_than_a_file_is_refused_and_kept(kind, tmp_path):
     NO_FILE[kind](tmp_path / NAME)
     with pytest.raises(UserError, match=f'{NAME} is not a file, but a run writes a file there'):
         lock(tmp_path).take(1)
     assert os.path.lexists(tmp_path / NAME)
 
 
-def test_a_link_to_a_lock_is_one(tmp_path):
+def test_a_link_to_a_lock_is_a_lock(tmp_path):
     lock(tmp_path, process=ENDED).take()
     (tmp_path / NAME).rename(tmp_path / 'elsewhere.json')
     (tmp_path / NAME).symlink_to('elsewhere.json')
@@ -134,7 +134,7 @@ def test_a_link_to_a_lock_is_one(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['another boot', 'here, and stopped'])
-def test_a_holder_that_lives_is_named(kind, tmp_path):
+def test_the_message_names_a_living_holder(kind, tmp_path):
     """The holder's clock may differ from ours."""
     theirs = lock(tmp_path, host='over-there', **UNKNOWN[kind])
     theirs.take()
@@ -145,7 +145,7 @@ def test_a_holder_that_lives_is_named(kind, tmp_path):
     theirs.check()
 
 
-def test_who_was_followed_notices(tmp_path):
+def test_a_holder_notices_that_it_lost_the_lock(tmp_path):
     theirs = lock(tmp_path, host='a')
     theirs.take()
     ours = lock(tmp_path, host='b')
@@ -167,7 +167,7 @@ def test_who_was_followed_notices(tmp_path):
         again.check()
 
 
-def test_of_two_that_follow_one_wins(tmp_path):
+def test_one_of_several_takers_wins(tmp_path):
     """All see the same dead holder and take its lock at the same time."""
     for _ in range(20):
         lock(tmp_path, process=ENDED).take()

@@ -77,7 +77,7 @@ def never_stopped(dense, tmp_path_factory):
 
 
 @pytest.mark.parametrize('step', [6, 8])
-def test_asked_to_stop_it_saves_at_once_and_goes_on_exactly(step, tmp_path, monkeypatch, dense, never_stopped):
+def test_a_stop_request_saves_at_once_and_the_resumed_run_is_exact(step, tmp_path, monkeypatch, dense, never_stopped):
     """SIGTERM between checkpoints, when an evaluation is due, and at the last step, which ends normally."""
     first, more = 4, {'INITIAL_CHECKPOINT_PATH': dense, **STOPPED}
     handler = signal.getsignal(signal.SIGTERM)
@@ -107,7 +107,7 @@ def test_asked_to_stop_it_saves_at_once_and_goes_on_exactly(step, tmp_path, monk
         np.testing.assert_array_equal(cut[name], leaf, err_msg=name)
 
 
-def test_a_finished_run_is_left_alone(dense, monkeypatch):
+def test_a_finished_run_takes_no_steps(dense, monkeypatch):
     before = lines_of(dense)
     monkeypatch.setattr(loop, 'lower_step', None)
     state = runs.train('dense', dense, 4)
@@ -115,7 +115,7 @@ def test_a_finished_run_is_left_alone(dense, monkeypatch):
     assert lines_of(dense) == before
 
 
-def test_dense_continuation_is_the_dense_run_going_on(tmp_path, dense):
+def test_dense_continuation_equals_the_longer_dense_run(tmp_path, dense):
     """A run that restores the dense state takes the same steps as the dense run."""
     runs.train('dense', tmp_path / 'longer', 6)
     runs.train('continue', tmp_path / 'branch', 6, INITIAL_CHECKPOINT_PATH=dense)
@@ -132,7 +132,7 @@ def test_the_ledger_of_a_line():
     assert 'percent_of_sunk_flops' not in loop.Ledger().for_the_log(1)
 
 
-def test_what_a_checkpoint_had_cost_is_said_where_it_does_not_say():
+def test_dense_flops_are_the_cost_of_a_checkpoint_without_one():
     ledger = loop.Ledger()
     ledger.start_from(7, {}, 3e18)
     assert (ledger.start_step, ledger.sunk_flops) == (7, 3e18)
@@ -318,7 +318,7 @@ class Slow:
 
 
 @pytest.mark.parametrize('slow', ['data', 'step'])
-def test_where_the_time_went(slow, tmp_path, monkeypatch):
+def test_time_by_activity(slow, tmp_path, monkeypatch):
     """The time of a slow source or a slow step is added to its own field and to no other."""
     run = runs.build('dense', tmp_path, 4, EVAL_PERIOD=100, CHECKPOINT_PERIOD=100, LOG_PERIOD=4, EVAL_STEPS=1)
     clock, timers = Made(), []

@@ -83,7 +83,7 @@ class Changed:
 
 
 @pytest.mark.parametrize('stored', [3, None, [], 'text', {}])
-def test_a_checkpoint_that_does_not_say_what_its_data_were(stored, tmp_path, upcycled):
+def test_a_checkpoint_without_a_data_fingerprint(stored, tmp_path, upcycled):
     folder = shutil.copytree(upcycled, tmp_path / 'run')
     for step in (folder / 'checkpoints').iterdir():
         (step / 'data' / 'metadata').write_text(json.dumps({'fingerprint': stored}))

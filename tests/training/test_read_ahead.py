@@ -24,7 +24,7 @@ class Source:
         return np.full(2, int(name))
 
 
-def test_gives_what_was_asked_for_and_reads_it_once():
+def test_each_leaf_is_read_once():
     source = Source()
     requests = [(str(i), None) for i in range(20)]
     with ReadAhead(source, requests) as reading:
@@ -33,7 +33,7 @@ def test_gives_what_was_asked_for_and_reads_it_once():
     assert sorted(source.asked) == sorted(name for name, _ in requests)
 
 
-def test_any_order_and_what_nobody_announced():
+def test_any_order_and_leaves_that_were_not_announced():
     source = Source()
     with ReadAhead(source, [(str(i), None) for i in range(10)]) as reading:
         assert [reading(str(i), None)[0] for i in (9, 99, 3, 0, 8)] == [9, 99, 3, 0, 8]
@@ -41,7 +41,7 @@ def test_any_order_and_what_nobody_announced():
         assert len(source.asked) <= 5 + read_ahead._LEAVES_AHEAD + 2
 
 
-def test_a_damaged_leaf_is_reported_where_it_is_asked_for():
+def test_a_damaged_leaf_is_reported_on_request():
     with ReadAhead(Source(), [('1', None), ('broken', None), ('2', None)]) as reading:
         assert reading('1', None)[0] == 1
         with pytest.raises(UserError, match='broken cannot be read'):
@@ -54,7 +54,7 @@ def examine(leaves):
     examination = Examination('here', leaves, whole, sha256_of, leaves.get)
     try:
         for name, leaf in leaves.items():
-            examination.add(name, leaf)
+            examination.check(name, leaf)
         return examination.result()
     finally:
         examination.close()

@@ -44,13 +44,13 @@ def test_cosine_goes_from_the_end_of_the_warmup_to_the_last_step():
     assert float(rate(5100)) == pytest.approx(0, abs=1e-8)
 
 
-def test_continuing_goes_on_where_the_dense_run_stood():
+def test_continuing_keeps_the_dense_schedule():
     """Without a cooldown the rate is the dense run's, for any start and end of the new run."""
     dense, branch = LearningRate().schedule(0, 1_000_000), LearningRate().schedule(1_000_000, 1_500_000)
     assert float(branch(1_000_000)) == float(dense(1_000_000))
 
 
-def test_restart_returns_to_the_peak_and_ends_where_the_dense_run_stood():
+def test_restart_returns_to_the_peak_and_ends_at_the_dense_rate():
     dense = LearningRate().schedule(0, 40_000)
     rate = LearningRate(policy='restart', restart_warmup_steps=100).schedule(40_000, 50_100)
     assert float(rate(40_000)) == 0

@@ -37,7 +37,7 @@ def flip(step):
     file.write_bytes(content)
 
 
-def test_a_run_goes_on_from_the_step_before_a_damaged_one(run, dense, capsys):
+def test_a_run_resumes_from_the_step_before_a_damaged_one(run, dense, capsys):
     """The result is that of an undamaged run: metrics are cut back, steps are repeated, the step is saved again."""
     flip(run / 'checkpoints' / '4')
     runs.train('dense', run, 4, CHECKPOINT_KEEP=2)

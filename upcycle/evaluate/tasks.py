@@ -116,11 +116,11 @@ class TaskEvaluator:
         """
 
         def answers(step: Any, dataset: Any) -> list[tuple[int, Any]]:
-            found: list[tuple[int, Any]] = []
+            pairs: list[tuple[int, Any]] = []
             for numbers, batch in self._batches(dataset):
                 # Rows that pad the batch come last.
-                found += zip(numbers, jax.device_get(step(params, batch)).tolist(), strict=False)
-            return found
+                pairs += zip(numbers, jax.device_get(step(params, batch)).tolist(), strict=False)
+            return pairs
 
         metrics, _ = self._evaluator.evaluate(
             compute_metrics=True,
@@ -165,17 +165,17 @@ def log_likelihood(params: Params, batch: Mapping[str, jax.Array], *, model: Mod
 
 def summarize(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Computes the result of `TaskEvaluator.evaluate`. Texts and histograms are skipped."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     means = []
     for task, values in metrics.items():
         numbers = {name: getattr(value, 'value', value) for name, value in values.items()}
         numbers = {
             name: float(value) for name, value in numbers.items() if np.isscalar(value) and not isinstance(value, str)
         }
-        found |= {f'{task}/{name}': value for name, value in numbers.items()}
+        result |= {f'{task}/{name}': value for name, value in numbers.items()}
         if numbers:
             means.append(np.mean(list(numbers.values())))
-    return {**found, 'average': float(np.mean(means))} if means else found
+    return {**result, 'average': float(np.mean(means))} if means else result
 
 
 def _evaluator(data: Any, spec: TaskMetrics) -> Any:

@@ -34,20 +34,20 @@ def diagnose(
       when: the point in time of the parameters, in words.
     """
     inspect = jax.jit(functools.partial(_inspect, model=model, num_microbatches=num_microbatches, frozen=frozen))
-    found = jax.device_get(inspect(state, batch))
-    for clause, broken in (('the batch holds', found['batch']), (f'{when}, parameters hold', found['params'])):
+    report = jax.device_get(inspect(state, batch))
+    for clause, broken in (('the batch holds', report['batch']), (f'{when}, parameters hold', report['params'])):
         if names := [name for name, count in broken.items() if count]:
             return f'{clause} NaN or infinity in {_listed(names)}'
-    loss = f'the loss is {found["loss"]:.4g}'
-    gradients, largest = found['gradient'], found['largest']
+    loss = f'the loss is {report["loss"]:.4g}'
+    gradients, largest = report['gradient'], report['largest']
     names = [name for name, count in gradients.items() if count]
     if 0 < len(names) < len(gradients):
         return (
             f'{loss} and {len(names)} of {len(gradients)} leaves of the gradient hold NaN or infinity, nearest to the loss '
             f'{max(names, key=_forward_order(model, batch).index)}'
         )
-    if names or not np.isfinite(found['loss']):
-        weights = found['params_largest']
+    if names or not np.isfinite(report['loss']):
+        weights = report['params_largest']
         name = max(weights, key=weights.get)
         return (
             f'{loss} and {"no" if names else "every"} leaf of the gradient is finite, with a finite batch and finite parameters, '

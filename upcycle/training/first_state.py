@@ -59,7 +59,6 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     # A checkpoint without a step has DENSE_STEP.
     stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
     sources = {name: stored.get(name, step) for row in plan.rows for name in row.sources}
-    averaged = {name for row in plan.rows if row.action is Action.MEAN for name in row.sources}
     whole, examine = sources.keys(), sha256_of
     if not upcycles and receipt_of_start is None:
         whole, examine = set(), None
@@ -67,10 +66,10 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         whole, examine = receipt_of_start.comparable() & whole, receipt_of_start.compare
     examination = Examination(str(reader.path), sources, whole, examine, read_whole)
 
-    def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
-        examination.add(name, leaf)
-        if name in averaged:  # not part of the state, so free it at once
-            examination.settle()
+    def read_checked(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
+        leaf = read(name, sharding)
+        examination.check(name, leaf)
+        return leaf
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
     shardings = {name: leaf.sharding for name, leaf in leaves.items()}
@@ -78,7 +77,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     new = {'rng': run_key, **new_head(run, start.layout, plan)}
     with (
         contextlib.closing(examination),
-        ReadAhead(read, requests_of(plan, shardings)) as reading,
+        ReadAhead(read_checked, requests_of(plan, shardings)) as reading,
         Progress('upcycling' if upcycles else 'loading', 'leaf', len(plan.rows)) as progress,
     ):
         flat = hosts.together(
@@ -87,7 +86,6 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
                 reading,
                 shardings,
                 new=new,
-                on_source=on_source,
                 hidden=functools.partial(source.hidden_states, batch),
                 progress=progress.show,
                 lineages=lineages,

@@ -1,4 +1,4 @@
-"""Reading leaves of a checkpoint ahead of use, and checking them in the background."""
+"""Reading and checking leaves of a checkpoint ahead of use."""
 
 import collections
 import concurrent.futures
@@ -52,10 +52,10 @@ class ReadAhead:
 
 
 class Examination:
-    """Checks leaves in the background: none may hold NaN or infinity, and some are also examined whole, such as for their hashes.
+    """Checks leaves: none may hold NaN or infinity, and some are also examined whole, such as for their hashes.
 
-    A single process checks the leaves given to `add`. With several processes, each counts NaN and infinity in its own shards, and
-    a leaf to be examined whole is assigned to one process, which reads it again; a process holds one such leaf at a time.
+    A single process checks the leaves given to `check`. With several processes, each counts NaN and infinity in its own shards,
+    and a leaf to be examined whole is assigned to one process, which reads it again in the background, one at a time.
 
     Args:
       path: of the checkpoint, for messages.
@@ -74,33 +74,23 @@ class Examination:
         read: Callable[[str], np.ndarray],
     ):
         self._path, self._leaves, self._whole, self._examine = path, leaves, frozenset(whole), examine
-        self._found: dict[str, tuple[int, str | None]] = {}
-        self._waiting: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
+        self._results: dict[str, tuple[int, str | None]] = {}
         self._alone = jax.process_count() == 1
-        self._pool = concurrent.futures.ThreadPoolExecutor(2)
-        self._reader = concurrent.futures.ThreadPoolExecutor(1)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
         sizes = {name: cost.num_bytes(leaves[name]) for name in self._whole}
         dealt = () if self._alone else deal(sizes, jax.process_count())[jax.process_index()]
-        self._dealt = [(name, self._reader.submit(lambda name: self._at(name, read(name)), name)) for name in dealt]
+        self._dealt = [self._pool.submit(lambda name: self._check(name, read(name)), name) for name in dealt]
 
-    def add(self, name: str, leaf: jax.Array | np.ndarray) -> None:
-        """Starts to check a leaf that was read. Blocks while too many leaves wait.
+    def check(self, name: str, leaf: jax.Array | np.ndarray) -> None:
+        """Checks a leaf that was read; may be called in several threads.
 
         Raises:
-          UserError: an earlier leaf is damaged (only if there is one process).
+          UserError: the leaf is damaged (with several processes, `result` raises it).
         """
-        if name in self._whole and not self._alone:
-            return
-        self.settle(_LEAVES_AHEAD - 1)
-        self._waiting.append((name, self._pool.submit(self._at, name, leaf)))
-
-    def settle(self, remaining: int = 0) -> None:
-        """Waits until all but a number of the added leaves are checked and freed."""
-        while len(self._waiting) > remaining:
-            name, future = self._waiting.popleft()
-            self._found[name] = future.result()
+        if self._alone or name not in self._whole:
+            self._check(name, leaf)
             if self._alone:
-                refuse_not_finite(self._path, name, self._found[name][0])
+                refuse_not_finite(self._path, name, self._results[name][0])
 
     def result(self) -> dict[str, str]:
         """Waits for all leaves and returns the hashes.
@@ -108,11 +98,11 @@ class Examination:
         Raises:
           UserError: a leaf is damaged; the same in every process.
         """
-        hosts.together(self._finish)
+        hosts.together(lambda: [future.result() for future in self._dealt])
         names = sorted(self._leaves)
-        found = [self._found.get(name, (0, None)) for name in names]
-        counts = np.array([min(count, 2**31 - 1) for count, _ in found], np.int32)
-        digests = np.array([list(bytes.fromhex(digest or _NONE)) for _, digest in found], np.uint8)
+        results = [self._results.get(name, (0, None)) for name in names]
+        counts = np.array([min(count, 2**31 - 1) for count, _ in results], np.int32)
+        digests = np.array([list(bytes.fromhex(digest or _NONE)) for _, digest in results], np.uint8)
         if not self._alone:
             # One process hashes a leaf; the processes that hold its shards count.
             counts = hosts.gathered(counts).astype(np.int64).sum(axis=0)
@@ -123,26 +113,21 @@ class Examination:
         return {name: texts[name] for name in self._leaves if texts[name] != _NONE}
 
     def close(self) -> None:
-        """Stops the threads."""
-        for pool in (self._pool, self._reader):
-            pool.shutdown(cancel_futures=True)
+        """Stops the background thread."""
+        self._pool.shutdown(cancel_futures=True)
 
-    def _finish(self) -> None:
-        self.settle()
-        for name, future in self._dealt:
-            self._found[name] = future.result()
-
-    def _at(self, name: str, leaf: jax.Array | np.ndarray) -> tuple[int, str | None]:
-        """Returns the number of values of a leaf that are not finite, and its hash."""
+    def _check(self, name: str, leaf: jax.Array | np.ndarray) -> None:
+        """Stores the number of values of a leaf that are not finite, and its hash."""
         if name in self._whole:
             value = np.asarray(leaf)
             count = count_not_finite(value)
-            return count, None if count else self._examine(name, value)
+            self._results[name] = count, None if count else self._examine(name, value)
+            return
         if isinstance(leaf, jax.Array):
             own = [np.asarray(shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
         else:
             own = [leaf] if jax.process_index() == 0 else []
-        return sum(map(count_not_finite, own)), None
+        self._results[name] = sum(map(count_not_finite, own)), None
 
 
 _NONE = '00' * 32  # stands for no hash

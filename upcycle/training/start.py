@@ -73,6 +73,5 @@ def check_batches(run: ModelRun, mesh: jax.sharding.Mesh, *, training: bool = Tr
         partitioning.check_batch(data.batch_size, mesh, microbatches, binding)
         for path, tokens in run.model.moe_tokens(data.batch_spec()).items():
             moe = dataclasses.replace(layers[path], num_microbatches=microbatches)
-            if not moe.routes:
-                continue
-            check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))
+            if moe.routes:
+                check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))

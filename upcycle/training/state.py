@@ -220,8 +220,8 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
     except UserError as error:
         if surgery.dense_operator is not None:  # it may change sizes
             raise
-        found = differences(model, reader.path, reader.leaves(), facts, ())
-        sizes = [each for each in found if each.field not in facts]
+        differing = differences(model, reader.path, reader.leaves(), facts, ())
+        sizes = [each for each in differing if each.field not in facts]
         others = [
             Difference(type(model.config), name, getattr(model.config, name), there)
             for name, there in identify.different_function(model, facts, changed).items()
