@@ -140,8 +140,8 @@ def test_means_of_seeds(tmp_path, capsys):
     for entry, score in zip(entries, (70.0, 71.0, 72.0), strict=True):
         entry.progress = Progress(10, 0, 1.0, 1.0, {'tasks/average': score, 'tasks/boolq': 2 * score, 'loss': 1.0})
     del entries[0].progress.metrics['tasks/boolq']
-    ((name, (mean, half)),) = conduct.means_of(entries, 'tasks/').items()
-    assert (name, mean) == ('tasks/average', 71.0) and half == pytest.approx(4.302653 / 3**0.5)
+    ((name, sample),) = conduct.samples_of(entries, 'tasks/').items()
+    assert (name, sample.mean) == ('tasks/average', 71.0) and sample.half_width == pytest.approx(4.302653 / 3**0.5)
     reports.write_means('tasks/', entries, str(tmp_path))
     assert 'tasks/average: 71.0000 ± 2.4841, mean of 3 runs' in capsys.readouterr().out
     assert json.loads((tmp_path / 'means.json').read_text())['tasks/average']['mean'] == 71.0

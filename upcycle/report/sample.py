@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
 
 _T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 
@@ -30,8 +29,17 @@ class Sample:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the 95% interval of the mean; None for fewer than two values."""
-        return half_width(self.known)
+        """Half of the 95% Student t interval of the mean; None for fewer than two values.
+
+        Beyond ten degrees of freedom, t is a series expansion (0.1% low at eleven).
+        """
+        n = len(self.known) - 1
+        if n < 1:
+            return None
+        z = statistics.NormalDist().inv_cdf(0.975)
+        expansion = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
+        t = _T_975[n - 1] if n <= len(_T_975) else expansion
+        return t * statistics.stdev(self.known) / math.sqrt(n + 1)
 
     def text(self, spec: str, scale: float = 1.0) -> str:
         """Formats the mean and its interval, such as '+0.1200 ± 0.0300'; '–' without a value.
@@ -44,17 +52,3 @@ class Sample:
             return '–'
         spread = '' if self.half_width is None else f' ± {scale * self.half_width:{spec.lstrip("+")}}'
         return f'{scale * self.mean:{spec}}{spread}'
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Returns half of the 95% Student t interval of the mean; None for fewer than two values.
-
-    Beyond ten degrees of freedom, t is a series expansion (0.1% low at eleven).
-    """
-    n = len(values) - 1
-    if n < 1:
-        return None
-    z = statistics.NormalDist().inv_cdf(0.975)
-    expansion = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
-    t = _T_975[n - 1] if n <= len(_T_975) else expansion
-    return t * statistics.stdev(values) / math.sqrt(len(values))

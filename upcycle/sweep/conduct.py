@@ -13,7 +13,7 @@ from typing import Any
 from upcycle import configuration, cost, run_config
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
-from upcycle.report.sample import half_width
+from upcycle.report.sample import Sample
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 from upcycle.training.run import Run
@@ -82,13 +82,11 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
             continue  # a point that it needs has a mistake
         try:
             entries[point.name] = _entry(point, entries, seen, here=here)
-        except MissingData as error:
-            if here:
-                mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
-            else:
-                elsewhere.add(point.name)
         except UserError as error:
-            mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
+            if isinstance(error, MissingData) and not here:
+                elsewhere.add(point.name)
+            else:
+                mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
     refuse(mistakes)
     return list(entries.values())
 
@@ -273,14 +271,11 @@ def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry,
     return best, best.progress.metrics[metric]
 
 
-def means_of(entries: Sequence[Entry], prefix: str) -> dict[str, tuple[float, float | None]]:
-    """Returns (mean, half of its 95% interval) over the points, of each metric with this prefix that all points have logged."""
+def samples_of(entries: Sequence[Entry], prefix: str) -> dict[str, Sample]:
+    """Returns the values of each metric with this prefix that all points have logged."""
     common = set.intersection(*({*entry.progress.metrics} for entry in entries))
-    means = {}
-    for name in sorted(name for name in common if name.startswith(prefix)):
-        values = [entry.progress.metrics[name] for entry in entries]
-        means[name] = statistics.fmean(values), half_width(values)
-    return means
+    names = sorted(name for name in common if name.startswith(prefix))
+    return {name: Sample(values=tuple(entry.progress.metrics[name] for entry in entries)) for name in names}
 
 
 def record(points: Sequence[Point], out: str, facts: Mapping[str, Any]) -> None:

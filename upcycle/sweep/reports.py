@@ -101,10 +101,10 @@ def _runs_of(report: Mapping[str, Any], out: str) -> list[dict[str, Run]]:
 
 def write_means(prefix: str, entries: list[conduct.Entry], out: str) -> None:
     """Prints the means over all points, which are seeds of one run, and writes them to `means.json`."""
-    means = conduct.means_of(entries, prefix)
-    for name, (mean, half) in means.items():
-        print(f'{name}: {mean:.4f}{"" if half is None else f" ± {half:.4f}"}, mean of {len(entries)} runs')
+    samples = conduct.samples_of(entries, prefix)
+    for name, sample in samples.items():
+        print(f'{name}: {sample.text(".4f")}, mean of {len(entries)} runs')
     path = pathlib.Path(out, 'means.json')
-    shown = {name: {'mean': mean, 'half_width': half} for name, (mean, half) in means.items()}
+    shown = {name: {'mean': sample.mean, 'half_width': sample.half_width} for name, sample in samples.items()}
     path.write_text(json.dumps(shown, indent=1), 'utf-8')
     print(f'means: {path}')
