@@ -1,4 +1,4 @@
-"""Every experiment of configs/: all points are built at every scale."""
+"""Builds every point of every experiment in configs/ at every scale."""
 
 import pathlib
 
