@@ -117,7 +117,7 @@ def recipe_values() -> dict[str, set[str]]:
 
 
 def of_another_family(files: Iterable[str], family: str) -> Iterator[str]:
-    """Yields a mistake for each file of ours whose name names another model family, such as moe/vit.gin for a T5."""
+    """Yields a mistake for each file of ours whose name, such as moe/FAMILY.gin, names another model family."""
     ours = shipped()
     for name in dict.fromkeys('/'.join(pathlib.PurePath(file).parts[-2:]) for file in files):
         folder, _, stem = name.removesuffix('.gin').rpartition('/')
