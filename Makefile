@@ -1,5 +1,5 @@
-# The two commands: `make quickstart` runs the main job, `make test` runs the tests.
-# Both create .venv and install what they need; nothing but Python, make and a C compiler is assumed.
+# `make quickstart` runs the main job, `make test` the tests. Both create .venv and install what they need; they require only
+# Python, make and a C compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,11 +15,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-# The tests that repeat an invariant at another size or layout, too.
+# Includes the tests that repeat an invariant at another size or layout.
 test-all: override ARGS += -m ""
 test-all: test
 
-# Pages into site/; the page of macros is written first.
+# Writes the page of macros, then all pages into site/.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python scripts/macros.py
 	$(BIN)/python -m mkdocs build --strict
@@ -29,7 +29,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("upcycle needs Python 3.11 to 3.13 and %s is %d.%d: name another with `make PYTHON=python3.12 ...`" % (("$(PYTHON)",) + v))'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("upcycle needs Python 3.11 to 3.13, but %s is %d.%d: choose another with `make PYTHON=python3.12 ...`" % (("$(PYTHON)",) + v))'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py | $(VENV)/bin/python

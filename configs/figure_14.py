@@ -1,13 +1,13 @@
 """Figure 14: optimizer state carried over or not, by the number of experts (arXiv 2212.05055).
 
-x: extra time; curves for tiled and fresh optimizer state. B/16. The paper: carrying it over helps, by as much at any number
+x: extra time; curves for tiled and fresh optimizer state. B/16. The paper: carrying it over helps, equally for any number
 of experts.
 
   upcycle sweep --config=configs/figure_14.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_14.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_14.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('vision', at)
     ablation, plain = setting.ablation

@@ -1,13 +1,13 @@
 """Figure 15: quality before any training, by capacity factor and normalisation (arXiv 2212.05055).
 
-Upcycled and evaluated, then trained for a single step. B/16 and L/16. The paper: with normalised combine weights and a
-large capacity the upcycled model is the dense one; without, it starts far behind.
+The model is upcycled and evaluated, then trained for a single step. B/16 and L/16. The paper: with normalised combine weights and
+a large capacity, the upcycled model equals the dense model; without, it starts far behind.
 
   upcycle sweep --config=configs/figure_15.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_15.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_15.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     mini = at is paper.Scale.MINI
     panels = []

@@ -1,13 +1,13 @@
 """Figure 2, language: dense continuation and upcycling from one dense checkpoint (arXiv 2212.05055).
 
-x: extra cost; y: C4 token accuracy, here also the loss. The paper shows curves and no numbers: the upcycled model falls at
+x: extra cost; y: C4 token accuracy, here also the loss. The paper shows curves but no numbers: the upcycled model falls at
 first, then passes the dense continuation, and the gap widens.
 
   upcycle sweep --config=configs/figure_2_language.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_2_language.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_2_language.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
     for setting in paper.every_size('language', at):

@@ -1,19 +1,19 @@
-"""Figure 3: what upcycled models are worth after fine-tuning (arXiv 2212.05055).
+"""Figure 3: quality of upcycled models after fine-tuning (arXiv 2212.05055).
 
 x: extra cost of pretraining; y: downstream quality. The paper: upcycled models stay ahead of the dense continuation after
 fine-tuning on SuperGLUE (Base and Large 1.5 to 2 points above their dense models) and on ImageNet; its curves are images.
 
-Here the dense model, its continuation and the upcycled model are fine-tuned alike after half of the extra budget and after all
-of it; compared are equal budgets of pretraining and equal steps of fine-tuning. At the mini scale the language task is to say
-which keyword stood in a gap of the standard library's source, over the six seeds of Figure 2, and the vision task is
-scikit-learn's small scans of digits.
+Here the dense model, its continuation and the upcycled model are fine-tuned alike, after half of the extra budget and after all
+of it. Runs are compared at equal pretraining budgets and equal fine-tuning steps. At the mini scale the language task is to fill
+a gap in the standard library's source with the right keyword, over the six seeds of Figure 2; the vision task is scikit-learn's
+small scans of digits.
 
   upcycle sweep --config=configs/figure_3.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_3.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_3.py --scale=full --where=print
 
-At full scale it is T5 Base, three seeds, and of ImageNet one of the paper's twelve runs (configs/finetune_imagenet.py has all).
-Never run at full scale by this project.
+At full scale: T5 Base with three seeds, and one of the paper's twelve ImageNet runs (all are in configs/finetune_imagenet.py).
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     branches = {
         'dense continuation': paper.CONTINUATION,

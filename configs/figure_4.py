@@ -1,14 +1,14 @@
 """Figure 4: upcycling and MoE from scratch (arXiv 2212.05055).
 
-x: cost, of a model from scratch its own; y: upstream quality. The paper: from scratch is slower, catches up at 100 to 120%
-of the dense model's cost, and wins in the end. At the mini scale the extra budget goes to 129% of that cost for language, and
-to 56% for vision; at full scale it is twice that of the other figures, to reach about 130%.
+x: cost (for a model from scratch, its own cost); y: upstream quality. The paper: the model from scratch is slower, catches up at
+100 to 120% of the dense model's cost, and wins in the end. The extra budget at the mini scale is 129% of that cost for language
+and 56% for vision; at full scale it is twice that of the other figures, to reach about 130%.
 
   upcycle sweep --config=configs/figure_4.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_4.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_4.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
     for setting in (paper.setting_of('language', at), paper.setting_of('vision', at)):

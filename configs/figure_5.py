@@ -1,14 +1,14 @@
 """Figure 5: sparse and dense upcycling of T5 (arXiv 2212.05055).
 
-Dense upcycling makes a deeper dense model of a shallower one by repeating its layers. x: extra cost; y: C4 token accuracy.
+Dense upcycling makes a deeper dense model from a shallower one by repeating its layers. x: extra cost; y: C4 token accuracy.
 The paper: depth tiling gains fast at first, passes the dense continuation, and ends below sparse upcycling. Depths are
-doubled here; the paper's factor is not known to us.
+doubled here; the paper does not give its factor.
 
   upcycle sweep --config=configs/figure_5.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_5.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_5.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('language', at)
     deeper = {'NUM_ENCODER_LAYERS': 2 * setting.num_layers, 'NUM_DECODER_LAYERS': 2 * setting.num_layers}

@@ -1,13 +1,13 @@
-"""Figure 6: how much dense pretraining comes before upcycling (arXiv 2212.05055).
+"""Figure 6: amount of dense pretraining before upcycling (arXiv 2212.05055).
 
 x: dense steps before the branches; y: quality after the same extra cost. The paper (B/16, from 200,000 to 1.2 million
-steps, 200,000 extra each): what upcycling gains on the dense continuation hardly depends on the amount.
+steps, 200,000 extra each): the gain of upcycling over the dense continuation hardly depends on the amount.
 
   upcycle sweep --config=configs/figure_6.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_6.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_6.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('vision', at)
     ablation, plain = setting.ablation

@@ -1,13 +1,13 @@
 """Figure 7: experts copied and experts from scratch (arXiv 2212.05055).
 
 The rest of the model is copied in both. x: extra cost. The paper: copies are far better; random experts catch up after
-about as much again as the dense model cost.
+an extra cost of about the dense model's cost.
 
   upcycle sweep --config=configs/figure_7.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_7.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_7.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
     for setting in (paper.setting_of('vision', at), paper.setting_of('language', at)):

@@ -1,13 +1,13 @@
 """Figure 8: routers of the T5 encoder (arXiv 2212.05055).
 
-Expert Choice, Top-2 with batch-prioritised filling, and Switch (Top-1, in the decoder too, which else stays Top-2). x: extra
+Expert Choice, Top-2 with batch-prioritised filling, and Switch (Top-1, also in the decoder, which is Top-2 otherwise). x: extra
 time; y: C4 token accuracy. The paper: Expert Choice is best on the time axis.
 
   upcycle sweep --config=configs/figure_8.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_8.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_8.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('language', at)
     top_2 = paper.upcycled(ENCODER_ROUTER='top_k')

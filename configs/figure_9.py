@@ -1,13 +1,13 @@
 """Figure 9: capacity factors (arXiv 2212.05055).
 
-x: extra time; one curve a capacity factor; equal FLOPs, so that larger factors take fewer steps. The paper: for vision
+x: extra time; one curve per capacity factor; equal FLOPs, so larger factors take fewer steps. The paper: for vision
 (B/16, 1 to 5) factors 2 and 3 are best and 1 and 5 worse, for language (T5 Base, 1 to 3) 2 is clearly best.
 
   upcycle sweep --config=configs/figure_9.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/figure_9.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/figure_9.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     panels = []
     of_vision = (1.0, 2.0, 3.0, 5.0) if at is paper.Scale.MINI else (1.0, 2.0, 3.0, 4.0, 5.0)

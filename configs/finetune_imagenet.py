@@ -1,18 +1,18 @@
-"""The paper's fine-tuning on ImageNet-2012 (arXiv 2212.05055): twelve runs, of which the best on a validation split is reported.
+"""The paper's fine-tuning on ImageNet-2012 (arXiv 2212.05055): twelve runs; the best on a validation split is reported.
 
-Steps 5,000 with 200 of warm-up, or 10,000 with 400; learning rates 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003; SGD, batch 512, cosine.
-The model and its checkpoint, dense or upcycled (with the bindings it was upcycled with), come from the command line:
+5,000 steps with 200 of warm-up, or 10,000 with 400; learning rates 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003; SGD, batch 512, cosine.
+Name the model and its checkpoint, dense or upcycled (with the bindings of its upcycling), on the command line:
 
   upcycle sweep --config=configs/finetune_imagenet.py --gin_file=models/vit_b16.gin --gin_file=moe/vit.gin \\
     --gin.INITIAL_CHECKPOINT_PATH=... --out=runs/finetune_upcycled
 
-The paper's split for choosing is not known to us; here it is the last hundredth of the training images, as in big_vision, and the
+The paper does not name its validation split; here it is the last hundredth of the training images, as in big_vision, and the
 best run is evaluated once on the official validation images. Twelve runs of ViT-B/16 are 90,000 steps of 512 images, about 36
-epochs. Expected: an upcycled model ends above its dense continuation (Figure 3; the paper gives no numbers). Never run at that
-scale by this project.
+epochs. Expected: an upcycled model ends above its dense continuation (Figure 3; the paper gives no numbers). This project has not
+run it at that scale.
 
---scale=mini is complete in itself: a ViT Mini is pretrained on the embedded scans, upcycled, and fine-tuned twelve times for a
-hundredth of the steps, on two CPU cores. It shows that the machinery works, and nothing about ImageNet.
+--scale=mini needs no checkpoint: it pretrains a ViT Mini on the embedded scans, upcycles it, and fine-tunes it twelve times for a
+hundredth of the steps, on two CPU cores. It tests the code; its results say nothing about ImageNet.
 """
 
 import ml_collections
@@ -23,7 +23,7 @@ RATES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 
 
 def get_config(scale: str = 'full') -> ml_collections.ConfigDict:
-    """Twelve points; at scale 'mini' also the dense and the upcycled run that they start from."""
+    """Returns the twelve points; at scale 'mini', also the dense and the upcycled run that they start from."""
     grid.one_of_scales(scale, 'full', 'mini')
     config = ml_collections.ConfigDict({'name': 'finetune_imagenet'})
     divide = {'full': 1, 'mini': 100}[scale]
@@ -41,7 +41,7 @@ def get_config(scale: str = 'full') -> ml_collections.ConfigDict:
     else:
         model, moe, task = 'models/vit_mini.gin', 'moe/vit.gin', 'tasks/mnist5k.gin'
         small = {'BATCH_SIZE': 64, 'EVAL_BATCH_SIZE': 200, 'EVAL_STEPS': None, 'EVAL_PERIOD': 1000, 'LOG_PERIOD': 10}
-        small['AUGMENT_STRENGTH'] = 0.0  # scans distorted as the task does take thousands of steps
+        small['AUGMENT_STRENGTH'] = 0.0  # distorted scans would take thousands of steps to learn
         dense = {**small, 'TRAIN_STEPS': 400, 'WARMUP_STEPS': 50, 'BASE_LEARNING_RATE': 1e-3}
         few = {'NUM_EXPERTS': 8}
         config.points = [

@@ -1,15 +1,15 @@
 """The paper's fine-tuning on SuperGLUE (arXiv 2212.05055, Figure 3): one model on all tasks, the mean of three runs.
 
 200,000 steps of 128 sequences of 512 + 62 tokens at a constant rate with Adafactor; the score is the mean over the eight tasks
-of the validation split, every 10,000 steps. The model and its checkpoint, dense or upcycled (with the bindings it was upcycled
-with), come from the command line, and so do the rates, which runs/finetune.gin lists:
+of the validation split, every 10,000 steps. Name the model and its checkpoint, dense or upcycled (with the bindings of its
+upcycling), on the command line, and also the rates, which runs/finetune.gin lists:
 
   upcycle sweep --config=configs/finetune_superglue.py --gin_file=models/t5_1_1_base.gin --gin_file=moe/t5.gin \\
     --gin.INITIAL_CHECKPOINT_PATH=... --gin.BASE_LEARNING_RATE=1e-4 --out=runs/superglue_upcycled
 
-It ends in the mean of every task's metrics and of their average, with its 95% interval. How the paper chooses among
-checkpoints is not known to us; the table shows the last, and metrics.jsonl has all. Expected: Base and Large, upcycled for
-about half of their dense cost, end 1.5 to 2 points above their dense models. Never run at that scale by this project; needs
+At the end it prints the means of all metrics of every task and of their average, with 95% intervals. The paper does not say how
+it chooses among checkpoints; the table shows the last, and metrics.jsonl has all. Expected: Base and Large, upcycled for about
+half of their dense cost, end 1.5 to 2 points above their dense models. This project has not run it at that scale. It needs
 `pip install upcycle[t5]` and super_glue of TFDS.
 """
 
@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 
 def get_config(scale: str = 'full') -> ml_collections.ConfigDict:
-    """Three points."""
+    """Returns three points, one per seed."""
     grid.one_of_scales(scale, 'full')
     config = ml_collections.ConfigDict({'name': 'finetune_superglue'})
     same = {

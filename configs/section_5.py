@@ -1,16 +1,16 @@
-"""Section 5: ablations that have no figure of their own (arXiv 2212.05055).
+"""Section 5: ablations without a figure (arXiv 2212.05055).
 
-Vision: Gaussian noise on all weights of the copied experts, of a twentieth of their deviation and of all of it; the paper:
-small noise does nothing, large noise hurts. Top-2 with tokens served by their probability (Batch Prioritised Routing) or
-first come; the paper: worse without. Language: combine weights normalised or raw; the paper: no gain by normalising (70.8
-and 70.7, 79.3 and 78.8 on SuperGLUE), and language goes without.
+Vision: Gaussian noise on all weights of the copied experts, with a twentieth of their deviation or all of it; the paper: small
+noise does nothing, large noise hurts. Top-2 with tokens served by probability (Batch Prioritised Routing) or first come, first
+served; the paper: worse without priority. Language: combine weights normalised or raw; the paper: no gain by normalising (70.8
+and 70.7, 79.3 and 78.8 on SuperGLUE), so language models do not normalise.
 
   upcycle sweep --config=configs/section_5.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/section_5.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/section_5.py --scale=full --where=print
 
-At the mini scale language has normalised weights everywhere else (runs/quickstart.gin says why). Never run at full scale by this
-project.
+At the mini scale, all other experiments on language normalise the weights (runs/quickstart.gin says why). This project has not
+run it at full scale.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     mini = at is paper.Scale.MINI
 

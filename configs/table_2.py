@@ -5,13 +5,13 @@ Choice C=1 51.91 / 74.04, Top-1 51.51 / 74.40, Expert Choice C=2 52.80 / 74.83, 
 prioritised filling); from scratch for 7 epochs C=1 50.42 / 72.95, C=2 51.28 / 74.01, for 14 epochs 54.84 / 75.02 and 55.46
 / 75.75.
 
-The paper gives all the same epochs; here all have the same FLOPs.
+In the paper all runs have the same epochs; here they have the same FLOPs.
 
   upcycle sweep --config=configs/table_2.py --scale=mini --out=runs/paper
   upcycle sweep --config=configs/table_2.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/table_2.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('vision', at, 'l32')
     if at is not paper.Scale.MINI:
-        # Seven epochs here, where the other figures start after fourteen.
+        # Seven epochs here; the other figures start after fourteen.
         setting = dataclasses.replace(setting, name='vision_l32_7_epochs', dense_steps=setting.dense_steps // 2)
     # With one expert a token, a normalised weight would be 1 and give the router no gradient.
     top_1 = paper.upcycled(

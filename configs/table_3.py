@@ -7,7 +7,7 @@ JFT precision at 1 and ImageNet 10-shot accuracy. Capacity 1: raw 48.71 / 69.68,
   upcycle sweep --config=configs/table_3.py --scale=compiled --out=runs/compiled
   upcycle sweep --config=configs/table_3.py --scale=full --where=print
 
-Never run at full scale by this project.
+This project has not run it at full scale.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from upcycle.sweep import paper
 
 
 def get_config(scale: str = 'mini') -> Any:
-    """Runs, and claims about them, at one of three scales."""
+    """Returns the experiment at one of three scales."""
     at = paper.scale_of(scale)
     setting = paper.setting_of('vision', at, 'b32')
     branches = {}

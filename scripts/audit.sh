@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Looks the installed dependencies up in the databases of known vulnerabilities.
+# Checks the installed dependencies for known vulnerabilities.
 #
-#   scripts/audit.sh [...]     # arguments go to pip-audit, such as --ignore-vuln=ID for one that does not concern us
+#   scripts/audit.sh [...]     # arguments are passed to pip-audit, such as --ignore-vuln=ID for an irrelevant one
 #
-# Needs pip-audit in the environment that runs upcycle (`pip install pip-audit`) and the network. Exits with 1 where something is known
-# against a package, with 2 where it could not look.
+# Needs the network, and pip-audit in the environment that runs upcycle (`pip install pip-audit`). Exits with 1 if a package has a
+# known vulnerability, with 2 if the check failed or was incomplete.
 set -euo pipefail
 
 if ! command -v pip-audit > /dev/null; then
   echo "audit.sh needs pip-audit: pip install pip-audit" >&2
   exit 2
 fi
-# upcycle itself is no package of an index, and a package that cannot be looked up must not pass for a sound one.
+# upcycle itself is not in a package index. Any other package that cannot be checked is a failure.
 code=0
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
@@ -23,7 +23,7 @@ import sys
 try:
     packages = json.load(open(sys.argv[1], encoding='utf-8'))['dependencies']
 except (OSError, ValueError, KeyError):
-    sys.exit('audit.sh: pip-audit has left no report.')
+    sys.exit('audit.sh: pip-audit has not written a report.')
 packages = [package for package in packages if package['name'] != 'upcycle']
 skipped = [package for package in packages if 'skip_reason' in package]
 for package in packages:
@@ -31,8 +31,8 @@ for package in packages:
         fixed = ', '.join(known['fix_versions']) or 'no version'
         print(f'{package["name"]} {package["version"]}: {known["id"]}, fixed in {fixed}')
 for package in skipped:
-    print(f'{package["name"]}: not looked up ({package["skip_reason"]})', file=sys.stderr)
-print(f'{len(packages) - len(skipped)} packages looked up, {sum(bool(p.get("vulns")) for p in packages)} with something against them')
+    print(f'{package["name"]}: not checked ({package["skip_reason"]})', file=sys.stderr)
+print(f'{len(packages) - len(skipped)} packages checked, {sum(bool(p.get("vulns")) for p in packages)} with known vulnerabilities')
 sys.exit(bool(skipped))
 PYTHON
 exit "$code"

@@ -1,13 +1,13 @@
-"""Random damage to configurations and to checkpoints: never a traceback, never a hang, never a silent success.
+"""Random damage to user input, which must never cause a traceback, a hang or a silent success.
 
   python scripts/fuzz.py --what configurations --cases 10000
   python scripts/fuzz.py --what checkpoints --cases 10000      # with UPCYCLE_FIXTURES also checkpoints that T5X wrote
   python scripts/fuzz.py --replay fuzz_checkpoints.jsonl       # the cases that failed, again
 
-A case is made by its seed and number alone. Configurations are checked as every command checks them, and those that pass are
-laid out abstractly, as `upcycle plan` does; checkpoints are opened, identified and read whole. Allowed is a `UserError`, the same
-result as without the damage, or another valid configuration or checkpoint that says what it is. Everything else is written to a
-file, one case a line. The exit code is 1 when a case failed. Interrupted, it says how far it has come.
+Seed and number determine a case. Configurations are checked as every command checks them, and those that pass are laid out
+abstractly, as `upcycle plan` does; checkpoints are opened, identified and read whole. A case may end with a `UserError`, the same
+result as without the damage, or another valid configuration or checkpoint. All other cases are written to a file, one per line,
+and the exit status is 1. After an interrupt the script prints the table of the cases so far.
 """
 
 import argparse
@@ -52,9 +52,9 @@ from fuzzing.processes import Processes
 
 from upcycle.errors import UserError
 
-SECONDS = 60  # of processor time for a case, before it counts as hanging
-PATIENCE = 600  # seconds for a case that waits, on a machine that may be busy
-GIGABYTES = 8  # of addresses that a case may take more than the program before it
+SECONDS = 60  # of processor time, after which a case counts as a hang
+PATIENCE = 600  # seconds, after which a case counts as a hang even on a busy machine
+GIGABYTES = 8  # of address space that a case may use in addition to that of the program
 MAKERS = {'configurations': Configurations, 'checkpoints': Checkpoints, 'inputs': Inputs, 'processes': Processes}
 
 
@@ -63,21 +63,21 @@ class Hang(BaseException):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the cases and prints how they ended; 1 where one failed."""
+    """Runs the cases and prints their outcomes; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--what', choices=MAKERS, default='configurations')
     parser.add_argument('--cases', type=int, default=1000)
     parser.add_argument('--first', type=int, default=0, metavar='N', help='number of the first case (%(default)s)')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--replay', metavar='FILE', help='only the cases of this file')
-    parser.add_argument('--out', metavar='FILE', help='where cases that fail are written (fuzz_WHAT.jsonl)')
+    parser.add_argument('--replay', metavar='FILE', help='run only the cases of this file')
+    parser.add_argument('--out', metavar='FILE', help='file for failed cases (fuzz_WHAT.jsonl)')
     options = parser.parse_args(arguments)
-    whats = [(options.what, options.seed, n) for n in range(options.first, options.first + options.cases)]
+    keys = [(options.what, options.seed, n) for n in range(options.first, options.first + options.cases)]
     if options.replay:
         lines = pathlib.Path(options.replay).read_text('utf-8').splitlines()
-        whats = [(case['what'], case['seed'], case['number']) for case in map(json.loads, lines)]
+        keys = [(case['what'], case['seed'], case['number']) for case in map(json.loads, lines)]
     with tempfile.TemporaryDirectory() as folder:
-        failures = _carry_out(whats, pathlib.Path(folder), show_each=options.replay is not None)
+        failures = _carry_out(keys, pathlib.Path(folder), show_each=options.replay is not None)
     if failures:
         out = options.out or f'fuzz_{options.what}.jsonl'
         pathlib.Path(out).write_text(''.join(json.dumps(failure) + '\n' for failure in failures), 'utf-8')
@@ -85,13 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def _carry_out(whats: Sequence[tuple[str, int, int]], folder: pathlib.Path, *, show_each: bool) -> list[dict[str, Any]]:
-    """Runs the cases; the failed ones."""
+def _carry_out(keys: Sequence[tuple[str, int, int]], folder: pathlib.Path, *, show_each: bool) -> list[dict[str, Any]]:
+    """Runs the cases, given by generator, seed and number; returns the failed ones."""
     makers: dict[str, Callable[[random.Random], Case]] = {}
     table: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failures = []
     start, slowest, done = time.monotonic(), 0.0, 0
-    for what, seed, number in whats:
+    for what, seed, number in keys:
         if what not in makers:
             makers[what] = MAKERS[what](folder)
             start = time.monotonic()
@@ -150,7 +150,7 @@ def _outcome(case: Case) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _bounded_memory() -> Iterator[None]:
-    """A size that a header makes up must not be allocated, nor take the machine down where it is."""
+    """Limits the address space, so that a false size in a header cannot exhaust the machine's memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (GIGABYTES << 30), hard))

@@ -1,16 +1,16 @@
-"""A long run of a small sparse model, watched from outside: resident memory, step time and size of the log.
+"""Watches resident memory, step time and log size of a long run of a small sparse model.
 
   python scripts/long_run.py                             # 20,000 steps of the tiny T5 with 4 experts
   python scripts/long_run.py --steps=400 --every=20
 
-Prints a row every so many steps, and exits with 1 where the run drifts. The first quarter of the rows is warming up; of what each
-row adds, the median over the last quarter is compared with the median over the second:
+Prints a row every `--every` steps, and exits with 1 if the run drifts. The first quarter of the rows is warm-up. The median over
+the last quarter is compared with the median over the second:
 
 - memory: at most 5% more, plus 16 MiB;
-- seconds a step: at most 25% more;
-- bytes of the log (metrics.jsonl and TensorBoard's event files): at most 10% more.
+- seconds per step: at most 25% more;
+- log bytes per step (metrics.jsonl and TensorBoard's event files): at most 10% more.
 
-The run evaluates, saves and logs as a real one does, so a leak in any of these shows.
+The run evaluates, saves and logs like a real one, so a leak in any of these is found.
 """
 
 import argparse
@@ -32,12 +32,13 @@ MEMORY, SLACK, TIME, LOG = 1.05, 16 * 2**20, 1.25, 1.10
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was seen when the run had taken `step` steps.
+    """Measurements after `step` steps.
 
     Attributes:
-      resident: bytes of memory.
-      seconds: spent in steps, since the run began.
-      log: bytes.
+      step: number of steps.
+      resident: resident memory, in bytes.
+      seconds: time spent in steps since the run began.
+      log: size of the log, in bytes.
     """
 
     step: int
@@ -47,11 +48,11 @@ class Row:
 
 
 def main() -> None:
-    """Runs, prints, judges."""
+    """Runs, prints the rows, and exits with 1 if the run drifts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=20_000)
     parser.add_argument('--every', type=int, default=1000, help='steps between rows (%(default)s)')
-    parser.add_argument('--model_dir', help='a folder that is kept (a temporary one)')
+    parser.add_argument('--model_dir', help='a folder to keep (default: a temporary one)')
     options = parser.parse_args()
     if options.steps < 8 * options.every:
         parser.error('--steps must be at least 8 times --every: a quarter of the rows needs two.')
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def watch(model_dir: str, steps: int, every: int) -> Iterator[Row]:
-    """Trains in a process of its own, and looks at it whenever it has logged a multiple of `every` steps."""
+    """Trains in a subprocess; yields a row for each multiple of `every` steps that it logs."""
     bindings = {
         'MODEL_DIR': model_dir,
         'TRAIN_STEPS': steps,
@@ -99,14 +100,14 @@ def watch(model_dir: str, steps: int, every: int) -> Iterator[Row]:
                 time.sleep(0.02)
             if trainer.wait() or seen < steps:
                 output.seek(0)
-                sys.exit(f'the run ended with {trainer.returncode} after step {seen}:\n{output.read()[-2000:]}')
+                sys.exit(f'the run ended with status {trainer.returncode} after step {seen}:\n{output.read()[-2000:]}')
         finally:
             trainer.kill()
             trainer.wait()
 
 
 def drifts(rows: Sequence[Row]) -> list[str]:
-    """What grew, in sentences; see above."""
+    """Returns a sentence for each drift; see the module's docstring."""
     quarter = len(rows) // 4
     gains = list(zip(rows, rows[1:], strict=False))
     second, last = gains[quarter - 1 : 2 * quarter - 1], gains[-quarter:]
@@ -128,7 +129,7 @@ def drifts(rows: Sequence[Row]) -> list[str]:
 
 
 def _training_lines(log: pathlib.Path) -> list[dict]:
-    """Whole lines; the last one may be half written."""
+    """Returns the whole training lines; the last line may be incomplete."""
     if not log.exists():
         return []
     text = log.read_text(encoding='utf-8')
@@ -137,7 +138,7 @@ def _training_lines(log: pathlib.Path) -> list[dict]:
 
 
 def _resident(pid: int) -> int:
-    """Bytes, as Linux says; 0 for a process that has ended."""
+    """Returns the resident bytes according to Linux; 0 for a process that has ended."""
     try:
         with open(f'/proc/{pid}/statm', encoding='ascii') as file:
             return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')

@@ -1,8 +1,8 @@
-"""Writes docs/macros.md: every macro of gin/, its default, its values and what the code says of it.
+"""Writes docs/macros.md: every macro of gin/ with its default, values and meaning.
 
   python scripts/macros.py
 
-A macro's meaning stands in one place: the docstring of the field that it is bound to, or the comment behind it in its gin file.
+The meaning is the docstring of the field that the macro is bound to, or else the comment after it in its gin file.
 """
 
 import dataclasses
@@ -21,34 +21,34 @@ from upcycle.moe.routers import ROUTERS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'macros.md'
-# In the order in which a run names them, so that the first folder with a macro has its default.
+# In the order in which a run includes them: the first folder with a macro has its default.
 FOLDERS = {
-    'models': 'Sizes and everything that a dense model has. `models/t5_1_1.gin`, `models/t5_1_0.gin` and `models/vit.gin` are '
-    'the bases of the sizes.',
-    'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`. Leave the file out for a dense model.",
-    'optimizers': 'Other optimizers than the Adafactor that models bring along.',
-    'tasks': 'The data. A task also says how large the vocabulary or the images are.',
-    'runs': 'What to do. All of them include `runs/pretrain.gin`.',
-    'surgery': 'How experts, or another dense model, are made: [operators](operators.md).',
-    'recipes': 'What the field does in training: [recipes](recipes.md).',
+    'models': 'Model sizes, and all settings of a dense model. `models/t5_1_1.gin`, `models/t5_1_0.gin` and `models/vit.gin` '
+    'are the bases of the sizes.',
+    'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`. Omit it for a dense model.",
+    'optimizers': "Optimizers that replace the models' Adafactor.",
+    'tasks': 'The data. A task also sets the size of the vocabulary or of the images.',
+    'runs': 'The kind of run. All of them include `runs/pretrain.gin`.',
+    'surgery': 'How to make experts, or another dense model: [operators](operators.md).',
+    'recipes': 'Training-time methods from the literature: [recipes](recipes.md).',
 }
 HEADER = """\
 # Every macro
 
-A macro is set on the command line with `--gin.NAME=VALUE`, without quotes around a string, or in a gin file of your own with
-`NAME = VALUE`. Files come in the order models, moe, optimizers, tasks, runs, surgery, recipes, and a later one overrides an
-earlier one; the command line overrides all. A name that nothing in the run uses is an error.
+Set a macro on the command line with `--gin.NAME=VALUE`, without quotes around a string, or in your own gin file with
+`NAME = VALUE`. Name files in the order models, moe, optimizers, tasks, runs, surgery, recipes: later files override earlier
+ones, and the command line overrides all files. A macro on the command line that the run does not use is an error.
 
-`scripts/macros.py` writes this page from `gin/` and the code. *Elsewhere* are files that set another value.
+`scripts/macros.py` writes this page from `gin/` and the code. *Elsewhere* lists the files that set another value.
 """
 
 
-# Of these every other file of the folder overrides something.
+# All other files of a folder override values of these.
 BASES = ('models/t5_1_1.gin', 'models/vit.gin', 'moe/base.gin', 'runs/pretrain.gin')
 
 
 class Reference(str):
-    """A gin reference, `%NAME` or `@name()`, which prints as it is written."""
+    """A gin reference, `%NAME` or `@name()`; its repr is the same text."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -64,12 +64,12 @@ class _Delegate(config_parser.ParserDelegate):
 
 @dataclasses.dataclass
 class Macro:
-    """One name, wherever it is set and read.
+    """A macro, in all files.
 
     Attributes:
-      values: by the gin file that sets it, as gin shows them.
-      comments: by the gin file, where one stands behind the value.
-      fields: (class, field) that it is bound to.
+      values: repr of the values, by the gin file that sets them.
+      comments: comments after the values, by gin file.
+      fields: the (class, field) pairs that it is bound to.
     """
 
     values: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -77,47 +77,46 @@ class Macro:
     fields: list[tuple[type, str]] = dataclasses.field(default_factory=list)
 
     def home(self) -> str:
-        """The folder whose value is the default."""
+        """Returns the folder with the default value."""
         folders = {file.split('/')[0] for file in self.values}
         return next(folder for folder in FOLDERS if folder in folders)
 
     def default(self) -> dict[str, str]:
-        """The values of the files that come first, by file; all others override them."""
+        """Returns the default values by file; all other files override them."""
         bases = {file: value for file, value in self.values.items() if file in BASES}
         return bases or {file: value for file, value in self.values.items() if file.startswith(self.home() + '/')}
 
     def meaning(self) -> str:
-        """What its first documented field says, else the comment behind its default; '' where neither says anything."""
-        said = [_documented(kind, field) for kind, field in self.fields]
-        said += [self.comments[file] for file in self.default() if file in self.comments]
-        return next(filter(None, said), '')
+        """Returns the docstring of the first documented field, or else the comment after the default, or ''."""
+        texts = [_documented(kind, field) for kind, field in self.fields]
+        texts += [self.comments[file] for file in self.default() if file in self.comments]
+        return next(filter(None, texts), '')
 
     def kinds(self) -> str:
-        """The values that it takes, from the fields' annotations."""
+        """Returns the allowed values, from the annotations of the fields."""
         parts = [part for kind, field in self.fields for part in _kind(_annotation(kind, field)).split(' or ')]
         return ' or '.join(dict.fromkeys(parts))
 
 
 def macros() -> dict[str, Macro]:
-    """Every macro of gin/, but for T5X's own."""
-    found: dict[str, Macro] = {}
+    """Returns all macros that gin/ sets, by name."""
+    by_name: dict[str, Macro] = {}
     for folder in FOLDERS:
         for path in sorted((ROOT / 'gin' / folder).glob('*.gin')):
-            _read(path, found)
-    return {name: macro for name, macro in sorted(found.items()) if macro.values}
+            _read(path, by_name)
+    return {name: macro for name, macro in sorted(by_name.items()) if macro.values}
 
 
 def page() -> str:
-    """The page, as text."""
+    """Returns the text of the page."""
     sections: dict[str, list[str]] = {folder: [] for folder in FOLDERS}
-    said: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name, macro in macros().items():
         meaning = macro.meaning()
-        first = said.setdefault(meaning, name)
-        # A list of values stands once.
-        sections[macro.home()].append(
-            _row(name, macro, f'as `{first}`' if '<br>' in meaning and first != name else meaning)
-        )
+        first = names.setdefault(meaning, name)
+        if '<br>' in meaning and first != name:  # show a list of values only once
+            meaning = f'as `{first}`'
+        sections[macro.home()].append(_row(name, macro, meaning))
     parts = [HEADER]
     for folder, rows in filter(lambda section: section[1], sections.items()):
         table = ['| macro | default | values | meaning | elsewhere |', '|---|---|---|---|---|', *rows]
@@ -125,8 +124,8 @@ def page() -> str:
     return '\n'.join(parts)
 
 
-def _read(path: pathlib.Path, found: dict[str, Macro]) -> None:
-    """Adds what one file sets and binds."""
+def _read(path: pathlib.Path, by_name: dict[str, Macro]) -> None:
+    """Adds the macros of one file."""
     file, text = str(path.relative_to(ROOT / 'gin')), path.read_text(encoding='utf-8')
     lines, modules = text.splitlines(), {}
     for statement in _statements(text):
@@ -135,14 +134,14 @@ def _read(path: pathlib.Path, found: dict[str, Macro]) -> None:
         if not isinstance(statement, config_parser.BindingStatement):
             continue
         if not statement.arg_name:
-            macro = found.setdefault(statement.selector, Macro())
+            macro = by_name.setdefault(statement.selector, Macro())
             macro.values[file] = repr(statement.value)
             if comment := re.search(r'  # (.*)$', lines[statement.location.line_num - 1]):
                 macro.comments[file] = comment[1]
         elif isinstance(statement.value, Reference) and statement.value.startswith('%'):
             module, _, kind = statement.selector.partition('.')
             field = (getattr(importlib.import_module(modules[module]), kind), statement.arg_name)
-            fields = found.setdefault(statement.value[1:], Macro()).fields
+            fields = by_name.setdefault(statement.value[1:], Macro()).fields
             if field not in fields:
                 fields.append(field)
 
@@ -158,35 +157,29 @@ def _annotation(kind: type, field: str) -> typing.Any:
 
 
 def _documented(kind: type, field: str) -> str:
-    """What a dataclass's docstring says of a field, without the macro's name; of an enum, what its members mean."""
-    # A field may be inherited, and gin files set the fields of all routers by one name.
+    """Returns the docstring of a dataclass's field without the macro's name; for an enum also the comments of its members."""
+    # Fields may be inherited, and gin sets the fields of all routers through `MoEConfig`.
     kinds = ROUTERS.values() if kind is MoEConfig else (kind,)
     documented = dict.fromkeys(each for kind in kinds for each in kind.__mro__ if dataclasses.is_dataclass(each))
     docstrings = '\n'.join(each.__doc__ and inspect.getdoc(each) for each in documented)
-    for _, names, text in re.findall(r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', docstrings, re.MULTILINE):
-        if field in names.split(', '):
-            plain = re.sub(r'\s*\[[A-Z_0-9, ]+\]', '', ' '.join(text.split())).strip(' .')
-            break
-    else:
-        plain = ''
-    if (
-        kind is MoEConfig
-        and field != 'router'
-        and (readers := [router for router, each in ROUTERS.items() if field in settings(each)]) != [*ROUTERS]
-    ):
+    entries = re.findall(r'^( *)([a-z_0-9, ]+): ?(.*(?:\n\1 +.*)*)', docstrings, re.MULTILINE)
+    text = next((text for _, names, text in entries if field in names.split(', ')), '')
+    plain = re.sub(r'\s*\[[A-Z_0-9, ]+\]', '', ' '.join(text.split())).strip(' .')
+    readers = [router for router, each in ROUTERS.items() if field in settings(each)]
+    if kind is MoEConfig and field != 'router' and readers != [*ROUTERS]:
         plain += f'; read by the router{"s" * (len(readers) > 1)} {", ".join(readers)}'
     values = _annotation(kind, field)
     if isinstance(values, type) and issubclass(values, enum.Enum):
         title = (inspect.getdoc(values) or '').split('\n')[0].rstrip('.')
-        said = re.sub(r'^.*see `[\w.]+`;? ?', '', plain)
+        note = re.sub(r'^.*see `[\w.]+`;? ?', '', plain)
         members = re.findall(r"^ +\w+ = ('\w+')(?:  # (.*))?$", inspect.getsource(values), re.MULTILINE)
         lines = [f'`{name}`: {text}' if text else f'`{name}`' for name, text in members]
-        return '<br>'.join([f'{title} ({said})' if said else title, *lines])
+        return '<br>'.join([f'{title} ({note})' if note else title, *lines])
     return plain
 
 
 def _kind(annotation: typing.Any) -> str:
-    """A type in words."""
+    """Describes a type in words."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return ' or '.join(dict.fromkeys(_kind(part) for part in typing.get_args(annotation)))
     if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
@@ -195,20 +188,18 @@ def _kind(annotation: typing.Any) -> str:
         return ' or '.join(f'`{value!r}`' for value in typing.get_args(annotation))
     if origin := typing.get_origin(annotation):
         inner = [_kind(part) for part in typing.get_args(annotation) if part is not Ellipsis]
-        return (
-            f'map of {" to ".join(inner)}'
-            if issubclass(origin, Mapping)
-            else f'list of {" or ".join(dict.fromkeys(inner))}'
-        )
+        if issubclass(origin, Mapping):
+            return f'map of {" to ".join(inner)}'
+        return f'list of {" or ".join(dict.fromkeys(inner))}'
     names = {bool: 'true or false', int: 'whole number', float: 'number', str: 'string', type(None): 'None'}
     return names.get(annotation, f'`{annotation.__name__}`')
 
 
 def _row(name: str, macro: Macro, meaning: str) -> str:
-    default, rest = macro.default(), {}
-    for file, value in macro.values.items():
-        if file not in default and value not in default.values():
-            rest[file] = value
+    default = macro.default()
+    rest = {
+        file: value for file, value in macro.values.items() if file not in default and value not in default.values()
+    }
     if len(set(default.values())) > 3:
         shown = 'each file its own'
     elif len(set(default.values())) == 1:
@@ -220,7 +211,7 @@ def _row(name: str, macro: Macro, meaning: str) -> str:
 
 
 def _by_value(values: Mapping[str, str]) -> str:
-    """`value` with the files that set it, for every value."""
+    """Lists each value with the files that set it."""
     files: dict[str, list[str]] = {}
     for file, value in values.items():
         files.setdefault(value, []).append(file.removesuffix('.gin'))

@@ -1,6 +1,6 @@
-"""Where the tests keep what XLA compiled: in the user's cache folder, so that a second run on a machine is quicker.
+"""The tests' compilation cache, in the user's cache folder, so that a second test run is quicker.
 
-$UPCYCLE_TEST_CACHE names another folder; with 'off' the processes of one run share a temporary folder.
+$UPCYCLE_TEST_CACHE names another folder; with 'off' the processes of one test run share a temporary folder.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ LIMIT = 2**30
 
 
 def open_cache() -> pathlib.Path | None:
-    """Sets JAX's cache folder for this process and its children, unless one is set. Returns the folder if it is temporary."""
+    """Sets JAX's cache folder for this process and its children, unless it is set. Returns the folder if it is temporary."""
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
         return None
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
     os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
     root = os.environ.get('UPCYCLE_TEST_CACHE')
     if root != 'off':
-        # Without a home folder, or one that can be written, there is a temporary one.
+        # Without a writable home folder, fall back to a temporary one.
         with contextlib.suppress(RuntimeError, OSError):
             root = pathlib.Path(root).expanduser().resolve() if root else _users_folder()
             trim(root, LIMIT)
@@ -42,17 +42,17 @@ def _users_folder() -> pathlib.Path:
 
 
 def _version() -> str:
-    """What must be equal for compiled programs to be shared: versions, the kind of machine, and XLA's flags."""
+    """Identifies compatible compiled programs: versions, machine type, and XLA's flags."""
     flags = hashlib.sha256(os.environ.get('XLA_FLAGS', '').encode()).hexdigest()[:8]
     python = f'python-{sys.version_info[0]}.{sys.version_info[1]}-{platform.machine()}'
     return f'jaxlib-{importlib.metadata.version("jaxlib")}-{python}-{flags}'
 
 
 def trim(root: pathlib.Path, limit: int) -> None:
-    """Deletes JAX's entries below `root` that were used least recently, of any version, until `limit` bytes are left."""
+    """Deletes the least recently used entries below `root`, of any version, until at most `limit` bytes are left."""
     entries = []
     for path in root.glob('jaxlib-*/*-cache'):
-        # Another run may have deleted it.
+        # Another test run may have deleted it.
         with contextlib.suppress(OSError):
             stat = path.stat()
             entries.append((stat.st_atime, stat.st_size, path))

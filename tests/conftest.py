@@ -1,4 +1,4 @@
-"""Set-up that every test shares: the CPU, quick compilation, programs that tests share, and tiny checkpoints."""
+"""Setup of all tests: the CPU, quick compilation, shared programs, and tiny checkpoints."""
 
 import gc
 import importlib.metadata
@@ -10,7 +10,7 @@ import pytest
 from tests import compilation_cache
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# What nobody has foreseen is a failure with a traceback.
+# Unexpected errors of commands show a traceback.
 os.environ['UPCYCLE_TRACEBACK'] = '1'
 _FLAGS = {
     'xla_llvm_disable_expensive_passes': 'true',
@@ -18,14 +18,14 @@ _FLAGS = {
     'xla_cpu_parallel_codegen_split_count': '1',
 }
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
-    # A fifth of what a test's compilation costs; later versions do not know the flag any more.
+    # Saves a fifth of a test's compilation time; later versions do not have the flag.
     _FLAGS['xla_cpu_use_fusion_emitters'] = 'false'
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get('XLA_FLAGS', ''):
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{_flag}={_value}'
 _TEMPORARY = compilation_cache.open_cache()
 
-# The longest files, longest first. A long file that starts last would keep one worker busy while the other is idle.
+# The slowest files, slowest first: started last, a slow file would leave the other worker idle.
 LONGEST = (
     'on several devices',
     'tests/gin/test_gin_files.py',
@@ -38,12 +38,12 @@ LONGEST = (
     'tests/test_buckets.py',
     'tests/scripts/test_long_run.py',
 )
-# These share processes with several devices, so one worker runs them all; see `tests/invariants/devices.py`.
+# One worker runs all of these, because they share processes with several devices; see `tests/invariants/devices.py`.
 ON_DEVICES = ('tests/invariants/', 'tests/evaluate/test_few_shot.py')
 
 
 def _scope(nodeid: str) -> str:
-    """The tests that one worker runs one after the other: those of a file, or all that share processes."""
+    """The group of tests that one worker runs: a file, or all tests that share processes."""
     file = nodeid.partition('::')[0]
     return 'on several devices' if file.startswith(ON_DEVICES) else file
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Scopes of tests to whichever worker is free, in the order of the collection; unless another --dist is asked for."""
+    """Gives scopes to free workers in the order of collection, unless another --dist is given."""
     from xdist.scheduler import LoadScopeScheduling
 
     if config.getoption('dist') != 'load':
@@ -75,26 +75,26 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope='session', autouse=True)
 def shared_programs() -> Iterator[None]:
-    """Shares compiled programs and processes with several devices among the tests of a worker."""
+    """Shares compiled programs, and processes with several devices, among the tests of a worker."""
     from tests import programs
     from tests.invariants import devices
 
     programs.share()
     yield
-    # Before pytest-xdist begins to count the seconds after which it kills a worker.
+    # Earlier than pytest-xdist starts its timeout for killing workers.
     devices.close()
 
 
 @pytest.fixture(scope='module', autouse=True)
 def nothing_left_over() -> Iterator[None]:
-    """After each module, frees what only cycles of references hold: compiled programs among them."""
+    """Frees reference cycles after each module, compiled programs among them."""
     yield
     gc.collect()
 
 
 @pytest.fixture(scope='session')
 def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The run folder of a tiny dense model, trained for four steps."""
+    """Run folder of a tiny dense model, trained for four steps."""
     from tests import runs
 
     return runs.dense_checkpoint(str(tmp_path_factory.mktemp('dense')))
@@ -102,7 +102,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope='session')
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same of one layer a stack, for what is upcycled with `runs.ONE_SPARSE_LAYER`."""
+    """The same with one layer per stack, to upcycle with `runs.ONE_SPARSE_LAYER`."""
     from tests import runs
 
     path = tmp_path_factory.mktemp('shallow') / 'run'
@@ -112,7 +112,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope='session')
 def dense_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The run folder of a tiny dense ViT, trained for four steps."""
+    """Run folder of a tiny dense ViT, trained for four steps."""
     from tests import runs
 
     return runs.dense_checkpoint(str(tmp_path_factory.mktemp('dense')), 'vit dense')
@@ -120,7 +120,7 @@ def dense_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope='session')
 def upcycled(tmp_path_factory: pytest.TempPathFactory, dense: str) -> str:
-    """The run folder of a tiny model upcycled from it and trained for two steps more."""
+    """Run folder of a tiny model, upcycled from `dense` and trained for two more steps."""
     from tests import runs
 
     path = tmp_path_factory.mktemp('upcycled') / 'run'

@@ -1,8 +1,8 @@
-"""Run by test_buckets.py: commands whose run folders lie in a bucket of a stand-in for Google's storage, on loopback.
+"""Commands on run folders in a bucket of a Google Cloud Storage emulator, on loopback; test_buckets.py runs it.
 
 python -m tests.on_a_bucket FOLDER
 
-TensorFlow knows Google's own address only, so paths are read by gcsfs here.
+TensorFlow's client only knows Google's address, so gcsfs reads and writes the paths here.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ HOST = '127.0.0.1'
 
 @contextlib.contextmanager
 def served():
-    """Runs the stand-in, and yields its address."""
+    """Runs the emulator and yields its address."""
     from gcp_storage_emulator.exceptions import NotFound
     from gcp_storage_emulator.handlers import objects
 
     download = objects.download
 
     def with_generation(request, response, storage, *rest, **named):
-        # Google's storage says which version of an object it sends, and TensorStore insists.
+        # Google's servers send the generation of an object, and TensorStore requires it.
         with contextlib.suppress(NotFound):
             found = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
             response['x-goog-generation'] = found['generation']
@@ -32,14 +32,14 @@ def served():
     from gcp_storage_emulator.server import create_server
 
     with create_server(HOST, 0, in_memory=True, default_bucket='bucket') as server:
-        # A client that hangs up early would have it print a traceback into a command's output.
+        # If a client disconnects early, the emulator would print a traceback into a command's output.
         server._api._httpd.handle_error = lambda *_: None
         yield f'http://{HOST}:{server._api._httpd.server_port}'
 
 
 @contextlib.contextmanager
 def clients_at(address):
-    """Points every client of this process at the stand-in; at one only, as they remember it."""
+    """Points every client of this process at the emulator; clients keep the first address that they get."""
     from etils.epath import gpath
 
     before = dict(os.environ)
@@ -59,7 +59,7 @@ REQUESTS = ('write_bytes', 'write_text', 'read_bytes', 'read_text', 'mkdir', 'ex
 
 @contextlib.contextmanager
 def outages():
-    """While a run is under way, each kind of request on each object of a bucket fails once; yields those that did."""
+    """Makes each kind of request to each object of a bucket fail once during a run; yields the failed requests."""
     import gcsfs.retry
     from etils.epath import gpath
 
@@ -85,7 +85,7 @@ def outages():
 
 
 def main(folder: str) -> None:
-    """A dense run, an upcycled one in two legs, an evaluation and a report; the same on disk, for comparison."""
+    """Trains a dense run and, in two parts, an upcycled one, evaluates and reports; on disk and in the bucket, to compare."""
     from tests import programs, runs
     from upcycle import cli
 

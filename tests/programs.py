@@ -1,4 +1,4 @@
-"""Programs that a test process traces and compiles once, however many of its tests train, evaluate or check the same model."""
+"""Caches of traced and compiled programs, shared by all tests of a process that use the same model."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from upcycle.surgery import receipt
 from upcycle.training import loop
 from upcycle.training import state as states
 
-# Of each kind; a compiled training step of a tiny model takes 30 MB.
+# Programs of each kind; a compiled training step of a tiny model takes 30 MB.
 KEPT = 12
 
 
 def share() -> None:
-    """From now on runs share what they compile, where everything that the program depends on is equal."""
+    """From now on, runs share compiled programs if everything that the program depends on is equal."""
     _leave_alone_what_is_imported()
     for module in (validation, few_shot, token_statistics):
         module.compiled = functools.lru_cache(maxsize=KEPT)(module.compiled)
@@ -34,14 +34,14 @@ def share() -> None:
 
 
 def _leave_alone_what_is_imported() -> None:
-    """The garbage collector would go through the libraries again and again, for a fifth of the time that tracing takes."""
+    """Excludes imported libraries from garbage collection, which would take a fifth of the tracing time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 
 
 def trim(limit: int) -> None:
-    """Lets go of what JAX keeps of programs if this process holds more than `limit` bytes of memory; on Linux only."""
+    """Clears JAX's caches if this process holds more than `limit` bytes of memory; on Linux only."""
     statm = pathlib.Path('/proc/self/statm')
     if statm.exists() and int(statm.read_text().split()[1]) * resource.getpagesize() > limit:
         jax.clear_caches()
@@ -49,7 +49,7 @@ def trim(limit: int) -> None:
 
 
 def _shared(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:
-    """`make`, whose results are kept by what identifies them: the newest `KEPT`."""
+    """Wraps `make` with a cache of its newest `KEPT` results, by key."""
     kept: dict[Hashable, Any] = {}
 
     @functools.wraps(make)
@@ -64,7 +64,7 @@ def _shared(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[
     return shared
 
 
-# Fields of a run that no program is made of, and those that the keys below name in a form of their own.
+# Fields of a run that no program depends on, and those that the keys below contain in another form.
 _WITHOUT = {
     *('model_dir', 'initial_checkpoint_path', 'surgery', 'dense_step', 'dense_flops', 'step_0_factors', 'few_shot'),
     *(
@@ -82,7 +82,7 @@ _WITHOUT = {
 
 
 def _rest(run: Any) -> Hashable:
-    """All other fields of a run, those that are added one day included."""
+    """All other fields of a run, including future ones."""
     return tuple((f.name, repr(getattr(run, f.name))) for f in dataclasses.fields(run) if f.name not in _WITHOUT)
 
 
@@ -92,7 +92,7 @@ def _shapes(run: Any, where: states.Layout) -> Hashable:
 
 
 def _step(run: Any, where: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0) -> Hashable:
-    """What `loop.lower_step` depends on. The run's length counts only as far as its schedule depends on it."""
+    """Everything that `loop.lower_step` depends on. The run's length matters only through its schedule."""
     schedule = run.learning_rate.schedule(start_step, run.total_steps)
     rate = str(jax.make_jaxpr(schedule)(jax.ShapeDtypeStruct((), jnp.int32)))
     frozen = run.trainable.frozen(where.abstract.params, run.model.moe_layers(), start_step)
@@ -104,7 +104,7 @@ def _lower_step(lower: Callable[..., jax.stages.Lowered]) -> Callable[..., '_Low
 
 
 class _Lowered:
-    """A lowered program that is compiled once for all who ask."""
+    """A lowered program that is compiled once per set of options."""
 
     def __init__(self, lowered: jax.stages.Lowered):
         self._lowered, self._compiled = lowered, {}

@@ -8,7 +8,7 @@ from upcycle import configuration
 from upcycle.commands import train as command
 from upcycle.training.run import Run
 
-# Random tokens: building and tracing seqio's pipelines costs more than the steps of a tiny model. What is about text takes TEXT.
+# Random tokens, because building seqio's pipelines costs more than the steps of a tiny model. Tests about text use TEXT.
 TASK = 'tasks/synthetic_text.gin'
 TEXT = 'tasks/stdlib_span_corruption.gin'
 TINY = 'models/t5_1_1_tiny.gin'
@@ -37,7 +37,7 @@ FILES = {
 }
 
 
-# One layer a stack, where which layers are sparse does not matter.
+# One layer per stack, for tests in which the layout of sparse layers does not matter.
 ONE_LAYER = {'NUM_ENCODER_LAYERS': '1', 'NUM_DECODER_LAYERS': '1'}
 ONE_SPARSE_LAYER = ONE_LAYER | {'ENCODER_MOE_LAYERS': '(0,)', 'DECODER_MOE_LAYERS': '(0,)'}
 
@@ -51,7 +51,7 @@ def bindings(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: o
 
 
 def build(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object) -> Run:
-    """The configured run."""
+    """The configured run of a kind."""
     return configuration.load(FILES[kind], bindings(kind, model_dir, steps, **more))
 
 
@@ -62,7 +62,7 @@ def train(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: obje
 
 @functools.cache
 def dense_checkpoint(folder: str, kind: str = 'dense') -> str:
-    """A dense run of four steps that keeps two of them, made once for each folder."""
+    """The path of a dense run of four steps that keeps two checkpoints, trained once per folder."""
     path = os.path.join(folder, kind)
     train(kind, path, 4, CHECKPOINT_KEEP=2)
     return path

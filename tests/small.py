@@ -1,4 +1,4 @@
-"""Small models, batches and trees that several tests share."""
+"""Small models, batches and parameter trees for tests."""
 
 import dataclasses
 import functools
@@ -33,20 +33,20 @@ FEATURES = ('encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_toke
 
 
 def with_moe(config: T5Config, **settings: Any) -> T5Config:
-    """The same T5 with the paper's MoE layers: Expert Choice in the encoder, Top-2 in the decoder."""
+    """Adds the paper's MoE layers to a T5: Expert Choice in the encoder, Top-2 in the decoder."""
     settings = {'num_experts': 8, 'group_size': 4096, **settings}
     encoder, decoder = MoEConfig(**settings), MoEConfig(**settings | {'router': 'top_k'})
     return dataclasses.replace(config, encoder_moe=encoder, decoder_moe=decoder)
 
 
 def flaxformer_moe(**settings: Any) -> T5Config:
-    """The fixtures' MoE, in flaxformer's conventions."""
+    """The fixtures' T5 with MoE layers, in flaxformer's conventions."""
     settings = {'groups_multiple_of': 8, 'fill_order': 'choice_major', 'route_padding': 'route', **settings}
     return dataclasses.replace(with_moe(FIXTURE_T5, **settings), zero_padded_activations=True)
 
 
 def small_t5(**settings: Any) -> T5Config:
-    """A T5 of width 128, in which Adafactor factors, of 2 + 2 layers."""
+    """A T5 of 2 + 2 layers, at width 128, from which Adafactor factors its state."""
     sizes = {
         'vocab_size': 256,
         'emb_dim': 128,
@@ -86,7 +86,7 @@ def spec_of(batch: Mapping[str, jax.Array]) -> dict[str, tuple[tuple[int, ...], 
 
 
 def init(model: EncoderDecoderModel, batch: Mapping[str, jax.Array], seed: int = 0) -> tuple[Any, Any]:
-    """Fresh parameters, and the number of stacked axes of each."""
+    """Initialises parameters; returns them and the number of stacked axes of each."""
     boxed = _initializer(model, tuple(spec_of(batch).items()))(jax.random.key(seed))
     return partitioning.unbox(boxed), partitioning.batch_axes(boxed)
 
@@ -97,7 +97,7 @@ def _initializer(model: EncoderDecoderModel, spec: tuple[tuple[str, Any], ...]) 
 
 
 def fixture(name: str) -> Any:
-    """An npz of the fixtures."""
+    """Opens an npz file of the fixtures."""
     return np.load(fixtures_dir() / name)
 
 
@@ -118,7 +118,7 @@ def fixture_batch(arrays: Any, prefix: str) -> dict[str, jax.Array]:
 
 
 def close_to_largest(actual: jax.Array, expected: jax.Array, tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` times the largest entry of a leaf, which is how float32 sums round."""
+    """Whether two arrays are equal up to `tolerance` times the largest entry, as float32 sums round."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     scale = float(np.max(np.abs(expected)))
@@ -126,7 +126,7 @@ def close_to_largest(actual: jax.Array, expected: jax.Array, tolerance: float = 
 
 
 def small_vit(**settings: Any) -> ViTConfig:
-    """A ViT of width 128, in which Adafactor factors, of 4 blocks on 16 patches."""
+    """A ViT of 4 blocks on 16 patches, at width 128, from which Adafactor factors its state."""
     sizes = {
         'num_classes': 10,
         'image_size': 16,
@@ -148,7 +148,7 @@ def vit_moe(**settings: Any) -> MoE:
 
 
 def image_batch(config: ViTConfig, batch: int = 4, seed: int = 0, filled: int = 0) -> dict[str, jax.Array]:
-    """A batch of random images; the last `filled` rows only fill it up."""
+    """A batch of random images; the last `filled` rows are padding."""
     rng = np.random.default_rng(seed)
     shape = (batch, config.image_size, config.image_size, config.image_channels)
     return {
@@ -159,14 +159,14 @@ def image_batch(config: ViTConfig, batch: int = 4, seed: int = 0, filled: int = 
 
 
 def module_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a batch's model is called with, of either family."""
+    """The inputs of the batch's model, of either family."""
     if 'image' in batch:
         return {'image': batch['image'], 'real_B': batch['weights'] > 0}
     return {name: batch[name] for name in FEATURES[:3]}
 
 
 def real_tokens(batch: Mapping[str, jax.Array], path: str, num_tokens: int = 0) -> jax.Array:
-    """Bool (B, L): which tokens are real at the MoE layer of that path; a ViT's are `num_tokens` an image."""
+    """Bool (B, L): which tokens are real at the MoE layer of that path; a ViT has `num_tokens` per image."""
     if 'image' in batch:
         return jnp.broadcast_to(batch['weights'][:, None] > 0, (batch['weights'].size, num_tokens))
     return batch['encoder_input_tokens' if path.startswith('encoder') else 'decoder_target_tokens'] > 0

@@ -1,4 +1,4 @@
-"""Buckets, devices and other processes that do not answer, or say no: one sentence, and the status says whether to try again."""
+"""Buckets, devices and processes that do not answer or refuse: a clear error, and a status that tells whether to retry."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ def tf_error(name, text):
 
 
 def s3_error(status):
-    """What botocore, which need not be installed, raises: it is told by its module."""
+    """An error of botocore, which need not be installed; its module identifies it."""
     kind = type('ClientError', (Exception,), {'__module__': 'botocore.exceptions'})
     error = kind('An error occurred (x) when calling the HeadObject operation')
     error.response = {'ResponseMetadata': {'HTTPStatusCode': status}}
@@ -194,7 +194,7 @@ class Store:
 
 
 def test_processes_that_were_told_different_numbers(monkeypatch):
-    """JAX goes by process 0. The one that was told another number ends, and so do the others, with the same sentence."""
+    """JAX uses the number of process 0. A process with another number ends with a message, and so do the others."""
     from jax._src.distributed import global_state
 
     store, ended = Store(), []
@@ -210,7 +210,7 @@ def test_processes_that_were_told_different_numbers(monkeypatch):
     first = hosts.Together(store, 0, 2, ended.append, 0.01)
     monkeypatch.setattr(global_state, 'num_processes', 4)
     with pytest.raises(
-        UserError, match='--process_count=4, and process 0 was started with 2: give the same number'
+        UserError, match='--process_count=4, but process 0 was started with 2: use the same number'
     ) as refusal:
         hosts._watch_others()
     hosts._together.fail(2, str(refusal.value))
@@ -240,7 +240,7 @@ def test_a_process_that_never_comes():
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     (first,) = processes(0, port=port)
-    assert first[1] == 69 and first[0].startswith('upcycle: not all 2 processes have come within 4 s'), first
+    assert first[1] == 69 and first[0].startswith('upcycle: not all 2 processes have connected within 4 s'), first
     assert first[0].count('\n') == 1
     (second,) = processes(1, port=port)
     assert second[1] == 69 and second[0].startswith('upcycle: process 0 does not answer at localhost:'), second
@@ -344,7 +344,7 @@ def test_a_folder_of_checkpoints_that_tensorstore_cannot_open(name, words, tmp_p
 def test_settings_that_jax_refuses_wherever_it_first_looks_at_them(settings, words):
     look = 'import jax; jax.process_index()'
     program = 'import sys; from upcycle import cli, handlers; '
-    program += f'handlers.evaluate = lambda *_: exec({look!r}); cli.main(sys.argv[1:])'
+    program += f'handlers.evaluate = lambda **_: exec({look!r}); cli.main(sys.argv[1:])'
     arguments = [sys.executable, '-c', program, 'eval', '--from=x']
     done = subprocess.run(arguments, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1

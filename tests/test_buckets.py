@@ -1,4 +1,4 @@
-"""Buckets: a run there is the run on disk, every format is written there or nothing of it, and an outage is waited for."""
+"""Buckets: runs equal those on disk, checkpoints are written completely or not at all, and outages are waited for."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_runs_in_a_bucket_are_runs_on_disk(tmp_path):
     local, remote = (json.loads((tmp_path / name).read_text()) for name in ('local.json', 'remote.json'))
     assert local['step'] == remote['step'] == 8
     assert local['metrics'] == remote['metrics']
-    # The lines of the first leg are still there after the second.
+    # The lines of the first part remain after the second.
     rows = [(tmp_path / f'report_{name}' / 'report.csv').read_text().splitlines() for name in ('local', 'remote')]
     assert len(rows[0]) == len(rows[1]) == 3
 
@@ -59,7 +59,7 @@ def bucket(server, tmp_path, monkeypatch):
 
 
 def write_as_another_process(path, content):
-    """Without our client, which would forget what it remembers of the folder."""
+    """Changes a folder without our client, whose cache would notice."""
     bucket, _, name = os.fspath(path).removeprefix('gs://').partition('/')
     address = f'{os.environ["STORAGE_EMULATOR_HOST"]}/upload/storage/v1/b/{bucket}/o'
     requests.post(address, params={'uploadType': 'media', 'name': name}, data=content, timeout=60).raise_for_status()
@@ -67,7 +67,7 @@ def write_as_another_process(path, content):
 
 @pytest.mark.parametrize('look', ['exists', 'listed', 'opened'])
 def test_what_another_process_writes_is_seen(look, bucket):
-    """A client may remember listings of folders: a run's config.gin was missing where process 0 had just written it."""
+    """Clients cache listings: a run's config.gin, just written by process 0, was missing."""
     bucket.mkdir()
     (bucket / 'first').write_text('here')
     looks = {
@@ -102,7 +102,7 @@ def export(case, source, target):
 
 @pytest.fixture(params=FORMATS)
 def exported(request, bucket):
-    """A command that writes a checkpoint of each format to the bucket, its source, and where it is then."""
+    """A command that writes a checkpoint of each format to the bucket, its source, and the resulting path."""
     source = request.getfixturevalue(FORMATS[request.param])
     target = bucket / ('model.npz' if request.param == 'vit_npz' else 'model')
     return export(request.param, source, target), source, target
@@ -145,7 +145,7 @@ def test_what_cannot_be_finished_is_removed(exported, bucket, monkeypatch, capsy
     [
         ('gs://nowhere/model', 'cannot be used'),
         ('gs://nowhere/model.npz', 'cannot be used'),
-        ('gs://bucket', 'names a bucket and no file in it'),
+        ('gs://bucket', 'names a bucket, not a file in it'),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_anything_is_read(target, words, bucket, shallow, capsys):
@@ -157,7 +157,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(target, words
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Seconds that were slept between two tries; no time passes otherwise."""
+    """Records the pauses between attempts instead of sleeping."""
     slept = []
     clock = types.SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
     monkeypatch.setattr(files, 'time', clock)
@@ -165,7 +165,7 @@ def pauses(monkeypatch):
 
 
 def fails(monkeypatch, name, times, code=503):
-    """Lets a method of paths fail so many times; returns how often it was called."""
+    """Makes a method of paths fail several times; returns a counter of its calls."""
     method, calls = getattr(gpath.PosixGPath, name), []
 
     def call(self, *arguments, **named):
@@ -235,7 +235,7 @@ def test_a_log_waits_for_its_bucket(bucket, monkeypatch, capsys):
             log.copy()
             assert len(calls) == 1, 'a run does not wait for its log'
             said = capsys.readouterr().err
-            assert 'the log is kept in' in said and 'and sent later: ' in said and said.count('\n') == 1
+            assert 'the log stays in' in said and 'and is sent later: ' in said and said.count('\n') == 1
         assert [line['step'] for line in read_metrics(bucket / 'metrics.jsonl')] == [1]
         log.copy()
         assert [line['step'] for line in read_metrics(bucket / 'metrics.jsonl')] == [1, 2]
@@ -285,7 +285,7 @@ def test_a_profile_is_sent(bucket, monkeypatch):
 
 
 def test_a_run_outlives_outages(bucket, shallow):
-    """What it leaves is what it would have left."""
+    """The result is the same as without failures."""
     with on_a_bucket.outages() as failed:
         runs.train('dense', bucket, 4, **runs.ONE_LAYER)
     assert {name for name, _ in failed} >= {'write_text', 'read_bytes', 'mkdir', 'exists'}

@@ -1,4 +1,4 @@
-"""Numbers that a narrower type cannot hold: refused by the name of their leaf, wherever something is written or loaded."""
+"""Numbers that a narrower type cannot hold are refused, with the name of their leaf, at every write and load."""
 
 import os
 import warnings
@@ -17,7 +17,7 @@ from upcycle.checkpoints.native import CheckpointManager
 from upcycle.errors import UserError
 
 SIZES = {'NUM_EMBEDDINGS': 40, 'EMBED_DIM': 16, 'NUM_HEADS': 2, 'HEAD_DIM': 6, 'MLP_DIM': 24}
-# Of a T5: an MLP that experts are made of, one that stays dense, a table, a scale.
+# Leaves of a T5: an MLP that becomes experts, one that stays dense, a table, a scale.
 LEAVES = (
     'params/encoder/layers_1/mlp/wi_1/kernel',
     'params/decoder/layers_0/mlp/wo/kernel',
@@ -26,7 +26,7 @@ LEAVES = (
 )
 
 
-# From, to, a number, what is said of it.
+# From, to, a number, words of the message.
 REFUSED = {
     'float16': (
         'float32',
@@ -36,7 +36,7 @@ REFUSED = {
     ),
     'rounded up': ('float32', 'float16', 65520, ['65520']),
     'bfloat16 to float16': ('bfloat16', 'float16', 131072, ['131072']),
-    'bfloat16': ('float32', 'bfloat16', 3.4e38, ['bfloat16', 'take --dtype=float32.']),
+    'bfloat16': ('float32', 'bfloat16', 3.4e38, ['bfloat16', 'use --dtype=float32.']),
     'float64': ('float64', 'float32', 1e300, ['float32', '1e+300']),
     'int64': ('int64', 'int32', 2**31, ['int32', '2.14748e+09']),
     'negative': ('int64', 'uint32', -1, ['uint32']),
@@ -73,7 +73,7 @@ def test_what_fits_is_cast_as_numpy_does(capsys):
 
 def test_a_leaf_of_which_only_zeros_are_left_is_a_warning(capsys):
     assert not casts.cast('params/x', np.full(3, 1e-9, np.float32), 'float16').any()
-    assert 'warning: every number of params/x is too small for float16' in capsys.readouterr().err
+    assert 'warning: all numbers of params/x are too small for float16' in capsys.readouterr().err
 
 
 def t5(**leaves):
@@ -146,7 +146,7 @@ def test_a_clock_of_64_bits_is_not_cut_on_its_way_to_a_device(tmp_path):
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32'])
 def test_a_run_does_not_save_what_has_overflown(dtype, tmp_path):
-    """Nothing is cast when a state is saved: its optimizer has cast, and this is where its numbers are looked at."""
+    """A save does not cast, but checks the numbers, which the optimizer has cast."""
 
     def state(step, number):
         return {'step': np.int32(step), 'opt_state': {'param_states': {'x': {'m': jnp.asarray([1, number], dtype)}}}}

@@ -1,4 +1,4 @@
-"""The command line: quick help, and every mistake in one sentence, exit code 2, nothing written."""
+"""The command line: help is quick; a mistake gives one sentence and exit code 2, and writes nothing."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from upcycle import cli
 
 
 def call(arguments, capsys):
-    """Exit code, standard output and standard error of a command."""
+    """Runs a command; returns its exit code, standard output and standard error."""
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     return stop.value.code, *capsys.readouterr()
@@ -26,9 +26,9 @@ def command(kind, model_dir, steps=6, files=None, **more):
     ]
 
 
-# What is wrong, the kind of run, bindings, words that the message must hold.
+# Mistake: the kind of run, bindings, words of the message.
 MISTAKES = {
-    'unused binding': ('dense', {'NUM_EXPERTS': 8}, ['NUM_EXPERTS', 'used by nothing']),
+    'unused binding': ('dense', {'NUM_EXPERTS': 8}, ['NUM_EXPERTS', 'is unused']),
     'mistyped binding': ('dense', {'BATCH_SIZ': 8}, ['BATCH_SIZ', 'did you mean BATCH_SIZE']),
     'unused parameter': ('dense', {'upcycle.moe.config.MoEConfig.num_experts': 8}, ['MoEConfig.num_experts']),
     'experts and mesh': ('scratch', {'MESH_SHAPE': '(1, 3, 1)', 'NUM_EXPERTS': 4}, ['MESH_SHAPE']),
@@ -130,7 +130,7 @@ def test_a_file_that_does_not_parse(capsys, tmp_path):
 
 
 def test_plan_prints_and_reads_no_array(capsys, dense, monkeypatch):
-    """But for the step, one number, which `train` compares with TRAIN_STEPS."""
+    """Except the step, one number, which `train` compares with TRAIN_STEPS."""
     from upcycle.checkpoints import arrays
 
     read = arrays.ArrayReader.read

@@ -1,4 +1,4 @@
-"""The check of the whole configuration: what is wrong is said at once, by its name, before anything is built."""
+"""Checks of the configuration: all mistakes are reported at once, by name, before anything is built."""
 
 import enum
 import inspect
@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,13 +17,16 @@ from etils import epath
 
 import gin
 from tests import runs
+from tests.small import small_t5
 from upcycle import configuration, gin_files, gin_values, run_config, schema
 from upcycle.commands import train
 from upcycle.errors import UserError, UserErrors, mistakes_of
+from upcycle.models.stack import Remat
 from upcycle.models.vit import Gelu
 from upcycle.moe.conventions import BalanceLoss
 from upcycle.sweep import conduct
 from upcycle.sweep.points import Point
+from upcycle.training.optimizer import Adafactor, Optimizer
 from upcycle.training.trainable import Trainable
 
 
@@ -60,13 +64,13 @@ def test_all_mistakes_at_once():
         'NUM_EXPERTS = 2.5 must be a whole number',
         "REMAT = 'some' must be one of none, minimal, exchange, full.",
         'did you mean upcycle.training.optimizer.Adafactor?',
-        'MODEL_DIR = [1, 2] must be a text.',
+        'MODEL_DIR = [1, 2] must be a string.',
     ):
         assert words in text
 
 
 class TestSettingsOfOtherRouters:
-    """A recipe sets the fields of every router; what a user sets must be a field of one that was chosen."""
+    """A recipe sets the fields of every router; what a user sets must be a field of a chosen router."""
 
     ALL_DENSE = {'ENCODER_ROUTER': 'dense', 'DECODER_ROUTER': 'dense'}
 
@@ -132,7 +136,7 @@ class TestSettingsOfOtherRouters:
             configuration.load(files, bindings)
             return
         (found,) = mistakes(files, bindings)
-        assert ' only, and the MoE layers have expert_choice: leave it out' in found
+        assert ' only, and the MoE layers have expert_choice: remove it' in found
 
 
 def test_impossible_combinations_are_all_said():
@@ -144,13 +148,16 @@ def test_impossible_combinations_are_all_said():
 @pytest.mark.parametrize(
     ('more', 'words'),
     [
-        ({'MODEL': '@upcycle.training.optimizer.Adafactor()'}, 'MODEL = @Adafactor() must be a Model'),
+        (
+            {'MODEL': '@upcycle.training.optimizer.Adafactor()'},
+            'MODEL = @upcycle.training.optimizer.Adafactor() must be an object of type Model',
+        ),
         (
             {'OPTIMIZER': '@upcycle.training.optimizer.Adafactor'},
-            'OPTIMIZER = @Adafactor must be a Optimizer, written @NAME()',
+            'OPTIMIZER = @upcycle.training.optimizer.Adafactor must be an object of type Optimizer (@NAME())',
         ),
         ({'DATA_SEED': '%RANDOM_SED'}, 'RANDOM_SED is not set (did you mean RANDOM_SEED?)'),
-        ({'DATA_SEED': '%DATA_SEED'}, 'DATA_SEED is set to itself'),
+        ({'DATA_SEED': '%DATA_SEED'}, 'DATA_SEED refers to itself'),
         ({'DATA_SEED': True}, 'DATA_SEED = True must be a whole number of at least 0'),
         ({'DATA_SEED': 2**31}, 'DATA_SEED = 2147483648 (beyond 2147483647, the largest whole number) must be a whole'),
         (
@@ -165,11 +172,11 @@ def test_impossible_combinations_are_all_said():
         ({'DATA SEED': 1}, "binds 'DATA SEED', which is not a name"),
         (
             {'TASK_FEATURE_LENGTHS': {}},
-            "TASK_FEATURE_LENGTHS = {} must name the lengths of both 'inputs' and 'targets'",
+            "TASK_FEATURE_LENGTHS = {} must have both 'inputs' and 'targets'",
         ),
         (
             {'upcycle.training.rum.Run.seed': 1},
-            'upcycle.training.rum.Run is not known (did you mean upcycle.training.run.Run?)',
+            'upcycle.training.rum.Run is unknown (did you mean upcycle.training.run.Run?)',
         ),
     ],
 )
@@ -206,10 +213,10 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
     found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
     for line, words in (
         (2, 'upcycle.training.optimiser cannot be imported (did you mean upcycle.training.optimizer?)'),
-        (4, 'BATCH_SIZ is used by nothing (did you mean BATCH_SIZE?)'),
-        (7, 'moe.MoEConfg is not known (did you mean moe.MoEConfig?)'),
+        (4, 'BATCH_SIZ is unused (did you mean BATCH_SIZE?)'),
+        (7, 'moe.MoEConfg is unknown (did you mean moe.MoEConfig?)'),
         (9, 'moe.MoEConfig has no parameter num_expert (did you mean num_experts?)'),
-        (10, 'moe.nothing is not known'),
+        (10, 'moe.nothing is unknown'),
         (11, 'runs/pretrian.gin does not exist (did you mean runs/pretrain.gin?)'),
         (12, 'includes itself'),
     ):
@@ -219,11 +226,11 @@ def test_mistakes_in_a_file_name_its_lines(tmp_path):
 
 
 def endless(inner):
-    """A function for gin, of which nobody knows what it makes."""
+    """A configurable with an unknown return type."""
     return inner
 
 
-def test_what_needs_itself(tmp_path):
+def test_a_configurable_that_refers_to_itself(tmp_path):
     path = tmp_path / 'mine.gin'
     lines = ['from __gin__ import dynamic_registration', 'from tests import test_configuration']
     lines += [
@@ -232,7 +239,7 @@ def test_what_needs_itself(tmp_path):
     ]
     path.write_text('\n'.join(lines))
     found = mistakes((*runs.FILES['dense'], str(path)), runs.bindings('dense', '/nowhere', 6))
-    assert found == ('@tests.test_configuration.endless needs itself: bind something else.',)
+    assert found == ('@tests.test_configuration.endless refers to itself: bind something else.',)
 
 
 def test_a_scope_that_would_be_inherited_is_asked_for(tmp_path):
@@ -245,11 +252,11 @@ def test_a_scope_that_would_be_inherited_is_asked_for(tmp_path):
     small = {'MODEL_DIR': 'x', 'TRAIN_STEPS': '1', 'NUM_CLASSES': '3', 'TRAIN_FOLDER': '/nowhere', 'PATCH_SIZE': '14'}
     found = '\n'.join(mistakes(files, small))
     assert 'images.Mnist5k has no parameter x.' in found
-    assert 'write @train/InceptionPreprocessing() where it is used' in found
+    assert 'refer to it as @train/InceptionPreprocessing().' in found
 
 
 def test_nothing_looks_for_a_device():
-    """JAX is told of a platform that does not exist, and would say so."""
+    """JAX is set to a platform that does not exist, and would fail."""
     arguments = [
         'train',
         *(f'--gin_file={file}' for file in runs.FILES['dense']),
@@ -269,7 +276,7 @@ def test_nothing_looks_for_a_device():
 
 
 def test_every_configurable_of_ours_has_types(tmp_path):
-    """An annotation that cannot be evaluated would check nothing."""
+    """A type that cannot be evaluated would check nothing."""
     for name in gin_files.shipped():
         if not name.startswith('t5x/'):
             gin_files.read([name], {})
@@ -299,14 +306,31 @@ def test_every_configurable_of_ours_has_types(tmp_path):
         ('ab', tuple[str, ...], False),
         ({'a': 1}, dict[str, int], True),
         ({1: 1}, dict[str, int], False),
-        (schema.Made(UserErrors), UserError, True),
-        (schema.Made(UserError), UserErrors, False),
-        (schema.Made(UserError, called=False), UserError, False),
-        (schema.Made(inspect.signature), UserError, True),
+        (UserErrors([]), UserError, True),
+        (UserError(), UserErrors, False),
+        (UserError, UserError, False),
+        (UserError, type[UserError], True),
+        (Adafactor(), Optimizer, True),
+        (Adafactor, Optimizer, False),
+        (Trainable(), Optimizer, False),
+        (inspect.signature, Callable[..., Any], True),
     ],
 )
 def test_types(value, hint, expected):
     assert schema.fits(value, hint) is expected
+
+
+def test_a_config_made_in_python_is_checked_by_the_same_types():
+    with pytest.raises(UserErrors) as error:
+        small_t5(emb_dim=0, remat='some', dtype='float8', encoder_moe=3)
+    assert error.value.mistakes == (
+        'EMBED_DIM = 0 must be a whole number of at least 1.',
+        "ACTIVATION_DTYPE = 'float8' must be one of float32, bfloat16, float16.",
+        "REMAT = 'some' must be one of none, minimal, exchange, full.",
+        'ENCODER_MOE = 3 must be an object of type MoE (@NAME()) or None.',
+    )
+    config = small_t5(remat='full', mlp_activations=['relu'], encoder_moe_layers=[0])
+    assert config.remat is Remat.FULL and config.mlp_activations == ('relu',) and hash(config)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +392,7 @@ def test_a_value_is_the_same_however_it_is_written(before, now, tmp_path):
 
 
 def test_a_default_is_the_same_bound_or_not(tmp_path):
-    """Whichever binding of a run is left out, as an older gin file may do."""
+    """For each binding of a run, which an older gin file may lack."""
     run, bindings = claim_of(tmp_path, 'scratch', ENCODER_ROUTER='top_k')
     defaults = run_config.defaults_of_now()
     checked = 0
@@ -384,7 +408,7 @@ def test_a_default_is_the_same_bound_or_not(tmp_path):
 
 
 def began_with(tmp_path, kind='dense', changes=(), **more):
-    """The config.gin of a run that began with other defaults: `changes` are (parameter, its value then; None: not there)."""
+    """Writes the config.gin of a run that began with other defaults: `changes` are (parameter, old default or None)."""
     run_config.claim(*claim_of(tmp_path, kind, **more))
     path = tmp_path / 'run' / 'config.gin'
     lines = path.read_text().splitlines(keepends=True)
@@ -404,7 +428,7 @@ def resumed(tmp_path, kind='dense', **more):
 
 
 def test_the_configuration_holds_every_operative_value(tmp_path):
-    """Each parameter of everything that the run is made of, bound or not."""
+    """Each parameter of each configurable of the run, bound or not."""
     run_config.claim(*claim_of(tmp_path, 'scratch'))
     stored = run_config._read_config(tmp_path / 'run' / 'config.gin').all
     for name in ('Adafactor.clipping_threshold', 'decoder/upcycle.moe.config.MoEConfig.min_capacity', 'Run.dense_step'):
@@ -437,7 +461,9 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(kind, name, value, 
     for _ in range(2):
         assert read(resumed(tmp_path, kind)) == value
         said = capsys.readouterr().err
-        assert f'{name} = {value}, as when the run in {tmp_path}/run began; the default of this version is' in said
+        assert (
+            f'{name} keeps {value}, with which the run in {tmp_path}/run began; the default of this version is' in said
+        )
         assert f'{name} = {value}\n' in path.read_text().partition('# Defaults')[2]
 
 
@@ -482,7 +508,7 @@ def test_a_setting_that_exists_no_longer_is_left_alone(tmp_path):
 
 
 def test_what_may_change_follows_the_command(tmp_path, capsys):
-    """A default of it may be bound, and left out again."""
+    """Such a setting may be bound, and unbound again."""
     began_with(tmp_path)
     assert resumed(tmp_path, LEAF_GRADIENT_NORMS=True).leaf_gradient_norms
     assert not resumed(tmp_path).leaf_gradient_norms
@@ -492,12 +518,12 @@ def test_what_may_change_follows_the_command(tmp_path, capsys):
 @pytest.mark.parametrize('value', ['@os.getcwd()', '@upcycle.commands.train.run()', '[', "'x'\nimport os"])
 def test_defaults_in_a_folder_are_data(value, tmp_path):
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', value)])
-    with pytest.raises(UserError, match='config.gin holds defaults that are no data|must be a number'):
+    with pytest.raises(UserError, match='config.gin holds defaults that are not plain data|must be a number'):
         resumed(tmp_path)
 
 
 def test_every_command_that_resumes_does_so(tmp_path, monkeypatch):
-    """`train` and the check of a sweep."""
+    """`train`, and the check of a sweep."""
     began_with(tmp_path, changes=[('Adafactor.clipping_threshold', 0.5)])
     seen = []
     monkeypatch.setattr(train.loop, 'train', lambda start, *_: seen.append(start.run.optimizer.clipping_threshold))
@@ -534,7 +560,7 @@ def test_how_a_model_is_compiled_may_change(more, tmp_path):
 
 
 def test_a_dense_run_is_no_sparse_one(tmp_path):
-    """Not by a setting of experts that the dense one had never heard of."""
+    """The message does not name a setting of experts, which the dense run does not have."""
     run_config.claim(*claim_of(tmp_path))
     with pytest.raises(UserError, match=r'EncoderDecoderModel.\w+ is 0.0 and not 0.01|_moe is None and not @'):
         run_config.claim(*claim_of(tmp_path, 'scratch'), write=False)
@@ -547,7 +573,7 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
     (tmp_path / 'run' / 'config.gin').write_bytes(text.encode(errors='surrogateescape'))
     run_config.claim(run, identity, write=False)
     (tmp_path / 'run' / 'checkpoints').mkdir()
-    with pytest.raises(UserError, match='checkpoints but a config.gin that describes no run: bring that file back'):
+    with pytest.raises(UserError, match='checkpoints but an invalid config.gin: restore that file'):
         run_config.claim(run, identity)
     (tmp_path / 'run' / 'config.gin').unlink()
     (tmp_path / 'run' / 'config.gin').mkdir()
@@ -578,12 +604,12 @@ def test_a_damaged_config_is_called_so(text, tmp_path):
 def test_files_in_an_order_in_which_one_undoes_another(files, first, second):
     found = mistakes(files, {'MODEL_DIR': 'x', 'TRAIN_STEPS': '2', 'INITIAL_CHECKPOINT_PATH': '/nowhere'})
     said = [sentence for sentence in found if 'name the files in the order models, moe, tasks, runs' in sentence]
-    assert len(said) == 1 and said[0].startswith(f'{first} stands before {second}, which sets '), found
+    assert len(said) == 1 and said[0].startswith(f'{first} comes before {second}, which overrides its '), found
 
 
 @pytest.mark.parametrize('folder', ['', 'models'])
 def test_an_own_file_that_one_of_ours_replaces(folder, tmp_path, capsys):
-    """A warning, unless its folder's name says where it belongs, as those of ours do."""
+    """Gives a warning, unless the name of its folder gives its place in the order."""
     own = tmp_path / folder / 'mine.gin'
     own.parent.mkdir(exist_ok=True)
     own.write_text('WARMUP_STEPS = 3\nEVAL_STEPS = 7\n')
@@ -618,7 +644,7 @@ def test_a_binding_that_a_scope_replaces(bound, instead):
         assert configuration.load(runs.FILES['dense'], bindings).train_data.seed == 77
     else:
         (found,) = mistakes(runs.FILES['dense'], bindings)
-        assert found == f'--gin.{bound}=77 has no effect, because it is bound in a scope too: bind {instead}.'
+        assert found == f'--gin.{bound}=77 has no effect, because it is also bound in a scope: bind {instead}.'
 
 
 def test_a_folder_as_a_gin_file():
@@ -627,7 +653,7 @@ def test_a_folder_as_a_gin_file():
 
 
 def test_an_order_that_changes_nothing_is_taken():
-    """The two set nothing in common; or what they do is given on the command line."""
+    """The two files set no common binding, or the command line sets it."""
     files = (runs.TINY, runs.TASK, 'moe/t5.gin', 'runs/scratch.gin')
     assert configuration.load(files, runs.bindings('scratch', '/nowhere', 6)).model.moe_layers()
     files = (runs.TASK, runs.TINY, 'runs/pretrain.gin')
@@ -663,7 +689,7 @@ def test_a_model_before_another_one_of_another_family():
 
 
 def test_a_model_needs_less_than_a_run():
-    """`eval`, `convert` and `compile` ask for nothing that they do not read."""
+    """`eval`, `convert` and `compile` require only what they read."""
     found = wrong('upcycle', MODEL_DIR='%gin.REQUIRED', TRAIN_STEPS='%gin.REQUIRED')
     assert [sentence.split()[0] for sentence in found] == ['MODEL_DIR', 'TRAIN_STEPS', 'INITIAL_CHECKPOINT_PATH']
     small = {name: value for name, value in runs.SMALL_STEPS.items() if name != 'TRAIN_STEPS'}
@@ -676,7 +702,7 @@ def test_a_model_needs_less_than_a_run():
 
 
 def test_another_process_begins_the_run_while_this_one_looks(tmp_path, monkeypatch):
-    """Between a look for config.gin and a look for checkpoints, process 0 may write both."""
+    """Process 0 may write config.gin and checkpoints between the two looks of another process."""
     run = runs.build('dense', tmp_path / 'run', 6)
     bound, read = configuration.resolved(), run_config._read_config
 

@@ -1,4 +1,4 @@
-"""Conversion: what the trainer would start from, streamed to disk, the same bytes each time, checked against its source."""
+"""Conversion writes the state that the trainer would start from, deterministically, and checks it against the source."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def run_of(dense, tmp_path, **more):
 
 
 def first_state(run):
-    """What a trainer starts from, flat and without its random key, and the receipt."""
+    """Returns the state that a trainer starts from, flat and without its random key, and the receipt."""
     start = Start.of(run)
     with partitioning.use(start.mesh):
         batch = next(run.train_data.batches(0))
@@ -60,7 +60,7 @@ def converted(dense, tmp_path_factory):
 
 
 def contents(path):
-    """Every leaf of a checkpoint but the run's random key."""
+    """Returns every leaf of a checkpoint except the run's random key."""
     reader = open_checkpoint(path)
     return {name: reader.read(name) for name in reader.leaves() if name != 'rng'}
 
@@ -81,7 +81,7 @@ def test_is_what_the_trainer_starts_from(online, converted):
     assert written.keys() == paper.keys()
     for name in written.keys() - {'function_check', 'plan', 'dropped'}:
         assert written[name] == paper[name], name
-    # The run's own key is made by the run.
+    # The run makes its random key.
     assert written['plan'] == [row for row in paper['plan'] if row['target'] != 'rng']
     assert written['function_check']['whole_model'] == 'pending' and 'lineage' not in written
     layers = written['function_check']['layers']
@@ -140,7 +140,7 @@ def experts_of(leaves):
 
 
 def test_out_of_several_checkpoints(dense, converted, tmp_path, capsys):
-    """Of equal ones the experts are copies, and the mean is each of them."""
+    """Of equal sources the experts are copies, and the mean equals each of them."""
     more = (f'--from={dense}', '--gin_file=surgery/branches.gin')
     code, _, error = call(arguments(dense, tmp_path / 'out', *more), capsys)
     assert code == 0, error
@@ -174,7 +174,7 @@ def test_more_experts_and_back_to_a_dense_model(dense, converted, tmp_path, caps
 
 
 def test_large_leaves_reach_hugging_face_in_parts(converted, tmp_path, capsys, monkeypatch):
-    """The conversion hands a leaf of more than 64 MiB over in rows, and a tensor lies there transposed."""
+    """Leaves above 64 MiB are converted in rows, and the tensor is transposed."""
     files = (runs.TINY, 'surgery/average.gin')
     command = ['convert', *(f'--gin_file={file}' for file in files), '--gin.NUM_EMBEDDINGS=384', f'--from={converted}']
     command += ['--optimizer_state=none', '--format=huggingface', '--verify']
@@ -270,7 +270,7 @@ def test_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
         lambda self, name, region, value: again.append((name, region)) or write(self, name, region, value),
     )
     other = run_of(dense, tmp_path, UPCYCLE_SEED=1)
-    with pytest.raises(UserError, match='is the beginning of another write .*surgery is'):
+    with pytest.raises(UserError, match='holds another interrupted write .*surgery is'):
         offline.convert(other, str(tmp_path / 'cut'), 'upcycle')
     path = offline.convert(run, str(tmp_path / 'cut'), 'upcycle', verify=True)
     assert not {str(part) for part in cut[:-1]} & {str(part) for part in again}
@@ -287,7 +287,7 @@ def test_copied_experts_are_one_file_with_several_names(dense, tmp_path, monkeyp
     monkeypatch.setattr(writing, '_SMALL_BYTES', 0)  # an expert a chunk, however small
     run = run_of(dense, tmp_path, OPTIMIZER_STATE='tile')
     leaves = first_state(run)[0]
-    # Room for two copies of an expert, where there will be four.
+    # Room for two copies of an expert, but four are needed.
     size = sum(leaf.nbytes for leaf in leaves.values()) - sum(leaf.nbytes for leaf in experts_of(leaves).values()) // 2
     usage = type('Usage', (), {'free': outputs.SPARE_BYTES + size})
     monkeypatch.setattr(outputs.shutil, 'disk_usage', lambda folder: usage)
@@ -329,7 +329,7 @@ cli.main({command!r})
 """
     killed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    with pytest.raises(UserError, match='only saves that were interrupted'):
+    with pytest.raises(UserError, match='only interrupted saves'):
         open_checkpoint(tmp_path / 'out')
     assert call(command, capsys)[0] == 0
     assert call(arguments(dense, tmp_path / 'whole'), capsys)[0] == 0
@@ -351,7 +351,7 @@ def test_verification_notices_a_disk_that_lies(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(arrays.ArrayReader, 'read', lie)
     run = run_of(dense, tmp_path)
     offline.convert(run, str(tmp_path / 'trusting'), 'upcycle')
-    with pytest.raises(UserError, match='layers_1/mlp/expert/wo/kernel was not written as it was made'):
+    with pytest.raises(UserError, match='layers_1/mlp/expert/wo/kernel was not written correctly'):
         offline.convert(run, str(tmp_path / 'out'), 'upcycle', verify=True)
     assert os.listdir(tmp_path) == ['trusting']
 
@@ -390,12 +390,12 @@ def test_bad_sources_leave_nothing_behind(tmp_path, capsys):
     code, _, error = call(arguments(source, tmp_path / 'out', *bindings, '--operator=clone'), capsys)
     assert code == 2 and 'EXPERT_OPERATOR' in error
     code, _, error = call(arguments(source, tmp_path / 'out', *bindings, '--format=huggingface'), capsys)
-    assert code == 2 and 'has no counterpart in huggingface' in error
+    assert code == 2 and 'cannot be stored as huggingface' in error
     assert os.listdir(tmp_path) == ['in']
 
 
 def continuation(converted, tmp_path):
-    """The run that goes on with a converted checkpoint as it is."""
+    """A run that continues a converted checkpoint."""
     files = (runs.TINY, 'moe/t5.gin', runs.TASK, 'runs/continue_dense.gin')
     return configuration.load(files, runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=converted))
 
@@ -428,7 +428,7 @@ TAMPERED = {
     ),
     'another hash': (
         lambda paper: paper['sha256'].update({'params/encoder/layers_1/mlp/wo/kernel': '0' * 64}),
-        'encoder/layers_1/mlp/expert/wo/kernel of .* is not what its receipt says',
+        'encoder/layers_1/mlp/expert/wo/kernel of .* does not match the hash in its receipt',
     ),
 }
 

@@ -161,7 +161,7 @@ def test_what_differs_comes_first_and_fits_a_screen(case, checkpoints, capsys, t
 @pytest.mark.parametrize(
     ('name', 'options', 'said'),
     [
-        ('moe', CONTINUE, 'it has experts and the model has none: include the file of moe/ that it was trained with'),
+        ('moe', CONTINUE, 'it has experts and the model has none: include its moe/ file'),
         ('dense', [*MOE, *CONTINUE], 'the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out'),
     ],
 )

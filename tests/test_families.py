@@ -1,4 +1,4 @@
-"""Only the modules of a family name it: what a new family touches is what docs/architecture.md says."""
+"""Only the modules of a family name it: what a new family touches is what docs/contributing.md says."""
 
 import pathlib
 import re
@@ -11,8 +11,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / 'upcycle'
 WORDS = (*FAMILIES, 'encoder', 'decoder', 'image', 'num_classes', 'pos_embedding')
 # A family's own folders, and the evaluators that declare their family.
 OWN = ('models/', 'checkpoints/', 'data/', 'evaluate/few_shot.py', 'evaluate/tasks.py')
-# Media types, containers of a cluster, and the name of a format on the command line.
-ALLOWED = re.compile(r'\bimage/(?:svg\+xml|png)\b|\bdocker-image\b|\bvit_npz\b')
+# A class of Pillow, containers of a cluster, and the name of a format on the command line.
+ALLOWED = re.compile(r'\bPIL\.Image\b|\bdocker-image\b|\bvit_npz\b')
 _TOKEN = re.compile(r'[A-Za-z0-9_]+')
 # Of a token in CamelCase; T5X is a code base, and no family.
 _PART = re.compile(r'T5X|T5|ViT|[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|[0-9]+')
@@ -48,7 +48,7 @@ def test_what_names_a_family(token):
     'text',
     [
         *('invite', 'vitality', 'imagenet2012', 'encoderblock_7', 'T5X', 't5x', 'classes', 'num', 'embedding', 'pos'),
-        *('data:image/svg+xml;base64', '<img src="a">', '--docker-image=x', 'recoded', 'vmoe', 'UTF8', 'num classes'),
+        *('PIL.Image.open', '<img src="a">', '--docker-image=x', 'recoded', 'vmoe', 'UTF8', 'num classes'),
     ],
 )
 def test_what_does_not(text):

@@ -20,7 +20,7 @@ CASES = {
     'a_process_that_never_comes': (
         'processes that do not come',
         '--coordinator_timeout=5',
-        ['exit 69', 'upcycle: not all 2 processes have come within 5 s', r'raise --coordinator_timeout', r'\n1\n'],
+        ['exit 69', 'upcycle: not all 2 processes have connected within 5 s', r'raise --coordinator_timeout', r'\n1\n'],
     ),
     'accelerator_is_not_there': ('platforms', '', ['upcycle: JAX_PLATFORMS=cuda cannot be used', 'exit 2']),
     'bucket_that_cannot_be_reached': (
@@ -36,7 +36,7 @@ CASES = {
     'checkpoint_without_a_surgery': (
         'plan refuses what train refuses',
         '',
-        ["upcycle: INITIAL_CHECKPOINT_PATH = 't5' is set, and SURGERY is None", 'runs/continue_dense.gin', 'exit 2']
+        ["upcycle: INITIAL_CHECKPOINT_PATH = 't5' is set, but SURGERY is None", 'runs/continue_dense.gin', 'exit 2']
         * 2,
     ),
     'checkpoints_are_gone': (
@@ -92,7 +92,7 @@ CASES = {
         'recipes',
         '',
         [
-            *('upcycle: moe/t5.gin stands before models/t5_1_1_tiny.gin', 'exit 2'),
+            *('upcycle: moe/t5.gin comes before models/t5_1_1_tiny.gin', 'exit 2'),
             *('upcycle: moe/vit.gin is for models of the family vit', 'exit 2'),
         ],
     ),
@@ -102,7 +102,7 @@ CASES = {
         [
             *(r"mlp_activations = \['relu', 'linear'\]", 'exit 0'),
             *(r"MLP_ACTIVATIONS = \('relu', 'linear'\)", 'exit 2'),
-            *(r'config.json: image_size is \[8, 32\], and our ViT takes squares', 'exit 2'),
+            *(r'config.json: image_size is \[8, 32\]: our ViT supports squares only', 'exit 2'),
         ],
     ),
     'import_with_an_odd_step': (
@@ -125,7 +125,7 @@ CASES = {
     'newest_step_half_copied': (
         'which file counts',
         '',
-        ['warning: .*/checkpoint_2000 is passed over and checkpoint_1000 is read: it has neither', 'exit 0'],
+        ['warning: .*/checkpoint_2000 is skipped .it has neither .* checkpoint_1000 is read instead', 'exit 0'],
     ),
     'npz_big_endian': ('numbers', '', ['exit 0', *(r'\nwrote ', 'exit 0') * 3]),
     'position_biases_in_every_layer': (
@@ -136,7 +136,7 @@ CASES = {
     'preprocessor_of_a_vit_ignored': (
         'configuration fields',
         '',
-        ['warning: .*/preprocessor_config.json asks for other images', 'exit 0'] * 2,
+        ['warning: .*/preprocessor_config.json describes other images', 'exit 0'] * 2,
     ),
     'seqio_task_that_does_not_fit': (
         'tasks of the user',
@@ -150,12 +150,12 @@ CASES = {
     'single_file_beside_an_index': (
         'which file counts',
         '',
-        ['warning: .*index.json and its files are passed over', 'exit 0', r'read: \[2\.\]'],
+        ['warning: .*index.json and its files are ignored', 'exit 0', r'read: \[2\.\]'],
     ),
     'space_check_that_contradicts_itself': (
         'places to write to',
         '',
-        ['has 62.9 MB free, and 67.2 MB are needed', 'exit 2', 'Read-only file system', 'exit 2'],
+        ['has 62.9 MB free, but 67.2 MB are needed', 'exit 2', 'Read-only file system', 'exit 2'],
     ),
     't5_old_cross_attention_bias': (
         'documented and refused',

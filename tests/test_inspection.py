@@ -1,4 +1,4 @@
-"""`upcycle inspect` of MoE layers that are not whole: it says what is there."""
+"""`upcycle inspect` shows incomplete MoE layers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""SIGINT at any moment, streams that take nothing, and what nobody has foreseen."""
+"""SIGINT at any moment, broken streams, and unexpected errors."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from upcycle.errors import Preempted, Unavailable, UserError
 
 
 def program(code, *, arguments=(), **more):
-    """A process of its own that may be interrupted, wherever these tests run."""
+    """Runs a process that can be interrupted, wherever these tests run."""
     return subprocess.run(
         [sys.executable, '-c', code, *arguments],
         capture_output=True,
@@ -24,7 +24,7 @@ def program(code, *, arguments=(), **more):
     )
 
 
-# Where the process interrupts itself, and how it ends: a status, or the signal.
+# Where the process interrupts itself, and its exit status or signal.
 MOMENTS = {
     'before main': ('import upcycle.__main__; os.kill(os.getpid(), 2); time.sleep(60)', -2),
     'while our command line loads': ('hook("upcycle.cli"); import upcycle.__main__ as m; m.main()', -2),
@@ -135,7 +135,7 @@ def test_the_traceback_is_shown_where_it_is_asked_for(monkeypatch, capsys):
 SPEAKS_AND_WORKS = 'print("x" * 99999, flush=True); print("x" * 99999, file=sys.stderr); open("made", "w").write("x")'
 CLOSES_ITS_TERMINAL = 'a, b = pty.openpty(); os.dup2(b, 1); os.dup2(b, 2); os.close(a); os.close(b)'
 SHELL = {
-    # Redirections, what the command does, status, words on standard error.
+    # Redirections, action of the command, exit status, words on standard error.
     'no stdout': ('>&-', 'print("x")', 0, ''),
     'no stderr': ('2>&-', 'raise UserError("x")', 2, ''),
     'none at all': ('<&- >&- 2>&-', 'print("x", file=sys.stderr); open("made", "w").write("x")', 0, ''),

@@ -1,4 +1,4 @@
-"""What a run logs: TensorBoard reads the same numbers as metrics.jsonl holds."""
+"""The log of a run, in metrics.jsonl and TensorBoard."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def line(step, split='train', **more):
     return json.dumps({'step': step, 'split': split, **more}).encode()
 
 
-# Of a log that reaches step 8: what may stand between its whole lines, and whether it is said.
+# Damage between the whole lines of a log up to step 8.
 DAMAGES = {
     'its end is missing': b'{"step": 2, "split": "tr',
     'no UTF-8': line(2)[:-1] + b', "note": "\xff"}',
@@ -36,8 +36,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize('damage', DAMAGES)
 @pytest.mark.parametrize('number', [0, 2, 4])
-def test_no_line_is_lost_when_a_run_goes_on(damage, number, tmp_path, capsys):
-    """Whole lines up to the step that it goes on from stay in the log, byte for byte; all others are set aside."""
+def test_no_line_is_lost_when_a_run_resumes(damage, number, tmp_path, capsys):
+    """Whole lines up to the step of the resumption stay in the log, byte for byte; all others are set aside."""
     whole = [line(2), line(4), line(4, 'validation'), line(6)]
     lines = [*whole[:number], DAMAGES[damage], *whole[number:]]
     log = tmp_path / 'metrics.jsonl'
@@ -53,7 +53,7 @@ def test_no_line_is_lost_when_a_run_goes_on(damage, number, tmp_path, capsys):
         assert not said  # a kill in the middle of a line
 
 
-def test_what_is_set_aside_adds_up(tmp_path):
+def test_removed_lines_accumulate(tmp_path):
     written = 0
     for last in (None, 4, 2):
         log = MetricsLog(str(tmp_path), last)
@@ -121,7 +121,7 @@ def test_tensorboard_reads_what_was_logged(tmp_path):
     assert events.Scalars('flops')[0].value == pytest.approx(1e17)
 
 
-def test_everything_is_closed_where_a_file_cannot_be_written(tmp_path, monkeypatch):
+def test_all_files_are_closed_even_if_one_cannot_be_written(tmp_path, monkeypatch):
     log = MetricsLog(str(tmp_path), None)
     log.write(1, 'train', {'loss': 1.0})
     closed = []
@@ -139,7 +139,7 @@ def test_everything_is_closed_where_a_file_cannot_be_written(tmp_path, monkeypat
 
 
 def test_rows_of_different_lengths_are_written(tmp_path):
-    """Experts of few tokens have fewer typical ones."""
+    """Experts with few tokens have fewer typical ones."""
     log = MetricsLog(str(tmp_path), None)
     log.write(1, 'train', {'typical': [['1'], ['2', '3']], 'load': np.array([0.5, 0.25], np.float32)})
     log.close()

@@ -1,4 +1,4 @@
-"""Where commands write: every option and binding is looked at before any work, and a wrong path is one sentence."""
+"""Outputs of commands: every option and binding is checked before any work, and a wrong path gives a clear error."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ LONG = 'n' * 250
 
 @pytest.fixture
 def places(tmp_path):
-    """A folder of paths in the way, by what they are."""
+    """A folder with paths of several kinds."""
     folder = tmp_path / 'places'
     folder.mkdir()
     (folder / 'file').write_text('mine')
@@ -37,7 +37,7 @@ def places(tmp_path):
 
 # For a folder and for a file: path, words of the message.
 NEVER = {
-    'below a file': ('file/x', ['file is a file and not a folder']),
+    'below a file': ('file/x', ['file is a file, not a folder']),
     'dangling link': ('dangling', ['dangling is a link to /nonexistent/disk, which does not exist']),
     'below a dangling link': ('dangling/run', ['dangling is a link to /nonexistent/disk']),
     'loop of links': ('loop', ['loop of links']),
@@ -47,7 +47,7 @@ NEVER = {
     'proc': ('/proc/x', ['/proc']),
     'pipe': ('pipe', ['it is a pipe']),
     'device': ('/dev/null', ['it is a device']),
-    'below a device': ('/dev/null/x', ['/dev/null is a device and not a folder']),
+    'below a device': ('/dev/null/x', ['/dev/null is a device, not a folder']),
     'empty': ('', ['is empty']),
     'zero byte': ('a\0b', ['zero byte']),
     'no such store': ('ftp://host/x', ['ftp://host/x']),
@@ -78,10 +78,10 @@ def listing(folder):
 @pytest.mark.parametrize(
     ('path', 'kind', 'words'),
     [
-        ('full', Kind.FILE, 'it is a folder, and a file is needed'),
-        ('full', Kind.NEW_FILE, 'it is a folder, and a file is needed'),
-        ('file', Kind.FOLDER, 'it is a file, and a folder is needed'),
-        ('file', Kind.NEW_FOLDER, 'it is a file, and a folder is needed'),
+        ('full', Kind.FILE, 'it is a folder, not a file'),
+        ('full', Kind.NEW_FILE, 'it is a folder, not a file'),
+        ('file', Kind.FOLDER, 'it is a file, not a folder'),
+        ('file', Kind.NEW_FOLDER, 'it is a file, not a folder'),
         ('file', Kind.NEW_FILE, 'exists already'),
         ('full', Kind.NEW_FOLDER, 'exists already'),
     ],
@@ -139,7 +139,7 @@ def test_a_disk_that_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.tempfile, 'TemporaryFile', refuse)
     state = type('State', (), {'f_flag': os.ST_RDONLY})
     monkeypatch.setattr(outputs.os, 'statvfs', lambda path: state)
-    with pytest.raises(UserError, match='Read-only file system: it lies on a disk that is read-only'):
+    with pytest.raises(UserError, match='Read-only file system: the disk is read-only'):
         outputs.check('--to', tmp_path / 'x', Kind.NEW_FOLDER)
 
 
@@ -149,11 +149,11 @@ def test_a_disk_that_is_read_only(tmp_path, monkeypatch):
         (
             60_000_000,
             100_000,
-            'has 60 MB free, and 67.2 MB are needed (100 kB for the checkpoint and 67.1 MB that stay free)',
+            'has 60 MB free, but 67.2 MB are needed (100 kB for the checkpoint and 67.1 MB to stay free)',
         ),
-        (0, 0, 'has 0 bytes free, and 1.05 MB are needed'),
-        (999, 0, 'has 999 bytes free, and 1.05 MB are needed'),
-        (10**9, 3 * 10**12, 'has 1 GB free, and 3 TB are needed (3 TB for the checkpoint and 67.1 MB that stay free)'),
+        (0, 0, 'has 0 bytes free, but 1.05 MB are needed'),
+        (999, 0, 'has 999 bytes free, but 1.05 MB are needed'),
+        (10**9, 3 * 10**12, 'has 1 GB free, but 3 TB are needed (3 TB for the checkpoint and 67.1 MB to stay free)'),
     ],
 )
 def test_units_show_the_difference(free, needed, said, tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_units_show_the_difference(free, needed, said, tmp_path, monkeypatch):
 
 
 def commands(path):
-    """Every command with an output, and what it does not reach is named so that it would fail otherwise."""
+    """All commands with an output. The other arguments would fail later."""
     model = ['--gin_file=models/t5_1_1_tiny.gin', '--gin_file=moe/t5.gin']
     text = [*model, '--gin_file=tasks/synthetic_text.gin', '--gin_file=runs/scratch.gin']
     return {
@@ -187,7 +187,7 @@ def test_every_command_looks_before_it_works(name, places, capsys):
     code, _, error = call(commands(places / 'file' / 'below')[name], capsys)
     option = name.split(' ')[-1] if ' ' in name else 'MODEL_DIR'
     assert code == 2
-    assert f'upcycle: {option}' in error and 'is a file and not a folder' in error, error
+    assert f'upcycle: {option}' in error and 'is a file, not a folder' in error, error
     assert (places / 'file').read_text() == 'mine'
 
 
@@ -211,7 +211,7 @@ def test_nothing_is_imported_or_converted_into_the_folder_of_a_run(below, dense,
     model = runs.FILES['upcycle'][:2]
     for arguments in (['import'], ['convert', *(f'--gin_file={file}' for file in model)]):
         code, _, error = call([*arguments, f'--from={dense}', f'--to={os.path.join(dense, below)}'], capsys)
-        words = ('is the folder of a run', 'exists already', 'holds checkpoints such as')
+        words = ('the folder of a run', 'exists already', 'holds checkpoints such as')
         assert code == 2 and any(word in error for word in words)
     assert listing(pathlib.Path(dense)) == before
 

@@ -1,4 +1,4 @@
-"""The main job at a budget of a few steps: four runs, a table, a report, and the same again from where it was cut off."""
+"""The quickstart with a few steps: four runs, a table, a report, and resumption."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from upcycle.metrics import read_metrics
 def test_equal_flops_and_the_same_batches(family):
     dense, continuation, upcycled, scratch = quick.branches(quick.JOBS[family], '/nowhere', 1.0, seed=3)
     steps = {branch.name: int(branch.bindings['TRAIN_STEPS']) for branch in (dense, continuation, upcycled, scratch)}
-    cost = {branch.name: quick._step_flops(branch) for branch in (dense, scratch)}
+    cost = {branch.name: quick.flops_of(branch.gin_files, branch.bindings) for branch in (dense, scratch)}
     extra = (steps['upcycled'] - steps['dense']) * cost['scratch']
     assert (steps['dense_continuation'] - steps['dense']) * cost['dense'] == pytest.approx(extra, rel=0.01)
     assert steps['scratch'] * cost['scratch'] == pytest.approx(steps['dense'] * cost['dense'] + extra, rel=0.01)

@@ -129,7 +129,7 @@ def test_a_copy_of_a_configuration_in_a_bucket_is_removed(tmp_path, monkeypatch)
     assert not os.path.exists(copy)
     (tmp_path / 'config.gin').write_text('import os\n')
     with pytest.raises(
-        UserError, match=f'{tmp_path}/config.gin is not read unasked, .* name a local copy with --gin_file.'
+        UserError, match=f'{tmp_path}/config.gin does more than describe a run .* name a local copy with --gin_file.'
     ):
         evaluate._config_of(str(tmp_path)).__enter__()
 
@@ -153,5 +153,5 @@ def test_an_index_that_claims_too_much_is_refused_before_it_is_believed(dense, t
     entry = next(iter(index['tree_metadata'].values()))
     entry['key_metadata'][-1]['key'] = '../../../elsewhere'
     (step / 'state' / '_METADATA').write_text(json.dumps(index))
-    with pytest.raises(UserError, match='do not lie beside it'):
+    with pytest.raises(UserError, match='outside its folder'):
         open_checkpoint(step)

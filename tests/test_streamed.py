@@ -1,4 +1,4 @@
-"""A function in pieces: the results of the whole, and parameters that come and go."""
+"""A function in pieces has the results of the whole, and frees its parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def network(params, x):
 
 
 class Disk:
-    """Parameters that are read when they are asked for."""
+    """Parameters that are read on demand."""
 
     def __init__(self, params):
         self.read, self.most = [], 0
@@ -50,7 +50,7 @@ class Disk:
 
 
 class _Reference:
-    """Whether an array still has its memory."""
+    """Whether the memory of an array is still allocated."""
 
     def __init__(self, array):
         self._pointer = array.unsafe_buffer_pointer()
@@ -70,7 +70,7 @@ def test_the_results_of_the_whole_function_as_soon_as_they_are_known():
     for name in expected:
         for one, other in zip(jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5)
-    # Nothing beyond the first layer was read for what the second one is given.
+    # The input of the second layer needs no parameter beyond the first layer.
     assert disk.read[: read['1']] == ['layer_0/w', 'layer_0/b']
     assert 'unused/w' not in disk.read and disk.read.count('layer_0/w') == 2
 

@@ -33,14 +33,14 @@ def bindings(model_dir: str | os.PathLike[str], steps: int, **more: object) -> d
 
 @functools.cache
 def dense_checkpoint(folder: str) -> str:
-    """A dense run of two steps, made once for each folder."""
+    """The path of a dense run of two steps, trained once per folder."""
     path = os.path.join(folder, 'dense_vit')
     train.run((MODEL, TASK, 'runs/pretrain.gin'), bindings(path, 2))
     return path
 
 
 def store_as_tfds(name: str, splits: Sequence[str], num_classes: int, folder: str) -> None:
-    """Prepares a data set of the same name, features and format as the real one, of 100 random images a split."""
+    """Prepares a data set with the real one's name, features and format, of 100 random images per split."""
     tfds = tensorflow_quiet.tfds()
     label = {'label': tfds.features.ClassLabel(num_classes=num_classes)}
     if name == 'imagenet21k':

@@ -1,8 +1,8 @@
-"""`python -m upcycle`, and the console script."""
+"""Entry point of `python -m upcycle` and of the console script."""
 
 import signal
 
-# First of all: until `main` listens, SIGINT just ends the process, without a traceback. Not where it is ignored.
+# Before all imports: until `main` handles SIGINT, it ends the process without a traceback, unless it is ignored.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -1,8 +1,8 @@
-"""Names that modules and classes had in earlier versions: stored and users' gin files may hold them."""
+"""Former names of modules and classes, which stored gin files and those of users may hold."""
 
 import re
 
-# Former modules and classes, and what they are called now.
+# Former names and present ones.
 FORMER = {
     'upcycle.train': 'upcycle.training',
     'upcycle.moe.config.AdaptiveBalance': 'upcycle.moe.conventions.AdaptiveBalance',
@@ -12,10 +12,10 @@ _REFERENCE = re.compile(r'(?<=@)[\w./]+')
 
 
 def current(name: str) -> str:
-    """The full name of a module, a class or a parameter, perhaps in scopes, as this version has it."""
-    return _FORMER.sub(lambda found: found[1] + FORMER[found[2]], name)
+    """Translates the full name of a module, class or parameter, scoped or not, to this version."""
+    return _FORMER.sub(lambda match: match[1] + FORMER[match[2]], name)
 
 
 def current_value(text: str) -> str:
-    """A value in a gin file with its references, such as `@upcycle.train.run.Run()`, as this version has them."""
-    return _REFERENCE.sub(lambda found: current(found[0]), text)
+    """Translates the references in a gin value, such as `@upcycle.train.run.Run()`, to this version."""
+    return _REFERENCE.sub(lambda match: current(match[0]), text)

@@ -1,4 +1,4 @@
-"""The package from Python: models, plans and surgery in memory, and the commands as functions. `docs/api.md` shows them."""
+"""The Python API: models, plans and surgery in memory, and the commands as functions. See `docs/api.md`."""
 
 import dataclasses
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from upcycle import configuration, gin_files, partitioning, trees, warning
 from upcycle.checkpoints import Reader, open_checkpoint
@@ -22,11 +22,11 @@ from upcycle.cost import num_bytes
 from upcycle.errors import UserError
 from upcycle.foreign import MoERule, PathRules, State, plan_foreign, upcycle_foreign
 from upcycle.formats import FORMATS
-from upcycle.in_memory import as_key, carry_out, check_surgery, receipt_of
+from upcycle.in_memory import as_key, auto_mesh, carry_out, check_surgery
 from upcycle.models import Model, Params, identify
 from upcycle.surgery.operators import Start
 from upcycle.surgery.place import execute
-from upcycle.surgery.plan import PARAMS, Action, Plan, Surgery, mlp_of, within_mlp
+from upcycle.surgery.plan import PARAMS, Action, Axes, Plan, Surgery, mlp_of, within_mlp
 from upcycle.surgery.planning import plan_surgery
 from upcycle.surgery.receipt import check_function, check_layer, reported
 from upcycle.training.source_model import SourceModel
@@ -44,45 +44,46 @@ _PATHS = (str, os.PathLike)
 def load(
     path: Path, *, mesh: Mesh | None = None, dtype: str | None = None, model: Model | None = None
 ) -> tuple[Model, Params]:
-    """A model and its parameters, from a checkpoint of any format that is read.
+    """Loads a model and its parameters from a checkpoint of any readable format.
 
-    Leaf by leaf: each device reads its part, and a process holds no more than one leaf apart from the result.
+    Reads leaf by leaf: each device gets its part, and a process holds at most one leaf besides the result.
 
     Args:
       path: a run folder or step of ours, a T5X checkpoint, a Hugging Face folder, or an `.npz`; `gs://` works. The format and
-        the family are found, not named.
-      mesh: where the parameters lie, of axes named `data`, `expert` and `model` (see `partitioning.make_mesh`); an axis may be
-        missing. None: one device.
-      dtype: of parameters and activations, 'float32', 'bfloat16' or 'float16'; routers stay float32. None: float32.
-      model: what the checkpoint holds. Only needed for MoE layers of other programs, whose checkpoints do not say how they route.
+        the family are detected.
+      mesh: mesh of the parameters, with axes among `data`, `expert` and `model` (see `partitioning.make_mesh`). None: one
+        device.
+      dtype: type of parameters and activations, 'float32', 'bfloat16' or 'float16'; routers stay float32. None: float32.
+      model: the model in the checkpoint. Only needed for MoE checkpoints of other programs, which do not describe their routing.
 
     Returns:
-      The model, and its parameters as nested dicts of arrays. `model.logits(params, batch)` is its function.
+      The model, and its parameters as nested dicts of arrays. Call it with `model.logits(params, batch)`.
 
     Raises:
-      UserError: nothing readable is there, it is no whole model of a family that we know, or is not `model`.
+      UserError: the path has no readable checkpoint, or not a complete model of a known family, or another model than `model`.
     """
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UserError(f'dtype={dtype!r} must be one of {", ".join(WEIGHT_DTYPES)}.')
     _check_mesh(mesh)
     reader = _opened(path)
     stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith(PARAMS)}
-    found = (_model_in(reader, stored) if model is None else _expected(model, reader, stored)).with_dtype(
-        dtype or 'float32'
-    )
-    spec = Surgery(operator=None)
-    check_facts(found, reader, spec)
-    wanted, axes = _leaves_of(found, mesh)
+    model = _model_in(reader, stored) if model is None else _expected(model, reader, stored)
+    model = model.with_dtype(dtype or 'float32')
+    surgery = Surgery(operator=None)
+    check_facts(model, reader, surgery)
+    leaves, axes = _leaves_of(model, mesh)
     # Backbones have no head.
-    missing = tuple(f'{PARAMS}{part}/' for part in found.lacking if not any(_below(part, name) for name in stored))
-    wanted = {name: with_dtype(name, leaf, dtype) for name, leaf in wanted.items() if not name.startswith(missing)}
-    surgery_plan = plan_surgery(stored, wanted, spec, axes)
-    flat = execute(surgery_plan, reader.read, _shardings(wanted), new={})
-    return found, unflatten_dict(flat, sep='/')['params']
+    parts = [f'{PARAMS}{part}/' for part in model.lacking]
+    missing = tuple(part for part in parts if not any(name.startswith(part) for name in stored))
+    leaves = {name: with_dtype(name, leaf, dtype) for name, leaf in leaves.items() if not name.startswith(missing)}
+    flat = execute(plan_surgery(stored, leaves, surgery, axes), reader.read, _shardings(leaves), new={})
+    return model, unflatten_dict(flat, sep='/')['params']
 
 
 def sparse(model: Model, *files: str, **macros: Any) -> Model:
-    """A model with the MoE layers of its family's recipe, `gin/moe/FAMILY.gin`.
+    """Adds the MoE layers of the family's recipe, `gin/moe/FAMILY.gin`, to a model.
+
+    Replaces gin's current configuration.
 
     Args:
       model: a dense model, such as `load` returns.
@@ -90,14 +91,14 @@ def sparse(model: Model, *files: str, **macros: Any) -> Model:
       **macros: bindings, such as NUM_EXPERTS=8; docs/macros.md lists them.
 
     Returns:
-      The same model but for what recipe, files and macros set. The configuration that gin holds is replaced.
+      The model with the settings of the recipe, the files and the macros.
 
     Raises:
-      UserError: a macro is unknown, is of another type, or does not suit the model.
+      UserError: a macro is unknown, has another type, or does not suit the model.
     """
     kind, prefix = type(model.config), f'models/{model.family}_'
     base = min(name for name in gin_files.shipped() if name.startswith(prefix))
-    # Which layers are sparse, and how wide an expert is, depends on the sizes.
+    # The sparse layers and the width of an expert depend on the sizes.
     sizes = {
         f'{kind.__name__}.{field.name}': repr(getattr(model.config, field.name))
         for field in dataclasses.fields(kind)
@@ -112,7 +113,7 @@ def sparse(model: Model, *files: str, **macros: Any) -> Model:
 
 
 def _changes(before: Any, after: Any, macros: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configured dataclass that differ, or that one of the macros sets."""
+    """Returns the fields of a dataclass that differ or that a macro sets."""
     values = {field.name: getattr(after, field.name) for field in dataclasses.fields(after)}
     return {
         name: value
@@ -123,26 +124,25 @@ def _changes(before: Any, after: Any, macros: Mapping[str, Any]) -> dict[str, An
 
 
 def plan(dense: Any, sparse: Model | PathRules, surgery: Surgery | None = None) -> Plan:
-    """What becomes of every leaf, from names and shapes alone.
+    """Plans the surgery from leaf names and shapes.
 
     Args:
-      dense: what to start from: the path of a checkpoint, of which only metadata is read; a model; or parameters, nested dicts of
-        arrays or of their shapes. A list of several for the operator 'branches'. For a model that is not ours, parameters or a
-        `State`.
-      sparse: the model to make, such as `sparse(dense)` returns; or the rules for a model that is not ours.
-      surgery: how; None: `Surgery()`, copies of the dense MLPs.
+      dense: the source: the path of a checkpoint, of which only metadata is read; a model; or parameters, nested dicts of arrays
+        or of their shapes. A list of several for the operator 'branches'. For a foreign model, parameters or a `State`.
+      sparse: the target model, such as `sparse(dense)` returns; or the rules for a foreign model.
+      surgery: the specification; None: `Surgery()`, copies of the dense MLPs.
 
     Returns:
-      A row for each leaf of the sparse model, and the leaves that are dropped, with reasons.
+      The plan: one row per leaf of the sparse model, and the dropped leaves with reasons.
 
     Raises:
-      UserError: a leaf has no source, two, or one of another shape; or a dense leaf would be lost.
+      UserError: a leaf has no source, two sources, or one of another shape; or a dense leaf is unused.
     """
     surgery = Surgery() if surgery is None else surgery
     if isinstance(sparse, PathRules):
         return plan_foreign(dense, sparse, surgery)
-    wanted, axes = _leaves_of(_our_model(sparse), None)
-    return _plan(_reader(dense), sparse, surgery, wanted, axes)
+    leaves, axes = _leaves_of(_our_model(sparse), None)
+    return _plan(_reader(dense), sparse, surgery, leaves, axes)
 
 
 def upcycle(
@@ -154,33 +154,32 @@ def upcycle(
     mesh: Mesh | None = None,
     batch: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Makes an MoE of a dense model in memory, leaf by leaf. It is the surgery of `upcycle convert` and `upcycle train`.
+    """Upcycles a dense model to an MoE in memory, leaf by leaf, with the surgery of `upcycle convert` and `upcycle train`.
 
     Args:
-      params: what to start from, as `plan` takes it, but for a model, which has no numbers. Arrays on
-        devices are copied, so that the result can be donated.
-      sparse: the model to make, or the rules for a model that is not ours.
-      surgery: how; None: `Surgery()`. Its `seed` is not used.
-      key: of everything random: a key of `jax.random`, or a whole number. `jax.random.key(n)` gives the bytes that
-        UPCYCLE_SEED = n gives.
-      mesh: where the result lies. Axes named `expert` and `model` split experts and widths; of a model that is not ours other
-        leaves lie as their sources do, if these lie on the same mesh, and are whole otherwise. None: one device.
-      batch: on which the sparse model is compared with the dense one. None: each MoE layer of ours is compared with its MLP on
-        seeded normal activations; a model that is not ours is not compared.
+      params: the source, as for `plan`, except that a model is not accepted. Arrays on devices are copied, so that the result
+        can be donated.
+      sparse: the target model, or the rules for a foreign model.
+      surgery: the specification; None: `Surgery()`. Its `seed` is not used.
+      key: random key of `jax.random`, or an integer. `jax.random.key(n)` gives the same bytes as UPCYCLE_SEED = n.
+      mesh: mesh of the result. Axes named `expert` and `model` shard experts and widths. For a foreign model, other leaves keep
+        the sharding of their sources if these are on the same mesh, and are replicated otherwise. None: one device.
+      batch: batch on which the sparse model is compared with the dense one. None: each MoE layer of our models is compared with
+        its MLP on seeded normal activations; a foreign model is not compared.
 
     Returns:
-      The parameters in float32, for a model that is not ours in the types and the kind of tree that they had, or a `State`. And
-      the receipt, as JSON: what was made of what, with hashes, and how far the two functions are apart.
+      The parameters and the receipt as JSON: plan, hashes, and the difference between the two functions. The parameters are
+      float32; those of a foreign model keep their types and kind of tree, and are in a `State` if one was given.
 
     Raises:
-      UserError: see `plan`; or a number is NaN or infinite.
+      UserError: see `plan`; or a leaf contains NaN or infinity.
     """
     surgery = Surgery() if surgery is None else surgery
     key = as_key(key)
     _check_mesh(mesh)
     if isinstance(sparse, PathRules):
         return upcycle_foreign(params, sparse, surgery, key=key, mesh=mesh, batch=batch)
-    check_surgery(surgery, has_state=False, has_hidden=batch is not None, way_out='give a batch')
+    check_surgery(surgery, has_state=False, has_hidden=batch is not None, way_out='pass a batch')
     leaves, axes = _leaves_of(_our_model(sparse), mesh)
     reader = _reader(params)
     surgery_plan = _plan(reader, sparse, surgery, leaves, axes)
@@ -190,13 +189,12 @@ def upcycle(
         return source.hidden_states(batch, target, mlp)
 
     with partitioning.use(next(iter(leaves.values())).sharding.mesh):
-        done = carry_out(surgery_plan, reader, _shardings(leaves), key, hidden=hidden)
-        receipt = receipt_of(surgery_plan, reader, key, done)
-        flat, made = done.leaves, unflatten_dict(done.leaves, sep='/')['params']
+        flat, receipt = carry_out(surgery_plan, reader, _shardings(leaves), key, hidden=hidden)
+        made = unflatten_dict(flat, sep='/')['params']
         if batch is None:
             layers = _check_layers(surgery_plan, sparse, reader, flat)
-            no_batch = 'not compared: no batch was given'
-            receipt['function_check'] = {'whole_model': no_batch, 'layers': layers, 'activations': 'seeded normal'}
+            whole = 'not compared: no batch was given'
+            receipt['function_check'] = {'whole_model': whole, 'layers': layers, 'activations': 'seeded normal'}
         else:
             receipt['function_check'] = reported(
                 lambda: check_function(sparse, source.params(flat), made, batch, source.model)
@@ -215,23 +213,23 @@ def convert(
     verify: bool = False,
     **bindings: Any,
 ) -> str:
-    """Writes the MoE checkpoint that a run would start from, streamed to disk, as `upcycle convert` does.
+    """Writes the initial MoE checkpoint of a run to disk, streamed, as `upcycle convert` does.
 
     Args:
-      gin_files: of the sparse model: one of models/, then one of moe/.
-      source: the dense checkpoint; several for the operator 'branches'.
-      target: where the new checkpoint will be.
-      format: of the new checkpoint, one of `formats.FORMATS`.
-      dtype: of the parameters; None: float32.
-      optimizer_state: False: leave the optimizer's state out.
+      gin_files: gin files of the sparse model: one of models/, then one of moe/.
+      source: path of the dense checkpoint; several for the operator 'branches'.
+      target: path of the new checkpoint.
+      format: format of the new checkpoint, one of `formats.FORMATS`.
+      dtype: type of the parameters; None: float32.
+      optimizer_state: False: omit the optimizer state.
       verify: read everything back and compare it by hash.
-      **bindings: such as NUM_EXPERTS=8.
+      **bindings: bindings, such as NUM_EXPERTS=8.
 
     Returns:
       The path of the new checkpoint.
 
     Raises:
-      UserError: before anything is written, where plan, format or space do not fit; later where the source is damaged.
+      UserError: before anything is written, if plan, format or space do not fit; later, if the source is damaged.
     """
     if format not in FORMATS:
         raise UserError(f'format={format!r} is not one of {", ".join(FORMATS)}.')
@@ -250,32 +248,32 @@ def convert(
 
 
 def train(gin_files: Sequence[str], **bindings: Any) -> TrainState:
-    """One run, as `upcycle train` does: pretraining, continuation, upcycling or fine-tuning, by its gin files.
+    """Trains as `upcycle train` does: pretraining, continuation, upcycling or fine-tuning.
 
     Args:
-      gin_files: in the order models, moe, tasks, runs.
-      **bindings: such as TRAIN_STEPS=1000; MODEL_DIR says where everything is written. Parameters of gin go in a dict:
+      gin_files: gin files in the order models, moe, tasks, runs.
+      **bindings: bindings, such as TRAIN_STEPS=1000; MODEL_DIR is the output folder. Pass gin parameters in a dict:
         `**{'MoEConfig.min_capacity': 8}`.
 
     Returns:
       The state after the last step.
 
     Raises:
-      UserError: before anything is written, where the configuration, the folder or the checkpoint do not fit.
-      Preempted: the run was asked to stop, and has saved its state.
+      UserError: before anything is written, if the configuration, the folder or the checkpoint does not fit.
+      Preempted: the run was asked to stop and has saved its state.
     """
     warning.forget()
     return train_command.run(gin_files, _bindings(bindings))
 
 
 def _bindings(values: Mapping[str, Any]) -> dict[str, str]:
-    """Bindings as the command line has them: text."""
+    """Converts bindings to text, as on the command line."""
     return {name: os.fspath(value) if isinstance(value, _PATHS) else repr(value) for name, value in values.items()}
 
 
 def _check_mesh(mesh: Any) -> None:
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise UserError(f'mesh = {mesh!r} must be a jax.sharding.Mesh, such as partitioning.make_mesh makes.')
+        raise UserError(f'mesh = {mesh!r} must be a jax.sharding.Mesh, such as one from partitioning.make_mesh.')
 
 
 def _opened(path: Path) -> Reader:
@@ -285,16 +283,16 @@ def _opened(path: Path) -> Reader:
 
 
 def _reader(source: Any) -> Reader:
-    """A checkpoint, a model's shapes, parameters in memory, or several of them."""
+    """Returns a reader of a checkpoint, a model's shapes, parameters in memory, or a list of these."""
     if isinstance(source, _PATHS):
         return _opened(source)
     if isinstance(source, list | tuple):
         if not source:
-            raise UserError('there is nothing to start from: the list of dense models is empty.')
-        return _reader(source[0]) if len(source) == 1 else SeveralReader([_reader(one) for one in source])
+            raise UserError('the list of dense models is empty: pass at least one.')
+        return _reader(source[0]) if len(source) == 1 else SeveralReader([_reader(each) for each in source])
     if isinstance(source, State):
         raise UserError(
-            'the optimizer state of a model of ours is upcycled by `upcycle.convert` and `upcycle.train`: give parameters.'
+            'the optimizer state of our models is upcycled only by `upcycle.convert` and `upcycle.train`: pass the parameters.'
         )
     if hasattr(source, 'smallest_batch'):
         return MemoryReader(_leaves_of(source, None)[0])
@@ -303,26 +301,24 @@ def _reader(source: Any) -> Reader:
 
 def _our_model(model: Any) -> Model:
     if not hasattr(model, 'moe_layers'):
-        raise UserError(f'sparse must be a model of ours or `PathRules`, not {type(model).__name__}.')
+        raise UserError(f'sparse must be a model of this package or `PathRules`, not {type(model).__name__}.')
     return model
 
 
-def _plan(
-    reader: Reader, model: Model, surgery: Surgery, wanted: Leaves, axes: Mapping[str, tuple[str | None, ...]]
-) -> Plan:
+def _plan(reader: Reader, model: Model, surgery: Surgery, leaves: Leaves, axes: Axes) -> Plan:
     if surgery.operator is not None and not model.moe_layers():
-        raise UserError('the model to make has no MoE layers: `upcycle.sparse(model)` gives it those of the recipe.')
+        raise UserError('the target model has no MoE layers: add those of the recipe with `upcycle.sparse(model)`.')
     for part in readers_of(reader):
         check_facts(model, part, surgery)
     stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith(PARAMS)}
-    return plan_surgery(stored, wanted, surgery, axes, head=model.head, grids=model.grids)
+    return plan_surgery(stored, leaves, surgery, axes, head=model.head, grids=model.grids)
 
 
 def _model_in(reader: Reader, stored: Leaves) -> Model:
-    """The model that a checkpoint holds.
+    """Identifies the model in a checkpoint.
 
     Raises:
-      UserError: it has MoE layers and does not say how they route.
+      UserError: it has MoE layers and does not describe their routing.
     """
     path = str(reader.path)
     dense = identify.check(path, stored, identify.facts_of(reader.metadata))
@@ -330,30 +326,30 @@ def _model_in(reader: Reader, stored: Leaves) -> Model:
         return dense.saved(description)
     if identify.moe_layers(stored):
         raise UserError(
-            f'{path} has MoE layers and does not say how they route: give their model, as in '
+            f'{path} has MoE layers and does not describe their routing: pass the model, as in '
             'load(path, model=upcycle.sparse(dense, NUM_EXPERTS=8)).'
         )
     return dense
 
 
 def _expected(model: Model, reader: Reader, stored: Leaves) -> Model:
-    """The model that the caller names, where it is of the family that the checkpoint holds."""
+    """Returns the caller's model if the checkpoint is of the same family."""
     family = identify.check(str(reader.path), stored, identify.facts_of(reader.metadata)).family
     if family != model.family:
-        raise UserError(f'{reader.path} holds a model of the family {family!r}, and `model` is of {model.family!r}.')
+        raise UserError(f'{reader.path} contains a model of the family {family!r}, and `model` is of {model.family!r}.')
     return model
 
 
-def _leaves_of(model: Model, mesh: Mesh | None) -> tuple[Leaves, dict[str, tuple[str | None, ...]]]:
-    """A model's parameters by their names in a checkpoint, with their shardings; and their logical axes."""
+def _leaves_of(model: Model, mesh: Mesh | None) -> tuple[Leaves, Axes]:
+    """Returns a model's parameters with shardings, and their logical axes, by their names in a checkpoint."""
     if mesh is None:
         mesh = partitioning.make_mesh((1, 1, 1), None, jax.local_devices()[:1])
     if not {*mesh.axis_names} & {*partitioning.MESH_AXES}:
         raise UserError(
-            f'mesh has the axes {", ".join(mesh.axis_names)}, and must have axes named {", ".join(partitioning.MESH_AXES)}: '
-            'partitioning.make_mesh makes one.'
+            f'mesh has the axes {", ".join(mesh.axis_names)}, but must have axes named {", ".join(partitioning.MESH_AXES)}: '
+            'use partitioning.make_mesh.'
         )
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    mesh = auto_mesh(mesh)
     boxed = boxed_shapes(model, tuple(sorted(model.smallest_batch().items())))
     logical = flatten_dict({'params': partitioning.logical_axes(boxed)}, sep='/')
     leaves = {}
@@ -367,14 +363,10 @@ def _shardings(leaves: Leaves) -> dict[str, jax.sharding.Sharding]:
     return {name: leaf.sharding for name, leaf in leaves.items()}
 
 
-def _below(part: str, name: str) -> bool:
-    return name.startswith(f'{PARAMS}{part}/')
-
-
 def _check_layers(
     surgery_plan: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
 ) -> dict[str, dict[str, float]]:
-    """Each MoE layer that was made of a dense MLP against it, as `upcycle convert` does."""
+    """Compares each MoE layer with its dense MLP, as `upcycle convert` does."""
     if surgery_plan.spec.operator is None or surgery_plan.spec.operator.starts_from is not Start.DENSE:
         return {}
     checks = {}
@@ -388,6 +380,10 @@ def _check_layers(
         ]
         routed = any(name.startswith('router/') for name in inside)
         if rows and routed and num_bytes(inside) <= CHECKED_BYTES:
-            dense = {within_mlp(row.target): reader.read(row.sources[0]) for row in rows}
-            checks[path] = dataclasses.asdict(check_layer(model, path, dense, inside, CHECKED_TOKENS))
+            host = partitioning.whole_on_host
+            dense = {within_mlp(row.target): host(reader.read(row.sources[0])) for row in rows}
+            inside = {name: host(leaf) for name, leaf in inside.items()}
+            # Outside the mesh, whose devices may be more than the routing groups of the checked tokens.
+            with partitioning.on_one_device(jax.local_devices()[0]):
+                checks[path] = dataclasses.asdict(check_layer(model, path, dense, inside, CHECKED_TOKENS))
     return checks

@@ -1,17 +1,17 @@
-"""Errors of the clients of buckets, as sentences for the user."""
+"""Converts errors of bucket clients to messages for the user."""
 
 import re
 from collections.abc import Iterator, Sequence
 
 from upcycle.errors import Unavailable, UserError, without_password
 
-# The clients of buckets (TensorFlow's, fsspec's with gcsfs or s3fs, TensorStore), by the modules that define their errors. They
-# are raised after the client's own retries.
+# Modules that define the errors of bucket clients: TensorFlow's, fsspec's with gcsfs or s3fs, and TensorStore. Clients raise them
+# after their own retries.
 _CLIENTS = (
     *('tensorflow.', 'gcsfs.', 's3fs.', 'fsspec.', 'aiohttp.', 'aiobotocore.', 'botocore.'),
     *('google.', 'requests.', 'urllib3.'),
 )
-# No answer came: the address may be right. Status words are those of gRPC, which TensorFlow and TensorStore use.
+# Messages if there is no answer. Status words are gRPC's, used by TensorFlow and TensorStore.
 _SILENCE = re.compile(
     r'libcurl code|\bUNAVAILABLE\b|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|\bABORTED\b|resolve|timed? ?out|Cannot connect|'
     r'Could not connect|Connection (?:reset|refused|aborted)|Max retries|HTTP (?:response )?(?:code )?(?:429|5\d\d)\b|'
@@ -26,15 +26,14 @@ _ADDRESS = re.compile(r'(?:gs|s3)://[^\s\'",;)\]]*')
 
 
 def refused_by_bucket(error: BaseException, arguments: Sequence[str] = ()) -> UserError | None:
-    """An error of the client of a bucket, as a sentence.
+    """Converts an error of a bucket client.
 
     Args:
-      error: any that ended a command.
-      arguments: of the command; the addresses in them.
+      error: any error that ended a command.
+      arguments: of the command; they may contain addresses.
 
     Returns:
-      `Unavailable` where nothing answered, another `UserError` where the answer was no; None: the error has nothing to do with a
-      bucket.
+      `Unavailable` if the bucket did not answer, another `UserError` if it refused, None if the error is unrelated to a bucket.
     """
     asked = [address for argument in arguments for address in _ADDRESS.findall(argument)]
     for cause in _causes(error):
@@ -47,7 +46,7 @@ def refused_by_bucket(error: BaseException, arguments: Sequence[str] = ()) -> Us
 
 
 def _python_error_of_a_client(error: BaseException, text: str) -> bool:
-    """Whether one of Python's own errors was raised by the client of a bucket."""
+    """Whether a built-in error was raised by a bucket client."""
     if not isinstance(error, OSError | ImportError | ValueError | KeyError):
         return False
     return (
@@ -60,31 +59,31 @@ def _python_error_of_a_client(error: BaseException, text: str) -> bool:
 
 
 def _refusal(error: BaseException, text: str, address: str) -> UserError:
-    """The sentence for an error of a client.
+    """Returns the message for an error of a client.
 
     Args:
       error: of the client.
       text: its message, on one line.
       address: of the file or bucket.
     """
-    said = shortened(text) or type(error).__name__
+    reason = shortened(text) or type(error).__name__
     if _is_silence(error, text):
-        return Unavailable(f'{address} does not answer ({said}): check the network, and repeat the command.')
+        return Unavailable(f'{address} does not answer ({reason}): check the network, and repeat the command.')
     client = 's3fs' if address.startswith('s3') else 'gcsfs'
     if 'not implemented' in text and 'scheme' in text:
         return UserError(
             f'{address} cannot be used: TensorFlow has no client for it: set EPATH_USE_TF=false, and pip install {client}.'
         )
     if isinstance(error, ImportError):
-        return UserError(f'{address} cannot be used ({shortened(text)}): pip install {client}.')
+        return UserError(f'{address} cannot be used ({reason}): pip install {client}.')
     return UserError(
-        f'{address} cannot be used ({said}): check the address, that the bucket exists, and that the credentials of this machine '
-        'may use it.'
+        f'{address} cannot be used ({reason}): check the address, that the bucket exists, and that the credentials of this '
+        'machine may use it.'
     )
 
 
 def _is_silence(error: BaseException, text: str) -> bool:
-    """Whether nothing answered, or the answer was to ask later."""
+    """Whether there was no answer, or the answer was to retry later."""
     status = _http_status(error)
     if status:
         return status in (408, 429) or status >= 500
@@ -92,7 +91,7 @@ def _is_silence(error: BaseException, text: str) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, those of a group, and their causes."""
+    """Yields an error, the errors of a group, and their causes."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -101,15 +100,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
             continue
         seen.add(id(error))
         yield error
-        waiting += [
-            *(error.exceptions if isinstance(error, BaseExceptionGroup) else ()),
-            error.__cause__,
-            error.__context__,
-        ]
+        grouped = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        waiting += [*grouped, error.__cause__, error.__context__]
 
 
 def _http_status(error: BaseException) -> int:
-    """The HTTP status in an error; 0: none."""
+    """Returns the HTTP status of an error; 0 if it has none."""
     response = getattr(error, 'response', None)
     metadata = response.get('ResponseMetadata', {}) if isinstance(response, dict) else {}
     for value in (metadata.get('HTTPStatusCode'), getattr(error, 'code', None), getattr(error, 'status', None)):
@@ -119,6 +115,6 @@ def _http_status(error: BaseException) -> int:
 
 
 def shortened(text: str, longest: int = 300) -> str:
-    """A message without passwords and final stop, cut off where it is very long."""
+    """Removes passwords and the final full stop from a message, and truncates it."""
     text = without_password(text).rstrip('. ')
     return text if len(text) <= longest else f'{text[:longest]}...'

@@ -1,4 +1,4 @@
-"""The one place where numbers of a checkpoint change their type, and where they are looked at afterwards."""
+"""Casts leaves of checkpoints and checks the result. No other module casts them."""
 
 from typing import Any, TypeVar
 
@@ -13,25 +13,22 @@ Array = TypeVar('Array', np.ndarray, jax.Array)
 
 
 def cast(name: str, value: Array, dtype: Any) -> Array:
-    """A leaf, or a part of one, in another type.
-
-    Lost digits and small numbers that become 0 are the price of a narrower type. A leaf of which nothing is left but zeros is
-    a warning.
+    """Casts a leaf, or a part of one, and warns if all numbers underflow to 0. Rounding is not reported.
 
     Args:
       name: of the leaf, for messages.
-      value: any shape; NaN and infinity stay what they are. Of an array of several processes, each one looks at its own part, and
-        only that process warns or raises.
-      dtype: wanted.
+      value: any shape; NaN and infinity are kept. Each process checks only its own part of a global array, and warns or raises
+        alone.
+      dtype: of the result.
 
     Raises:
-      UserError: a finite number has no finite counterpart, or a whole number no equal one.
+      UserError: a finite number overflows, or an integer type cannot hold a number exactly.
     """
     old, new = jnp.dtype(value.dtype), jnp.dtype(dtype)
     if old == new:
         return value
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        # Each process looks at its own part, without waiting for the others: one of them may have failed.
+        # Each process checks its part without waiting for the others, one of which may have failed.
         if parts := [np.asarray(shard.data) for shard in value.addressable_shards if shard.replica_id == 0]:
             own = np.stack(parts)
             cast(name if own.size == value.size else f'{name} (the part of process {jax.process_index()})', own, dtype)
@@ -53,22 +50,22 @@ def cast(name: str, value: Array, dtype: Any) -> Array:
         raise UserError(f'{problem}: {_way_out(name, new, largest)}.')
     if least > old_least and not whole and not bool(made.any()) and bool(value.any()):
         largest = float(xp.abs(value).max())
-        warn(f'every number of {name} is too small for {new.name} (the largest is {largest:.3g}) and becomes 0.')
+        warn(f'all numbers of {name} are too small for {new.name} (the largest is {largest:.3g}) and become 0.')
     return made
 
 
 def require_finite_state(leaves: dict[str, Any], consequence: str) -> None:
-    """Looks at the leaves of a state on the devices; one number each comes to the host.
+    """Checks a state on the devices.
 
     Args:
       leaves: jax or numpy arrays by name.
-      consequence: for the message: 'step 7 is not saved'.
+      consequence: beginning of the message, such as 'step 7 is not saved'.
 
     Raises:
       UserError: a leaf holds NaN or infinity.
     """
     floating = {name: leaf for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    # One program: several with collectives that are under way at once can block each other on CPU devices.
+    # A single program, because concurrent programs with collectives can deadlock on CPU devices.
     finite = jax.device_get(_are_finite(floating))
     if broken := [name for name, is_finite in finite.items() if not is_finite]:
         dtype = jnp.dtype(floating[broken[0]].dtype)
@@ -77,7 +74,7 @@ def require_finite_state(leaves: dict[str, Any], consequence: str) -> None:
         if dtype.itemsize < 4:
             way_out = f"bind the optimizer's momentum_dtype to a wider type than {dtype.name}, or {way_out}"
         raise UserError(
-            f'{consequence}: {broken[0]}{more} holds numbers that are NaN, infinite or too large for {dtype.name}: start '
+            f'{consequence}: {broken[0]}{more} holds numbers that are NaN, infinite or too large for {dtype.name}. Start '
             f'another run from the newest step, and {way_out}.'
         )
 
@@ -88,8 +85,8 @@ def _are_finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _lost(xp: Any, value: Any, made: Any, whole: bool, lowest: float, highest: float) -> int:
-    """How many numbers have no counterpart."""
-    if whole:  # steps and clocks, which every process holds whole
+    """Counts the numbers that the new type cannot hold."""
+    if whole:  # steps and clocks, which are replicated
         value = np.asarray(value)
         return int(np.count_nonzero(~((value >= lowest) & (value <= highest) & (value == np.trunc(value)))))
     finite = xp.isfinite(made)
@@ -97,7 +94,7 @@ def _lost(xp: Any, value: Any, made: Any, whole: bool, lowest: float, highest: f
 
 
 def _limits(dtype: np.dtype) -> tuple[float, float, float]:
-    """The smallest and largest number of a type, and the smallest one above 0."""
+    """Returns the smallest and the largest number of a type, and its smallest positive number."""
     if dtype.kind == 'b':
         return 0, 1, 1
     if jnp.issubdtype(dtype, jnp.integer):
@@ -112,7 +109,5 @@ def _way_out(name: str, dtype: np.dtype, largest: float) -> str:
         return 'leave the optimizer state out'
     if not name.startswith('params/'):
         return "bind the optimizer's momentum_dtype = 'float32', or start with OPTIMIZER_STATE = 'fresh'"
-    wider = [other for other in ('bfloat16', 'float32') if largest <= _limits(jnp.dtype(other))[1]]
-    return (
-        f'take {" or ".join(f"--dtype={other}" for other in wider)}' if wider else 'no type that weights have holds it'
-    )
+    wider = [f'--dtype={other}' for other in ('bfloat16', 'float32') if largest <= _limits(jnp.dtype(other))[1]]
+    return f'use {" or ".join(wider)}' if wider else 'no type for weights can hold it'

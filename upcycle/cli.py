@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a command needs them, so that `--help` is quick."""
+"""The command line. Modules that load JAX are imported by the command that needs them, so that `--help` is quick."""
 
 import contextlib
 import errno
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 from upcycle import arguments, interrupts, warning
-from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, status_of, whole_list, without_password
+from upcycle.errors import INTERRUPTED, PREEMPTED, UserError, one_line, status_of, whole_list, without_password
 
-TRACEBACK = 'UPCYCLE_TRACEBACK'  # an environment variable
+TRACEBACK = 'UPCYCLE_TRACEBACK'  # environment variable: print the traceback of an unexpected error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 when it did what was asked, else by `errors.STATUSES`, and 1 after what nobody has foreseen.
+    """Runs a command and exits: with 0 on success, else by `errors.STATUSES`; 1 means an unexpected error.
 
     Args:
-      arguments: of the command line; None: those of this process, which ends with the command.
+      arguments: the command line without the program's name. None: `sys.argv`, and the process ends with the command.
     """
     before = interrupts.listen()
     _open_standard_streams()
@@ -31,50 +31,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
-    except SystemExit as stop:  # argparse has said what there is to say
+    except SystemExit as stop:  # argparse has printed its message
         code = stop.code
     except BaseException as error:
-        code = _explain(error)
+        code = _report(error)
         failure = error
-    code = _part(code, failure)
+    code = _leave_hosts(code, failure)
     if arguments is None:
-        _say_no_more(code)
+        _close_quietly(code)
     elif before is not None:
         signal.signal(signal.SIGINT, before)
     sys.exit(code)
 
 
-def _explain(error: BaseException) -> int:
-    """Says why a command ended early; its exit status."""
+def _report(error: BaseException) -> int:
+    """Prints why a command ended early; returns its exit status."""
     code = INTERRUPTED if interrupts.came() else status_of(error)
     if code == INTERRUPTED:
-        _say('interrupted; the same command goes on from the last checkpoint, where it has written one.')
+        _print('interrupted; repeat the command to resume from the last checkpoint, if one was written.')
     elif code != 1:
-        _say(without_password(str(error)) + whole_list(error))
+        _print(without_password(str(error)) + whole_list(error))
     elif reason := _cannot_print(error):
-        _say(f'standard output cannot be written ({reason}): make room where it goes, or send it elsewhere.')
-        _drop(sys.stdout)
+        _print(f'standard output cannot be written ({reason}): free space where it goes, or redirect it.')
+        _discard(sys.stdout)
         code = 2
     else:
-        said = ' '.join(str(error).split())
-        said = f'{type(error).__name__}: {said[:500]}' if said else type(error).__name__
+        name = type(error).__name__
+        text = f'{name}: {one_line(error)[:500]}' if str(error) else name
         if traced := _is_traced():
             traceback.print_exception(error)
-        _say(f'unexpected {without_password(said)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
+        _print(f'unexpected {without_password(text)}{"" if traced else f" ({TRACEBACK}=1 shows where)"}')
     return code
 
 
-def _part(code: int, failure: BaseException | None) -> int:
-    """Parts from the other processes of a run, which end with this one; asked to stop, all do so at the same step.
+def _leave_hosts(code: int, failure: BaseException | None) -> int:
+    """Leaves the other processes of the run, which end with this one; after a preemption all stop at the same step.
 
     Returns:
       The exit status.
     """
     from upcycle import hosts
 
-    told = None if failure is None or code == PREEMPTED else ' '.join(str(failure).split()) or type(failure).__name__
+    reason = None if failure is None or code == PREEMPTED else without_password(one_line(failure))
     try:
-        hosts.part(code, None if told is None else without_password(told))
+        hosts.part(code, reason)
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
@@ -84,14 +84,14 @@ def _is_traced() -> bool:
     return os.environ.get(TRACEBACK, '') not in ('', '0')
 
 
-def _say(text: str) -> None:
-    # A terminal that has gone changes nothing about the exit status.
+def _print(text: str) -> None:
+    # A closed terminal does not change the exit status.
     with contextlib.suppress(OSError, ValueError):
         print(f'upcycle: {text}', file=sys.stderr, flush=True)
 
 
 def _cannot_print(error: BaseException) -> str | None:
-    """Why standard output takes no more, where that is what an error may be about; None: it does, as far as one line tells."""
+    """Returns why standard output cannot be written, if `error` may come from that; else None."""
     if not isinstance(error, OSError) or error.filename is not None:
         return None
     try:
@@ -101,33 +101,36 @@ def _cannot_print(error: BaseException) -> str | None:
     return None
 
 
-def _drop(stream: TextIO) -> None:
-    """Lets go of what a stream still holds and cannot write."""
+def _discard(stream: TextIO) -> None:
+    """Discards what a stream has buffered and cannot write."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_standard_streams() -> None:
-    """Makes all three usable: closed ones lead nowhere, as do those that nobody reads any more, and what an encoding lacks is
-    spelt out (as '\\xb1')."""
+    """Makes the three standard streams usable.
+
+    A closed stream, and a pipe or terminal whose other end is closed, become the null device; characters that an encoding lacks
+    are escaped (as '\\xb1').
+    """
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         stream = getattr(sys, name)
         if stream is None:
             with contextlib.suppress(OSError):
                 os.fstat(number)
                 continue
-            # Else the next file that is opened would be the stream, and get what libraries print.
+            # Without this the next opened file would get the descriptor, and what libraries print.
             os.open(os.devnull, os.O_RDWR)
             stream = open(number, 'r' if number == 0 else 'w', encoding='utf-8', closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
         if number and isinstance(stream, io.TextIOWrapper):
-            stream = _that_may_go(stream)
+            stream = _without_broken_pipes(stream)
             setattr(sys, name, stream)
             stream.reconfigure(errors='backslashreplace')
 
 
-class _MayGo(io.FileIO):
-    """A pipe or terminal that leads nowhere once it is gone: a command ends when its work is done, read or not."""
+class _Pipe(io.FileIO):
+    """A pipe or terminal that becomes the null device when its other end closes, so that the command finishes its work."""
 
     def write(self, data: Any) -> int | None:
         try:
@@ -135,18 +138,18 @@ class _MayGo(io.FileIO):
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
             return super().write(data)
 
 
-def _that_may_go(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same stream, where it is a pipe or a terminal, on a `_MayGo`."""
+def _without_broken_pipes(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """The same stream on a `_Pipe`; unchanged if it is a regular file."""
     before = getattr(stream.buffer, 'raw', stream.buffer)
     if type(before) is not io.FileIO or stat.S_ISREG(os.fstat(before.fileno()).st_mode):
         return stream
-    raw = _MayGo(before.fileno(), 'w', closefd=False)
+    raw = _Pipe(before.fileno(), 'w', closefd=False)
     return io.TextIOWrapper(
         raw if stream.buffer is before else io.BufferedWriter(raw),  # PYTHONUNBUFFERED
         stream.encoding,
@@ -155,8 +158,8 @@ def _that_may_go(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     )
 
 
-def _say_no_more(code: int) -> None:
-    """Before the interpreter ends: what libraries have left open is not the user's, and SIGINT has nothing to interrupt."""
+def _close_quietly(code: int) -> None:
+    """Silences libraries that complain at exit about what they left open, and SIGINT, which has nothing left to interrupt."""
     with contextlib.suppress(ValueError):
         if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -164,36 +167,45 @@ def _say_no_more(code: int) -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            _drop(stream)
+            _discard(stream)
     if code == INTERRUPTED:
-        os._exit(code)  # threads of JAX and Orbax that are at work crash an interpreter that ends
+        os._exit(code)  # working threads of JAX and Orbax would crash an interpreter that ends
     if code and not _is_traced():
         logging.disable()
         sys.unraisablehook = lambda unraisable: None
 
 
 def run(given: Sequence[str]) -> int:
-    """Parses and dispatches; raises UserError where `main` prints it."""
+    """Parses a command line and runs its command; returns the exit status.
+
+    Raises:
+      UserError: a mistake, which `main` prints.
+    """
     warning.forget()
-    options, rest = arguments.parser().parse_known_args(given)
-    bindings = {}
+    parsed, rest = arguments.parser().parse_known_args(given)
+    options = vars(parsed)
+    command, handler, bindings = options.pop('command'), options.pop('handler'), {}
     for argument in rest:
         name, equals, value = argument.removeprefix('--gin.').partition('=')
         if not argument.startswith('--gin.') or not equals or not name:
-            raise UserError(f'{argument} is not understood: bindings look like --gin.NAME=VALUE; see `upcycle --help`.')
+            raise UserError(
+                f'unknown argument {argument}: bindings are written --gin.NAME=VALUE; see `upcycle --help`.'
+            )
         bindings[name] = value
-    if bindings and not hasattr(options, 'gin_file'):
-        raise UserError(f'{options.command} takes no gin bindings: leave out --gin.{next(iter(bindings))}.')
+    if 'gin_files' in options:
+        options['bindings'] = bindings
+    elif bindings:
+        raise UserError(f'{command} takes no gin bindings: remove --gin.{next(iter(bindings))}.')
     try:
         os.getcwd()
     except OSError as error:
-        raise UserError(f'the working folder is gone ({error.strerror}): change into one that is there.') from error
+        raise UserError(f'the working folder is gone ({error.strerror}): change to an existing one.') from error
     try:
         tempfile.gettempdir()
     except OSError as error:
-        raise UserError('no folder for temporary files can be written: set TMPDIR to one that can.') from error
+        raise UserError('no folder for temporary files is writable: set TMPDIR to one that is.') from error
     try:
-        return options.handler(options, bindings) or 0
+        return handler(**options) or 0
     except Exception as error:
         if status_of(error) != 1:
             raise

@@ -8,9 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import re
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from jax.experimental import topologies
 from upcycle import cost, partitioning
 from upcycle.errors import UserError
 from upcycle.hlo import Collective, Program
+from upcycle.progress import waiting
 from upcycle.training import loop, start
 from upcycle.training.run import ModelRun
 from upcycle.training.state import make_layout
@@ -163,7 +162,8 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts, devices)
     start.check_batches(run, mesh)
     layout = make_layout(run, mesh)
-    with partitioning.use(mesh), _ticking(f'compiling for {len(devices)} devices of {topology}') as elapsed:
+    begin = time.monotonic()
+    with partitioning.use(mesh), waiting(f'compiling for {len(devices)} devices of {topology}'):
         lowered = loop.lower_step(run, layout, partitioning.batch_sharding(mesh))
         try:
             with _dump() as (dump, options):
@@ -173,6 +173,7 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
             raise UserError(f'the step does not fit: {_shortage(str(error))} {ADVICE}') from None
+    seconds = time.monotonic() - begin
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     text = compiled.as_text()
     program = Program(text)
@@ -191,7 +192,7 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
         memory_bytes=counted['bytes accessed'],
         cycles=program.estimated_cycles(),
         collectives=program.collectives(),
-        compile_seconds=elapsed(),
+        compile_seconds=seconds,
     )
     return account, text
 
@@ -299,22 +300,3 @@ def _quiet() -> Iterator[None]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-
-
-@contextlib.contextmanager
-def _ticking(message: str) -> Iterator[Any]:
-    """Prints a line every ten seconds, since compilation takes minutes; yields a function that returns the elapsed seconds."""
-    start = time.monotonic()
-    done = threading.Event()
-
-    def tick() -> None:
-        while not done.wait(10):
-            print(f'{message}: {time.monotonic() - start:.0f} s', file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield lambda: time.monotonic() - start
-    finally:
-        done.set()
-        thread.join()

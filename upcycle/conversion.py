@@ -1,15 +1,15 @@
-"""`upcycle convert`: the surgery of a run, carried out on the host and streamed to disk instead of onto devices.
+"""`upcycle convert`: runs the surgery of a training run on the host and streams the result to disk.
 
-The plan is the one that a trainer would make and print. What is in memory is one MoE layer while it is made, and the parts that
-are on their way to disk; never a model.
+The plan is the one that a trainer would make. Memory holds one MoE layer and the parts in flight to the disk, never a model.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,9 +20,9 @@ from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_ch
 from upcycle.checkpoints.arrays import require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
-from upcycle.checkpoints.writing import WHOLE, Writer, parts
+from upcycle.checkpoints.writing import Region, Writer, parts
 from upcycle.errors import UserError
-from upcycle.leaf_names import grouped, not_read
+from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Maker
@@ -33,12 +33,11 @@ from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
 from upcycle.training.state import make_layout, make_plan
-from upcycle.transfer import Progress, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype
+from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
 
-# A larger MoE layer is not put together for the function check, which then waits for the first load.
-CHECKED_BYTES = 2 << 30
+CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
-_ALIGNMENT = 64  # of an array that XLA takes without a copy
+_ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
 def convert(
@@ -54,26 +53,25 @@ def convert(
     """Writes the checkpoint that a run would start from.
 
     Args:
-      run: says what becomes of which checkpoint; its data and schedule are not looked at.
-      target: where the new checkpoint will be.
+      run: names the source and the surgery; its data and schedule are ignored.
+      target: path of the new checkpoint.
       format: of the new checkpoint.
-      dtype: of the parameters; None: float32, as the trainer has them.
-      optimizer_state: False: leave the optimizer's state out.
-      verify: read everything back, and compare every part with what it was made of.
-      check_functions: compare each MoE layer with the dense MLP that it was made of.
+      dtype: of the parameters; None: float32, as in the trainer.
+      optimizer_state: False leaves the optimizer state out.
+      verify: read everything back and compare hashes.
+      check_functions: compare each MoE layer with its dense MLP.
 
     Returns:
       The path of the new checkpoint.
 
     Raises:
-      UserError: before anything is written, where plan, format or space do not fit; later where a source is damaged, which leaves
-        nothing behind.
+      UserError: before any write, if plan, format or disk space do not fit; later, if a source is damaged. No files are left.
     """
     check_dtype(dtype)
     target = check_target(target, format, below_runs=False)
     if run.surgery is None or run.surgery.made_by is None:
         raise UserError(
-            "EXPERT_OPERATOR is None: name how the experts are made, such as 'copy'; `upcycle import` only copies."
+            "EXPERT_OPERATOR is None: set it, such as to 'copy', or use `upcycle import`, which only copies."
         )
     if run.surgery.router_init is RouterInit.HIDDEN:
         raise UserError(NEEDS_DATA)
@@ -108,21 +106,21 @@ def convert(
     with discarded_if_refused(writer):
         _check_clock(plan, writer, format)
         work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify)
-        work.write()
+        write(writer, work.missing_parts(), leaves)
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         writer.finish(_metadata(run, reader, receipt), work.compare if verify else lambda reader: None)
-    for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):
+    for line in left_out(writer.left_out):
         print(line)
     return writer.path
 
 
 def _metadata(run: ModelRun, reader: Reader, receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trainer would save: the dense run's cost goes along, all of it sunk."""
-    kept = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
+    """Returns the metadata that a trainer would save, with the cost of the dense run as sunk cost."""
+    inherited = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
-    return {**kept, 'family': run.model.family, 'model': model, 'receipt': dict(receipt)}
+    return {**inherited, 'family': run.model.family, 'model': model, 'receipt': dict(receipt)}
 
 
 def _is_alike(plan: Plan, row: Row) -> bool:
@@ -132,12 +130,13 @@ def _is_alike(plan: Plan, row: Row) -> bool:
 def _check_clock(plan: Plan, writer: Writer, format: str) -> None:
     if 'opt_state/count' in writer.left_out and plan.spec.optimizer_state is OptimizerState.FRESH_CLOCK:
         raise UserError(
-            f"OPTIMIZER_STATE = 'fresh_clock' has no counterpart in {format}, whose optimizer counts the model's steps."
+            f"OPTIMIZER_STATE = 'fresh_clock' cannot be stored as {format}, whose optimizer counts the model's steps: use "
+            "'fresh'."
         )
 
 
 class _Conversion:
-    """One conversion on its way."""
+    """One conversion in progress."""
 
     def __init__(self, model: Model | None, plan: Plan, reader: Reader, writer: Writer, step: int, verify: bool):
         self._model, self._plan, self._reader, self._writer = model, plan, reader, writer
@@ -147,29 +146,25 @@ class _Conversion:
         self.source_hashes: dict[str, str] = {}
         self.checks: dict[str, Any] = {}
         self._checking: dict[str, concurrent.futures.Future] = {}
-        self._memory: dict[str, np.ndarray] = {}
-        self._behind = concurrent.futures.ThreadPoolExecutor(1)
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
         self._maker = Maker(plan, self._read, new={})
         self._sources: dict[str, np.ndarray] = {}
         self._check: _LayerCheck | None = None
 
-    def write(self) -> None:
-        """Makes every leaf, in the plan's order, and hands the parts that are missing to the writer."""
-        progress = Progress({name: self._leaves[name] for name in self._todo})
+    def missing_parts(self) -> Iterator[Part]:
+        """Makes every leaf, in the plan's order, and yields the parts that the writer does not have."""
         rows = [row for row in self._plan.in_order() if row.target in self._leaves]
-        for row, sources in zip(rows, ahead(self._reads(rows)), strict=True):
+        reads = (functools.partial(self._read_all, row.sources) for row in rows)
+        for row, sources in zip(rows, ahead(reads), strict=True):
             self._sources = sources
-            for start, value in self._parts(row):
-                region = WHOLE if start is None else (slice(start, start + len(value)),)
+            for region, value in self._parts(row):
                 if region in self._todo.get(row.target, ()):
-                    self._writer.write(row.target, region, value)
-                    progress.add(row.target, value.nbytes)
+                    yield row.target, region, value
         self._wait_for_checks()
-        progress.end()
 
     def lineages(self) -> dict[str, Lineage]:
-        """What the experts of each MLP are made of, those included that an earlier call had written."""
+        """Returns the lineage of the experts of each MLP, including those that an interrupted call has written."""
         for row in self._plan.rows:
             if row.action is Action.EXPERTS:
                 self._maker.lineage(row)
@@ -181,7 +176,7 @@ class _Conversion:
             self.checks[path] = check.result()
 
     def compare(self, written: Reader) -> None:
-        """Raises UserError unless every part of the result has the hash of what was made from its source."""
+        """Raises UserError unless every part that was read back has the hash of the part that was made."""
         for name, leaf in self._leaves.items():
             if name in self._writer.left_out:
                 continue
@@ -189,17 +184,13 @@ class _Conversion:
                 start = region[0].start if region else 0
                 if _sha256(written.read(name, region=region)) != self._made_hashes[name, start]:
                     part = f'expert {start} of {name}' if region else name
-                    raise UserError(f'{part} was not written as it was made: the disk or its driver is broken.')
+                    raise UserError(f'{part} was not written correctly: the disk or its driver is broken.')
 
-    def _reads(self, rows: list[Row]) -> Iterator[Callable[[], dict[str, np.ndarray]]]:
-        def read(names: tuple[str, ...]) -> dict[str, np.ndarray]:
-            return {name: self._source(name) for name in names}
-
-        for row in rows:
-            yield lambda names=row.sources: read(names)
+    def _read_all(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        return {name: self._source(name) for name in names}
 
     def _read(self, name: str, sharding: Any) -> np.ndarray:
-        # What an operator measures is read when it is asked for.
+        # Operators may also read leaves that are not sources of the row, in order to measure them.
         return self._sources[name] if name in self._sources else self._source(name)
 
     def _source(self, name: str) -> np.ndarray:
@@ -209,8 +200,8 @@ class _Conversion:
         self.source_hashes[name] = sha256_of(name, value)
         return value
 
-    def _parts(self, row: Row) -> Iterator[tuple[int | None, np.ndarray]]:
-        """The parts of a leaf: (first index, numbers), or (None, the whole leaf)."""
+    def _parts(self, row: Row) -> Iterator[tuple[Region, np.ndarray]]:
+        """Makes the parts of a leaf."""
         check = self._check_of(row)
         regions = parts(row.target, self._leaves[row.target])
         small: list[np.ndarray] = []
@@ -219,24 +210,26 @@ class _Conversion:
             if check is not None:
                 value = check.keep(row, index, value)
             if index is not None and len(regions) == row.shape[0]:
-                yield self._made(row, regions[index], value[None])
+                self._hash(row, regions[index], value)
+                yield regions[index], value[None]
                 continue
-            # Leaves too small to be cut are put together.
+            # Leaves too small to be cut by experts are put together.
             small.append(value)
             if index is None or index == row.shape[0] - 1:
                 whole = value if index is None else np.stack(small)
                 for region in regions:
-                    yield self._made(row, region, whole[region])
+                    self._hash(row, region, whole[region])
+                    yield region, whole[region]
         if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
             self._check = None
             self._wait_for_checks()
             maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
-            self._checking[check.path] = self._behind.submit(check.result, maker)
-            if not self._plan.alike(row):  # its experts are in memory
+            self._checking[check.path] = self._background.submit(check.result, maker)
+            if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory
                 self._wait_for_checks()
 
     def _check_of(self, row: Row) -> '_LayerCheck | None':
-        """The check of the MoE layer that a row is part of; None where there is nothing to check, or it would not fit."""
+        """Returns the check of the MoE layer of a row; None if the row needs no check, or the layer is too large."""
         spec, mlp = self._plan.spec, None if row.action is not Action.EXPERTS else mlp_of(row.target)
         if self._model is None or mlp is None or not row.sources or spec.operator.starts_from is not Start.DENSE:
             return None
@@ -245,60 +238,61 @@ class _Conversion:
             size = sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows)
             routed = any(row.action is Action.ROUTER for row in rows)
             if routed and size <= CHECKED_BYTES:
-                self._check = _LayerCheck(self._model, mlp, rows, self._memory if self._plan.alike(row) else None)
+                self._check = _LayerCheck(self._model, mlp, rows, alike=self._plan.alike(row))
         return self._check
 
-    def _made(self, row: Row, region: tuple[slice, ...], value: np.ndarray) -> tuple[int | None, np.ndarray]:
-        start = region[0].start if region else None
+    def _hash(self, row: Row, region: Region, value: np.ndarray) -> None:
         if self._verify:
-            copied = bool(start) and _is_alike(self._plan, row)
-            self._made_hashes[row.target, start or 0] = self._made_hashes[row.target, 0] if copied else _sha256(value)
-        return start, value
+            start = region[0].start if region else 0
+            copied = start > 0 and _is_alike(self._plan, row)
+            self._made_hashes[row.target, start] = self._made_hashes[row.target, 0] if copied else _sha256(value)
 
 
 class _LayerCheck:
-    """Puts one MoE layer together while its experts are made, and compares it with its dense MLP."""
+    """Collects one MoE layer while its experts are made, and compares it with its dense MLP.
 
-    def __init__(self, model: Model, mlp: str, rows: list[Row], memory: dict[str, np.ndarray] | None):
+    Args:
+      model: the sparse model.
+      mlp: name of the MLP, 'params/...'.
+      rows: the plan's rows of the MLP.
+      alike: whether its experts are all equal, so that one is kept.
+    """
+
+    def __init__(self, model: Model, mlp: str, rows: list[Row], *, alike: bool):
         self.path = mlp.removeprefix('params/')
-        self._model = model
+        self._model, self._alike = model, alike
         self._experts = [row for row in rows if row.action is Action.EXPERTS]
         self._others = [row for row in rows if row.action is not Action.EXPERTS]
-        # Experts that are all alike are spread when they are needed, in memory that the next layer's check takes over.
-        self._memory = memory
-        self._stacks = {row.target: _aligned(row.shape, row.dtype) for row in self._experts if memory is None}
+        self._stacks = {} if alike else {row.target: _aligned(row.shape, row.dtype) for row in self._experts}
         self._dense: dict[str, np.ndarray] = {}
 
     def keep(self, row: Row, index: int, value: np.ndarray) -> np.ndarray:
-        """Puts an expert's leaf in its place, and gives it back from there."""
-        if self._memory is not None:
+        """Stores an expert's leaf and returns the stored one."""
+        if self._alike:
             self._stacks[row.target] = value
             return value
         self._stacks[row.target][index] = value
         return self._stacks[row.target][index]
 
     def is_whole(self, row: Row, dense: np.ndarray) -> bool:
-        """Whether all experts are there now that those of a row are, which were made of that leaf."""
+        """Adds the dense leaf of a row whose experts are complete; returns whether all rows are."""
         self._dense[row.target] = dense
         return len(self._dense) == len(self._experts)
 
     def result(self, maker: Maker) -> dict[str, float]:
-        """Numbers of `surgery.receipt.LayerCheck`."""
-        params = {row.target: maker.leaf(row) for row in self._others} | self._stacks
-        for row in self._experts if self._memory is not None else ():
-            stack = self._memory.get(within_mlp(row.target))
-            if stack is None or stack.shape != row.shape or stack.dtype != row.dtype:
-                stack = self._memory[within_mlp(row.target)] = _aligned(row.shape, row.dtype)
-            np.copyto(stack, params[row.target])
-            params[row.target] = stack
-        # Not jax.numpy.asarray, which copies.
+        """Computes the numbers of `surgery.receipt.LayerCheck`."""
+        params = {row.target: maker.leaf(row) for row in self._others}
+        for row in self._experts:
+            # Not jax.numpy.asarray, which copies.
+            stack = jax.device_put(self._stacks[row.target])
+            params[row.target] = jax.numpy.broadcast_to(stack, row.shape) if self._alike else stack
         inside = {name.removeprefix(f'params/{self.path}/'): jax.device_put(value) for name, value in params.items()}
         dense = {within_mlp(name): jax.device_put(value) for name, value in self._dense.items()}
         return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Uninitialised memory that XLA can use where it is."""
+    """Returns uninitialised memory that XLA can use without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

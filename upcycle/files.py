@@ -1,4 +1,4 @@
-"""Files of a run, in a local folder or in a bucket."""
+"""Access to files in local folders and buckets."""
 
 import contextlib
 import functools
@@ -22,12 +22,10 @@ from upcycle.buckets import refused_by_bucket as refused_by_bucket
 from upcycle.buckets import shortened
 from upcycle.errors import Unavailable, UserError, without_password
 
-# TensorStore's drivers by the scheme of an address.
-STORES = {'gs': 'gcs', 's3': 's3'}
-# An address after pathlib or os.path.normpath.
+STORES = {'gs': 'gcs', 's3': 's3'}  # TensorStore's drivers by the scheme of an address
+# An address without its two slashes, as pathlib and os.path.normpath leave it.
 _DAMAGED_ADDRESS = re.compile(f'({"|".join(STORES)}):/?(?!/)(.*)')
-# Seconds between tries; the last one is repeated until `PATIENCE` is over.
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between attempts; the last is repeated until `PATIENCE` is over
 PATIENCE = 120.0
 _BLOCK_BYTES = 16 << 20
 
@@ -35,28 +33,28 @@ Answer = TypeVar('Answer')
 
 
 def absolute(path: str | os.PathLike[str]) -> epath.Path:
-    """`path` in full, `~` expanded; addresses such as `gs://bucket/run` stay as they are.
+    """Returns the absolute path with `~` expanded. Addresses such as `gs://bucket/run` are unchanged.
 
     Raises:
-      UserError: an address of a kind that we do not read, or the home of an unknown user.
+      UserError: the kind of address is not supported, or `~USER` is unknown.
     """
     name = os.fspath(path)
     if not is_remote(name):
         if damaged := _DAMAGED_ADDRESS.match(name):
-            scheme, bucket = damaged[1], damaged[2]
             raise UserError(
-                f'{name} is no address of a bucket: write {scheme}://{bucket}, with two slashes, or ./{name} for a local path.'
+                f'{name} is not an address of a bucket: write {damaged[1]}://{damaged[2]}, with two slashes, or ./{name} for a '
+                'local path.'
             )
         expanded = os.path.expanduser(name)
         if expanded.startswith('~'):
-            user = name.partition('/')[0]
-            raise UserError(f'{name} is in the home of {user[1:]}, an unknown user: write ./{name} for a local path.')
+            user = name.partition('/')[0].removeprefix('~')
+            raise UserError(f'{name} is in the home of {user}, an unknown user: write ./{name} for a local path.')
         return epath.Path(os.path.abspath(expanded))
     scheme = name.partition('://')[0]
     if scheme not in STORES or without_password(name) != name:
         raise UserError(
-            f'{without_password(name)} cannot be used: paths are local, or in buckets (gs:// or s3://), whose keys come from the '
-            'environment and never from the address.'
+            f'{without_password(name)} cannot be used: a path must be local or in a bucket (gs:// or s3://), with credentials '
+            'from the environment, not in the address.'
         )
     if not re.match(r'\w+://[\w.-]', name):
         raise UserError(f'{name} names no bucket: addresses look like {scheme}://BUCKET/FOLDER.')
@@ -64,9 +62,14 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(name)
 
 
+def damaged(file: str | os.PathLike[str], reason: str | Exception) -> UserError:
+    """Returns the error for a file of a checkpoint, or a leaf in it, that cannot be trusted."""
+    return UserError(f'{file} is damaged ({reason}): copy the checkpoint again.')
+
+
 @functools.cache
 def _load_client() -> None:
-    """Loads TensorFlow, where etils reads buckets with it, silently and without accelerators."""
+    """Loads TensorFlow silently and without accelerators, if etils uses it for buckets."""
     off = os.environ.get('EPATH_USE_TF', '').lower() in ('false', 'no', 'f', '0')
     if not off and importlib.util.find_spec('tensorflow') is not None:
         from upcycle.data import tensorflow_quiet
@@ -75,12 +78,12 @@ def _load_client() -> None:
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path lies in a bucket, where objects appear whole and are neither renamed nor appended to."""
+    """Whether a path is in a bucket, which cannot rename objects or append to them."""
     return '://' in os.fspath(path)
 
 
 class _Patience(threading.local):
-    """For how many seconds a bucket that does not answer is asked again: by all threads, and by this one (None: as all)."""
+    """Seconds for which requests are repeated if a bucket does not answer: in all threads, and in this one (None: as in all)."""
 
     of_all: float = 0.0
     here: float | None = None
@@ -91,10 +94,10 @@ _patience = _Patience()
 
 @contextlib.contextmanager
 def patient(seconds: float = PATIENCE) -> Iterator[None]:
-    """Inside, every thread repeats requests that a bucket does not answer, with growing pauses; after the retries of its client.
+    """Makes all threads repeat requests that a bucket does not answer, after the retries of its client, with growing pauses.
 
     Args:
-      seconds: after which no new try begins.
+      seconds: time after which no attempt begins.
     """
     before = _Patience.of_all
     _Patience.of_all = seconds
@@ -106,7 +109,7 @@ def patient(seconds: float = PATIENCE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def asking_once() -> Iterator[None]:
-    """Inside, this thread repeats no request."""
+    """Makes this thread send each request once."""
     before, _patience.here = _patience.here, 0.0
     try:
         yield
@@ -117,12 +120,12 @@ def asking_once() -> Iterator[None]:
 def patiently(
     ask: Callable[[], Answer], address: str | os.PathLike[str], done: type[Exception] | None = None
 ) -> Answer | None:
-    """The result of a function, which may be called several times; see `patient`.
+    """Calls a function, repeatedly if the bucket does not answer (see `patient`), and returns its result.
 
     Args:
-      ask: asks a bucket.
-      address: of something in it.
-      done: raised where an earlier try has succeeded and its answer was lost.
+      ask: sends a request to a bucket.
+      address: of the object.
+      done: the error that means that an earlier attempt succeeded and its answer was lost.
     """
     end = time.monotonic() + (_patience.of_all if _patience.here is None else _patience.here)
     for tries, pause in enumerate(itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1]))):
@@ -135,15 +138,15 @@ def patiently(
             if not isinstance(refusal, Unavailable) or time.monotonic() + pause > end:
                 raise
             if not tries:
-                said = shortened(' '.join(str(error).split())) or type(error).__name__
-                print(f'warning: {address} does not answer ({said}): trying again.', file=sys.stderr, flush=True)
+                reason = shortened(' '.join(str(error).split())) or type(error).__name__
+                print(f'warning: {address} does not answer ({reason}): trying again.', file=sys.stderr, flush=True)
         time.sleep(pause)
     raise AssertionError
 
 
 @contextlib.contextmanager
 def unanswered(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Suppresses errors of a disk, and a bucket's refusal or silence: for writes that are repeated later."""
+    """Suppresses errors of a disk or a bucket, for writes that are repeated later."""
     try:
         yield
     except Exception as error:
@@ -153,7 +156,7 @@ def unanswered(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @functools.cache
 def _remember_no_listings() -> None:
-    """Tells the clients of fsspec that other processes write to buckets too; TensorFlow's client remembers no listings."""
+    """Disables fsspec's caches of listings, because other processes write to buckets, too. TensorFlow has no such cache."""
     if importlib.util.find_spec('fsspec') is not None:
         import fsspec
 
@@ -162,9 +165,7 @@ def _remember_no_listings() -> None:
 
 
 class _BucketPath(gpath.PosixGPath):
-    """A path in a bucket, for every library that asks `epath.Path`: each request is made patiently, and none is answered from
-    memory.
-    """
+    """A path in a bucket, registered with `epath.Path` for all libraries. Repeats requests (see `patient`) and caches nothing."""
 
     @property
     def _backend(self) -> Any:
@@ -196,7 +197,7 @@ epath.register_path_cls([f'{scheme}://' for scheme in STORES])(_BucketPath)
 
 
 def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file atomically: a reader sees the old text or the new one."""
+    """Writes a file atomically: readers see the old text or the new one."""
     if is_remote(path):
         path.write_text(text)
         return
@@ -227,10 +228,10 @@ def send(source: pathlib.Path, target: epath.Path) -> None:
 
 
 class Mirror:
-    """A folder of growing files: the folder itself, or, in a bucket, a local one that is copied there.
+    """A folder for files that grow. For a folder in a bucket, they are written to a local folder and copied.
 
     Args:
-      folder: of the files.
+      folder: local or in a bucket.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -240,27 +241,27 @@ class Mirror:
 
     @property
     def path(self) -> epath.Path:
-        """Where to write."""
+        """The folder to write to."""
         return self.target if self._local is None else epath.Path(self._local)
 
     def copy(self) -> None:
-        """Sends what has grown since the last time; nothing where the folder is local."""
+        """Copies files that have grown since the last call to the bucket. Does nothing for a local folder."""
         for file in sorted(self._local.rglob('*')) if self._local is not None else ():
             if file.is_file() and self._copied.get(file) != (size := file.stat().st_size):
                 (self.target / file.relative_to(self._local).as_posix()).write_bytes(file.read_bytes())
                 self._copied[file] = size
 
     def close(self) -> None:
-        """Sends the rest.
+        """Copies the rest and removes the local folder.
 
         Raises:
-          Unavailable, UserError: the bucket does not accept it. The local folder stays, and the message names it.
+          Unavailable, UserError: the bucket refuses the copy. The local folder stays, and the message names it.
         """
         try:
             self.copy()
         except Exception as error:
             if (refusal := refused_by_bucket(error, [os.fspath(self.target)])) is None:
                 raise
-            raise type(refusal)(f'{refusal} What was to be sent there is in {self._local}.') from error
+            raise type(refusal)(f'{refusal} The files are in {self._local}.') from error
         if self._local is not None:
             shutil.rmtree(self._local)

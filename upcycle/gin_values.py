@@ -1,4 +1,4 @@
-"""What gin holds after files and bindings were read: macros, references, and the configurables that building a run calls."""
+"""Queries of gin's configuration after files and bindings were read: macros, references, and the configurables of a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import gin
 from upcycle import schema
 from upcycle.training.run import Run
 
-# Of a macro that nothing sets.
+# The value of a macro that nothing sets.
 UNSET = object()
 ROOT = f'{Run.__module__}.{Run.__name__}'
 
@@ -17,14 +17,14 @@ def is_reference(value: Any) -> bool:
 
 
 def macro_of(value: Any) -> str | None:
-    """The name of the macro that a value refers to."""
+    """The name of the macro that a value refers to; None for other values."""
     if is_reference(value) and value.selector == 'gin.macro':
         return value.scoped_selector.removesuffix('/gin.macro')
     return None
 
 
 def innermost(value: Any) -> str | None:
-    """The macro that a chain of them ends in; None where the value is no macro."""
+    """The last macro in a chain of macros that refer to each other; None if the value is not a macro."""
     chain: list[str] = []
     while (macro := macro_of(value)) and macro not in chain:
         chain.append(macro)
@@ -33,13 +33,16 @@ def innermost(value: Any) -> str | None:
 
 
 def bindings_of(scopes: Sequence[str], target: Any) -> dict[str, Any]:
-    """Bindings of a configurable in a scope, those of the outer scopes included."""
-    with gin.config_scope('/'.join(scopes) or None):
-        return dict(gin.get_bindings(target, resolve_references=False))
+    """The bindings of a configurable in a scope and its outer scopes, unresolved; {} for a class unknown to gin."""
+    try:
+        with gin.config_scope('/'.join(scopes) or None):
+            return dict(gin.get_bindings(target, resolve_references=False))
+    except ValueError:  # no gin file has named it
+        return {}
 
 
 def references(value: Any, within: tuple[str, ...] = ()) -> Iterator[Any]:
-    """The references inside a value, looked for through containers and macros; `within`: the macros around it."""
+    """Yields all references in a value, through containers and macros; `within`: the macros around it."""
     if macro := macro_of(value):
         yield value
         if macro not in within:
@@ -56,25 +59,23 @@ def references(value: Any, within: tuple[str, ...] = ()) -> Iterator[Any]:
 
 
 def macro_value(name: str) -> Any:
-    """What a macro is set to, or `UNSET`."""
+    """The value of a macro, or `UNSET`."""
     return gin.get_bindings(f'{name}/gin.macro', resolve_references=False).get('value', UNSET)
 
 
 def reachable() -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """The configurables that building a `Run` calls: scoped full names, classes or functions, and bindings."""
-    seen: set[str] = set()
-    root = gin.get_bindings(Run, resolve_references=False)
-    yield ROOT, Run, dict(root)
-    waiting = [value for item in root.values() for value in references(item)]
+    """Yields what building a `Run` calls: scoped full name, class or function, and bindings."""
+    seen = {ROOT}
+    waiting: list[tuple[Sequence[str], Any]] = [((), Run)]
     while waiting:
-        reference = waiting.pop()
-        if macro_of(reference) or reference.scoped_selector in seen:
-            continue
-        seen.add(reference.scoped_selector)
-        target = reference.configurable.wrapped
-        bindings = bindings_of(reference.scopes, target)
-        yield full_name(reference.scopes, target), target, bindings
-        waiting += [value for item in bindings.values() for value in references(item)]
+        scopes, target = waiting.pop()
+        bindings = bindings_of(scopes, target)
+        yield full_name(scopes, target), target, bindings
+        for value in bindings.values():
+            for reference in references(value):
+                if not macro_of(reference) and reference.scoped_selector not in seen:
+                    seen.add(reference.scoped_selector)
+                    waiting.append((reference.scopes, reference.configurable.wrapped))
 
 
 def full_name(scopes: Sequence[str], target: Any) -> str:
@@ -82,6 +83,7 @@ def full_name(scopes: Sequence[str], target: Any) -> str:
 
 
 def show(value: Any) -> str:
+    """Formats a value with its macros replaced by their values, and its references by full names."""
     if macro := macro_of(value):
         return show(macro_value(macro))
     if is_reference(value):

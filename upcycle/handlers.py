@@ -1,126 +1,136 @@
-"""From the options of a command to the call that does it. Heavy imports wait until a command needs them."""
+"""Handlers of the commands. Each takes its command's options, and imports modules that load JAX when it is called."""
 
-import argparse
 import os
 import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from upcycle import warning
 from upcycle.errors import UserError
 from upcycle.formats import FORMATS
 
 
-def _join_hosts(options: argparse.Namespace) -> None:
-    """Joins the other processes, where the options of `_add_hosts` name them."""
+def _join_hosts(
+    distributed: bool,
+    coordinator_address: str | None,
+    process_count: int | None,
+    process_index: int | None,
+    coordinator_timeout: float,
+) -> None:
+    """Joins the other processes of the run, if the options of `arguments._add_hosts` ask for it."""
     from upcycle import hosts
 
-    by_hand = (options.coordinator_address, options.process_count, options.process_index)
-    if any(value is not None for value in by_hand):
-        if any(value is None for value in by_hand):
-            raise UserError('--coordinator_address, --process_count and --process_index go together: give all three.')
-        if options.process_count < 1:
-            raise UserError(f'--process_count={options.process_count} must be at least 1.')
-        if not 0 <= options.process_index < options.process_count:
-            raise UserError(
-                f'--process_index={options.process_index} must lie between 0 and --process_count - 1 = '
-                f'{options.process_count - 1}.'
-            )
-        hosts.parse_address(options.coordinator_address)
-    if not 0 < options.coordinator_timeout <= 1e6:
-        raise UserError(
-            f'--coordinator_timeout={options.coordinator_timeout:g} must be above 0, and at most 1e6 seconds.'
-        )
-    if options.distributed or options.coordinator_address is not None:
-        hosts.join(*by_hand, timeout=options.coordinator_timeout)
+    by_hand = (coordinator_address, process_count, process_index)
+    given = [value is not None for value in by_hand]
+    if any(given) and not all(given):
+        raise UserError('--coordinator_address, --process_count and --process_index must be given together.')
+    if all(given):
+        if process_count < 1:
+            raise UserError(f'--process_count={process_count} must be at least 1.')
+        last = process_count - 1
+        if not 0 <= process_index <= last:
+            raise UserError(f'--process_index={process_index} must be from 0 to --process_count - 1 = {last}.')
+        hosts.parse_address(coordinator_address)
+    if not 0 < coordinator_timeout <= 1e6:
+        raise UserError(f'--coordinator_timeout={coordinator_timeout:g} must be above 0 and at most 1e6.')
+    if distributed or all(given):
+        hosts.join(*by_hand, timeout=coordinator_timeout)
 
 
-def quickstart(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+def quickstart(family: str, out: str | None, budget: float, seeds: str) -> None:
     from upcycle import quickstart
 
     try:
-        seeds = tuple(int(seed) for seed in options.seeds.split(','))
+        numbers = tuple(int(seed) for seed in seeds.split(','))
     except ValueError:
-        raise UserError(f'--seeds={options.seeds} must be whole numbers with commas between, such as 0,1,2.') from None
-    out = f'runs/quickstart_{options.family}' if options.out is None else options.out
-    quickstart.quickstart(out, family=options.family, budget=options.budget, seeds=seeds)
+        raise UserError(f'--seeds={seeds} must be comma-separated whole numbers, such as 0,1,2.') from None
+    out = f'runs/quickstart_{family}' if out is None else out
+    quickstart.quickstart(out, family=family, budget=budget, seeds=numbers)
 
 
-def train(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    _join_hosts(options)
+def train(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    profile_steps: str | None,
+    preemption_notice: str | None,
+    **hosts: Any,
+) -> None:
+    _join_hosts(**hosts)
     from upcycle.commands import train
     from upcycle.training import notice, profile
 
-    steps = range(0) if options.profile_steps is None else profile.parse(options.profile_steps)
-    with notice.listen(options.preemption_notice):
-        train.run(options.gin_file, bindings, profile_steps=steps)
+    steps = range(0) if profile_steps is None else profile.parse(profile_steps)
+    with notice.listen(preemption_notice):
+        train.run(gin_files, bindings, profile_steps=steps)
 
 
-def plan(options: argparse.Namespace, bindings: dict[str, str]) -> None:
+def plan(gin_files: Sequence[str], bindings: Mapping[str, str], source: list[str] | None, as_json: bool) -> None:
     from upcycle.commands import plan
 
-    if options.source is not None:
-        bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source)}
+    if source is not None:
+        bindings = {**bindings, 'INITIAL_CHECKPOINT_PATH': _one_or_several(source)}
     with warning.last():
-        plan.run(options.gin_file, bindings, as_json=options.json)
+        plan.run(gin_files, bindings, as_json=as_json)
 
 
 def _one_or_several(paths: list[str]) -> str:
     return paths[0] if len(paths) == 1 else repr(tuple(paths))
 
 
-def evaluate(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    _join_hosts(options)
+def evaluate(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    source: str,
+    few_shot: bool,
+    as_json: bool,
+    out: str | None,
+    **hosts: Any,
+) -> None:
+    _join_hosts(**hosts)
     from upcycle.commands import evaluate
 
-    files = [*options.gin_file, *([evaluate.FEW_SHOT] if options.few_shot else [])]
-    evaluate.run(files, bindings, options.source, as_json=options.json, out=options.out)
+    files = [*gin_files, *([evaluate.FEW_SHOT] if few_shot else [])]
+    evaluate.run(files, bindings, source, as_json=as_json, out=out)
 
 
-def compile(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    # Before JAX is loaded: the host must not look for TPUs of its own.
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    os.environ['TPU_SKIP_MDS_QUERY'] = '1'
-    # No chip is touched, so several compilations may run beside each other.
-    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'
+def compile(**options: Any) -> None:
+    _compute_on_the_cpu()
+    os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # the host need not be a TPU VM
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # no chip is used, so compilations may run in parallel
     from upcycle.commands import compile
 
-    compile.run(
-        options.gin_file,
-        bindings,
-        options.topology,
-        num_slices=options.num_slices,
-        utilization=options.utilization,
-        as_json=options.json,
-        out=options.out,
-        hlo=options.hlo,
-    )
+    compile.run(**options)
 
 
-def _on_the_host() -> None:
-    """Before JAX is loaded: files are turned on the host, and an accelerator is left to whom it serves."""
+def _compute_on_the_cpu() -> None:
+    """Leaves the accelerators to other processes. Must run before JAX is loaded."""
     os.environ['JAX_PLATFORMS'] = 'cpu'
 
 
-def convert(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    _on_the_host()
-    _check_formats(options.format)
+def convert(
+    gin_files: Sequence[str],
+    bindings: Mapping[str, str],
+    source: list[str],
+    format: str,
+    optimizer_state: str | None,
+    operator: str | None,
+    seed: str | None,
+    step: str | None,
+    **options: Any,
+) -> None:
+    _compute_on_the_cpu()
+    _check_formats(format)
     named = {
-        'INITIAL_CHECKPOINT_PATH': _one_or_several(options.source),
-        'EXPERT_OPERATOR': options.operator,
-        'UPCYCLE_SEED': options.seed,
-        'DENSE_STEP': options.step,
-        'OPTIMIZER_STATE': 'fresh' if options.optimizer_state == 'none' else options.optimizer_state,
+        'INITIAL_CHECKPOINT_PATH': _one_or_several(source),
+        'EXPERT_OPERATOR': operator,
+        'UPCYCLE_SEED': seed,
+        'DENSE_STEP': step,
+        'OPTIMIZER_STATE': 'fresh' if optimizer_state == 'none' else optimizer_state,
     }
+    bindings = {**bindings, **{name: value for name, value in named.items() if value is not None}}
     from upcycle.commands import convert
 
-    path = convert.run(
-        options.gin_file,
-        {**bindings, **{name: value for name, value in named.items() if value is not None}},
-        options.target,
-        options.format,
-        dtype=options.dtype,
-        optimizer_state=options.optimizer_state != 'none',
-        verify=options.verify,
-    )
+    path = convert.run(gin_files, bindings, format=format, optimizer_state=optimizer_state != 'none', **options)
     print(f'wrote {path}')
 
 
@@ -130,71 +140,51 @@ def _check_formats(*formats: str | None) -> None:
             raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
 
 
-def import_(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    _transfer(options, 'upcycle', options.format)
+def import_(format: str | None, **options: Any) -> None:
+    _transfer('upcycle', source_format=format, **options)
 
 
-def export(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    _transfer(options, options.format, None)
+def export(format: str, **options: Any) -> None:
+    _transfer(format, source_format=None, **options)
 
 
-def _transfer(options: argparse.Namespace, format: str, source_format: str | None) -> None:
+def _transfer(format: str, source_format: str | None, **options: Any) -> None:
     _check_formats(source_format, format)
-    _on_the_host()
+    _compute_on_the_cpu()
     from upcycle import transfer
 
-    path = transfer.transfer(
-        options.source,
-        options.target,
-        format,
-        source_format=source_format,
-        optimizer_state=options.optimizer_state,
-        dtype=options.dtype,
-        step=options.step,
-    )
+    path = transfer.transfer(format=format, source_format=source_format, **options)
     print(f'wrote {path}')
 
 
-def inspect(options: argparse.Namespace, bindings: dict[str, str]) -> int:
-    _on_the_host()
+def inspect(**options: Any) -> int:
+    _compute_on_the_cpu()
     from upcycle.inspection import inspect
 
     with warning.last():
-        return inspect(options.path, as_json=options.json, all_leaves=options.leaves, quick=options.quick)
+        return inspect(**options)
 
 
-def sweep(options: argparse.Namespace, bindings: dict[str, str]) -> int:
+def sweep(cluster: Sequence[str], **options: Any) -> int:
     environment = dict(os.environ)
-    # The runs need the accelerators; what watches them does not.
-    os.environ['JAX_PLATFORMS'] = 'cpu'
-    # Whoever ends a sweep also ends its runs.
+    # Only the runs need the accelerators, and they get `environment`.
+    _compute_on_the_cpu()
+    # SIGTERM ends the runs of a sweep with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from upcycle.sweep.command import sweep
     from upcycle.sweep.grid import parse_option
 
-    return sweep(
-        config=options.config,
-        scale=options.scale,
-        gin_files=options.gin_file,
-        axes=options.grid,
-        bindings=bindings,
-        launcher_name=options.where,
-        jobs=options.jobs,
-        cluster=dict(map(parse_option, options.cluster)),
-        out=options.out,
-        environment=environment,
-        only=options.only,
-    )
+    return sweep(cluster=dict(map(parse_option, cluster)), environment=environment, **options)
 
 
-def report(options: argparse.Namespace, bindings: dict[str, str]) -> None:
-    if options.config is not None and not options.runs:
+def report(run_dirs: Sequence[str], config: str | None, scale: str | None, out: str | None) -> None:
+    if config is not None and not run_dirs:
         from upcycle.sweep.reports import report_experiment
 
-        report_experiment(config=options.config, scale=options.scale, out=options.out)
+        report_experiment(config=config, scale=scale, out=out)
         return
-    if options.config is not None or options.scale is not None or not options.runs:
-        raise UserError('name either run folders, or an experiment with --config (and its --scale), and not both.')
+    if config is not None or scale is not None or not run_dirs:
+        raise UserError('name either run folders, or an experiment with --config (and --scale), not both.')
     from upcycle.report.command import report_main
 
-    report_main(options.runs, 'report' if options.out is None else options.out)
+    report_main(run_dirs, 'report' if out is None else out)

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, wait for each other, and end together."""
+"""The processes of a run: joining, exchanging results, and ending together."""
 
 import atexit
 import contextlib
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
     import numpy as np
 
 TIMEOUT = 300  # seconds, as JAX's
-# Seconds between polls of the store, and seconds that a process is given to end by itself.
+# Seconds between polls of the store, and seconds that a process has to end by itself.
 _POLL = 1.0
 _GRACE = 5.0
 _ADDRESS = re.compile(r'(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^\s\[\]:/@]+)):(?P<port>[0-9]{1,5})')
-_LONGEST_TEXT = 4096  # bytes of a text that processes exchange
+_LONGEST_TEXT = 4096  # bytes of a text exchanged between processes
 Result = TypeVar('Result')
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of '--coordinator_address'.
+    """Parses the host and port of '--coordinator_address'.
 
     Raises:
-      UserError: it is not HOST:PORT.
+      UserError: the address is not HOST:PORT.
     """
-    found = _ADDRESS.fullmatch(text)
+    match = _ADDRESS.fullmatch(text)
     with contextlib.suppress(ValueError):
-        if found and 1 <= int(found['port']) <= 65535:
-            return str(ipaddress.IPv6Address(found['six'])) if found['six'] else found['host'], int(found['port'])
+        if match and 1 <= int(match['port']) <= 65535:
+            return str(ipaddress.IPv6Address(match['six'])) if match['six'] else match['host'], int(match['port'])
     raise UserError(
         f'--coordinator_address={text} is not HOST:PORT with a port of 1 to 65535, such as 10.0.0.1:1234 or [fd00::1]:1234.'
     )
@@ -46,30 +46,30 @@ def parse_address(text: str) -> tuple[str, int]:
 def join(address: str | None, count: int | None, index: int | None, timeout: float = TIMEOUT) -> None:
     """Joins the other processes of a run.
 
-    JAX's client ends its process by SIGABRT at its timeout, and handles no signal meanwhile. So it runs in a thread, with a
-    longer timeout than ours.
+    JAX's client aborts its process at its timeout, and blocks signals meanwhile. So it runs in a thread, with a longer timeout
+    than ours.
 
     Args:
-      address: of process 0; None, also of the others: as the platform says.
-      count: of processes.
-      index: of this one.
+      address: of process 0. None here, in `count` or in `index`: detected by JAX from the platform.
+      count: number of processes.
+      index: number of this process.
       timeout: seconds.
 
     Raises:
-      UserError: the platform does not say, or process 0 cannot listen at the address.
-      Unavailable: not all processes came in time.
+      UserError: JAX cannot detect a value, or process 0 cannot listen at the address.
+      Unavailable: not all processes joined in time.
     """
     import jax
 
     if address is not None and index == 0:
         _require_free(parse_address(address)[1])
-    found: list[Exception] = []
+    errors: list[Exception] = []
 
     def connect() -> None:
         try:
             jax.distributed.initialize(address, count, index, initialization_timeout=int(timeout) + 3600)
         except Exception as error:
-            found.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=connect, name='joining the other processes', daemon=True)
     thread.start()
@@ -77,25 +77,25 @@ def join(address: str | None, count: int | None, index: int | None, timeout: flo
         thread.join(timeout)
         if thread.is_alive():
             raise Unavailable(_who_is_missing(address, count, index, timeout))
-        if found:
-            raise UserError(f'the processes do not find each other: {reason_of(found[0])}') from found[0]
+        if errors:
+            raise UserError(f'the processes cannot connect: {reason_of(errors[0])}') from errors[0]
         _watch_others()
     except BaseException as error:
         if thread.is_alive() or isinstance(error.__cause__, RuntimeError):
-            # Client and service cannot be shut down while they wait, or after they have failed.
+            # JAX's client and service cannot be shut down while they wait or after they failed.
             atexit.register(_end, status_of(error))
         raise
 
 
 def store() -> Any | None:
-    """The key-value store of JAX's coordination service, which works during collectives; None: the service does not run."""
+    """Returns the key-value store of JAX's coordination service, usable during collectives, or None if it does not run."""
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def lookup(store: Any, key: str) -> str | None:
-    """The value of a key of the store; None: there is none, or the store does not answer."""
+    """Returns the value of a key, or None if it has none or the store does not answer."""
     try:
         return store.key_value_try_get(key)
     except Exception:  # a RuntimeError of JAX
@@ -103,7 +103,7 @@ def lookup(store: Any, key: str) -> str | None:
 
 
 class Together:
-    """Ends every process of a run when one of them fails; the others would wait for it in their next collective.
+    """Ends every process of a run when one of them fails; otherwise the others would hang in their next collective.
 
     The failing process writes the reason into the key-value store of JAX's coordination service. In every other process a thread
     polls the store, gives its process time to end by itself, and then ends it: a process that waits in a collective runs no
@@ -111,14 +111,14 @@ class Together:
 
     Args:
       store: see `store`.
-      index, count: this process, and how many there are.
+      index, count: the number of this process, and the number of processes.
       end: ends this process with a status.
-      grace: seconds that a process is given to end by itself.
+      grace: seconds that a process has to end by itself.
     """
 
     _FAILED = 'upcycle/failed'
-    _DONE = 'upcycle/done'  # is finished
-    _ENDED = 'upcycle/ended'  # makes no more requests
+    _DONE = 'upcycle/done'  # the process is finished
+    _ENDED = 'upcycle/ended'  # the process makes no more requests
 
     def __init__(self, store: Any, index: int, count: int, end: Callable[[int], None], grace: float = _GRACE):
         self._store, self._index, self._count = store, index, count
@@ -133,7 +133,7 @@ class Together:
         self._watching.join()
 
     def part(self) -> None:
-        """Returns when all processes are finished, so that JAX shuts nothing down while one of them may still fail."""
+        """Waits until all processes are finished, so that JAX is not shut down while one of them may still fail."""
         self._announce(self._DONE)
         self._await(self._DONE, TIMEOUT)
         if lookup(self._store, self._FAILED) is not None:
@@ -141,11 +141,11 @@ class Together:
         self.close()
 
     def fail(self, status: int, text: str) -> None:
-        """Tells the others why this process ends; of several that fail, the first one counts.
+        """Tells the others why this process ends. The first process that fails counts.
 
         Args:
-          status: its exit status, and that of the others.
-          text: a sentence.
+          status: exit status of this process and the others.
+          text: the reason, a sentence.
         """
         self.close()
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
@@ -154,29 +154,29 @@ class Together:
 
     def _watch(self) -> None:
         while not self._over.wait(_POLL):
-            if (told := lookup(self._store, self._FAILED)) is None:
+            if (failure := lookup(self._store, self._FAILED)) is None:
                 continue
             if self._over.wait(self._grace):
                 return
-            failed = json.loads(told)
+            failed = json.loads(failure)
             print(f'upcycle: process {failed["process"]} ended the run: {failed["why"]}', file=sys.stderr, flush=True)
             self._leave()
             self._end(failed['status'])
             return
 
     def _leave(self) -> None:
-        """Returns when this process may end."""
+        """Waits until this process may end."""
         self._announce(self._ENDED)
         if self._index == 0:
             self._await(self._ENDED, 2 * (self._grace + _POLL))
-            time.sleep(0.5)  # until they really have
+            time.sleep(0.5)  # until they have exited
 
     def _announce(self, event: str) -> None:
         with contextlib.suppress(Exception):  # the service is gone
             self._store.key_value_set(f'{event}/{self._index}', '', allow_overwrite=True)
 
     def _await(self, event: str, seconds: float) -> None:
-        """Returns when all processes have announced it, one has failed first, or at the timeout."""
+        """Waits until all processes have announced the event, one has failed, or the timeout."""
         end = time.monotonic() + seconds
         with contextlib.suppress(Exception):
             while len(self._store.key_value_dir_get(event)) < self._count and time.monotonic() < end:
@@ -190,30 +190,30 @@ _together: Together | None = None
 
 def _watch_others() -> None:
     global _together
-    from jax._src.distributed import global_state as state  # jax.process_count() would set the devices up
+    from jax._src.distributed import global_state as state  # jax.process_count() would initialise the devices
 
     if state.num_processes > 1:
         count = _count(store(), state.process_id, state.num_processes)
         _together = Together(store(), state.process_id, count, _end)
         if count != state.num_processes:
             raise UserError(
-                f'--process_count={state.num_processes}, and process 0 was started with {count}: give the same number in each.'
+                f'--process_count={state.num_processes}, but process 0 was started with {count}: use the same number in each.'
             )
 
 
 def _count(store: Any, index: int, count: int) -> int:
-    """How many processes there are, as process 0 was told, and with it JAX."""
+    """Returns the number of processes that process 0, and so JAX, was started with."""
     if index == 0:
         store.key_value_set('upcycle/count', str(count))
     return int(store.blocking_key_value_get('upcycle/count', 1000 * TIMEOUT))
 
 
 def part(status: int, failure: str | None) -> None:
-    """Leaves the other processes, where there are some, at the end of this one.
+    """Leaves the other processes, if any, at the end of this process.
 
     Args:
       status: the exit status.
-      failure: why this process ends early, a sentence that ends the others, too; None: it is finished.
+      failure: why this process ends early, a sentence, which also ends the others; None if it is finished.
     """
     if _together is not None and failure is None:
         _together.part()
@@ -224,7 +224,7 @@ def part(status: int, failure: str | None) -> None:
 
 
 def _require_free(port: int) -> None:
-    """Raises UserError where the port is taken: JAX would crash."""
+    """Raises UserError if the port is in use: JAX would crash."""
     try:
         if socket.has_dualstack_ipv6():
             socket.create_server(('::', port), family=socket.AF_INET6, dualstack_ipv6=True).close()
@@ -232,8 +232,8 @@ def _require_free(port: int) -> None:
             socket.create_server(('', port)).close()
     except OSError as error:
         raise UserError(
-            f'--coordinator_address: process 0 cannot listen at port {port} ({error.strerror}): end what does, or name another '
-            'port.'
+            f'--coordinator_address: process 0 cannot listen at port {port} ({error.strerror}): end the process that uses it, or '
+            'choose another port.'
         ) from error
 
 
@@ -245,32 +245,32 @@ def _end(status: int) -> None:
 
 
 def _who_is_missing(address: str | None, count: int | None, index: int | None, timeout: float) -> str:
-    problem = f'not all {"" if count is None else f"{count} "}processes have come within {timeout:g} s'
-    way_out = (
+    problem = f'not all {"" if count is None else f"{count} "}processes have connected within {timeout:g} s'
+    fix = (
         'start the same command in each, check the network and firewalls between them, or raise --coordinator_timeout.'
     )
     if address is not None and index != 0:
         try:
             socket.create_connection(parse_address(address), timeout=2).close()
         except OSError as error:
-            return f'process 0 does not answer at {address} ({error.strerror or error}), and {problem}: {way_out}'
-    return f'{problem}{"" if address is None else f" to {address}"}: {way_out}'
+            return f'process 0 does not answer at {address} ({error.strerror or error}), and {problem}: {fix}'
+    return f'{problem}{"" if address is None else f" to {address}"}: {fix}'
 
 
 def gathered(values: 'np.ndarray') -> 'np.ndarray':
-    """The arrays of all processes, (processes, *shape); every process must call it at the same point."""
+    """Gathers the arrays of all processes, (processes, *shape). A collective: all processes must call it."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    # Wider types would silently be cut to 32 bits.
+    # JAX would silently cut wider types to 32 bits.
     assert values.dtype.itemsize <= 4, values.dtype
     with jax.set_mesh(None):
         return np.asarray(multihost_utils.process_allgather(values)).reshape(jax.process_count(), *values.shape)
 
 
 def texts(text: str) -> list[str]:
-    """The texts of all processes, cut off where very long; every process must call it at the same point."""
+    """Gathers the texts of all processes, cut off at `_LONGEST_TEXT`. A collective: all processes must call it."""
     import numpy as np
 
     encoded = text.encode()[:_LONGEST_TEXT].ljust(_LONGEST_TEXT, b'\0')
@@ -278,12 +278,12 @@ def texts(text: str) -> list[str]:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """The result of an action in this process, once it has returned in all of them.
+    """Runs an action in all processes and returns this process's result once it has succeeded in all of them.
 
-    An action that may fail in one process alone must not contain a collective: the others would wait in it.
+    An action that may fail in a single process must not contain a collective: the others would hang in it.
 
     Raises:
-      UserError: the message of the first process that failed, the same in all.
+      UserError: the action failed; with the message of the first such process, the same in all.
     """
     import jax
 
@@ -294,14 +294,14 @@ def together(action: Callable[[], Result]) -> Result:
         result = action()
     except Exception as raised:
         error = raised
-    found = texts('' if error is None else f'{status_of(error)} {type(error).__name__}: {error}')
-    failed = next((index for index, text in enumerate(found) if text), None)
+    messages = texts('' if error is None else f'{status_of(error)} {type(error).__name__}: {error}')
+    failed = next((index for index, text in enumerate(messages) if text), None)
     if failed is None:
         return result
     if error is not None and not isinstance(error, UserError):
         raise error
-    status, _, text = found[failed].partition(' ')
+    status, _, text = messages[failed].partition(' ')
     if int(status) not in (STATUSES[UserError], STATUSES[Unavailable]):
-        raise UserError(f'process {failed} of {len(found)} failed ({text}): see its output.') from error
+        raise UserError(f'process {failed} of {len(messages)} failed ({text}): see its output.') from error
     kind = Unavailable if int(status) == STATUSES[Unavailable] else UserError
     raise kind(text.partition(': ')[2]) from error

@@ -1,12 +1,12 @@
-"""Surgery from Python: a plan carried out onto devices, with its receipt."""
+"""Surgery from Python: executes a plan on devices and makes its receipt."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh
 
 from upcycle import partitioning
 from upcycle.checkpoints import Reader
@@ -23,11 +23,16 @@ from upcycle.training.receipt_of_start import source_of
 Hidden = Callable[[Mapping[str, jax.Array], str], np.ndarray]
 
 
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """Returns the mesh with automatic axis types, which surgery needs."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def as_key(key: Any) -> jax.Array:
-    """A random key of a whole number, a key of `jax.random.key`, or a raw one of `jax.random.PRNGKey`.
+    """Converts an integer, a key of `jax.random.key` or a raw key of `jax.random.PRNGKey` to a typed key.
 
     Raises:
-      UserError: it is none of them.
+      UserError: `key` is none of these.
     """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         return jax.random.key(int(key))
@@ -36,54 +41,37 @@ def as_key(key: Any) -> jax.Array:
             return key
         if key.dtype == jnp.uint32 and key.ndim == 1:
             return jax.random.wrap_key_data(key)
-    raise UserError(f'key = {key!r} must be one key, such as jax.random.key(0), or a whole number.')
+    raise UserError(f'key = {key!r} must be one key, such as jax.random.key(0), or an integer.')
 
 
 def seed_of(key: jax.Array) -> int | list[int]:
-    """The seed that a key was made of by `jax.random.key`, or else the words of the key, as JSON."""
+    """Returns, as JSON, the seed of a key made by `jax.random.key`, or the words of any other key."""
     words = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
     of_last = jax.random.key(words[-1] & 0x7FFFFFFF)
     return words[-1] if of_last.dtype == key.dtype and bool(of_last == key) else words
 
 
 def check_surgery(surgery: Surgery, *, has_state: bool, has_hidden: bool, way_out: str) -> None:
-    """What a surgery needs and is not given.
+    """Checks that everything a surgery needs is given.
 
     Args:
-      surgery: to be carried out.
-      has_state: the optimizer's state is given.
+      surgery: the specification.
+      has_state: optimizer state is given.
       has_hidden: hidden states can be computed.
-      way_out: how to give hidden states, for the message.
+      way_out: how to provide hidden states, for the message.
 
     Raises:
       UserError: something is missing.
     """
     if surgery.made_by is None:
-        raise UserError(
-            "the surgery has operator=None: name how the experts are made, such as Surgery(operator='copy')."
-        )
+        raise UserError("the surgery has operator=None: choose an operator, such as Surgery(operator='copy').")
     if surgery.optimizer_state is OptimizerState.TILE and not has_state:
         raise UserError(
-            "optimizer_state='tile' repeats the dense run's optimizer state, and none is given: use 'fresh', or give it "
-            '(`State` for a model with path rules; `upcycle.convert` or `upcycle.train` for ours).'
+            "optimizer_state='tile' repeats the dense run's optimizer state, and none is given: use 'fresh', or pass it "
+            '(in a `State` with path rules; our models need `upcycle.convert` or `upcycle.train`).'
         )
     if surgery.router_init is RouterInit.HIDDEN and not has_hidden:
-        raise UserError(f"router_init='hidden' needs hidden states on data: {way_out}, or use another one.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """What a surgery made.
-
-    Attributes:
-      leaves: of the target.
-      hashes: sha256 of each leaf that was read.
-      lineages: of each MLP, what its experts were made of.
-    """
-
-    leaves: dict[str, jax.Array]
-    hashes: dict[str, str]
-    lineages: dict[str, Lineage]
+        raise UserError(f"router_init='hidden' needs hidden states on data: {way_out}, or use another router_init.")
 
 
 def carry_out(
@@ -94,19 +82,24 @@ def carry_out(
     *,
     hidden: Hidden | None = None,
     names: Callable[[str], str] = str,
-) -> Made:
-    """Makes the leaves of a plan.
+    shown: Plan | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Executes a plan.
 
     Args:
-      plan: what to make from what.
-      reader: of the sources.
-      shardings: of each target leaf.
-      key: of everything random, in place of the seed of the surgery.
+      plan: the plan.
+      reader: reader of the sources.
+      shardings: sharding of each target leaf.
+      key: random key, used instead of the surgery's seed.
       hidden: see `surgery.place.execute`.
-      names: what the user calls a leaf or an MLP of the plan, for hashes, lineages and messages.
+      names: maps a leaf or MLP of the plan to the user's name, for hashes, lineages and messages.
+      shown: the plan with the user's names, for the receipt; None: `plan`.
+
+    Returns:
+      The target leaves, and the receipt with the function check pending.
 
     Raises:
-      UserError: a source holds NaN or infinity.
+      UserError: a source contains NaN or infinity.
     """
     hashes: dict[str, str] = {}
     lineages: dict[str, Lineage] = {}
@@ -119,10 +112,7 @@ def carry_out(
             hashes[name] = sha256_of(name, host)
 
     leaves = execute(plan, reader.read, shardings, new={}, on_source=look, hidden=hidden, lineages=lineages, key=key)
-    return Made(leaves, hashes, {names(mlp): lineage for mlp, lineage in lineages.items()})
-
-
-def receipt_of(plan: Plan, reader: Reader, key: jax.Array, made: Made) -> dict[str, Any]:
-    """The receipt of what `carry_out` made, before the function check."""
-    receipt = make_receipt(plan, source=source_of(reader, reader.step), hashes=made.hashes, lineages=made.lineages)
-    return receipt | {'seed': seed_of(key)}
+    lineages = {names(mlp): lineage for mlp, lineage in lineages.items()}
+    source = source_of(reader, reader.step)
+    receipt = make_receipt(plan if shown is None else shown, source=source, hashes=hashes, lineages=lineages)
+    return leaves, receipt | {'seed': seed_of(key)}

@@ -1,8 +1,7 @@
-"""`upcycle inspect`: what a checkpoint of any format holds, as tables or JSON."""
+"""`upcycle inspect`: shows the content of a checkpoint of any format, as tables or JSON."""
 
 import functools
 import json
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,16 +16,16 @@ from upcycle.surgery.receipt import mismatches
 
 
 def inspect(path: str, *, as_json: bool = False, all_leaves: bool = False, quick: bool = False) -> int:
-    """Prints what a checkpoint holds.
+    """Prints the content of a checkpoint.
 
     Args:
       path: of the checkpoint.
-      as_json: machine-readable, with every leaf and all metadata.
-      all_leaves: list every leaf, not only the components.
-      quick: read no weights, and so compare no experts.
+      as_json: print JSON with all leaves and metadata.
+      all_leaves: list all leaves, not only the components.
+      quick: do not read weights or compare experts.
 
     Returns:
-      Exit code: 1 where its receipt does not match it, else 0.
+      The exit status: 1 if the receipt does not match the checkpoint, else 0.
     """
     reader = open_checkpoint(path)
     facts = describe(reader, quick=quick)
@@ -39,15 +38,14 @@ def inspect(path: str, *, as_json: bool = False, all_leaves: bool = False, quick
 
 
 def describe(reader: Reader, *, quick: bool = False) -> dict[str, Any]:
-    """The facts behind the tables, as JSON: sizes by component, and of an MoE checkpoint its experts and receipt."""
+    """Returns the content of the tables as JSON: sizes by component, and statistics of experts."""
     leaves = reader.leaves()
     components: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
-        size = math.prod(leaf.shape)
         entry = components.setdefault(component(name), {'leaves': 0, 'numbers': 0, 'bytes': 0, 'dtypes': []})
         entry['leaves'] += 1
-        entry['numbers'] += size
-        entry['bytes'] += size * leaf.dtype.itemsize
+        entry['numbers'] += leaf.size
+        entry['bytes'] += leaf.size * leaf.dtype.itemsize
         if leaf.dtype.name not in entry['dtypes']:
             entry['dtypes'].append(leaf.dtype.name)
     metadata = reader.metadata
@@ -60,7 +58,7 @@ def describe(reader: Reader, *, quick: bool = False) -> dict[str, Any]:
         'step': reader.step,
         'facts': identify.facts_of(metadata),
         'num_leaves': len(leaves),
-        'parameters': sum(math.prod(leaf.shape) for name, leaf in leaves.items() if name.startswith('params/')),
+        'parameters': sum(leaf.size for name, leaf in leaves.items() if name.startswith('params/')),
         'bytes': sum(entry['bytes'] for entry in components.values()),
         'components': components,
         'moe_layers': {layer: {} if quick else layer_statistics(reader, layer) for layer in layers},
@@ -70,7 +68,7 @@ def describe(reader: Reader, *, quick: bool = False) -> dict[str, Any]:
 
 
 def component(name: str) -> str:
-    """What a leaf is a part of, the same for every layer: 'layers_*/attention'."""
+    """Returns the component of a leaf, such as 'layers_*/attention'; the same for all layers."""
     top, *segments = name.split('/')
     if top != 'params':
         return top
@@ -87,54 +85,52 @@ def component(name: str) -> str:
 
 @functools.cache
 def _modules() -> tuple[str, tuple[str, ...]]:
-    """A pattern of the numbered modules' names, and the names of the modules within a layer, in models of any family."""
+    """Returns a pattern of the names of numbered modules, and the names of modules within a layer, for all families."""
     kinds = tuple(registry.families())
     blocks = '|'.join(block for kind in kinds for block in kind.blocks)
     return blocks, tuple(component for kind in kinds for component in kind.components)
 
 
 def layer_statistics(reader: Reader, layer: str) -> dict[str, Any]:
-    """How alike the experts of one MoE layer are, and how large its router's weights.
+    """Computes the similarity of the experts of one MoE layer, and statistics of its router.
 
     Args:
       reader: the checkpoint.
       layer: its path, such as 'params/layers_1/mlp'.
 
     Returns:
-      `num_experts`; `cosine` between the whole parameter vectors of each pair of experts (`mean`, `min`, `max`; 1: copies);
-      `router`: `mean`, `std` and `max_abs` of its weights, and the mean cosine between two experts' columns; a layer whose
-      experts are merged has none. A layer that is not whole has what can be told: 0 experts, or the numbers that its leaves
-      disagree in, and no `cosine`.
+      `num_experts`; `cosine`: cosine between the parameter vectors of each pair of experts (`mean`, `min`, `max`; 1 for copies);
+      `router`: `mean`, `std` and `max_abs` of its weights, and `column_cosine`, the mean cosine between columns of two experts;
+      missing if experts are merged. For an incomplete layer, `num_experts` is 0 or the list of differing numbers, and `cosine` is
+      missing.
     """
     leaves = reader.leaves()
     experts = [name for name in leaves if name.startswith(f'{layer}/expert/')]
     counts = sorted({leaves[name].shape[0] if leaves[name].shape else 0 for name in experts})
-    found: dict[str, Any] = {'num_experts': counts[0] if len(counts) == 1 else counts or 0}
+    statistics: dict[str, Any] = {'num_experts': counts[0] if len(counts) == 1 else counts or 0}
     if len(counts) == 1 and counts[0]:
         gram = 0.0
         for name in experts:
             value_ExN = np.asarray(reader.read(name), np.float32).reshape(counts[0], -1)
             gram = gram + (value_ExN @ value_ExN.T).astype(np.float64)
-        found['cosine'] = _pairs(gram)
+        statistics['cosine'] = _pairs(gram)
     kernels = [name for name in leaves if name.startswith(f'{layer}/router/') and name.endswith('kernel')]
     if kernels and len(leaves[kernels[0]].shape) == 2:
         router = np.asarray(reader.read(kernels[0]), np.float64)
-        found['router'] = {
+        statistics['router'] = {
             'mean': float(router.mean()),
             'std': float(router.std()),
             'max_abs': float(np.abs(router).max()),
             'column_cosine': _pairs(router.T @ router)['mean'],
         }
-    return found
+    return statistics
 
 
 def _pairs(gram: np.ndarray) -> dict[str, float]:
-    """Cosines of all pairs, from their products."""
+    """Summarises the cosines of all pairs; `gram`: inner products."""
     norms = np.sqrt(np.diag(gram))
     cosine = gram / np.maximum(np.outer(norms, norms), 1e-300)
-    pairs = cosine[np.triu_indices(len(gram), 1)]
-    if not len(pairs):
-        return {'mean': 1.0, 'min': 1.0, 'max': 1.0}
+    pairs = cosine[np.triu_indices(len(gram), 1)] if len(gram) > 1 else np.ones(1)
     return {'mean': float(pairs.mean()), 'min': float(pairs.min()), 'max': float(pairs.max())}
 
 
@@ -144,28 +140,16 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
     console = tables.console(160)
     step = 'unknown' if facts['step'] is None else facts['step']
     console.print(f'{facts["path"]}  format: {facts["format"]}  step: {step}', soft_wrap=True)
-    numbers = tables.table('component', 'leaves', 'numbers', 'MB', 'dtype')
+    sizes = tables.table('component', 'leaves', 'numbers', 'MB', 'dtype')
     for name, entry in facts['components'].items():
-        numbers.add_row(
-            name,
-            str(entry['leaves']),
-            f'{entry["numbers"]:,}',
-            f'{entry["bytes"] / 1e6:,.2f}',
-            ', '.join(entry['dtypes']),
-        )
-    numbers.add_row(
-        'in all',
-        str(facts['num_leaves']),
-        f'{facts["parameters"]:,} of them parameters',
-        f'{facts["bytes"] / 1e6:,.2f}',
-        '',
-    )
-    console.print(numbers)
+        megabytes, dtypes = f'{entry["bytes"] / 1e6:,.2f}', ', '.join(entry['dtypes'])
+        sizes.add_row(name, str(entry['leaves']), f'{entry["numbers"]:,}', megabytes, dtypes)
+    parameters = f'{facts["parameters"]:,} of them parameters'
+    sizes.add_row('in all', str(facts['num_leaves']), parameters, f'{facts["bytes"] / 1e6:,.2f}', '')
+    console.print(sizes)
     if facts['facts']:
-        console.print(
-            'model: ' + ', '.join(f'{name} = {schema.shown(value)}' for name, value in facts['facts'].items()),
-            soft_wrap=True,
-        )
+        model = ', '.join(f'{name} = {schema.shown(value)}' for name, value in facts['facts'].items())
+        console.print(f'model: {model}', soft_wrap=True)
     if all_leaves:
         table = tables.table('leaf', 'shape', 'dtype')
         for name, leaf in reader.leaves().items():
@@ -184,23 +168,14 @@ def _show(facts: Mapping[str, Any], reader: Reader, all_leaves: bool) -> None:
 def _experts_table(layers: Mapping[str, Mapping[str, Any]]):
     from upcycle import tables
 
-    table = tables.table(
-        'MoE layer',
-        'experts',
-        'cosine of pairs',
-        'smallest',
-        'largest',
-        'router mean',
-        'std',
-        'largest',
-        'cosine',
-    )
-    for layer, found in layers.items():
-        cosine, router = found.get('cosine', {}), found.get('router', {})
+    of_experts, of_router = ('cosine of pairs', 'smallest', 'largest'), ('router mean', 'std', 'largest', 'cosine')
+    table = tables.table('MoE layer', 'experts', *of_experts, *of_router)
+    for layer, statistics in layers.items():
+        cosine, router = statistics.get('cosine', {}), statistics.get('router', {})
         values = [cosine.get(name) for name in ('mean', 'min', 'max')]
         values += [router.get(name) for name in ('mean', 'std', 'max_abs', 'column_cosine')]
         shown = ('' if value is None else f'{value:.4f}' for value in values)
-        table.add_row(layer.removeprefix('params/'), str(found['num_experts']), *shown)
+        table.add_row(layer.removeprefix('params/'), str(statistics['num_experts']), *shown)
     return table
 
 
@@ -215,12 +190,10 @@ def _show_receipt(console: Any, receipt: Mapping[str, Any]) -> None:
     check = receipt.get('function_check', {})
     whole = check.get('whole_model')
     if isinstance(whole, Mapping):
-        console.print(
-            'whole model: ' + ', '.join(f'{name} {value:.4f}' for name, value in whole.items()), soft_wrap=True
-        )
-    elif whole is not None:
-        console.print(f'whole model: {whole}')
+        whole = ', '.join(f'{name} {value:.4f}' for name, value in whole.items())
+    if whole is not None:
+        console.print(f'whole model: {whole}', soft_wrap=True)
     layers = check.get('layers')
-    for layer, found in layers.items() if isinstance(layers, Mapping) else ():
-        shown = ', '.join(f'{name} {value:.3g}' for name, value in found.items() if isinstance(value, int | float))
+    for layer, result in layers.items() if isinstance(layers, Mapping) else ():
+        shown = ', '.join(f'{name} {value:.3g}' for name, value in result.items() if isinstance(value, int | float))
         console.print(f'  {layer}: {shown}', soft_wrap=True)

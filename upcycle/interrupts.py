@@ -1,7 +1,7 @@
-"""SIGINT without a traceback, from the first line of our code to the last: exit status 130, or death by the signal.
+"""Handling of SIGINT without a traceback: exit status 130, or death by the signal.
 
-KeyboardInterrupt is not safe everywhere: libraries that are interrupted while they load raise other errors, and an exception in
-a destructor or callback is lost. There, and at a second SIGINT, the process dies at once, which loses no more than SIGKILL does.
+KeyboardInterrupt is not safe everywhere: a library that is interrupted during its import raises other errors, and exceptions in
+destructors and callbacks are lost. There, and at a second SIGINT, the process dies at once, which loses no more than SIGKILL.
 """
 
 import os
@@ -14,10 +14,10 @@ _came = False
 
 
 def listen() -> Any:
-    """Has SIGINT raise KeyboardInterrupt where that is safe, unless whoever started the process has it ignored.
+    """Makes SIGINT raise KeyboardInterrupt where that is safe, unless the process was started with SIGINT ignored.
 
     Returns:
-      The handler before, for `signal.signal`; None: nothing was changed.
+      The previous handler, for `signal.signal`; None if nothing was changed.
     """
     global _came
     _came = False
@@ -27,18 +27,18 @@ def listen() -> Any:
     try:
         signal.signal(signal.SIGINT, _interrupt)
     except ValueError:
-        return None  # signals are the main thread's
+        return None  # only the main thread can handle signals
     sys.unraisablehook = _lost
     return before
 
 
 def came() -> bool:
-    """Whether SIGINT came since `listen`, whatever has become of the KeyboardInterrupt."""
+    """Returns whether SIGINT came since `listen`, even if the KeyboardInterrupt was lost."""
     return _came
 
 
 def die() -> None:
-    """Ends the process as SIGINT does where nobody listens."""
+    """Ends the process as an unhandled SIGINT does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -60,7 +60,7 @@ def _is_loading(frame: types.FrameType | None) -> bool:
 
 
 def _lost(unraisable: Any) -> None:
-    """Of what cannot be raised, KeyboardInterrupt alone matters: it was meant for the command."""
+    """Ends the process at a KeyboardInterrupt that cannot be raised."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         die()
     sys.__unraisablehook__(unraisable)

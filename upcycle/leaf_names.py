@@ -1,25 +1,25 @@
-"""Long lists of leaves in messages: alike layers on one line, and no more than fits a screen."""
+"""Shortens lists of leaves in messages: one line for similar layers, and no more lines than fit a screen."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# The first number of a name is the layer's: STACK/layers_3/mlp/wi_0/kernel, STACK.block.3.layer.0.
+# The first number in a name is that of the layer: STACK/layers_3/mlp/wi_0/kernel, STACK.block.3.layer.0.
 _LAYER = re.compile(r'(?<=[_.])\d+(?=[/.])')
 _NAME = re.compile(r"[^\s,:;()'\"]*[/.][^\s,:;()'\"]*")
 
 
 def pattern(text: str) -> str:
-    """A text with a `*` for the number of the layer in every name of a leaf."""
+    """Replaces the layer number in each leaf name of a text by `*`."""
     return _NAME.sub(lambda name: _LAYER.sub('*', name[0], count=1), text)
 
 
 def grouped(lines: Iterable[str], most: int | None = 16) -> list[str]:
-    """Lines about leaves, those of alike layers as one with their number.
+    """Merges lines that differ only in the layer number, and appends their count.
 
     Args:
-      lines: a sentence or a name each.
-      most: how many to give; a last one says how many more there are. None: all.
+      lines: sentences or names.
+      most: the maximum number of lines; an additional last line counts the rest. None: no limit.
     """
     groups: dict[str, list[str]] = {}
     for line in lines:
@@ -34,9 +34,10 @@ def grouped(lines: Iterable[str], most: int | None = 16) -> list[str]:
 
 
 def not_read(metadata: Mapping[str, Any]) -> list[str]:
-    """Lines that say which arrays of a checkpoint are not read, and why.
+    """Lists the arrays that the reader with this metadata does not read, and why."""
+    return grouped(f'not read  {name}: {reason}' for name, reason in metadata.get('not_read', {}).items())
 
-    Args:
-      metadata: of the checkpoint's reader.
-    """
-    return grouped(f'not read  {name}  because it is {reason}' for name, reason in metadata.get('not_read', {}).items())
+
+def left_out(reasons: Mapping[str, str]) -> list[str]:
+    """Lists the leaves that a format does not store, and why."""
+    return grouped((f'left out  {name}: {reason}' for name, reason in reasons.items()), None)

@@ -1,29 +1,29 @@
-"""The lines of a `metrics.jsonl`: a JSON object each."""
+"""Parsing and validation of the lines of a `metrics.jsonl`, each a JSON object."""
 
 import json
 from typing import Any
 
-# Stripped from a line; a machine that loses power may leave zeros.
+# Stripped from a line; a power failure may leave zeros.
 PADDING = ' \t\r\0'
-# Running totals; reports take their differences.
+# Running totals, of which reports take differences.
 _COSTS = ('start_step', 'flops', 'seconds', 'sunk_flops', 'sunk_seconds')
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number (a diverged run logs nan)."""
+    """Returns whether `value` is a finite number (a diverged run logs nan)."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    # Axes are longer than the values on them and must be finite, too; no metric of a working model comes near.
+    # Plots need axes that are longer than the values and still finite; no metric of a working model is this large.
     return abs(value) < 2**996
 
 
 def lines_of(log: bytes) -> list[bytes]:
-    """The lines of a `metrics.jsonl`; the last one follows the last line break, and is empty unless a line was cut off."""
+    """Splits a `metrics.jsonl` into lines. The last one, after the last line break, is empty unless it was cut off."""
     return log.split(b'\n')
 
 
 def parse_line(line: bytes) -> Any:
-    """A line's JSON; None where it is not JSON. `NaN` and `Infinity` are read."""
+    """Parses a line, including `NaN` and `Infinity`; None if it is not JSON."""
     try:
         return json.loads(line.decode('utf-8-sig').strip(PADDING))
     except (ValueError, RecursionError):
@@ -31,7 +31,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def what_is_wrong(record: Any) -> str | None:
-    """Why no run can have written a (parsed) line; None: one can."""
+    """Returns why a (parsed) line cannot be from a run, or None."""
     if not isinstance(record, dict):
         return 'is not a JSON object'
     for name in ('step', 'split'):
@@ -53,7 +53,7 @@ def what_is_wrong(record: Any) -> str | None:
 def _is_metric(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_metric, value))
-    # A float holds no larger whole number.
+    # Larger whole numbers do not fit into a float.
     return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**1023)
 
 

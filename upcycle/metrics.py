@@ -1,14 +1,13 @@
-"""What a run logs: `metrics.jsonl`, TensorBoard events, and a progress line."""
+"""The log of a run: `metrics.jsonl` and TensorBoard events."""
 
 import contextlib
 import json
 import os
 import pathlib
 import socket
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -16,10 +15,10 @@ from etils import epath
 from upcycle import files
 from upcycle.errors import UserError
 from upcycle.log_lines import PADDING, lines_of, parse_line, what_is_wrong
+from upcycle.warning import warn
 
-Batch = TypeVar('Batch')
-# Seconds between copies to a bucket. It takes whole objects only, so each copy sends the whole log; the period doubles, up to the
-# longest, while the bucket does not accept them.
+# Seconds between copies to a bucket. Each copy sends the whole log, because objects in a bucket cannot be appended to. The period
+# doubles, up to the longest, while the bucket does not accept copies.
 COPY_PERIOD = 60.0
 LONGEST_COPY_PERIOD = 960.0
 # Lines that a resumed run removes from the log.
@@ -29,13 +28,13 @@ SET_ASIDE = 'metrics.set_aside.jsonl'
 class MetricsLog:
     """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files in the same folder.
 
-    No line is ever lost: earlier lines that the log does not keep are appended to `SET_ASIDE`, byte for byte.
+    No line is lost: earlier lines that are removed from the log are appended to `SET_ASIDE`, byte for byte.
 
     Args:
       model_dir: the run's folder.
-      last_step: lines after this step are set aside: the run wrote them before it was killed, and repeats those steps now. None:
-        all lines are, because the run begins.
-      only_training_at_it: of that step itself keep lines of training only: the others are written again.
+      last_step: the step that the run resumes at: lines after it are removed, because the run repeats those steps. None: all
+        lines are removed, because the run begins.
+      only_training_at_it: of the lines at `last_step`, keep only those of training; the others are written again.
 
     Raises:
       UserError: the log exists and is not a file.
@@ -56,15 +55,15 @@ class MetricsLog:
             record = parse_line(line)
             is_whole = what_is_wrong(record) is None
             (kept if is_whole and is_kept(record) else others).append(line)
-            # A kill cuts the last line off; nothing of ours damages another one.
+            # A kill can cut off the last line; other damage is not ours.
             if not is_whole and line.strip() and number < len(lines):
                 damaged.append(number)
         self._set_aside(others, files.absolute(model_dir) / SET_ASIDE)
         if damaged:
             which = ', '.join(map(str, damaged[:10])) + ' and others' * (len(damaged) > 10)
             warn(
-                f'{earlier}, line {which}: not a line of a log of ours (a JSON object with step and split). It is now in '
-                f'{SET_ASIDE}; every other line is kept.'
+                f'{earlier}, line {which}: not a line of a metrics log (a JSON object with step and split). It was moved to '
+                f'{SET_ASIDE}; all other lines are kept.'
             )
         if last_step is not None and not earlier.exists():
             warn(f'{earlier} is missing: the log begins after step {last_step}.')
@@ -75,7 +74,7 @@ class MetricsLog:
         self._period = COPY_PERIOD
 
     def _set_aside(self, lines: Sequence[bytes], earlier: epath.Path) -> None:
-        """Appends lines to `SET_ASIDE`, and returns when they are on disk."""
+        """Appends lines to `SET_ASIDE` and waits until they are on disk."""
         if not any(line.strip() for line in lines):
             return
         path = self._mirror.path / SET_ASIDE
@@ -88,9 +87,9 @@ class MetricsLog:
         self._mirror.copy()
 
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
-        """Appends one line, on disk when this returns (in a bucket: within a minute).
+        """Appends one line, which is on disk when this returns (in a bucket: within a minute).
 
-        Lists, such as the load of each expert, are not written as events.
+        Lists, such as the load of each expert, are not written to the event files.
         """
         line = {'step': step, 'split': split} | {name: plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line) + '\n')
@@ -103,9 +102,9 @@ class MetricsLog:
             self.copy()
 
     def copy(self) -> None:
-        """Sends the log to the bucket, where the run's folder is in one.
+        """Sends the log to the bucket, if the run's folder is in one.
 
-        Warns where the bucket does not accept it; the next copy sends it again.
+        Warns if the bucket does not accept it; the next copy tries again.
         """
         try:
             with files.asking_once():
@@ -116,16 +115,16 @@ class MetricsLog:
             if refusal is None:
                 raise
             self._period = min(2 * self._period, LONGEST_COPY_PERIOD)
-            warn(f'the log is kept in {self._mirror.path} and sent later: {refusal}')
+            warn(f'the log stays in {self._mirror.path} and is sent later: {refusal}')
         self._copied = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes every file, and sends the rest.
+        """Flushes and closes all files, and sends them to the bucket.
 
         Raises:
-          Unavailable, UserError: the bucket does not accept the rest, which stays on this machine; see `files.Mirror`.
+          Unavailable, UserError: the bucket does not accept them; they stay on this machine, see `files.Mirror`.
         """
-        # In reverse order; all are closed, even where one of them cannot write its buffer.
+        # The stack closes all of them, in reverse order, even if one cannot write its buffer.
         with contextlib.ExitStack() as closing:
             closing.callback(self._mirror.close)
             for events in self._events.values():
@@ -141,15 +140,15 @@ class MetricsLog:
         except UserError as refusal:
             if kind is None:
                 raise
-            # The error that ends the run is raised, and decides the exit status.
+            # The error that ended the run decides the exit status.
             warn(str(refusal))
 
 
 class EventFile:
-    """Scalars for TensorBoard, by its own library: TensorFlow's writers would cost every run seconds of imports.
+    """Writes scalars for TensorBoard with its own library; TensorFlow's writers would take seconds to import.
 
     Args:
-      folder: where a new event file is made.
+      folder: folder of the new event file.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -159,13 +158,13 @@ class EventFile:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
-        # The name that TensorBoard looks for; unique to this writer.
+        # TensorBoard's pattern of names; unique to this writer.
         name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}'
         self._records = RecordWriter(open(folder / name, 'wb'))  # noqa: SIM115  open as long as the run
         self._write(self._event(wall_time=now, file_version='brain.Event:2'))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One event with all scalars of a step, on disk when this returns."""
+        """Writes one event with all scalars of a step, which is on disk when this returns."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
 
@@ -179,7 +178,7 @@ class EventFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; [] where there is none. Lines that were cut off or damaged are left out.
+    """Reads the lines of a `metrics.jsonl`, without cut-off and damaged ones; [] if the file does not exist.
 
     Raises:
       UserError: the path is not a file.
@@ -189,74 +188,19 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _read(file: epath.Path) -> list[bytes]:
-    """The lines of a log, a last one that was cut off included; [] where there is none."""
+    """Reads the raw lines of a log, including a last one that was cut off; [] if there is no log."""
     if not file.exists():
         return []
     if not file.is_file():
-        raise UserError(f'{file} is not a file, and the log of a run is written there: move it away.')
+        raise UserError(f'{file} is not a file, but the log of a run is written there: move it away.')
     return lines_of(file.read_bytes().removesuffix(b'\n'))
 
 
 def plain(value: Any) -> Any:
-    """JSON-able; a float keeps its shortest exact form."""
+    """Converts a value to JSON types; a float keeps its shortest exact form."""
     if isinstance(value, str | bool | int | float) or value is None:
         return value
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]  # rows of different lengths are no array
+        return [plain(item) for item in value]  # rows of different lengths do not form an array
     array = np.asarray(value)
     return array.tolist() if array.ndim else array.item()
-
-
-class Progress:
-    """A progress line on standard error: step, loss, rate, time left. In place on a terminal, a line each elsewhere."""
-
-    def __init__(self, name: str, start_step: int, total_steps: int, *, quiet: bool = False):
-        self._quiet = quiet
-        self._name, self._first, self._total = name, start_step, total_steps
-        self._start = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints the progress of the run."""
-        if self._quiet:
-            return
-        seconds = time.monotonic() - self._start
-        done = step - self._first
-        rate = done / seconds if seconds > 0 else 0.0
-        left = (self._total - step) / rate if rate > 0 else 0.0
-        values = '  '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-        text = f'{self._name}  step {step}/{self._total}  {values}  {rate:.2f} steps/s  {clock(left)} left'
-        print(
-            f'\r{text:<110}' if self._terminal else text,
-            end='' if self._terminal else '\n',
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def end(self) -> None:
-        """Ends the line."""
-        if self._terminal:
-            print(file=sys.stderr)
-
-
-def warn(text: str) -> None:
-    """A line on standard error, after the progress line if there is one."""
-    start = '\n' if sys.stderr.isatty() else ''
-    print(f'{start}warning: {text}', file=sys.stderr, flush=True)
-
-
-def counted(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """The batches; prints their number on standard error every ten seconds."""
-    start = last = time.monotonic()
-    for count, batch in enumerate(batches, 1):
-        yield batch
-        if (now := time.monotonic()) - last > 10:
-            last = now
-            print(f'{name}: {count} batches, {count / (now - start):.2f} batches/s', file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """'1:02:03' or '2:03'."""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -1,8 +1,9 @@
-"""JAX's devices in this process, and its errors where it cannot set them up."""
+"""JAX's devices, and sentences for its errors if it cannot set them up."""
 
 import contextlib
 import glob
 import logging
+import logging.handlers
 import os
 import re
 import sys
@@ -13,15 +14,15 @@ from typing import Any
 
 from upcycle.errors import UserError
 
-# Of TPUs, by either of their drivers.
+# Device files of TPUs, by either of their drivers.
 _CHIPS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 
 
 def devices() -> list[Any]:
-    """JAX's devices, of all processes. The first call sets them up.
+    """Returns JAX's devices of all processes. The first call sets them up.
 
     Raises:
-      UserError: JAX cannot set up the platform that it is told to use, or any.
+      UserError: JAX cannot set up the platform that it should use, or any.
     """
     import jax
 
@@ -33,13 +34,13 @@ def devices() -> list[Any]:
 
 
 def refused_by_jax(error: BaseException) -> UserError | None:
-    """An error of JAX about its environment, as a sentence, whichever of its functions raised it.
+    """Turns an error of JAX about its environment into a sentence.
 
     Args:
-      error: any that ended a command.
+      error: any error that ended a command.
 
     Returns:
-      None: the error has nothing to do with JAX's platforms or settings.
+      The sentence, or None if the error is not about JAX's platforms or settings.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [(frame.f_globals.get('__name__'), frame.f_code.co_name) for frame in frames]
@@ -50,7 +51,7 @@ def refused_by_jax(error: BaseException) -> UserError | None:
     if names[-1][0] == 'jax._src.config':
         given = ', '.join(f'{name}={value}' for name, value in sorted(os.environ.items()) if name.startswith('JAX_'))
         return UserError(
-            f'JAX does not take its settings, {given} ({reason_of(error)}): correct or unset the variable.'
+            f'JAX does not accept its settings {given} ({reason_of(error)}): correct or unset the variable.'
         )
     return None
 
@@ -69,14 +70,15 @@ def _no_platform(error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _without_noise() -> Iterator[None]:
-    """On a machine without a TPU, hides the output of an installed libtpu on standard error; JAX's own warnings stay.
+    """Hides the output of libtpu on standard error on machines without a TPU, but not JAX's own warnings.
 
-    With XLA_FLAGS everything is shown: XLA ends the process at an unknown flag, and names it there.
+    With XLA_FLAGS nothing is hidden, because XLA ends the process at an unknown flag and names it on standard error.
     """
     if any(glob.glob(pattern) for pattern in _CHIPS) or os.environ.get('XLA_FLAGS'):
         yield
         return
-    warnings = _Records()
+    warnings = logging.handlers.BufferingHandler(1000)
+    warnings.setLevel(logging.WARNING)
     logger = logging.getLogger('jax')
     logger.addHandler(warnings)
     sys.stderr.flush()
@@ -90,22 +92,11 @@ def _without_noise() -> Iterator[None]:
             os.dup2(terminal, 2)
             os.close(terminal)
             logger.removeHandler(warnings)
-    for text in warnings.texts:
-        print(f'warning: {text}', file=sys.stderr, flush=True)
-
-
-class _Records(logging.Handler):
-    """Keeps warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
+    for record in warnings.buffer:
+        print(f'warning: {record.getMessage()}', file=sys.stderr, flush=True)
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error of JAX, without its advice and final stop."""
+    """Returns the first line of an error of JAX, without its advice and full stop."""
     first = next(iter(str(error).splitlines()), '')
     return re.sub(r'\s*\((?:set|you may need) .*\)$', '', first).rstrip('. ')

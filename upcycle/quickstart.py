@@ -1,6 +1,6 @@
-"""The main job on real data that needs no download: dense pretraining, then three branches from it, then the report.
+"""`upcycle quickstart`: dense pretraining, three branches and a report, on real data that needs no download.
 
-Every run here is a plain `upcycle train` with the gin files and bindings below; each command is printed and in the report.
+Every run is a plain `upcycle train`; its command is printed and shown in the report.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from upcycle import configuration, cost, outputs, platforms
+from upcycle import outputs, platforms
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.models.quickstart import JOBS, Job
@@ -18,12 +18,13 @@ from upcycle.report.compare import compare_seeds
 from upcycle.report.html import write_report
 from upcycle.report.runs import Role, load_run
 from upcycle.report.tables import print_table
+from upcycle.sweep.paper.steps import flops_of
 from upcycle.sweep.points import Point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch(Point):
-    """One run of the comparison, and what it is in it."""
+    """One run of the comparison, and its role."""
 
     role: Role
 
@@ -34,21 +35,21 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
     Args:
       out: folder of the runs (`seed_S/BRANCH`) and of the report (`report/`).
       family: a name in `JOBS`.
-      budget: multiplies the numbers of steps; nothing depends on the clock.
-      seeds: of initialisation, data order and surgery; each is a whole comparison.
+      budget: multiplies the numbers of steps.
+      seeds: seeds of initialisation, data order and surgery; each is a whole comparison.
 
     Returns:
       The path of `report.html`.
 
     Raises:
-      UserError: an unknown family, or the folder holds another comparison.
+      UserError: an option is wrong, or the folder holds another comparison.
     """
     if family not in JOBS:
-        raise UserError(f'--family={family} is not one of {", ".join(JOBS)}.')
+        raise UserError(f'--family={family} is unknown: it must be one of {", ".join(JOBS)}.')
     if not 0 < budget <= 1e6:
-        raise UserError(f'--budget={budget:g} must be above 0, and at most 1e6; 1 is 20 to 50 minutes.')
+        raise UserError(f'--budget={budget:g} must be above 0 and at most 1e6; 1 takes 20 to 50 minutes.')
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise UserError(f'--seeds={",".join(map(str, seeds))} must be different whole numbers of at least 0.')
+        raise UserError(f'--seeds={",".join(map(str, seeds))} must be distinct integers of at least 0.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
     platforms.devices()
     _claim(out, {'family': family, 'budget': budget})
@@ -80,14 +81,15 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
 
 
 def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
-    """The dense run and its three branches. All three see the same batches in the same order.
+    """Returns the dense run and its three branches, which all see the same batches in the same order.
 
-    The extra FLOPs of the dense continuation are those of upcycling, and MoE from scratch gets the FLOPs of the dense run and
-    of upcycling together.
+    The dense continuation gets as many extra FLOPs as upcycling; MoE from scratch gets the FLOPs of the dense run and of
+    upcycling together.
     """
 
-    def make(name: str, role: Role, run: str, steps: int, *, sparse: bool, start: bool) -> Branch:
-        files = (job.model, *((job.moe,) if sparse else ()), job.data, run, job.settings)
+    def make(name: str, role: Role, run: str, steps: int) -> Branch:
+        is_sparse = role in (Role.UPCYCLED, Role.SCRATCH)
+        files = (job.model, *((job.moe,) if is_sparse else ()), job.data, run, job.settings)
         bindings = {
             'MODEL_DIR': os.path.join(folder, name),
             'TRAIN_STEPS': str(steps),
@@ -96,36 +98,22 @@ def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:
         }
         if role is not Role.DENSE and job.cooldown_steps:
             bindings['COOLDOWN_STEPS'] = str(round(job.cooldown_steps * budget))
-        if start:
+        if role in (Role.UPCYCLED, Role.DENSE_CONTINUATION):
             bindings['INITIAL_CHECKPOINT_PATH'] = os.path.join(folder, 'dense')
-        if sparse and start:
+        if role is Role.UPCYCLED:
             bindings['UPCYCLE_SEED'] = str(seed)
         return Branch(name=name, role=role, gin_files=files, bindings=bindings)
 
     dense_steps = max(1, round(job.dense_steps * budget))
     upcycle_steps = max(1, round(job.upcycle_steps * budget))
-    dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps, sparse=False, start=False)
-    scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps, sparse=True, start=False)
-    ratio = _step_flops(scratch) / _step_flops(dense)
+    dense = make('dense', Role.DENSE, 'runs/pretrain.gin', dense_steps)
+    scratch = make('scratch', Role.SCRATCH, 'runs/scratch.gin', dense_steps)
+    ratio = flops_of(scratch.gin_files, scratch.bindings) / flops_of(dense.gin_files, dense.bindings)
     scratch.bindings['TRAIN_STEPS'] = str(max(1, round(dense_steps / ratio + upcycle_steps)))
-    return [
-        dense,
-        make(
-            'dense_continuation',
-            Role.DENSE_CONTINUATION,
-            'runs/continue_dense.gin',
-            dense_steps + max(1, round(upcycle_steps * ratio)),
-            sparse=False,
-            start=True,
-        ),
-        make('upcycled', Role.UPCYCLED, 'runs/upcycle.gin', dense_steps + upcycle_steps, sparse=True, start=True),
-        scratch,
-    ]
-
-
-def _step_flops(branch: Branch) -> float:
-    run = configuration.load(branch.gin_files, branch.bindings)
-    return cost.step_flops(run.model, run.train_data.batch_spec())
+    more_steps = dense_steps + max(1, round(upcycle_steps * ratio))
+    continuation = make('dense_continuation', Role.DENSE_CONTINUATION, 'runs/continue_dense.gin', more_steps)
+    upcycled = make('upcycled', Role.UPCYCLED, 'runs/upcycle.gin', dense_steps + upcycle_steps)
+    return [dense, continuation, upcycled, scratch]
 
 
 def _claim(out: str, settings: dict[str, Any]) -> None:
@@ -139,7 +127,7 @@ def _claim(out: str, settings: dict[str, Any]) -> None:
         for option, value in settings.items():
             if old.get(option, value) != value:
                 raise UserError(
-                    f'--out={out} holds a comparison with --{option}={old[option]}: name another folder, or say the same.'
+                    f'--out={out} holds a comparison with --{option}={old[option]}: repeat that option, or name another folder.'
                 )
         return
     outputs.write('--out', path, json.dumps(settings))

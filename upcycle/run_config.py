@@ -1,4 +1,4 @@
-"""The `config.gin` of a run's folder: what it holds, and whether a run may resume there."""
+"""The `config.gin` of a run's folder: its bindings, and whether a run may resume there."""
 
 import ast
 import dataclasses
@@ -16,14 +16,14 @@ from upcycle.errors import UserError, refuse
 from upcycle.evaluate.few_shot import FewShot
 from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.gin_values import ROOT, full_name, reachable, show
-from upcycle.metrics import warn
 from upcycle.moe.config import MoEConfig, settings
 from upcycle.moe.conventions import RouterType
 from upcycle.moe.routers import ROUTERS
 from upcycle.training.health import Limits
 from upcycle.training.run import Run
+from upcycle.warning import warn
 
-# These say where, how often, for how long and how compiled; a run whose other bindings are the same is the same run.
+# Bindings of `Run` that may differ between a run and its resumption: paths, intervals, length, compilation.
 MAY_CHANGE = (
     'model_dir',
     'total_steps',
@@ -39,28 +39,28 @@ MAY_CHANGE = (
     'mesh_shape',
     'parameters_over_data',
 )
-# And these of a model.
+# Bindings of a model that may differ, too.
 COMPILED = ('remat', 'scan_layers')
 CONFIG = 'config.gin'
-# The line of a `config.gin` above what was not bound.
+# The line of a `config.gin` above the defaults of parameters that were not bound.
 _DEFAULTS = '# Defaults when the run began. A resumed run keeps them, even if a later version has other defaults.'
 _LISTED = 5
 
 
 def as_it_began(run: Run) -> Run:
-    """The run that was loaded last, or, where its folder holds one already, the same with the defaults that it began with.
+    """Returns the run that was loaded last; if its folder holds a run already, with the defaults that that run began with.
 
-    What is not bound was not bound then, or `claim` refuses the run. So its value is the default of then, which is now bound.
+    A parameter that is not bound now was not bound then, or `claim` refuses the run: so it had the stored default.
 
     Raises:
-      UserError: the folder's `config.gin` cannot be read, or its defaults build no run.
+      UserError: the folder's `config.gin` cannot be read, or its defaults are invalid.
     """
     path = files.absolute(run.model_dir) / CONFIG
     stored, now, bound = _read_config(path).defaults, defaults_of_now(), resolved()
     if all(name in bound or schema.same(value, now.get(name, value)) for name, value in stored.items()):
         return run
     taken: dict[str, str] = {}
-    # What is bound may itself have parameters.
+    # The new bindings may refer to configurables with parameters of their own.
     while new := {name: stored[name] for name in not_bound() if name in stored and name not in taken}:
         gin_data.bind(as_gin(new), f'{path}')
         taken |= new
@@ -71,62 +71,64 @@ def as_it_began(run: Run) -> Run:
 
 
 def claim(run: Run, bindings: Mapping[str, str], *, write: bool = True) -> None:
-    """Marks a run's folder as its own, unless another run has it. What was not bound there had its default.
+    """Writes the `config.gin` of a run to its folder, unless the folder holds another run.
 
-    Where it writes, it also says which settings have another value than this version's default, because the run began with
-    that, and which have this version's default, because the folder does not say what they were.
+    Also warns of settings that keep the default that the run began with although this version has another one, and of settings
+    that take this version's default because the folder does not hold their value.
 
     Args:
-      run: what will be written there.
-      bindings: `resolved()` after it was loaded, and was made to be `as_it_began`.
-      write: False: only look.
+      run: the run.
+      bindings: `resolved()` after the run was loaded by `as_it_began`.
+      write: False: only check.
 
     Raises:
-      UserError: the folder holds a run whose bindings differ; the first differing one is named.
+      UserError: the folder holds a run with other bindings; the message names the first one that differs.
     """
     model_dir = run.model_dir
-    # A run that cools down is another one when it ends elsewhere.
+    # With a cooldown, a run with another last step is another run.
     fixed = ('total_steps',) if run.learning_rate.falls_towards_the_end else ()
     folder = files.absolute(model_dir)
     path = folder / CONFIG
-    # The first look: a run writes its config.gin before checkpoints, and may begin in another process meanwhile.
+    # Checked before config.gin is read: another process may start a run meanwhile, which writes config.gin first.
     has_checkpoints = (folder / 'checkpoints').is_dir()
     old = _read_config(path)
     default = defaults_of_now()
     if old.bound:
-        # From the run down: what is chosen comes before the settings of the choice.
+        # From the run down, so that a choice is named before its settings.
         for name in [*bindings, *sorted(old.bound.keys() - bindings)]:
             if _may_change(name) and name.rsplit('.', 1)[1] not in fixed:
                 continue
-            if _is_passed_over(name, bindings):
+            if _is_ignored(name, bindings):
                 continue
             was, now = (bound.get(name, default.get(name) or default_of(name)) for bound in (old.all, bindings))
             if was != now and (was is None or now is None or not schema.same(was, now)):
                 raise UserError(
                     f'MODEL_DIR = {model_dir!r} holds another run, in which {name} is {was or "not set"} and not '
-                    f'{now or "unset"}: name another MODEL_DIR, or take the binding back.'
+                    f'{now or "unset"}: name another MODEL_DIR, or undo the change.'
                 )
     elif has_checkpoints:
-        state = 'a config.gin that describes no run' if path.exists() else 'no config.gin'
+        state = 'an invalid config.gin' if path.exists() else 'no config.gin'
         raise UserError(
-            f'MODEL_DIR = {model_dir!r} holds checkpoints but {state}: bring that file back, or name another MODEL_DIR.'
+            f'MODEL_DIR = {model_dir!r} holds checkpoints but {state}: restore that file, or name another MODEL_DIR.'
         )
     if write:
         if old.bound:
-            _say_what_differs(run.model_dir, old, bindings, default)
+            _warn_of_defaults(run.model_dir, old, bindings, default)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: old.defaults[name] for name in old.defaults.keys() & bindings if name not in old.bound}
-        kept = {name: value for name, value in kept.items() if schema.same(value, bindings[name])}
-        bound = {name: value for name, value in bindings.items() if name not in kept}
+        unchanged = {name: old.defaults[name] for name in old.defaults.keys() & bindings if name not in old.bound}
+        unchanged = {name: value for name, value in unchanged.items() if schema.same(value, bindings[name])}
+        bound = {name: value for name, value in bindings.items() if name not in unchanged}
         new = {name: value for name, value in default.items() if name not in bindings and can_be_written(value)}
-        files.replace_text(path, as_gin(bound, new | kept))
+        files.replace_text(path, as_gin(bound, new | unchanged))
 
 
-def _say_what_differs(model_dir: str, old: '_Stored', bindings: Mapping[str, str], default: Mapping[str, str]) -> None:
+def _warn_of_defaults(model_dir: str, old: '_Stored', bindings: Mapping[str, str], default: Mapping[str, str]) -> None:
     for name, value in old.defaults.items():
         now = default.get(name)
         if name in bindings and now is not None and not schema.same(value, now):
-            warn(f'{name} = {value}, as when the run in {model_dir} began; the default of this version is {now}.')
+            warn(
+                f'{name} keeps {value}, with which the run in {model_dir} began; the default of this version is {now}.'
+            )
     unknown = [
         f'{name} = {value}'
         for name, value in sorted(default.items())
@@ -136,7 +138,7 @@ def _say_what_differs(model_dir: str, old: '_Stored', bindings: Mapping[str, str
         more = f' and {len(unknown) - _LISTED} more' if len(unknown) > _LISTED else ''
         warn(
             f'{model_dir}/{CONFIG} does not hold {len(unknown)} settings, which take the defaults of this version: '
-            f'{", ".join(unknown[:_LISTED])}{more}. From now on it holds them.'
+            f'{", ".join(unknown[:_LISTED])}{more}. They are now added to it.'
         )
 
 
@@ -150,8 +152,8 @@ def _may_change(name: str) -> bool:
     return selector.startswith(('validation/', *looks)) or (selector == ROOT and parameter in MAY_CHANGE)
 
 
-def _is_passed_over(name: str, bindings: Mapping[str, str]) -> bool:
-    """Whether a binding is a setting of MoE layers that their router does not have: runs of earlier versions may hold some."""
+def _is_ignored(name: str, bindings: Mapping[str, str]) -> bool:
+    """Returns whether a binding is an MoE setting that the chosen router does not have; earlier versions stored such bindings."""
     selector, field = name.rsplit('.', 1)
     if selector.rpartition('/')[2] != full_name((), MoEConfig):
         return False
@@ -161,19 +163,19 @@ def _is_passed_over(name: str, bindings: Mapping[str, str]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A `config.gin`: what was bound, and the defaults of what was not."""
+    """A `config.gin`: bindings, and the defaults of all other parameters."""
 
     bound: Mapping[str, str] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def all(self) -> dict[str, str]:
-        """Every value."""
+        """Bindings and defaults."""
         return {**self.defaults, **self.bound}
 
 
 def _read_config(path: epath.Path) -> _Stored:
-    """The bindings of a run; none where the file is missing, or describes no run."""
+    """Reads the bindings of a run; empty if the file is missing or does not describe a run."""
     try:
         text = path.read_bytes().decode(errors='replace') if path.exists() else ''
     except OSError as error:
@@ -190,7 +192,7 @@ def _read_config(path: epath.Path) -> _Stored:
 
 
 def as_gin(bindings: Mapping[str, str], defaults: Mapping[str, str] | None = None) -> str:
-    """`resolved()` as a gin file that builds the same run; with the defaults of what is not bound, in any later version too."""
+    """Formats `resolved()` as a gin file that builds the same run; with `defaults`, also in later versions."""
     defaults = defaults or {}
     modules = sorted({name.split('/')[-1].rsplit('.', 2)[0] for name in (*bindings, *defaults)})
     lines = ['from __gin__ import dynamic_registration', *(f'import {module}' for module in modules), '']
@@ -201,7 +203,7 @@ def as_gin(bindings: Mapping[str, str], defaults: Mapping[str, str] | None = Non
 
 
 def can_be_written(text: str) -> bool:
-    """Whether gin can read a default: a literal, or a dataclass of ours and nothing else."""
+    """Returns whether gin can read a default: a literal, or a dataclass of this package."""
     if text.startswith('@'):
         return text.startswith('@upcycle.') and text.endswith('()')
     try:
@@ -212,7 +214,7 @@ def can_be_written(text: str) -> bool:
 
 
 def not_bound() -> Iterator[str]:
-    """The parameters that take their defaults, of the configurables that building a `Run` calls."""
+    """Yields the unbound parameters with defaults of the configurables that a `Run` is built from."""
     for selector, target, values in reachable():
         for name, parameter in schema.parameters(target).items():
             if parameter.default is not parameter.empty and name not in values:
@@ -220,18 +222,18 @@ def not_bound() -> Iterator[str]:
 
 
 def defaults_of_now() -> dict[str, str]:
-    """What the run's configurables take where nothing is bound, by the same names."""
-    found: dict[str, str] = {}
+    """Returns the defaults of all parameters of the run's configurables, by the same names."""
+    defaults: dict[str, str] = {}
     for selector, target, _ in reachable():
         for name, parameter in schema.parameters(target).items():
             if parameter.default is not parameter.empty:
-                found[f'{selector}.{name}'] = show(parameter.default)
-                found = dict(_fields_of(parameter.default)) | found
-    return found
+                defaults[f'{selector}.{name}'] = show(parameter.default)
+                defaults = dict(_fields_of(parameter.default)) | defaults
+    return defaults
 
 
 def _fields_of(value: Any) -> Iterator[tuple[str, str]]:
-    """The bindings that would make a dataclass which is a default, and those that it holds."""
+    """Yields the bindings that would make a default that is a dataclass, and those of its fields."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             inner = getattr(value, field.name)
@@ -240,13 +242,13 @@ def _fields_of(value: Any) -> Iterator[tuple[str, str]]:
 
 
 def default_of(name: str) -> str | None:
-    """The default of a binding of ours, by its full name; None where there is none."""
+    """Returns the default of a binding of this package by its full name, or None."""
     selector, parameter = name.rsplit('.', 1)
     module, _, kind = selector.rpartition('/')[2].rpartition('.')
     if not module.startswith('upcycle.'):
         return None
     try:
-        found = schema.parameters(getattr(importlib.import_module(module), kind))[parameter].default
+        default = schema.parameters(getattr(importlib.import_module(module), kind))[parameter].default
     except (ImportError, AttributeError, KeyError, ValueError):
         return None
-    return None if found is inspect.Parameter.empty else show(found)
+    return None if default is inspect.Parameter.empty else show(default)

@@ -1,8 +1,7 @@
-"""What a value may be, by the type that a configurable's signature gives it. Pure, and ignorant of gin.
+"""Checks values against the types in a configurable's signature. Pure, and independent of gin.
 
-The types in use are few: numbers, texts, switches, enums of texts, sequences, mappings, unions, classes and protocols. A bound is
-part of a type, as in `Count`; what several values must be together is their class's own business, and so is a bound that it has a
-better sentence for.
+Supported types: numbers, strings, booleans, string enums, sequences, mappings, unions, classes and protocols. A type may have a
+bound, as `Count` has. Each class checks relations between its fields itself, and bounds that deserve a more specific message.
 """
 
 import ast
@@ -15,17 +14,19 @@ import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-# JAX makes an int32 of a whole number, where a float is wanted too; everything that counts, sizes or seeds is one somewhere.
+from upcycle.errors import refuse
+
+# Every whole number, whether it counts, sizes or seeds, becomes an int32 in JAX; so does one that is given for a float.
 _LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Where a number lies, and that in words."""
+    """A bound of a number, as a predicate and in words."""
 
     holds: Callable[[float], bool]
     words: str
@@ -38,23 +39,16 @@ Positive = Annotated[float, Bound(lambda x: x > 0, 'above 0')]
 Natural = Annotated[float, Bound(lambda x: x >= 0, 'of at least 0')]
 Rate = Annotated[float, Bound(lambda x: 0 <= x < 1, 'in [0, 1)')]
 Share = Annotated[float, Bound(lambda x: 0 <= x <= 1, 'in [0, 1]')]
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """Stands for an object that is yet to be made, by the class that will make it; `called` False: for the class itself."""
-
-    kind: Any
-    called: bool = True
+FloatType = Literal['float32', 'bfloat16', 'float16']
 
 
 @functools.cache
 def parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """What a class or a function takes, with its types evaluated where that is possible."""
+    """The parameters of a class or function, with evaluated annotations; `Any` for those that cannot be evaluated."""
     source = target if not inspect.isclass(target) or dataclasses.is_dataclass(target) else target.__init__
     try:
         hints = typing.get_type_hints(source, include_extras=True)
-    except (NameError, TypeError):  # a name that only type checkers import
+    except (NameError, TypeError):  # an annotation imported for type checkers only
         hints = {}
     return {
         name: parameter.replace(annotation=hints.get(name, Any))
@@ -63,13 +57,13 @@ def parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 
 def required(target: Callable[..., Any]) -> list[str]:
-    """The parameters that have no default."""
+    """Names of the parameters without a default."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [name for name, p in parameters(target).items() if p.default is p.empty and p.kind in named]
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, which may hold `Made` objects, is of a type."""
+    """Whether a value is of a type; of a protocol, if it has its members."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -79,7 +73,7 @@ def fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(argument) and value == argument for argument in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
-    if hint is None or hint is type(None):
+    if hint is type(None):
         return value is None
     if origin is not None and issubclass(origin, Mapping):
         key, item = arguments
@@ -88,8 +82,6 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) == len(arguments) and all(map(fits, value, arguments))
     if origin is not None and issubclass(origin, Sequence):
         return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
-    if isinstance(value, Made):
-        return _is_a(value, hint)
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     if hint in (int, float) and isinstance(value, int):
@@ -98,16 +90,20 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, float) and math.isfinite(value)
     if inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
         return isinstance(value, str) and value in set(hint)
-    return inspect.isclass(hint) and not _is_protocol(hint) and isinstance(value, hint)
+    if getattr(hint, '_is_protocol', False):  # Python 3.13: typing.is_protocol
+        members = {name for name in (*vars(hint), *inspect.get_annotations(hint)) if not name.startswith('_')}
+        return not inspect.isclass(value) and members <= {*dir(value)}
+    kind = origin or hint
+    return inspect.isclass(kind) and isinstance(value, kind)
 
 
 def misfits(values: Mapping[str, Any], target: Callable[..., Any], binding: Callable[[str], str]) -> Iterator[str]:
-    """A sentence for each value that is not of its parameter's type.
+    """Yields a sentence for each value that is not of its parameter's type.
 
     Args:
-      values: by the names of parameters.
-      target: a class or a function that takes them.
-      binding: from the name of a parameter to what a user sets.
+      values: by parameter name.
+      target: the class or function that takes them.
+      binding: maps a parameter name to the name that the user sets.
     """
     for name, value in values.items():
         hint = parameters(target)[name].annotation
@@ -115,14 +111,37 @@ def misfits(values: Mapping[str, Any], target: Callable[..., Any], binding: Call
             yield f'{binding(name)} = {shown(value)} must be {in_words(hint)}.'
 
 
+def validate(instance: Any, macros: Mapping[str, str]) -> None:
+    """Checks the fields of a frozen dataclass against their types; call it in `__post_init__`.
+
+    Replaces strings by the enum members that they name, and lists by tuples, so that the instance is hashable.
+
+    Args:
+      macros: the macros of fields whose macro is not the field's name in capitals, for messages.
+
+    Raises:
+      UserError: one field is not of its type.
+      UserErrors: several fields are not.
+    """
+    kinds = parameters(type(instance))
+    values = {name: getattr(instance, name) for name in kinds}
+    refuse(misfits(values, type(instance), lambda field: macros.get(field, field.upper())))
+    for name, value in values.items():
+        hint = kinds[name].annotation
+        if isinstance(value, list):
+            object.__setattr__(instance, name, tuple(value))
+        elif inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
+            object.__setattr__(instance, name, hint(value))
+
+
 def in_words(hint: Any) -> str:
-    """What a type asks for, to follow 'must be'."""
+    """Describes a type, to follow 'must be'."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    simple = {int: 'a whole number', float: 'a number', str: 'a text', bool: 'True or False', type(None): 'None'}
+    simple = {int: 'a whole number', float: 'a number', str: 'a string', bool: 'True or False', type(None): 'None'}
     if origin is Annotated:
         return ' '.join([in_words(arguments[0]), *(bound.words for bound in arguments[1:])])
     if origin is typing.Literal:
-        return f'one of {", ".join(map(str, arguments))}'
+        return f'one of {", ".join(map(str, arguments))}' if len(arguments) > 1 else repr(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return ' or '.join(in_words(argument) for argument in arguments)
     if origin is not None and issubclass(origin, Mapping):
@@ -130,22 +149,20 @@ def in_words(hint: Any) -> str:
     if origin is tuple and arguments[-1] is not Ellipsis:
         return f'{len(arguments)} values ({", ".join(map(in_words, arguments))})'
     if origin is not None and issubclass(origin, Sequence):
-        return f'a list, each {in_words(arguments[0])}'
+        return f'a list, each item {in_words(arguments[0])}'
     if inspect.isclass(hint) and issubclass(hint, enum.StrEnum):
         return f'one of {", ".join(hint)}'
-    return simple.get(hint) or f'a {getattr(hint, "__name__", hint)}, written @NAME()'
+    return simple.get(hint) or f'an object of type {getattr(hint, "__name__", hint)} (@NAME())'
 
 
 def written(value: Any, within: Callable[[Any], str] | None = None) -> str:
-    """A value as a user writes it in a gin file: an enum's text, a type's name, a path's; never a `repr` of ours.
+    """Formats a value as a user writes it in a gin file: enums, types and paths as strings, objects as references.
 
     Args:
-      value: of a binding, a default or a field.
-      within: writes what is inside containers; None: this function.
+      value: a binding, default or field.
+      within: formats the items of containers; None: this function.
     """
     within = written if within is None else within
-    if isinstance(value, Made):
-        return f'@{value.kind.__name__}' + '()' * value.called
     if isinstance(value, enum.Enum):
         return within(value.value)
     if isinstance(value, list | tuple):
@@ -165,55 +182,35 @@ def written(value: Any, within: Callable[[Any], str] | None = None) -> str:
     if dataclasses.is_dataclass(value):
         return f'@{type(value).__module__}.{type(value).__qualname__}()'
     if isinstance(value, int) and abs(value) > 10**100:
-        return hex(value)  # which has no largest length
+        return hex(value)  # Python limits the length of decimal strings only
     return repr(value)
 
 
 def shown(value: Any) -> str:
-    """A value as it was written, shortened where it is long, for messages."""
-    why = ''
-    if isinstance(value, int) and not isinstance(value, enum.Enum) and abs(value) > _LARGEST:
-        why = f' (beyond {_LARGEST}, the largest whole number)'
+    """Formats a value for a message: as `written`, cut to 120 characters."""
     text = written(value, shown)
-    return (text if len(text) <= 120 else text[:117] + '...') + why
+    text = text if len(text) <= 120 else text[:117] + '...'
+    too_large = isinstance(value, int) and abs(value) > _LARGEST
+    return f'{text} (beyond {_LARGEST}, the largest whole number)' if too_large else text
 
 
 def same(written_before: str, written_now: str) -> bool:
-    """Whether two texts of `written` are of the same value: 1 and 1.0 are, and so are a list and a tuple."""
-    return written_before == written_now or _read(written_before) == _read(written_now)
+    """Whether two results of `written` denote equal values; 1 equals 1.0, and a list equals a tuple."""
+    return written_before == written_now or _parsed(written_before) == _parsed(written_now)
 
 
-def _read(text: str) -> Any:
+def _parsed(text: str) -> Any:
     try:
-        return _plain(ast.literal_eval(text))
+        return _comparable(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text  # a reference
 
 
-def _plain(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     if isinstance(value, bool):
-        return 'switch', value
+        return bool, value  # True does not equal 1
     if isinstance(value, list | tuple):
-        return tuple(map(_plain, value))
+        return tuple(map(_comparable, value))
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_comparable(key): _comparable(item) for key, item in value.items()}
     return value
-
-
-def _is_a(value: Made, hint: Any) -> bool:
-    """Whether what will be made is of a class, or has what a protocol wants. What a function makes is not known before."""
-    if not value.called:
-        return not inspect.isclass(hint)
-    if not inspect.isclass(value.kind):
-        return True
-    if not inspect.isclass(hint):
-        return False
-    if not _is_protocol(hint):
-        return issubclass(value.kind, hint)
-    wanted = {name for name in (*vars(hint), *getattr(hint, '__annotations__', {})) if not name.startswith('_')}
-    has = {*dir(value.kind), *getattr(value.kind, '__dataclass_fields__', {})}
-    return wanted <= has
-
-
-def _is_protocol(hint: Any) -> bool:
-    return getattr(hint, '_is_protocol', False)  # typing.is_protocol, from Python 3.13 on

@@ -1,4 +1,4 @@
-"""Runs a function of parameters that do not fit into memory: each is read when it is first needed, and freed after its use."""
+"""Runs a function whose parameters do not fit into memory: reads each parameter when it is needed, and frees it after use."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ class Unread:
     """A parameter that is read each time it is needed.
 
     Attributes:
-      shape, dtype: of it.
-      read: gives the array, on its devices.
+      shape, dtype: of the array.
+      read: returns the array, on its devices.
     """
 
     shape: tuple[int, ...]
@@ -27,18 +27,18 @@ class Unread:
 
 
 def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments: Any) -> Iterator[tuple[str, Any]]:
-    """Computes a function in pieces, one after the other, and yields each result as soon as it is known.
+    """Computes a function piece by piece, and yields each result as soon as it is known.
 
-    The function is traced whole and cut where the parameters of a piece would exceed the largest one that is unread. Pieces that
-    are equal, such as those of alike layers, are compiled once. A piece is done before the parameters of the next are read.
+    The jaxpr of the function is cut such that the unread parameters of a piece have at most the bytes of the largest parameter.
+    Equal pieces, such as those of similar layers, are compiled once. A piece ends before the parameters of the next are read.
 
     Args:
-      function: from `params` and the other arguments to results by name. It is pure, and traceable.
+      function: maps `params` and the other arguments to results by name; pure and traceable.
       params: arrays, or `Unread`.
       *arguments: arrays.
 
     Yields:
-      The name of a result and its value, in the order in which they are computed.
+      The name and the value of each result, in the order of computation.
     """
     values, structure = jax.tree.flatten((params, *arguments))
     abstract = tuple(jax.ShapeDtypeStruct(value.shape, jax.dtypes.canonicalize_dtype(value.dtype)) for value in values)
@@ -53,7 +53,7 @@ def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments
         made = dict.fromkeys(variable for equation in piece for variable in equation.outvars)
         inputs = [variable for variable in _inputs(piece) if variable not in made]
         outs = [variable for variable in made if variable in later | _still(wanted)]
-        # What was read has no other name, and so is freed after the call.
+        # There is no other reference to what was read, so it is freed after the call.
         given = [unread[variable].read() if variable in unread else known[variable] for variable in inputs]
         known |= zip(outs, _run(piece, inputs, outs, given, cut.compiled), strict=True)
         del given
@@ -67,14 +67,14 @@ def streamed(function: Callable[..., Mapping[str, Any]], params: Any, *arguments
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """A traced function in pieces.
+    """A traced function, cut into pieces.
 
     Attributes:
-      program: the function as a jaxpr.
-      constants: of the program.
+      program: the jaxpr.
+      constants: of the jaxpr.
       pieces: the equations on which a result depends.
-      results: by name, the structure and the atoms of each.
-      compiled: pieces by what identifies their programs; it is filled as they are run.
+      results: structure and atoms of each result by name.
+      compiled: cache of compiled pieces.
     """
 
     program: Any
@@ -93,10 +93,10 @@ def cut_into_pieces(
     """Traces a function and cuts it.
 
     Args:
-      function: as for `streamed`.
-      structure: of its arguments, as a tree.
-      inputs: the leaves of this tree.
-      unread: for each leaf, whether it is `Unread`.
+      function: see `streamed`.
+      structure: tree structure of the arguments.
+      inputs: the leaves of the arguments.
+      unread: whether each leaf is `Unread`.
     """
     closed, shapes = jax.make_jaxpr(lambda flat: function(*structure.unflatten(flat)), return_shape=True)(list(inputs))
     program = closed.jaxpr
@@ -114,7 +114,7 @@ def cut_into_pieces(
 
 
 def _still(wanted: Mapping[str, tuple[Any, list[Any]]]) -> set[Any]:
-    """The variables of the results that are still to come."""
+    """Returns the variables of results that are not computed yet."""
     return {atom for _, atoms in wanted.values() for atom in atoms if _is_variable(atom)}
 
 
@@ -123,12 +123,12 @@ def _is_variable(atom: Any) -> bool:
 
 
 def _inputs(piece: Sequence[Any]) -> list[Any]:
-    """The variables that equations read, each once, those included that one of them makes."""
+    """Returns the distinct variables that equations read, including those that one of them computes."""
     return list(dict.fromkeys(v for equation in piece for v in equation.invars if _is_variable(v)))
 
 
 def _needed(program: Any) -> list[Any]:
-    """The equations on which a result depends."""
+    """Returns the equations on which a result depends."""
     wanted = {variable for variable in program.outvars if _is_variable(variable)}
     equations = []
     for equation in reversed(program.eqns):
@@ -139,7 +139,7 @@ def _needed(program: Any) -> list[Any]:
 
 
 def _pieces(equations: Sequence[Any], sizes: Mapping[Any, int]) -> list[list[Any]]:
-    """Cuts equations so that no piece needs more unread bytes than the largest parameter of all, unless one equation does."""
+    """Cuts equations such that no piece needs more unread bytes than the largest parameter, unless a single equation does."""
     limit = max((sizes[variable] for variable in _inputs(equations) if variable in sizes), default=0)
     pieces: list[list[Any]] = [[]]
     held: set[Any] = set()
@@ -160,7 +160,7 @@ def _run(
     operands: Sequence[Any],
     compiled: dict[Any, jax.stages.Compiled],
 ) -> list[jax.Array]:
-    """The values of `outputs`, when they are there."""
+    """Runs a piece; returns the values of `outputs` when they are ready."""
 
     def program(*operands: jax.Array) -> list[jax.Array]:
         values = dict(zip(inputs, operands, strict=True))
@@ -176,7 +176,7 @@ def _run(
         lowered = jax.jit(program, out_shardings=_by_rows(outputs, operands)).lower(*operands)
         alike = lowered.as_text(), shardings
         if any(np.ndim(atom.val) for equation in piece for atom in equation.invars if not _is_variable(atom)):
-            # JAX may pass arrays that the function holds apart from the text.
+            # JAX may pass constant arrays separately, so that the text does not identify the program.
             alike = same
         if alike not in compiled:
             compiled[alike] = lowered.compile()
@@ -185,9 +185,9 @@ def _run(
 
 
 def _by_rows(outputs: Sequence[Any], operands: Sequence[Any]) -> list[Sharding | None]:
-    """Where the values lie that one piece hands to the next: split by rows, as batches are, or whole.
+    """Returns the shardings of the values passed between pieces: split by rows, like batches, or replicated.
 
-    Left to itself, XLA may split another axis into parts of different sizes, which JAX refuses between programs.
+    By default XLA may shard another axis unevenly, which JAX refuses between programs.
     """
     shardings = [operand.sharding for operand in operands if isinstance(operand, jax.Array)]
     mesh = next((sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)), None)

@@ -1,4 +1,4 @@
-"""Tables and lines on the terminal: nothing is cut off, and no text is taken for markup."""
+"""Tables on the terminal, by rich: nothing is cut off, and text is not interpreted as markup."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from rich.table import Column, Table
 
 
 def console(width: int | None = None) -> Console:
-    """What is printed on, as it is written, '[seed=1]' and ':x:' included.
+    """Returns a console that prints text literally, including '[seed=1]' and ':x:'.
 
     Args:
-      width: in characters, where it is no terminal; None: Rich's.
+      width: in characters, if standard output is not a terminal; None: rich's default.
     """
     return Console(width=None if Console().is_terminal else width, markup=False, emoji=False)
 
 
 def table(*headers: str, **style: Any) -> Table:
-    """An empty table without lines, whose columns wrap what is wider than they are."""
+    """Returns an empty table without lines whose columns wrap long text."""
     return Table(*(Column(header, overflow='fold') for header in headers), box=None, pad_edge=False, **style)

@@ -1,15 +1,13 @@
-"""Checkpoints from one format to another, leaf by leaf: `upcycle import` and `upcycle export`."""
+"""`upcycle import` and `upcycle export`: convert checkpoints between formats, leaf by leaf."""
 
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
-import math
 import re
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +18,11 @@ from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_ch
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
+from upcycle.cost import num_bytes
 from upcycle.errors import Unavailable, UserError
-from upcycle.leaf_names import grouped, not_read
+from upcycle.leaf_names import left_out, not_read
 from upcycle.models import identify
+from upcycle.progress import Progress
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
 Part = tuple[str, Region, np.ndarray]
@@ -40,29 +40,28 @@ def transfer(
     dtype: str | None = None,
     step: int | str | None = None,
 ) -> str:
-    """Writes a checkpoint again in another format.
+    """Converts a checkpoint to another format.
 
     Args:
-      source: the checkpoint.
-      target: where the new one will be.
-      format: of the new one.
-      source_format: what the source must be; None: whatever it is.
+      source: path of the checkpoint.
+      target: path of the new checkpoint.
+      format: of the new checkpoint.
+      source_format: the required format of the source; None: any.
       optimizer_state: 'keep', or 'none' to leave it out.
-      dtype: of the new one's parameters; None: as they are.
-      step: training steps taken, where the source does not say.
+      dtype: of the new parameters; None: unchanged.
+      step: training steps taken, if the source does not record them.
 
     Returns:
       The path of the new checkpoint.
 
     Raises:
-      UserError: the source is not whole or not sound, or something of it has no counterpart; nothing is left behind that looks
-        finished.
+      UserError: the source is damaged, or the format has no place for a leaf. No checkpoint that looks finished is left behind.
     """
     target = check_target(target, format, below_runs=format != 'upcycle')
     reader = open_checkpoint(source)
     require_whole(reader.path)
     if source_format is not None and reader.format != source_format:
-        raise UserError(f'{reader.path} is a checkpoint of the format {reader.format}, not {source_format}.')
+        raise UserError(f'{reader.path} has the format {reader.format}, not {source_format}.')
     metadata = {name: value for name, value in reader.metadata.items() if name not in ('not_read', 'window')}
     stored = reader.leaves()
     if optimizer_state == 'none':
@@ -84,15 +83,14 @@ def transfer(
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
         writer.finish({'family': model.family, **metadata, 'facts': facts, 'source': origin})
-    for line in grouped((f'left out  {name}  because {reason}' for name, reason in writer.left_out.items()), None):
+    for line in left_out(writer.left_out):
         print(line)
     return writer.path
 
 
 @contextlib.contextmanager
 def discarded_if_refused(writer: Writer) -> Iterator[None]:
-    """Leaves nothing behind where the source turns out to be bad; what a cut, a store that does not answer or a full disk
-    interrupted stays for another try."""
+    """Discards the write on a UserError about the source. After other errors and interruptions, it stays and can continue."""
     try:
         yield
     except (WriteError, Unavailable):
@@ -105,10 +103,10 @@ def discarded_if_refused(writer: Writer) -> Iterator[None]:
 
 
 def known_step(reader: Reader, step: int | str | None) -> int | None:
-    """The step of a checkpoint, or the one given for it.
+    """Returns the step of a checkpoint, or the one that the user gave; None if unknown.
 
     Raises:
-      UserError: it is no step, or both are there and differ.
+      UserError: the given step is invalid, or differs from the checkpoint's.
     """
     if isinstance(step, str) and re.fullmatch(r'-?[0-9]{1,100}', step):
         step = int(step)
@@ -116,35 +114,35 @@ def known_step(reader: Reader, step: int | str | None) -> int | None:
         shown = step[:100] if isinstance(step, str) else schema.shown(step)
         raise UserError(f'--step={shown} must be {schema.in_words(schema.Whole)}.')
     if step is not None and reader.step is not None and step != reader.step:
-        raise UserError(f'{reader.path} stands at step {reader.step}: leave out --step={step}.')
+        raise UserError(f'{reader.path} is at step {reader.step}: remove --step={step}.')
     return reader.step if step is None else step
 
 
 def with_dtype(name: str, leaf: jax.ShapeDtypeStruct, dtype: str | None) -> jax.ShapeDtypeStruct:
-    """A leaf as it is written: parameters in the type asked for, but routers, whose mathematics is float32, and everything else
-    as it is."""
+    """Returns a leaf with the given dtype if it is a parameter. Router parameters, used in float32, keep theirs."""
     if dtype is None or not name.startswith('params/') or {'router', 'router_state', 'mixing'} & {*name.split('/')}:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype))
 
 
 def fingerprint(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """Of names, shapes and dtypes."""
+    """Hashes names, shapes and dtypes."""
     listing = [(name, list(leaf.shape), leaf.dtype.name) for name, leaf in sorted(leaves.items())]
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def write(writer: Writer, made: Iterable[Part], leaves: Leaves) -> None:
-    """Hands parts to a writer as they are made, and shows how far it is."""
-    progress = Progress(leaves)
-    for name, region, value in made:
-        writer.write(name, region, value)
-        progress.add(name, value.nbytes)
-    progress.end()
+    """Writes parts as they are made, and shows the progress."""
+    done, total = 0, num_bytes([leaves[name] for name in writer.todo()])
+    with Progress('writing', 'MB', total / 1e6) as progress:
+        for name, region, value in made:
+            writer.write(name, region, value)
+            done += value.nbytes
+            progress.show(done / 1e6, name)
 
 
 def ahead(calls: Iterable[Callable[[], Any]], count: int = _READS_AHEAD) -> Iterator[Any]:
-    """Results in order, with a few of the calls under way behind."""
+    """Yields the results of calls in order, with up to `count` more calls running in the background."""
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         try:
@@ -160,67 +158,34 @@ def ahead(calls: Iterable[Callable[[], Any]], count: int = _READS_AHEAD) -> Iter
 
 
 def _copies(reader: Reader, writer: Writer, leaves: Leaves, steps: Mapping[str, np.ndarray]) -> Iterator[Part]:
-    def read(name: str, regions: list[Region]) -> list[Part]:
-        if name in steps:
-            return [(name, WHOLE, steps[name])]
-        # Of experts each part, so that memory stays at a few; anything else once, since it may have to be turned as a whole.
-        by_part = EXPERT in name.split('/')
-        whole = None if by_part else reader.read(name)
-        parts = []
-        for region in regions:
-            value = reader.read(name, region=region) if by_part else whole[region]
-            require_finite(reader.path, name, value)
-            parts.append((name, region, casts.cast(name, value, leaves[name].dtype)))
-        return parts
+    def read(name: str, region: Region, parts: Sequence[Region]) -> list[Part]:
+        """Reads a region of a leaf once, and cuts it into parts, which are relative to the region."""
+        value = steps[name] if name in steps else reader.read(name, region=region)
+        require_finite(reader.path, name, value)
+        value = casts.cast(name, value, leaves[name].dtype)
+        return [(name, region or part, value[part]) for part in parts]
 
     def calls() -> Iterator[Callable[[], list[Part]]]:
         for name, regions in writer.todo().items():
-            batches = [[region] for region in regions] if EXPERT in name.split('/') else [regions]
-            for batch in batches:
-                yield lambda name=name, batch=batch: read(name, batch)
+            if EXPERT in name.split('/'):  # expert by expert, so that memory stays small
+                yield from (functools.partial(read, name, region, [WHOLE]) for region in regions)
+            else:  # whole, because a transposed leaf cannot be read in parts
+                yield functools.partial(read, name, WHOLE, regions)
 
     for parts in ahead(calls()):
         yield from parts
 
 
 def _check_clock(reader: Reader, writer: Writer, step: int | None) -> None:
-    """An optimizer clock that a format has no place for must be the step."""
+    """Raises UserError if the format only stores the step, and the clock of the optimizer differs from it."""
     if 'opt_state/count' in writer.left_out and (count := int(reader.read('opt_state/count'))) != step:
         raise UserError(
-            f'opt_state/count of {reader.path} is {count} and the step is {step}, and the format has only one of them: leave the '
+            f'opt_state/count of {reader.path} is {count} but the step is {step}, and the format only has a step: leave the '
             'optimizer state out with --optimizer_state=none.'
         )
-
-
-class Progress:
-    """A line on standard error: leaves, bytes and rate."""
-
-    def __init__(self, leaves: Mapping[str, jax.ShapeDtypeStruct]):
-        self._leaves = len(leaves)
-        self._total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
-        self._seen: set[str] = set()
-        self._bytes = 0
-        self._start = self._shown = time.monotonic()
-
-    def add(self, name: str, count: int) -> None:
-        """Counts a part."""
-        self._seen.add(name)
-        self._bytes += count
-        if time.monotonic() - self._shown > 1.0:
-            self._show()
-
-    def end(self) -> None:
-        """Shows the last line."""
-        self._show()
-
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        rate = self._bytes / max(self._shown - self._start, 1e-9)
-        done = f'{len(self._seen)}/{self._leaves} leaves, {self._bytes / 1e6:.0f} of {self._total / 1e6:.0f} MB'
-        print(f'{done}, {rate / 1e6:.0f} MB/s', file=sys.stderr, flush=True)
 
 
 def check_dtype(dtype: str | None) -> None:
     """Raises UserError for a type that weights are not stored in."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise UserError(f'--dtype={dtype} is not one of {", ".join(WEIGHT_DTYPES)}.')
+        raise UserError(f'--dtype={dtype} must be one of {", ".join(WEIGHT_DTYPES)}.')

@@ -1,4 +1,4 @@
-"""Parameter trees of Flax linen, NNX and nested dicts as flat dicts of arrays, and back."""
+"""Converts parameter trees of Flax linen, NNX and nested dicts to flat dicts of arrays and back."""
 
 import dataclasses
 import sys
@@ -16,50 +16,40 @@ Keys = tuple[Hashable, ...]
 
 
 def _is_variable(node: Any) -> bool:
-    # A tree can hold one only where NNX has been imported, which takes a while.
+    # Importing NNX is slow, and a tree can only contain variables if it was imported.
     nnx = sys.modules.get('flax.nnx')
     return nnx is not None and isinstance(node, nnx.Variable)
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is metadata around one array: `nn.Partitioned`, `nn.LogicallyPartitioned`, `nnx.Param`."""
+    """True if a node wraps one array with metadata: `nn.Partitioned`, `nn.LogicallyPartitioned`, `nnx.Param`."""
     return isinstance(node, nn.meta.AxisMetadata) or _is_variable(node)
 
 
 def _inside(leaf: Any) -> Any:
     """The array of a leaf, without its box."""
-    if not is_box(leaf):
-        return leaf
-    (array,) = jax.tree.leaves(leaf)
-    return array
+    return jax.tree.leaves(leaf)[0] if is_box(leaf) else leaf
 
 
-def segments_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+def _segments(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The keys of a path of `jax.tree_util` as text."""
-    return tuple(str(_key(entry)) for entry in path)
-
-
-def _key(entry: Any) -> Hashable:
-    for attribute in ('key', 'name', 'idx'):
-        if hasattr(entry, attribute):
-            return getattr(entry, attribute)
-    return str(entry)
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
 def arrays_of(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """The path and the array, without its box, of every leaf of any pytree, in the order of `jax.tree.leaves`."""
+    """The path and the unboxed array of every leaf of any pytree, in the order of `jax.tree.leaves`."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    return [(segments_of(path), _inside(leaf)) for path, leaf in leaves]
+    return [(_segments(path), _inside(leaf)) for path, leaf in leaves]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """A parameter tree, taken apart.
+    """A flattened parameter tree.
 
     Attributes:
-      leaves: arrays, or their shapes, by the keys of their paths joined with '/'. Boxes are taken off.
-      keys: the keys of every path and of its beginnings, by their text.
-      rebuild: makes a tree of the same kind from leaves by their keys: plain dicts, a FrozenDict, or an NNX State.
+      leaves: unboxed arrays, or their shapes, by their path joined with '/'.
+      keys: the keys of every path and path prefix, by their text.
+      rebuild: makes a tree of the same kind (plain dicts, a FrozenDict or an NNX State) from leaves by their keys.
     """
 
     leaves: Mapping[str, Any]
@@ -67,44 +57,40 @@ class Tree:
     rebuild: Callable[[Mapping[Keys, Any]], Any]
 
     @classmethod
-    def of(cls, tree: Any, called: str = 'params') -> 'Tree':
-        """Takes a tree apart.
+    def of(cls, tree: Any) -> 'Tree':
+        """Flattens a tree.
 
         Args:
           tree: nested mappings.
-          called: its name in messages.
 
         Raises:
-          UserError: it is no mapping or empty, holds a list or an object, or a leaf that is no array of numbers.
+          UserError: the tree is not a mapping, is empty, or contains a list, an object or a leaf that is not numeric.
         """
         if not isinstance(tree, Mapping):
-            raise UserError(f'{called} must be nested dicts of arrays, not {type(tree).__name__}.')
-        found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+            raise UserError(f'params must be nested dicts of arrays, not {type(tree).__name__}.')
         leaves: dict[str, Any] = {}
         keys: dict[str, Keys] = {}
-        for path, leaf in found:
-            name = '/'.join(segments_of(path))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
+            name = '/'.join(_segments(path))
             if not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
-                raise UserError(
-                    f'{name} of {called} lies in a list or an object: parameters must be nested dicts of arrays.'
-                )
+                raise UserError(f'{name} of params is in a list or an object: params must be nested dicts of arrays.')
             array = _inside(leaf)
             if not hasattr(array, 'shape') or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
-                raise UserError(f'{name} of {called} is no array of numbers: pass the parameters of the model only.')
-            whole = tuple(entry.key for entry in path)
-            for end in range(1, len(whole) + 1):
-                beginning = '/'.join(map(str, whole[:end]))
-                if keys.setdefault(beginning, whole[:end]) != whole[:end]:
+                raise UserError(f'{name} of params is not a numeric array: pass only the parameters of the model.')
+            path_keys = tuple(entry.key for entry in path)
+            for end in range(1, len(path_keys) + 1):
+                prefix = '/'.join(map(str, path_keys[:end]))
+                if keys.setdefault(prefix, path_keys[:end]) != path_keys[:end]:
                     raise UserError(
-                        f'{beginning} of {called} is two paths: no key may hold a `/` or equal another as text.'
+                        f'{prefix} of params is the name of two paths: no key may contain a `/` or equal another as text.'
                     )
             leaves[name] = array
         if not leaves:
-            raise UserError(f'{called} holds no array.')
+            raise UserError('params contains no arrays.')
         return cls(leaves, keys, _builder(tree))
 
     def like(self, leaves: Mapping[str, Any]) -> Any:
-        """A tree of the same kind of other leaves by their names; keys that are new are text."""
+        """Makes a tree of the same kind from leaves by name; new keys are strings."""
         return self.rebuild({self._keys(name): leaf for name, leaf in leaves.items()})
 
     def _keys(self, name: str) -> Keys:

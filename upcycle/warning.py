@@ -1,43 +1,44 @@
-"""Warnings of a command on standard error: each is given once, and below a long listing."""
+"""Warnings of a command on standard error: each is printed once, and after a long listing."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 
-# Warnings of this command, and whether they have been given; not while they are held.
-_warned: dict[str, bool] = {}
-_held: list[bool] = []
+_printed: set[str] = set()
+# Warnings held until the end of `last`; None outside of it.
+_held: list[str] | None = None
+
+
+def warn(text: str) -> None:
+    """Prints a warning on standard error."""
+    print(f'warning: {text}', file=sys.stderr, flush=True)
 
 
 def once(text: str) -> None:
-    """A warning on standard error; a command that opens a checkpoint twice gives it once."""
-    if text not in _warned:
-        _warned[text] = False
-        if not _held:
-            _give()
+    """Prints a warning once per command, even if a checkpoint is opened twice."""
+    if text in _printed:
+        return
+    _printed.add(text)
+    if _held is None:
+        warn(text)
+    else:
+        _held.append(text)
 
 
 def forget() -> None:
-    """Begins a command: whatever it warns of is said again."""
-    _warned.clear()
+    """Starts a new command, which prints all of its warnings."""
+    _printed.clear()
 
 
 @contextlib.contextmanager
 def last() -> Iterator[None]:
-    """Around a command whose listing is long: its warnings come below."""
-    _held.append(True)
+    """Holds warnings until the end of the block, so that they follow a long listing."""
+    global _held
+    _held = held = []
     try:
         yield
     finally:
-        _held.pop()
+        _held = None
         sys.stdout.flush()
-        _give()
-
-
-def _give() -> None:
-    from upcycle.metrics import warn
-
-    for text, given in _warned.items():
-        if not given:
+        for text in held:
             warn(text)
-            _warned[text] = True

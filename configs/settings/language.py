@@ -1,13 +1,13 @@
 """T5 1.1 in the paper's experiments (arXiv 2212.05055, section 3).
 
-Full: a million dense steps of 2048 sequences on C4, half a million extra. Base was the authors' own; Large and XL were T5X's
-public checkpoints. Fine-tuned on SuperGLUE. The mini scale has the source of the standard library in the place of both.
+Full: a million dense steps of 2048 sequences on C4, half a million extra. Base was trained by the authors; Large and XL are T5X's
+public checkpoints. Fine-tuned on SuperGLUE. At the mini scale, both data sets are the source of the standard library.
 """
 
 from upcycle.sweep.paper import FOUR_WAY_POD, POD, Downstream, Scale, Setting
 
 _DEEP = {'SCAN_LAYERS': True, 'REMAT': 'full'}
-# Layers of a stack, pod, and more bindings.
+# Layers per stack, pod, and further bindings.
 SIZES = {'base': (12, POD, {}), 'large': (24, POD, _DEEP), 'xl': (24, FOUR_WAY_POD, _DEEP)}
 PUBLIC = {size: f'gs://t5-data/pretrained_models/t5x/t5_1_1_{size}/checkpoint_1000000' for size in ('large', 'xl')}
 C4 = 'tasks/c4_span_corruption.gin'
@@ -15,7 +15,7 @@ SYNTHETIC = 'tasks/synthetic_text.gin'
 
 
 def get_setting(scale: Scale, size: str | None = None) -> Setting:
-    """T5 1.1 at one scale; of the full and the compiled one, Base by default."""
+    """Returns the setting of T5 1.1 at one scale; the default size is Base."""
     if scale is Scale.MINI:
         return Setting(
             name='language_mini',

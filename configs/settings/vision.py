@@ -1,23 +1,23 @@
 """ViT in the paper's experiments (arXiv 2212.05055, section 3).
 
-Full: 14 epochs of JFT-300M, about 1.04 million steps of 4096 images (the batch is not in the paper), and 7 more. JFT is private:
-as many steps of ImageNet-21k. Fine-tuned on ImageNet, by one of the paper's twelve runs; configs/finetune_imagenet.py has all.
-The mini scale has scanned digits in the place of both.
+Full: the paper trains 14 epochs of JFT-300M, about 1.04 million steps of 4096 images (the batch size is not in the paper), and 7
+more. JFT is private, so we use as many steps of ImageNet-21k. Fine-tuned on ImageNet, with one of the paper's twelve runs (all
+are in configs/finetune_imagenet.py). At the mini scale, both data sets are scanned digits.
 
-The paper's ablations have capacity factor 1. The mini scale keeps 2: at 1 a few thousand steps do not make up for the tokens that
-no expert takes.
+The paper's ablations have capacity factor 1. The mini scale keeps 2: at 1, a few thousand steps do not make up for the tokens
+that no expert takes.
 """
 
 from upcycle.sweep.paper import POD, Downstream, Scale, Setting, capacity
 
 _DEEP = {'SCAN_LAYERS': True, 'REMAT': 'full'}
-# Layers, and more bindings.
+# Layers, and further bindings.
 SIZES = {'b32': (12, {}), 'b16': (12, {}), 'l32': (24, _DEEP), 'l16': (24, _DEEP)}
 SYNTHETIC = 'tasks/synthetic_images.gin'
 
 
 def get_setting(scale: Scale, size: str | None = None) -> Setting:
-    """ViT at one scale; of the full and the compiled one, B/16 by default."""
+    """Returns the setting of ViT at one scale; the default size is B/16."""
     if scale is Scale.MINI:
         return Setting(
             name='vision_mini',
@@ -52,7 +52,7 @@ def get_setting(scale: Scale, size: str | None = None) -> Setting:
         num_experts=32,
         num_layers=layers,
         ablation=(capacity(1.0), 'cf=1'),
-        # The 10-shot probe at this scale is a job of its own (`upcycle eval`).
+        # At this scale, run the 10-shot probe as a separate job (`upcycle eval`).
         downstream=_imagenet(compiled=not full),
     )
 

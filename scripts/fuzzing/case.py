@@ -1,4 +1,4 @@
-"""A trial of `scripts/fuzz.py` and how it may end."""
+"""A case of `scripts/fuzz.py` and its outcomes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,21 +9,21 @@ FAILURES = (TRACEBACK, HANG, SILENT, LOST, STATUS)
 
 
 class LostError(Exception):
-    """Something that was there before a case is gone or changed."""
+    """A file that existed before a case is missing or changed."""
 
 
 class StatusError(Exception):
-    """A process ended with a status that it must not have."""
+    """A process ended with an unexpected exit status."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One trial.
+    """One case.
 
     Attributes:
-      kind: of the damage, for the table.
-      description: of this damage, to read.
-      run: does it; returns an outcome, or raises.
+      kind: kind of damage, for the table.
+      description: description of the damage.
+      run: runs the case; returns an outcome, or raises.
     """
 
     kind: str

@@ -28,12 +28,14 @@ from upcycle.models import identify
 from upcycle.training.optimizer import Adafactor
 from upcycle.training.state import make_layout
 
-# Where a format keeps numbers without a checksum, a byte of them cannot be told from a weight.
+# Kind, description, and a function that does the damage.
+Damage = tuple[str, str, Callable[[], Any]]
+# Without a checksum, damage to numbers in metadata cannot be distinguished from other weights.
 SEMANTIC = 'metadata'
 
 
 class Checkpoints:
-    """Makes cases of damaged checkpoints, each format's in a folder of its own, which is whole again after a case."""
+    """Makes cases of damaged checkpoints: one folder per format, which is restored after each case."""
 
     def __init__(self, folder: pathlib.Path):
         self._paths = {**_written(folder), **_by_t5x(folder)}
@@ -51,41 +53,39 @@ class Checkpoints:
         if path.is_dir():
             ways.append(self._place)
         way = rng.choice(ways)
-        kind, what, carry_out = way(rng, file, files)
+        kind, description, carry_out = way(rng, file, files)
 
         def run() -> str:
             with _restored(path):
                 carry_out()
                 return self._compare(name, path, kind, file)
 
-        return Case(f'{name}: {kind}', f'{path}: {file.relative_to(path.parent)}: {what}', run)
+        return Case(f'{name}: {kind}', f'{path}: {file.relative_to(path.parent)}: {description}', run)
 
     def _compare(self, name: str, path: pathlib.Path, kind: str, file: pathlib.Path) -> str:
-        found, facts = _contents(path)
+        leaves, facts = _contents(path)
         whole, whole_facts = self._whole[name]
-        changed = [n for n in found.keys() & whole.keys() if not _same(found[n], whole[n])]
+        changed = [n for n in leaves.keys() & whole.keys() if not _same(leaves[n], whole[n])]
         if changed and name.startswith('safetensors'):
             return BLIND
-        # A reshaped or renamed leaf is another checkpoint, which a plan compares with the model; other numbers are wrong weights.
-        if any(n != 'step' and found[n].shape == whole[n].shape and found[n].dtype == whole[n].dtype for n in changed):
-            # T5X writes no checksums but gzip's; a file's own checksum says nothing about where it lies; an archive that was
-            # written anew has the right ones.
+        # A reshaped or renamed leaf is another checkpoint, which a plan compares with the model; other values are wrong weights.
+        if any(
+            n != 'step' and leaves[n].shape == whole[n].shape and leaves[n].dtype == whole[n].dtype for n in changed
+        ):
+            # The format cannot tell: T5X writes no checksums except gzip's, the checksum of a file does not contain its place,
+            # and a rewritten archive has right checksums.
             rewritten = name == 'npz' and kind == SEMANTIC
             blind = (
                 kind == 'files' or rewritten or name == 'by_t5x_orbax' or (name == 'by_t5x_legacy' and _is_index(file))
             )
             return BLIND if blind else SILENT
-        return SAME if not changed and found.keys() == whole.keys() and facts == whole_facts else ANOTHER
+        return SAME if not changed and leaves.keys() == whole.keys() and facts == whole_facts else ANOTHER
 
-    def _bytes(
-        self, rng: random.Random, file: pathlib.Path, files: list[pathlib.Path]
-    ) -> tuple[str, str, Callable[[], Any]]:
+    def _bytes(self, rng: random.Random, file: pathlib.Path, files: list[pathlib.Path]) -> Damage:
         what, content = damaged(rng, file.read_bytes())
         return 'bytes', what, lambda: file.write_bytes(content)
 
-    def _place(
-        self, rng: random.Random, file: pathlib.Path, files: list[pathlib.Path]
-    ) -> tuple[str, str, Callable[[], Any]]:
+    def _place(self, rng: random.Random, file: pathlib.Path, files: list[pathlib.Path]) -> Damage:
         other = rng.choice(files)
 
         def swap() -> None:
@@ -113,9 +113,7 @@ class Checkpoints:
         what = rng.choice(sorted(ways))
         return 'files', what, ways[what]
 
-    def _index(
-        self, rng: random.Random, file: pathlib.Path, files: list[pathlib.Path]
-    ) -> tuple[str, str, Callable[[], Any]]:
+    def _index(self, rng: random.Random, file: pathlib.Path, files: list[pathlib.Path]) -> Damage:
         before = file.read_bytes()
         if file.suffix == '.npz':
             what, content = _other_archive(rng, before)
@@ -135,18 +133,12 @@ class Checkpoints:
 
 
 def _is_index(file: pathlib.Path) -> bool:
-    if file.suffix in ('.npz', '.safetensors', '.json') or file.name in (
-        'checkpoint',
-        '_METADATA',
-        '.zarray',
-        'metadata',
-    ):
-        return file.stat().st_size > 2
-    return False
+    is_named = file.name in ('checkpoint', '_METADATA', '.zarray', 'metadata')
+    return (is_named or file.suffix in ('.npz', '.safetensors', '.json')) and file.stat().st_size > 2
 
 
 def _written(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """A checkpoint of each format that we write, and one as a training run saves it."""
+    """Writes a checkpoint in each of our formats, and one as a training run saves it; returns their paths."""
     t5, vit = random_tree(('models/t5_1_1_tiny.gin', TEXT)), random_tree(('models/vit_mini.gin', 'tasks/mnist5k.gin'))
     dense_t5, dense_vit = (
         {n: v for n, v in tree.items() if n.startswith('params/') or n == 'step'} for tree in (t5, vit)
@@ -165,7 +157,7 @@ def _written(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def random_tree(files: tuple[str, ...], **bindings: str) -> dict[str, np.ndarray]:
-    """Random leaves of a tiny model and its Adafactor state."""
+    """Returns random leaves of a tiny model and its Adafactor state."""
     vocabulary = {'NUM_EMBEDDINGS': '40', 'MLP_DIM': '24'} if TEXT in files else {'NUM_LAYERS': '2'}
     small = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '1', 'EMBED_DIM': '16', 'NUM_HEADS': '2', **vocabulary}
     small |= {'HEAD_DIM': '6'} if TEXT in files else {}
@@ -190,7 +182,7 @@ def write_checkpoint(path: pathlib.Path, format: str, tree: Mapping[str, np.ndar
 
 
 def _by_t5x(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Copies of the checkpoints that T5X itself wrote, where they are."""
+    """Copies the checkpoints written by T5X, if UPCYCLE_FIXTURES is set; returns their paths."""
     fixtures = os.environ.get('UPCYCLE_FIXTURES')
     copies = {}
     for name in ('legacy', 'orbax') if fixtures else ():
@@ -203,7 +195,7 @@ def _by_t5x(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 @contextlib.contextmanager
 def _restored(path: pathlib.Path) -> Iterator[None]:
-    """Puts a checkpoint back as it was."""
+    """Restores a checkpoint on exit."""
     files = [path] if path.is_file() else [file for file in path.rglob('*') if file.is_file()]
     before = {file: file.read_bytes() for file in files}
     try:
@@ -221,15 +213,15 @@ def _restored(path: pathlib.Path) -> Iterator[None]:
 
 
 def _contents(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Every leaf, after what import, export and conversion look at first; and what else the checkpoint says."""
+    """Runs the checks of import, export and conversion, then reads all leaves; returns the leaves and all other facts."""
     reader = open_checkpoint(path)
     require_whole(reader.path)
     leaves = reader.leaves()
     facts = identify.facts_of(reader.metadata)
     identify.check(str(path), leaves, facts)
     inspection.describe(reader, quick=True)
-    found = {name: np.asarray(reader.read(name)) for name in leaves}
-    return found, {'facts': facts, 'step': reader.step, 'metadata': dict(reader.metadata)}
+    values = {name: np.asarray(reader.read(name)) for name in leaves}
+    return values, {'facts': facts, 'step': reader.step, 'metadata': dict(reader.metadata)}
 
 
 def _same(left: np.ndarray, right: np.ndarray) -> bool:
@@ -237,39 +229,20 @@ def _same(left: np.ndarray, right: np.ndarray) -> bool:
 
 
 def _other_archive(rng: random.Random, content: bytes) -> tuple[str, bytes]:
-    """The same zip archive with one member's name or header changed."""
+    """Changes the name or header of one member of a zip archive."""
     archive = zipfile.ZipFile(io.BytesIO(content))
     members = {name: archive.read(name) for name in archive.namelist()}
     name = rng.choice(sorted(members))
     data = members.pop(name)
     way = rng.choice(('name', 'header', 'gone', 'pickle', 'twice', 'bomb', 'metadata'))
     if way == 'name':
-        members[
-            rng.choice(
-                (
-                    '../x.npy',
-                    '/x.npy',
-                    'params/x.npy',
-                    'x',
-                    name.replace('0', '99999999'),
-                    name + '/../a.npy',
-                    '\u2603.npy',
-                )
-            )
-        ] = data
+        names = ('../x.npy', '/x.npy', 'params/x.npy', 'x', name.replace('0', '99999999'), name + '/../a.npy')
+        members[rng.choice((*names, '\u2603.npy'))] = data
     elif way == 'header' and data[:6] == b'\x93NUMPY':
         size = int.from_bytes(data[8:10], 'little')
         header = data[10 : 10 + size].decode()
-        old, new = rng.choice(
-            (
-                ("'<f4'", "'|O'"),
-                ("'<f4'", "'<f8'"),
-                ('False', 'True'),
-                ("'<f4'", "'<i4'"),
-                ('(', f'({2**60}, '),
-                ('(', '(-1, '),
-            )
-        )
+        dtypes = (("'<f4'", "'|O'"), ("'<f4'", "'<f8'"), ('False', 'True'), ("'<f4'", "'<i4'"))
+        old, new = rng.choice((*dtypes, ('(', f'({2**60}, '), ('(', '(-1, ')))
         changed = header.replace(old, new, 1).rstrip().ljust(size - 1)[: size - 1] + '\n'
         members[name] = data[:10] + changed.encode() + data[10 + size :]
     elif way == 'pickle':

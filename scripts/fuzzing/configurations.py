@@ -17,12 +17,12 @@ from upcycle.commands import train
 from upcycle.training.start import check_batches
 from upcycle.training.state import make_layout
 
-LARGE = 200_000_000  # parameters, above which a valid configuration is not laid out
+LARGE = 200_000_000  # parameters; larger valid configurations are not laid out
 
 TEXT, IMAGES = 'tasks/synthetic_text.gin', 'tasks/synthetic_images.gin'
 SMALL = {'MODEL_DIR': 'unused', 'TRAIN_STEPS': '6', 'BATCH_SIZE': '4', 'WARMUP_STEPS': '2'}
 START = {'INITIAL_CHECKPOINT_PATH': 'nowhere'}
-# Files, and bindings besides SMALL, of valid configurations.
+# Files of valid configurations, and bindings in addition to SMALL.
 RUNS: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...] = (
     (('models/t5_1_1_tiny.gin', TEXT, 'runs/pretrain.gin'), {}),
     (('models/t5_1_1_tiny.gin', 'optimizers/adamw.gin', TEXT, 'runs/continue_dense.gin'), START),
@@ -43,135 +43,29 @@ RUNS: tuple[tuple[tuple[str, ...], Mapping[str, str]], ...] = (
     (('models/vit_mini.gin', 'tasks/mnist5k.gin', 'runs/finetune_vit.gin', 'runs/few_shot.gin'), START),
 )
 WORDS = (
-    'copy',
-    'top_k',
-    'expert_choice',
-    'soft',
-    'merged',
-    'dense',
-    'ragged',
-    'priority',
-    'every_other',
-    'last_2',
-    'last_99',
-)
-WORDS += (
-    'none',
-    'auto',
-    'float32',
-    'restart',
-    'constant * cosine_decay',
-    'tile',
-    'fresh',
-    'vmoe',
-    'xft',
-    'train',
-    'full',
+    *('copy', 'top_k', 'expert_choice', 'soft', 'merged', 'dense', 'ragged', 'priority', 'every_other', 'last_2'),
+    *('last_99', 'none', 'auto', 'float32', 'restart', 'constant * cosine_decay', 'tile', 'fresh', 'vmoe', 'xft'),
+    *('train', 'full'),
 )
 NUMBERS = (
-    '0',
-    '-1',
-    '1',
-    '2',
-    '3',
-    '7',
-    '64',
-    '1000',
-    '2147483647',
-    '2147483648',
-    str(2**63),
-    '1' + '0' * 40,
-    '0x' + 'f' * 5000,
+    *('0', '-1', '1', '2', '3', '7', '64', '1000', '2147483647', '2147483648'),
+    *(str(2**63), '1' + '0' * 40, '0x' + 'f' * 5000),
+    *('0.0', '-0.5', '0.5', '1.0', '1e-30', '1e400', '-1e400', '1e-400', '1_000', '1j', 'nan', 'inf'),
 )
-NUMBERS += ('0.0', '-0.5', '0.5', '1.0', '1e-30', '1e400', '-1e400', '1e-400', '1_000', '1j', 'nan', 'inf')
 ODD = (
-    'None',
-    'True',
-    'False',
-    '',
-    ' ',
-    "''",
-    '[]',
-    '()',
-    '{}',
-    '(1, 2, 1)',
-    '(1, 1, 1)',
-    '[0, 1]',
-    '[1, 1]',
-    '(0.5,)',
-    "['a']",
-)
-ODD += (
-    "{'inputs': 32, 'targets': 9}",
-    "{'inputs': 0}",
-    '{1: 2}',
-    '{[]: 1}',
-    '[[[[]]]]',
-    '[' * 50,
-    '(' * 5000,
-    "b'x'",
-    '...',
-    '{1, 2}',
-)
-ODD += (
-    '%gin.REQUIRED',
-    '%NO_SUCH',
-    '%BATCH_SIZE',
-    '@',
-    '%',
-    '@x',
-    '@gin.macro()',
-    '@a/b/c()',
-    'a\nb',
-    'a = 1',
-    '\0',
-    '\u2603',
-    '"',
-    "it's",
-)
-ODD += (
-    '@upcycle.training.optimizer.Adafactor()',
-    '@upcycle.training.optimizer.Adafactor',
-    '@upcycle.moe.config.MoEConfig()',
-    '(',
-)
-ODD += (
-    '@upcycle.training.run.Run()',
-    '../../x',
-    '/etc/passwd',
-    'gs://bucket/x',
-    'a' * 10_000,
-    '*',
-    '(?P<x',
-    '[%BATCH_SIZE, %SEED]',
+    *('None', 'True', 'False', '', ' ', "''", '[]', '()', '{}', '(1, 2, 1)', '(1, 1, 1)', '[0, 1]', '[1, 1]', '(0.5,)'),
+    *("['a']", "{'inputs': 32, 'targets': 9}", "{'inputs': 0}", '{1: 2}', '{[]: 1}', '[[[[]]]]', '[' * 50, '(' * 5000),
+    *("b'x'", '...', '{1, 2}', '%gin.REQUIRED', '%NO_SUCH', '%BATCH_SIZE', '@', '%', '@x', '@gin.macro()', '@a/b/c()'),
+    *('a\nb', 'a = 1', '\0', '\u2603', '"', "it's"),
+    *('@upcycle.training.optimizer.Adafactor()', '@upcycle.training.optimizer.Adafactor'),
+    *('@upcycle.moe.config.MoEConfig()', '(', '@upcycle.training.run.Run()', '../../x', '/etc/passwd', 'gs://bucket/x'),
+    *('a' * 10_000, '*', '(?P<x', '[%BATCH_SIZE, %SEED]'),
 )
 LINES = (
-    'include "runs/pretrain.gin"',
-    'include "nowhere.gin"',
-    'include "fuzz.gin"',
-    'import nowhere',
-    'from upcycle.training import rum',
-)
-LINES += (
-    'BATCH_SIZ = 8',
-    'a.b = 3',
-    'x/y.z = 1',
-    'run.Run:',
-    '  model_dir = 3',
-    'A = %B',
-    'B = %A',
-    'A',
-    '=',
-    '\tq = 1',
-    'run.Run.sed = 1',
-)
-LINES += (
-    'BATCH_SIZE = %BATCH_SIZE',
-    'MODEL = @run.Run()',
-    'moe.MoEConfig.num_experts = %MODEL',
-    '# only words',
-    '"""',
-    'MODEL = None',
+    *('include "runs/pretrain.gin"', 'include "nowhere.gin"', 'include "fuzz.gin"', 'import nowhere'),
+    *('from upcycle.training import rum', 'BATCH_SIZ = 8', 'a.b = 3', 'x/y.z = 1', 'run.Run:', '  model_dir = 3'),
+    *('A = %B', 'B = %A', 'A', '=', '\tq = 1', 'run.Run.sed = 1', 'BATCH_SIZE = %BATCH_SIZE', 'MODEL = @run.Run()'),
+    *('moe.MoEConfig.num_experts = %MODEL', '# only words', '"""', 'MODEL = None'),
 )
 
 
@@ -204,15 +98,15 @@ class Configurations:
         return Case(kinds[0].__name__.strip('_'), shown, lambda: self._run(number, arguments, bindings))
 
     def _run(self, number: int, arguments: list[str], bindings: Mapping[str, str]) -> str:
-        found = []
-        old, train.run = train.run, lambda files, named, **_: found.append(configuration.load(files, named))
+        loaded = []
+        old, train.run = train.run, lambda files, named, **_: loaded.append(configuration.load(files, named))
         try:
             cli.run(arguments)
-        except SystemExit as stop:  # argparse has said what is wrong
+        except SystemExit as stop:  # argparse has printed the mistake
             return REFUSED if stop.code == 2 else TRACEBACK
         finally:
             train.run = old
-        (run,) = found
+        (run,) = loaded
         identity = configuration.resolved()
         same = identity == self._identities[number]
         if same and any(self._said(name, bindings, number) for name in bindings):
@@ -225,11 +119,11 @@ class Configurations:
         return SAME if same else ANOTHER
 
     def _said(self, name: str, bindings: Mapping[str, str], number: int) -> bool:
-        """Whether a binding asks for something that the undamaged configuration does not have under the same name."""
+        """Returns whether a binding has another value than in the undamaged configuration."""
         known = {**SMALL, **RUNS[number][1]}
         value = bindings[name]
         if value.startswith('%'):
-            # What a macro of a file stands for is not known here.
+            # The values of macros in files are unknown here.
             value = bindings.get(value[1:], known.get(name))
         return name in known and not _equal(value, known[name])
 
@@ -239,20 +133,19 @@ class Configurations:
         bindings[name] = rng.choice(rng.choice((NUMBERS, WORDS, ODD, plausible, plausible, plausible)))
 
     def _used(self, files: Sequence[str]) -> list[str]:
-        """Macros that the files mention, which a run of them mostly uses."""
+        """Returns the macros that the files mention; a run uses most of them."""
         return sorted(gin_files.macros_of(text for name, text in self._shipped.items() if name in files) | {*SMALL})
 
     def _plausible(self, name: str) -> list[str]:
-        """What our own files set a macro to, and numbers near that."""
-        found = [re.findall(rf'^{re.escape(name)} = ([^#\n]*)', text, re.MULTILINE) for text in self._shipped.values()]
-        values = [value.strip() for values in found for value in values]
+        """Returns the values of a macro in our files, and numbers near them."""
+        pattern = re.compile(rf'^{re.escape(name)} = ([^#\n]*)', re.MULTILINE)
+        values = [value.strip() for text in self._shipped.values() for value in pattern.findall(text)]
         near = [str(int(value) + more) for value in values if value.isdigit() for more in (-1, 1, int(value))]
         return values + near or ['4']
 
     def _name(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
-        name = rng.choice(
-            [*bindings, 'upcycle.training.run.Run.total_steps', 'train/upcycle.data.text.DatasetConfig.seed']
-        )
+        fields = ('upcycle.training.run.Run.total_steps', 'train/upcycle.data.text.DatasetConfig.seed')
+        name = rng.choice([*bindings, *fields])
         bindings[misspelt(rng, name)] = bindings.get(name, '3')
 
     def _files(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
@@ -305,19 +198,12 @@ class Configurations:
 
     def _flags(self, rng: random.Random, files: list[str], bindings: dict[str, str], extra: list[str]) -> None:
         choices = ('--gin.', '--gin', '--gin.=3', '--gin_file', '--gin_file=', '--steps=3', '-x', '--', 'positional')
-        choices += (
-            '--process_count=many',
-            '--process_count=2',
-            '--coordinator_address=x',
-            '--gin.A',
-            '--distribute',
-            '--gin_fil=x',
-        )
-        extra.append(rng.choice(choices))
+        choices += ('--process_count=many', '--process_count=2', '--coordinator_address=x', '--gin.A', '--distribute')
+        extra.append(rng.choice((*choices, '--gin_fil=x')))
 
 
 def _guess(run: Any) -> list[float]:
-    """Rough number of parameters, so that no huge model is traced for its sizes alone."""
+    """Estimates the number of parameters, so that huge models are not traced."""
     config = run.model.config
     depth = getattr(config, 'num_layers', 0) or config.num_encoder_layers + config.num_decoder_layers
     vocabulary = getattr(config, 'vocab_size', 0) or config.num_classes + config.patch_size**2 * config.image_channels

@@ -1,52 +1,19 @@
-"""Random damage to bytes, texts and trees of JSON."""
+"""Random damage to bytes, text and JSON trees."""
 
 import copy
 import random
 from typing import Any
 
 JUNK = (
-    0,
-    -1,
-    1,
-    2,
-    7,
-    2**31,
-    2**60,
-    -(2**60),
-    0.5,
-    1e300,
-    True,
-    None,
-    '',
-    'x',
-    '..',
-    '../../x',
-    '/etc/passwd',
-    'gs://b/x',
-    '\0',
-    '\u2603',
-)
-JUNK += (
-    [],
-    {},
-    [0],
-    [2**60],
-    [2**60, 0],
-    [-1],
-    {'a': 1},
-    'float64',
-    'int32',
-    'F64',
-    'zarr',
-    'file',
-    'http',
-    '|O',
-    '<f8',
-    'a' * 5000,
+    *(0, -1, 1, 2, 7, 2**31, 2**60, -(2**60), 0.5, 1e300, True, None),
+    *('', 'x', '..', '../../x', '/etc/passwd', 'gs://b/x', '\0', '\u2603'),
+    *([], {}, [0], [2**60], [2**60, 0], [-1], {'a': 1}),
+    *('float64', 'int32', 'F64', 'zarr', 'file', 'http', '|O', '<f8', 'a' * 5000),
 )
 
 
 def damaged(rng: random.Random, content: bytes) -> tuple[str, bytes]:
+    """Returns a description and the damaged bytes."""
     at, length = rng.randrange(len(content) + 1), rng.choice((1, 1, 4, 100))
     if rng.random() < 0.3:
         at = min(at, rng.randrange(200))  # headers
@@ -65,7 +32,7 @@ def damaged(rng: random.Random, content: bytes) -> tuple[str, bytes]:
 
 
 def mutated(rng: random.Random, tree: Any) -> tuple[str, Any]:
-    """A tree of JSON, or of msgpack, with one node changed."""
+    """Returns a description and a copy of a JSON or msgpack tree with one node changed."""
     tree = copy.deepcopy(tree)
     nodes: list[tuple[Any, Any]] = []
 
@@ -102,6 +69,7 @@ def mutated(rng: random.Random, tree: Any) -> tuple[str, Any]:
 
 
 def misspelt(rng: random.Random, text: str) -> str:
+    """Changes one character of a text."""
     at = rng.randrange(len(text) + 1)
     char = rng.choice('aZ_./%@=:()[]{}\'"# 0\t')
     return rng.choice(

@@ -1,4 +1,4 @@
-"""What users hand over: configurations of Hugging Face, logs, places to write to, environment variables; in this process."""
+"""Damaged inputs of other kinds, in this process: Hugging Face configs, logs, output paths, environment variables."""
 
 import contextlib
 import io
@@ -24,12 +24,11 @@ from upcycle.metrics import MetricsLog
 from upcycle.models import identify
 from upcycle.report.runs import load_run
 
-# Fields of transformers' configurations that change the function of a T5 or a ViT, and other values of them.
+# Fields of transformers' configs that change the function of a T5 or a ViT, and other values for them.
 FUNCTION: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     't5': {
-        **dict.fromkeys(
-            ('d_model', 'd_ff', 'vocab_size', 'num_layers', 'num_decoder_layers', 'num_heads'), (1, 3, 8, 64)
-        ),
+        **dict.fromkeys(('d_model', 'd_ff', 'vocab_size'), (1, 3, 8, 64)),
+        **dict.fromkeys(('num_layers', 'num_decoder_layers', 'num_heads'), (1, 3, 8, 64)),
         'd_kv': (1, 5, 64),
         'feed_forward_proj': ('relu', 'gated-relu', 'gated-silu', 'gelu', 'silu', 'tanh', 'gated-tanh'),
         'dense_act_fn': ('relu', 'silu', 'gelu', 'tanh', 'mish'),
@@ -42,9 +41,8 @@ FUNCTION: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         'is_encoder_decoder': (False,),
     },
     'vit': {
-        **dict.fromkeys(
-            ('hidden_size', 'intermediate_size', 'num_attention_heads', 'num_hidden_layers'), (1, 3, 8, 64)
-        ),
+        **dict.fromkeys(('hidden_size', 'intermediate_size'), (1, 3, 8, 64)),
+        **dict.fromkeys(('num_attention_heads', 'num_hidden_layers'), (1, 3, 8, 64)),
         'hidden_act': ('relu', 'gelu_new', 'quick_gelu', 'silu'),
         'image_size': (8, 32, [8, 32], [32, 8]),
         'patch_size': (2, 8, [2, 8]),
@@ -53,29 +51,15 @@ FUNCTION: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         'qkv_bias': (False,),
     },
 }
-# Fields that change nothing in what is computed from given weights.
+# Fields that do not change the function of given weights.
 HARMLESS = (
-    'transformers_version',
-    'torch_dtype',
-    'dtype',
-    'use_cache',
-    '_name_or_path',
-    'initializer_range',
+    *('transformers_version', 'torch_dtype', 'dtype', 'use_cache', '_name_or_path', 'initializer_range'),
     'dropout_rate',
 )
 VARIABLES = (
-    'COLUMNS',
-    'LINES',
-    'HOME',
-    'TMPDIR',
-    'TERM',
-    'NO_COLOR',
-    'FORCE_COLOR',
-    'LANG',
-    'MPLBACKEND',
-    'MPLCONFIGDIR',
+    *('COLUMNS', 'LINES', 'HOME', 'TMPDIR', 'TERM', 'NO_COLOR', 'FORCE_COLOR', 'LANG', 'MPLBACKEND', 'MPLCONFIGDIR'),
+    *('JAX_PLATFORMS', 'XLA_FLAGS', 'TFDS_DATA_DIR', 'GCE_METADATA_HOST', 'AWS_EC2_METADATA_SERVICE_ENDPOINT'),
 )
-VARIABLES += ('JAX_PLATFORMS', 'XLA_FLAGS', 'TFDS_DATA_DIR', 'GCE_METADATA_HOST', 'AWS_EC2_METADATA_SERVICE_ENDPOINT')
 VALUES = ('', '0', '-1', '1', 'x', '/nonexistent', '/dev/null', '/proc', 'a' * 5000, '\u2603', '~', 'http://', '1e9')
 LINES = ('{', 'NaN', '\x00', '[]', '{"step": NaN}', '{"step": 1e400}', '{"step": "4", "split": "train"}')
 SPLITS = ('train', 'validation', 'diversity')
@@ -88,10 +72,8 @@ class Inputs:
         self._folder = folder / 'inputs'
         self._folder.mkdir()
         self._places = Places(self._folder / 'places')
-        t5, vit = (
-            random_tree(('models/t5_1_1_tiny.gin', TEXT)),
-            random_tree(('models/vit_mini.gin', 'tasks/mnist5k.gin'), POOLING='token'),
-        )
+        t5 = random_tree(('models/t5_1_1_tiny.gin', TEXT))
+        vit = random_tree(('models/vit_mini.gin', 'tasks/mnist5k.gin'), POOLING='token')
         self._models = {}
         for name, leaves in (('t5', t5), ('vit', vit)):
             dense = {leaf: value for leaf, value in leaves.items() if leaf.startswith('params/') or leaf == 'step'}
@@ -103,8 +85,6 @@ class Inputs:
     def __call__(self, rng: random.Random) -> Case:
         makers = (self._field, self._field, self._place, self._reported_log, self._resumed_log, self._variable)
         return rng.choice(makers)(rng)
-
-    # --- configurations of Hugging Face ---
 
     def _field(self, rng: random.Random) -> Case:
         name = rng.choice(sorted(self._models))
@@ -134,17 +114,17 @@ class Inputs:
 
         def run() -> str:
             (path / 'config.json').write_text(text, 'utf-8')
-            said = io.StringIO()
+            errors = io.StringIO()
             try:
                 warning.forget()
-                with contextlib.redirect_stderr(said):
-                    found = self._read(path)
+                with contextlib.redirect_stderr(errors):
+                    model = self._read(path)
             finally:
                 (path / 'config.json').write_text(json.dumps(config), 'utf-8')
-            if found != whole:
+            if model != whole:
                 return ANOTHER
             differs = changed.get(field) != config.get(field) if isinstance(changed, dict) else False
-            named = field in said.getvalue()
+            named = field in errors.getvalue()
             if (way == 'unknown' and not named) or (way == 'function' and differs and not named):
                 return SILENT
             return SAME
@@ -152,12 +132,10 @@ class Inputs:
         return Case(f'config.json of a {name}: {way}', f'{field}: {text[:600]}', run)
 
     def _read(self, path: pathlib.Path) -> Any:
-        """The model that a folder holds, by its configuration."""
+        """Returns the model of a folder according to its config, and its facts."""
         reader = open_checkpoint(path)
         facts = identify.facts_of(reader.metadata)
         return identify.check(str(path), reader.leaves(), facts), facts
-
-    # --- logs ---
 
     def _damaged_log(self, rng: random.Random) -> tuple[str, bytes]:
         lines = [json.dumps(line) for line in self._log]
@@ -167,10 +145,7 @@ class Inputs:
             case 'cut':
                 lines[at] = lines[at][: rng.randrange(len(lines[at]))]
             case 'junk':
-                lines.insert(
-                    at,
-                    rng.choice((*map(json.dumps, JUNK), *LINES)),
-                )
+                lines.insert(at, rng.choice((*map(json.dumps, JUNK), *LINES)))
             case 'tree':
                 lines[at] = json.dumps(mutated(rng, self._log[at])[1])
             case 'order':
@@ -179,8 +154,6 @@ class Inputs:
                 lines.insert(at, lines[at])
             case 'empty line':
                 lines.insert(at, rng.choice(('', ' ', '\t', '\r')))
-            case _:
-                pass
         text = '\n'.join(lines) + '\n'
         content = text.encode('utf-8', 'surrogatepass')
         match way:
@@ -192,8 +165,6 @@ class Inputs:
                 content = rng.choice(
                     (content[:-1], content.replace(b'\n', b'\r\n'), content.replace(b'\n', b'\r'), b'', b'\n')
                 )
-            case _:
-                pass
         return way, content
 
     def _reported_log(self, rng: random.Random) -> Case:
@@ -204,10 +175,10 @@ class Inputs:
             with self._run_folder(content) as folder:
                 if whole:
                     return self._command(['report', str(folder), f'--out={folder}/report'])
-                found = load_run(folder)
+                loaded = load_run(folder)
                 for split in SPLITS:
-                    found.split(split)
-                return ANOTHER if list(found.records) != self._log else SAME
+                    loaded.split(split)
+                return ANOTHER if list(loaded.records) != self._log else SAME
 
         return Case(f'log in a report: {way}', repr(content[-300:]), run)
 
@@ -228,7 +199,7 @@ class Inputs:
                 ]
                 lost = [line for line in before if line not in after]
                 if lost:
-                    raise LostError(f'lines are nowhere in the folder any more: {lost[:2]}')
+                    raise LostError(f'lines are missing from the folder: {lost[:2]}')
                 return outcome
 
         return Case(f'log of a run that is resumed: {way}', f'step {step}: {content[-300:]!r}', run)
@@ -239,8 +210,6 @@ class Inputs:
             path = pathlib.Path(folder)
             (path / 'metrics.jsonl').write_bytes(log)
             yield path
-
-    # --- places and variables ---
 
     def _place(self, rng: random.Random) -> Case:
         kind, path = self._places.draw(rng)
@@ -283,12 +252,12 @@ class Inputs:
         try:
             with mock.patch.dict(os.environ):
                 return SAME if cli.run(arguments) == 0 else REFUSED
-        except SystemExit as stop:  # argparse has said what is wrong, or what the command does
+        except SystemExit as stop:  # argparse has printed a mistake, or the help
             return {0: SAME, 2: REFUSED}.get(stop.code, TRACEBACK)
 
 
 def _log(rng: random.Random) -> Any:
-    """Lines as a run writes them."""
+    """Yields lines as a run writes them."""
     for step in range(1, 9):
         for split in SPLITS if step % 4 == 0 else SPLITS[:1]:
             line = {'step': step, 'split': split, 'loss': rng.uniform(1, 3), 'accuracy': rng.random()}
@@ -297,13 +266,13 @@ def _log(rng: random.Random) -> Any:
 
 
 def _whole_lines(content: bytes) -> list[dict[str, Any]]:
-    """The lines of a log that can be read and say their step."""
-    found = []
+    """Returns the readable lines of a log that have a step."""
+    lines = []
     for line in content.split(b'\n'):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and isinstance(value.get('step'), int):
-            found.append(json.dumps(value, sort_keys=True))
-    return found
+            lines.append(json.dumps(value, sort_keys=True))
+    return lines

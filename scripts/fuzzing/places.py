@@ -1,4 +1,4 @@
-"""Odd places to write to, and whether what was there before is still there."""
+"""Odd output paths, and a check that existing files are kept."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ from fuzzing.case import LostError
 
 
 class Places:
-    """A tree with one of each kind of place, made anew when a case has changed it.
+    """A tree with one path of each kind; it is rebuilt after a case has changed it.
 
     Args:
-      folder: where the tree is made.
+      folder: folder of the tree.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -22,7 +22,7 @@ class Places:
         self._make()
 
     def draw(self, rng: random.Random) -> tuple[str, str]:
-        """A kind of place, and its path."""
+        """Draws a kind of path, and the path."""
         base = str(self._folder)
         places = {
             'a file': f'{base}/file',
@@ -75,10 +75,10 @@ class Places:
 
     @contextlib.contextmanager
     def unchanged(self, may_write: str) -> Iterator[None]:
-        """Raises LostError where a file that was there is not, or is another; then makes the tree anew.
+        """Raises LostError if an existing file is missing or changed on exit; then rebuilds the tree if needed.
 
         Args:
-          may_write: the place itself, where new files may come to be.
+          may_write: the path at which new files are allowed.
         """
         before = self._contents()
         try:
@@ -86,17 +86,17 @@ class Places:
             after = self._contents()
             lost = [name for name, content in before.items() if after.get(name) != content]
             if lost:
-                raise LostError(f'{lost[:3]} of what was there before the command is gone or changed')
+                raise LostError(f'the command has removed or changed {lost[:3]}')
             new = [name for name in after.keys() - before.keys() if not self._is_at(name, may_write)]
             if new:
-                raise LostError(f'{sorted(new)[:3]} came to be, which is not where the command was to write')
+                raise LostError(f'the command has written {sorted(new)[:3]}, outside its output path')
         finally:
             if self._contents() != before:
                 self._make()
 
     def _is_at(self, name: str, place: str) -> bool:
         here, there = os.path.realpath(self._folder / name), os.path.realpath(place)
-        # What is being written lies next to its place, under a longer name.
+        # A file that is being written is next to its final path, with a longer name.
         return here.startswith(there) or there.startswith(here + os.sep)
 
     def _contents(self) -> dict[str, bytes | str]:

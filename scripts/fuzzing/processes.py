@@ -1,7 +1,7 @@
-"""Real processes: interrupted, in odd environments, told to write to odd places, two on one folder.
+"""Real processes: interrupted, in odd environments, with odd output paths, two on one folder.
 
-A case ends well with status 0, 2, 69 or 130, without a traceback, and with nothing half-written: what a command was to write is
-absent, whole, or what the same command finishes when it is given again.
+A case passes if it ends with status 0, 2, 69 or 130, without a traceback, and with nothing half-written: the output is absent, or
+whole, or is finished when the same command is repeated.
 """
 
 import contextlib
@@ -22,16 +22,9 @@ from upcycle.checkpoints import open_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ('models/t5_1_1_tiny.gin', 'tasks/synthetic_text.gin', 'runs/pretrain.gin')
-BINDINGS = {
-    'EMBED_DIM': 16,
-    'MLP_DIM': 32,
-    'NUM_HEADS': 2,
-    'HEAD_DIM': 8,
-    'ACTIVATION_DTYPE': 'float32',
-    'BATCH_SIZE': 2,
-}
-BINDINGS |= {'CHECKPOINT_PERIOD': 2, 'WARMUP_STEPS': 10}
-# Statuses that a command may end with, whatever its environment: done, a mistake, no answer, interrupted.
+BINDINGS = {'EMBED_DIM': 16, 'MLP_DIM': 32, 'NUM_HEADS': 2, 'HEAD_DIM': 8, 'ACTIVATION_DTYPE': 'float32'}
+BINDINGS |= {'BATCH_SIZE': 2, 'CHECKPOINT_PERIOD': 2, 'WARMUP_STEPS': 10}
+# Allowed exit statuses in every environment: success, a mistake, no answer, interrupted.
 FINE = (0, 2, 69, 130, -signal.SIGINT)
 ENVIRONMENTS: tuple[Mapping[str, str | None], ...] = (
     {'PYTHONIOENCODING': 'ascii'},
@@ -92,7 +85,7 @@ class Processes:
         return rng.choice((self._interrupted, self._interrupted, self._environment, self._place, self._two))(rng)
 
     def _commands(self, out: pathlib.Path) -> dict[str, list[str]]:
-        """What is tried, by name; each writes to `out` if it writes at all."""
+        """Returns the commands by name; those that write anything write to `out`."""
         run = str(self._run)
         return {
             'inspect': ['inspect', run],
@@ -112,10 +105,8 @@ class Processes:
         ]
 
     def _interrupted(self, rng: random.Random) -> Case:
-        name, seconds = (
-            rng.choice(sorted(self._commands(self._run))),
-            rng.choice((rng.uniform(0, 1), rng.uniform(0, 8))),
-        )
+        name = rng.choice(sorted(self._commands(self._run)))
+        seconds = rng.choice((rng.uniform(0, 1), rng.uniform(0, 8)))
         again = rng.random() < 0.4
 
         def run() -> str:
@@ -130,7 +121,7 @@ class Processes:
                 if again:
                     with self._started(command) as process:
                         said, _ = process.communicate()
-                    # A command that had finished refuses to write over its result; one that had not finishes it.
+                    # A command that had finished refuses to overwrite its result; one that had not finishes it now.
                     if process.returncode not in (0, 2) or b'Traceback' in said:
                         raise StatusError(f'given again: {process.returncode} {said.decode(errors="replace")[-2000:]}')
                     if process.returncode == 2 and name in ('train', 'report', 'eval', 'inspect'):
@@ -201,7 +192,7 @@ class Processes:
 
     @contextlib.contextmanager
     def _fresh(self) -> Iterator[pathlib.Path]:
-        """A path where nothing is; what came to be there is removed."""
+        """Yields an unused path, and removes it on exit."""
         self._count += 1
         folder = self._folder / f'case_{self._count}'
         folder.mkdir()
@@ -259,7 +250,7 @@ class Processes:
 
 
 def _redirect(stream: str | None) -> None:
-    """Replaces standard output, in the child: closed, a full device, a pipe that nobody reads, or no streams at all."""
+    """Replaces standard output in the child: closed, a full device, a pipe without a reader, or no streams at all."""
     if stream == 'closed':
         os.close(1)
     elif stream == 'full':
@@ -275,10 +266,10 @@ def _redirect(stream: str | None) -> None:
 
 
 def _ended(process: subprocess.Popen, allowed: Sequence[int] = ()) -> str:
-    """How a process ended; raises what it said where that was not well."""
+    """Returns how a process ended; raises its output if it ended wrongly."""
     said, _ = process.communicate()
     text = said.decode(errors='replace')
-    if 'init_import_site' in text:  # Python itself was interrupted while it started, before the first line of our code
+    if 'init_import_site' in text:  # Python was interrupted during its own start
         return REFUSED
     if 'Traceback (most recent call last)' in text:
         raise RuntimeError(f'status {process.returncode}: {text[-3000:]}')

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# A run on TPU slices of a Google Kubernetes Engine cluster, by xpk (https://github.com/AI-Hypercomputer/xpk).
+# Starts a run on TPU slices of a Google Kubernetes Engine cluster with xpk (https://github.com/AI-Hypercomputer/xpk).
 #
 #   scripts/launch/gke.sh [--dry_run] NAME CLUSTER TYPE IMAGE train --gin_file=... --gin.MODEL_DIR=gs://...
 #
-# such as  scripts/launch/gke.sh upcycle-base my-cluster v4-128 gcr.io/PROJECT/upcycle:latest train ...
-# IMAGE is a container image with upcycle[tpu] in it. Environment: SLICES, slices joined by the data-centre network (1); RESTARTS, how
-# often a run that was cut off is started again (100): it goes on from its last checkpoint; XPK_ARGS, more options of xpk.
-# Restarted after status 69 (no answer) and 75 (told to stop, and saved), with the pauses of Kubernetes, never after 2 (a mistake). Written from xpk's documentation, and run against a stand-in for xpk only.
+# for example  scripts/launch/gke.sh upcycle-base my-cluster v4-128 gcr.io/PROJECT/upcycle:latest train ...
+# IMAGE is a container image with upcycle[tpu]. Environment:
+#   SLICES    number of slices joined by the data-centre network (1)
+#   RESTARTS  largest number of restarts (100); a restarted run resumes from its last checkpoint
+#   XPK_ARGS  further options of xpk
+# A run is restarted after status 69 (no answer) and 75 (preempted and saved), with the pauses of Kubernetes, never after 2 (a
+# mistake). Written from xpk's documentation and tested only against a stand-in for xpk.
 set -euo pipefail
 
 dry_run=false

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine: one for each GPU, or to try the multi-process path on CPU.
+# Starts several processes of one run on this machine: one per GPU, or several on the CPU as a test.
 #
 #   scripts/launch/processes.sh [--dry_run] NUMBER train --gin_file=... --gin.MODEL_DIR=...
 #
-# Process i prints to LOGS/i.txt (LOGS: processes). Ends when all have ended, or with the first status that is not 0, and then, or when
-# it is stopped itself, stops the others. Processes that were told to stop and have saved (status 75), or got no answer (status 69), are
-# started again, TRIES times at most (100); PERIOD: the seconds before the first new try (1), which double up to a minute. PORT is the coordinator's (any free one if not set).
+# Process i prints to LOGS/i.txt. The script ends when all processes have ended, or with the first status other than 0; then, or when
+# it is stopped itself, it stops the others. Processes that were preempted and have saved (status 75), or got no answer (status 69),
+# are restarted. Environment:
+#   LOGS    folder of the logs (processes)
+#   TRIES   largest number of starts (100)
+#   PERIOD  seconds before the first restart (1); doubled each time, up to a minute
+#   PORT    port of the coordinator (default: a free one)
 set -euo pipefail
 
 dry_run=false
@@ -37,7 +41,7 @@ start() {
   done
 }
 
-# The first status that is not 0, or 0 when all have ended.
+# Returns the first status other than 0, or 0 when all processes have ended.
 first_bad() {
   local code=0
   for ((i = 0; i < number; i++)); do
@@ -55,11 +59,11 @@ for ((try = 1; try <= ${TRIES:-100}; try++)); do
   status=0
   first_bad || status=$?
   [[ $status -eq 69 || $status -eq 75 ]] || break
-  # After a 69 the others may wait for the one that has ended.
+  # After a 69, the others may wait forever for the process that has ended.
   [[ $status -eq 75 ]] || kill "${pids[@]}" 2> /dev/null || true
-  # All of them stop at the same step. By name: a bare `wait` leaves the status of one that has ended already to the next `wait -n`.
+  # Preempted processes stop at the same step. Wait by pid: after a bare `wait`, the next `wait -n` would return an old status.
   for pid in "${pids[@]}"; do wait "$pid" || true; done
-  if [[ $status -eq 75 ]]; then echo "told to stop, and saved: the same again" >&2; else echo "no answer: the same again" >&2; fi
+  if [[ $status -eq 75 ]]; then echo "preempted and saved: restarting" >&2; else echo "no answer: restarting" >&2; fi
   sleep "$pause"
   pause=$((pause < 60 ? 2 * pause : pause))
 done

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# A run on GPU nodes of a Slurm cluster, a process for each GPU.
+# Starts a run on GPU nodes of a Slurm cluster, with one process per GPU.
 #
 #   scripts/launch/slurm.sh [--dry_run] NODES GPUS_A_NODE train --gin_file=... --gin.MODEL_DIR=/shared/...
 #
-# Environment: SBATCH_ARGS, more options of sbatch such as '--partition=a100 --time=24:00:00'; VENV, an environment to activate on the
-# nodes. The job goes back into the queue when it is preempted, reaches its time limit, was told to stop and has saved (status 75), or got
-# no answer (status 69), and goes on from its last checkpoint: TRIES times at most (100), after PERIOD seconds (30) that double with each
-# try, up to ten minutes. A user's mistake (status 2) is not tried again. Output: slurm-JOB.out.
-# Written from Slurm's documentation, and run against a stand-in for sbatch only.
+# The job is requeued when it is preempted, reaches its time limit, was told to stop and has saved (status 75), or got no answer
+# (status 69); it resumes from its last checkpoint. A mistake (status 2) is not retried. Output: slurm-JOB.out. Environment:
+#   SBATCH_ARGS  further options of sbatch, such as '--partition=a100 --time=24:00:00'
+#   VENV         a Python environment to activate on the nodes
+#   TRIES        largest number of restarts (100)
+#   PERIOD       seconds before the first restart (30); doubled each time, up to ten minutes
+# Written from Slurm's documentation and tested only against a stand-in for sbatch.
 set -euo pipefail
 
 dry_run=false
@@ -30,12 +32,12 @@ script=$(
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 ${VENV:+source $(printf '%q' "$VENV")/bin/activate}
-# Two minutes before the end of its time the job is told: back into the queue.
+# Two minutes before its time limit the job gets SIGTERM: requeue it.
 trap 'scontrol requeue "\$SLURM_JOB_ID"' TERM
 srun --kill-on-bad-exit=1 upcycle $(printf '%q ' "$@")--distributed &
 code=0
 wait \$! || code=\$?
-# Told to stop by something else, such as the cloud that takes a node away, and saved; or nobody answered.
+# Preempted otherwise, such as by a cloud that removes a node, and saved; or no answer.
 tries=\${SLURM_RESTART_COUNT:-0}
 if [[ (\$code -eq 69 || \$code -eq 75) && \$tries -lt ${TRIES:-100} ]]; then
   pause=$((${PERIOD:-30}))

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice: asks for it as a queued resource, waits, installs upcycle on every host and starts the run on all of them.
+# Starts a run on a Cloud TPU slice: requests a queued resource, waits, installs upcycle on every host, and starts the run on all.
 #
 #   scripts/launch/tpu_pod.sh [--dry_run] NAME TYPE ZONE train --gin_file=... --gin.MODEL_DIR=gs://...
 #
-# such as  scripts/launch/tpu_pod.sh upcycle-base v4-128 us-central2-b train ...   (v4-128 is 64 chips).
+# for example  scripts/launch/tpu_pod.sh upcycle-base v4-128 us-central2-b train ...   (v4-128 has 64 chips).
 #
-# Environment: PACKAGE, what pip installs on the hosts (a wheel of this checkout, which is built and copied there); VERSION, the
-# runtime image (tpu-ubuntu2204-base); SPOT=1 asks for spot capacity; TRIES, how often a run that was cut off is started again (100):
-# it resumes from its last checkpoint; a user's mistake (status 2) is not tried again; PERIOD, the seconds before the first new try (30),
-# which double up to ten minutes. Needs the gcloud command, logged in, with a
-# project set. The slice stays: delete it with
+# Needs the gcloud command, logged in, with a project set. A run that ends early is restarted and resumes from its last checkpoint; a
+# mistake (status 2) is not retried. Environment:
+#   PACKAGE  the package that pip installs on the hosts (default: a wheel of this checkout, which is built and copied)
+#   VERSION  the runtime image (tpu-ubuntu2204-base)
+#   SPOT     1 requests spot capacity
+#   TRIES    largest number of starts (100)
+#   PERIOD   seconds before the first restart (30); doubled each time, up to ten minutes
+# The slice is kept; delete it with
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
-# Written from Google's documentation, and run against a stand-in for gcloud only.
+# Written from Google's documentation and tested only against a stand-in for gcloud.
 set -euo pipefail
 
 dry_run=false
@@ -51,7 +54,7 @@ if ! $dry_run; then
     case "$now" in
       ACTIVE) break ;;
       FAILED | SUSPENDED)
-        echo "$name is $now: delete it and ask again." >&2
+        echo "$name is $now: delete it and request it again." >&2
         exit 1
         ;;
     esac
@@ -76,7 +79,7 @@ for ((try = 1; try <= ${TRIES:-100}; try++)); do
   on_all_hosts "python3 -m upcycle $arguments--distributed" || code=$?
   [[ $code -eq 0 ]] && exit 0
   [[ $code -eq 2 ]] && exit 2
-  echo "status $code after try $try: the same again, from the last checkpoint" >&2
+  echo "status $code after try $try: restarting from the last checkpoint" >&2
   sleep "$pause"
   pause=$((pause < 600 ? 2 * pause : pause))
 done

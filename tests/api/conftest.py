@@ -10,7 +10,7 @@ from upcycle.models import identify
 
 @pytest.fixture(scope='session')
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A checkpoint of random numbers, at step 4, of the tiny model with one layer a stack."""
+    """A checkpoint of the tiny model with one layer per stack, with random parameters, at step 4."""
     folder = tmp_path_factory.mktemp('untrained')
     model = runs.build('dense', folder / 'unused', 1, **runs.ONE_LAYER).model
     rng = np.random.default_rng(0)

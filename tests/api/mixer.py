@@ -1,4 +1,4 @@
-"""Somebody else's MLP-Mixer in Flax linen, dense and sparse: nothing of it is of this package."""
+"""A foreign MLP-Mixer in Flax linen, dense and sparse, independent of this package."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ class Mlp(nn.Module):
 
 
 class Moe(nn.Module):
-    """Every token visits its two best experts; nothing is dropped."""
+    """Top-2 without drops."""
 
     width: int
     num_experts: int
@@ -33,7 +33,7 @@ class Moe(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Patches, blocks that mix tokens and then channels, mean, head."""
+    """Patches, token and channel mixing blocks, mean, head."""
 
     depth: int = 4
     width: int = 16

@@ -1,4 +1,4 @@
-"""A model that is not ours: its function is kept, every operator and policy works, and every gap in the rules has a name."""
+"""Foreign models: the function is preserved, every operator and policy works, and errors name every gap in the rules."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ MLP = 'params/block_1/mlp'
 
 @functools.cache
 def params():
-    """Of the dense model; no number is 0."""
+    """Nonzero parameters of the dense model."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(DENSE.init, jax.random.key(0), IMAGE)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 4, jnp.float32), shapes)
@@ -87,7 +87,7 @@ class TestCopy:
 
 
 class TestTrees:
-    """Kinds: what a tree of parameters may be."""
+    """Kinds of parameter trees."""
 
     @pytest.fixture(scope='class')
     @staticmethod
@@ -95,9 +95,9 @@ class TestTrees:
         return flat(upcycle.upcycle(params(), RULES, upcycle.Surgery('drop'), key=0)[0])
 
     def same(self, made, expected):
-        found = flat(made)
-        assert found.keys() == expected.keys()
-        for name, leaf in found.items():
+        leaves = flat(made)
+        assert leaves.keys() == expected.keys()
+        for name, leaf in leaves.items():
             np.testing.assert_array_equal(leaf, expected[name])
 
     def test_frozen(self, expected):
@@ -140,12 +140,12 @@ class TestTrees:
     @pytest.mark.parametrize(
         ('tree', 'message'),
         [
-            ([1], 'nothing to start from|must be nested dicts'),
-            ({'a': [np.zeros(3)]}, 'a/0 of params lies in a list'),
-            ({'a': 'text'}, 'a of params is no array'),
-            ({'a': jax.random.key(0)}, 'a of params is no array of numbers'),
-            ({}, 'holds no array'),
-            ({'a/b': np.zeros(1), 'a': {'b': np.zeros(1)}}, 'a/b of params is two paths'),
+            ([1], 'must be nested dicts'),
+            ({'a': [np.zeros(3)]}, 'a/0 of params is in a list'),
+            ({'a': 'text'}, 'a of params is not a numeric array'),
+            ({'a': jax.random.key(0)}, 'a of params is not a numeric array'),
+            ({}, 'contains no arrays'),
+            ({'a/b': np.zeros(1), 'a': {'b': np.zeros(1)}}, 'a/b of params is the name of two paths'),
         ],
     )
     def test_refused(self, tree, message):
@@ -153,7 +153,7 @@ class TestTrees:
             upcycle.plan(tree, RULES)
 
     def test_keys_that_mean_something_to_us(self):
-        """A leaf below `mixing`, `router`, `expert` or `shared` is a leaf like others."""
+        """Leaves below `mixing`, `router`, `expert` or `shared` are ordinary leaves."""
         tree = {
             name: {'w': jnp.full((2,), 3.0)} for name in ('mixing', 'router', 'expert', 'shared', 'router_state', 'a@1')
         }
@@ -231,7 +231,7 @@ class TestOperators:
 
     def test_every_operator_is_here(self):
         tested = {'copy', 'noise', 'random', 'drop', 'granular', 'branches', 'merge'}
-        assert EXPERT_OPERATORS.keys() - tested == {'partial', 'grow'}  # of the same kinds
+        assert EXPERT_OPERATORS.keys() - tested == {'partial', 'grow'}  # similar to tested ones
 
     @pytest.mark.parametrize('init', ['normal', 'orthogonal', 'hidden'])
     def test_router_initialisation(self, init):
@@ -251,7 +251,7 @@ class TestOperators:
 
 
 def optimizer_state(tx):
-    """State with no zeros, after 7 steps."""
+    """Nonzero state after 7 steps."""
     state = tx.init(params())
     rng = np.random.default_rng(2)
 
@@ -286,7 +286,7 @@ class TestOptimizerState:
         rows = {row['target']: row['action'] for row in receipt['plan']}
         assert rows[f'opt_state/0/mu/{expert("Dense_0/bias")}'] == 'tile'
         assert rows[f'opt_state/0/mu/{MLP}/router/kernel'] == 'new' and rows['opt_state/0/count'] == 'keep'
-        # The next step can be taken.
+        # Another step works.
         grads = jax.tree.map(jnp.ones_like, made.params)
         updates, _ = ADAM.update(grads, made.opt_state, made.params)
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, made.params)
@@ -335,7 +335,7 @@ class TestOptimizerState:
         assert 'head' not in made.opt_state[0].mu['params']
 
     def test_refused(self):
-        with pytest.raises(UserError, match='opt_state/0/count counts steps, and nothing says how many'):
+        with pytest.raises(UserError, match='opt_state/0/count counts steps, and their number is unknown'):
             self.upcycled('fresh', opt_state=None)
         with pytest.raises(UserError, match="optimizer_state='tile' repeats"):
             upcycle.upcycle(params(), RULES, upcycle.Surgery(optimizer_state='tile'), key=0)
@@ -344,13 +344,13 @@ class TestOptimizerState:
         with pytest.raises(UserError, match='init = None must be a function'):
             upcycle.State(params(), None)
         rules = with_rule(leaves=LEAVES | {'Dense_0/kernel': 'DEF'})
-        with pytest.raises(UserError, match=r'v_row.*Dense_0/kernel .* is of another shape'):
+        with pytest.raises(UserError, match=r'v_row.*Dense_0/kernel .* has another shape'):
             self.upcycled('tile', optax.scale_by_factored_rms(min_dim_size_to_factor=4), rules=rules)
 
 
 BAD_RULES = {
     # A dense leaf without a rule.
-    'params/block_1/mlp/Dense_1/bias lies in an MLP that becomes sparse and has no rule': lambda: with_rule(
+    'params/block_1/mlp/Dense_1/bias belongs to an MLP that becomes sparse and has no rule': lambda: with_rule(
         layers=[1], leaves={name: axes for name, axes in LEAVES.items() if name != 'Dense_1/bias'}
     ),
     'params/head/bias has no rule': lambda: dataclasses.replace(
@@ -358,18 +358,18 @@ BAD_RULES = {
     ),
     # A rule that matches nothing.
     r'params/block_9/mlp/Dense_0/kernel is not in the tree': lambda: with_rule(layers=(1, 9)),
-    r"Dense_2/kernel is not in the tree, and the rule for 'params/block_\{layer\}/mlp' names it \(is it": lambda: (
+    r"Dense_2/kernel is not in the tree, but the rule for 'params/block_\{layer\}/mlp' names it \(did you mean": lambda: (
         with_rule(layers=[1], leaves=LEAVES | {'Dense_2/kernel': 'EDF'})
     ),
-    "the pattern 'params/haed/\\*' matches no leaf outside of `moe`": lambda: dataclasses.replace(
+    "the pattern 'params/haed/\\*' matches no leaf outside `moe`": lambda: dataclasses.replace(
         RULES, keep=['*', 'params/haed/*']
     ),
     "the pattern 'x\\*' matches no leaf": lambda: dataclasses.replace(RULES, drop={'x*': 'gone'}),
     # Axes.
-    r'Dense_0/kernel \(16, 32\) has 2 axes, and its rule names F': lambda: with_rule(
+    r'Dense_0/kernel \(16, 32\) has 2 axes, but its rule names F': lambda: with_rule(
         layers=[1], leaves=LEAVES | {'Dense_0/kernel': 'EF'}
     ),
-    r'has D = 32, and .*Dense_0/kernel has 16': lambda: with_rule(
+    r'has D = 32, but .*Dense_0/kernel has 16': lambda: with_rule(
         layers=[1], leaves=LEAVES | {'Dense_1/kernel': 'EDF'}
     ),
     'would be made twice': lambda: with_rule(zeros={'router/kernel': 'DE'}),
@@ -395,8 +395,8 @@ def test_rules_that_do_not_fit(message):
         ({'granularity': 1.5}, 'granularity = 1.5 must be'),
         ({'leaves': {'w': 'DF'}}, 'no leaf has an axis E'),
         ({'leaves': {'w': 'E-F'}}, "axes 'E-F' of w must be letters"),
-        ({'leaves': {'w': 'EDD'}}, 'name an axis twice'),
-        ({'zeros': {'b': 'EX'}}, 'must be of E, D and F'),
+        ({'leaves': {'w': 'EDD'}}, 'repeat a letter'),
+        ({'zeros': {'b': 'EX'}}, 'must be among E, D and F'),
         ({'router_axes': 'DF'}, "must be 'DE' or 'ED'"),
     ],
 )
@@ -406,7 +406,7 @@ def test_rules_that_make_no_sense(changes, message):
 
 
 def test_what_surgery_refuses():
-    with pytest.raises(UserError, match='`moe` has no rule'):
+    with pytest.raises(UserError, match='`moe` has no rules'):
         upcycle.PathRules(moe=[])
     with pytest.raises(UserError, match='name each MLP once'):
         upcycle.PathRules(moe=[RULE, RULE])
@@ -414,11 +414,11 @@ def test_what_surgery_refuses():
         upcycle.plan(params(), RULES, upcycle.Surgery(None))
     with pytest.raises(UserError, match='must be a jax.sharding.Mesh'):
         upcycle.upcycle(params(), RULES, key=0, mesh=(1, 1))
-    with pytest.raises(UserError, match='lack `dense_apply`'):
+    with pytest.raises(UserError, match='needs `dense_apply`'):
         upcycle.upcycle(params(), with_rule(), key=0, batch=IMAGE)
-    with pytest.raises(UserError, match='give a batch, and `hidden_states`'):
+    with pytest.raises(UserError, match='pass a batch, and `hidden_states`'):
         upcycle.upcycle(params(), RULES, upcycle.Surgery(router_init='hidden'), key=0)
-    with pytest.raises(UserError, match='no single one of several'):
+    with pytest.raises(UserError, match='with several dense models'):
         upcycle.upcycle([params()] * 2, RULES, upcycle.Surgery('branches'), key=0, batch=IMAGE)
     with pytest.raises(UserError, match='must return the same shapes'):
         wrong = dataclasses.replace(RULES, sparse_apply=lambda params, x: jnp.zeros(3))

@@ -1,4 +1,4 @@
-"""`load` and `logits`: the originals' numbers, every format, both families, and what is refused."""
+"""`load` and `logits`: parity with the originals, every format, both families, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,9 @@ def test_logits_of_vmoes_dense_vit(tmp_path):
 
 @pytest.fixture(scope='module')
 def loaded(tmp_path_factory):
-    """Of each family the tree, and what `load` makes of it in each format."""
+    """The tree of each family, and its path in each format."""
     folder = tmp_path_factory.mktemp('loaded')
-    found = {}
+    loaded_from = {}
     for family, tree, formats in (
         ('t5', trees.t5(False, state=False), ('t5x_legacy', 't5x_orbax', 'huggingface')),
         ('vit', trees.vit(False, state=False), ('vit_npz', 'huggingface')),
@@ -51,8 +51,8 @@ def loaded(tmp_path_factory):
         for format in formats:
             stored = tree if format in ('vit_npz', 'huggingface') else tree | {'step': np.int32(1)}
             path = trees.write(folder / f'{family}_{format}{".npz" * (format == "vit_npz")}', format, stored)
-            found[family, format] = tree, path
-    return found
+            loaded_from[family, format] = tree, path
+    return loaded_from
 
 
 FORMATS = [('t5', 't5x_legacy'), ('t5', 't5x_orbax'), ('t5', 'huggingface'), ('vit', 'vit_npz'), ('vit', 'huggingface')]
@@ -88,7 +88,7 @@ def test_a_run_of_ours_has_the_configuration_that_it_was_trained_with(upcycled):
 
 def test_moe_layers_of_other_programs_need_their_model(tmp_path):
     path = trees.write(tmp_path / 'moe', 't5x_legacy', trees.t5(True, state=False))
-    with pytest.raises(UserError, match='does not say how they route'):
+    with pytest.raises(UserError, match='does not describe their routing'):
         upcycle.load(path)
     dense, _ = upcycle.load(trees.write(tmp_path / 'dense', 't5x_legacy', trees.t5(False, state=False)))
     model, params = upcycle.load(path, model=upcycle.sparse(dense, NUM_EXPERTS=4))
@@ -128,6 +128,6 @@ def test_what_load_refuses(loaded):
         upcycle.load(path, dtype='int8')
     with pytest.raises(UserError, match='axes named data, expert, model'):
         upcycle.load(path, mesh=jax.sharding.Mesh(np.array(jax.devices()[:1]), ('x',)))
-    with pytest.raises(UserError, match=r"holds a model of the family 't5', and `model` is of 'vit'"):
+    with pytest.raises(UserError, match=r"contains a model of the family 't5', and `model` is of 'vit'"):
         upcycle.load(path, model=upcycle.load(loaded['vit', 'vit_npz'][1])[0])
     assert partitioning.current_mesh() is None

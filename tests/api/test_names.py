@@ -1,4 +1,4 @@
-"""The names that the package exports: lazy, complete, and not overwritten by a module of the same name."""
+"""The exported names: lazy, complete, and not overwritten by modules of the same name."""
 
 import importlib
 import pathlib
@@ -38,9 +38,9 @@ def test_the_names_are_what_they_are_after_every_module_is_imported():
 
     assert {*upcycle.__all__} == {*api.__all__}
     for name in upcycle.__all__:
-        found = getattr(upcycle, name)
-        assert found is getattr(api, name) and callable(found), name
-        assert found.__module__.startswith('upcycle.') and found.__doc__, name
+        exported = getattr(upcycle, name)
+        assert exported is getattr(api, name) and callable(exported), name
+        assert exported.__module__.startswith('upcycle.') and exported.__doc__, name
     rules = upcycle.MoERule(path='mlp', leaves={'w': 'EDF'}, num_experts=2)
     assert upcycle.plan({'mlp': {'w': api.jax.ShapeDtypeStruct((2, 3), 'float32')}}, upcycle.PathRules(moe=rules)).rows
     with pytest.raises(upcycle.api.UserError, match='does not exist'):

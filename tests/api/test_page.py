@@ -1,4 +1,4 @@
-"""docs/api.md: its code runs as it is written, page by page, in small."""
+"""Runs the code of docs/api.md at a small size."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Our models in memory: the bytes of `upcycle convert`, receipts, recipes, refusals."""
+"""Our models in memory: the same bytes as `upcycle convert`, receipts, recipes, errors."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_the_bytes_of_convert(operator, dense_model, sparse_model, untrained, tm
     for path, layer in written['function_check']['layers'].items():
         for name, value in receipt['function_check']['layers'][path].items():
             np.testing.assert_allclose(value, layer[name], rtol=1e-5, atol=1e-6)
-    # Straight from the checkpoint, which is never in memory as a whole.
+    # From the checkpoint path, which is never fully in memory.
     from_path, receipt = upcycle.upcycle(untrained, sparse_model, surgery, key=3)
     assert_same(flat(from_path), stored)
     assert receipt['source']['step'] == 4
@@ -119,7 +119,7 @@ def test_a_vit_and_its_recipe(tmp_path):
     )
     image = {'image': np.random.default_rng(0).normal(size=(2, 12, 12, 3)).astype(np.float32)}
     made, receipt = upcycle.upcycle(params, sparse, key=0)
-    # Every expert takes every token, and the weights are normalised.
+    # Every expert takes every token, with normalised weights.
     np.testing.assert_allclose(sparse.logits(made, image), model.logits(params, image), atol=1e-4)
     assert receipt['function_check']['layers'].keys() == sparse.moe_layers().keys()
 
@@ -129,7 +129,7 @@ def test_recipes(dense_model):
     soft = upcycle.sparse(
         model, 'recipes/soft_moe.gin', NUM_EXPERTS=2, ENCODER_MOE_LAYERS=(0,), DECODER_MOE_LAYERS='none'
     )
-    # DECODER_MOE_LAYERS has the value that a dense model's file gives it, and the model another one.
+    # DECODER_MOE_LAYERS has the value of the dense model's file, and the model has another.
     assert [moe.router for moe in soft.moe_layers().values()] == ['soft']
     with pytest.raises(UserError, match='gin.NUM_EXPERT=2'):
         upcycle.sparse(model, NUM_EXPERT=2)
@@ -164,16 +164,16 @@ def nan_in_one_leaf(params):
 REFUSED = {
     'operator=None': lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(None), key=0),
     "optimizer_state='tile'": lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(optimizer_state='tile'), key=0),
-    'give a batch': lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(router_init='hidden'), key=0),
+    'pass a batch': lambda d, p, s: upcycle.upcycle(p, s, upcycle.Surgery(router_init='hidden'), key=0),
     'no MoE layers': lambda d, p, s: upcycle.upcycle(p, d, key=0),
-    'must be a model of ours': lambda d, p, s: upcycle.plan(p, p),
+    'must be a model of this package': lambda d, p, s: upcycle.plan(p, p),
     'must be nested dicts': lambda d, p, s: upcycle.plan(3, s),
     'list of dense models is empty': lambda d, p, s: upcycle.plan([], s),
     'NaN or infinite': lambda d, p, s: upcycle.upcycle(nan_in_one_leaf(p), s, key=0),
-    'used by no leaf': lambda d, p, s: upcycle.plan({**p, 'more': {'w': p['token_embedder']['embedding']}}, s),
+    'is not used by the model': lambda d, p, s: upcycle.plan({**p, 'more': {'w': p['token_embedder']['embedding']}}, s),
     'has no source': lambda d, p, s: upcycle.plan({'decoder': p['decoder']}, s),
     "format='zip'": lambda d, p, s: upcycle.convert((), 'x', 'y', format='zip'),
-    'optimizer state of a model of ours': lambda d, p, s: upcycle.plan(upcycle.State(p, None, id), s),
+    'optimizer state of our models': lambda d, p, s: upcycle.plan(upcycle.State(p, None, id), s),
     'names 2 checkpoints': lambda d, p, s: upcycle.upcycle([p, p], s, key=0),
 }
 

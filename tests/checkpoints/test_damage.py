@@ -1,4 +1,4 @@
-"""Property-based: a real checkpoint with something wrong in one of its files is refused, or read as it was; never otherwise."""
+"""Property-based: a checkpoint with one damaged file is refused, or read correctly."""
 
 import pathlib
 import shutil
@@ -20,7 +20,7 @@ SETTINGS = settings(
 
 
 def contents(path):
-    """Every leaf, after what import, export and conversion look at first."""
+    """Reads every leaf after the checks of import, export and conversion."""
     reader = open_checkpoint(path)
     leaves = reader.leaves()
     identify.check(str(path), leaves, identify.facts_of(reader.metadata))
@@ -35,11 +35,11 @@ def same(left, right):
 
 
 def weights(found):
-    """What has to be right: a model that loses its optimizer state, or its step, by damage is no silent success either."""
+    """Returns what must be equal, including optimizer state and step."""
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-# One change to one file: (how, where in the file as a share of its length, a byte).
+# One change to one file: (kind, position as a fraction of its length, a byte).
 changes = st.tuples(
     st.sampled_from(['cut', 'flip', 'insert', 'delete', 'empty', 'swap']),
     st.floats(0, 1, exclude_max=True),
@@ -49,7 +49,7 @@ changes = st.tuples(
 
 
 def damage(files, change):
-    """Carries a change out; returns what undoes it."""
+    """Makes a change; returns a function that undoes it."""
     how, where, byte, choice = change
     file = files[choice % len(files)]
     other = files[(choice // len(files)) % len(files)]
@@ -78,7 +78,7 @@ def damage(files, change):
 
 @pytest.fixture(scope='module')
 def written(tmp_path_factory):
-    """A checkpoint of each format by our writers."""
+    """Writes a checkpoint of each format."""
     folder = tmp_path_factory.mktemp('written')
     made = {'vit_npz': trees.write(folder / 'vit.npz', 'vit_npz', trees.vit(True, state=False))}
     for format in ('upcycle', 't5x_legacy', 't5x_orbax'):
@@ -119,7 +119,7 @@ def test_no_damage_is_read_as_weights(format, written):
 
 
 def test_safetensors_headers(written):
-    """The format has no checksums: a byte within an array cannot be told from a weight. Everything else is noticed."""
+    """The format has no checksums, so changed bytes of arrays cannot be noticed; all other damage is."""
     path = pathlib.Path(written['huggingface'])
     file = path / 'model.safetensors'
     expected = weights(contents(path))
@@ -145,7 +145,7 @@ def test_safetensors_headers(written):
 @requires_fixtures
 @pytest.mark.parametrize('name', ['t5x_dense_legacy', 't5x_dense_orbax'])
 def test_what_t5x_wrote(name, tmp_path_factory):
-    """T5X's own gzip and OCDBT files. Its index has no checksum: arrays that lie in it are left out of the comparison."""
+    """T5X's own gzip and OCDBT files. Arrays in its index are not compared, because it has no checksum."""
     folder = tmp_path_factory.mktemp(name)
     path = pathlib.Path(
         shutil.copytree(

@@ -1,4 +1,4 @@
-"""Hugging Face folders written by hand: read lazily whatever the number of files, and every damage named."""
+"""Handwritten Hugging Face folders are read lazily from any number of files, and damage is named."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_the_library_reads_what_we_write(folder):
 
 @st.composite
 def headers(draw):
-    """Headers that are nearly right, and how many bytes of arrays follow."""
+    """Nearly valid headers, and the number of bytes after them."""
     header, end = {}, 0
     for name in draw(st.lists(st.sampled_from('abcd'), unique=True, max_size=3)):
         code, size = draw(st.sampled_from([('F32', 4), ('BF16', 2), ('BOOL', 1), ('I64', 8)]))
@@ -84,7 +84,7 @@ def headers(draw):
 
 
 def test_the_library_takes_and_refuses_the_same_files(tmp_path):
-    """The library is no part of the program; see `safetensors.py` why."""
+    """Compares with the safetensors library, which we do not use (see `safetensors.py`)."""
     library = pytest.importorskip('safetensors')
     file, taken = tmp_path / 'any.safetensors', []
 
@@ -134,7 +134,7 @@ def test_what_is_shared_may_be_repeated_if_it_is_the_same(folder):
 
 
 def add(folder, **more):
-    """More arrays, float32, at the end of the file."""
+    """Adds float32 arrays at the end of the file."""
     header, data = header_of(folder / 'model.safetensors')
     for name, value in more.items():
         end = len(data) + value.nbytes
@@ -152,13 +152,13 @@ def test_the_table_of_early_files_that_nothing_uses(folder, tmp_path, capsys):
     trees.assert_same(reader, trees.t5(False, state=False))
     assert list(reader.metadata['not_read']) == [OLD_TABLE]
     imported = transfer(folder, tmp_path / 'imported', 'upcycle')
-    assert f'not read  {OLD_TABLE}  because it is a table' in capsys.readouterr().out
+    assert f'not read  {OLD_TABLE}: an unused table' in capsys.readouterr().out
     exported = open_checkpoint(transfer(imported, tmp_path / 'exported', 'huggingface'))
     trees.assert_same(exported, trees.t5(False, state=False))
     assert 'not_read' not in exported.metadata
-    # Of another layer transformers knows nothing.
+    # transformers ignores this table in no other layer.
     add(folder, **{OLD_TABLE.replace('block.0', 'block.1'): np.ones((32, 2), np.float32)})
-    with pytest.raises(UserError, match='have no counterpart in our models: decoder.block.1.*EncDecAttention'):
+    with pytest.raises(UserError, match='holds unknown arrays: decoder.block.1.*EncDecAttention'):
         open_checkpoint(folder)
 
 
@@ -173,7 +173,7 @@ def test_the_token_of_masked_patches_is_not_read(tmp_path, prefix):
 
 
 def test_a_pooler_below_a_classifier_is_not_read(tmp_path):
-    """`ViTForImageClassification` has none, and its head reads the token."""
+    """`ViTForImageClassification` has no pooler, and its head reads the token."""
     trees.write(tmp_path / 'vit', 'huggingface', vits.ours())
     width = np.ones(vits.WIDTH, np.float32)
     add(tmp_path / 'vit', **{'vit.pooler.dense.weight': np.diag(width), 'vit.pooler.dense.bias': width})
@@ -183,7 +183,7 @@ def test_a_pooler_below_a_classifier_is_not_read(tmp_path):
 
 
 def vit_5(name):
-    """A name of transformers 4 as 5 has it (`ViTModel` in its conversion_mapping.py, in that order)."""
+    """Converts a name of transformers 4 to 5 (`ViTModel` in its conversion_mapping.py, in that order)."""
     for old, new in (
         ('encoder.layer.', 'layers.'),
         ('attention.attention.query', 'attention.q_proj'),
@@ -218,7 +218,7 @@ def test_a_head_that_is_missing_is_said(folder, capsys):
         offsets[:] = [offset - (end - begin) * (offset >= end) for offset in offsets]
     save(folder / 'model.safetensors', header, data[:begin] + data[end:])
     reader = open_checkpoint(folder)
-    assert 'has no head (lm_head.weight): the embedding is taken' in capsys.readouterr().err
+    assert 'has no head (lm_head.weight): the embedding is used' in capsys.readouterr().err
     names = ('params/decoder/logits_dense/kernel', 'params/token_embedder/embedding')
     np.testing.assert_array_equal(*(reader.read(name) if 'token' in name else reader.read(name).T for name in names))
 
@@ -276,30 +276,33 @@ DAMAGE = {
     'offsets out of range': (change_header(shared__weight={'data_offsets': [0, 10**12]}), 'shared.weight of .* bytes'),
     'offsets that overlap': (change_header(shared__weight={'data_offsets': [0, 2560]}), 'begins at byte'),
     'negative offsets': (change_header(shared__weight={'data_offsets': [-2560, 0]}), 'shared.weight of'),
-    'shape': (change_header(shared__weight={'shape': [40, 17]}), r'shared.weight of .* should be float32\[40, 17\]'),
+    'shape': (
+        change_header(shared__weight={'shape': [40, 17]}),
+        r'shared.weight of .* float32\[40, 17\] does not fit',
+    ),
     'negative shape': (change_header(shared__weight={'shape': [-40, -16]}), 'shared.weight of'),
     'type': (change_header(shared__weight={'dtype': 'F8_E4M3'}), 'shared.weight of .* type F8_E4M3'),
-    'a leaf is gone': (change_header(shared__weight=None), 'belong to no array|follows from the others'),
-    'cut': (cut, 'ends at byte .* copy it again'),
+    'a leaf is gone': (change_header(shared__weight=None), 'belong to no array|begins at byte'),
+    'cut': (cut, 'ends at byte .* copy the checkpoint again'),
     'twice': (twice, 'shared.weight is there twice'),
     'header too long': (lambda f: (f / 'model.safetensors').write_bytes(b'\xff' * 40), 'its header would be'),
     'no header': (lambda f: save(f / 'model.safetensors', b'[1]', b''), 'is not a safetensors file'),
-    'notes that are no texts': (note_a_list, 'its metadata is no dictionary of texts'),
+    'notes that are no texts': (note_a_list, 'its metadata is not a dictionary of strings'),
     'empty': (lambda f: (f / 'model.safetensors').write_bytes(b''), 'is not a safetensors file'),
     'index names a missing file': (
         write_index({'shared.weight': 'model-00002.safetensors'}),
-        'model-00002.* is not there',
+        'model-00002.* is missing',
     ),
-    'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'do not lie beside it'),
-    'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'looks for extra'),
+    'index names a file elsewhere': (write_index({'shared.weight': '../x.safetensors'}), 'outside its folder'),
+    'index has a leaf more': (write_index({'extra': 'model-00001-of-00001.safetensors'}), 'does not hold extra'),
     'no configuration': (
         lambda f: (f / 'config.json').unlink(),
-        'has no config.json, which says what the arrays do not',
+        'has no config.json: copy',
     ),
-    'another model': (change_config(model_type='bert'), 'type bert: only T5 and ViT'),
+    'another model': (change_config(model_type='bert'), 'model_type bert: only T5 and ViT'),
     'another activation': (change_config(feed_forward_proj='gated-tanh'), 'gated-tanh'),
     'another norm': (change_config(layer_norm_epsilon=1e-5), 'layer_norm_epsilon is 1e-05'),
-    'fewer layers': (change_config(num_layers=1), 'num_layers is 1, and the arrays have 2'),
+    'fewer layers': (change_config(num_layers=1), 'num_layers is 1, but the arrays have 2'),
 }
 
 
@@ -319,7 +322,7 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 
 def rename(folder, change):
-    """Writes the file again with other names; None: without the array."""
+    """Rewrites the file with other names; None removes the array."""
     header, data = header_of(folder / 'model.safetensors')
     arrays = {}
     for name, entry in header.items():
@@ -336,7 +339,7 @@ def rename(folder, change):
 def test_an_encoder_alone(folder):
     """Such as a sentence encoder, or the text encoder of an image generator."""
     rename(folder, lambda name: None if name.startswith(('decoder.', 'lm_head')) else name)
-    with pytest.raises(UserError, match='holds no decoder, and our T5 has both an encoder and a decoder'):
+    with pytest.raises(UserError, match='holds no decoder: our T5 needs encoder and decoder'):
         open_checkpoint(folder)
 
 
@@ -350,7 +353,7 @@ def test_position_biases_in_every_layer_of_a_model_that_is_no_umt5(folder):
 
 def test_a_model_inside_another_one_is_not_called_half(folder):
     rename(folder, lambda name: f'transformer.{name}')
-    with pytest.raises(UserError, match="begin with 'transformer.', as of a model inside another one"):
+    with pytest.raises(UserError, match="begin with 'transformer.', as if the model were a part"):
         open_checkpoint(folder)
 
 
@@ -369,5 +372,5 @@ def test_class_token_and_position_that_add_up_to_too_much(tmp_path):
     begin = header['vit.embeddings.position_embeddings']['data_offsets'][0]
     number = np.float16(60_000).tobytes()
     save(tmp_path / 'vit' / 'model.safetensors', header, data[:begin] + number + data[begin + 2 :])
-    with pytest.raises(UserError, match='the class token and its position add up to more than float16 holds'):
+    with pytest.raises(UserError, match='the class token plus its position overflows float16'):
         open_checkpoint(tmp_path / 'vit').read('params/cls')

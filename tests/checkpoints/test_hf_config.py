@@ -1,4 +1,4 @@
-"""What the configuration files of Hugging Face folders say: each field is read, compared, refused by name, or a warning."""
+"""Configuration files of Hugging Face folders: each field is read, compared, refused by name, or causes a warning."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from upcycle.checkpoints.hf import t5
 from upcycle.errors import UserError
 from upcycle.models import identify
 
-# All that transformers 4.57 and 5.24 write of their defaults (`to_dict`), and older versions of T5 and ViT on the hub.
+# All fields that transformers 4.57 and 5.24 write by default (`to_dict`), and those of older T5 and ViT files on the hub.
 WRITTEN = """
 bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
 exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
@@ -239,12 +239,12 @@ UNLIKE = {
     'another crop': ({'do_center_crop': True, 'crop_size': 24, 'size': 28}, 'crop_size = 24'),
     'the shorter side': ({'size': {'shortest_edge': 12}}, 'shortest_edge'),
     'bicubic': ({'resample': 3}, r'resample = 3 \(bicubic\)'),
-    'a text for a switch': ({'do_resize': 'no'}, "do_resize = 'no' is neither"),
+    'a text for a switch': ({'do_resize': 'no'}, "do_resize = 'no' must be True or False"),
     'no sides': ({'size': []}, 'size = '),
     'not resized': ({'do_resize': False}, 'do_resize'),
     'blue first': ({'do_flip_channel_order': True}, 'do_flip_channel_order'),
     'another processor': ({'image_processor_type': 'CLIPImageProcessor'}, 'CLIPImageProcessor'),
-    'an unknown field': ({'do_sharpen': True}, 'do_sharpen is not known'),
+    'an unknown field': ({'do_sharpen': True}, 'unknown fields: do_sharpen'),
 }
 
 
@@ -318,5 +318,5 @@ def test_every_command_warns_once(folders, tmp_path, capfd, command):
     capfd.readouterr()
     assert cli.run(arguments) == 0
     out, said = capfd.readouterr()
-    assert 'not read  vit.embeddings.mask_token  because it is the token of masked patches' in out
+    assert 'not read  vit.embeddings.mask_token: the token of masked patches' in out
     assert said.count('warning:') == 2 and said.count('image_mean') == said.count('some_scale = 2.0') == 1

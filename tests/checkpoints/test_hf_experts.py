@@ -1,4 +1,4 @@
-"""A leaf of experts that is a tensor for each there, as in Mixtral: to the bit there and back, read and written one by one."""
+"""Experts stored as one tensor each, as in Mixtral, are written and read back exactly, one by one."""
 
 import jax
 import ml_dtypes
@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from tests.checkpoints import trees
-from upcycle.checkpoints import arrays, hf, safetensors, writing
+from upcycle.checkpoints import arrays, hf, safetensors, views, writing
 from upcycle.checkpoints.hf import architecture, sources, writer
 from upcycle.errors import UserError
 
@@ -18,7 +18,7 @@ ROUTER = 'decoder/layers_0/mlp/router/router_weights/w/kernel'
 
 
 class Experts(architecture.Architecture):
-    """One MoE layer without the rest of a model."""
+    """A single MoE layer."""
 
     title, family, model_types = 'toy', 'toy', ('toy',)
 
@@ -39,7 +39,7 @@ class Experts(architecture.Architecture):
 
 
 class Reader(arrays.ArrayReader):
-    """What the table makes of a folder's tensors."""
+    """Maps a folder's tensors by the table."""
 
     def __init__(self, path):
         stored, _ = safetensors.read_files(path / safetensors.SINGLE)
@@ -56,7 +56,7 @@ def tree(request):
 
 @pytest.fixture
 def written(tree, tmp_path, monkeypatch):
-    """The folder of a tree, and the shapes of what was given to the file, of which each expert is a part of its own."""
+    """Writes a tree; returns the folder, and the shapes written to the file, one per expert."""
     monkeypatch.setattr(writing, '_SMALL_BYTES', 0)
     monkeypatch.setattr(hf, 'ARCHITECTURES', (Experts(), *hf.ARCHITECTURES))
     monkeypatch.setattr(writer, 'HuggingFaceReader', Reader)
@@ -74,7 +74,7 @@ def written(tree, tmp_path, monkeypatch):
 def test_there_and_back(tree, written):
     path, given = written
     trees.assert_same(Reader(path), tree)
-    # Expert by expert: what is turned and written at once is never the stack.
+    # Expert by expert: the stack is never transposed or written as a whole.
     assert given == [*((name, (F, D)) for name in NAMES), ('layers.0.gate.weight', (E, D))]
     stored, _ = safetensors.read_files(path / safetensors.SINGLE)
     for expert, name in enumerate(NAMES):
@@ -100,7 +100,7 @@ def test_a_region_reads_its_experts_and_their_rows(tree, written, monkeypatch):
 
 def test_part_of_each_row_is_read_in_blocks(tree, written, monkeypatch):
     path, _ = written
-    monkeypatch.setattr(safetensors, '_READ_BYTES', 3 * D * tree[f'params/{KERNEL}'].itemsize)
+    monkeypatch.setattr(views, 'READ_BYTES', 3 * D * tree[f'params/{KERNEL}'].itemsize)
     sizes = []
     read_into = safetensors._read_into
     monkeypatch.setattr(safetensors, '_read_into', lambda file, x: sizes.append(x.size) or read_into(file, x))
@@ -123,9 +123,9 @@ def test_an_expert_that_is_missing_or_of_another_size(tmp_path):
         return sources.by_table(folder, safetensors.read_files(folder / safetensors.SINGLE)[0], table)
 
     assert read(tensors)[KERNEL].shape == (E, D, F)
-    with pytest.raises(UserError, match=f'has no {NAMES[2]}, and 4 such arrays are one leaf'):
+    with pytest.raises(UserError, match=f'has no {NAMES[2]}, one of 4 arrays of'):
         read({name: value for name, value in tensors.items() if name != NAMES[2]})
-    with pytest.raises(UserError, match='do not fit together .*one shape and dtype'):
+    with pytest.raises(UserError, match='cannot be stacked .*one shape and dtype'):
         read(tensors | {NAMES[1]: np.ones((F, D + 1), np.float32)})
 
 

@@ -1,4 +1,4 @@
-"""A damaged step is noticed, named and set aside; a step that cannot be written leaves the others as they were."""
+"""Damaged steps are detected, named and set aside; a failed save leaves other steps unchanged."""
 
 import json
 import os
@@ -76,10 +76,13 @@ def names_no_file(step):
 
 
 DAMAGE = {
-    'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ are not those'),
-    'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes and was saved with \d+'),
+    'flipped byte of the weights': (lambda step: flip(largest(step)), r'bytes of state/\S+ have changed'),
+    'truncated weights': (lambda step: truncate(largest(step)), r'state/\S+ has \d+ bytes but was saved with \d+'),
     'missing weights': (lambda step: largest(step).unlink(), r'state/\S+ is missing'),
-    'flipped byte of the index': (lambda step: flip(step / 'state' / '_METADATA'), 'bytes of state/_METADATA are not'),
+    'flipped byte of the index': (
+        lambda step: flip(step / 'state' / '_METADATA'),
+        'bytes of state/_METADATA have changed',
+    ),
     'metadata in place of data': (
         lambda step: shutil.copy(step / 'metadata' / 'metadata', step / 'data' / 'metadata'),
         'data/metadata has',
@@ -112,7 +115,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(kind, run, caps
         restored, data, _ = manager.restore(4, abstract(state(4)))
     np.testing.assert_array_equal(restored['params']['kernel'], state(4)['params']['kernel'])
     assert data == {'next_batch': 4}
-    # The step's name is free again, and once more after more damage.
+    # The step can be saved again, and set aside again.
     save(run, 6)
     assert open_checkpoint(run).step == integrity.newest_whole_step(run) == 6
     break_it(steps / '6')
@@ -147,11 +150,11 @@ def test_nothing_saved_is_nothing_damaged(tmp_path):
 
 
 def test_steps_of_older_versions_are_taken_as_their_format_finds_them(run, capsys):
-    """They have no record; steps that follow have, and then one without has lost it."""
+    """They have no record. All later steps have one, so a later step without it is damaged."""
     for step in ('2', '4', '6'):
         (run / 'checkpoints' / step / integrity.RECORD).unlink()
     assert integrity.newest_whole_step(run) == 6
-    assert '6 has no checksums.json, as it was saved by an older version' in capsys.readouterr().err
+    assert '6 has no checksums.json, because an older version saved it' in capsys.readouterr().err
     save(run, 8)
     flip(largest(run / 'checkpoints' / '8'))
     assert integrity.newest_whole_step(run) == 6
@@ -162,7 +165,7 @@ def test_the_checkpoint_to_start_from_is_refused(run):
     integrity.require_whole(str(step))
     flip(largest(step))
     with pytest.raises(
-        UserError, match=r'6 is damaged \(bytes of state/\S+ are not .*: copy it again, or name an earlier'
+        UserError, match=r'6 is damaged \(bytes of state/\S+ have changed.*: copy it again, or name an earlier'
     ):
         integrity.require_whole(open_checkpoint(run).path)
 
@@ -188,7 +191,7 @@ def test_older_steps_go_when_the_new_one_has_been_read_back(tmp_path, monkeypatc
 
 @pytest.fixture
 def full_disk():
-    """No file may grow past so many bytes: the system refuses as it does where a disk is full."""
+    """Limits the size of files, which fails like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

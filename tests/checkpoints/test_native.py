@@ -82,7 +82,7 @@ def test_round_trip_is_exact(run):
 
 
 def test_what_is_counted_on_while_a_save_is_under_way_is_not_in_it(tmp_path, monkeypatch):
-    """Orbax makes the JSON behind: here not before the counting has gone on."""
+    """Orbax serializes JSON in the background, here only after training has changed the dictionaries."""
     dumps, counted = json.dumps, threading.Event()
 
     def late_dumps(*arguments, **options):
@@ -160,9 +160,9 @@ def test_interrupted_save_does_not_look_finished(tmp_path):
         manager.save(1, make_state(step=1), {}, {})
     interrupted = steps / '2.orbax-checkpoint-tmp'
     (steps / '1').rename(interrupted)
-    with pytest.raises(UserError, match='holds only saves that were interrupted .*2.orbax-checkpoint-tmp'):
+    with pytest.raises(UserError, match='holds only interrupted saves .*2.orbax-checkpoint-tmp'):
         open_checkpoint(tmp_path)
-    with pytest.raises(UserError, match='is a save that was interrupted'):
+    with pytest.raises(UserError, match='is an interrupted save'):
         open_checkpoint(interrupted)
     with native.CheckpointManager(tmp_path) as manager:
         assert manager.latest_step() is None
@@ -250,7 +250,7 @@ def test_mistakes_in_calls_are_named(run):
             manager.save(7, make_state(), {}, {})
         with pytest.raises(TypeError, match='these have none: step'):
             manager.restore(7, wanted | {'step': jax.ShapeDtypeStruct((), jnp.int32)})
-        with pytest.raises(TypeError, match="'opt_state' is a tuple: a state is plain nested dicts"):
+        with pytest.raises(TypeError, match="'opt_state' is a tuple: a state must be plain nested dicts"):
             manager.save(9, {'opt_state': (jnp.ones(2),)}, {}, {})
         with pytest.raises(TypeError, match="'rng' is a typed random key"):
             manager.save(9, {'rng': jax.random.key(0)}, {}, {})

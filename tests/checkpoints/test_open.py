@@ -25,7 +25,7 @@ def test_no_checkpoint(tmp_path, content):
         (tmp_path / 'checkpoints' / '100').mkdir(parents=True)
     elif content == 'a step of another layout':
         (tmp_path / '100' / 'default').mkdir(parents=True)
-    with pytest.raises(UserError, match='holds no checkpoint that we read: looked for .*state/_METADATA'):
+    with pytest.raises(UserError, match='holds no checkpoint of a known format: looked for .*state/_METADATA'):
         open_checkpoint(tmp_path)
     with pytest.raises(UserError, match='holds no checkpoint'):
         open_checkpoint(next(tmp_path.iterdir(), tmp_path))
@@ -33,7 +33,7 @@ def test_no_checkpoint(tmp_path, content):
 
 def test_interrupted_t5x_save(tmp_path):
     (tmp_path / 'checkpoint_100.tmp-1700000000').mkdir()
-    with pytest.raises(UserError, match='only saves that were interrupted .*checkpoint_100.tmp-'):
+    with pytest.raises(UserError, match='only interrupted saves .*checkpoint_100.tmp-'):
         open_checkpoint(tmp_path)
 
 
@@ -62,31 +62,31 @@ ELSEWHERE = {
 def test_where_the_checkpoint_is_instead(case, tmp_path):
     names, named, words = ELSEWHERE[case]
     put(tmp_path, *names)
-    with pytest.raises(UserError, match=f'is no checkpoint itself: name .*{words}'):
+    with pytest.raises(UserError, match=f'is not a checkpoint: name .*{words}'):
         open_checkpoint(tmp_path / named)
 
 
 def test_an_empty_step_does_not_lead_to_the_model_above_it(tmp_path):
     put(tmp_path, 'model.safetensors')
     (tmp_path / 'checkpoint-500').mkdir()
-    with pytest.raises(UserError, match='holds no checkpoint that we read'):
+    with pytest.raises(UserError, match='holds no checkpoint of a known format'):
         open_checkpoint(tmp_path / 'checkpoint-500')
 
 
 @pytest.mark.parametrize('name', ['zero_to_fp32.py', 'global_step5', '__0_0.distcp', 'model.ckpt-1000.index'])
 def test_checkpoints_of_other_programs(name, tmp_path):
     put(tmp_path, name)
-    with pytest.raises(UserError, match=f'holds {name}, which is not read: save the model again'):
+    with pytest.raises(UserError, match=f'holds {name}, which cannot be read: save the model again'):
         open_checkpoint(tmp_path)
 
 
 def test_tensorflow_s_index(tmp_path):
     (tmp_path / 'checkpoint').write_text('model_checkpoint_path: "model.ckpt-1000"')
-    with pytest.raises(UserError, match='is of a TensorFlow checkpoint, which is not read'):
+    with pytest.raises(UserError, match='belongs to a TensorFlow checkpoint, which cannot be read'):
         open_checkpoint(tmp_path)
 
 
 def test_an_orbax_item_of_another_name(tmp_path):
     put(tmp_path, '100/default/_METADATA')
-    with pytest.raises(UserError, match='100 is passed over .its Orbax item is `default`, and'):
+    with pytest.raises(UserError, match='100 is skipped .its Orbax item is `default` instead of'):
         open_checkpoint(tmp_path)

@@ -31,7 +31,7 @@ def reference():
 
 
 def copy_of(name, tmp_path):
-    # Not `copytree`'s default copy: the fixtures may be read-only, and so would be what is copied with its mode.
+    # Without `copytree`'s default copy of modes, because the fixtures may be read-only.
     return pathlib.Path(shutil.copytree(fixtures_dir() / name, tmp_path / name, copy_function=shutil.copyfile))
 
 
@@ -61,7 +61,7 @@ def test_equals_what_t5x_restored(name, inner, reference):
 @pytest.mark.parametrize('name', FORMATS)
 def test_reads_onto_devices_in_another_dtype(name, reference):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    # One leaf that lies in an array of its own and, in the legacy format, one that is inline in the index.
+    # A leaf in its own array and, in the legacy format, one that is inline in the index.
     for leaf in ('params/decoder/layers_0/mlp/wo/kernel', 'opt_state/param_states/token_embedder/embedding/v_col'):
         value = open_checkpoint(fixtures_dir() / name).read(leaf, sharding, jnp.bfloat16)
         assert value.sharding == sharding
@@ -143,7 +143,7 @@ def test_placeholders_are_told_from_state_of_one_element(tmp_path):
         open_checkpoint(without).read('opt_state/param_states/kernel/m')
 
 
-# Kind: a scalar in the dtype of the weights, because T5X casts every leaf of a run that it restores.
+# T5X casts every leaf of a restored run to the dtype of the weights, scalars included.
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'float64', 'int64', 'uint32', 'int32'])
 @pytest.mark.parametrize('step', [0, 4, 256])
 def test_a_step_is_a_whole_number_in_any_type(dtype, step, tmp_path):
@@ -176,12 +176,14 @@ def test_a_step_is_a_whole_number_in_any_type(dtype, step, tmp_path):
 def test_what_is_no_step_is_refused(step, shown, tmp_path):
     folder = write_legacy(tmp_path / 'x', {'kernel': np.ones(2, 'f')})
     write_state(folder, step=step, param_states={})
-    with pytest.raises(UserError, match=f'state/step of .*x is {shown}, and not a whole number from 0 to 2147483647'):
+    with pytest.raises(
+        UserError, match=f'state/step of .*x is damaged .{shown} is not a whole number from 0 to 2147483647'
+    ):
         _ = open_checkpoint(folder).step
 
 
 def index_of(folder):
-    """What a legacy index says of each leaf: the array's whole description, or shape and dtype of one that lies in it."""
+    """Returns the entry of each leaf in a legacy index: the spec, or shape and dtype of an inline array."""
     found = {}
 
     def walk(node, keys):
@@ -189,7 +191,7 @@ def index_of(folder):
             for key, child in node.items():
                 walk(child, (*keys, key))
         elif isinstance(node, dict):
-            # The chunks and the compressor are the writer's choice, and stand in the array's own folder.
+            # The writer chooses chunks and compressor, which the array's folder records.
             found[keys] = {**node, 'metadata': {'shape': list(node['metadata']['shape'])}}
         else:
             found[keys] = (np.shape(node), np.asarray(node).dtype)
@@ -200,7 +202,7 @@ def index_of(folder):
 
 @requires_fixtures
 class TestExportsAreWhatT5XWrites:
-    """T5X restores by names, shapes and places, and is not there to be asked: its own files are."""
+    """T5X is not installed, so its own files are compared by names, shapes and places."""
 
     def test_legacy(self, tmp_path):
         path = transfer(fixtures_dir() / 't5x_dense_orbax', tmp_path / 'x', 't5x_legacy')
@@ -227,7 +229,7 @@ class TestExportsAreWhatT5XWrites:
 
 @requires_fixtures
 class TestRestored:
-    """A run that T5X itself has restored once: its Orbax step is float32."""
+    """A run that T5X has restored once: its Orbax step is float32."""
 
     path = fixtures_dir() / 't5x_interop' / 'dense_restored_orbax_4'
     model = ('--gin_file=models/t5_1_1_tiny.gin', '--gin_file=moe/t5.gin', '--gin.NUM_EXPERTS=4')
@@ -265,18 +267,18 @@ class TestRestored:
 
 
 def logits_of(reader, batch):
-    """Logits of the model that a checkpoint is found to hold."""
+    """Returns logits of the model that is identified from a checkpoint."""
     model = identify.check(reader.path, reader.leaves(), identify.facts_of(reader.metadata))
     params = {tuple(name.split('/')[1:]): reader.read(name) for name in reader.leaves() if name.startswith('params/')}
     inputs = {name: tokens for name, tokens in batch.items() if name.endswith('_tokens')}
     return model, jit(model.module().apply)({'params': unflatten_dict(params)}, **inputs)
 
 
-# Kind: another architecture is called a damaged file.
+# Another architecture must not be called a damaged file.
 @requires_fixtures
 @pytest.mark.parametrize('name', ['scalable_t5_equal_orbax', 'scalable_t5_unequal_legacy'])
 def test_logits_of_scalable_t5(name, tmp_path):
-    """T5X's stacked layers, whose heads are apart and which have position biases each."""
+    """T5X's stacked layers, with separate heads and position biases in every layer."""
     folder = fixtures_dir() / 't5x_interop'
     with np.load(folder / f'{name.rpartition("_")[0]}.npz') as arrays:
         batch = dict(arrays)
@@ -286,7 +288,7 @@ def test_logits_of_scalable_t5(name, tmp_path):
     assert model.config.position_biases == 'every_layer'
     assert (model.config.num_encoder_layers, model.config.num_decoder_layers) == (3, 2)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    # The state of stacked layers is left out, and so are its clock and the lines for each of its leaves.
+    # The state of stacked layers is left out, with its clock and without a line for each leaf.
     assert not [name for name in reader.leaves() if name.startswith('opt_state/')]
     assert list(reader.metadata['not_read']) == ['opt_state/param_states']
     imported = transfer(reader.path, tmp_path / 'ours', 'upcycle')
@@ -297,7 +299,7 @@ def test_logits_of_scalable_t5(name, tmp_path):
 
 
 def apart(tree, heads):
-    """A flat tree of ours, its attention kernels as scalable_t5 has them."""
+    """Splits the heads of attention kernels, as in scalable_t5."""
 
     def turned(name, value):
         match = re.search(r'attention/(query|key|value|out)/kernel$', name)
@@ -311,7 +313,7 @@ def apart(tree, heads):
 
 
 def stacked(tree, blocks):
-    """A flat tree of ours as T5X's and flaxformer's loops have it, each block of so many layers."""
+    """Stacks the layers of a flat tree as T5X and flaxformer do, in blocks of several layers."""
     out, stacks = {}, {}
     for name, value in tree.items():
         if match := re.fullmatch(r'params/(encoder|decoder)/layers_(\d+)/(.*)', name):
@@ -338,7 +340,7 @@ def per_layer_t5(moe, state):
 
 
 def written(folder, tree):
-    """A checkpoint of T5X's, its names those of a flat tree."""
+    """Writes a flat tree as a checkpoint of T5X."""
     nested = unflatten_dict(tree, sep='/')
     state = nested.get('opt_state', {}).get('param_states', {})
     return write_legacy(folder, nested['params'], state)
@@ -348,7 +350,7 @@ def written(folder, tree):
 def test_a_stack_of_no_such_depth_is_refused(layers, tmp_path):
     table = spec('target.encoder.encoder.relpos_bias.rel_embedding', (2, layers, 32))
     folder = write_legacy(tmp_path / 'x', {'encoder': {'encoder': {'relpos_bias': {'rel_embedding': table}}}})
-    with pytest.raises(UserError, match=f'target/encoder/encoder/.*x would be a stack of {layers} layers'):
+    with pytest.raises(UserError, match=f'target/encoder/encoder/.*x is damaged .a stack of {layers} layers'):
         open_checkpoint(folder).leaves()
 
 
@@ -372,13 +374,13 @@ def test_a_leaf_of_a_stack_that_is_none_is_not_lost(tmp_path):
 @pytest.mark.parametrize('moe', [False, True], ids=['dense', 'moe'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_position_biases_in_every_layer_of_every_layout(layout, moe, tmp_path):
-    """Kind: one model in several layouts; flaxformer's loops and scalable_t5 both have biases in every layer."""
+    """One model in several layouts; flaxformer's loops and scalable_t5 both have biases in every layer."""
     tree = {name: value for name, value in per_layer_t5(moe, False).items() if name != 'step'}
     reader = open_checkpoint(written(tmp_path / 'x', LAYOUTS[layout](tree, 2 if moe else 1)))
     model = identify.check(reader.path, reader.leaves())
     assert model.config.position_biases == 'every_layer' and model.config.num_heads == 2
     trees.assert_same(reader, tree | {'step': np.int32(3)})
-    # Regions, and numbers that are the caller's own.
+    # Regions, and results that the caller owns.
     for name in ('params/encoder/layers_3/attention/out/kernel', 'params/decoder/layers_1/pre_mlp_layer_norm/scale'):
         part = reader.read(name, region=(slice(3, 7),))
         np.testing.assert_array_equal(part, tree[name][3:7])
@@ -400,12 +402,12 @@ def test_state_of_another_layout_is_left_out_in_one_line(layout, tmp_path, capsy
     plain = layout == 'unscanned'
     for shown in (out, call(['import', f'--from={path}', f'--to={tmp_path}/out'], capsys)[1]):
         assert shown.count('not read') == (not plain)
-        assert ('not read  opt_state/param_states  because it is the optimizer state' in shown) == (not plain)
+        assert ('not read  opt_state/param_states: the optimizer state' in shown) == (not plain)
     assert ('opt_state ' in out) == plain
 
 
 def test_a_state_that_is_not_read_names_the_binding(tmp_path, capsys):
-    """Kind: a message that blames something else. A loop of flaxformer's, gone on with as continue_dense.gin does."""
+    """The message must name the real cause. A loop of flaxformer's, continued as by continue_dense.gin."""
     tree = {name: value for name, value in per_layer_t5(True, True).items() if name not in ('step', 'rng')}
     states = {name: value for name, value in tree.items() if name.startswith('opt_state/param_states/')}
     path = written(tmp_path / 'x', states | stacked({n: v for n, v in tree.items() if n.startswith('params/')}, 2))
@@ -423,11 +425,11 @@ def test_a_state_that_is_not_read_names_the_binding(tmp_path, capsys):
 
 
 def test_an_moe_for_hugging_face_is_refused_as_one(tmp_path):
-    """Kind: a message that blames something else, here the optimizer state."""
+    """The message must name the real cause, the experts and not the optimizer state."""
     tree = {name: value for name, value in trees.t5(True, state=True).items() if name != 'rng'}
     states = {name: value for name, value in tree.items() if name.startswith('opt_state/param_states/')}
     path = written(tmp_path / 'x', states | {name: value for name, value in tree.items() if name.startswith('params/')})
-    with pytest.raises(UserError, match='^params/.*/expert/.* has no counterpart in huggingface, which holds no MoE'):
+    with pytest.raises(UserError, match='^params/.*/expert/.* cannot be stored as huggingface, which has no MoE'):
         transfer(str(path), tmp_path / 'out', 'huggingface')
     assert not (tmp_path / 'out').exists()
 
@@ -460,9 +462,9 @@ def test_old_index_without_wrapper_and_with_the_path_on_top(tmp_path):
         (msgpack.packb([1, 2]), 'is not a T5X checkpoint index, or is damaged'),
         (msgpack.packb({'target': {'x': msgpack.ExtType(2, b'')}}), 'extension of type 2'),
         (msgpack.packb({'target': {'x': msgpack.ExtType(42, b'')}}), 'extension of type 42'),
-        (msgpack.packb({'target': {'x': 'text'}}), 'target/x is a str, neither an array'),
-        (msgpack.packb({'target': {'x': spec('../elsewhere')}}), 'not one beside it'),
-        (msgpack.packb({'target': {'x': spec('/etc')}}), 'not one beside it'),
+        (msgpack.packb({'target': {'x': 'text'}}), 'target/x is a str instead of an array'),
+        (msgpack.packb({'target': {'x': spec('../elsewhere')}}), 'outside its folder'),
+        (msgpack.packb({'target': {'x': spec('/etc')}}), 'outside its folder'),
         (
             msgpack.packb({'target': {'x': spec('x') | {'dtype': 'object!'}}}),
             'is not a T5X checkpoint index, or is damaged',

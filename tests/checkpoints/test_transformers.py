@@ -30,7 +30,7 @@ T5_SIZES = {
     'decoder_start_token_id': 0,
 }
 V1_1 = {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
-# Class, configuration, and whether the head is a matrix of its own.
+# Class, configuration, and whether the head is separate from the embedding.
 T5S = {
     'T5 1.1 and Flan': ('T5', V1_1, True),
     'T5 1.1 with a tied head': ('T5', V1_1, False),
@@ -50,7 +50,7 @@ VIT_SIZES = {
 
 
 def randomize(model, seed=0):
-    """Every parameter at random: what is initialised to zeros or ones would hide a mistake."""
+    """Randomises all parameters: zeros and ones would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +60,7 @@ def randomize(model, seed=0):
 
 
 def logits_here(path, batch):
-    """Our model's logits, its configuration read off the checkpoint."""
+    """Returns our model's logits, with the configuration from the checkpoint."""
     reader = open_checkpoint(path)
     facts = identify.facts_of(reader.metadata)
     model = identify.check(path, reader.leaves(), facts)
@@ -132,7 +132,7 @@ def test_activations_of_t5(fields, tmp_path):
     np.testing.assert_allclose(logits_here(tmp_path / 'theirs', ours), expected, rtol=1e-4, atol=1e-4)
     exported = transfer(tmp_path / 'theirs', tmp_path / 'exported', 'huggingface')
     again = transformers.T5ForConditionalGeneration.from_pretrained(exported).eval()
-    # Two programs of one approximation of GELU.
+    # Two implementations of one approximation of GELU.
     np.testing.assert_allclose(logits_there(again, theirs), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -174,5 +174,5 @@ def test_vit(activation, epsilon, tmp_path):
     imported = transfer(tmp_path / 'theirs', tmp_path / 'imported', 'upcycle')
     exported = transfer(imported, tmp_path / 'exported', 'huggingface')
     again = transformers.ViTForImageClassification.from_pretrained(exported).eval()
-    # The token's position has moved into the token, which rounds once.
+    # The token's position is added to the token, which rounds once.
     np.testing.assert_allclose(logits_there(again, theirs), expected, rtol=1e-5, atol=1e-5)

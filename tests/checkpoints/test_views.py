@@ -1,4 +1,4 @@
-"""Lazy views: every region equals that of the whole in NumPy, and only what it covers is read."""
+"""Lazy views: every region equals that of the NumPy array, and only its source region is read."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ from upcycle.checkpoints import views
 
 @dataclasses.dataclass
 class Counted:
-    """An array that notes how many numbers of it are read."""
+    """An array that counts the numbers read."""
 
     value: np.ndarray
     read_numbers: int = 0
@@ -69,7 +69,7 @@ def test_regions(kind):
     for region in regions(whole.shape):
         source.read_numbers = 0
         np.testing.assert_array_equal(lazy.read(region), whole[region])
-        # A split or a join reads the other half of what it cuts; what is computed, everything.
+        # A split or a join reads whole pieces; a computed array reads everything.
         most = source.value.size if kind == 'computed' else 2 * whole[region].size
         exact = kind in ('transposed', 'patches', 'layer', 'window')
         assert source.read_numbers == whole[region].size if exact else source.read_numbers <= most, region

@@ -1,4 +1,4 @@
-"""Of several files or steps in one folder the right one is read, and what is passed over is said."""
+"""Of several files or steps in one folder the right one is read, and a warning names the others."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ INDEX = 'model.safetensors.index.json'
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """A T5 in one file, all of whose bytes are those of the seed."""
+    """A T5 in one file, from a seed."""
     path = tmp_path_factory.mktemp('whole') / 'model'
     trees.write(path, 'huggingface', trees.t5(False, state=False))
     return path
@@ -40,7 +40,7 @@ def said(capsys):
 
 
 def ones(folder, file='model-00001-of-00001.safetensors', index=INDEX):
-    """Another model in the same folder, all of whose numbers are 1, in a shard and with an index."""
+    """Adds another model, all ones, in a shard and with an index."""
     header, data = header_of(folder / 'model.safetensors')
     save(folder / file, header, np.ones(len(data) // 4, np.float32).tobytes())
     if index:
@@ -57,8 +57,7 @@ def test_the_whole_file_counts_before_the_index(folder, said):
     assert not is_ones(folder)
     text = said()
     assert (
-        text.count('warning:') == 1
-        and f'{folder / INDEX} and its files are passed over: model.safetensors counts' in text
+        text.count('warning:') == 1 and f'{folder / INDEX} and its files are ignored: model.safetensors is read' in text
     )
     assert is_ones(folder / INDEX) and said() == ''  # whoever names the index gets it
     (folder / 'model.safetensors').unlink()
@@ -71,7 +70,7 @@ def test_the_whole_file_counts_before_the_index(folder, said):
 def test_an_index_of_shards_that_are_gone_is_passed_over(folder, said, index):
     (folder / INDEX).write_text(index)
     assert not is_ones(folder)
-    assert f'{INDEX} and its files are passed over' in said()
+    assert f'{INDEX} and its files are ignored' in said()
 
 
 def test_an_index_of_the_whole_file_is_nothing_to_speak_of(folder, said):
@@ -92,17 +91,17 @@ def test_a_variant_counts_where_it_is_named(folder, said):
 
 
 ALONE = {
-    'model.fp16.safetensors': r'holds model.fp16.safetensors and no model.safetensors: name the file itself',
-    'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors and no model.safetensors.index.json',
+    'model.fp16.safetensors': r'holds model.fp16.safetensors instead of model.safetensors: name the file itself',
+    'model-00001-of-00002.safetensors': 'holds model-00001-of-00002.safetensors but no model.safetensors.index.json',
     'model.safetensors.index.fp16.json': 'name the file itself, .*model.safetensors.index.fp16.json',
     'pytorch_model.bin': 'pytorch_model.bin, a pickle, which is never opened',
     'pytorch_model-00001-of-00002.bin': 'a pickle, which is never opened',
     'pytorch_model.fp16.bin': 'a pickle, which is never opened',
-    'tf_model.h5': 'tf_model.h5, which is not read: save the model again',
-    'flax_model.msgpack': 'flax_model.msgpack, which is not read',
-    'model-q4.gguf': 'gguf, which is not read',
-    'adapter_config.json': 'is an adapter and no model: .*merge_and_unload',
-    'adapter_model.safetensors': 'is an adapter and no model: .*merge_and_unload',
+    'tf_model.h5': 'tf_model.h5, which cannot be read: save the model again',
+    'flax_model.msgpack': 'flax_model.msgpack, which cannot be read',
+    'model-q4.gguf': 'gguf, which cannot be read',
+    'adapter_config.json': 'is an adapter and not a model: .*merge_and_unload',
+    'adapter_model.safetensors': 'is an adapter and not a model: .*merge_and_unload',
 }
 
 
@@ -112,7 +111,7 @@ def test_a_folder_without_the_file_that_counts(folder, name):
     with pytest.raises(UserError, match=ALONE[name]) as caught:
         open_checkpoint(folder)
     assert str(folder) in str(caught.value) and '\n' not in str(caught.value)
-    if 'never opened' in ALONE[name] or 'not read' in ALONE[name]:
+    if 'never opened' in ALONE[name] or 'cannot be read' in ALONE[name]:
         with pytest.raises(UserError, match=ALONE[name]):
             open_checkpoint(folder / name)
 
@@ -124,10 +123,10 @@ def test_the_index_of_a_variant_counts_where_it_is_named(folder):
 
 def test_a_file_that_is_not_the_model_itself(folder):
     (folder / 'model.safetensors').rename(folder / 'adapter_model.safetensors')
-    with pytest.raises(UserError, match='adapter_model.safetensors is an adapter and no model'):
+    with pytest.raises(UserError, match='adapter_model.safetensors is an adapter and not a model'):
         open_checkpoint(folder / 'adapter_model.safetensors')
     (folder / 'model.safetensors').symlink_to('../../blobs/0123')
-    with pytest.raises(UserError, match='model.safetensors is a link to a file that is not there'):
+    with pytest.raises(UserError, match='model.safetensors is a dangling link'):
         open_checkpoint(folder)
     (folder / 'model.safetensors').unlink()
     (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
@@ -138,7 +137,7 @@ def test_a_file_that_is_not_the_model_itself(folder):
 def test_an_adapter_beside_a_model_is_passed_over(folder, said):
     (folder / 'adapter_config.json').write_text('{}')
     open_checkpoint(folder)
-    assert 'adapter_config.json is passed over' in said()
+    assert 'adapter_config.json is ignored' in said()
 
 
 def rename(folder, change):
@@ -231,13 +230,13 @@ def test_a_newer_step_that_is_passed_over_is_reported(steps, said, kind):
         (run / older).mkdir()
     assert open_checkpoint(run).step == 100
     text = said()
-    assert f'{newer} is passed over and ' in text and '100 is read: ' in text and text.count('warning:') == 1
+    assert f'{newer} is skipped (' in text and '100 is read instead' in text and text.count('warning:') == 1
     assert REASONS[kind] in text
     open_checkpoint(run / finished.format(100))
     assert said() == ''
 
 
-@pytest.mark.parametrize('kind', ['a link that leads nowhere', 'a file'])
+@pytest.mark.parametrize('kind', ['a dangling link', 'a file'])
 def test_a_newer_step_that_is_no_folder_is_reported(steps, said, kind):
     run, finished, _ = steps
     newer = run / finished.format(2000)
@@ -245,7 +244,7 @@ def test_a_newer_step_that_is_no_folder_is_reported(steps, said, kind):
     (run / finished.format(3)).symlink_to('/nowhere/3')
     assert open_checkpoint(run).step == 100
     text = said()
-    assert f'{newer} is passed over and ' in text and text.count('warning:') == 1
+    assert f'{newer} is skipped (' in text and text.count('warning:') == 1
     assert f'it is {kind}' in text
 
 
@@ -256,11 +255,11 @@ def test_a_newer_step_whose_arrays_have_not_all_arrived(steps, said):
     array = next(path for path in newer.rglob('*mlp.wo.kernel') if path.is_dir())
     shutil.rmtree(array)
     assert open_checkpoint(run).path == str(run / finished.format(100))
-    assert f'{newer} is passed over' in (text := said()) and '1 of its ' in text and 'mlp/wo/kernel' in text
+    assert f'{newer} is skipped' in (text := said()) and 'arrays: 1' in text and 'mlp/wo/kernel' in text
     shutil.rmtree(run / finished.format(100))
     with pytest.raises(
         UserError,
-        match='2000 is passed over .1 of its arrays is not there, such as .*wo/kernel, .* copy ',
+        match='2000 is skipped .missing arrays: 1, such as .*wo/kernel.* copy ',
     ):
         open_checkpoint(run)
 
@@ -271,7 +270,7 @@ def test_steps_that_are_all_half_copied(steps):
     (run / finished.format(3)).mkdir()
     (run / unfinished.format(4)).mkdir()
     with pytest.raises(
-        UserError, match='holds no checkpoint .*4.* is passed over .its save was interrupted.; .*3 is passed over'
+        UserError, match='holds no checkpoint .*4.* is skipped .its save was interrupted.; .*3 is skipped'
     ):
         open_checkpoint(run)
 
@@ -280,7 +279,7 @@ def test_warnings_come_below_a_listing(folder, capfd):
     ones(folder)
     assert cli.run(['inspect', '--quick', str(folder)]) == 0
     out, error = capfd.readouterr()
-    assert 'token_embedder' in out and error.count('passed over') == 1
+    assert 'token_embedder' in out and error.count('are ignored') == 1
     assert cli.run(['inspect', '--quick', '--json', str(folder)]) == 0
     out, error = capfd.readouterr()
-    assert json.loads(out)['step'] == 100 and error.count('passed over') == 1
+    assert json.loads(out)['step'] == 100 and error.count('are ignored') == 1

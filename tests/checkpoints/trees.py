@@ -15,7 +15,7 @@ from upcycle.models.t5 import T5Config
 from upcycle.training.optimizer import Adafactor
 
 STEP = 100
-# T5X factors every expert, whatever its size.
+# T5X factors experts of any size.
 ADAFACTOR = Adafactor(min_dim_size_to_factor=16, expert_min_dim_size_to_factor=1)
 SIZES = {'vocab_size': 40, 'emb_dim': 16, 'num_heads': 2, 'head_dim': 6, 'mlp_dim': 24}
 
@@ -61,7 +61,7 @@ def random_tree(params, batch_axes, *, state: bool, seed: int = 0):
 
 
 def write(path, format, tree, metadata=None):
-    """Writes a tree as it is, without looking at what it is. Returns the new checkpoint's path."""
+    """Writes a tree without checks. Returns the new checkpoint's path."""
     leaves = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tree.items()}
     step = int(tree['step']) if 'step' in tree else None
     writer = create_checkpoint(path, format, leaves, step=step, identity={})
@@ -73,7 +73,7 @@ def write(path, format, tree, metadata=None):
 
 
 def assert_same(reader, expected):
-    """A checkpoint holds these leaves, to the bit."""
+    """Asserts that a checkpoint holds exactly these leaves."""
     leaves = reader.leaves()
     assert leaves.keys() == expected.keys()
     for name, value in expected.items():

@@ -70,7 +70,7 @@ def vision_transformer(params, pre_linen: bool = True):
             name = name.replace('/MultiHeadDotProductAttention_0/', '/MultiHeadDotProductAttention_1/')
         file[name] = value
     patches = file.pop('pos_embedding')
-    # The token has a position of its own, which ours has added.
+    # The token has a position, which ours has added to it.
     of_class = np.full((1, 1, WIDTH), 0.25, patches.dtype)
     file['Transformer/posembed_input/pos_embedding'] = np.concatenate([of_class, patches], axis=1)
     expected['params/cls'] = file['cls'] + of_class

@@ -1,4 +1,4 @@
-"""Every task file of `gin/tasks` builds its two data sources, and what gin writes down builds them again."""
+"""Every task file of `gin/tasks` builds its two data sources, and so does the saved configuration."""
 
 import pathlib
 
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(upcycle.__file__).parents[1]
 if not (ROOT / 'gin' / 'tasks').is_dir():
     ROOT = pathlib.Path(upcycle.__file__).parent
 TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
-# photographs.gin is no task, but included by some.
+# photographs.gin is not a task; others include it.
 SYNTHETIC = sorted((ROOT / 'gin' / 'tasks').glob('synthetic_*.gin'))
 OTHERS = [ROOT / 'gin' / 'tasks' / f'{name}.gin' for name in ('photographs', 'superglue', 'stdlib_keyword')]
 NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, *OTHERS}
@@ -56,7 +56,7 @@ def test_a_task_file_builds_and_its_operative_config_too(path):
     assert isinstance(train, DatasetConfig)
     assert (train.split, train.batch_size, train.seed, train.shuffle, train.repeat) == ('train', 4, 3, True, True)
     assert (evaluation.split, evaluation.batch_size, evaluation.num_batches) == ('validation', 8, 2)
-    # A bounded evaluation of our tasks is a fixed sample of all held-out files, not the first few of them.
+    # A bounded evaluation of our tasks is a fixed sample of all held-out files, not the first few.
     assert (evaluation.shuffle, evaluation.seed) == (not path.stem.startswith('c4'), 42)
     assert (evaluation.repeat, evaluation.task_feature_lengths) == (False, lengths)
     assert build(operative)[0] == (train, evaluation)
@@ -85,7 +85,7 @@ def test_the_task_of_keywords_builds_and_its_operative_config_too():
 def test_files_must_be_bound():
     path = next(path for path in TASKS if path.stem.startswith('text_files'))
     (train, _), _, _ = build(f"include '{path}'\n{RUN}")
-    with pytest.raises(UserError, match='TRAIN_FILES is not bound'):
+    with pytest.raises(UserError, match='TRAIN_FILES is not set'):
         train.batches()
 
 

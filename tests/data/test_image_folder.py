@@ -1,4 +1,4 @@
-"""The user's own images: found, named, split, read; and what is wrong with them said."""
+"""The user's images: listing, splitting, reading and error messages."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ COLOURS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ of 3 x 8 images of one colour each, in several formats and depths; validation/ of 3 x 2."""
+    """train/ with 3 x 8 images of one colour each, in several formats and depths; validation/ with 3 x 2."""
     for split, n in (('train', 8), ('validation', 2)):
         for name, colour in COLOURS.items():
             for i in range(n):
@@ -134,12 +134,12 @@ def mistakes():
         shutil.rmtree(folder / 'train')
 
     return {
-        empty_class: 'train/yellow holds no image',
+        empty_class: 'train/yellow contains no images',
         lacking: r'train/blue is a class that .*/validation lacks',
         additional: r'validation/azure is a class that .*/train lacks',
-        loose: r'train/0\.png lies in no folder of a class',
-        text: r'red/notes\.txt is no image by its ending',
-        nothing: "TRAIN_FOLDER = '.*train' holds no folder",
+        loose: r'train/0\.png is not in a class folder',
+        text: r'red/notes\.txt does not have an image extension',
+        nothing: "TRAIN_FOLDER = '.*train' contains no folders",
         gone: "TRAIN_FOLDER = '.*train' is not a folder",
     }
 
@@ -152,7 +152,7 @@ def test_mistakes_are_one_sentence(folder, damage, message):
 
 
 def test_unbound_and_remote_folders():
-    with pytest.raises(UserError, match='TRAIN_FOLDER is not bound'):
+    with pytest.raises(UserError, match='TRAIN_FOLDER is not set'):
         config(ImageFolder(None)).batches()
     with pytest.raises(UserError, match='is not a local folder'):
         config(ImageFolder('gs://bucket/train')).batches()

@@ -1,4 +1,4 @@
-"""Batches of images: any start, any number of hosts, every image once in an epoch, filled-up ends."""
+"""Batches of images: any start, any number of hosts, every image once per epoch, padded last batches."""
 
 import dataclasses
 import itertools
@@ -50,7 +50,7 @@ def test_the_small_scans_are_split_by_class_and_are_no_other_ones():
     assert (np.bincount(splits['train'][1][:, 0]) > 70).all()
     rows = splits['train'][0]
     assert rows.shape == (797, 28, 28, 1) and rows.dtype == np.uint8 and rows.max() == 255
-    # A pixel of theirs is nine of ours.
+    # Each of their pixels is nine of ours.
     inside = rows[:, 2:-2, 2:-2, 0].reshape(-1, 8, 3, 8, 3)
     assert (inside == inside[:, :, :1, :, :1]).all() and not rows[:, :2].any()
     batch = first(config(source=Optdigits(), preprocessing=ScanAugmentation(strength=0.0)), 1)[0]
@@ -76,7 +76,7 @@ def test_any_start_and_any_hosts_give_the_same_batches():
         parts = [first(data, 6, share=Share.even(h, hosts)) for h in range(hosts)]
         joined = [{name: np.concatenate([p[b][name] for p in parts]) for name in whole[b]} for b in range(6)]
         assert_same(joined, whole)
-    # A batch over the border of two epochs.
+    # A batch across two epochs.
     far = config(batch_size=3000)
     assert_same(first(far, 1, start=1), first(far, 2)[1:])
 
@@ -155,7 +155,7 @@ def test_inversion_fading_and_noise():
 
 def test_shift_rotation_and_zoom_move_a_spot_by_at_most_their_amounts():
     spot = np.zeros((256, 28, 28, 1), np.uint8)
-    spot[:, 13:15, 20] = 255  # 6.5 right of the middle
+    spot[:, 13:15, 20] = 255  # 6.5 to the right of the centre
 
     def centre(x):
         y, x_ = np.mgrid[:28, :28] - 13.5
@@ -176,7 +176,9 @@ def test_shift_rotation_and_zoom_move_a_spot_by_at_most_their_amounts():
 
 def test_cutout_is_a_square_of_one_grey():
     grey = np.full((64, 28, 28, 1), 255, np.uint8)
-    changed = (only(cutout=10.0)(grey, 0, 0) < 0.999)[:, 1:-1, 1:-1, 0]  # bilinear sampling darkens no inner pixel
+    changed = (only(cutout=10.0)(grey, 0, 0) < 0.999)[
+        :, 1:-1, 1:-1, 0
+    ]  # bilinear sampling does not darken inner pixels
     assert changed.any(axis=2).sum(axis=1).max() == 10 and changed.any(axis=1).sum(axis=1).max() == 10
     for rows in changed:
         np.testing.assert_array_equal(rows, rows.any(axis=1)[:, None] & rows.any(axis=0)[None])
@@ -200,7 +202,7 @@ def test_fingerprint_tells_data_and_preprocessing_apart_and_names_no_machine():
 
 
 def test_draws_are_the_same_for_every_numpy():
-    """What a checkpoint's resume counts on; written down from numpy 2.4."""
+    """Resuming depends on these values, recorded with numpy 2.4."""
     words = draws.words(3, draws.AUGMENT, 5, 2, 6)
     assert words.shape == (2, 6)
     np.testing.assert_array_equal(draws.words(3, draws.AUGMENT, 6, 1, 6)[0], words[1])
@@ -225,7 +227,7 @@ def test_an_error_while_reading_ahead_is_raised_in_its_place():
 
 
 def test_mistakes(monkeypatch):
-    with pytest.raises(UserError, match='BATCH_SIZE = 12 does not divide into the 5 parts'):
+    with pytest.raises(UserError, match='BATCH_SIZE = 12 is not divisible by the 5 parts'):
         config().batches(share=Share.even(0, 5))
     with pytest.raises(UserError, match=r'@InceptionPreprocessing\(\) does not take the images of @Mnist5k\(\)'):
         config(preprocessing=InceptionPreprocessing())

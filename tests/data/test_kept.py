@@ -6,7 +6,7 @@ from upcycle.data.kept import Kept
 
 
 class Counted:
-    """Two batches of 8 x 4 bytes, and how often they were asked for."""
+    """Two batches of 8 x 4 bytes, with a count of passes."""
 
     asked = 0
 

@@ -1,4 +1,4 @@
-"""The embedded task to fine-tune on: as many of each keyword, from files of their own split, with nothing left of the answer."""
+"""The embedded fine-tuning task: balanced keywords, from files of the right split, without the answer in the input."""
 
 import collections
 import re
@@ -13,8 +13,8 @@ seqio = tensorflow_quiet.seqio()
 @pytest.mark.parametrize('split', ['train', 'validation'])
 def test_every_keyword_is_asked_for_as_often(split):
     examples = embedded.keyword_examples()[split]
-    found = collections.Counter(example['targets'].decode() for example in examples)
-    assert set(found) == set(embedded.KEYWORDS) and len(set(found.values())) == 1
+    counts = collections.Counter(example['targets'].decode() for example in examples)
+    assert set(counts) == set(embedded.KEYWORDS) and len(set(counts.values())) == 1
     assert len(examples) == embedded.KEYWORD_TASK.num_input_examples(split)
 
 

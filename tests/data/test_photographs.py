@@ -1,4 +1,4 @@
-"""Decoding, cropping and augmenting: against TensorFlow's operations where they are the definition."""
+"""Decoding, cropping and augmenting, compared with TensorFlow's operations if they are the reference."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ from upcycle.errors import UserError
 
 
 def picture(width=61, height=47, mode='RGB', seed=0):
-    """Smooth and different everywhere."""
+    """A smooth image without repetition."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC).convert(mode)
@@ -130,13 +130,13 @@ def test_every_operation_of_randaugment(name, mode):
         assert results[0.4].tobytes() != image.tobytes()
     signed = name.startswith(('Rotate', 'Shear', 'Translate'))
     assert (operation(image, 0.4, -1, np.array([0.5, 0.5])).tobytes() != results[0.4].tobytes()) == signed
-    # At level 0 these do nothing.
+    # At level 0 these change nothing.
     if signed or name in ('Cutout', 'SolarizeAdd'):
         assert results[0.0].tobytes() == image.tobytes()
 
 
 def test_operations_have_big_visions_levels():
-    """What TensorFlow's fork computes at 224 x 224 and magnitude 10."""
+    """Values of the TensorFlow implementation at 224 x 224 and magnitude 10."""
     x = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
 
     def result(name, level=1.0, uv=(0.5, 0.5)):
@@ -176,7 +176,7 @@ def test_images_that_cannot_be_decoded():
     jpeg = encoded(picture(), 'JPEG')
     for content, reason in (
         (b'', 'the file is empty'),
-        (b'not an image', 'no image format that Pillow knows'),
+        (b'not an image', 'not an image format that Pillow knows'),
         (jpeg.content[:-200], 'truncated'),
     ):
         with pytest.raises(
@@ -185,7 +185,7 @@ def test_images_that_cannot_be_decoded():
             CentralCropPreprocessing()([jpeg, Encoded('broken.jpg', content)], 0, 0)
         assert '\n' not in str(error.value)
     deep = Image.fromarray(np.full((9, 9), 40000, np.uint16))
-    with pytest.raises(UserError, match=r'photo\.png has more than 8 bits a channel'):
+    with pytest.raises(UserError, match=r'photo\.png has more than 8 bits per channel'):
         decode(encoded(deep), 3)
 
 

@@ -1,4 +1,4 @@
-"""Sentinels are those of the vocabulary that a model was trained with: T5's, mT5's, ByT5's, or given."""
+"""Sentinels match the vocabulary of the model: T5's, mT5's, ByT5's or explicit ones."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from upcycle.transfer import transfer
 
 @pytest.fixture(scope='module')
 def holds_sentinels(folder):  # noqa: F811
-    """A model file as mT5's: the pieces of sentinels come last, and count down."""
+    """A model file like mT5's, with sentinel pieces last, counting down."""
     from sentencepiece import sentencepiece_model_pb2
 
     path = train_sentencepiece(folder, 'before', pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
@@ -32,14 +32,14 @@ def holds_sentinels(folder):  # noqa: F811
 
 @pytest.fixture(scope='module')
 def in_front(folder):  # noqa: F811
-    """A model file whose own sentinels are user-defined symbols, which count up."""
+    """A model file whose sentinels are user-defined symbols, counting up."""
     symbols = ['<extra_id_0>', '<extra_id_1>', '<extra_id_2>']
     return train_sentencepiece(
         folder, 'in_front', pad_id=0, eos_id=1, unk_id=2, bos_id=-1, user_defined_symbols=symbols
     )
 
 
-# Model file, bindings, sentinels in their order, size of the vocabulary.
+# Model file, bindings, sentinels in order, vocabulary size.
 CASES = {
     'bytes': (None, {}, range(358, 258, -1), 359),
     'bytes, as T5': (None, {'sentinels': 't5'}, range(358, 258, -1), 359),
@@ -65,7 +65,7 @@ def test_sentinels(case, folder, request):  # noqa: F811
     ids = source.task.source.sentinels
     assert ids == tuple(expected) and source.vocabulary_size == size
     batch = first_batch(source)
-    # Inputs of 32 are 36 tokens, of which 5 are taken out, in 2 spans.
+    # Inputs of 32 come from 36 tokens with 5 noise tokens in 2 spans.
     for row, target in zip(batch['encoder_input_tokens'], batch['decoder_target_tokens'], strict=True):
         assert [i for i in row.tolist() if i in ids] == list(ids[:2])
         assert [i for i in target.tolist() if i in ids] == list(ids[:2])
@@ -77,22 +77,22 @@ def test_sentinels(case, folder, request):  # noqa: F811
 
 
 REFUSED = {
-    "a file's sentinels without a file": (None, {'sentinels': 'mt5'}, "SENTINELS = 'mt5'.*bind SENTENCEPIECE_MODEL"),
+    "a file's sentinels without a file": (None, {'sentinels': 'mt5'}, "SENTINELS = 'mt5'.*set SENTENCEPIECE_MODEL"),
     'a file that has none': ('model', {'sentinels': 'mt5'}, 'has no piece <extra_id_0>'),
     'others on top': ('holds_sentinels', {'sentinels': 't5'}, '<extra_id_0> is id 49'),
-    'umT5 without a file': (None, {'sentinels': 'umt5'}, "SENTINELS = 'umt5'.*bind SENTENCEPIECE_MODEL"),
+    'umT5 without a file': (None, {'sentinels': 'umt5'}, "SENTINELS = 'umt5'.*set SENTENCEPIECE_MODEL"),
     'umT5 on top of others': (
         'holds_sentinels',
         {'sentinels': 'umt5'},
         "SENTINELS = 'umt5' adds.*<extra_id_0> is id 49",
     ),
     'bytes and a file': ('model', {'sentinels': 'byt5'}, "SENTINELS = 'byt5' are bytes, and SENTENCEPIECE_MODEL"),
-    'twice the same': (None, {'sentinels': (300, 300)}, r'SENTINELS = \(300, 300\) must be different ids'),
+    'twice the same': (None, {'sentinels': (300, 300)}, r'SENTINELS = \(300, 300\) must be distinct ids'),
     'padding': (None, {'sentinels': (300, 0)}, r'SENTINELS = \(300, 0\) must be'),
     'none': (None, {'sentinels': ()}, r'SENTINELS = \(\) must be'),
     'too few': (None, {'sentinels': (300,)}, 'needs 2 sentinels and the vocabulary has 1: .*SENTINELS'),
     'none at all': ('model', {'extra_ids': 0}, 'needs 2 sentinels and the vocabulary has 0: .*SENTINELS'),
-    'in the text': (None, {'sentinels': (300, ord('o') + 3)}, 'the text holds the id 114, which is sentinel 1'),
+    'in the text': (None, {'sentinels': (300, ord('o') + 3)}, 'the text contains the id 114, which is sentinel 1'),
 }
 
 
@@ -105,18 +105,18 @@ def test_refused(case, folder, request):  # noqa: F811
 
 
 def test_byt5_does_not_take_bytes_that_the_text_holds(tmp_path):
-    """UTF-8 never uses the last eleven; what comes below is the start of rarer letters."""
+    """UTF-8 never uses the last eleven bytes; the bytes below start rarer letters."""
     (tmp_path / 'a.txt').write_text('Αυτό είναι κείμενο. ' * 200)
     files = TextFiles(str(tmp_path / 'a.txt'), sentinels='byt5')
     assert first_batch(config(files))['encoder_input_tokens'].max() == 258
     # 57 spans: 258 down to 202, and Greek letters begin with the bytes 206 and 207.
-    with pytest.raises(UserError, match='the text holds the id 210, which is sentinel 48'):
+    with pytest.raises(UserError, match='the text contains the id 210, which is sentinel 48'):
         first_batch(dataclasses.replace(config(files), task_feature_lengths={'inputs': 1024, 'targets': 229}))
 
 
 @pytest.mark.parametrize('command', ['plan', 'train'])
 def test_what_training_refuses_a_plan_refuses(command, folder, dense, tmp_path, capsys):  # noqa: F811
-    """Lengths and sentinels, before data is read."""
+    """Checks of lengths and sentinels before data is read."""
     files = ['models/t5_1_1_tiny.gin', 'tasks/text_files_span_corruption.gin', 'runs/continue_dense.gin']
     named = {
         'TRAIN_FILES': f'{folder}/*.txt',
@@ -137,7 +137,7 @@ def test_what_training_refuses_a_plan_refuses(command, folder, dense, tmp_path, 
 
 @pytest.mark.parametrize('tokenizer', ['ByT5Tokenizer', 'T5Tokenizer'])
 def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # noqa: F811
-    """Its configuration names its tokenizer; its sizes do not tell it from ours."""
+    """Its configuration names its tokenizer; its sizes equal ours."""
     tree = trees.t5(False, state=False, vocab_size=384)
     source = trees.write(tmp_path / 'in', 'huggingface', {k: v for k, v in tree.items() if k != 'step'})
     config_file = tmp_path / 'in' / 'config.json'
@@ -168,7 +168,7 @@ def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # 
     ],
 )
 def test_what_is_made_of_a_checkpoint_keeps_its_sentinels(command, sentinels, folder, tmp_path, capsys):  # noqa: F811
-    """Else the next run would take others without a word, which the model has never seen."""
+    """Otherwise the next run would silently use sentinels that the model has never seen."""
     tree = trees.t5(False, state=False, vocab_size=384)
     source = trees.write(tmp_path / 'in', 'huggingface', {k: v for k, v in tree.items() if k != 'step'})
     config_file = tmp_path / 'in' / 'config.json'
@@ -208,7 +208,7 @@ def test_what_is_made_of_a_checkpoint_keeps_its_sentinels(command, sentinels, fo
     [('umt5', 256_384, '256299, 256298'), ('mt5', 250_112, '250099, 250098'), ('umt5', 384, None)],
 )
 def test_checkpoints_with_the_vocabularies_of_mt5_and_umt5(model_type, rows, first, folder, tmp_path):  # noqa: F811
-    """What they were trained with is no default of a task on another file."""
+    """A task on another file does not default to the sentinels of the checkpoint."""
     biases = 'every_layer' if model_type == 'umt5' else 'shared'
     tree = trees.t5(False, state=False, vocab_size=rows, emb_dim=2, position_biases=biases)
     source = trees.write(tmp_path / 'in', 'huggingface', tree, {'model_type': model_type})
@@ -218,5 +218,5 @@ def test_checkpoints_with_the_vocabularies_of_mt5_and_umt5(model_type, rows, fir
         assert kind is None
         data.check_sentinels(source, kind)
         return
-    with pytest.raises(UserError, match=f"sentinels {first}, .* takes 358, 357, .*SENTINELS = '{model_type}'"):
+    with pytest.raises(UserError, match=f"sentinels {first}, .* uses 358, 357, .*SENTINELS = '{model_type}'"):
         data.check_sentinels(source, kind)

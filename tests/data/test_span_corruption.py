@@ -1,4 +1,4 @@
-"""Span corruption loses nothing, has the lengths it says, and is T5's."""
+"""Span corruption loses no tokens, has the stated lengths, and equals T5's."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_lengths_and_density_are_exact(length):
         mask, inputs, targets = corrupt(random_tokens(length), [[seed, 3], [seed, 4]])
         assert mask.sum() == lengths.noise
         assert (len(inputs) + 1, len(targets) + 1) == (lengths.inputs, lengths.targets)
-        assert not mask[0] and mask[-1], 'kept and noise spans take turns, beginning with a kept one'
+        assert not mask[0] and mask[-1], 'kept and noise spans alternate, beginning with a kept one'
     if length > 100:
         assert abs(lengths.noise / length - 0.15) < 0.005
         assert abs(lengths.noise / lengths.spans - 3) < 0.2
@@ -70,7 +70,7 @@ def test_masks_differ_by_seed_and_only_by_seed():
 def test_every_position_after_the_first_is_noise_equally_often():
     masks = np.stack([span_corruption.noise_mask(40, [[s, 1], [s, 2]]).numpy() for s in range(400)])
     assert masks.mean() == pytest.approx(0.15)
-    # T5's masks always end in noise and never begin with it; in between no position is spared.
+    # T5's masks always end in noise and never begin with it; all positions between can be noise.
     assert (masks.mean(axis=0)[1:] > 0.03).all()
 
 
@@ -88,9 +88,9 @@ def test_t5s_own_lengths():
 @pytest.mark.parametrize(
     ('lengths', 'message'),
     [
-        ({'inputs': 512, 'targets': 113}, "which need 114 tokens for inputs of 512: bind 'targets' to 114 or more"),
+        ({'inputs': 512, 'targets': 113}, "which need 114 tokens for inputs of 512: set 'targets' to 114 or more"),
         ({'inputs': 4096, 'targets': 4096}, 'needs 227 sentinels and the vocabulary has 100'),
-        ({'inputs': 3, 'targets': 9}, "bind 'inputs' to 4 or more"),
+        ({'inputs': 3, 'targets': 9}, "set 'inputs' to 4 or more"),
         ({'inputs': 512}, "both 'inputs' and 'targets'"),
         (None, "both 'inputs' and 'targets'"),
     ],

@@ -1,4 +1,4 @@
-"""Synthetic batches: a pure function of seed and number, the same for any number of hosts."""
+"""Synthetic batches: a pure function of (seed, number), for any number of hosts."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_batches_do_not_depend_on_hosts_or_start(source):
         for name, array in whole[number].items():
             np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array)
     assert not np.array_equal(*(next(iter(batch.values())) for batch in whole[:2]))
-    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide into the 3 parts'):
+    with pytest.raises(UserError, match='BATCH_SIZE = 8 is not divisible by the 3 parts'):
         source.batches(share=Share.even(0, 3))
 
 

@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, b): whatever the start, the number of hosts, or the road they come by."""
+"""Batches are a pure function of (seed, b), for any start, number of hosts and pipeline."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ def assert_equal(left, right):
 
 
 def decoded_text(batch, row, vocabulary):
-    """The chunk that a row was made of."""
+    """The chunk that a row was made from."""
     sentinels = vocabulary.vocab_size - vocabulary.extra_ids
     spans, sentinel = {}, None
     for token in batch['decoder_target_tokens'][row].tolist():
@@ -250,7 +250,7 @@ def test_a_streamed_task_is_packed_and_replayed(streamed):
     assert {name: (value.shape, value.dtype) for name, value in batches[0].items()} == streamed.batch_spec()
     assert batches[0]['encoder_segment_ids'].max() > 1
     assert_equal(take(streamed, 2, 9), batches[9:11])
-    assert 'replaying' in streamed.promise()
+    assert 'replays' in streamed.promise()
     assert 'corpus_sha256' not in streamed.fingerprint()
 
 
@@ -260,14 +260,14 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
     )
     batches = take(evaluation, None)
     assert [int((b['decoder_loss_weights'].sum(axis=1) > 0).sum()) for b in batches] == [4, 4, 2]
-    with pytest.raises(UserError, match='bind EVAL_STEPS'):
+    with pytest.raises(UserError, match='set EVAL_STEPS'):
         evaluation.batches(share=Share.even(0, 4))
     bounded = dataclasses.replace(evaluation, num_batches=5)
     parts = [take(bounded, None, share=Share.even(i, 4)) for i in range(4)]
     assert [len(part) for part in parts] == [5] * 4
     assert sum((b['decoder_loss_weights'].sum(axis=1) > 0).sum() for part in parts for b in part) == 10
     assert len(take(bounded, None)) == 3
-    # A stream is dealt to readers, wherever in the batch their rows are, and one reader may be several hosts.
+    # A stream is dealt out to readers, independently of their rows, and one reader may be several hosts.
     assert_equal(take(bounded, None, share=Share(0, 2, (0, 3), 4)), take(bounded, None, share=Share.even(0, 2)))
     assert_equal(take(evaluation, None, share=Share(0, 1, (0, 1), 2)), batches)
 
@@ -280,9 +280,9 @@ def test_a_streamed_evaluation_ends_and_hosts_end_together(streamed):
             "'stdlib_span_coruption' is not registered",
         ),
         ({'source': None, 'module': 'no.such.module'}, "MIXTURE_OR_TASK_MODULE = 'no.such.module' cannot be imported"),
-        ({'source': None, 'task_feature_lengths': {'inputs': 32}}, "lengths of both 'inputs' and 'targets'"),
+        ({'source': None, 'task_feature_lengths': {'inputs': 32}}, "both 'inputs' and 'targets'"),
         ({'split': 'test'}, "no split 'test'"),
-        ({'task_feature_lengths': {'inputs': 32, 'targets': 7}}, "bind 'targets' to 8 or more"),
+        ({'task_feature_lengths': {'inputs': 32, 'targets': 7}}, "set 'targets' to 8 or more"),
         ({'task_feature_lengths': {'inputs': 400, 'targets': 400}, 'split': 'validation'}, 'give it more text'),
     ],
 )
@@ -293,7 +293,7 @@ def test_mistakes_are_one_sentence(train, change, message):
 
 
 def test_a_batch_must_divide_among_the_hosts(train):
-    with pytest.raises(UserError, match='BATCH_SIZE = 8 does not divide into the 3 parts'):
+    with pytest.raises(UserError, match='BATCH_SIZE = 8 is not divisible by the 3 parts'):
         train.batches(share=Share.even(0, 3))
 
 

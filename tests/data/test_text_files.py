@@ -1,4 +1,4 @@
-"""The user's own files: SentencePiece, splits, and what is said when something is wrong with them."""
+"""The user's text files: SentencePiece, splits and error messages."""
 
 import itertools
 
@@ -95,8 +95,8 @@ def test_names_are_relative_to_the_shared_folder():
     ('files', 'message'),
     [
         ({'train_files': '{}/no*.txt'}, "TRAIN_FILES = '{}/no*.txt' matches no file"),
-        ({'train_files': None}, 'TRAIN_FILES is not bound'),
-        ({'train_files': []}, 'TRAIN_FILES is not bound'),
+        ({'train_files': None}, 'TRAIN_FILES is not set'),
+        ({'train_files': []}, 'TRAIN_FILES is not set'),
         ({'train_files': '{}/*.txt', 'validation_files': '{}/no'}, "VALIDATION_FILES = '{}/no' matches no file"),
         ({'train_files': '{}/*.txt', 'validation_files': '{}/1.txt'}, '{}/1.txt is matched by TRAIN_FILES and by'),
         ({'train_files': '{}/*.txt', 'vocabulary': '{}/no.model'}, "SENTENCEPIECE_MODEL = '{}/no.model' cannot be"),
@@ -121,7 +121,5 @@ def test_a_model_with_other_special_ids_is_refused(folder):
 def test_one_file_has_no_validation(folder):
     source = config(TextFiles(str(folder / '0.txt')))
     assert len(list(itertools.islice(source.batches(), 3))) == 3
-    with pytest.raises(
-        UserError, match="'validation' holds no text .* bind VALIDATION_FILES, or give TRAIN_FILES several"
-    ):
+    with pytest.raises(UserError, match="'validation' is empty .* set VALIDATION_FILES, or give TRAIN_FILES several"):
         config(TextFiles(str(folder / '0.txt')), 'validation').batches()

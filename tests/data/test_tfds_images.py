@@ -1,4 +1,4 @@
-"""TFDS data sets, prepared here in both of TFDS's formats: read by place, or streamed."""
+"""TFDS datasets, prepared here in both file formats: read by index, or streamed."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ N = {'train': 40, 'test': 10}
 
 
 def examples(n):
-    """Images whose brightness tells which they are."""
+    """Images identified by their brightness."""
     for i in range(n):
         labels = [i % 7, 6] if i % 2 else [i % 7]
         yield i, {'image': np.full((12, 10, 3), 5 * i, np.uint8), 'label': i % 7, 'labels': labels, 'number': i}
@@ -71,7 +71,7 @@ def config(data_dir, source=None, **changes):
 
 
 def numbers(batches):
-    """Which images: 5 levels of brightness each."""
+    """Numbers of the images, 5 levels of brightness each."""
     return [int(round(float(row.mean()) / 5)) for batch in batches for row in batch['image'][batch['weights'] > 0]]
 
 
@@ -127,7 +127,7 @@ def test_streamed_hosts_share_the_images(streamed):
     parts = [first(data, 5, share=Share.even(h, 2)) for h in range(2)]
     assert sorted(numbers(parts[0]) + numbers(parts[1])) == list(range(40))
     assert_same(first(data, 3, start=2, share=Share.even(1, 2)), parts[1][2:])
-    # A stream is dealt to readers, wherever in the batch their rows are.
+    # A stream is dealt out to readers, independently of their rows in the batch.
     assert_same(first(data, 5, share=Share(0, 2, (0, 3), 4)), parts[0])
 
 
@@ -167,7 +167,7 @@ def test_fingerprint(by_place, streamed):
 
 
 def test_mistakes(by_place, tmp_path):
-    with pytest.raises(UserError, match=r"bright has no split 'validation': bind it to one of .*test.*train"):
+    with pytest.raises(UserError, match=r"bright has no split 'validation': set it to one of .*test.*train"):
         config(by_place, split='validation').batches()
     with pytest.raises(UserError, match=r"TFDS_NAME = 'brihgt' is neither known to TFDS .* nor prepared in"):
         DatasetConfig(TfdsImages('brihgt', by_place), CentralCropPreprocessing(), 'train', 8).batches()
@@ -175,9 +175,9 @@ def test_mistakes(by_place, tmp_path):
         UserError, match=r'cifar10/3\.0\.2 is not prepared in .*: run `tfds build cifar10 --file_format=array'
     ):
         DatasetConfig(TfdsImages('cifar10', str(tmp_path)), CentralCropPreprocessing(), 'train', 8).batches()
-    with pytest.raises(UserError, match=r"label_feature = 'class' is no feature of bright"):
+    with pytest.raises(UserError, match=r"label_feature = 'class' is not a feature of bright"):
         config(by_place, source={'label_feature': 'class'}).num_classes  # noqa: B018
-    with pytest.raises(UserError, match=r"label_feature = 'number' of bright holds no classes"):
+    with pytest.raises(UserError, match=r"label_feature = 'number' of bright is not a class label"):
         config(by_place, source={'label_feature': 'number'}).num_classes  # noqa: B018
 
 

@@ -1,4 +1,4 @@
-"""seqio tasks of the user's that do not fit: whatever seqio or the task raises is one sentence that names the binding."""
+"""User seqio tasks that do not fit: any error of seqio or the task becomes one sentence that names the binding."""
 
 import pytest
 import seqio
@@ -40,7 +40,7 @@ def add(name, rows=None, features=None, preprocessors=None):
     )
 
 
-# How the task is registered, how it is bound, words of the message.
+# Arguments of the task, bindings, words of the message.
 CASES = {
     'is not cached': (
         {'preprocessors': [TEXT[0], seqio.CacheDatasetPlaceholder(), TEXT[1]]},

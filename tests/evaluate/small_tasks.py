@@ -1,6 +1,6 @@
-"""Two tasks over files in the format in which SuperGLUE is distributed, and a mixture of them; written down as T5 writes them.
+"""Two tasks over files in SuperGLUE's format, with T5's texts, and a mixture of them.
 
-`FOLDER` is where the files lie: `write` makes them.
+`write` makes the files in `FOLDER`.
 """
 
 import json
@@ -13,13 +13,13 @@ import tensorflow as tf
 
 FOLDER = tempfile.mkdtemp()
 VOCABULARY = seqio.ByteVocabulary()
-# What the metrics were given, newest last.
+# Arguments of the metrics, newest last.
 ANSWERS: list[tuple[list[str], list[str]]] = []
 SCORES: list[tuple[list[str], np.ndarray]] = []
 
 
 def write(folder: str = FOLDER) -> None:
-    """`boolq` and `copa`: lines of JSON, as in the archives of super.gluebenchmark.com."""
+    """Writes `boolq` and `copa` as lines of JSON, as in the archives of super.gluebenchmark.com."""
     boolq = [
         {
             'question': f'is {n} even',
@@ -67,13 +67,13 @@ def _copa(row):
 
 
 def accuracy(targets, predictions):
-    """In per cent, as t5's."""
+    """Accuracy in percent, as in t5."""
     ANSWERS.append((list(targets), list(predictions)))
     return {'accuracy': 100.0 * np.mean([a == b for a, b in zip(targets, predictions, strict=True)])}
 
 
 def likelihood(targets, scores):
-    """Of the right answer."""
+    """Likelihood of the correct answer."""
     SCORES.append((list(targets), np.asarray(scores)))
     return {'log_likelihood': float(np.mean(scores)), 'answers': len(scores)}
 

@@ -1,4 +1,4 @@
-"""`upcycle eval`: the numbers that the trainer logs, for a run folder and for any other checkpoint, and what it refuses."""
+"""`upcycle eval`: the trainer's metrics, for run folders and other checkpoints, and refusals."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_a_checkpoint_without_its_folder_needs_the_files(dense, tmp_path, capsys
         for name in ('ACTIVATION_DTYPE', 'BATCH_SIZE', 'NUM_EMBEDDINGS', 'TASK_FEATURE_LENGTHS')
     }
     files = options((runs.TINY, runs.TASK, 'runs/eval.gin'), {**small, 'EVAL_STEPS': 2})
-    # A training step could not cut its batch so; nothing is trained.
+    # A training batch could not be divided like this, but nothing is trained.
     files += options((), {'NUM_MICROBATCHES': 3})
     code, out, _ = call(['eval', f'--from={tmp_path}/moved', *files], capsys)
     assert code == 0
@@ -61,7 +61,7 @@ def test_long_names_stand_apart_from_their_values():
 
 
 def test_a_dense_checkpoint_is_evaluated_as_it_is_upcycled(dense, upcycled, capsys):
-    """The trainer's line at step 0 of the upcycled run, without the run."""
+    """The metrics equal the trainer's line at step 0 of the upcycled run."""
     first = lines_of(upcycled, 'validation')[0]
     files = options(runs.FILES['upcycle'], runs.bindings('upcycle', 'unused', 6))
     code, out, error = call(['eval', f'--from={dense}', '--json', *files], capsys)
@@ -69,7 +69,7 @@ def test_a_dense_checkpoint_is_evaluated_as_it_is_upcycled(dense, upcycled, caps
     metrics = json.loads(out)['metrics']['validation']
     for name in (*COMPARED, 'experts/fraction_dropped'):
         assert metrics[name] == pytest.approx(first[name], rel=1e-6)
-    # The run's own checkpoint is sparse: nothing is upcycled again.
+    # The run's own checkpoint is sparse and not upcycled again.
     code, out, error = call(['eval', f'--from={upcycled}', '--json'], capsys)
     last = lines_of(upcycled, 'validation')[-1]
     assert 'upcycled' not in error
@@ -86,7 +86,7 @@ def test_a_dense_checkpoint_is_evaluated_as_it_is_upcycled(dense, upcycled, caps
     ],
 )
 def test_a_model_of_another_function_is_not_evaluated(kind, fixture, binding, value, request, capsys):
-    """Leaves fit, and the numbers would be another model's."""
+    """The leaves fit, but the metrics would be another model's."""
     folder = request.getfixturevalue(fixture)
     files = options(runs.FILES[kind], runs.bindings(kind, 'unused', 6) | {binding: value})
     code, _, error = call(['eval', f'--from={folder}', *files], capsys)
@@ -94,7 +94,7 @@ def test_a_model_of_another_function_is_not_evaluated(kind, fixture, binding, va
 
 
 def test_a_run_is_not_resumed_as_another_function(dense, tmp_path):
-    """Whatever its config.gin says."""
+    """Independent of its config.gin."""
     run = shutil.copytree(dense, tmp_path / 'run')
     config = run / 'config.gin'
     config.write_text(config.read_text().replace("('gelu', 'linear')", "('silu', 'linear')"))
@@ -106,7 +106,7 @@ def test_probes_of_the_trainer_and_of_the_command_are_one(tmp_path, capsys):
     files = (vision.MODEL, vision.TASK, 'runs/pretrain.gin', 'runs/few_shot.gin')
     few = {'FEW_SHOT_SEEDS': 2, 'FEW_SHOT_SHOTS': '(5, 10)', 'FEW_SHOT_PERIOD': 2, 'EVAL_PERIOD': 100}
     train.run(files, vision.bindings(tmp_path / 'run', 3, **few))
-    # Probes are no part of what a run is: the same run goes on with others.
+    # A run may be resumed with other probes.
     few |= {'FEW_SHOT_SHOTS': '(1, 5, 10)'}
     train.run(files, vision.bindings(tmp_path / 'run', 3, **few))
     capsys.readouterr()
@@ -118,7 +118,7 @@ def test_probes_of_the_trainer_and_of_the_command_are_one(tmp_path, capsys):
     result = json.loads(out)['metrics']['few_shot']
     assert result['10shot/seeds'] == logged[-1]['10shot/seeds']
     assert result['5shot'] == logged[-1]['5shot']
-    # The same by files, with bindings of their own.
+    # The same by files with their own bindings.
     more = ['--few_shot', '--gin.FEW_SHOT_SEEDS=1', '--gin.EVAL_STEPS=1']
     files = options(files[:-1], {k: v for k, v in vision.TINY.items() if k != 'EVAL_STEPS'})
     code, out, _ = call(['eval', f'--from={tmp_path}/run', '--json', *files, *more], capsys)
@@ -133,7 +133,7 @@ MISTAKES = {
     'probe of a language model': (['--few_shot'], ['FEW_SHOT', 't5']),
     'a sparse model': (
         options((runs.TINY, 'moe/t5.gin', runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4}),
-        ['is dense and the model is not', 'runs/upcycle.gin'],
+        ['is dense and the model is sparse', 'runs/upcycle.gin'],
     ),
     'another architecture': (
         options((runs.TINY, runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4, 'NUM_EMBEDDINGS': 384, 'MLP_DIM': 8}),
@@ -145,7 +145,7 @@ MISTAKES = {
     ),
     'unused binding': (
         options((runs.TINY, runs.TASK, 'runs/eval.gin'), {'NUM_EXPERTS': 4}),
-        ['NUM_EXPERTS', 'used by nothing'],
+        ['NUM_EXPERTS', 'is unused'],
     ),
 }
 

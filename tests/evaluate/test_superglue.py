@@ -1,6 +1,6 @@
-"""SuperGLUE as the t5 package defines it, on small data sets in the form in which TFDS prepares them, against t5's metric code.
+"""SuperGLUE as defined by the t5 package, on small data sets as prepared by TFDS, compared with t5's metric code.
 
-Skipped where t5 is not installed (`pip install upcycle[t5]`).
+Skipped if t5 is not installed (`pip install upcycle[t5]`).
 """
 
 import functools
@@ -20,7 +20,7 @@ pytest.importorskip('t5', reason='t5 is not installed (pip install upcycle[t5])'
 
 MIXTURE = 'super_glue_v102_proportional'
 LENGTHS = {'inputs': 128, 'targets': 16}
-# What t5 measures of each, and so the numbers that a paper's score is a mean of.
+# t5's metrics of each task, whose means give the paper's score.
 MEASURED = {
     'boolq_v102': {'accuracy'},
     'cb_v102': {'mean_3class_f1', 'accuracy'},
@@ -40,7 +40,7 @@ def sentence(n, length=6):
 
 
 def example(config, n):
-    """A row of the data set, of its own fields and types."""
+    """Returns a row with the data set's fields and types."""
     label = n % 2
     pronoun = f'{sentence(n)} because he said so'
     return {
@@ -56,7 +56,7 @@ def example(config, n):
             'idx': n,
             'label': label,
         },
-        # Three answers to each question.
+        # Three answers per question.
         'multirc': {
             'paragraph': sentence(n // 3, 12),
             'question': sentence(n // 3),
@@ -103,7 +103,7 @@ def example(config, n):
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
-    """All of SuperGLUE, twelve rows a split, and a vocabulary learnt from them in the place of t5's, which is in a bucket."""
+    """Writes all of SuperGLUE, twelve rows per split, and a vocabulary trained on them; t5's own is in a bucket."""
     import sentencepiece
     import seqio
     import tensorflow_datasets as tfds
@@ -169,7 +169,7 @@ FILES = (runs.TINY, 'moe/t5.gin', 'tasks/superglue.gin', 'runs/scratch.gin', 'ru
 
 
 def half_right(params, batch, *, wrong):
-    """The right answer where the inputs add up to an even number."""
+    """Returns the correct answer if the inputs add up to an even number."""
     right = (batch['encoder_input_tokens'].sum(axis=-1) % 2 == 0)[:, None]
     return jax.numpy.where(right, batch['decoder_target_tokens'], wrong)
 

@@ -1,4 +1,4 @@
-"""seqio's tasks, answered: what the metrics are given, and what `upcycle eval` and the trainer make of it."""
+"""Evaluation of seqio tasks: the arguments of their metrics, and the results of `upcycle eval` and the trainer."""
 
 import json
 
@@ -36,7 +36,7 @@ def bindings(model_dir='unused', **more):
 
 
 def examples(name):
-    """Token ids of a task's inputs and targets, filled up to the lengths above."""
+    """Token ids of a task's inputs and targets, padded to the lengths above."""
     task = small_tasks.seqio.get_mixture_or_task(f'small_{name}')
     rows = task.get_dataset({'inputs': 80, 'targets': 8}, split='validation', shuffle=False).as_numpy_iterator()
     rows = list(rows)
@@ -48,7 +48,7 @@ def examples(name):
 
 @pytest.mark.parametrize('files', [FILES, SPARSE], ids=['dense', 'sparse'])
 def test_metrics_are_given_the_models_answers_in_order(files):
-    """Six questions and three choices in batches of four: the last batch of each is filled up."""
+    """Six questions and three choices in batches of four: the last batch of each is padded."""
     more = {'NUM_EXPERTS': 4} if files is SPARSE else {}
     run = configuration.load([*files, METRICS], bindings(**more))
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
@@ -82,7 +82,7 @@ def test_metrics_are_given_the_models_answers_in_order(files):
 
 @pytest.fixture(scope='module')
 def learnt(tmp_path_factory):
-    """A tiny model that has learnt what answers look like, and not which is right."""
+    """A tiny model that has learnt the form of answers, but not which is correct."""
     path = tmp_path_factory.mktemp('learnt') / 'run'
     steps = {'TRAIN_STEPS': 160, 'EVAL_PERIOD': 160, 'CHECKPOINT_PERIOD': 160, 'LOG_PERIOD': 20, 'BATCH_SIZE': 8}
     more = {'TASK_METRICS_PERIOD': 80, 'WARMUP_STEPS': 100, 'MIXTURE_OR_TASK_NAME': 'small_boolq', **steps}
@@ -101,7 +101,7 @@ def test_the_trainer_measures_as_it_goes(learnt):
 
 
 def test_a_run_folder_needs_no_other_files(learnt, capsys):
-    """Beam search, of the first examples, and of another task than the run's; its config.gin imports tasks, so it is named."""
+    """Beam search on the first examples of another task. The run's config.gin imports tasks, so it is named explicitly."""
     more = ['--gin.TASK_METRICS_EXAMPLES=2', '--gin.TASK_METRICS_DECODES=2', '--gin.TASK_METRICS_OF=small_glue']
     files = [f'--gin_file={learnt}/config.gin', f'--gin_file={METRICS}']
     code, out, err = call(['eval', *files, f'--from={learnt}', '--json', *more], capsys)
@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_done(command, bin
     assert not (tmp_path / 'run').exists()
 
 
-def test_random_tokens_are_no_task(tmp_path):
+def test_random_tokens_are_not_a_task(tmp_path):
     with pytest.raises(UserError, match='TASK_METRICS needs a text task in EVAL_DATASET'):
         train.run([*runs.FILES['dense'], METRICS], runs.bindings('dense', tmp_path / 'run', 1))
     assert not (tmp_path / 'run').exists()
@@ -139,6 +139,6 @@ def test_what_cannot_be_measured_is_refused():
         tasks.TaskEvaluator(run.task_metrics, run.model, run.eval_data, partitioning.batch_sharding(mesh))
     with pytest.raises(UserError, match='TASK_METRICS_DECODES = 0'):
         configuration.load([*FILES, METRICS], bindings(TASK_METRICS_DECODES=0))
-    with pytest.raises(UserError, match='TASK_METRICS is for models that write text'):
+    with pytest.raises(UserError, match='TASK_METRICS is for T5 models'):
         small = runs.bindings('vit dense', 'unused', 1)
         configuration.load([*runs.FILES['vit dense'], METRICS], small)

@@ -1,4 +1,4 @@
-"""Which tokens go to which expert."""
+"""Statistics of the tokens of each expert."""
 
 import dataclasses
 import math
@@ -19,15 +19,15 @@ SIZES = {'emb_dim': 32, 'mlp_dim': 64}
 
 
 def test_experts_that_share_out_the_tokens_say_which_it_was():
-    # Expert e reads kinds 4e to 4e + 3, each as often.
+    # Expert e gets kinds 4e to 4e + 3 equally often.
     count_ExV = jnp.asarray(np.kron(np.eye(4), np.full((1, 4), 1000.0)), jnp.float32)
     assert token_statistics.information(count_ExV) == pytest.approx(math.log(4), abs=1e-3)
     assert all(set(row) <= {4 * e, 4 * e + 1, 4 * e + 2, 4 * e + 3, -1} for e, row in enumerate(_typical(count_ExV)))
 
 
-def test_chance_is_no_information():
+def test_random_routing_has_no_information():
     rng = np.random.default_rng(0)
-    # 2,000 tokens of 50 kinds: the plain estimate finds 49 * 7 / 4000 nats in nothing.
+    # 2,000 random tokens of 50 kinds: the plain estimate is 49 * 7 / 4000 nats too large.
     draws = rng.integers(0, 8, 2000), rng.integers(0, 50, 2000)
     count_ExV = np.zeros((8, 50), np.float32)
     np.add.at(count_ExV, draws, 1)
@@ -39,7 +39,7 @@ def test_chance_is_no_information():
 
 
 def test_typical_is_frequent_and_preferred():
-    # Both experts read kind 0 most; kind 2 is the first one's own, and so is the rare kind 3; kind 1 is the second one's.
+    # Both experts get mostly kind 0; only the first gets kind 2 and the rare kind 3, only the second kind 1.
     count_ExV = jnp.asarray([[500.0, 10.0, 80.0, 1.0], [500.0, 90.0, 0.0, 0.0]])
     np.testing.assert_array_equal(_typical(count_ExV), [[2, 3, -1, -1], [1, 0, -1, -1]])
 
@@ -66,7 +66,7 @@ def test_of_a_text_model_with_a_router_that_looks_at_the_token(dispatch):
     model = EncoderDecoderModel(dataclasses.replace(config, encoder_moe=None, decoder_moe=moe, decoder_moe_layers=(0,)))
     batch = random_batch(vocab_size=8, batch=64, inputs=4, targets=16, padding=2)
     params = init(model, batch)[0]
-    # Nothing but the embedding reaches the layer, and the embedding of token v points along axis v modulo 4.
+    # Only the embedding reaches the layer, and that of token v points along axis v modulo 4.
     params['decoder']['layers_0'] = jax.tree.map(
         lambda leaf: jnp.zeros_like(leaf) if leaf.ndim > 1 else leaf, params['decoder']['layers_0']
     )
@@ -100,7 +100,7 @@ def test_of_an_image_model_the_kinds_are_labels():
     assert found[f'experts/{layer}/token_kinds'].shape == (4,)
 
 
-def test_layers_where_every_expert_reads_every_token_are_left_out():
+def test_dense_routing_is_skipped():
     config = with_moe(small_t5(**SIZES), num_experts=4)
     soft = changed(config.encoder_moe, router='soft', slots_per_expert=1)
     model = EncoderDecoderModel(dataclasses.replace(config, encoder_moe=soft))

@@ -1,4 +1,4 @@
-"""Every experiment of configs/: at every scale each of its points is built."""
+"""Builds every point of every experiment in configs/ at every scale."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ from upcycle.sweep import conduct, grid
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 B16 = ('models/vit_b16.gin', 'moe/vit.gin')
 BASE = ('models/t5_1_1_base.gin', 'moe/t5.gin')
-# Experiment and scale: gin files and bindings that its header asks for, and its points.
+# Experiment and scale: the gin files and bindings that its header asks for, and its number of points.
 SCALES = {
     ('finetune_imagenet', 'full'): (B16, {'INITIAL_CHECKPOINT_PATH': '/nowhere'}, 12),
     ('finetune_imagenet', 'mini'): ((), {}, 14),

@@ -1,5 +1,6 @@
-"""Every gin file: built, and stepped twice; full sizes abstractly."""
+"""Every gin file is built and stepped twice; full sizes are stepped abstractly."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -42,7 +43,7 @@ RECIPES = (
 RATES = ('restarted_rate', 'constant_minimum')
 T5_1_0 = tuple(f't5_1_0_{size}' for size in ('small', 'base', 'large', '3b', '11b'))
 FULL_SIZES = (*(f't5_1_1_{size}' for size in ('small', 'base', 'large', 'xl')), *T5_1_0)
-SCANNED = {'SCAN_LAYERS': 'True'}  # as deep stacks are trained: one block is traced, not 12 or 32
+SCANNED = {'SCAN_LAYERS': 'True'}  # as deep stacks are trained: traces one block, not 12 or 32
 VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 
 
@@ -60,14 +61,14 @@ def test_no_gin_file_is_left_out():
     covered |= {f'surgery/{name}.gin' for name in (*EXPERT_OPERATORS, *DENSE_OPERATORS)} | {'runs/warm_start.gin'}
     covered |= {f'recipes/{name}.gin' for name in (*RECIPES, *RATES)}
     covered |= {'t5x/continue_upcycled.gin'}  # for T5X
-    # Stepped in tests of their own.
+    # Stepped in other tests.
     covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'task_metrics', 'finetune', 'finetune_vit')}
     covered |= {'tasks/superglue.gin'}
     assert here == covered
 
 
 def test_what_t5x_goes_on_with_is_our_recipe():
-    """Its other macros are flaxformer's and T5X's; those that both have must be the same."""
+    """Macros that both recipes have must be equal; T5X's other macros are its own and flaxformer's."""
 
     def macros(file):
         lines = (GIN / file).read_text().splitlines()
@@ -78,7 +79,7 @@ def test_what_t5x_goes_on_with_is_our_recipe():
     both |= {'NUM_SELECTED_EXPERTS', 'AUX_LOSS_FACTOR'}
     for name in both:
         assert float(ours[name].split('#')[0]) == float(theirs[name].split('#')[0]), name
-    # T5X multiplies the gradients of experts by it.
+    # T5X multiplies the gradients of experts by this number.
     assert theirs['NUM_EXPERT_PARTITIONS'] == '1'
 
 
@@ -98,7 +99,7 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
     assert moments.shape[0] == 4 and (moments != 0).any()
 
 
-# Other kinds step the same gin files.
+# Other kinds step their gin files too.
 SELDOM = ('text dense', 'vit dense')
 
 
@@ -117,9 +118,10 @@ def test_runs_step_twice(kind, tmp_path, request):
 
 
 def first_step(files, bindings, *, trained=True):
-    """The receipt of a run's surgery, and the state after one step on any batch, without data, evaluation and checkpoints.
+    """Upcycles and trains one step on a constant batch, without data, evaluation and checkpoints.
 
-    Without a step where it is not `trained`.
+    Returns:
+      The receipt of the surgery, and the state: after the step, or before it if not `trained`.
     """
     run = configuration.load(files, bindings)
     begin = start.Start.of(run)
@@ -136,7 +138,7 @@ def first_step(files, bindings, *, trained=True):
 
 @pytest.fixture(scope='module')
 def sparse(tmp_path_factory, dense):
-    """The run folder of a model of three experts a layer."""
+    """Run folder of a model with three experts per layer."""
     path = tmp_path_factory.mktemp('sparse') / 'run'
     runs.train('upcycle', path, 5, INITIAL_CHECKPOINT_PATH=dense, NUM_EXPERTS=3, DIVERSITY_PERIOD=1)
     return str(path)
@@ -155,10 +157,10 @@ def test_experts_come_apart(sparse):
 
 @pytest.mark.parametrize('name', EXPERT_OPERATORS)
 def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
-    # What it finds is tested on operators, in seconds.
+    # The tests of operators cover the check's results in less time.
     monkeypatch.setattr(first_state, 'check_function', lambda *_: {})
     start = {Start.DENSE: dense, Start.SEVERAL: (dense, dense), Start.MOE: sparse}
-    # To four experts as everywhere, so that the step is compiled once.
+    # Grow to four experts, as in all tests, so that the step is compiled once.
     more = {'GROW_UTILITY': 'weight'} if name == 'grow' else {}
     path = start[EXPERT_OPERATORS[name].starts_from]
     bindings = runs.bindings('upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=path, **more)
@@ -183,14 +185,14 @@ def test_surgeries_step(name, tmp_path, dense, sparse, monkeypatch):
 def test_a_vit_takes_them_too(file, tmp_path, dense_vit):
     bindings = runs.bindings('vit upcycle', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense_vit)
     if file.startswith('recipes/'):
-        bindings['OPTIMIZER_STATE'] = 'fresh'  # the dense one has none of a shared expert's, or of a scale
+        bindings['OPTIMIZER_STATE'] = 'fresh'  # the dense run has no state of a shared expert or a scale
     files = (*runs.FILES['vit upcycle'], f'{file}.gin')
     if file == 'surgery/random':
         assert configuration.load(files, bindings).surgery.operator.initializer == 'xavier_uniform'
     receipt, state = first_step(files, bindings)
     assert int(state.step) == 5
     gaps = [layer['gap'] for layer in receipt['function_check']['layers'].values()]
-    # Where there is room for every token.
+    # The function is unchanged if there is room for every token.
     assert gaps and (max(gaps) < 1e-5) == (file in ('surgery/granular', 'recipes/shared_experts'))
 
 
@@ -216,13 +218,13 @@ def test_dense_surgeries_step(name, sizes, tmp_path, dense, sparse):
     assert np.isfinite(receipt['function_check']['whole_model']['loss_gap'])
 
 
-# What they compute is tested on routers and layers, in seconds.
+# The tests of routers and layers cover what they compute in less time.
 @pytest.mark.parametrize('abstractly', [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipes_step(name, abstractly, tmp_path):
     small = dict(runs.ONE_SPARSE_LAYER)
     if name == 'soft_moe':
-        small['GROUP_SIZE'] = '32'  # of the task's sequences
+        small['GROUP_SIZE'] = '32'  # length of the task's sequences
     bindings = runs.bindings('scratch', tmp_path / 'run', 2, **small)
     run = configuration.load((*runs.FILES['scratch'], f'recipes/{name}.gin'), bindings)
     plain = configuration.load(runs.FILES['scratch'], bindings)
@@ -232,15 +234,15 @@ def test_recipes_step(name, abstractly, tmp_path):
         return
     begin = start.Start.of(run)
     with partitioning.use(begin.mesh):
-        where, sharding = begin.layout, partitioning.batch_sharding(begin.mesh)
+        layout, sharding = begin.layout, partitioning.batch_sharding(begin.mesh)
         spec = run.train_data.batch_spec()
         batch = partitioning.put_batch({name: np.ones(shape, dtype) for name, (shape, dtype) in spec.items()}, sharding)
-        # Without a program to initialise it.
+        # A constant state needs no compiled initialisation.
         state = jax.tree.map(
-            lambda leaf: jax.device_put(np.full(leaf.shape, 0.1, leaf.dtype), leaf.sharding), where.abstract
+            lambda leaf: jax.device_put(np.full(leaf.shape, 0.1, leaf.dtype), leaf.sharding), layout.abstract
         )
         step = int(state.step)
-        state, metrics = loop.lower_step(run, where, sharding).compile()(state, batch)
+        state, metrics = loop.lower_step(run, layout, sharding).compile()(state, batch)
     assert int(state.step) == step + 1 and np.isfinite(metrics['loss'])
 
 
@@ -265,7 +267,7 @@ def test_warm_start_steps(tmp_path, dense):
 def test_routers_from_hidden_states(tmp_path, dense):
     more = {'INITIAL_CHECKPOINT_PATH': dense, 'ROUTER_INIT': 'hidden', 'BATCH_SIZE': 4}
     receipt, _ = first_step(runs.FILES['upcycle'], runs.bindings('upcycle', tmp_path / 'run', 5, **more))
-    # Identical experts: whatever the routers are, a covered token gets its weights' sum of the dense MLP.
+    # Experts are identical: for any router, a covered token gets the dense MLP's output times the sum of its weights.
     for layer in receipt['function_check']['layers'].values():
         assert layer['max_abs_difference_covered'] < 1e-5 * max(layer['dense_rms'], 1)
 
@@ -277,8 +279,6 @@ def test_text_files_task_steps_twice(tmp_path):
         (corpus / f'{i}.txt').write_text(f'This is sentence {i} of a small corpus. ' * 40)
     files = (runs.TINY, 'tasks/text_files_span_corruption.gin', 'runs/pretrain.gin')
     more = {'TRAIN_FILES': str(corpus / '*.txt')}
-    from upcycle.commands import train
-
     state = train.run(files, runs.bindings('dense', tmp_path / 'run', 2, **more))
     assert int(state.step) == 2
 
@@ -351,12 +351,12 @@ def test_c4_task_builds_or_says_what_to_install():
         assert run.train_data.batch_spec()['encoder_input_tokens'][0] == (128, 512)
 
 
-# Parameters, as computed from the sizes in the T5 1.1 gin files: dense, and with 32 experts in half of the layers.
+# Parameter counts computed from the sizes of T5 1.1: dense, and with 32 experts in half of the layers.
 COUNTS = {
     't5_1_1_base': (247.6e6, 2.003e9),
     't5_1_1_large': (783.0e6, 7.220e9),
     't5_1_1_xl': (2.850e9, 26.255e9),
-    # Of the published T5 1.0: those of its arrays.
+    # T5 1.0: the counts of the published arrays.
     't5_1_0_small': (60_506_624, None),
     't5_1_0_base': (222_903_552, None),
     't5_1_0_large': (737_668_096, None),
@@ -365,30 +365,33 @@ COUNTS = {
 }
 
 
-def layout_of(run):
-    """The layout of a run of any size on one device."""
+@contextlib.contextmanager
+def on_one_device(run):
+    """Yields the layout of a run of any size on one device."""
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
     with partitioning.use(mesh):
-        return make_layout(run, mesh)
+        yield make_layout(run, mesh)
+
+
+def num_parameters(run):
+    with on_one_device(run) as layout:
+        return cost.num_parameters(layout.abstract.params)
 
 
 def step_abstractly(run):
-    """One step of a run by `jax.eval_shape`, at any size; the parameters after it."""
-    mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.devices()[:1])
-    with partitioning.use(mesh):
-        where = make_layout(run, mesh)
+    """Steps a run of any size by `jax.eval_shape`; returns the parameters after the step."""
+    with on_one_device(run) as layout:
         batch = {name: jax.ShapeDtypeStruct(*spec) for name, spec in run.train_data.batch_spec().items()}
         step = functools.partial(
             train_step,
             model=run.model,
             optimizer=run.optimizer,
             learning_rate=run.learning_rate.schedule(0, run.total_steps),
-            batch_axes=where.batch_axes,
+            batch_axes=layout.batch_axes,
         )
-        state, metrics = jax.eval_shape(step, where.abstract, batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), where.abstract
-    )
+        state, metrics = jax.eval_shape(step, layout.abstract, batch)
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (layout.abstract, state))
+    assert before == after
     assert metrics['loss'].shape == ()
     return state.params
 
@@ -404,19 +407,19 @@ def full_t5(size, sparse):
 
 
 def first_often(cases, first):
-    """Parameters of a test, of which all but `first` are left to `make test-all`."""
+    """Marks all cases of a test except `first` as exhaustive."""
     return [pytest.param(*case, marks=() if case == first else pytest.mark.exhaustive) for case in cases]
 
 
-# An upcycled T5 1.0 of a larger size differs from T5 1.1 in nothing that a smaller one does not.
+# Upcycled, T5 1.0 differs from T5 1.1 in the same way at all sizes, so one is enough.
 T5_CASES = [(size, sparse) for size in FULL_SIZES for sparse in (False, True) if not sparse or size not in T5_1_0[1:]]
 
 
 @pytest.mark.parametrize(('size', 'sparse'), T5_CASES)
 def test_full_sizes_have_their_parameters(size, sparse):
-    params = layout_of(full_t5(size, sparse)).abstract.params
+    count = num_parameters(full_t5(size, sparse))
     if expected := COUNTS.get(size, (None, None))[sparse]:
-        assert cost.num_parameters(params) == pytest.approx(expected, rel=0 if size in T5_1_0 else 1e-3)
+        assert count == pytest.approx(expected, rel=0 if size in T5_1_0 else 1e-3)
 
 
 @pytest.mark.parametrize(('size', 'sparse'), first_often(T5_CASES, ('t5_1_1_small', True)))
@@ -428,7 +431,7 @@ def test_umt5_has_its_parameters_and_steps():
     files = ('models/umt5_base.gin', runs.TASK, 'runs/pretrain.gin')
     bindings = {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', 'NUM_EMBEDDINGS': '256384', **SCANNED}
     run = configuration.load(files, bindings)
-    # T5 1.1 Base with another vocabulary, and 22 tables more.
+    # T5 1.1 Base with another vocabulary and 22 more tables of position biases.
     expected = COUNTS['t5_1_1_base'][0] + 2 * (256384 - 32128) * 768 + 22 * 12 * 32
     assert cost.num_parameters(step_abstractly(run)) == pytest.approx(expected, rel=1e-3)
 
@@ -452,7 +455,7 @@ def test_position_biases_in_every_layer_are_upcycled_and_trained(tmp_path):
         first_step(runs.FILES['upcycle'], bindings | {'POSITION_BIASES': 'shared'}, trained=False)
 
 
-# Parameters with a head of 1,000 classes, as computed from the sizes: dense, and with 32 experts in the last half of the blocks.
+# Parameter counts with 1,000 classes, computed from the sizes: dense, and with 32 experts in the last half of the blocks.
 VIT_COUNTS = {
     'b32': (88.2e6, 966.7e6),
     'b16': (86.5e6, 965.1e6),
@@ -461,7 +464,7 @@ VIT_COUNTS = {
 }
 
 
-# A sparse one has dense blocks too; what is counted is taken both ways.
+# A sparse model has dense blocks too, so only counted sizes are also built dense.
 VIT_CASES = [(size, True) for size in VIT_SIZES] + [(size, False) for size in VIT_COUNTS]
 
 
@@ -487,9 +490,9 @@ def full_vit(size, sparse, photos):
 
 @pytest.mark.parametrize(('size', 'sparse'), VIT_CASES)
 def test_full_vits_have_their_parameters(size, sparse, photos):
-    params = layout_of(full_vit(size, sparse, photos)).abstract.params
+    count = num_parameters(full_vit(size, sparse, photos))
     if size in VIT_COUNTS:
-        assert cost.num_parameters(params) == pytest.approx(VIT_COUNTS[size][sparse], rel=1e-3)
+        assert count == pytest.approx(VIT_COUNTS[size][sparse], rel=1e-3)
 
 
 @pytest.mark.parametrize(('size', 'sparse'), first_often(VIT_CASES, ('ti32', True)))
@@ -498,7 +501,7 @@ def test_full_vits_step_abstractly(size, sparse, photos):
 
 
 def test_upcycling_differs_from_dense_continuation_in_moe_and_surgery_only(tmp_path, dense):
-    """Law 5: identical hyperparameters."""
+    """Law 5 of the design: identical hyperparameters."""
     resolved = {}
     for kind in ('continue', 'upcycle'):
         runs.build(kind, tmp_path, 10, INITIAL_CHECKPOINT_PATH=dense)

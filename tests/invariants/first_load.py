@@ -86,7 +86,7 @@ def load(files, bindings):
             return lambda *arguments: (look(), function(*arguments))[1]
 
         with (
-            unittest.mock.patch.object(first_state, 'print_progress', lambda what: look),
+            unittest.mock.patch.object(first_state.Progress, 'show', look),
             unittest.mock.patch.object(ArrayReader, 'read', looking(ArrayReader.read)),
             unittest.mock.patch.object(Maker, 'expert', looking(Maker.expert, counts=True)),
             unittest.mock.patch.object(first_state, 'check_function', at_entry(first_state.check_function)),

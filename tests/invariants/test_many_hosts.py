@@ -170,6 +170,6 @@ def test_few_shot_probes(shape, order):
     one = probe((1, 1, 1))
     for found in call(probe, shape, order=order):
         assert found['metrics'] == one['metrics']
-        for kind in ('primal', 'dual'):
+        for kind in ('more images than features', 'fewer images than features'):
             scores = np.array(one[kind])
             assert np.abs(np.array(found[kind]) - scores).max() <= 1e-5 * np.abs(scores).max()

@@ -83,7 +83,7 @@ def test_two_processes_upcycle_and_train_as_one(kind, start, whole, tmp_path):
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [PREEMPTED] * 2, outputs
     step = read_metrics(log)[-1]['step']
-    assert all(f'asked to stop, and saved step {step};' in output for output in outputs)
+    assert all(f'stopped on request and saved step {step};' in output for output in outputs)
     assert open_checkpoint(path).step == step
     processes(2, 4).call(train, kind, path, max(step + 2, 10), start)
     lines = read_metrics(log)

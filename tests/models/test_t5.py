@@ -187,7 +187,7 @@ class TestPositionBiases:
             assert close_to_largest(looped[name], gradient), name
 
     def test_is_said_by_name(self):
-        with pytest.raises(UserError, match="POSITION_BIASES = 'some' is not one of shared, every_layer"):
+        with pytest.raises(UserError, match="POSITION_BIASES = 'some' must be one of shared, every_layer"):
             dataclasses.replace(DENSE, position_biases='some')
 
 

@@ -15,6 +15,7 @@ from tests.moe.quick import jit, random_params
 from tests.small import close_to_largest, fixture, image_batch, small_vit, vit_moe
 from upcycle.errors import UserError
 from upcycle.models.image_classifier import ImageClassifier
+from upcycle.models.layer_norm import LayerNorm
 from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.vit import Attention, Pooling, ViTConfig
 from upcycle.moe.config import MoEConfig
@@ -326,9 +327,9 @@ def test_load_loss_is_the_variation_of_the_expected_load():
     [
         ({'image_size': 18}, 'IMAGE_SIZE = 18 is not a multiple of PATCH_SIZE = 4'),
         ({'num_heads': 3}, 'EMBED_DIM = 128 is not a multiple of NUM_HEADS = 3'),
-        ({'pooling': 'max'}, "POOLING = 'max' is not one of token, gap, map"),
+        ({'pooling': 'max'}, "POOLING = 'max' must be one of token, gap, map"),
         ({'moe': MoEConfig(4), 'moe_layers': 'last_5'}, "MOE_LAYERS = 'last_5', but the stack has 4 layers"),
-        ({'stochastic_depth': 1.0}, 'STOCHASTIC_DEPTH = 1.0 must lie in'),
+        ({'stochastic_depth': 1.0}, r'STOCHASTIC_DEPTH = 1.0 must be a number in \[0, 1\)'),
         ({'group_images': 0}, 'GROUP_IMAGES = 0 must be'),
     ],
 )
@@ -349,3 +350,25 @@ def test_other_images_and_more_classes_are_refused():
     Data.image_shape, Data.num_classes = (16, 16, 3), 11
     with pytest.raises(UserError, match='NUM_CLASSES = 10 is smaller than the 11 classes'):
         ImageClassifier(small_vit()).check_data(Data())
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 2**-7)])
+def test_the_layer_norm_and_its_gradient_are_those_of_flax(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 + rng.normal(size=(4, 16, 128)), dtype)
+    params = {name: jnp.asarray(1 + rng.normal(size=128), jnp.float32) for name in ('scale', 'bias')}
+    change = jnp.asarray(rng.normal(size=x.shape), dtype)
+
+    def run(norm):
+        @jit
+        def both(params, x):
+            y, pull = jax.vjp(lambda params, x: norm.apply({'params': params}, x), params, x)
+            assert y.dtype == x.dtype
+            return y, pull(change)
+
+        return both(params, x)
+
+    expected = run(nn.LayerNorm(1e-6, dtype, use_fast_variance=False))
+    wide = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf).astype(np.float32))
+    for ours, flax in zip(*map(jax.tree.leaves, (wide(run(LayerNorm(1e-6, dtype))), wide(expected))), strict=True):
+        assert close_to_largest(ours, flax, tolerance)

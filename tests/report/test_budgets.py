@@ -1,4 +1,4 @@
-"""Branches at several budgets, and runs in several legs."""
+"""Branches at several budgets, and chained runs."""
 
 import io
 import pathlib
@@ -17,7 +17,7 @@ STEPS = range(0, 101, 2)
 
 
 def run(name, loss, role=Role.UPCYCLED, steps=STEPS, step_flops=1.0, start_step=1000, sunk=500.0):
-    """A run that logs `loss(flops)`."""
+    """Returns a run that logs `loss(flops)`."""
     records = tuple(
         {
             'split': 'validation',
@@ -53,7 +53,7 @@ def test_differences_at_equal_flops():
     rows = {(row.branch, row.share): row for row in at_budgets(compare_seeds(seeds(0.05, 0.07)), 'copy')}
     early, late = rows['drop', 0.1], rows['drop', 1.0]
     # Averaged over the last twentieth of the budget before it.
-    assert early.differences == pytest.approx((0.05 - 0.002 * 7.5, 0.07 - 0.002 * 7.5))
+    assert early.values == pytest.approx((0.05 - 0.002 * 7.5, 0.07 - 0.002 * 7.5))
     assert late.mean == pytest.approx(0.06 - 0.002 * 97.5)
     assert late.half_width == pytest.approx(12.706 * 0.01, rel=1e-3)
     assert ('short', 0.25) in rows and ('short', 0.5) not in rows

@@ -1,4 +1,4 @@
-"""Claims: who is better at which cost, and when the seeds settle it."""
+"""Claims: which branch is better at which cost, and when the seeds decide it."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.report.test_budgets import run
 from upcycle.report.claims import Claim, as_markdown, judge
 from upcycle.report.numbers import Numbers, ends, write_csv
 from upcycle.report.numbers import as_markdown as numbers_as_markdown
-from upcycle.report.plots import Final, final_plot
+from upcycle.report.plots.ends import Final, final_plot
 from upcycle.report.runs import Role
 
 
@@ -26,7 +26,7 @@ CLAIM = Claim('Ours ends ahead.', 'ours', 'theirs')
 
 def test_a_claim_holds_where_the_interval_excludes_zero():
     verdict = judge(CLAIM, seeds(0.1, 0.12, 0.11))
-    assert verdict.differences == pytest.approx((-0.1, -0.12, -0.11))
+    assert verdict.values == pytest.approx((-0.1, -0.12, -0.11))
     assert verdict.half_width == pytest.approx(4.302653 * 0.01 / 3**0.5)
     assert verdict.word == 'holds'
     assert verdict.standard_errors == pytest.approx(0.11 / (0.01 / 3**0.5))
@@ -93,13 +93,13 @@ def test_a_difference_of_differences():
         for group, gap in zip(seeds(0.1, 0.12), (0.1, 0.12), strict=True)
     ]
     verdict = judge(Claim('', 'ours', 'theirs', than=('other', 'theirs')), runs)
-    assert verdict.differences == pytest.approx((-0.05, -0.05)) and verdict.word == 'holds'
+    assert verdict.values == pytest.approx((-0.05, -0.05)) and verdict.word == 'holds'
     assert judge(Claim('', 'ours', 'theirs', than=('nowhere', 'theirs')), runs).mean is None
     assert '(ours less theirs) less (other less theirs)' in as_markdown([verdict])
 
 
 def test_step_by_step():
-    """Half as many steps of twice the cost: level at equal FLOPs, ahead at equal steps."""
+    """Half as many steps of twice the cost: equal at equal FLOPs, ahead at equal steps."""
     dear = run('dear', lambda x: 2 - 0.01 * x, steps=range(0, 51, 2), step_flops=2.0)
     pair = [{'dear': dear, 'theirs': run('theirs', lambda x: 2 - 0.01 * x)}]
     assert judge(Claim('', 'dear', 'theirs'), pair).mean == pytest.approx(0)

@@ -1,4 +1,4 @@
-"""Any damaged `metrics.jsonl` is one sentence of `upcycle report`, with the file and the line."""
+"""For any damaged `metrics.jsonl`, `upcycle report` prints one sentence with the file and the line."""
 
 import json
 
@@ -39,9 +39,9 @@ DAMAGED = {
     'UTF-16': (WHOLE.decode().encode('utf-16'), 'line 1, is not a JSON object'),
     'latin-1': (WHOLE.replace(b'"train"', '"übung"'.encode('latin-1')), 'line 1, is not a JSON object'),
     'deep': (WHOLE.replace(WHOLE.splitlines()[1], b'[' * 100_000), 'line 2, is not a JSON object'),
-    'empty': (b'', 'holds no complete line'),
-    'blank': (b'\n\n  \n', 'holds no complete line'),
-    'only half a line': (b'{"step": 2', 'holds no complete line'),
+    'empty': (b'', 'has no complete line'),
+    'blank': (b'\n\n  \n', 'has no complete line'),
+    'only half a line': (b'{"step": 2', 'has no complete line'),
     'no step': (without('step'), "line 2, has no 'step'"),
     'no split': (without('split'), "line 2, has no 'split'"),
     **{

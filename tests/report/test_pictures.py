@@ -1,12 +1,11 @@
-"""Pictures of a report: small files."""
+"""The pictures of a report are small files."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-from upcycle.report.plots import Plot
-from upcycle.report.plots.figure import COLOURS, DPI
+from upcycle.report.plots.figure import COLOURS, DPI, Plot
 
 NOISE = np.random.default_rng(0).normal(size=5000)
 

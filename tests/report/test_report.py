@@ -1,4 +1,4 @@
-"""The numbers of the report on runs whose curves are straight lines, and what a user may have done to the folders."""
+"""The numbers of a report on runs with linear curves, and damaged or unusual run folders."""
 
 import csv
 import dataclasses
@@ -15,18 +15,18 @@ from upcycle.errors import UserError
 from upcycle.report.command import report_main
 from upcycle.report.compare import Report, interpolate, mean_rows, paired, reaches
 from upcycle.report.html import write_report
-from upcycle.report.plots import Plot
-from upcycle.report.plots.experts import LoadOverSteps
-from upcycle.report.quantities import unit
+from upcycle.report.plots.experts import load_over_steps
+from upcycle.report.plots.figure import Plot
 from upcycle.report.runs import Axis, Role, Run, load_run
 from upcycle.report.tables import print_table
+from upcycle.report.text import unit
 
 START, SUNK_FLOPS, SUNK_SECONDS = 1000, 1000 * 3e12, 1000 / 8.0
 LAYERS = ('encoder/layers_1', 'decoder/layers_1')
 
 
 def write_run(folder, start, steps, flops, rate, loss, experts=False, sunk=(0.0, 0.0), every=100):
-    """A run whose validation loss is `loss(steps since start)` and whose accuracy is a tenth of it."""
+    """Writes a run with validation loss `loss(steps since start)` and a tenth of it as accuracy."""
     folder.mkdir(parents=True)
     lines = []
     for k in range(0, steps + 1, every):
@@ -65,8 +65,12 @@ def runs(tmp_path):
 
 @pytest.fixture
 def not_drawn(monkeypatch):
-    """Figures without their pictures, whose drawing is most of a test's time."""
+    """Skips drawing, which takes most of a test's time."""
     monkeypatch.setattr(Plot, 'png', lambda self: b'')
+
+
+def one_seed(*runs):
+    return [{run.name: run for run in runs}]
 
 
 def test_roles_come_from_names_and_else_from_metrics(tmp_path, runs):
@@ -90,7 +94,7 @@ def test_roles_come_from_names_and_else_from_metrics(tmp_path, runs):
 
 
 def test_table_at_the_end_and_at_equal_cost(runs):
-    report = Report.compare(runs)
+    report = Report(runs)
     rows = {row.branch: row for row in report.rows}
     up, dense = rows['upcycled'], rows['dense continuation']
     assert report.sunk == {Axis.FLOPS: SUNK_FLOPS, Axis.STEPS: START, Axis.SECONDS: SUNK_SECONDS}
@@ -106,28 +110,27 @@ def test_table_at_the_end_and_at_equal_cost(runs):
     steps = {Axis.FLOPS: (800 * 3 / 4.7, 800), Axis.STEPS: (700, 700), Axis.SECONDS: (500, 800)}
     for axis, (ours, theirs) in steps.items():
         gap = (3.1 - 4e-4 * ours) - (3.0 - 1e-4 * theirs)
-        difference = report.differences['upcycled'][axis]
-        assert difference.loss == pytest.approx(gap, abs=1e-9)
-        assert difference.accuracy == pytest.approx(gap / 10, abs=1e-9)
+        assert report.difference('upcycled', axis, 'loss') == pytest.approx(gap, abs=1e-9)
+        assert report.difference('upcycled', axis, 'accuracy') == pytest.approx(gap / 10, abs=1e-9)
     assert up.loss_at_budget == pytest.approx(3.1 - 4e-4 * 800 * 3 / 4.7, abs=1e-9)
     assert dense.loss_at_budget == dense.loss
 
 
 def test_where_the_time_went(tmp_path, runs, capsys):
     console = rich.console.Console(width=200)
-    print_table(Report.compare(runs), console)
+    print_table([Report(runs)], console)
     assert 'Where the time went' not in capsys.readouterr().out
     folder = write_run(tmp_path / 'timed', 0, 100, 1e12, 1.0, lambda k: 1.0)
     spent = {'seconds': 80.0, 'data_seconds': 20.0, 'evaluation_seconds': 15.0, 'checkpoint_seconds': 5.0}
     lines = [json.loads(line) | spent for line in (folder / 'metrics.jsonl').read_text().splitlines()]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    print_table(Report.compare([load_run(folder)]), console)
+    print_table([Report([load_run(folder)])], console)
     out = capsys.readouterr().out.split('Where the time went')[1]
     assert re.search(r'timed +100 seconds +60\.0% +20\.0% +15\.0% +5\.0%', out), out
 
 
 def test_scratch_is_charged_its_whole_budget(runs):
-    report = Report.compare(runs)
+    report = Report(runs)
     row = next(row for row in report.rows if row.role is Role.SCRATCH)
     assert row.extra_steps == 800
     assert row.extra_flops == pytest.approx(1800 * 4.7e12 - SUNK_FLOPS, rel=1e-12)
@@ -139,7 +142,7 @@ def test_scratch_is_charged_its_whole_budget(runs):
 
 
 def test_dense_checkpoint_crossing_and_catching_up(runs):
-    report = Report.compare(runs)
+    report = Report(runs)
     assert report.dense == pytest.approx({'loss': 3.0, 'accuracy': 0.3}, abs=1e-9)
     up, base = report.find(Role.UPCYCLED), report.find(Role.DENSE_CONTINUATION)
     assert report.passes(up, base, Axis.STEPS) == pytest.approx(0.1 / 3e-4, abs=1e-9)
@@ -153,22 +156,22 @@ def test_dense_checkpoint_crossing_and_catching_up(runs):
 def test_a_dense_run_that_went_on_is_read_at_the_branch_point(tmp_path, runs):
     longer = load_run(write_run(tmp_path / 'longer', 0, 2 * START, 3e12, 8.0, lambda k: 5.0 - 0.002 * k), Role.DENSE)
     others = [run for run in runs if run.role is not Role.DENSE]
-    row = Report.compare([longer, *others]).rows[0]
+    row = Report([longer, *others]).rows[0]
     assert (row.final_step, row.loss, row.extra_flops) == (START, pytest.approx(3.0, abs=1e-9), 0)
 
 
 def test_sunk_cost_comes_from_the_dense_run_when_branches_do_not_say(tmp_path):
     dense = load_run(write_run(tmp_path / 'dense', 0, START, 3e12, 8.0, lambda k: 3.0))
     more = load_run(write_run(tmp_path / 'continued', START, 200, 3e12, 8.0, lambda k: 3.0))
-    report = Report.compare([dense, more])
+    report = Report([dense, more])
     assert report.sunk == pytest.approx({Axis.FLOPS: SUNK_FLOPS, Axis.STEPS: START, Axis.SECONDS: SUNK_SECONDS})
 
 
 def test_different_starting_points_are_said(tmp_path, runs):
     late = write_run(tmp_path / 'upcycled_late', 2 * START, 700, 4.7e12, 5.0, lambda k: 3.0, True, (1e15, 1.0))
-    (warning,) = Report.compare([*runs, load_run(late)]).warnings
+    (warning,) = Report([*runs, load_run(late)]).warnings
     assert 'upcycled late at 2,000' in warning
-    assert not Report.compare(runs).warnings
+    assert not Report(runs).warnings
 
 
 def test_a_run_in_progress(tmp_path, runs, not_drawn):
@@ -180,7 +183,7 @@ def test_a_run_in_progress(tmp_path, runs, not_drawn):
     with pytest.raises(UserError, match=re.escape(f'{metrics}, line 1')):
         load_run(runs[-1].path)
     metrics.write_text(json.dumps({'step': START, 'split': 'train', 'start_step': START, 'loss': math.nan}) + '\n')
-    path = write_report([*runs[:-1], load_run(runs[-1].path)], tmp_path / 'out', 'half a run')
+    path = write_report(one_seed(*runs[:-1], load_run(runs[-1].path)), tmp_path / 'out', 'half a run')
     assert 'upcycled' in path.read_text()
 
 
@@ -194,14 +197,14 @@ def test_user_errors_name_the_path(tmp_path, runs):
     with pytest.raises(UserError, match='nowhere'):
         report_main([str(tmp_path / 'nowhere')], str(tmp_path / 'out'))
     with pytest.raises(UserError, match='upcycled'):
-        Report.compare([runs[-1], runs[-1]])
+        Report([runs[-1], runs[-1]])
     with pytest.raises(UserError):
-        Report.compare([])
+        Report([])
 
 
 def test_the_page_refers_to_files_of_its_folder_only(tmp_path, runs):
     notes = {'evaluated_on': '65,536 tokens', 'command': 'upcycle quickstart\n--out "<here>"'}
-    path = write_report(runs, tmp_path / 'out', 'A <title>', notes)
+    path = write_report(one_seed(*runs), tmp_path / 'out', 'A <title>', notes)
     page = path.read_text()
     assert not re.search(r'https?:|<script|<link|@import|url\(|data:', page)
     names = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -212,7 +215,7 @@ def test_the_page_refers_to_files_of_its_folder_only(tmp_path, runs):
     assert 'Receipt of upcycled' in page and 'pending' in page and '0.86' in page
     with (tmp_path / 'out' / 'report.csv').open() as file:
         rows = {row['branch']: row for row in csv.DictReader(file)}
-    expected = Report.compare(runs).differences['upcycled'][Axis.FLOPS].loss
+    expected = Report(runs).difference('upcycled', Axis.FLOPS, 'loss')
     assert float(rows['upcycled']['loss_difference_at_equal_flops']) == expected
     assert rows['dense']['loss_difference_at_equal_flops'] == ''
 
@@ -232,7 +235,7 @@ def test_load_over_time_is_that_of_the_least_even_layer_and_of_the_last_number_o
         for step, load in ((10, [0.5, 0.5]), (20, [0.3, 0.3, 0.2, 0.2]), (40, last))
     ]
     ax = matplotlib.figure.Figure().add_subplot()
-    LoadOverSteps(Run('grow', tmp_path, Role.UPCYCLED, tuple(records)))(ax)
+    load_over_steps(Run('grow', tmp_path, Role.UPCYCLED, tuple(records)), ax)
     assert ax.get_title().startswith('grow: ')
     (drawn,) = ax.collections
     np.testing.assert_allclose(drawn.get_array(), np.array([[0.3, 0.3, 0.2, 0.2], last]).T * 4)
@@ -249,11 +252,11 @@ def test_what_experts_read_is_of_the_layer_that_says_most_at_the_last_look(tmp_p
         return found | {'split': 'diversity', 'step': step}
 
     looked = dataclasses.replace(runs[-1], records=(*runs[-1].records, look(1100, 0.25), look(1200, 0.5)))
-    page = write_report([*runs[:-1], looked], tmp_path / 'out', 'looked').read_text()
+    page = write_report(one_seed(*runs[:-1], looked), tmp_path / 'out', 'looked').read_text()
     assert f'<summary>{looked.name}, {LAYERS[1]}: 1.500 nats</summary>' in page
     assert '<td>0</td><td>2.5</td><td>&#x27;def&#x27;</td>' in page and '<td>1</td><td>1</td><td>–</td>' in page
     assert '&lt;of&gt;' not in page
-    assert 'What each expert reads' not in write_report(runs, tmp_path / 'none', 'not looked').read_text()
+    assert 'What each expert reads' not in write_report(one_seed(*runs), tmp_path / 'none', 'not looked').read_text()
 
 
 def test_seeds_are_paired(tmp_path, not_drawn):
@@ -264,8 +267,7 @@ def test_seeds_are_paired(tmp_path, not_drawn):
     assert 'Thin lines: 3 seeds' in path.read_text() and 'seed 3' in path.read_text()
 
     reports = [
-        Report.compare([load_run(f) for f in sorted(folder.iterdir())])
-        for folder in sorted((tmp_path / 'runs').iterdir())
+        Report([load_run(f) for f in sorted(folder.iterdir())]) for folder in sorted((tmp_path / 'runs').iterdir())
     ]
     pair = next(p for p in paired(reports) if (p.branch, p.axis, p.metric) == ('upcycled', Axis.STEPS, 'loss'))
     assert pair.values == pytest.approx([shift - 0.11 for shift in shifts], abs=1e-9)
@@ -293,7 +295,7 @@ def test_a_dense_run_without_a_seed_serves_all_seeds(tmp_path, not_drawn):
 
 def test_console(runs):
     console = rich.console.Console(record=True, width=140)
-    print_table(Report.compare(runs), console)
+    print_table([Report(runs)], console)
     text = console.export_text()
     assert '+2.4 PFLOPs (80.0% of the sunk cost)' in text
     assert re.search(r'upcycled +steps +700 +loss +-0\.1100', text)

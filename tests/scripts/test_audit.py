@@ -1,4 +1,4 @@
-"""scripts/audit.sh, by a program that stands in for pip-audit."""
+"""scripts/audit.sh with a fake pip-audit."""
 
 import json
 import os
@@ -16,7 +16,7 @@ UNKNOWN = {'name': 'seqio', 'skip_reason': 'not found on the index'}
 
 
 def audit(folder, packages, code, *arguments):
-    """Runs the script beside a pip-audit that reports these packages (None: nothing) and exits with that code."""
+    """Runs the script with a pip-audit that reports these packages (None: nothing) and exits with that status."""
     program = folder / 'pip-audit'
     report = '' if packages is None else f'echo \'{json.dumps({"dependencies": packages})}\' > "${{a#--output=}}"'
     body = f'for a in "$@"; do [[ $a == --output=* ]] && {report or ":"}; done'
@@ -29,10 +29,10 @@ def audit(folder, packages, code, *arguments):
 @pytest.mark.parametrize(
     ('packages', 'pip_audit', 'code', 'words'),
     [
-        ([SOUND, OURS], 0, 0, '1 packages looked up, 0 with'),
+        ([SOUND, OURS], 0, 0, '1 packages checked, 0 with'),
         ([SOUND, KNOWN, OURS], 1, 1, 'pillow 9.0: CVE-1, fixed in 9.1'),
-        ([SOUND, UNKNOWN], 0, 2, 'seqio: not looked up (not found on the index)'),
-        (None, 1, 2, 'no report'),
+        ([SOUND, UNKNOWN], 0, 2, 'seqio: not checked (not found on the index)'),
+        (None, 1, 2, 'not written a report'),
     ],
 )
 def test_what_is_known_and_what_is_not(packages, pip_audit, code, words, tmp_path):

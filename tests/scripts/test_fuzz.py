@@ -1,4 +1,4 @@
-"""scripts/fuzz.py at a small size, and that it sees what it is there to see."""
+"""scripts/fuzz.py with few cases, and with bugs that it must find."""
 
 import importlib.util
 import json

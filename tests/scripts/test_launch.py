@@ -1,4 +1,4 @@
-"""Launchers: what they ask of gcloud, sbatch and xpk, by programs that stand in for them; processes of one host for real."""
+"""Launchers: their calls of fake gcloud, sbatch and xpk programs, and real processes on one host."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ TRAIN = ('train', '--gin_file=a.gin', "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}"
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Makes a program that notes its arguments, one a line, and its input, and does what a line of shell says."""
+    """Makes a program that records its arguments, one per line, and its input, and then runs a line of shell."""
     bin_folder = tmp_path / 'bin'
     bin_folder.mkdir()
 
@@ -180,7 +180,7 @@ def test_processes_that_were_told_to_stop_are_started_again(stand_in, tmp_path):
         f'tries={tmp_path}/tries_${{*: -1}}; echo >> "$tries"; sleep 0.05; [[ $(wc -l < "$tries") -gt 8 ]] || exit 75',
     )
     result = launch('processes.sh', 4, *TRAIN, folder=tmp_path)
-    assert result.returncode == 0 and result.stderr == 8 * 'told to stop, and saved: the same again\n'
+    assert result.returncode == 0 and result.stderr == 8 * 'preempted and saved: restarting\n'
     assert len(calls(log)) == 4 * 9
     for status in (UNAVAILABLE, PREEMPTED, 2):
         log = stand_in('upcycle', f'exit {status}')
@@ -193,7 +193,7 @@ def test_processes_that_were_told_to_stop_are_started_again(stand_in, tmp_path):
 def test_when_nobody_answers_a_process_the_others_are_started_again_too(stand_in, tmp_path):
     log = stand_in('upcycle', 'case "$*" in *process_index=1*) exit 69 ;; *) exec sleep 600 ;; esac')
     result = launch('processes.sh', 2, *TRAIN, folder=tmp_path, TRIES='2')
-    assert result.returncode == UNAVAILABLE and result.stderr.count('no answer: the same again') == 2
+    assert result.returncode == UNAVAILABLE and result.stderr.count('no answer: restarting') == 2
     assert log.read_text().count('process_index=1') == 2
 
 

@@ -1,4 +1,4 @@
-"""The watch over a long run: what counts as drift, and that it sees a real run."""
+"""scripts/long_run.py: what counts as drift, and a real run."""
 
 import importlib.util
 import pathlib
@@ -15,7 +15,7 @@ spec.loader.exec_module(long_run)
 
 
 def rows(memory=lambda i: 500, pace=lambda i: 1.0, log=lambda i: 100):
-    """Twenty rows of 1,000 steps: MiB, seconds and bytes of each."""
+    """Returns twenty rows of 1,000 steps each, from MiB, seconds and bytes per row."""
     found, seconds, size = [], 0.0, 0
     for i in range(20):
         seconds, size = seconds + pace(i), size + log(i)
@@ -41,7 +41,7 @@ def test_what_drift_is(changes, complaint):
 
 @pytest.mark.exhaustive
 def test_it_watches_a_run(tmp_path):
-    """Sixteen steps; whether so short a run drifts is not asked."""
+    """Sixteen steps are too few to judge drift, so either verdict passes."""
     result = subprocess.run(
         [sys.executable, SCRIPT, '--steps=16', '--every=2', f'--model_dir={tmp_path}'], capture_output=True, text=True
     )

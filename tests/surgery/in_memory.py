@@ -18,7 +18,7 @@ ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def abstract(model: Model, batch: Any) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str | None, ...]]]:
-    """A model's parameters by their names in a checkpoint: shapes, and logical axes."""
+    """Shapes and logical axes of a model's parameters, by their names in a checkpoint."""
     shapes, axes = _abstract(model, tuple(spec_of(batch).items()))
     return dict(shapes), dict(axes)
 
@@ -39,7 +39,7 @@ def leaves_of(source: Any, **more: Any) -> dict[str, jax.Array]:
 
 
 def plan_for(model: Model, source: Any, spec: Surgery, batch: Any) -> Plan:
-    """The plan from the parameters of another model, or of several."""
+    """The plan from the parameters of one or several models."""
     shapes, axes = abstract(model, batch)
     flat = leaves_of(source)
     return plan_surgery(
@@ -48,14 +48,14 @@ def plan_for(model: Model, source: Any, spec: Surgery, batch: Any) -> Plan:
 
 
 def upcycle(model: Model, source: Any, spec: Surgery, batch: Any, **more: Any) -> Any:
-    """The model's parameters, made of another model's or of several."""
+    """The model's parameters, made from one or several models."""
     flat = leaves_of(source)
-    what = plan_for(model, source, spec, batch)
-    shardings = dict.fromkeys((row.target for row in what.rows), ONE)
-    made = execute(what, lambda name, sharding: flat[name], shardings, new={}, **more)
+    plan = plan_for(model, source, spec, batch)
+    shardings = dict.fromkeys((row.target for row in plan.rows), ONE)
+    made = execute(plan, lambda name, sharding: flat[name], shardings, new={}, **more)
     return unflatten_dict(made, sep='/')['params']
 
 
 def params_of(model: Model, batch: Any, seed: int = 0) -> Any:
-    """Parameters of a model. No parameter is 0. Biases and a ViT's head start at 0, which would hide what becomes of them."""
+    """Nonzero parameters of a model. Biases and a ViT's head start at 0, which would hide mistakes."""
     return random_params(model.module(), **module_inputs(batch), seed=seed)

@@ -1,4 +1,4 @@
-"""Execution: right values, one read a source, random leaves by name, and the function check."""
+"""Execution: values, one read per source, random leaves by name, and the function check."""
 
 import itertools
 
@@ -38,7 +38,7 @@ ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def filled(leaves, seed=0):
-    """Numbers for every leaf of an abstract tree."""
+    """Random values for every leaf of an abstract tree."""
     rng = np.random.default_rng(seed)
     return {
         name: jnp.asarray(
@@ -83,10 +83,10 @@ def test_copies_experts_and_keeps_the_rest(state):
 @pytest.mark.parametrize('router', ['expert_choice', 'merged'])
 def test_the_optimizer_state_of_an_average_is_the_experts_sum(router):
     of_moe = leaves_of(with_moe(small_t5(), num_experts=4, num_shared_experts=1, router=router))
-    what = plan_surgery(of_moe, DENSE, Surgery(operator=None, dense_operator='average', optimizer_state='tile'))
-    assert all('/router/' in name or '/mixing' in name or name == 'rng' for name in what.dropped)
+    plan = plan_surgery(of_moe, DENSE, Surgery(operator=None, dense_operator='average', optimizer_state='tile'))
+    assert all('/router/' in name or '/mixing' in name or name == 'rng' for name in plan.dropped)
     source = filled(of_moe)
-    made = execute(what, lambda name, sharding: source[name], dict.fromkeys(DENSE, ONE), new={'rng': source['rng']})
+    made = execute(plan, lambda name, sharding: source[name], dict.fromkeys(DENSE, ONE), new={'rng': source['rng']})
     mlp, leaf = 'opt_state/param_states/encoder/layers_1/mlp', 'wo/kernel/v_row'
     expected = source[f'{mlp}/expert/{leaf}'].sum(axis=0) + source[f'{mlp}/shared/{leaf}']
     np.testing.assert_allclose(made[f'{mlp}/{leaf}'], expected, rtol=1e-6)
@@ -122,7 +122,7 @@ def test_hash_knows_path_dtype_shape_and_bytes():
 
 
 def upcycled(family, **settings):
-    """A dense model of a family with random parameters, and the same upcycled."""
+    """A dense model of a family with random parameters, and its upcycled version."""
     settings = {'num_experts': 4, **settings}
     if family == 'vit':
         config = small_vit(moe=vit_moe(**settings), pooling='map', group_images=2)
@@ -143,7 +143,7 @@ def upcycled(family, **settings):
 FAMILIES = ('t5', 'vit')
 
 
-# By default every two of the three settings meet once.
+# By default, every pair of the three settings occurs once.
 REPEATED = {('t5', True, 1.0), ('t5', False, 2.0), ('vit', False, 1.0), ('vit', True, 2.0)}
 
 
@@ -195,15 +195,15 @@ def test_function_check_notices_a_wrong_expert():
 
 @requires_fixtures
 def test_gives_the_parameters_that_t5x_upcycled():
-    """t5x's UpcycleCheckpointer and our surgery agree on every leaf but the routers, which are random in both."""
+    """t5x's UpcycleCheckpointer and our surgery agree on every leaf except routers, which are random in both."""
     dense, moe = fixture('t5x_dense_reference.npz'), fixture('flaxformer_moe_reference.npz')
     source = {'params/' + name: leaf for name, leaf in flatten_dict(fixture_tree(dense, 'params/'), sep='/').items()}
     expected = {'params/' + name: leaf for name, leaf in flatten_dict(fixture_tree(moe, 'params/'), sep='/').items()}
     model = EncoderDecoderModel(flaxformer_moe())
     target, _ = abstract(model, random_batch(FIXTURE_T5.vocab_size, batch=8, inputs=8))
     assert {name: leaf.shape for name, leaf in target.items()} == {name: leaf.shape for name, leaf in expected.items()}
-    what = plan_surgery(source, target, Surgery())
-    made = execute(what, lambda name, sharding: source[name], dict.fromkeys(target, ONE), new={})
+    plan = plan_surgery(source, target, Surgery())
+    made = execute(plan, lambda name, sharding: source[name], dict.fromkeys(target, ONE), new={})
     for name, leaf in expected.items():
         if '/router/' not in name:
             np.testing.assert_array_equal(made[name], leaf)

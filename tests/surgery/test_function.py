@@ -1,4 +1,4 @@
-"""What survives of the dense function, by operator: the receipt's check on both families."""
+"""How far each operator preserves the dense function: the receipt's check on both families."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ MOE = {'num_experts': 8, 'num_selected_experts': 4, 'eval_capacity_factor': 4.0,
 
 
 def model_of(family, **moe):
-    """A small model, at most 2 layers of it sparse, and a batch."""
+    """A small model with at most 2 sparse layers, and a batch."""
     settings = {**MOE, **moe}
     if family == 't5':
         return EncoderDecoderModel(with_moe(small_t5(), **settings)), random_batch(padding=3)
@@ -33,7 +33,7 @@ def dense_params(family):
 
 
 def layers(family, spec, router_stddev=0.3, **moe):
-    """The function check of each MoE layer on its own."""
+    """The function check of each MoE layer."""
     model, batch = model_of(family, **moe)
     spec = dataclasses.replace(spec, router_stddev=router_stddev)
     sparse = leaves_of(upcycle(model, dense_params(family), spec, batch))
@@ -60,8 +60,8 @@ def test_shards_add_up_to_the_dense_mlp(family, operator):
 @pytest.mark.parametrize(
     ('operator', 'gap'),
     [
-        # Without virtual groups a token visits shards of several copies; unscaled it gets 1 / G; half of the neurons are noise;
-        # GELU is not homogeneous.
+        # Without virtual groups, a token visits shards of several copies; without scaling it gets 1 / G; with 'partial' half of
+        # the neurons are noise; with 'nvidia', GELU is not homogeneous.
         (Granular(virtual_groups=False), 0.1),
         (Granular(scale='none'), 0.49),
         (Partial(ratio=0.5), 0.5),
@@ -80,7 +80,7 @@ def test_half_a_copy_is_not_the_mlp():
 
 
 def test_nvidias_scale_makes_up_for_raw_weights():
-    """Of T raw weights of an even softmax, E experts: s = T / E; the output has about the dense size again."""
+    """T raw weights of a uniform softmax over E experts sum to s = T / E; the output has about the dense scale."""
     spec = Surgery(operator=Granular(scale='nvidia', normalized=False, num_selected_experts=4))
     for layer in layers('t5', spec, 0.02, normalize_combine_weights=False, granularity=2):
         assert 0.7 < layer['ratio'] < 1.4
@@ -93,7 +93,7 @@ def test_a_shared_expert_with_xfts_weights_keeps_the_function_for_every_token(fa
     moe = {'num_shared_experts': granularity, 'shared_weights': 'xft', 'normalize_combine_weights': False}
     for layer in layers(family, Surgery(operator=operator), granularity=granularity, eval_capacity_factor=1.0, **moe):
         assert layer['covered'] < 1
-        # Where raw weights of whole shards add up to s, routed experts give s of the MLP and the shared one the rest.
+        # If raw weights of whole shards sum to s, routed experts give s of the MLP and the shared one the rest.
         assert layer['gap'] < 1e-5
 
 
@@ -111,9 +111,13 @@ def test_drop_says_how_much_it_changed():
 @pytest.mark.parametrize(
     ('spec', 'moe', 'message'),
     [
-        ({'operator': 'copy'}, {'granularity': 2}, "EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular'"),
+        (
+            {'operator': 'copy'},
+            {'granularity': 2},
+            "EXPERT_GRANULARITY makes experts narrower: use EXPERT_OPERATOR = 'granular'",
+        ),
         ({'operator': Granular(shards=2)}, {'granularity': 4}, 'needs a source of shape'),
-        ({'operator': Granular(shards=4)}, {'granularity': 4, 'num_experts': 6}, 'NUM_EXPERTS = 6 is no multiple'),
+        ({'operator': Granular(shards=4)}, {'granularity': 4, 'num_experts': 6}, 'NUM_EXPERTS = 6 is not a multiple'),
         (
             {'operator': Granular(shards=2)},
             {'granularity': 2, 'num_shared_experts': 1},

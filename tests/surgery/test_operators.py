@@ -1,4 +1,4 @@
-"""Operators on one MLP: a gated one without biases, as T5's, and a plain one with them, as ViT's."""
+"""Operators on one MLP: a gated one without biases, as in T5, and a plain one with biases, as in ViT."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from upcycle.surgery.plan import Action, Plan, Row, Surgery
 
 D, F, E = 6, 40, 4
 IN, OUT = ('expert', 'mlp_embed', 'expert_mlp'), ('expert', 'expert_mlp', 'mlp_embed')
-# Leaves of an MLP: shape, logical axes with the experts' in front.
+# Leaves of an MLP: shape, and logical axes with the expert axis first.
 MLPS = {
     't5': {'wi_0/kernel': ((D, F), IN), 'wi_1/kernel': ((D, F), IN), 'wo/kernel': ((F, D), OUT)},
     'vit': {
@@ -42,7 +42,7 @@ def rows_of(family, operator, path='params/encoder/layers_1/mlp', dtype=jnp.floa
 
 def mlp_of(family, path='params/encoder/layers_1/mlp', seed=0):
     rng = np.random.default_rng(seed)
-    # Means and deviations that differ from leaf to leaf.
+    # Means and deviations differ between leaves.
     return {
         f'{path}/{name}': (0.5 * i + (1 + i) * rng.standard_normal(shape)).astype(np.float32)
         for i, (name, (shape, _)) in enumerate(MLPS[family].items())
@@ -50,19 +50,19 @@ def mlp_of(family, path='params/encoder/layers_1/mlp', seed=0):
 
 
 def make_expert(operator, rows, sources, index, seed=0):
-    """One expert's leaves by their targets."""
-    what = Plan(tuple(rows), {}, Surgery(operator=operator, seed=seed))
-    maker = Maker(what, lambda name, sharding: sources[name], new={})
+    """One expert's leaves, by target."""
+    plan = Plan(tuple(rows), {}, Surgery(operator=operator, seed=seed))
+    maker = Maker(plan, lambda name, sharding: sources[name], new={})
     return {row.target: np.asarray(maker.expert(row, index)) for row in rows}
 
 
 def experts(family, operator, seed=0, **more):
-    """Every expert's leaves by their names within the MLP, and the dense MLP's."""
+    """The leaves of every expert and of the dense MLP, by name within the MLP."""
     rows, dense = rows_of(family, operator, **more), mlp_of(family)
-    found = [make_expert(operator, rows, dense, index, seed) for index in range(E)]
+    experts = [make_expert(operator, rows, dense, index, seed) for index in range(E)]
     prefix = 'params/encoder/layers_1/mlp/'
     return (
-        [{name.removeprefix(prefix + 'expert/'): np.asarray(leaf) for name, leaf in e.items()} for e in found],
+        [{name.removeprefix(prefix + 'expert/'): np.asarray(leaf) for name, leaf in e.items()} for e in experts],
         {name.removeprefix(prefix): leaf for name, leaf in dense.items()},
     )
 
@@ -78,7 +78,7 @@ def equal(expert, dense):
         *(('vit', operator) for operator in (Drop(ratio=0.0), Random(copied=E))),
         ('t5', Copy()),
         ('t5', Noise(stddev=0.0)),
-        # The kernels of a T5 are treated as those of a ViT.
+        # T5 kernels are treated like ViT kernels.
         pytest.param('t5', Noise(fraction=0.0), marks=pytest.mark.exhaustive),
         pytest.param('t5', Drop(ratio=0.0), marks=pytest.mark.exhaustive),
         pytest.param('t5', Random(copied=E), marks=pytest.mark.exhaustive),
@@ -118,24 +118,24 @@ def test_noise_has_its_deviation_on_its_fraction():
 def test_noise_on_neurons_takes_others_in_each_matrix():
     made, dense = experts('vit', Noise(fraction=0.5, on='neurons'))
     for expert in made:
-        found = dropped(expert, dense, 'vit')
-        assert all(which.sum() == F // 2 for which in found.values())
-        assert len({tuple(which) for which in found.values()}) == 3
+        masks = dropped(expert, dense, 'vit')
+        assert all(which.sum() == F // 2 for which in masks.values())
+        assert len({tuple(which) for which in masks.values()}) == 3
         np.testing.assert_array_equal(expert['Dense_1/bias'], dense['Dense_1/bias'])
     with pytest.raises(UserError, match="NOISE_ON = 'rows' is not one of weights, neurons"):
         Noise(on='rows')
 
 
 def dropped(expert, dense, family):
-    """For each leaf with an F axis, which of its neurons are not the dense MLP's."""
-    found = {}
+    """For each leaf with an F axis, a mask of the neurons that differ from the dense MLP."""
+    masks = {}
     for name, (shape, axes) in MLPS[family].items():
         if 'expert_mlp' in axes:
             axis = axes.index('expert_mlp') - 1
             changed = np.moveaxis(expert[name] != dense[name], axis, 0).reshape(shape[axis], -1)
-            assert (changed.all(axis=1) == changed.any(axis=1)).all()  # all of a neuron's entries, or none
-            found[name] = changed[:, 0]
-    return found
+            assert (changed.all(axis=1) == changed.any(axis=1)).all()  # all entries of a neuron, or none
+            masks[name] = changed[:, 0]
+    return masks
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_drop_reinitialises_whole_neurons(family, ratio):
 def test_drop_per_matrix_draws_for_each():
     made, dense = experts('t5', Drop(indices='per_matrix'))
     for expert in made:
-        found = dropped(expert, dense, 't5')
-        assert len({tuple(which) for which in found.values()}) == 3
-        assert all(which.sum() == F // 2 for which in found.values())
+        masks = dropped(expert, dense, 't5')
+        assert len({tuple(which) for which in masks.values()}) == 3
+        assert all(which.sum() == F // 2 for which in masks.values())
 
 
 @pytest.mark.parametrize('ratio', [0.05, 1.0])
@@ -176,7 +176,7 @@ def test_drop_per_matrix_draws_for_each():
     ('leaf', 'axes'), [('wi/kernel', IN), ('wo/kernel', OUT), ('wi/bias', ('expert', 'expert_mlp'))]
 )
 def test_drop_takes_the_statistics_of_what_it_drops(leaf, axes, ratio):
-    # Dropped entries of a leaf whose neurons all differ: their own mean and deviation, not the leaf's.
+    # All neurons differ: dropped entries have their own mean and deviation, not those of the leaf.
     rng = np.random.default_rng(0)
     width, depth = 400, 600
     w = (np.arange(width) + rng.standard_normal((depth, width)) * 0.1).astype(np.float32)
@@ -193,7 +193,7 @@ def test_drop_takes_the_statistics_of_what_it_drops(leaf, axes, ratio):
     assert np.mean(drawn) == pytest.approx(dropped.mean(), abs=4 * dropped.std() / np.sqrt(drawn.size))
     assert np.std(drawn) == pytest.approx(dropped.std(), rel=0.05)
     if w.ndim > 1 and ratio < 1:
-        assert abs(dropped.std() - w.std()) > 0.1  # the test could tell
+        assert abs(dropped.std() - w.std()) > 0.1  # so the test can fail
 
 
 @pytest.mark.parametrize(('initializer', 'variance'), [('lecun_normal', 1 / 300), ('xavier_uniform', 2 / (300 + 200))])

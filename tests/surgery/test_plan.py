@@ -1,4 +1,4 @@
-"""Plans: every leaf has one source, and everything that does not fit is said before anything is read."""
+"""Plans: every leaf has one source, and all mismatches are reported before anything is read."""
 
 import dataclasses
 
@@ -76,7 +76,7 @@ def test_continuation_keeps_everything():
 
 
 def test_a_new_head_starts_afresh_and_the_old_one_is_dropped():
-    """Whatever its shape, and its optimizer state with it."""
+    """For any shape, together with its optimizer state."""
     head = 'params/decoder/logits_dense/kernel'
     other = {**DENSE, head: jax.ShapeDtypeStruct((128, 77), jnp.float32)}
     spec = Surgery(operator=None, optimizer_state='tile', new_head=True)
@@ -109,13 +109,13 @@ def test_a_routers_state_starts_at_zero_and_goes_on():
     assert not any('router_state' in name for name in balanced if name.startswith('opt_state'))
     rows = {row.target: row for row in plan_surgery(DENSE, balanced, Surgery(optimizer_state='tile')).rows}
     assert rows[bias].action is Action.ZEROS
-    # A run that goes on from an MoE: the state goes on, starts, or is left behind.
+    # A run that continues an MoE: the state is kept, added or dropped.
     go_on = Surgery(operator=None, optimizer_state='tile')
     rows = {row.target: row for row in plan_surgery(balanced, balanced, go_on).rows}
     assert rows[bias].action is Action.KEEP
     rows = {row.target: row for row in plan_surgery(SPARSE, balanced, go_on).rows}
     assert rows[bias].action is Action.ZEROS
-    assert 'follows the routing' in plan_surgery(balanced, SPARSE, go_on).dropped[bias]
+    assert 'router state' in plan_surgery(balanced, SPARSE, go_on).dropped[bias]
 
 
 def without(leaves, *names):
@@ -123,7 +123,7 @@ def without(leaves, *names):
 
 
 def test_a_missing_source_is_named():
-    with pytest.raises(UserError, match=f'expert/wi_0/kernel .* has no source: the checkpoint holds no {WI}'):
+    with pytest.raises(UserError, match=f'expert/wi_0/kernel .* has no source: the checkpoint has no {WI}'):
         plan_surgery(without(DENSE, WI), SPARSE, Surgery())
 
 
@@ -138,7 +138,7 @@ def test_two_sources_are_named():
 
 def test_an_unused_leaf_is_named():
     more = {**DENSE, 'params/encoder/layers_2/mlp/wi_0/kernel': DENSE[WI]}
-    with pytest.raises(UserError, match='layers_2/mlp/wi_0/kernel .* is used by no leaf'):
+    with pytest.raises(UserError, match='layers_2/mlp/wi_0/kernel .* of the checkpoint is not used by the model'):
         plan_surgery(more, SPARSE, Surgery())
 
 

@@ -1,4 +1,4 @@
-"""Router initialisations: their size, and what each promises."""
+"""Router initialisations: their scale and their properties."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class TestInherited:
 
 class TestClusters:
     def states(self, D=32, C=4, each=50):
-        """Clusters around a common point that is far away, and which is which."""
+        """Clusters around a distant common point, with their labels."""
         rng = np.random.default_rng(0)
         centre_CxD = np.linalg.qr(rng.normal(size=(D, C)))[0].T
         which_N = np.repeat(np.arange(C), each)
@@ -58,7 +58,7 @@ class TestClusters:
 
     def test_every_cluster_finds_its_expert(self):
         x_NxD, which_N = self.states()
-        # Lloyd's algorithm finds the four for most first guesses.
+        # Lloyd's algorithm finds all four from most starting points.
         found = 0
         for seed in range(6):
             router_DxE = clusters(x_NxD, 4, 0.02, jax.random.key(seed))

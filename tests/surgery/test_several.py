@@ -1,4 +1,4 @@
-"""Experts out of several checkpoints."""
+"""Experts from several checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +64,18 @@ def test_state_goes_with_the_branch_and_the_step_is_the_largest():
     sparse = {'params/m/expert/wi/kernel': (2, 4, 8), 'params/n/scale': (4,)}
 
     def state(shapes):
-        found = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
-        found |= {
-            f'opt_state/param_states/{name.removeprefix("params/")}/v': leaf for name, leaf in list(found.items())
+        leaves = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+        leaves |= {
+            f'opt_state/param_states/{name.removeprefix("params/")}/v': leaf for name, leaf in list(leaves.items())
         }
-        return found | {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ('step', 'opt_state/count')}
+        return leaves | {name: jax.ShapeDtypeStruct((), jnp.int32) for name in ('step', 'opt_state/count')}
 
     values = {
         f'{name}@{i}': jnp.full(leaf.shape, 10 * i + 1, leaf.dtype)
         for i in (0, 1)
         for name, leaf in state(shape).items()
     }
-    what = plan_surgery(
+    plan = plan_surgery(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in values.items()},
         state(sparse),
         Surgery(operator='branches', optimizer_state='tile'),
@@ -83,7 +83,7 @@ def test_state_goes_with_the_branch_and_the_step_is_the_largest():
     from upcycle.surgery.place import execute
 
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    made = execute(what, lambda name, sharding: values[name], dict.fromkeys(state(sparse), one), new={})
+    made = execute(plan, lambda name, sharding: values[name], dict.fromkeys(state(sparse), one), new={})
     np.testing.assert_array_equal(made['opt_state/param_states/m/expert/wi/kernel/v'][:, 0, 0], [1, 11])
     np.testing.assert_array_equal(made['opt_state/param_states/n/scale/v'], 6)
     assert made['step'] == made['opt_state/count'] == 11
@@ -96,9 +96,9 @@ def test_state_goes_with_the_branch_and_the_step_is_the_largest():
             'branches',
             1,
             4,
-            "'branches' takes each expert from another checkpoint, and INITIAL_CHECKPOINT_PATH names one",
+            "'branches' needs several checkpoints, and INITIAL_CHECKPOINT_PATH names one",
         ),
-        ('branches', 3, 4, 'NUM_EXPERTS = 4 is no multiple of the 3 checkpoints'),
+        ('branches', 3, 4, 'NUM_EXPERTS = 4 is not a multiple of the 3 checkpoints'),
         ('copy', 2, 4, "INITIAL_CHECKPOINT_PATH names 2 checkpoints, and EXPERT_OPERATOR = 'copy' starts from one"),
         (None, 2, 4, 'names 2 checkpoints, and this run starts from one'),
     ],
@@ -116,7 +116,7 @@ def test_checkpoints_that_differ():
     other.pop('params/encoder/encoder_norm/scale@1')
     leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in other.items()}
     sparse = {'params/encoder/encoder_norm/scale': jax.ShapeDtypeStruct((128,), jnp.float32)}
-    with pytest.raises(UserError, match=r'encoder_norm/scale is not the same in all checkpoints: \(128,\), missing'):
+    with pytest.raises(UserError, match=r'encoder_norm/scale differs between the checkpoints: \(128,\), missing'):
         plan_surgery(leaves, sparse, BRANCHES)
 
 
@@ -125,7 +125,7 @@ def test_what_starts_from_several():
 
 
 class OfARun:
-    """A reader of no leaves."""
+    """A reader without leaves."""
 
     format = 'upcycle'
 
@@ -154,11 +154,11 @@ class OfARun:
     ],
 )
 def test_a_run_is_counted_once(readers, flops):
-    """Steps of one run cost what the last of them did; exports in one folder are of as many runs as they were made from."""
-    found = SeveralReader(
+    """Several steps of one run cost as much as the last; exports in one folder count as the runs they were made from."""
+    reader = SeveralReader(
         [OfARun(path, flops=cost, source=next(iter(source), None)) for path, cost, *source in readers]
     )
-    assert found.metadata['cost']['flops'] == flops
+    assert reader.metadata['cost']['flops'] == flops
 
 
 def test_steps_and_regions_of_several():

@@ -1,4 +1,4 @@
-"""More experts out of a model that has some: grow and merge."""
+"""Operators that add experts: grow and merge."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ GROW = Surgery(operator='grow', router_init='copied', router_noise=0.0)
 
 
 def small(**moe):
-    """A model of OLD experts, which take every token that wants them."""
+    """A model with OLD experts that drops no tokens."""
     return model_of('t5', num_experts=OLD, num_selected_experts=2, eval_capacity_factor=2.0, **moe)
 
 
 @functools.cache
 def source():
-    """Its parameters, all experts different."""
+    """Parameters with different experts."""
     model, batch = small()
     return params_of(model, batch, seed=3)
 
@@ -42,17 +42,17 @@ def test_growing_k_and_capacity_with_the_experts_keeps_the_function():
     moe = {'normalize_combine_weights': False}
     model, batch = model_of('t5', num_experts=8, num_selected_experts=4, eval_capacity_factor=4.0, **moe)
     params = upcycle(model, source(), GROW, batch)
-    found = check_function(model, source(), params, batch, small(**moe)[0])
-    for layer in found['layers'].values():
+    check = check_function(model, source(), params, batch, small(**moe)[0])
+    for layer in check['layers'].values():
         assert layer['max_abs_difference_covered'] < 1e-5 * max(layer['dense_rms'], 1)
         assert layer['gap'] < 1e-5
-    assert abs(found['whole_model']['loss_gap']) < 1e-5
+    assert abs(check['whole_model']['loss_gap']) < 1e-5
 
 
 def test_with_k_as_it_was_the_receipt_has_the_gap():
     model, batch = model_of('t5', num_experts=8, num_selected_experts=2, eval_capacity_factor=4.0)
-    found = check_function(model, source(), upcycle(model, source(), GROW, batch), batch, small()[0])
-    assert found['layers']['decoder/layers_1/mlp']['gap'] > 0.1
+    check = check_function(model, source(), upcycle(model, source(), GROW, batch), batch, small()[0])
+    assert check['layers']['decoder/layers_1/mlp']['gap'] > 0.1
 
 
 def test_uniform_copies_come_after_the_originals():
@@ -64,7 +64,7 @@ def test_uniform_copies_come_after_the_originals():
 
 
 def with_state(params, of_experts):
-    """Leaves of a state: second moments of the experts of the encoder's MoE layer as told, 1 elsewhere."""
+    """State leaves with the given second moments for the experts of the encoder's MoE layer, 1 elsewhere."""
     leaves = leaves_of(params)
     for name, leaf in list(leaves.items()):
         v = jnp.ones_like(leaf)
@@ -82,21 +82,21 @@ def grown(operator, of_experts, num_experts=8, **spec):
     shapes |= dict.fromkeys(('step', 'opt_state/count'), jax.ShapeDtypeStruct((), jnp.int32))
     leaves = with_state(source(), of_experts)
     settings = {'router_init': 'copied', 'router_noise': 0.0, 'optimizer_state': 'tile', **spec}
-    what = plan_surgery(
+    plan = plan_surgery(
         {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()},
         shapes,
         Surgery(operator=operator, **settings),
         axes,
     )
-    return execute(what, lambda name, sharding: leaves[name], dict.fromkeys(shapes, ONE), new={})
+    return execute(plan, lambda name, sharding: leaves[name], dict.fromkeys(shapes, ONE), new={})
 
 
 @pytest.mark.parametrize(
     ('utility', 'of_experts', 'new'),
     [
-        ('gradient', [1, 1, 100, 1], [2, 2, 2, 2]),  # one expert does nearly everything
+        ('gradient', [1, 1, 100, 1], [2, 2, 2, 2]),  # one expert dominates
         ('saliency', [1, 1, 100, 1], [2, 2, 2, 2]),
-        ('gradient', [8, 1, 1, 4.1], [0, 3, 0, 0]),  # the most per copy: 8; 4.1; 4; 2.67
+        ('gradient', [8, 1, 1, 4.1], [0, 3, 0, 0]),  # highest per copy: 8; 4.1; 4; 2.67
     ],
 )
 def test_useful_experts_get_more_copies(utility, of_experts, new):
@@ -121,7 +121,7 @@ def test_utility_of_weights_needs_no_state():
 
 
 def test_merging_takes_the_most_dissimilar_pairs():
-    # Experts 0 and 1 are opposite, 2 and 3 alike; all else is far.
+    # Experts 0 and 1 are opposite, 2 and 3 similar; other pairs are dissimilar.
     changed = jax.tree.map(lambda leaf: leaf, source())
     for name in ('wi_0', 'wi_1', 'wo'):
         kernel = changed['encoder']['layers_1']['mlp']['expert'][name]['kernel']
@@ -134,7 +134,7 @@ def test_merging_takes_the_most_dissimilar_pairs():
     old = experts(changed)
     np.testing.assert_array_equal(experts(plain)[:4], old)
     np.testing.assert_allclose(experts(plain)[4], (old[0] + old[1]) / 2, atol=1e-7)
-    # Each weight is the first's, the second's, or the mean, in the shares 1/4, 1/4, 1/2.
+    # Each weight is the first's, the second's or the mean, with probabilities 1/4, 1/4, 1/2.
     new = experts(dare)[4]
     shares = [np.isclose(new, choice, atol=1e-7).mean() for choice in (old[0], old[1], (old[0] + old[1]) / 2)]
     np.testing.assert_allclose(shares, [0.25, 0.25, 0.5], atol=0.02)
@@ -155,9 +155,13 @@ def test_merged_state_is_the_parents_mean():
     ('operator', 'num_experts', 'message'),
     [
         ('grow', 4, "'grow' adds experts to the 4 of the checkpoint, and NUM_EXPERTS = 4: raise it"),
-        ('grow', 6, "no multiple of the checkpoint's 4 experts, which GROW_UTILITY = 'uniform' copies equally often"),
-        ('merge', 11, 'needs 7 new experts, and the 4 of the checkpoint make 6 pairs: set it to 10 at most'),
-        (Grow(utility='gradient'), 6, "measures the optimizer's second moments, and the checkpoint holds none"),
+        (
+            'grow',
+            6,
+            "not a multiple of the checkpoint's 4 experts, which GROW_UTILITY = 'uniform' copies equally often",
+        ),
+        ('merge', 11, 'needs 7 new experts, and the 4 of the checkpoint form 6 pairs: set it to at most 10'),
+        (Grow(utility='gradient'), 6, "measures the optimizer's second moments, and the checkpoint has none"),
         ('copy', 8, r"\('copy' starts from a dense checkpoint, and this one has experts\)"),
     ],
 )
@@ -172,14 +176,14 @@ def test_dense_checkpoints_do_not_grow():
     model, batch = model_of('t5')
     with pytest.raises(UserError, match="'grow' starts from a checkpoint with experts, and this one has none"):
         plan_for(model, dense_params('t5'), GROW, batch)
-    with pytest.raises(UserError, match="ROUTER_INIT = 'copied' goes on with a checkpoint's router"):
+    with pytest.raises(UserError, match="ROUTER_INIT = 'copied' needs the checkpoint's router"):
         plan_for(model, dense_params('t5'), Surgery(router_init='copied'), batch)
 
 
 def test_a_router_can_start_anew():
     model, batch = model_of('t5')
-    what = plan_for(model, source(), Surgery(operator='grow', router_init='orthogonal'), batch)
-    assert "ROUTER_INIT = 'orthogonal' starts routers anew" in what.dropped.values()
+    plan = plan_for(model, source(), Surgery(operator='grow', router_init='orthogonal'), batch)
+    assert "ROUTER_INIT = 'orthogonal' reinitialises routers" in plan.dropped.values()
 
 
 @pytest.mark.parametrize('setting', [{'utility': 'rank'}, {'drop': 1.0}])

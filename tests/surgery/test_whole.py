@@ -1,4 +1,4 @@
-"""Dense models out of other models: deeper, wider, or out of one with experts."""
+"""Dense models from other models: deeper, wider, or from a model with experts."""
 
 import functools
 
@@ -50,8 +50,8 @@ def test_a_deeper_t5_repeats_its_layers(order, layers):
 def test_a_deeper_vit_repeats_its_blocks_and_not_its_matrices():
     deep = ImageClassifier(small_vit(num_layers=4))
     batch = image_batch(deep.config)
-    what = plan_for(deep, dense_params('vit'), surgery('depth'), batch)
-    sources = {row.target: row.sources for row in what.rows}
+    plan = plan_for(deep, dense_params('vit'), surgery('depth'), batch)
+    sources = {row.target: row.sources for row in plan.rows}
     block = 'params/Transformer/encoderblock_{}/MlpBlock_0/Dense_1/bias'
     assert sources[block.format(3)] == (block.format(1),)
     assert sources[block.format(1)] == (block.format(1),)
@@ -69,7 +69,7 @@ def test_a_deeper_umt5_repeats_the_position_biases_of_its_layers():
 
 def test_a_shallower_model_is_refused():
     shallow = EncoderDecoderModel(small_t5(num_encoder_layers=1))
-    with pytest.raises(UserError, match='encoder/layers_1/.* of the checkpoint is used by no leaf'):
+    with pytest.raises(UserError, match='encoder/layers_1/.* of the checkpoint is not used by the model'):
         plan_for(shallow, dense_params('t5'), surgery('depth'), random_batch())
 
 
@@ -108,7 +108,7 @@ def test_a_wider_model_has_the_same_function(family):
 
 def test_a_width_that_is_no_multiple():
     model = EncoderDecoderModel(small_t5(emb_dim=192))
-    with pytest.raises(UserError, match=r"cannot be made of .* \(128, 256\) float32 by DENSE_OPERATOR = 'width'"):
+    with pytest.raises(UserError, match=r"cannot be made from .* \(128, 256\) float32 by DENSE_OPERATOR = 'width'"):
         plan_for(model, dense_params('t5'), surgery('width'), random_batch())
 
 
@@ -124,12 +124,12 @@ def test_the_average_of_copies_is_the_dense_model(family):
 def test_the_average_is_of_all_experts_and_xfts_shared_one():
     model, batch = model_of('t5', num_shared_experts=1)
     sparse = params_of(model, batch, seed=2)
-    what = plan_for(model.dense(), sparse, surgery('average'), batch)
-    rows = {row.target: row for row in what.rows}
+    plan = plan_for(model.dense(), sparse, surgery('average'), batch)
+    rows = {row.target: row for row in plan.rows}
     name = 'encoder/layers_1/mlp/wo/kernel'
     assert rows[f'params/{name}'].action is Action.REMAKE
     assert rows['params/encoder/layers_0/mlp/wo/kernel'].action is Action.KEEP
-    assert set(what.dropped.values()) == {'a dense model has no routers'}
+    assert set(plan.dropped.values()) == {'a dense model has no routers'}
     made = flatten_dict(upcycle(model.dense(), sparse, surgery(Average(shared_weight=0.6)), batch), sep='/')
     old = flatten_dict(sparse, sep='/')
     mean = old['encoder/layers_1/mlp/expert/wo/kernel'].mean(axis=0)
@@ -140,21 +140,21 @@ def test_the_receipt_says_what_the_average_costs():
     model, batch = model_of('t5')
     sparse = params_of(model, batch, seed=2)
     made = upcycle(model.dense(), sparse, surgery('average'), batch)
-    found = check_function(model.dense(), sparse, made, batch, model)
-    assert found['layers'] == {}
-    whole = found['whole_model']
+    check = check_function(model.dense(), sparse, made, batch, model)
+    assert check['layers'] == {}
+    whole = check['whole_model']
     assert whole['loss_gap'] == pytest.approx(
         loss_of(model.dense(), made, batch) - loss_of(model, sparse, batch), abs=2e-3
     )
 
 
 def test_learned_coefficients_lead_back_to_a_dense_model():
-    """XFT's way: an MoE goes on as a mean of its experts with coefficients, and the average with those is the same function."""
+    """XFT: a model with merged experts and its average with the learned coefficients are the same function."""
     model, batch = model_of('t5', num_shared_experts=1)
     sparse = params_of(model, batch, seed=2)
     merged = model.with_moe(router='merged', merged_shared_weight=0.6)
-    what = plan_for(merged, sparse, Surgery(operator=None), batch)
-    assert set(what.dropped.values()) == {'merged experts have no router'}
+    plan = plan_for(merged, sparse, Surgery(operator=None), batch)
+    assert set(plan.dropped.values()) == {'merged experts have no router'}
     params = upcycle(merged, sparse, Surgery(operator=None), batch)
     even = flatten_dict(upcycle(model.dense(), sparse, surgery(Average(shared_weight=0.6)), batch), sep='/')
     rng = np.random.default_rng(0)
@@ -177,7 +177,7 @@ def test_learned_coefficients_lead_back_to_a_dense_model():
 
 def test_narrow_experts_are_no_mlp():
     model, batch = model_of('t5', granularity=2)
-    with pytest.raises(UserError, match="cannot be made of .* by DENSE_OPERATOR = 'average'"):
+    with pytest.raises(UserError, match="cannot be made from .* by DENSE_OPERATOR = 'average'"):
         plan_for(model.dense(), params_of(model, batch), surgery('average'), batch)
 
 
@@ -208,6 +208,6 @@ def test_depth_carries_the_state_along():
         }
 
     deep = [f'params/layers_{i}/w' for i in range(4)]
-    what = plan_surgery(state(shapes), state(deep), surgery('depth', optimizer_state='tile'))
-    sources = {row.target: row.sources for row in what.rows}
+    plan = plan_surgery(state(shapes), state(deep), surgery('depth', optimizer_state='tile'))
+    sources = {row.target: row.sources for row in plan.rows}
     assert sources['opt_state/param_states/layers_3/w/v'] == ('opt_state/param_states/layers_1/w/v',)

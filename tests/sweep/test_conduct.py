@@ -1,4 +1,4 @@
-"""Carrying out a grid: order, finished points, failures, the estimate, the best; and one real sweep of two tiny runs."""
+"""Running a grid: order, finished points, failures, time left, the best point; and a real sweep of two tiny runs."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from tests.checkpoints import trees
 from tests.test_cli import call
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
-from upcycle.report.plots import Plot
+from upcycle.report.plots.figure import Plot
 from upcycle.sweep import conduct, launchers, reports
 from upcycle.sweep import grid as grids
 from upcycle.sweep.conduct import Entry
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 
 
-class Pretend(launchers.OneByOne):
-    """Runs that take no time: they write what a run writes, or fail."""
+class Pretend(launchers.Launcher):
+    """A launcher of runs that take no time: they write a log and a checkpoint, or fail."""
 
     def __init__(self, fails=(), slots=1):
         self.slots, self.fails = slots, fails
@@ -59,7 +59,7 @@ def at_once(monkeypatch):
 
 
 def grid(out, **after):
-    """Entries of points of ten steps."""
+    """Returns entries of points of ten steps."""
     return [
         Entry(
             Point(name=name, gin_files=(), bindings={'MODEL_DIR': str(out / name)}, after=needs),
@@ -140,8 +140,8 @@ def test_means_of_seeds(tmp_path, capsys):
     for entry, score in zip(entries, (70.0, 71.0, 72.0), strict=True):
         entry.progress = Progress(10, 0, 1.0, 1.0, {'tasks/average': score, 'tasks/boolq': 2 * score, 'loss': 1.0})
     del entries[0].progress.metrics['tasks/boolq']
-    ((name, (mean, half)),) = conduct.means_of(entries, 'tasks/').items()
-    assert (name, mean) == ('tasks/average', 71.0) and half == pytest.approx(4.302653 / 3**0.5)
+    ((name, sample),) = conduct.samples_of(entries, 'tasks/').items()
+    assert (name, sample.mean) == ('tasks/average', 71.0) and sample.half_width == pytest.approx(4.302653 / 3**0.5)
     reports.write_means('tasks/', entries, str(tmp_path))
     assert 'tasks/average: 71.0000 ± 2.4841, mean of 3 runs' in capsys.readouterr().out
     assert json.loads((tmp_path / 'means.json').read_text())['tasks/average']['mean'] == 71.0
@@ -192,14 +192,14 @@ def sweep_command(out, steps=3):
 
 
 def test_a_grid_from_the_command_line(tmp_path, capsys):
-    """Two runs, one of which fails; called again, the finished one is left alone and the other tried again."""
+    """One of two runs fails; the second sweep keeps the finished run and tries the other again."""
     command = [*sweep_command(tmp_path), '--grid', 'LABEL_SMOOTHING=0.1,0.2']
     good, bad = (tmp_path / f'LABEL_SMOOTHING={value}' for value in (0.1, 0.2))
     bad.write_text('no folder')
     code, out, _ = call(command, capsys)
     assert code == 1
     assert f'{good.name}: finished' in out
-    assert f'{bad.name} failed: ' in out and 'tries again' in out
+    assert f'{bad.name} failed: ' in out and 'repeat the command' in out
     assert read_metrics(str(good / 'metrics.jsonl'))[-1]['step'] == 3
     written = (good / 'metrics.jsonl').stat().st_mtime_ns
     bad.unlink()
@@ -218,7 +218,7 @@ def test_runs_of_a_grid_share_their_programs(chosen, tmp_path, monkeypatch, caps
     if chosen is not None:
         monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', chosen)
 
-    class Refusing(launchers.OneByOne):
+    class Refusing(launchers.Launcher):
         slots = 1
 
         def start(self, arguments, log):
@@ -247,7 +247,7 @@ MISTAKES = {
     'nothing to sweep': ([], ['--config', '--grid']),
     'both': (['--config=configs/finetune_imagenet.py', '--grid=A=1'], ['--config', '--grid']),
     'a scale of no experiment': (['--scale=mini', '--grid=RANDOM_SEED=1'], ['--scale=mini']),
-    'an unused axis': (['--grid=NUM_EXPERTS=2,4'], ['NUM_EXPERTS=2: ', 'used by nothing']),
+    'an unused axis': (['--grid=NUM_EXPERTS=2,4'], ['NUM_EXPERTS=2: ', 'is unused']),
     'a value that does not fit': (['--grid=TRAIN_STEPS=2,-1'], ['TRAIN_STEPS=-1: ', 'at least 1']),
     'no such config': (['--config=configs/figure_99.py'], ['figure_99']),
 }
@@ -294,11 +294,11 @@ def test_slots_have_their_own_cores(tmp_path, monkeypatch):
         started = [local.start(['train'], str(tmp_path / name / 'log.txt')) for name in 'ab']
     assert cores[1::2] == [{0, 2}, {1, 3}] and cores[2::2] == [set(range(4))] * 2
     for job in started:
-        job._process.wait()
+        job.wait()
 
 
 def test_a_papers_figure_ends_in_verdicts(tmp_path, monkeypatch, capsys):
-    """The report of a figure, from run folders written by hand: upcycling ends 0.1 ahead, and starts behind."""
+    """The report of a figure from handwritten run folders: upcycling starts behind and ends 0.1 ahead."""
     monkeypatch.setattr(Plot, 'png', lambda self: b'')
     what = grids.load('configs/figure_2_language.py', 'mini')
     points = grids.resolve(what, str(tmp_path))
@@ -332,7 +332,7 @@ def test_a_papers_figure_ends_in_verdicts(tmp_path, monkeypatch, capsys):
     assert '| holds' not in (folder / 'claims.md').read_text()
     shutil.rmtree(tmp_path / 'language_mini')
     code, _, error = call(options, capsys)
-    assert code == 2 and 'no run of the experiment has begun there' in error
+    assert code == 2 and 'holds no run of the experiment' in error
     code, _, error = call([*options, str(tmp_path)], capsys)
     assert code == 2 and 'name either run folders, or an experiment' in error
 
@@ -348,7 +348,7 @@ def test_a_grid_of_data_that_is_not_here_is_printed_and_not_run(tmp_path, capsys
     code, _, error = call([*options, '--where=print', '--gin.BATHC_SIZE=3'], capsys)
     assert code == 2 and 'did you mean BATCH_SIZE' in error
     code, _, error = call([*options, '--where=print', '--only=vision_b33*'], capsys)
-    assert code == 2 and '--only=vision_b33*: no run is called that' in error
+    assert code == 2 and '--only=vision_b33* matches no run' in error
 
 
 def test_programs_are_compiled_once_and_end_in_a_table(tmp_path, monkeypatch, capsys):
@@ -400,7 +400,7 @@ echo Submitted batch job 42
 
 
 def test_points_that_start_together_are_an_array_of_slurm(tmp_path, monkeypatch):
-    """Programs that keep the script that they are given stand in for Slurm's."""
+    """Fake Slurm programs that keep the submitted scripts."""
     programs, scripts = tmp_path / 'bin', tmp_path / 'scripts'
     programs.mkdir()
     scripts.mkdir()
@@ -431,7 +431,7 @@ case "$*" in *--wait-for-job-completion=*) exit $(cat {folder}/status) ;; esac
 
 
 def test_points_are_workloads_of_a_gke_cluster(tmp_path, monkeypatch):
-    """A program that notes its arguments stands in for xpk."""
+    """A fake xpk that records its arguments."""
     (tmp_path / 'xpk').write_text(XPK.format(folder=tmp_path))
     (tmp_path / 'xpk').chmod(0o755)
     options = {'cluster': 'c', 'tpu-type': 'v4-128', 'docker-image': 'i', 'zone': 'z'}
@@ -461,7 +461,7 @@ def test_points_are_workloads_of_a_gke_cluster(tmp_path, monkeypatch):
     ('options', 'match'),
     [
         (['--cluster', 'a=1'], '--cluster a=... goes with --where=slurm or gke'),
-        (['--cluster', 'a'], 'options look like'),
+        (['--cluster', 'a'], 'must look like'),
         (['--jobs=0'], '--jobs=0'),
     ],
 )
@@ -480,7 +480,7 @@ def test_an_unknown_option_of_the_cluster(tmp_path):
 
 @pytest.mark.parametrize('kind', [list, tuple])
 def test_a_point_that_starts_from_several_checkpoints(kind, tmp_path):
-    """Its first step is the largest of theirs; a checkpoint without a step counts as 0."""
+    """Its first step is the largest step of the checkpoints; a checkpoint without a step counts as 0."""
     tree = trees.t5(False, state=False)
     first = trees.write(tmp_path / 'first', 't5x_orbax', tree)
     second = trees.write(tmp_path / 'second', 't5x_orbax', {**tree, 'step': np.asarray(7, np.int32)})

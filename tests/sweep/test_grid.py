@@ -1,4 +1,4 @@
-"""Grids: axes, products, the command line's form, configs, and the order of points that start from others."""
+"""Grids: axes, products, the command line, configs, and the order of points."""
 
 import ml_collections
 import pytest
@@ -95,7 +95,7 @@ CONFIGS = {
     'fails': ('def get_config(scale=1):\n  return 1 / 0', ['ZeroDivisionError']),
     'another scale': (
         "from upcycle.sweep import grid\ndef get_config(scale='full'):\n  grid.one_of_scales(scale, 'mini', 'full')",
-        ['--scale=huge is not one of mini, full'],
+        ['--scale=huge is unknown: it must be one of mini, full'],
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The paper's figures: their runs build at every scale, agree between figures, and cost what they should."""
+"""The paper's figures: their runs can be built at every scale, agree between figures, and have the right FLOPs."""
 
 import functools
 import pathlib
@@ -45,7 +45,7 @@ def test_the_papers_figures_are_here():
 
 @functools.cache
 def runs_of(scale):
-    """The points of all experiments by their names, and of those that differ in more than seeds and steps a run each."""
+    """The points of all experiments by name, and one run for each set that differs only in seeds and steps."""
     found, built = {}, {}
     for name in EXPERIMENTS:
         for point in points(name, scale):
@@ -67,7 +67,7 @@ def test_every_run_is_built_and_has_one_meaning(scale):
 
 
 def steps_of(scale):
-    """Runs whose training steps differ."""
+    """Runs with different training steps."""
     different = {}
     for run in runs_of(scale)[1]:
         different.setdefault((repr(run.model), repr(run.optimizer), repr(run.train_data.batch_spec())), run)
@@ -76,7 +76,7 @@ def steps_of(scale):
 
 
 def test_a_program_of_each_kind_steps_abstractly():
-    """Of the mini scale, whose programs `make test-all` steps for real."""
+    """The runs of the mini scale; `make test-all` runs a step of each program."""
     kinds = {}
     for run in steps_of(paper.Scale.MINI):
         layers = {(moe.router, moe.dispatch, moe.normalize_combine_weights) for moe in run.model.moe_layers().values()}
@@ -124,7 +124,7 @@ def test_branches_of_a_figure_spend_the_same():
 
 
 def test_the_large_language_models_start_from_the_public_checkpoints():
-    """A million steps, whose FLOPs are the dense ones'."""
+    """A million steps, charged with the FLOPs of dense steps."""
     found = {point.name: point for point in points('figure_2_language', 'full')}
     assert 'language_base/seed_0/dense' in found and 'language_large/seed_0/dense' not in found
     for size in ('large', 'xl'):

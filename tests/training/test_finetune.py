@@ -1,4 +1,4 @@
-"""Fine-tuning: both families from the shared run files, steps from 0, dropout, and a new head that is said in the plan."""
+"""Fine-tuning of both families from the shared run files: steps from 0, dropout, and a new head in the plan."""
 
 import json
 import os
@@ -34,13 +34,13 @@ def test_an_upcycled_t5_starts_where_it_ended_and_counts_from_zero(tmp_path, upc
     first, *rest = lines_of(tmp_path / 'run')
     before = [line for line in lines_of(upcycled) if line['split'] == 'validation'][-1]
     assert (first['step'], first['start_step'], first['split']) == (0, 0, 'validation')
-    # Dropout is of training alone.
+    # Dropout is used only in training.
     assert first['loss'] == pytest.approx(before['loss'], rel=1e-6)
     assert first['sunk_flops'] == before['flops'] + before['sunk_flops'] > 0
     assert [line['learning_rate'] for line in rest if line['split'] == 'train'] == pytest.approx([1e-3, 1e-3])
     config = (tmp_path / 'run' / 'config.gin').read_text()
     assert '.dropout_rate = 0.1' in config and '.expert_dropout_rate = 0.3' in config
-    # The upcycled checkpoint's receipt goes on with it, its account of step 0 included.
+    # The upcycled checkpoint's receipt is kept, including its metrics of step 0.
     before, after = (
         json.loads(pathlib.Path(path, 'receipt.json').read_text()) for path in (upcycled, tmp_path / 'run')
     )

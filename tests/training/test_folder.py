@@ -1,4 +1,4 @@
-"""A folder that has been trained in and holds no checkpoint: a run that lost them is refused, one that had none begins again."""
+"""Run folders without checkpoints: a run that lost its checkpoints is refused, one that never had any starts again."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from upcycle.training.preflight import preflight
 
 @pytest.fixture
 def run(dense, tmp_path):
-    """Four steps, with checkpoints of the second and the fourth."""
+    """A run of four steps, with checkpoints of steps 2 and 4."""
     return shutil.copytree(dense, tmp_path / 'run')
 
 
@@ -39,7 +39,7 @@ def half_written(run):
 
 
 def older(run):
-    """By a version that kept no record."""
+    """A run of a version without a record."""
     empty(run)
     (run / folder.RECORD).unlink()
 
@@ -57,7 +57,7 @@ def events_too(run):
 
 
 def stopped_early(run):
-    """SIGTERM before the first period was over: the log does not reach it."""
+    """SIGTERM before the first checkpoint period ended, which the log does not reach."""
     empty(run)
     lines = (run / 'metrics.jsonl').read_text().splitlines()
     (run / 'metrics.jsonl').write_text('\n'.join(lines[:2]))
@@ -73,7 +73,7 @@ GONE = (remove, empty, set_aside, half_written, older, damaged_record, events_to
 
 
 def look(kind, model_dir, steps):
-    """As `upcycle plan` does."""
+    """Checks a run like `upcycle plan`."""
     return preflight(runs.build(kind, model_dir, steps), configuration.resolved())
 
 
@@ -82,8 +82,8 @@ def contents(run):
 
 
 @pytest.mark.parametrize('gone', GONE, ids=lambda gone: gone.__name__)
-def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
-    """Nothing is changed, and both ways out are named."""
+def test_lost_checkpoints_are_not_mistaken_for_a_new_run(gone, run):
+    """Nothing is changed, and the message names both fixes."""
     gone(run)
     before = contents(run)
     with pytest.raises(
@@ -94,8 +94,8 @@ def test_lost_checkpoints_are_not_taken_for_a_new_run(gone, run):
 
 
 @pytest.mark.parametrize('left', [remove, empty, half_written], ids=lambda left: left.__name__)
-def test_killed_before_its_first_checkpoint_it_begins_again(left, run, dense, capsys):
-    """By the record: the log goes beyond the first period, as it may while that checkpoint is written."""
+def test_a_run_killed_before_its_first_checkpoint_starts_again(left, run, dense, capsys):
+    """The record decides: the log may exceed the first checkpoint period while that checkpoint is written."""
     left(run)
     folder.record(str(run), saved=False)
     before = (run / 'metrics.jsonl').read_bytes()
@@ -111,13 +111,13 @@ def test_killed_before_its_first_checkpoint_it_begins_again(left, run, dense, ca
 
 
 def test_without_its_log_it_starts_again(run):
-    """The way out that the sentence names."""
+    """The fix that the message names."""
     empty(run)
     os.unlink(run / 'metrics.jsonl')
     assert int(runs.train('dense', run, 4).step) == 4
 
 
-def test_a_log_of_evaluations_at_the_start_is_no_training(run):
+def test_a_log_with_only_evaluations_at_the_start_allows_a_new_start(run):
     empty(run)
     first, *_ = (run / 'metrics.jsonl').read_text().splitlines()
     (run / 'metrics.jsonl').write_text(first + '\n')
@@ -126,16 +126,16 @@ def test_a_log_of_evaluations_at_the_start_is_no_training(run):
 
 @pytest.mark.parametrize('command', [runs.train, look])
 @pytest.mark.parametrize('name', folder.FILES)
-def test_a_folder_where_a_file_is_written_is_named(name, command, run):
+def test_a_folder_with_the_name_of_a_file_is_refused(name, command, run):
     (run / name).unlink(missing_ok=True)
     (run / name).mkdir()
     before = sorted(run.rglob('*'))
-    with pytest.raises(UserError, match=f'{name}.* cannot be (written|read)'):
+    with pytest.raises(UserError, match=f'{name}.* (cannot be read|is not a file)'):
         command('dense', run, 6)
     assert sorted(run.rglob('*')) == before
 
 
-def test_names_that_no_run_gives_a_step_are_none(tmp_path):
+def test_invalid_names_of_steps_are_ignored(tmp_path):
     for name in ('4', '00000009', '\u0668', '\u00b2', '8.bak', '-8'):
         (tmp_path / 'checkpoints' / name).mkdir(parents=True)
     assert folder.newest_step(str(tmp_path)) == 4

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: steps that are not finite, losses that leap, routers that stop working; and what the run does then."""
+"""Steps that are not finite, loss spikes, saturated routers, and what a run does then."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import pytest
 from tests import runs
 from tests.small import image_batch, random_batch, small_t5, small_vit
 from tests.training.test_loop import killed_at, leaves_of, lines_of
-from upcycle import configuration, run_config
+from upcycle import configuration, run_config, schema
 from upcycle.errors import UserError
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
@@ -25,7 +25,7 @@ from upcycle.training.trainable import NOTHING
 
 
 class Poisoned:
-    """A data source, one of whose features is multiplied by `value` in some batches, or which lacks them."""
+    """A data source with a feature multiplied by `value` in some batches."""
 
     def __init__(self, data, feature, value, batches):
         self._data, self._feature, self._value, self._batches = data, feature, value, batches
@@ -41,7 +41,7 @@ class Poisoned:
 
 
 class Without(Poisoned):
-    """The same without these batches; read from the start only."""
+    """A data source without these batches; can be read only from the start."""
 
     def batches(self, start=0, **hosts):
         assert start == 0
@@ -68,13 +68,13 @@ SKIPPED = {'MAX_SKIPPED_STEPS': 3, 'LOG_PERIOD': 2, 'EVAL_PERIOD': 100}
 
 
 def not_finite(data):
-    """Of steps 4 to 6, on both sides of the checkpoint at step 4."""
+    """Batches of steps 4 to 6 are not finite: before and after the checkpoint at step 4."""
     return Poisoned(data, 'image', math.nan, {3, 4, 5})
 
 
 @pytest.fixture(scope='module')
 def skipping(tmp_path_factory):
-    """Eight steps of a sparse ViT, every step's checkpoint kept."""
+    """Eight steps of a sparse ViT with all checkpoints."""
     path = tmp_path_factory.mktemp('skipping')
     train('vit scratch', path, 8, not_finite, **SKIPPED, CHECKPOINT_KEEP=None)
     return path
@@ -90,7 +90,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(skipping):
     assert any((later[name] != leaf).any() for name, leaf in after.items() if name.startswith('params/'))
     lines = {line['step']: line for line in lines_of(skipping) if line['split'] == 'train'}
     assert [lines[step]['skipped_steps'] for step in (2, 4, 6, 8)] == [0, 1, 3, 3]
-    # Means are over steps that were taken, and there was none between 4 and 6.
+    # Means cover the steps that were not skipped, of which there are none between 4 and 6.
     assert [step for step in lines if 'loss' not in lines[step]] == [6]
     assert all(math.isfinite(lines[step]['loss']) for step in (2, 4, 8))
 
@@ -105,9 +105,9 @@ def test_counts_survive_a_restart(step, skipping, tmp_path, monkeypatch):
     assert_same_run(tmp_path, skipping)
 
 
-def test_past_the_bound_it_stops_with_a_diagnosis_and_goes_on_with_a_higher_one(skipping, tmp_path, capsys):
+def test_more_skipped_steps_than_allowed_stop_with_a_diagnosis_and_a_higher_limit_continues(skipping, tmp_path, capsys):
     bounded = SKIPPED | {'MAX_SKIPPED_STEPS': 2}
-    # The second time it begins at the checkpoint between the steps that are counted.
+    # The second start is at the checkpoint between the counted steps.
     for _ in range(2):
         with pytest.raises(UserError) as stop:
             train('vit scratch', tmp_path, 8, not_finite, **bounded)
@@ -145,7 +145,7 @@ class Formula:
 @pytest.mark.parametrize(
     ('formula', 'params', 'said'),
     [
-        # Infinite slope at 0: in the layer that is nearer to the loss, and in those before.
+        # Infinite slope at 0, in the layer nearest to the loss and in those before.
         (lambda layers: jnp.sqrt(layers[0] * layers[1]) + layers[2], (0.0, 0.0, 1.0), '2 of 3 .* params/layers_1/w$'),
         (
             lambda layers: layers[1] + 1e30 * layers[0],
@@ -171,7 +171,7 @@ def test_a_diagnosis_names_the_leaf(formula, params, said):
 
 @pytest.mark.parametrize('family', ['t5', 'vit'])
 def test_the_leaf_nearest_to_the_loss(family):
-    """In the order of the forward pass: the head last, then the final norm, layers of the decoder, the encoder, the embedding."""
+    """The head is nearest to the loss, then final norm, decoder layers, encoder, embedding."""
     if family == 't5':
         sizes = {'emb_dim': 16, 'mlp_dim': 16, 'head_dim': 8, 'vocab_size': 32}
         model, batch = EncoderDecoderModel(small_t5(**sizes, num_decoder_layers=11)), random_batch(32)
@@ -194,7 +194,7 @@ def test_the_leaf_nearest_to_the_loss(family):
 
 
 def test_a_diagnosis_says_of_which_step_its_parameters_are():
-    """Steps that were under way may have been taken before the steps that were not finite were noticed."""
+    """Steps under way can be taken before the steps that are not finite are noticed."""
     window = loop.Window(Health(Limits(max_skipped_steps=0)))
 
     def add(skipped):
@@ -230,14 +230,14 @@ def without(*batches):
 
 
 def light(data):
-    """Images that weigh less than one together, by which their loss is divided then: whatever weighs more leaps."""
+    """Images with a total weight below 1, by which their loss is divided: batches of larger weight are spikes."""
     return Poisoned(data, 'weights', 0.01, range(1000))
 
 
-def test_a_run_goes_back_at_a_spike_and_leaves_the_batches_out(tmp_path, monkeypatch, capsys):
-    """Twice to the checkpoint of step 4; what it becomes is a run that never saw the batches, wherever it is cut."""
+def test_a_rollback_skips_the_batches_of_a_spike(tmp_path, monkeypatch, capsys):
+    """Two rollbacks to the checkpoint of step 4 give the run that never saw the batches, wherever it is killed."""
     more = LEAPING | {'MAX_ROLLBACKS': 2}
-    # Step 6 leaps, and the batches of steps 5 and 6 are left out; then step 5 leaps, on the batch after them.
+    # Step 6 is a spike, and the batches of steps 5 and 6 are skipped; then step 5, on the next batch, is a spike.
     train('vit dense', tmp_path / 'run', 8, leaps(5, 6), **more)
     train('vit dense', tmp_path / 'clean', 8, without(4, 5, 6), **more)
     run, clean = leaves_of(tmp_path / 'run'), leaves_of(tmp_path / 'clean')
@@ -254,9 +254,9 @@ def test_a_run_goes_back_at_a_spike_and_leaves_the_batches_out(tmp_path, monkeyp
         'rollbacks': 2,
         'batches_left_out': 3,
     }
-    # Steps that were left out have been paid for.
+    # The cost includes the skipped steps.
     assert last['flops'] == pytest.approx(clean_lines[-1]['flops'] * 11 / 8)
-    assert 'step 4: back to this step, and on without the next 2 batches' in capsys.readouterr().err
+    assert 'step 4: rolled back to this step; the next 2 batches are skipped' in capsys.readouterr().err
     with monkeypatch.context() as patch:
         killed_at(patch, 11)  # at step 6, after both
         with pytest.raises(KeyboardInterrupt):
@@ -270,7 +270,7 @@ def test_before_its_first_checkpoint_a_run_goes_back_to_its_start(tmp_path, dens
     train('vit continue', tmp_path / 'run', 8, leaps(6), **more)
     lines = lines_of(tmp_path / 'run')
     assert [line['step'] for line in lines if line['split'] == 'train'] == [5, 6, 7, 8]
-    # The first step that stands is the fourth that was paid for.
+    # The first step that is kept is the fourth one taken.
     assert lines[-1]['flops'] == pytest.approx(lines[1]['flops'] * 7 / 4)
     assert [line['batches_left_out'] for line in lines if line['split'] == 'train'] == [3] * 4
     assert [line['step'] for line in lines if line['split'] == 'validation'] == [4, 6, 8]
@@ -280,7 +280,7 @@ def test_without_rollbacks_a_spike_is_counted_once():
     watch = health.Health(health.Limits(spike_window=4))
     for loss in (2.0, 2.02, 1.98, 2.0, 2.1, 2.5, 2.6, 2.0, 9.0):
         assert watch.see({'loss': loss, 'skipped': 0.0})
-    # 2.1 is within a tenth; 2.6 belongs to the spike of 2.5; then the losses before are wide.
+    # 2.1 is within a tenth; 2.6 belongs to the spike of 2.5; after that the losses vary widely.
     assert watch.counts['loss_spikes'] == 2
     assert len(watch.values['losses']) == 4
 
@@ -295,7 +295,7 @@ def test_without_rollbacks_a_spike_is_counted_once():
         ([2.0] * 9, 0.1, False),
     ],
 )
-def test_what_a_spike_is(before, loss, leaps):
+def test_definition_of_a_spike(before, loss, leaps):
     assert health.is_spike(loss, before, 10.0) == leaps
 
 
@@ -345,7 +345,7 @@ def test_a_real_router_saturates_and_leaves_have_norms(tmp_path, capsys):
     assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(lines[-1]['gradient_norm'], rel=1e-5)
 
 
-def test_what_is_put_up_with_may_change_between_legs(tmp_path):
+def test_limits_may_change_on_resuming(tmp_path):
     more = {'MAX_ROLLBACKS': 2, 'MAX_SKIPPED_STEPS': 0, 'LEAF_GRADIENT_NORMS': True}
     for changed in ({}, more):
         run = runs.build('dense', tmp_path, 4, **changed)
@@ -359,7 +359,7 @@ def test_what_is_put_up_with_may_change_between_legs(tmp_path):
     run_config.claim(run, configuration.resolved())
 
 
-def test_what_an_older_version_did_not_bind_had_its_default(tmp_path):
+def test_parameters_unknown_to_an_older_version_had_their_defaults(tmp_path):
     run = runs.build('dense', tmp_path, 4)
     run_config.claim(run, configuration.resolved())
     config = tmp_path / 'config.gin'
@@ -374,15 +374,12 @@ def test_what_an_older_version_did_not_bind_had_its_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('settings', 'message'),
-    [
-        ({'max_skipped_steps': -1}, 'MAX_SKIPPED_STEPS = -1'),
-        ({'spike_window': 1}, 'SPIKE_WINDOW = 1'),
-        ({'max_rollbacks': True}, 'MAX_ROLLBACKS = True'),
-        ({'spike_deviations': 0}, 'SPIKE_DEVIATIONS = 0'),
-        ({'spike_deviations': None, 'max_rollbacks': 1}, 'MAX_ROLLBACKS = 1'),
-    ],
+    'settings', [{'max_skipped_steps': -1}, {'spike_window': 1}, {'max_rollbacks': True}, {'spike_deviations': 0}]
 )
-def test_mistakes(settings, message):
-    with pytest.raises(UserError, match=message):
-        health.Limits(**settings)
+def test_bounds(settings):
+    assert len(list(schema.misfits(settings, health.Limits, str))) == 1
+
+
+def test_rollbacks_need_spikes():
+    with pytest.raises(UserError, match='MAX_ROLLBACKS = 1 needs SPIKE_DEVIATIONS'):
+        health.Limits(spike_deviations=None, max_rollbacks=1)

@@ -1,4 +1,4 @@
-"""One process writes to a run folder: who may take a lock over, and when. Clocks and identities are made up, one pair is real."""
+"""The lock of a run's folder: who may take it over, and when. Clocks and identities are simulated, except in one test."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from upcycle.training import lock as locks
 from upcycle.training import loop
 from upcycle.training.lock import NAME, PATIENCE, Lock
 
-# A process that has ended, whose id no other one has.
+# The id of a process that has ended; no other process has it.
 ENDED = 2**22 + 1
 
 
 class Clock:
-    """Ours alone: it moves when somebody waits, and others may act then."""
+    """A clock that moves only in `sleep`, during which other holders can act."""
 
     def __init__(self, meanwhile=lambda: None):
         self.now, self.meanwhile = 0.0, meanwhile
@@ -56,11 +56,11 @@ def test_taken_and_released(tmp_path):
     'dead',
     [
         {'process': ENDED},
-        {'started': '1'},  # its id is another process's now
+        {'started': '1'},  # another process has its id now
     ],
     ids=str,
 )
-def test_a_dead_holder_of_this_machine_is_followed_at_once(dead, tmp_path, capsys):
+def test_the_lock_of_a_dead_holder_on_this_machine_is_taken_over_at_once(dead, tmp_path, capsys):
     lock(tmp_path, **dead).take()
     clock = Clock()
     lock(tmp_path, clock).take()
@@ -68,8 +68,8 @@ def test_a_dead_holder_of_this_machine_is_followed_at_once(dead, tmp_path, capsy
     assert not capsys.readouterr().err
 
 
-def test_one_whose_parent_does_not_look_is_dead(tmp_path):
-    """As in a container whose first process is the user's own."""
+def test_a_zombie_is_dead(tmp_path):
+    """As in a container whose first process does not reap its children."""
     child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
     me = {'process': child.pid, 'started': locks._start_of(child.pid)}
     lock(tmp_path, **me).take()
@@ -93,7 +93,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize('kind', UNKNOWN)
-def test_any_other_is_followed_when_its_heartbeat_stands_still(kind, tmp_path, capsys):
+def test_any_other_lock_is_taken_over_after_its_heartbeat_stops(kind, tmp_path, capsys):
     if isinstance(UNKNOWN[kind], bytes):
         (tmp_path / NAME).write_bytes(UNKNOWN[kind])
     else:
@@ -117,14 +117,14 @@ NO_FILE = {
 
 
 @pytest.mark.parametrize('kind', NO_FILE)
-def test_what_is_no_file_is_refused_and_kept(kind, tmp_path):
+def test_something_other_than_a_file_is_refused_and_kept(kind, tmp_path):
     NO_FILE[kind](tmp_path / NAME)
-    with pytest.raises(UserError, match=rf'{NAME} cannot be written: it is no file, and the lock of a run is one'):
+    with pytest.raises(UserError, match=f'{NAME} is not a file, but a run writes a file there'):
         lock(tmp_path).take(1)
     assert os.path.lexists(tmp_path / NAME)
 
 
-def test_a_link_to_a_lock_is_one(tmp_path):
+def test_a_link_to_a_lock_is_a_lock(tmp_path):
     lock(tmp_path, process=ENDED).take()
     (tmp_path / NAME).rename(tmp_path / 'elsewhere.json')
     (tmp_path / NAME).symlink_to('elsewhere.json')
@@ -134,8 +134,8 @@ def test_a_link_to_a_lock_is_one(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['another boot', 'here, and stopped'])
-def test_a_holder_that_lives_is_named(kind, tmp_path):
-    """Its clock is not ours, and may say anything."""
+def test_the_message_names_a_living_holder(kind, tmp_path):
+    """The holder's clock may differ from ours."""
     theirs = lock(tmp_path, host='over-there', **UNKNOWN[kind])
     theirs.take()
     clock = Clock()
@@ -145,7 +145,7 @@ def test_a_holder_that_lives_is_named(kind, tmp_path):
     theirs.check()
 
 
-def test_who_was_followed_notices(tmp_path):
+def test_a_holder_notices_that_it_lost_the_lock(tmp_path):
     theirs = lock(tmp_path, host='a')
     theirs.take()
     ours = lock(tmp_path, host='b')
@@ -159,7 +159,7 @@ def test_who_was_followed_notices(tmp_path):
     ours.beat()
     with pytest.raises(UserError, match='on c .*took it over'):
         ours.check(look=False)
-    ours.release()  # not its own any more
+    ours.release()  # no longer its own
     assert holder(tmp_path)['host'] == 'c'
     again.check()
     os.unlink(tmp_path / NAME)
@@ -167,8 +167,8 @@ def test_who_was_followed_notices(tmp_path):
         again.check()
 
 
-def test_of_two_that_follow_one_wins(tmp_path):
-    """Both have seen the same dead holder, and reach for its lock at the same time."""
+def test_one_of_several_takers_wins(tmp_path):
+    """All see the same dead holder and take its lock at the same time."""
     for _ in range(20):
         lock(tmp_path, process=ENDED).take()
         start, outcomes, refused = threading.Barrier(4), [], []
@@ -229,7 +229,7 @@ with lock.held(sys.argv[1]):
 
 
 def test_two_processes(tmp_path, monkeypatch):
-    """The second is refused while the first lives, and follows it when it was killed."""
+    """The second process is refused while the first is alive, and takes over after it was killed."""
     monkeypatch.setattr(locks._LocalFile, 'beat', 0.05)
     with subprocess.Popen(
         [sys.executable, '-c', HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -244,7 +244,7 @@ def test_two_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('when', ['log', 'save'])
 def test_a_run_whose_folder_was_taken_over_stops(when, tmp_path, monkeypatch):
-    """As one that was suspended: it neither logs nor saves any more, and leaves the other's lock."""
+    """A run that was suspended meanwhile: it no longer logs or saves, and leaves the other run's lock."""
     add, steps = loop.Window.add, []
 
     def taken_over(self, metrics):
@@ -255,7 +255,7 @@ def test_a_run_whose_folder_was_taken_over_stops(when, tmp_path, monkeypatch):
             (tmp_path / NAME).write_bytes(other._text())
             if when == 'log':
                 threads = {thread.name: thread for thread in threading.enumerate()}
-                threads['lock'].join()  # it ends when its heartbeat finds the lock another's
+                threads['lock'].join()  # ends when its heartbeat finds another lock
 
     monkeypatch.setattr(locks._LocalFile, 'beat', 0.01)
     monkeypatch.setattr(loop.Window, 'add', taken_over)

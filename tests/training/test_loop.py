@@ -1,4 +1,4 @@
-"""The loop: exact resume, the four kinds of run, the ledger, and what it refuses."""
+"""The training loop: exact resume, the four kinds of run, the ledger, and refusals."""
 
 import concurrent.futures
 import dataclasses
@@ -19,7 +19,7 @@ from upcycle.training.start import Start
 
 def lines_of(model_dir):
     lines = read_metrics(os.path.join(model_dir, 'metrics.jsonl'))
-    # But for times and rates.
+    # Except times and rates.
     return [{name: value for name, value in line.items() if 'second' not in name} for line in lines]
 
 
@@ -29,7 +29,7 @@ def leaves_of(model_dir):
 
 
 def killed_at(monkeypatch, step):
-    """The next run dies when it has taken that many steps, as if the machine had gone away."""
+    """Makes the next run end after that many steps, as if the machine had failed."""
     taken = []
     add = loop.Window.add
 
@@ -46,7 +46,7 @@ def killed_at(monkeypatch, step):
     'kind', ['text upcycle', *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ('dense', 'vit upcycle'))]
 )
 def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
-    """Killed between two checkpoints and in the middle of a log window: same lines, same state, bit for bit."""
+    """A run killed between two checkpoints and within a log window gives the same lines and the same state, bit for bit."""
     first, more = 0, {'DROPOUT_RATE': 0.1}
     if kind == 'text upcycle':
         first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue('shallow'), **runs.ONE_SPARSE_LAYER}
@@ -77,8 +77,8 @@ def never_stopped(dense, tmp_path_factory):
 
 
 @pytest.mark.parametrize('step', [6, 8])
-def test_asked_to_stop_it_saves_at_once_and_goes_on_exactly(step, tmp_path, monkeypatch, dense, never_stopped):
-    """SIGTERM between checkpoints, where an evaluation is due; and at the last step, which ends as it would."""
+def test_a_stop_request_saves_at_once_and_the_resumed_run_is_exact(step, tmp_path, monkeypatch, dense, never_stopped):
+    """SIGTERM between checkpoints, when an evaluation is due, and at the last step, which ends normally."""
     first, more = 4, {'INITIAL_CHECKPOINT_PATH': dense, **STOPPED}
     handler = signal.getsignal(signal.SIGTERM)
     add = loop.Window.add
@@ -107,7 +107,7 @@ def test_asked_to_stop_it_saves_at_once_and_goes_on_exactly(step, tmp_path, monk
         np.testing.assert_array_equal(cut[name], leaf, err_msg=name)
 
 
-def test_a_finished_run_is_left_alone(dense, monkeypatch):
+def test_a_finished_run_takes_no_steps(dense, monkeypatch):
     before = lines_of(dense)
     monkeypatch.setattr(loop, 'lower_step', None)
     state = runs.train('dense', dense, 4)
@@ -115,8 +115,8 @@ def test_a_finished_run_is_left_alone(dense, monkeypatch):
     assert lines_of(dense) == before
 
 
-def test_dense_continuation_is_the_dense_run_going_on(tmp_path, dense):
-    """A branch with the state restored takes the very steps that the dense run would have taken."""
+def test_dense_continuation_equals_the_longer_dense_run(tmp_path, dense):
+    """A run that restores the dense state takes the same steps as the dense run."""
     runs.train('dense', tmp_path / 'longer', 6)
     runs.train('continue', tmp_path / 'branch', 6, INITIAL_CHECKPOINT_PATH=dense)
     longer, branch = leaves_of(tmp_path / 'longer'), leaves_of(tmp_path / 'branch')
@@ -132,7 +132,7 @@ def test_the_ledger_of_a_line():
     assert 'percent_of_sunk_flops' not in loop.Ledger().for_the_log(1)
 
 
-def test_what_a_checkpoint_had_cost_is_said_where_it_does_not_say():
+def test_dense_flops_are_the_cost_of_a_checkpoint_without_one():
     ledger = loop.Ledger()
     ledger.start_from(7, {}, 3e18)
     assert (ledger.start_step, ledger.sunk_flops) == (7, 3e18)
@@ -218,7 +218,7 @@ def test_evaluation_batches_are_made_once(tmp_path):
 
 
 def test_microbatches_take_the_same_step(tmp_path):
-    """Four microbatches, cut at group boundaries: the gradient of the whole batch."""
+    """Four microbatches, cut at group boundaries, give the gradient of the whole batch."""
     more = {'GROUPS_MULTIPLE_OF': 4, 'EVAL_PERIOD': 100, **runs.ONE_SPARSE_LAYER}
     runs.train('scratch', tmp_path / 'one', 2, **more)
     runs.train('scratch', tmp_path / 'four', 2, **more, NUM_MICROBATCHES=4)
@@ -248,7 +248,7 @@ def test_a_checkpoint_past_the_end_is_refused(tmp_path, dense):
 
 
 class Made:
-    """Time that passes when it is told to."""
+    """A clock that is set by the test."""
 
     def __init__(self):
         self.now = 0.0
@@ -258,7 +258,7 @@ class Made:
 
 
 def booked(events):
-    """A ledger after seconds of 'data', 'step' (one begins and is finished) and 'long step' (one begins, and lasts)."""
+    """Returns a ledger after seconds of 'data', 'step' (a whole step) and 'long step' (a step that does not finish)."""
     clock, ledger, ends = Made(), loop.Ledger(), []
     with loop.Timer(ledger, 0, clock) as timer:
         for event, seconds in events:
@@ -301,7 +301,7 @@ def test_a_step_that_ends_while_data_is_made_splits_the_time():
 
 
 class Slow:
-    """Data that takes five seconds a batch, counted from when no step is under way any more."""
+    """Data that takes five seconds per batch after all steps have finished."""
 
     def __init__(self, source, clock, timers):
         self._source, self._clock, self._timers = source, clock, timers
@@ -318,8 +318,8 @@ class Slow:
 
 
 @pytest.mark.parametrize('slow', ['data', 'step'])
-def test_where_the_time_went(slow, tmp_path, monkeypatch):
-    """A source or a step that takes its time: it is booked to it, and to nothing else."""
+def test_time_by_activity(slow, tmp_path, monkeypatch):
+    """The time of a slow source or a slow step is added to its own field and to no other."""
     run = runs.build('dense', tmp_path, 4, EVAL_PERIOD=100, CHECKPOINT_PERIOD=100, LOG_PERIOD=4, EVAL_STEPS=1)
     clock, timers = Made(), []
 

@@ -1,4 +1,4 @@
-"""A platform's notice that it takes the machine away, by metadata servers on loopback that answer as the platforms' do."""
+"""Preemption notices, with metadata servers on loopback that answer like the platforms'."""
 
 import http.server
 import signal
@@ -15,7 +15,7 @@ from upcycle.training import loop, notice
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers like both platforms' metadata servers, and refuses what they refuse."""
+    """Answers and refuses requests like both platforms' metadata servers."""
 
     def __init__(self):
         super().__init__(('localhost', 0), Handler)
@@ -69,7 +69,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def told(monkeypatch):
-    """Set by SIGTERM, which is counted."""
+    """Counts SIGTERMs."""
     told = threading.Event()
     told.times = 0
 
@@ -94,8 +94,8 @@ def test_the_notice_becomes_one_sigterm(platform, server, told, capsys):
         told.clear()
         assert not told.wait(0.1)
     assert told.times == 1
-    assert f'{platform} says that it takes this machine away' in capsys.readouterr().err
-    # Nobody listens any more.
+    assert f'{platform} preempts this machine' in capsys.readouterr().err
+    # The listener has stopped.
     assert 'preemption notice' not in {thread.name for thread in threading.enumerate()}
 
 
@@ -116,7 +116,7 @@ def test_a_run_saves_and_exits_with_75(server, dense, tmp_path, capsys, monkeypa
     assert exit.value.code == PREEMPTED
     step = read_metrics(path / 'metrics.jsonl')[-1]['step']
     assert open_checkpoint(path).step == step
-    assert f'asked to stop, and saved step {step};' in capsys.readouterr().err
+    assert f'stopped on request and saved step {step};' in capsys.readouterr().err
 
 
 def test_what_cannot_be_asked_is_refused(monkeypatch, server):

@@ -1,4 +1,4 @@
-"""Optimizers: per expert, factored, the same as the dense MLP's, and optax's where optax is right."""
+"""Optimizers: per expert, factored, equal to the dense MLP's, and equal to optax where the algorithms agree."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_an_expert_given_the_dense_gradient_and_state_gets_the_dense_update(shap
 
 
 def test_experts_do_not_see_each_other():
-    """A loud expert changes nothing for the others: not the clipping, not the scale, not the statistics."""
+    """An expert with large gradients does not change the clipping, scale and statistics of the others."""
     optimizer = Adafactor()
     params, grads = {'w': _leaf(0, E, D, F)}, _leaf(1, E, D, F)
     axes = {'w': 1}

@@ -1,4 +1,4 @@
-"""What `train` refuses before it begins, `plan` refuses too, in the same words."""
+"""`plan` refuses what `train` refuses before it starts, with the same message."""
 
 import dataclasses
 import json
@@ -26,17 +26,17 @@ def refusal(command, files, bindings):
     ('more', 'words'),
     [
         ({'TRAIN_STEPS': 4}, 'TRAIN_STEPS = 4 counts from'),
-        ({'TRAIN_STEPS': 3}, 'stands at step 4: raise TRAIN_STEPS'),
-        ({'DENSE_STEP': 9}, 'stands at step 9: raise TRAIN_STEPS'),
+        ({'TRAIN_STEPS': 3}, 'is at step 4: raise TRAIN_STEPS'),
+        ({'DENSE_STEP': 9}, 'is at step 9: raise TRAIN_STEPS'),
         ({'NUM_MICROBATCHES': 3}, 'does not divide into 3 microbatches'),
         (
             {'GROUPS_MULTIPLE_OF': 2, 'GROUP_SIZE': 64, 'NUM_MICROBATCHES': 4},
             'NUM_MICROBATCHES = 4 would split a routing group',
         ),
         ({'MESH_SHAPE': '(1, 2, 1)'}, 'MESH_SHAPE = (1, 2, 1) needs 2 devices'),
-        ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' names no parameter"),
+        ({'TRAINABLE': 'no_such_leaf'}, "TRAINABLE = 'no_such_leaf' matches no parameter"),
         ({'LEARNING_RATE_FACTORS': 'constant * linear_cooldown', 'COOLDOWN_STEPS': 9}, 'COOLDOWN_STEPS'),
-        ({'SURGERY': None}, 'SURGERY is None, which says what becomes of it: use runs/continue_dense.gin'),
+        ({'SURGERY': None}, 'SURGERY is None: use runs/continue_dense.gin'),
         ({'MODEL_DIR': 'the dense run'}, 'holds another run, in which upcycle.training.run.Run.'),
         ({'MODEL_DIR': 'no run'}, 'holds checkpoints but no config.gin'),
         ({'MODEL_DIR': 'lost'}, 'its checkpoints are gone'),
@@ -70,7 +70,7 @@ def test_a_run_does_not_begin_in_the_folder_of_a_foreign_checkpoint(tmp_path, de
 
 
 class Changed:
-    """Data of which a file has changed since the run was started."""
+    """Data with a file that has changed since the run was started."""
 
     def __init__(self, source):
         self._source = source
@@ -83,7 +83,7 @@ class Changed:
 
 
 @pytest.mark.parametrize('stored', [3, None, [], 'text', {}])
-def test_a_checkpoint_that_does_not_say_what_its_data_were(stored, tmp_path, upcycled):
+def test_a_checkpoint_without_a_data_fingerprint(stored, tmp_path, upcycled):
     folder = shutil.copytree(upcycled, tmp_path / 'run')
     for step in (folder / 'checkpoints').iterdir():
         (step / 'data' / 'metadata').write_text(json.dumps({'fingerprint': stored}))
@@ -114,7 +114,7 @@ def dense_of(folder):
 
 
 def test_a_checkpoint_without_a_surgery(tmp_path, dense):
-    """As in T5X, where the path is enough."""
+    """In T5X the path alone is enough."""
     bindings = runs.bindings('dense', tmp_path / 'run', 6, INITIAL_CHECKPOINT_PATH=dense)
     for command in (train.run, plan.run):
         said = refusal(command, PRETRAIN, bindings)
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_a_surgery(tmp_path, dense):
 
 
 def test_a_plan_of_a_run_that_has_begun(tmp_path, upcycled, capsys):
-    """It goes on from its own checkpoint, and the dense one is planned as at its beginning."""
+    """The run resumes from its own checkpoint; the plan is still that of the dense one."""
     folder = shutil.copytree(upcycled, tmp_path / 'run')
     plan.run(runs.FILES['upcycle'], runs.bindings('upcycle', folder, 6, INITIAL_CHECKPOINT_PATH=dense_of(folder)))
     assert 'parameters_after' in capsys.readouterr().out
@@ -148,12 +148,12 @@ def test_convert_refuses_a_run_that_could_not_train_the_result(more, tmp_path, d
 @pytest.mark.parametrize('kind', ['upcycle', 'scratch'])
 def test_moe_layers_that_choose_no_layer_are_named(kind, tmp_path, dense):
     start = {'INITIAL_CHECKPOINT_PATH': dense} if kind == 'upcycle' else {}
-    with pytest.raises(UserError, match='MOE_LAYERS choose none of the layers'):
+    with pytest.raises(UserError, match='MOE_LAYERS choose no layers'):
         runs.build(kind, tmp_path / 'run', 6, **runs.ONE_LAYER, **start)
 
 
 class Unreadable:
-    """A stream that shows what is wrong with it when it is opened."""
+    """A stream that fails when it is opened."""
 
     def __init__(self, source):
         self._source = source

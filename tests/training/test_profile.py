@@ -1,4 +1,4 @@
-"""Profiles on demand, and where a run's time went."""
+"""Profiles of some steps."""
 
 import time
 
@@ -24,7 +24,7 @@ def test_steps_are_traced_and_time_is_booked(tmp_path, monkeypatch, capsys):
     lasted = time.monotonic() - began
     (trace,) = (tmp_path / 'profile').rglob('*.xplane.pb')
     content = trace.read_bytes()
-    # The annotations of these steps, and no others.
+    # Annotations of these steps only.
     assert content.count(b'step_num') > 0
     lines = [line for line in read_metrics(str(tmp_path / 'metrics.jsonl')) if line['split'] == 'train']
     spent = [[line[f'{name}seconds'] for name in ('data_', 'evaluation_', 'checkpoint_', '')] for line in lines]
@@ -35,7 +35,7 @@ def test_steps_are_traced_and_time_is_booked(tmp_path, monkeypatch, capsys):
     assert spent[0][1:3] == [0, 0]
     assert steps + evaluation + checkpoint < lasted
 
-    # Going on, now on one process of what had been four, past the steps that are asked for.
+    # A resumed run past the requested steps, on one process instead of four.
     restore = CheckpointManager.restore
 
     def of_four(self, *arguments):

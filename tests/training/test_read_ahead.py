@@ -1,4 +1,4 @@
-"""Reading ahead changes when a leaf is read, and nothing else."""
+"""Reading ahead gives the same leaves and errors as reading on request."""
 
 import threading
 
@@ -8,7 +8,7 @@ import pytest
 from upcycle.errors import UserError
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.training import read_ahead
-from upcycle.training.read_ahead import Examination, ReadAhead, deal
+from upcycle.training.read_ahead import Examination, ReadAhead
 
 
 class Source:
@@ -24,7 +24,7 @@ class Source:
         return np.full(2, int(name))
 
 
-def test_gives_what_was_asked_for_and_reads_it_once():
+def test_each_leaf_is_read_once():
     source = Source()
     requests = [(str(i), None) for i in range(20)]
     with ReadAhead(source, requests) as reading:
@@ -33,15 +33,15 @@ def test_gives_what_was_asked_for_and_reads_it_once():
     assert sorted(source.asked) == sorted(name for name, _ in requests)
 
 
-def test_any_order_and_what_nobody_announced():
+def test_any_order_and_leaves_that_were_not_announced():
     source = Source()
     with ReadAhead(source, [(str(i), None) for i in range(10)]) as reading:
         assert [reading(str(i), None)[0] for i in (9, 99, 3, 0, 8)] == [9, 99, 3, 0, 8]
-        # Only a few are ahead of who asks.
+        # Only a few leaves are read ahead.
         assert len(source.asked) <= 5 + read_ahead._LEAVES_AHEAD + 2
 
 
-def test_a_damaged_leaf_is_reported_where_it_is_asked_for():
+def test_a_damaged_leaf_is_reported_on_request():
     with ReadAhead(Source(), [('1', None), ('broken', None), ('2', None)]) as reading:
         assert reading('1', None)[0] == 1
         with pytest.raises(UserError, match='broken cannot be read'):
@@ -49,12 +49,12 @@ def test_a_damaged_leaf_is_reported_where_it_is_asked_for():
 
 
 def examine(leaves):
-    """Looks at all of them, at those with even numbers whole."""
+    """Checks all leaves; examines those with even numbers whole."""
     whole = [name for name in leaves if name.isdigit() and int(name) % 2 == 0]
     examination = Examination('here', leaves, whole, sha256_of, leaves.get)
     try:
         for name, leaf in leaves.items():
-            examination.add(name, leaf)
+            examination.check(name, leaf)
         return examination.result()
     finally:
         examination.close()
@@ -66,9 +66,3 @@ def test_examination():
     for name in ('x', '22'):
         with pytest.raises(UserError, match=f'{name} of here holds 1 numbers that are NaN'):
             examine({**leaves, name: np.array([1.0, np.nan], np.float32)})
-
-
-def test_leaves_are_dealt_out_by_size():
-    sizes = {'a': 5, 'b': 1, 'c': 3, 'd': 3, 'e': 4}
-    assert deal(sizes, 2) == [['a', 'd'], ['e', 'c', 'b']]
-    assert deal({}, 3) == [[], [], []]

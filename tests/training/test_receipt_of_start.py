@@ -1,4 +1,4 @@
-"""Receipts that travel with a checkpoint into other runs."""
+"""Receipts of checkpoints that other runs start from."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def first_receipt():
 
 
 def test_a_run_that_changes_leaves_changes_their_rows():
-    """A new head, and the state that a recipe adds: the receipt of the run matches its checkpoints."""
+    """With a new head, and with state that a recipe adds, the run's receipt matches its checkpoints."""
     leaves = shaped({**MOE, 'params/head/kernel': (4, 3), 'params/m/router_state/bias': (2,)})
     paper = first_receipt()
     assert mismatches(paper, shaped(MOE)) == [] and len(mismatches(paper, leaves)) == 2
@@ -54,7 +54,7 @@ def test_a_run_that_changes_leaves_changes_their_rows():
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A reader of what lies in memory."""
+    """A reader of leaves in memory."""
 
     leaves_: dict
     metadata: dict
@@ -100,7 +100,7 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
     if 'undescribed' in operator:
         assert complete['function_check']['whole_model'].startswith('not compared: the metadata of here')
         assert 'does not describe its model' in capsys.readouterr().err
-        # What a run trains from here on is not what the surgery made, and later runs must not expect it to be.
+        # From here on the leaves are trained, so later runs must not compare them with the surgery's.
         assert not receipt_of_start.ReceiptOfStart('there', complete).untouched
         return
     ((of, source_params, _, _, compared),) = seen
@@ -110,7 +110,7 @@ def test_the_first_load_compares_with_what_it_was_made_of(operator, monkeypatch,
 
 
 def complete_without_source():
-    """What a receipt says in this process of the whole model. Process 1 does not find the source, as on a disk of its own."""
+    """Returns the check of the whole model in this process's receipt. Process 1 does not find the source, as on its own disk."""
     model, batch = model_of('t5', num_experts=8)
 
     def find(path):
@@ -150,7 +150,7 @@ def test_a_new_head_is_not_compared(capsys):
     paper = {**first_receipt(), 'function_check': {'whole_model': 'pending', 'layers': {'m': {}}}}
     complete = receipt_of_start.ReceiptOfStart('there', paper).complete(model, {}, {}, None, new_head=True)
     assert complete['function_check'] == {
-        'whole_model': 'not compared: NEW_HEAD = True gives it another task.',
+        'whole_model': 'not compared: NEW_HEAD = True gives the model another task.',
         'layers': {'m': {}},
     }
     assert 'not compared' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Runs that are killed, damaged or cannot write: they go on from the newest whole step, or say in a sentence why not."""
+"""Runs that are killed, damaged or cannot write: they resume from the newest whole step, or give the reason in a sentence."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ SOAK = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'soak.py'
 
 @pytest.fixture
 def run(dense, tmp_path):
-    """Four steps, with checkpoints of the second and the fourth."""
+    """A run of four steps, with checkpoints of steps 2 and 4."""
     return shutil.copytree(dense, tmp_path / 'run')
 
 
@@ -30,15 +30,15 @@ def lines_of(run):
 
 
 def flip(step):
-    """A bit of the weights."""
+    """Flips a bit of the weights."""
     file = max((path for path in (step / 'state').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def test_a_run_goes_on_from_the_step_before_a_damaged_one(run, dense, capsys):
-    """And ends as it would have: metrics are cut back, steps are taken again, the step is saved again."""
+def test_a_run_resumes_from_the_step_before_a_damaged_one(run, dense, capsys):
+    """The result is that of an undamaged run: metrics are cut back, steps are repeated, the step is saved again."""
     flip(run / 'checkpoints' / '4')
     runs.train('dense', run, 4, CHECKPOINT_KEEP=2)
     said = capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_a_run_without_a_whole_step_is_refused_and_so_is_a_start_from_it(run, tm
 
 
 def test_a_run_that_cannot_write_says_so_and_loses_nothing(run, tmp_path, capsys):
-    """A file in the folder's place, and a disk without space, for which a limit on the size of files stands in."""
+    """A file instead of the folder, and a full disk, simulated by a limit on file sizes."""
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='file.* cannot be written: .* a folder'):
         runs.train('dense', tmp_path / 'file', 4)
@@ -81,7 +81,7 @@ def test_a_run_that_cannot_write_says_so_and_loses_nothing(run, tmp_path, capsys
 
 @pytest.mark.parametrize('kills', [1, pytest.param(5, marks=pytest.mark.exhaustive)])
 def test_killed_and_nothing_is_lost(kills, tmp_path):
-    """The rest by the same script: docs/reliability.md."""
+    """More kills with the same script: docs/reliability.md."""
     spec = importlib.util.spec_from_file_location('soak', SOAK)
     soak = sys.modules['soak'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)

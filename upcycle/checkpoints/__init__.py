@@ -1,8 +1,8 @@
-"""Checkpoints of every format behind one lazy, read-only view: names and shapes first, then one leaf at a time.
+"""Reads and writes checkpoints of all formats. Readers are lazy: names and shapes first, then one leaf at a time.
 
-A leaf's name is flat and the same whatever wrote it: `params/encoder/layers_0/mlp/wi_0/kernel`,
-`opt_state/param_states/<parameter>/v_row`, `opt_state/count`, `step`. Importing this module is cheap; the formats' own
-libraries load when a checkpoint is opened.
+Leaf names are flat and the same in every format: `params/encoder/layers_0/mlp/wi_0/kernel`,
+`opt_state/param_states/<parameter>/v_row`, `opt_state/count`, `step`. Importing this module is cheap; the libraries of a format
+load when a checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -23,34 +23,32 @@ if TYPE_CHECKING:
     from etils import epath
 
     from upcycle.checkpoints.arrays import ArrayReader
+    from upcycle.checkpoints.views import Region
     from upcycle.checkpoints.writing import Writer
 
-# A step's folder is `100` in our runs and `checkpoint_100` in T5X's.
-_STEP = re.compile(r'(?:checkpoint_)?(\d+)')
-# Orbax and T5X both write under another name and rename at the end, so these names are interrupted saves.
+_STEP = re.compile(r'(?:checkpoint_)?(\d+)')  # step folders: `100` (ours) or `checkpoint_100` (T5X)
+# Orbax and T5X write under a temporary name and rename at the end, so such a name is an interrupted save.
 _UNFINISHED = re.compile(r'(?:checkpoint_)?(\d+)\.(?:orbax-checkpoint-tmp|tmp-).*')
-_DAMAGED = re.compile(r'(\d+)\.damaged.*')  # as checkpoints.integrity sets steps aside
+_DAMAGED = re.compile(r'(\d+)\.damaged.*')  # as renamed by checkpoints.integrity
 _LOOKED_FOR = (
     '`state/_METADATA` (Orbax: ours or T5X), `checkpoint` (T5X legacy), '
     'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, `model.safetensors` with `config.json` (Hugging Face), '
-    'or a file `.npz` (ViT)'
+    'or an `.npz` file (ViT)'
 )
-_MOST_LOOKED_AT = 100  # entries of a folder, in search of what else to name
-# A part of an archive is named behind a colon, as big_vision does: `siglip.npz:img`.
-_PART = re.compile(r'(.+\.npz):([\w/]+)')
+_MAX_SEARCHED = 100  # entries of a folder that are searched for a checkpoint to suggest
+_PART = re.compile(r'(.+\.npz):([\w/]+)')  # a subtree of an archive, in big_vision's notation: `siglip.npz:img`
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """One step of a checkpoint. Opening it reads an index; no array is read before `read`.
+    """One step of a checkpoint. Opening it reads the index; arrays are only read by `read`.
 
     Attributes:
-        format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
-        path: the step's folder, or the file.
-        step: training steps taken when it was saved; None where it does not say.
-        metadata: the JSON saved with our own checkpoints (family, configuration, sunk cost, receipt). Of others `family`,
-            and as `facts` what the format says of the model that shapes do not (its activation, its norms' epsilon, ...);
-            {} where it says nothing.
+      format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
+      path: the step's folder, or the file.
+      step: training steps taken at the save; None if the checkpoint does not record them.
+      metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` and
+        `facts`: what the format records and shapes do not tell (activation, norm epsilon, ...). {} if nothing is recorded.
     """
 
     format: str
@@ -65,35 +63,29 @@ class Reader(Protocol):
     def metadata(self) -> Mapping[str, Any]: ...
 
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Every leaf's name, shape and dtype as stored, from metadata alone."""
-        ...
+        """Returns each leaf's name with its stored shape and dtype, from metadata alone."""
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: tuple[slice, ...] = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: Region = ()
     ) -> jax.Array | np.ndarray:
-        """One leaf, and only that leaf: on the host, or with a `sharding` each device's part straight onto it.
+        """Reads one leaf: to the host, or, given a `sharding`, each shard directly onto its device.
 
-        On the host it may be a `region` of the leaf, such as one expert.
+        Without a sharding, `region` selects a part of the leaf, such as one expert.
 
         Raises:
-            UserError: there is no such leaf, or its stored bytes are missing or damaged.
+          UserError: the leaf does not exist, or its stored bytes are missing or damaged.
         """
-        ...
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
-    """Opens a checkpoint of any format that we read; the format is found, not named.
+    """Opens a checkpoint and detects its format.
 
     Args:
-        path: a step's folder, a file, or a folder of steps (a run folder, its `checkpoints`, a T5X model directory), which
-            means its newest finished step. `gs://` works.
+      path: a step's folder, a file, or a folder of steps (a run folder, its `checkpoints`, a T5X model directory), of which the
+        newest finished step is opened. Local or in a bucket (`gs://`, `s3://`).
 
     Raises:
-        UserError: nothing is there, it holds no checkpoint, or only a save that never finished.
+      UserError: the path does not exist, or holds no finished checkpoint of a known format.
     """
     from upcycle.checkpoints.hf.folder import refuse_other_files
 
@@ -105,98 +97,96 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
     if folder.name == 'checkpoint' and folder.is_file():
         folder = folder.parent
     if _UNFINISHED.fullmatch(folder.name):
-        raise UserError(f'{folder} is a save that was interrupted: name a finished step beside it.')
+        raise UserError(f'{folder} is an interrupted save: name a finished step next to it.')
     if reader := _open_file(folder, part) or _open_step(folder):
         return reader
     steps = folder / 'checkpoints' if (folder / 'checkpoints').is_dir() else folder
-    reader, passed_over = _open_newest_step(steps)
+    reader, skipped = _open_newest_step(steps)
     if reader is not None:
         return reader
-    if passed_over and all(map(_UNFINISHED.fullmatch, passed_over)):
-        raise UserError(f'{steps} holds only saves that were interrupted ({", ".join(passed_over)}): name another run.')
+    if skipped and all(map(_UNFINISHED.fullmatch, skipped)):
+        raise UserError(f'{steps} holds only interrupted saves ({", ".join(skipped)}): name another run.')
     refuse_other_files(folder)
-    if not passed_over and (found := _elsewhere(folder)):
-        raise UserError(f'{folder} is no checkpoint itself: name {found}.')
-    listing = ''.join(f'; {name} is passed over ({reason})' for name, reason in passed_over.items())
-    way_out = ': copy the checkpoint again' if passed_over else ''
-    raise UserError(f'{folder} holds no checkpoint that we read: looked for {_LOOKED_FOR}{listing}{way_out}.')
+    if not skipped and (suggestion := _suggest(folder)):
+        raise UserError(f'{folder} is not a checkpoint: name {suggestion}.')
+    listing = ''.join(f'; {name} is skipped ({reason})' for name, reason in skipped.items())
+    way_out = ': copy the checkpoint again' if skipped else ''
+    raise UserError(f'{folder} holds no checkpoint of a known format: looked for {_LOOKED_FOR}{listing}{way_out}.')
 
 
 def _open_newest_step(steps: epath.Path) -> tuple[ArrayReader | None, dict[str, str]]:
-    """The newest step of a folder that can be read, and those that cannot by their names, with the reason."""
+    """Opens the newest readable step of a folder; also returns why each skipped step cannot be read, by name."""
     children = list(steps.iterdir()) if steps.is_dir() else []
-    passed_over: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for number, child in sorted(((_number(child.name), child) for child in children), reverse=True):
         if number < 0:
             break
         reader = _open_step(child) if _STEP.fullmatch(child.name) and child.is_dir() else None
         if reader is not None and not (missing := reader.missing()):
-            for name, reason in passed_over.items():
+            for name, reason in skipped.items():
                 if _number(name) > number:
-                    warning.once(f'{steps / name} is passed over and {child.name} is read: {reason}.')
-            return reader, passed_over
-        passed_over[child.name] = _why_not_read(child) if reader is None else _incomplete(missing)
-    return None, passed_over
+                    warning.once(f'{steps / name} is skipped ({reason}): {child.name} is read instead.')
+            return reader, skipped
+        skipped[child.name] = (
+            _why_not_read(child) if reader is None else f'missing arrays: {len(missing)}, such as {missing[0]}'
+        )
+    return None, skipped
 
 
 def _number(name: str) -> int:
-    """The step of a step's folder, whatever became of it; -1 for other names."""
+    """Returns the step in the name of a finished, interrupted or damaged step folder; -1 for other names."""
     match = _STEP.fullmatch(name) or _UNFINISHED.fullmatch(name) or _DAMAGED.fullmatch(name)
     return int(match[1]) if match else -1
 
 
-def _elsewhere(folder: epath.Path) -> str | None:
-    """Where a checkpoint lies instead, on this machine: above what was named, or up to two folders below it."""
+def _suggest(folder: epath.Path) -> str | None:
+    """Searches the local folder above and up to two levels below for a checkpoint that the user may have meant."""
     from upcycle.checkpoints import orbax_item
-    from upcycle.checkpoints.hf.folder import find
+    from upcycle.checkpoints.hf.folder import has_safetensors
 
-    def holds_one(place: epath.Path) -> bool:
+    def holds_checkpoint(place: epath.Path) -> bool:
         indexes = ('checkpoint', f'state/{orbax_item.ORBAX_INDEX}')
-        return find(place) or any((place / name).is_file() for name in indexes)
+        return has_safetensors(place) or any((place / name).is_file() for name in indexes)
 
-    def below(place: epath.Path) -> list[epath.Path]:
-        return sorted(
-            place.iterdir(), key=lambda child: [int(n) for n in re.findall(r'\d{1,18}', child.name)], reverse=True
-        )
+    def newest_first(place: epath.Path) -> list[epath.Path]:
+        def numbers(child: epath.Path) -> list[int]:
+            return [int(n) for n in re.findall(r'\d{1,18}', child.name)]
+
+        return sorted(place.iterdir(), key=numbers, reverse=True)[:_MAX_SEARCHED]
 
     if files.is_remote(folder):
         return None
     is_part = not folder.is_dir() or any((folder / name).exists() for name in (orbax_item.ORBAX_INDEX, '.zarray'))
-    if is_part and holds_one(folder.parent):
+    if is_part and holds_checkpoint(folder.parent):
         return f'the folder above it, {folder.parent}'
     if not folder.is_dir():
         return None
-    children = below(folder)[:_MOST_LOOKED_AT]
+    children = newest_first(folder)
     if archives := [child for child in children if child.name.endswith('.npz')]:
         return f'the file, {archives[0]}'
     folders = [child for child in children if child.is_dir()]
-    with contextlib.suppress(OSError):  # one of them is closed to us
-        folders += [inner for child in folders for inner in below(child)[:_MOST_LOOKED_AT] if inner.is_dir()]
-    found = [place for place in folders if holds_one(place)]
-    more = f', or another of the {len(found)} below it' if len(found) > 1 else ''
-    return f'{found[0]}{more}' if found else None
-
-
-def _incomplete(missing: Sequence[str]) -> str:
-    verb = 'is' if len(missing) == 1 else 'are'
-    return f'{len(missing)} of its arrays {verb} not there, such as {missing[0]}, so it cannot be read'
+    with contextlib.suppress(OSError):  # a folder without read permission
+        folders += [inner for child in folders for inner in newest_first(child) if inner.is_dir()]
+    checkpoints = [place for place in folders if holds_checkpoint(place)]
+    more = f', or another of the {len(checkpoints)} below it' if len(checkpoints) > 1 else ''
+    return f'{checkpoints[0]}{more}' if checkpoints else None
 
 
 def _why_not_read(step: epath.Path) -> str:
-    """Of a step's folder that `_open_step` does not know."""
+    """Says why `_open_step` does not recognise a step's folder."""
     if _UNFINISHED.fullmatch(step.name):
         return 'its save was interrupted'
     if _DAMAGED.fullmatch(step.name):
         return 'it was set aside as damaged'
     if not step.is_dir():
-        return 'it is a file, and steps are folders' if step.exists() else 'it is a link that leads nowhere'
+        return 'it is a file, and steps are folders' if step.exists() else 'it is a dangling link'
     if not any(step.iterdir()):
         return 'it is empty'
     if (step / 'state' / '_METADATA').exists():
         return 'it has no commit_success.txt, so its save was interrupted'
     if items := sorted(child.name for child in step.iterdir() if (child / '_METADATA').exists()):
-        return f'its Orbax item is `{items[0]}`, and T5X and this program write `state`'
-    return 'it has neither `checkpoint` (T5X legacy) nor `state/_METADATA` (Orbax), so it was not copied as a whole'
+        return f'its Orbax item is `{items[0]}` instead of `state`, the name that T5X and upcycle use'
+    return 'it has neither `checkpoint` (T5X legacy) nor `state/_METADATA` (Orbax), so the copy is incomplete'
 
 
 def create_checkpoint(
@@ -208,18 +198,18 @@ def create_checkpoint(
     identity: Mapping[str, Any],
     alike: Collection[str] = (),
 ) -> Writer:
-    """Begins a checkpoint, or continues one that was cut off.
+    """Begins a checkpoint, or continues an interrupted write of the same checkpoint.
 
     Args:
-        path: where it will be; the formats with steps make a folder for the step there.
-        format: one of `FORMATS`.
-        leaves: everything that will be written, by our names.
-        step: training steps taken, None where that is not known.
-        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
-        alike: leaves whose rows are all the same, such as experts that are copies.
+      path: of the checkpoint; formats with steps make a folder for the step below it.
+      format: one of `FORMATS`.
+      leaves: all leaves that will be written, by our names.
+      step: training steps taken; None if unknown.
+      identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+      alike: leaves whose rows are all equal, such as experts that are copies.
 
     Raises:
-        UserError: something is there already, a leaf has no counterpart in the format, or the space does not suffice.
+      UserError: the path exists, the format has no place for a leaf, or the disk is too full.
     """
     from upcycle.checkpoints import flax_npz, folder_writer, native, t5x
     from upcycle.checkpoints.hf.writer import HuggingFaceWriter
@@ -229,25 +219,23 @@ def create_checkpoint(
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':
         return HuggingFaceWriter(target, leaves)
-    layouts = (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout)
-    layout = {layout.format: layout for layout in layouts}[format]()
-    return folder_writer.FolderWriter(layout, target, leaves, step, identity, alike)
+    layout = next(kind for kind in (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout) if kind.format == format)
+    return folder_writer.FolderWriter(layout(), target, leaves, step, identity, alike)
 
 
 def check_target(path: str | os.PathLike[str], format: str, *, below_runs: bool) -> epath.Path:
-    """Whether a checkpoint can be written where `--to` names, before any work is done.
+    """Checks that a checkpoint can be written to `--to`, before any work.
 
     Args:
-        path: as the user gave it.
-        format: one of `FORMATS`.
-        below_runs: whether it may lie in a folder of a run's folder.
+      path: as the user gave it.
+      format: one of `FORMATS`.
+      below_runs: whether the path may lie in the folder of a run.
 
     Returns:
-        The path in full.
+      The absolute path.
 
     Raises:
-        UserError: as `outputs.check`; or something is there already, for every format but an empty folder, or the beginning of
-            the same write.
+      UserError: as `outputs.check`, or the path exists. An empty folder or an interrupted write of a checkpoint is accepted.
     """
     full = outputs.check('--to', path, outputs.Kind.NEW_FILE if format == 'vit_npz' else outputs.Kind.NEW_FOLDER)
     if not below_runs:
@@ -256,23 +244,19 @@ def check_target(path: str | os.PathLike[str], format: str, *, below_runs: bool)
 
 
 def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:
-    """Opens a checkpoint, or several as one; see `several.SeveralReader`.
-
-    Raises:
-        UserError: as `open_checkpoint`.
-    """
+    """Opens one checkpoint, or several behind one reader (`several.SeveralReader`); raises as `open_checkpoint`."""
     if isinstance(paths, str | os.PathLike):
         return open_checkpoint(paths)
     from upcycle.checkpoints.several import SeveralReader
 
     if not paths:
-        raise UserError('INITIAL_CHECKPOINT_PATH = () names no checkpoint: name one, or several.')
+        raise UserError('INITIAL_CHECKPOINT_PATH = () is empty: name at least one checkpoint.')
     readers = [open_checkpoint(path) for path in paths]
     return readers[0] if len(readers) == 1 else SeveralReader(readers)
 
 
 def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
-    """The reader of a checkpoint that is a file, or None where it is none; `part` of an archive."""
+    """Opens a checkpoint that is a file (`part`: a subtree of an `.npz`); None if the path is not one."""
     from upcycle.checkpoints import flax_npz
     from upcycle.checkpoints.hf.folder import NAMES
     from upcycle.checkpoints.hf.reader import HuggingFaceReader
@@ -285,12 +269,12 @@ def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
 
 
 def _open_step(folder: epath.Path) -> ArrayReader | None:
-    """The reader of one step's folder, or None where no finished checkpoint of a known format lies directly in it."""
+    """Opens one step's folder; None if it does not directly contain a finished checkpoint of a known format."""
     from upcycle.checkpoints import native, orbax_item, t5x
-    from upcycle.checkpoints.hf.folder import find
+    from upcycle.checkpoints.hf.folder import has_safetensors
     from upcycle.checkpoints.hf.reader import HuggingFaceReader
 
-    if find(folder):
+    if has_safetensors(folder):
         return HuggingFaceReader(folder)
     if (folder / 'checkpoint').is_file():
         return t5x.LegacyReader(folder)

@@ -1,4 +1,4 @@
-"""The class token and the position embeddings of a ViT, where other programs add a position to the token too."""
+"""The class token and position embeddings of ViTs from programs that add a position to the token, too."""
 
 import jax
 import numpy as np
@@ -8,29 +8,26 @@ from upcycle.errors import UserError
 
 
 def without_own_position(cls: views.Lazy, table: views.Lazy) -> tuple[views.Lazy, views.Lazy]:
-    """Position embeddings of the patches alone, and the class token with its own position added.
+    """Separates the position embeddings of the patches, and adds the class token's position to the token itself.
 
-    vision_transformer, V-MoE and Hugging Face add positions after they have put the class token in front, so that the first row
-    is the token's. Ours are added before, as in big_vision today; the activations are the same.
+    vision_transformer, V-MoE and Hugging Face prepend the class token and then add positions, so that row 0 belongs to the token.
+    We add positions first, as big_vision does today; the activations are the same.
 
     Args:
-        cls: (1, 1, D).
-        table: (1, 1 + patches, D).
+      cls: (1, 1, D).
+      table: (1, 1 + patches, D).
 
     Returns:
-        (1, patches, D) and (1, 1, D). Reading the second raises UserError where the sum is too large for its dtype.
+      (1, patches, D) and (1, 1, D). Reading the second raises UserError if the sum overflows its dtype.
     """
     patches = views.Window(table, (slice(None), slice(1, None)))
     dtype = jax.numpy.promote_types(cls.dtype.newbyteorder('='), table.dtype.newbyteorder('='))
 
     def add(cls: np.ndarray, position: np.ndarray) -> np.ndarray:
-        wide = [x.astype(np.float32) for x in (cls, position)]
         with np.errstate(over='ignore'):
-            total = (wide[0] + wide[1]).astype(dtype)
-        if (~np.isfinite(total) & np.isfinite(wide[0]) & np.isfinite(wide[1])).any():
-            raise UserError(
-                f'the class token and its position add up to more than {dtype} holds: save the model again as float32.'
-            )
+            total = (cls.astype(np.float32) + position.astype(np.float32)).astype(dtype)
+        if (~np.isfinite(total) & np.isfinite(cls) & np.isfinite(position)).any():
+            raise UserError(f'the class token plus its position overflows {dtype}: save the model again as float32.')
         return total
 
     position = views.Window(table, (slice(None), slice(0, 1)))

@@ -1,6 +1,6 @@
 """ViT checkpoints in `.npz` files: the layouts of vision_transformer, big_vision and V-MoE, read one array at a time.
 
-Whatever the layout, the names are ours, big_vision's of today with the layers apart:
+Names are ours in every layout: big_vision's names of today with layers unstacked,
 `params/Transformer/encoderblock_0/MlpBlock_0/...`.
 Layouts matched: vision_transformer/vit_jax/checkpoint.py and models_vit.py; big_vision/models/vit.py (`fix_old_checkpoints`)
 and utils.py (`load_params`, `recover_dtype`); vmoe/nn/vit_moe.py; flax's `convert_pre_linen` for the numbering of layers.
@@ -28,10 +28,10 @@ from upcycle.leaf_names import grouped
 
 _BLOCK = 'Transformer/encoderblock_'
 _STACK = 'Transformer/encoderblock/'
-# Where programs have put the class token's and the patches' position embeddings, newest first.
+# Names of the position embeddings, newest first.
 _POSITIONS = ('pos_embedding', 'Transformer/pos_embedding', 'Transformer/posembed_input/pos_embedding')
 
-# V-MoE's names in big_vision's words.
+# From V-MoE's names to big_vision's.
 _VMOE = (
     (r'^Encoder/', 'Transformer/'),
     (r'/SelfAttention/', '/MultiHeadDotProductAttention_0/'),
@@ -42,7 +42,7 @@ _VMOE = (
     (r'^MapHead/Mlp/', 'MAPHead_0/MlpBlock_0/'),
     (r'^MapHead/', 'MAPHead_0/'),
 )
-# Before linen, flax numbered a block's modules through: LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3.
+# Before linen, flax numbered all modules of a block: LayerNorm_0, MultiHeadDotProductAttention_1, LayerNorm_2, MlpBlock_3.
 _PRE_LINEN = (
     (r'/MultiHeadDotProductAttention_1/', '/MultiHeadDotProductAttention_0/'),
     (r'/LayerNorm_2/', '/LayerNorm_1/'),
@@ -58,7 +58,7 @@ OUR_NAMES = re.compile(
     rf'|MAPHead_0/(probe|LayerNorm_0/(scale|bias)|{_ATTENTION}|{_MLP})'
 )
 
-# Fields of our model: all three programs use flax.linen's defaults.
+# Facts of the model: all three programs use flax.linen's defaults.
 FACTS = {'gelu': 'tanh', 'norm_epsilon': 1e-6}
 
 
@@ -66,11 +66,11 @@ class NpzReader(arrays.ArrayReader):
     """A lazy view of a ViT in an `.npz` file; see `upcycle.checkpoints.Reader`.
 
     Args:
-        file: the file.
-        subtree: which part of it is the ViT, such as 'img' of a SigLIP checkpoint.
+      file: the file.
+      subtree: the part that is the ViT, such as 'img' in a SigLIP checkpoint.
 
     Raises:
-        UserError: it is no zip archive, holds something other than arrays, or arrays that no ViT of ours has.
+      UserError: the file is not a zip archive of arrays, or holds arrays that our ViT does not have.
     """
 
     format = 'vit_npz'
@@ -83,19 +83,19 @@ class NpzReader(arrays.ArrayReader):
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The family, what the layout says of the model, and what of the file is not read; all of ours, where we wrote it."""
+        """Our metadata if we wrote the file; else the family, the facts, and the arrays that are not read."""
         return self._metadata or {'family': 'vit', 'facts': FACTS, 'not_read': self._left_out}
 
 
 def _parameters(
     file: epath.Path, stored: Mapping[str, npz.Member], subtree: str
 ) -> tuple[dict[str, npz.Member], npz.Member | None, dict[str, str]]:
-    """The parameters without what stands before their names, the step if it is there, and what is left out and why."""
+    """Returns the parameters without their prefix, the step or None, and the reason why each other array is left out."""
 
     def below(prefix: str, names: Mapping[str, npz.Member]) -> dict[str, npz.Member]:
         return {name.removeprefix(prefix): member for name, member in names.items() if name.startswith(prefix)}
 
-    # In this order: optax's `opt/` lies beside `params/`, flax's old optimizer held the parameters itself.
+    # In this order: optax's `opt/` lies next to `params/`; flax's old optimizer contained the parameters.
     prefix = next((p for p in ('params/', 'opt/target/') if any(n.startswith(p) for n in stored)), '')
     step = next((stored[name] for name in ('step', 'opt/state/step') if name in stored), None)
     params = below(prefix, stored)
@@ -106,8 +106,8 @@ def _parameters(
         # The subtree may itself be a checkpoint.
         params = below('params/', params) or params
         if not params:
-            tops = sorted({name.split('/')[0] for name in stored})
-            raise UserError(f'{file} has nothing below {subtree!r}, only {", ".join(tops)}.')
+            tops = ', '.join(sorted({name.split('/')[0] for name in stored}))
+            raise UserError(f'{file} has no arrays below {subtree!r}, only below {tops}.')
     read = {id(member) for member in params.values()} | {id(step)}
     left_out = {
         name: 'not a parameter of the ViT' if subtree else 'the optimizer state of another program'
@@ -118,14 +118,14 @@ def _parameters(
 
 
 def _ours(file: epath.Path, params: Mapping[str, npz.Member]) -> dict[str, views.Lazy]:
-    """The parameters under our names."""
+    """Returns the parameters under our names."""
     out: dict[str, views.Lazy] = {}
-    came_from: dict[str, str] = {}
+    stored_names: dict[str, str] = {}
 
     def add(name: str, stored: str, source: views.Lazy) -> None:
-        if name in came_from:
-            raise UserError(f'{file} has two arrays for {name}: {came_from[name]} and {stored}.')
-        came_from[name], out[name] = stored, source
+        if name in stored_names:
+            raise UserError(f'{file} has two arrays for {name}: {stored_names[name]} and {stored}.')
+        stored_names[name], out[name] = stored, source
 
     positions = [name for stored in params if (name := _rename(stored, params)) in _POSITIONS]
     for stored, member in params.items():
@@ -138,7 +138,7 @@ def _ours(file: epath.Path, params: Mapping[str, npz.Member]) -> dict[str, views
             if of_class is not None:
                 out['cls'] = of_class
         elif name == 'cls':
-            came_from[name] = stored
+            stored_names[name] = stored
             out.setdefault('cls', member)
         elif name.startswith(_STACK):
             for layer in range(member.shape[0] if member.shape else 0):
@@ -146,12 +146,10 @@ def _ours(file: epath.Path, params: Mapping[str, npz.Member]) -> dict[str, views
                 add(f'{_BLOCK}{layer}/{inside}', stored, views.Layer(member, 0, layer))
         else:
             add(name, stored, member)
-    unknown = [came_from[name] for name in out if not OUR_NAMES.fullmatch(name)]
-    if unknown:
+    if unknown := [stored_names[name] for name in out if not OUR_NAMES.fullmatch(name)]:
         listing = ', '.join(grouped(unknown, 5))
         raise UserError(
-            f'{file} holds arrays that have no counterpart in our ViT: {listing}. If the ViT is a part of it, name that part: '
-            f'{file}:PART.'
+            f'{file} holds arrays that our ViT does not have: {listing}. If the ViT is a subtree, name it: {file}:SUBTREE.'
         )
     return out
 
@@ -164,13 +162,9 @@ def _rename(stored: str, params: Mapping[str, Any]) -> str:
     if name.startswith((_STACK, _BLOCK)):
         for pattern, replacement in _PRE_LINEN:
             name = re.sub(pattern, replacement, name)
-    # While ViT-G was developed, the attention pooling had no module of its own.
-    if 'probe' in params and name.split('/')[0] in (
-        'probe',
-        'MlpBlock_0',
-        'MultiHeadDotProductAttention_0',
-        'LayerNorm_0',
-    ):
+    # In checkpoints from the development of ViT-G, attention pooling has no module.
+    of_pooling = ('probe', 'MlpBlock_0', 'MultiHeadDotProductAttention_0', 'LayerNorm_0')
+    if 'probe' in params and name.split('/')[0] in of_pooling:
         name = f'MAPHead_0/{name}'
     return name
 
@@ -178,63 +172,45 @@ def _rename(stored: str, params: Mapping[str, Any]) -> str:
 def _split_positions(
     file: epath.Path, name: str, member: npz.Member, cls: npz.Member | None
 ) -> tuple[views.Lazy, views.Lazy | None]:
-    """Position embeddings of the patches, and the class token with its own added, where they lie in one array."""
+    """Splits position embeddings: those of the patches, and the class token plus its position if the array includes one."""
     if len(member.shape) != 3 or member.shape[0] != 1:
-        raise UserError(f'{name} of {file} is {list(member.shape)}, where (1, positions, width) belongs.')
+        raise UserError(f'{name} of {file} is {list(member.shape)}: it must be (1, positions, width).')
     if name == 'pos_embedding' or cls is None:
         return member, None
     _, rows, width = member.shape
     if cls.shape != (1, 1, width):
-        raise UserError(f'cls of {file} is {list(cls.shape)}, where (1, 1, {width}) belongs.')
-    # Between the two layouts, big_vision kept the array where it was and left the token out of it.
+        raise UserError(f'cls of {file} is {list(cls.shape)}: it must be (1, 1, {width}).')
+    # For a while, big_vision used the old name for an array without the token's position.
     if name == 'Transformer/pos_embedding' and math.isqrt(rows) ** 2 == rows:
         return member, None
     return class_token.without_own_position(cls, member)
 
 
-class NpzWriter:
-    """A ViT, dense or MoE, in one file with big_vision's names of today; see `writing.Writer`. A cut write begins again."""
+class NpzWriter(staging.StagedWriter):
+    """Writes a ViT, dense or MoE, to one file with big_vision's names of today."""
 
     def __init__(self, path: epath.Path, leaves: writing.Leaves):
         if path.suffix != '.npz':
             raise UserError(f'{path} must end in .npz: name another --to.')
-        self.path = os.fspath(path)
-        self.left_out = {'rng': 'a file of parameters has no random key'} if 'rng' in leaves else {}
-        self._leaves = {name: leaf for name, leaf in leaves.items() if name not in self.left_out}
+        super().__init__(path, leaves)
         for name in self._leaves:
-            if name != 'step' and not (
-                name.startswith('params/') and OUR_NAMES.fullmatch(name.removeprefix('params/'))
-            ):
-                way_out = (
-                    ': leave the optimizer state out with --optimizer_state=none'
-                    if name.startswith('opt_state/')
-                    else ''
-                )
-                raise UserError(f'{name} has no counterpart in vit_npz, which holds the parameters of a ViT{way_out}.')
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
-        self._staging = staging.Staging(path, outputs.Kind.NEW_FILE, size)
-        self._finished = False
-        self._file = self._staging.path.open('wb')
+            top, _, rest = name.partition('/')
+            if name != 'step' and not (top == 'params' and OUR_NAMES.fullmatch(rest)):
+                raise writing.no_counterpart(name, 'vit_npz', 'the parameters of a ViT')
+        self._file = self._stage(outputs.Kind.NEW_FILE).open('wb')
         self._archive = zipfile.ZipFile(self._file, 'w', zipfile.ZIP_STORED)
         self._member: Any = None
-
-    def todo(self) -> dict[str, list[views.Region]]:
-        """See `writing.Writer`; parts come in this order."""
-        return {name: writing.parts(name, leaf) for name, leaf in self._leaves.items()}
 
     def write(self, name: str, region: views.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
         leaf = self._leaves[name]
-        # As NumPy itself writes bfloat16.
-        stored = 'V2' if leaf.dtype.name == 'bfloat16' else leaf.dtype
+        # NumPy writes bfloat16 as V2.
+        stored = np.dtype('V2' if leaf.dtype.name == 'bfloat16' else leaf.dtype)
         with writing.not_refused(self._staging.path, name):
             if region == writing.WHOLE or region[0].start == 0:
                 self._member = self._archive.open(f'{name}.npy', 'w', force_zip64=True)
-                header = {
-                    'descr': np.lib.format.dtype_to_descr(np.dtype(stored)),
-                    'fortran_order': False,
-                    'shape': leaf.shape,
-                }
+                descr = np.lib.format.dtype_to_descr(stored)
+                header = {'descr': descr, 'fortran_order': False, 'shape': leaf.shape}
                 np.lib.format.write_array_header_1_0(self._member, header)
             self._member.write(np.asarray(value, order='C').reshape(-1).view(np.uint8).data)
             if region == writing.WHOLE or region[0].stop == leaf.shape[0]:
@@ -248,20 +224,9 @@ class NpzWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        check(NpzReader(self._staging.path))
-        self._staging.publish()
-        self._finished = True
+        self._publish(check, NpzReader(self._staging.path))
 
-    def close(self) -> None:
-        """See `writing.Writer`."""
-        if not self._finished:
-            self.discard()
-
-    def discard(self) -> None:
-        """See `writing.Writer`."""
-        # A full disk takes no end of the archive either.
+    def _close_files(self) -> None:
         for part in filter(None, (self._member, self._archive, self._file)):
             with contextlib.suppress(OSError, ValueError):
                 part.close()
-        self._staging.discard()
-        self._finished = True

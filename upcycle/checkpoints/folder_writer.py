@@ -1,21 +1,20 @@
 """The writer of checkpoints that are folders of zarr arrays: ours and T5X's.
 
-On a disk, parts are written into a staging folder, which gets its name when it is whole; what is finished is noted in a journal,
-and the same command continues from there after a cut. In a bucket, which cannot rename and append, parts are written under their
-final names and a commit file last; what cannot be finished is removed.
+On a disk, parts are written to a staging folder, which is renamed at the end. A journal records finished parts, and the same
+command continues from there after an interruption. In a bucket, which cannot rename and append, parts are written under their
+final names and a commit file last; an unfinished checkpoint is removed.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
-import math
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,67 +25,64 @@ from upcycle import files, outputs
 from upcycle.checkpoints import arrays, staging, writing
 from upcycle.checkpoints.journal import Journal, Part
 
-# Endings of a checkpoint that is being written; `open_checkpoint` knows both.
+# Suffixes of unfinished checkpoints, which `open_checkpoint` recognises.
 STAGING = {'upcycle': '.orbax-checkpoint-tmp', 't5x_orbax': '.orbax-checkpoint-tmp', 't5x_legacy': '.tmp-upcycle'}
 
 _BYTES_IN_FLIGHT = 256 << 20
 _ARRAYS_AHEAD = 16
 
 
-class Layout(Protocol):
+class Layout:
     """One format of zarr arrays in a folder.
 
     Attributes:
-        format: its name.
-        state: folder of the arrays, below the step's.
+      format: name of the format.
+      state: folder of the arrays, below the step's.
+      reader: opens a committed folder, which may still have its temporary name.
     """
 
     format: str
     state: str
+    reader: type[arrays.ArrayReader]
 
     def final(self, path: epath.Path, step: int | None) -> epath.Path:
-        """The step's folder below the path that the user named."""
-        ...
+        """Returns the step's folder below the path that the user named."""
+        raise NotImplementedError
 
     def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-        """The keys of each leaf in the format's tree, and the leaves left out with the reason.
+        """Returns the keys of each leaf in the format's tree, and the leaves left out with the reason.
 
         Raises:
-            UserError: a leaf has no counterpart.
+          UserError: the format has no place for a leaf.
         """
-        ...
+        raise NotImplementedError
 
     def is_inline(self, keys: tuple[str, ...]) -> bool:
-        """Whether the array lies in the index."""
-        ...
+        """Whether the array is stored in the index."""
+        return False
 
     def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
-        """TensorStore's driver of an array and its metadata, with a checksum for every chunk."""
-        ...
+        """Returns TensorStore's driver of an array and its metadata, with a checksum for every chunk."""
+        raise NotImplementedError
 
     def commit(self, writer: FolderWriter, metadata: Mapping[str, Any]) -> None:
         """Writes the index and the metadata."""
-        ...
-
-    def reader(self, folder: epath.Path) -> arrays.ArrayReader:
-        """Reads a committed folder, whatever its name."""
-        ...
+        raise NotImplementedError
 
 
 class FolderWriter:
     """A `writing.Writer` of zarr arrays.
 
     Args:
-        layout: the format.
-        path: what the user named.
-        leaves: everything that will be written.
-        step: of the checkpoint, None where it is unknown.
-        identity: what is being written from what, as JSON; a cut write continues only where it is the same.
-        alike: leaves whose rows are all the same. On a disk, the files of their parts are one file with several names.
+      layout: the format.
+      path: the path that the user named.
+      leaves: all leaves to write.
+      step: of the checkpoint; None if unknown.
+      identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+      alike: leaves whose rows are all equal. On a disk, their parts are hard links to one file.
 
     Raises:
-        UserError: the target exists, a leaf has no counterpart, there is too little space, or what lies there is the beginning of
-            another write.
+      UserError: the path exists or holds another interrupted write, the format has no place for a leaf, or the disk is full.
     """
 
     def __init__(
@@ -114,7 +110,7 @@ class FolderWriter:
         self._order = list(self.leaves)
         self._in_flight: collections.deque[tuple[str, writing.Region, int, Any]] = collections.deque()
         self._bytes_in_flight = 0
-        # Not file by file, which is slow for small ones: the journal's `os.sync` makes many of them safe at once.
+        # No sync per file, which is slow for small ones: the journal calls `os.sync` for many files at once.
         self._context = ts.Context({'file_io_concurrency': {'limit': 16}, 'file_io_sync': False})
         self._done: set[Part] = set()
         self._copies = concurrent.futures.ThreadPoolExecutor(4)
@@ -135,7 +131,7 @@ class FolderWriter:
         leaf = self.leaves[name]
         shape = leaf.shape if region == writing.WHOLE else (region[0].stop - region[0].start, *leaf.shape[1:])
         if value.shape != shape or value.dtype != leaf.dtype:
-            raise ValueError(f'{name} is {value.dtype}{value.shape}, and {leaf.dtype}{shape} was announced')
+            raise ValueError(f'{name} is {value.dtype}{value.shape} instead of {leaf.dtype}{shape}')
         if self._layout.is_inline(self.keys[name]):
             self.inline[name] = np.array(value)
             return
@@ -153,7 +149,7 @@ class FolderWriter:
         self._bytes_in_flight += value.nbytes
 
     def put(self, keys: tuple[str, ...], value: np.ndarray) -> ts.Future:
-        """Begins to write an array that is not a leaf of ours, such as a placeholder."""
+        """Begins to write an array that is not one of our leaves, such as a placeholder."""
         leaf = jax.ShapeDtypeStruct(value.shape, value.dtype)
         spec = self._spec(keys, leaf, list(value.shape))
         return ts.open(spec, create=True, open=True, context=self._context).result().write(value)
@@ -190,7 +186,7 @@ class FolderWriter:
 
     def discard(self) -> None:
         """See `writing.Writer`."""
-        # Arrays that were made ahead too: they would put files into folders that are being removed.
+        # Wait for arrays made ahead, too, which would create files in a removed folder.
         for future in [*self._opened.values(), *(future for _, _, _, future in self._in_flight)]:
             future.exception()
         self._in_flight.clear()
@@ -202,12 +198,12 @@ class FolderWriter:
             parent.rmdir()
 
     def _begin(self, identity: Mapping[str, Any]) -> Journal:
-        """Claims the place, and continues what an earlier attempt at the same has done."""
+        """Claims the folder, and continues an interrupted write of the same checkpoint."""
         journal = Journal(self.folder, identity)
         self._done = set(journal.done)
         linked = _has_links(self._final.parent)
         needed = sum(
-            math.prod(writing.chunk_shape(name, self.leaves[name])) * self.leaves[name].dtype.itemsize
+            self.leaves[name].size * self.leaves[name].dtype.itemsize // len(writing.parts(name, self.leaves[name]))
             for name, regions in self.todo().items()
             for region in regions
             if not (linked and self._is_like_first(name, region))
@@ -222,24 +218,24 @@ class FolderWriter:
         return name in self._alike and _start(region) > 0
 
     def _open(self, name: str) -> ts.TensorStore:
-        # The arrays that come next are made behind: a file's creation waits for what else the disk has to do.
+        # The next arrays are created in the background, because creating a file waits for other work of the disk.
         first = self._order.index(name)
         for other in self._order[first : first + _ARRAYS_AHEAD]:
             if other not in self._opened and not self._layout.is_inline(self.keys[other]):
                 leaf = self.leaves[other]
                 spec = self._spec(self.keys[other], leaf, writing.chunk_shape(other, leaf))
-                # Never `delete_existing`: parts of it may be there from before.
+                # Never `delete_existing`: an interrupted write may have left parts.
                 self._opened[other] = ts.open(spec, create=True, open=True, context=self._context)
         return self._opened[name].result()
 
     def _spec(self, keys: tuple[str, ...], leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
         store = arrays.kvstore(self._array(keys))
-        # Zeros are stored too, so that a missing chunk is a lost one.
+        # Zeros are stored, too, so that a missing chunk is an error.
         spec = {'kvstore': store, 'dtype': leaf.dtype.name, 'store_data_equal_to_fill_value': True}
         return spec | self._layout.zarr(leaf, chunks)
 
     def _chunk(self, name: str, region: writing.Region) -> str:
-        """The file of a part on a local disk."""
+        """Returns the file of a part on a local disk."""
         leaf = self.leaves[name]
         index = [_start(region) // writing.chunk_shape(name, leaf)[0]] + [0] * (len(leaf.shape) - 1)
         return os.fspath(self._array(self.keys[name]) / '.'.join(map(str, index)))
@@ -267,18 +263,18 @@ class FolderWriter:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Nobody writes into a chunk's file (TensorStore and we replace it), so that several may share one."""
-    # Of a write that was cut off: a link does not replace what is there.
+    """Makes a hard link, or a copy. Links are safe because TensorStore replaces chunk files and never writes into them."""
+    # A link cannot replace a file left by an interrupted write.
     pathlib.Path(target).unlink(missing_ok=True)
     try:
         os.link(source, target)
-    except OSError:  # this disk has no links, or no more for this file
+    except OSError:  # the disk does not support links, or the file has too many
         shutil.copyfile(source, target + '.tmp')
         os.replace(target + '.tmp', target)
 
 
 def _has_links(folder: epath.Path) -> bool:
-    """Whether the disk that holds, or will hold, a local folder lets a file have several names."""
+    """Whether the disk of a local folder, which may not exist yet, supports hard links."""
     try:
         with tempfile.TemporaryDirectory(dir=outputs.nearest(os.fspath(folder))) as place:
             file = pathlib.Path(place, 'one')

@@ -1,8 +1,8 @@
 """SHA-256 of a step's files, computed by all processes of a run, each for a share of the bytes.
 
-Process 0 asks through the key-value store of JAX's coordination service, which disturbs no collective, and a thread of every
-other process answers, so that it can be done behind the training. All see one file system. What another process does not answer
-in time, process 0 computes itself.
+Process 0 sends requests through the key-value store of JAX's coordination service, and a thread of every other process answers,
+so that hashing runs in the background of training and uses no collectives. All processes must see one file system. Process 0
+computes the hashes that do not arrive in time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from etils import epath
 
 from upcycle import hosts
 
-# Process 0 hashes fewer bytes sooner than the others would begin.
-SHARED_BYTES = 256 << 20
+SHARED_BYTES = 256 << 20  # below this, sending requests would take longer than hashing
 _BLOCK_BYTES = 4 << 20
-# Hashing lets go of the interpreter, and object stores answer late.
-_FILES_AT_ONCE = 8
+_FILES_AT_ONCE = 8  # threads: hashing releases the GIL, and object stores have a high latency
 _KEY = 'upcycle/hash'
 _MOST_FILES = 10_000  # in one message of the store
 _POLL = 0.5
-# Seconds that another process may take longer than twice the time of process 0 for its own share.
+# Seconds for an answer, in addition to twice the time that process 0 needed for its share.
 _LONGER = 30.0
 
 _asked: collections.Counter[int] = collections.Counter()
@@ -39,14 +37,14 @@ _serving = False
 
 
 def describe(folder: epath.Path, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of files; may be called by process 0 alone, after every process has called `serve`.
+    """Hashes files. Only process 0 may call this, after every process has called `serve`.
 
     Args:
-        folder: where they are.
-        sizes: bytes of each file by its name, which say who hashes it.
+      folder: of the files.
+      sizes: bytes of each file by its name; they balance the shares.
 
     Returns:
-        By name, in the order of `sizes`: `bytes` and `sha256`, or under `wrong` why it cannot be read.
+      By name, in the order of `sizes`: `bytes` and `sha256`, or `wrong`: the reason why it cannot be read.
     """
     store = hosts.store()
     if jax.process_count() == 1 or store is None or sum(sizes.values()) < SHARED_BYTES:
@@ -60,23 +58,23 @@ def describe(folder: epath.Path, sizes: Mapping[str, int]) -> dict[str, dict[str
             waiting[key] = share[start : start + _MOST_FILES]
             store.key_value_set(key, json.dumps([str(folder), waiting[key]]))
     start = time.monotonic()
-    found = _describe_here(folder, mine)
+    hashes = _describe_here(folder, mine)
     end = time.monotonic() + 2 * (time.monotonic() - start) + _LONGER
     for key, names in waiting.items():
         while (answer := hosts.lookup(store, f'{key}/answer')) is None and time.monotonic() < end:
             time.sleep(0.05)
         if answer is not None:
-            found |= json.loads(answer)
+            hashes |= json.loads(answer)
             store.key_value_delete(key)
             continue
-        # Questions are answered in order, so this one stays, about no file.
+        # Requests are answered in order, so this one stays, but without files.
         store.key_value_set(key, json.dumps([str(folder), []]), allow_overwrite=True)
-        found |= _describe_here(folder, names)
-    return {name: found[name] for name in sizes}
+        hashes |= _describe_here(folder, names)
+    return {name: hashes[name] for name in sizes}
 
 
 def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Deals names out so that the sums of their sizes are nearly the same: the largest first, each to whom has least."""
+    """Splits names into shares of similar total size, greedily: the largest name first, to the smallest share."""
     shares: list[list[str]] = [[] for _ in range(count)]
     heap = [(0, index) for index in range(count)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -87,7 +85,7 @@ def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def serve() -> None:
-    """Begins to answer process 0, in a thread that stays; nothing where this process has begun, or is process 0."""
+    """Starts a thread that answers process 0. Does nothing on process 0, or if the thread runs already."""
     global _serving
     store = hosts.store()
     if _serving or jax.process_index() == 0 or store is None:

@@ -1,13 +1,14 @@
-"""Checksums of a step's files: written before the step gets its name, compared before anything is read from it.
+"""Checksums of a step's files: written before the step gets its final name, compared before anything is read.
 
 `checksums.json` in a step's folder holds the size and the SHA-256 of every file of its items. It is written after all other files
-and before Orbax renames the folder to the step's name, so that every visible step has one. All processes hash; see `hashing`.
-Three kinds of steps have none: those saved by older versions of `upcycle train`; those of `upcycle import` and `convert`, which
-store a checksum with each chunk instead; and those in a bucket, where the object store checks its own.
+and before Orbax renames the folder, so that every visible step has one. All processes hash; see `hashing`. Three kinds of steps
+have none: steps saved by older versions of `upcycle train`; steps of `upcycle import` and `convert`, which store a checksum with
+each chunk; and steps in a bucket, because the object store has its own checksums.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -28,25 +29,25 @@ _NO_STEP, _REFUSED, _UNANSWERED, _FAILED = -1, -2, -3, -4
 
 
 def write_record(folder: epath.Path) -> None:
-    """Reads every file of a step back and writes its checksums; no file of its items may change any more.
+    """Reads every file of a step back and writes its checksums. The files must not change afterwards.
 
     Raises:
-        OSError: a file cannot be read.
+      OSError: a file cannot be read.
     """
-    found = hashing.describe(folder, {name: (folder / name).stat().length for name in _files(folder)})
-    for name, file in found.items():
+    hashes = hashing.describe(folder, {name: (folder / name).stat().length for name in _files(folder)})
+    for name, file in hashes.items():
         if 'wrong' in file:
             raise OSError(f'{folder / name} {file["wrong"]}')
-    (folder / RECORD).write_text(json.dumps({'files': found}, indent=1))
+    (folder / RECORD).write_text(json.dumps({'files': hashes}, indent=1))
 
 
 def has_record(folder: epath.Path) -> bool:
-    """Whether a step's files can be compared with what was saved."""
+    """Whether a step has checksums."""
     return (folder / RECORD).exists()
 
 
 def damage(folder: epath.Path) -> str | None:
-    """What is wrong with which file of a step that has a record; None where every file is as it was saved."""
+    """Describes the first damaged file of a step with checksums; None if all files are as they were saved."""
     try:
         saved = json.loads((folder / RECORD).read_text())['files']
         expected = {name: (file['bytes'], file['sha256']) for name, file in saved.items()}
@@ -54,60 +55,58 @@ def damage(folder: epath.Path) -> str | None:
         return f'{RECORD} cannot be read ({error})'
     for name in expected:
         if not all(map(json_files.is_plain_name, name.split('/'))):
-            return f'{RECORD} names {name!r}, which is no file of the step'
-
-    found = hashing.describe(
-        folder, {name: size if isinstance(size, int) else 0 for name, (size, _) in sorted(expected.items())}
-    )
-    for name, file in found.items():
+            return f'{RECORD} names {name!r}, which is not a file of the step'
+    sizes = {name: size if isinstance(size, int) else 0 for name, (size, _) in sorted(expected.items())}
+    for name, file in hashing.describe(folder, sizes).items():
         size, digest = expected[name]
         if 'wrong' in file:
             return f'{name} {file["wrong"]}'
         if file['bytes'] != size:
-            return f'{name} has {file["bytes"]} bytes and was saved with {size}'
+            return f'{name} has {file["bytes"]} bytes but was saved with {size}'
         if file['sha256'] != digest:
-            return f'bytes of {name} are not those that were saved'
+            return f'bytes of {name} have changed since the save'
     return None
 
 
 def require_whole(path: str) -> None:
-    """Looks at a checkpoint that all processes are about to read; process 0 looks for all.
+    """Checks the checksums of a checkpoint that all processes are about to read. Process 0 checks for all.
 
     Raises:
-        UserError: it has a record and its files differ from it, or the processes have found different steps.
+      UserError: a file is damaged, or the processes have opened different steps.
     """
     folder = epath.Path(path)
     names = [folder.name] if jax.process_count() == 1 else hosts.texts(folder.name)
     if len(set(names)) > 1:
         raise UserError(
-            f'the processes have found different steps in {folder.parent} ({", ".join(dict.fromkeys(names))}), as one was saved '
-            'while they started: name the folder of one step.'
+            f'the processes have opened different steps in {folder.parent} ({", ".join(dict.fromkeys(names))}), because one was '
+            'saved while they started: name the folder of one step.'
         )
 
-    def look() -> int:
+    def check() -> int:
         if has_record(folder) and (wrong := damage(folder)):
             raise UserError(f'{folder} is damaged ({wrong}): copy it again, or name an earlier step.')
         return 0
 
-    by_process_0(look, f'{folder} is damaged: process 0 says how.')
+    by_process_0(check, f'{folder} is damaged: see the message of process 0.')
 
 
 def newest_whole_step(model_dir: str) -> int | None:
-    """The step that a run resumes from. Newer steps that are damaged are renamed to `STEP.damaged`, and a line says so.
+    """Finds the step that a run resumes from. Renames newer, damaged steps to `STEP.damaged` and prints a line for each.
 
-    Process 0 looks and renames, and all processes return the same; to be called before the folder is opened for writing.
+    Process 0 checks and renames; all processes return the same. Call this before the folder is opened for writing.
 
     Args:
-        model_dir: the run's folder.
+      model_dir: the run's folder.
 
     Returns:
-        The newest step whose files are those that were saved; None where nothing was ever saved.
+      The newest undamaged step; None if there are no steps.
 
     Raises:
-        UserError: there are steps, and none is whole; nothing is renamed then.
+      UserError: all steps are damaged; none is renamed.
     """
     folder = files.absolute(model_dir) / 'checkpoints'
-    step = by_process_0(lambda: _set_aside_damaged(folder), f'no step in {folder} is whole: process 0 says why.')
+    refusal = f'no step in {folder} is whole: see the message of process 0.'
+    step = by_process_0(lambda: _set_aside_damaged(folder), refusal)
     return None if step == _NO_STEP else step
 
 
@@ -123,16 +122,14 @@ def _set_aside_damaged(folder: epath.Path) -> int:
             break
         damaged[step] = wrong
     if damaged and whole == _NO_STEP:
-        each = '; '.join(f'step {step}: {wrong}' for step, wrong in damaged.items())
+        listing = '; '.join(f'step {step}: {wrong}' for step, wrong in damaged.items())
         raise UserError(
-            f'no step in {folder} is whole ({each}): bring the files back, or delete the folder to start the run again.'
+            f'no step in {folder} is whole ({listing}): restore the files, or delete the folder to start the run again.'
         )
     for step, wrong in damaged.items():
         aside = _rename_aside(folder / str(step))
-        print(
-            f'{folder / str(step)} is damaged ({wrong}): it is now {aside.name}, and step {whole} is the newest whole one.',
-            file=sys.stderr,
-            flush=True,
+        _say(
+            f'{folder / str(step)} is damaged ({wrong}): renamed to {aside.name}; step {whole} is the newest undamaged one.'
         )
     return whole
 
@@ -142,19 +139,19 @@ def _damage_among(folder: epath.Path, step: int, recorded: list[int]) -> str | N
         return damage(folder / str(step))
     if files.is_remote(folder):
         return None
-    # Once a run records its steps, it does so with every one.
+    # All steps of a run after the first one with checksums have them.
     if any(older < step for older in recorded):
         return f'{RECORD} is missing'
-    print(
-        f'{folder / str(step)} has no {RECORD}, as it was saved by an older version: only what its format checks is checked.',
-        file=sys.stderr,
-        flush=True,
-    )
+    _say(f'{folder / str(step)} has no {RECORD}, because an older version saved it: its files are not compared.')
     return None
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def finished_steps(folder: epath.Path) -> list[int]:
-    """The finished steps in the folder `checkpoints` of a run, whole or damaged, by names as a run writes them."""
+    """Returns the finished steps in the folder `checkpoints` of a run, damaged ones included."""
     if not folder.is_dir():
         return []
     return [
@@ -165,15 +162,13 @@ def finished_steps(folder: epath.Path) -> list[int]:
 
 
 def _rename_aside(step: epath.Path) -> epath.Path:
-    name, count = f'{step.name}.damaged', 1
-    while (step.parent / name).exists():
-        count += 1
-        name = f'{step.name}.damaged-{count}'
-    return step.rename(step.parent / name)
+    suffixes = itertools.chain(['damaged'], (f'damaged-{count}' for count in itertools.count(2)))
+    paths = (step.parent / f'{step.name}.{suffix}' for suffix in suffixes)
+    return step.rename(next(path for path in paths if not path.exists()))
 
 
 def _files(folder: epath.Path, below: str = '') -> Iterator[str]:
-    """Files of the items. Files next to the items are Orbax's note of the save, which it finishes last."""
+    """Yields the files of the items. Files next to the items belong to Orbax, which finishes them last."""
     for child in sorted(folder.iterdir(), key=lambda child: child.name):
         name = f'{below}{child.name}'
         if child.is_dir():
@@ -182,37 +177,37 @@ def _files(folder: epath.Path, below: str = '') -> Iterator[str]:
             yield name
 
 
-def by_process_0(look: Callable[[], int], refusal: str) -> int:
-    """What process 0 finds, on all processes.
+def by_process_0(compute: Callable[[], int], refusal: str) -> int:
+    """Calls a function on process 0 and returns its result on all processes.
 
     Args:
-        look: called by process 0; what it returns is not negative, or `_NO_STEP`.
-        refusal: what the others say where process 0 raises a UserError.
+      compute: returns a number from 0, or `_NO_STEP`.
+      refusal: the message on the other processes if process 0 raises a UserError.
 
     Raises:
-        UserError, Unavailable: process 0 raised one, or a bucket did not answer it.
-        RuntimeError: on the others, where process 0 raised anything else.
+      UserError, Unavailable: process 0 raised one, or a bucket did not answer it.
+      RuntimeError: on the other processes, if process 0 raised anything else.
     """
     if jax.process_count() == 1:
-        return look()
+        return compute()
     hashing.serve()
-    found, error = 0, None
+    result, error = 0, None
     if jax.process_index() == 0:
         try:
-            found = look()
-        except Exception as raised:  # else the others would wait for ever
-            error, found = raised, _FAILED
+            result = compute()
+        except Exception as raised:  # the other processes must not wait forever
+            error, result = raised, _FAILED
             kinds = [raised, files.refused_by_bucket(raised, [refusal])]
             for kind, code in ((UserError, _REFUSED), (Unavailable, _UNANSWERED)):
                 if any(isinstance(each, kind) for each in kinds):
-                    found = code
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+                    result = code
+    result = int(multihost_utils.broadcast_one_to_all(np.int32(result)))
     if error is not None:
         raise error
-    if found == _REFUSED:
+    if result == _REFUSED:
         raise UserError(refusal)
-    if found == _UNANSWERED:
-        raise Unavailable('a store did not answer process 0, which says more: repeat the command.')
-    if found == _FAILED:
-        raise RuntimeError('process 0 failed, and says how')
-    return found
+    if result == _UNANSWERED:
+        raise Unavailable('a store did not answer process 0 (see its message): repeat the command.')
+    if result == _FAILED:
+        raise RuntimeError('process 0 failed: see its message')
+    return result

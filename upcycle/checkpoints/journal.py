@@ -1,4 +1,4 @@
-"""The journal of a write on a local disk, from which the same command continues after a cut."""
+"""The journal of a write to a local disk, from which the same command continues after an interruption."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from etils import epath
 from upcycle.errors import UserError
 
 FILE = 'journal.jsonl'
-Part = tuple[str, int]  # a leaf, and its first row
+Part = tuple[str, int]  # name of the leaf, first row
 
 _SECONDS_BETWEEN_SYNCS = 5.0
 
 
 class Journal:
-    """The parts that are safe from a crash of the machine: first what is being written from what, then a line for each part.
+    """A file with the identity of the write, then a line for each part that would survive a crash of the machine.
 
     Args:
-        folder: that is being written.
-        identity: what is being written from what, as JSON.
+      folder: the folder that is written.
+      identity: JSON that identifies source and result.
 
     Attributes:
-        done: the parts that an earlier attempt at the same has noted.
+      done: the parts recorded by an earlier attempt.
 
     Raises:
-        UserError: the folder is the beginning of another write.
+      UserError: the folder holds another interrupted write.
     """
 
     def __init__(self, folder: epath.Path, identity: Mapping[str, Any]):
@@ -39,70 +39,67 @@ class Journal:
         self.done: set[Part] = set()
         if folder.exists():
             lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-            # A torn last line is a part that is written again.
+            # The part of a torn last line is written again.
             read = [json.loads(line) for line in lines if line.endswith('\n')]
             if read and read[0] != self._identity:
                 raise UserError(
-                    f'{folder} is the beginning of another write ({_differences(read[0], self._identity)}): delete it, or name '
+                    f'{folder} holds another interrupted write ({_differences(read[0], self._identity)}): delete it, or name '
                     'another --to.'
                 )
             self.done = {(name, start) for name, start in read[1:]}
         self._file: Any = None
-        self._written: list[Part] = []  # and not yet known to be safe
-        self._syncing: tuple[concurrent.futures.Future, list[Part]] | None = None
+        self._written: list[Part] = []  # not yet known to be on disk
+        self._recording: concurrent.futures.Future | None = None
         self._synced = time.monotonic()
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
 
     def open(self) -> None:
-        """Begins the file, in a folder that this process has claimed."""
+        """Opens the file; this process must have claimed the folder."""
         with self._path.open('w') as file:
             file.write(''.join(json.dumps(line) + '\n' for line in [self._identity, *sorted(self.done)]))
         self._file = self._path.open('a')
 
     def add(self, part: Part) -> None:
-        """Takes a part that is written; it is noted once a sync in the background has made it safe."""
+        """Adds a written part, which is recorded after a background sync."""
         self._written.append(part)
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            self._note()
+        is_idle = self._recording is None or self._recording.done()
+        if is_idle and time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            self._record()
 
     def forget(self) -> None:
-        """Notes no more of what was written: it is being removed."""
+        """Drops parts that are not recorded yet, because they are being removed."""
         self._written.clear()
 
     def close(self) -> None:
-        """Waits until every part is safe and noted."""
+        """Waits until every part is on disk and recorded."""
         if not self._file.closed:
-            self._note(wait=True)
+            if self._written:
+                self._record()
+            if self._recording is not None:
+                self._recording.result()
             self._file.close()
         self._pool.shutdown()
 
     def remove(self) -> None:
-        """Deletes the file, when the checkpoint is whole."""
+        """Deletes the file of a complete checkpoint."""
         self._path.unlink()
 
-    def _note(self, *, wait: bool = False) -> None:
-        while self._syncing is not None or (wait and self._written):
-            if self._syncing is None:
-                self._begin_sync()
-            future, safe = self._syncing
-            if not (wait or future.done()):
-                return
-            future.result()
-            self._file.write(''.join(json.dumps(part) + '\n' for part in safe))
-            self._file.flush()
-            self._syncing = None
-        if self._written:
-            self._begin_sync()
+    def _record(self) -> None:
+        """Begins to record the written parts, after the end of an earlier recording."""
+        if self._recording is not None:
+            self._recording.result()
+        parts, self._written = self._written, []
 
-    def _begin_sync(self) -> None:
-        # All files at once: syncing them one by one is slow for small ones.
-        self._syncing, self._written = (self._pool.submit(os.sync), self._written), []
+        def sync_and_record() -> None:
+            os.sync()  # of the whole system: syncing small files one by one is slow
+            self._file.write(''.join(json.dumps(part) + '\n' for part in parts))
+            self._file.flush()
+
+        self._recording = self._pool.submit(sync_and_record)
         self._synced = time.monotonic()
 
 
 def _differences(old: Any, new: Any) -> str:
     names = sorted({*old, *new}) if isinstance(old, dict) else []
-    changed = [
-        f'{name} is {old.get(name)} there and {new.get(name)} here' for name in names if old.get(name) != new.get(name)
-    ]
-    return '; '.join(changed) or 'its journal is of another version'
+    changed = [f'{name} is {old.get(name)}, now {new.get(name)}' for name in names if old.get(name) != new.get(name)]
+    return '; '.join(changed) or 'by another version of upcycle'

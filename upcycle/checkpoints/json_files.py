@@ -1,4 +1,4 @@
-"""JSON files of checkpoints: indexes, configurations and our own metadata, checked as they are read."""
+"""JSON files of checkpoints: indexes, configurations and our metadata, checked when they are read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import schema
+from upcycle import files, schema
 from upcycle.errors import UserError
 
-# What our metadata holds, where it is there.
+# Types of the entries of our metadata, all of which are optional.
 _METADATA = {
     'family': str,
     'facts': Mapping[str, Any],
@@ -24,40 +24,32 @@ _METADATA = {
 
 
 def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file; `pairs`: see `object_pairs_hook` of `json.loads`.
+    """Returns the JSON object in a file; `pairs`: `object_pairs_hook` of `json.loads`.
 
     Raises:
-        UserError: the file is missing or damaged, or holds something else.
+      UserError: the file is missing or damaged, or does not hold a JSON object.
     """
     try:
-        found = json.loads(file.read_text(), object_pairs_hook=pairs)
+        content = json.loads(file.read_text(), object_pairs_hook=pairs)
     except OSError as error:
         raise UserError(f'{file} cannot be read ({error.strerror or error}): copy the checkpoint again.') from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{file} is damaged ({error}): copy the checkpoint again.') from error
-    if not isinstance(found, dict):
-        raise UserError(
-            f'{file} is damaged (it holds {schema.shown(found)} and no JSON object): copy the checkpoint again.'
-        )
-    return found
+        raise files.damaged(file, error) from error
+    if not isinstance(content, dict):
+        raise files.damaged(file, f'{schema.shown(content)} is not a JSON object')
+    return content
 
 
 def checked_metadata(file: str, metadata: Any) -> dict[str, Any]:
-    """Metadata of ours, after a look at what it is made of.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Returns our metadata after checking its types; raises UserError if one is wrong."""
     if not isinstance(metadata, dict):
-        raise UserError(f'{file} is damaged (its metadata is no JSON object): copy the checkpoint again.')
+        raise files.damaged(file, 'its metadata is not a JSON object')
     for name, kind in _METADATA.items():
         if name in metadata and not schema.fits(metadata[name], kind):
-            raise UserError(
-                f'{file} is damaged (its {name} is {schema.shown(metadata[name])}): copy the checkpoint again.'
-            )
+            raise files.damaged(file, f'{name} is {schema.shown(metadata[name])}')
     return metadata
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a name in an index is that of a file in the same folder: no path, and nothing above."""
+    """Whether a name in an index is a file name without a path."""
     return isinstance(name, str) and name not in ('', '.', '..') and not {'/', '\\', '\0'} & {*name}

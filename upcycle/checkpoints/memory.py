@@ -1,4 +1,4 @@
-"""Parameters in memory, read as a checkpoint is."""
+"""A reader of parameters in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,15 @@ import jax
 import numpy as np
 
 from upcycle import partitioning
+from upcycle.checkpoints.views import Region
 
 
 class MemoryReader:
-    """See `upcycle.checkpoints.Reader`. What is read shares no memory with the arrays on the devices.
+    """See `upcycle.checkpoints.Reader`. Results share no memory with the arrays on the devices.
 
     Args:
-      leaves: arrays by their names in a checkpoint ('params/...'), or their shapes, of which a plan can be made.
-      step: training steps taken; None: not known.
+      leaves: arrays by their names in a checkpoint ('params/...'). `jax.ShapeDtypeStruct`s suffice for a plan.
+      step: training steps taken; None if unknown.
     """
 
     format = 'memory'
@@ -29,11 +30,7 @@ class MemoryReader:
         return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self._leaves.items()}
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: tuple[slice, ...] = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: Region = ()
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         leaf = self._leaves[name]

@@ -1,8 +1,8 @@
 """Our own format: Orbax step folders `MODEL_DIR/checkpoints/STEP/` with the items `state`, `data` and `metadata`.
 
-`state` is the plain nested dict {step, params, opt_state, rng} of arrays. Its names on disk are the keys on the way to
-each leaf, so optimizer states come as dicts too (optax NamedTuples would be stored by position, and a changed chain
-would silently shift them), and random keys as raw `uint32` data (`jax.random.key_data`).
+`state` is a plain nested dict {step, params, opt_state, rng} of arrays. Names on disk are the keys on the path to each leaf, so
+optimizer states are dicts, too (Orbax stores optax NamedTuples by position, and a changed chain would silently shift them), and
+random keys are raw `uint32` data (`jax.random.key_data`).
 """
 
 from __future__ import annotations
@@ -28,15 +28,12 @@ from upcycle import casts, files
 from upcycle.checkpoints import arrays, folder_writer, hashing, integrity, json_files, orbax_item, writing
 from upcycle.errors import DifferentLeaves, Unavailable, UserError, writing_to
 
-# Hides the latency of object stores; each costs the host memory of a leaf.
-_LEAVES_IN_FLIGHT = 8
-# Seconds for which the other processes wait until process 0 has given a step its name; Orbax's own 600 are few for a slow disk.
+_LEAVES_IN_FLIGHT = 8  # hides the latency of object stores; each takes the host memory of a leaf
+# Seconds that processes wait for process 0 to commit a step. Orbax's default, 600, is too short for slow disks.
 _LONGEST_SAVE = 3600
 _policies = ocp.checkpoint_managers
-# Where Orbax's failures are logged.
-_LOGGERS = ('absl', 'asyncio')
-# How TensorStore names the system's reason.
-_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+_LOGGERS = ('absl', 'asyncio')  # to which Orbax logs failures
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in messages of TensorStore
 
 
 class NativeReader(arrays.ArrayReader):
@@ -56,39 +53,36 @@ class NativeReader(arrays.ArrayReader):
 
     @functools.cached_property
     def data(self) -> Mapping[str, Any]:
-        """The JSON item that says where the input pipeline stood."""
+        """The JSON item with the position of the input pipeline."""
         return self._json('data')
 
     def _json(self, item: str) -> Mapping[str, Any]:
         return json_files.read_json(epath.Path(self.path) / item / 'metadata')
 
 
-class NativeLayout:
-    """Our own format, written part by part; see `folder_writer.Layout`. Orbax restores it as if it had saved it."""
+class NativeLayout(folder_writer.Layout):
+    """Our own format, written part by part; see `folder_writer.Layout`. Orbax can restore it."""
 
     format = 'upcycle'
     state = 'state'
+    reader = NativeReader
 
     def final(self, path: epath.Path, step: int | None) -> epath.Path:
-        """A step of a run folder; 0 stands for a model that does not know how long it was trained."""
+        """A step of a run folder; 0 if the step is unknown."""
         return path / 'checkpoints' / str(step or 0)
 
     def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-        """Any tree has a place."""
+        """Every leaf has a place."""
         return {name: tuple(name.split('/')) for name in leaves}, {}
 
-    def is_inline(self, keys: tuple[str, ...]) -> bool:
-        """Every array has a folder."""
-        return False
-
     def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
-        """Uncompressed: weights hardly shrink, and a compressor is slower than a disk."""
+        """Uncompressed: weights hardly compress, and compressors are slower than disks."""
         return {
             'driver': 'zarr3',
             'metadata': {
                 'shape': list(leaf.shape),
                 'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': chunks}},
-                # Chunks `0.0.0` in one folder, not folders within folders.
+                # All chunks in one folder, as files `0.0.0`.
                 'chunk_key_encoding': {'name': 'v2', 'configuration': {'separator': '.'}},
                 'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, {'name': 'crc32c'}],
             },
@@ -103,14 +97,10 @@ class NativeLayout:
             (writer.folder / item / 'metadata').write_text(json.dumps(content))
         orbax_item.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
 
-    def reader(self, folder: epath.Path) -> NativeReader:
-        """See `folder_writer.Layout`."""
-        return NativeReader(folder)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Linked:
-    """Preserves steps that are links: somebody has moved them elsewhere, and Orbax cannot remove a link."""
+    """Preserves steps that the user has moved and replaced by a link, which Orbax cannot remove."""
 
     folder: epath.Path
 
@@ -120,22 +110,22 @@ class _Linked:
 
 
 class CheckpointManager:
-    """Saves and restores the steps of one run. One writer a run: opening it removes what an interrupted save left.
+    """Saves and restores the steps of one run. A run must have one manager: opening it removes interrupted saves.
 
     Args:
-        model_dir: the run's folder; steps lie in its `checkpoints`.
-        keep: how many of the newest steps to keep; None keeps all. A step that is a link is kept, too.
+      model_dir: the run's folder; steps are in its `checkpoints`.
+      keep: how many of the newest steps to keep; None keeps all. Steps that are links are kept, too.
     """
 
     def __init__(self, model_dir: str | os.PathLike[str], *, keep: int | None = 1):
         if keep is not None and keep < 1:
-            raise UserError(f'keep is {keep}: it is at least 1, or None.')
+            raise UserError(f'keep is {keep}: it must be at least 1, or None.')
         self._folder = files.absolute(model_dir) / 'checkpoints'
         kept = [_policies.LatestN(keep), _Linked(self._folder)]
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_is_no_failed_save)
-        # Here and not by Orbax's option, whose background thread complains when the program ends first. No process can
-        # have begun a save yet: they all wait for the first one there.
+        # Not by Orbax's option, whose background thread logs an error if the program ends first. No process can have begun a
+        # save yet, because all wait for the first one in it.
         if jax.process_index() == 0:
             with writing_to(self._folder):
                 for interrupted in ocp.utils.tmp_checkpoints(self._folder):
@@ -144,7 +134,7 @@ class CheckpointManager:
         hashing.serve()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_policies.AnyPreservationPolicy(kept),
-            # By process 0, when everything is written, and before the step gets its name and older ones are removed.
+            # Process 0 calls it when everything is written, before the step gets its name and older steps are removed.
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, timeout_secs=_LONGEST_SAVE),
         )
         handlers = {
@@ -156,14 +146,11 @@ class CheckpointManager:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Mapping[str, Any], data: dict, metadata: dict) -> None:
-        """Copies `state` to the host and returns; writing continues in the background, and the step appears whole or not at all.
-
-        A failure of the writing is raised by the next call.
+        """Copies `state` to the host, then writes it atomically in the background. The next call raises its failure.
 
         Raises:
-            UserError: `step` is not past the newest saved one, a leaf holds numbers that are not finite, or the folder cannot be
-                written.
-            TypeError: `state` is not a plain nested dict of arrays.
+          UserError: `step` is not larger than the newest one, a leaf holds NaN or infinity, or the folder cannot be written.
+          TypeError: `state` is not a plain nested dict of arrays.
         """
         arrays_of = flatten(state)
         leaves = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in arrays_of.items()}
@@ -173,9 +160,9 @@ class CheckpointManager:
                 f'step {step} cannot be saved: {self._folder} already holds step {newest}, '
                 'so name another MODEL_DIR or delete the later steps.'
             )
-        # Nothing is cast on the way to the disk; the optimizer casts, and numbers may have grown without bound.
+        # The optimizer casts, and its numbers may have overflowed.
         casts.require_finite_state(arrays_of, f'step {step} is not saved to {self._folder}')
-        # Orbax serializes JSON in the background, while training continues to count in the dictionaries that it was given.
+        # Orbax serializes JSON in the background, while training updates these dictionaries.
         data, metadata = copy.deepcopy((data, metadata))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), metadata=ocp.args.JsonSave(metadata)
@@ -186,55 +173,55 @@ class CheckpointManager:
             self._manager.save(step, args=items, force=True)
 
     def latest_step(self) -> int | None:
-        """The newest finished step (or the one being written), None where there is none."""
+        """Returns the newest step, finished or being written; None if there are no steps."""
         return self._manager.latest_step()
 
     def restore(self, step: int, abstract_state: Mapping[str, Any]) -> tuple[dict[str, Any], dict, dict]:
-        """The state, data and metadata of `step`, on any number of devices.
+        """Returns the state, data and metadata of `step`.
 
         Args:
-            abstract_state: the state as `jax.ShapeDtypeStruct`s, each with its sharding. Names, shapes and dtypes
-                must be those stored: nothing is cast, padded, skipped or filled in.
+          step: a finished step.
+          abstract_state: the state as `jax.ShapeDtypeStruct`s with shardings on any number of devices. Names, shapes and dtypes
+            must equal the stored ones.
 
         Raises:
-            UserError: no such step, leaves that differ (all of them are listed), or damaged files.
-            TypeError: `abstract_state` is not a plain nested dict of arrays, or a leaf has no sharding.
+          UserError: the step does not exist, leaves differ (the message lists them), or files are damaged.
+          TypeError: `abstract_state` is not a plain nested dict of arrays, or a leaf has no sharding.
         """
         self._manager.wait_until_finished()
         wanted = flatten(abstract_state)
         if unplaced := [name for name, leaf in wanted.items() if getattr(leaf, 'sharding', None) is None]:
-            raise TypeError(f'every leaf of an abstract state has a sharding; these have none: {", ".join(unplaced)}')
+            raise TypeError(f'every leaf of an abstract state needs a sharding; these have none: {", ".join(unplaced)}')
         if step not in self._manager.all_steps():
             raise UserError(f'{self._folder} has no finished step {step}, only {sorted(self._manager.all_steps())}.')
         reader = NativeReader(self._folder / str(step))
         _require_same(reader.path, reader.leaves(), wanted)
-        # Not Orbax's restore: it rereads the index, and prints thousands of lines where a file is damaged.
+        # Orbax's restore rereads the index, and prints thousands of lines if a file is damaged.
         with concurrent.futures.ThreadPoolExecutor(_LEAVES_IN_FLIGHT) as pool:
             values = pool.map(lambda name: reader.read(name, wanted[name].sharding), wanted)
             read = dict(zip(wanted, values, strict=True))
         return _nest(abstract_state, read), dict(reader.data), dict(reader.metadata)
 
     def wait(self) -> None:
-        """Returns when the save that is under way is finished.
+        """Waits for the current save.
 
         Raises:
-            UserError: it could not be written; the steps before it are untouched.
+          UserError: the save failed; earlier steps are unchanged.
         """
         with self._failed_saves():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then lets go of the threads. The manager is not used again."""
+        """Waits, then ends the threads. The manager must not be used again."""
         with self._failed_saves():
             self._manager.close()
         for name in _LOGGERS:
             logging.getLogger(name).removeFilter(_is_no_failed_save)
 
     def _seal(self) -> None:
-        """Reads back the step that is about to get its name: it has the leaves that were saved, and its files get checksums."""
+        """Checks the leaves of a step that is about to be committed, and writes the checksums of its files."""
         if files.is_remote(self._folder):
-            # Stores check what they are sent, and reading it all back takes as long as writing it.
-            return
+            return  # object stores check uploads, and reading everything back takes as long as writing it
         step, leaves = self._saving
         unfinished = [path for path in ocp.utils.tmp_checkpoints(self._folder) if path.get_final().name == str(step)]
         folder = unfinished[0].get()
@@ -244,7 +231,7 @@ class CheckpointManager:
 
     @contextlib.contextmanager
     def _failed_saves(self) -> Iterator[None]:
-        """TensorStore and the system say that a disk is full by exceptions of their own."""
+        """Converts errors of TensorStore, the disk and the bucket during a save."""
         try:
             yield
         except Exception as error:
@@ -253,8 +240,8 @@ class CheckpointManager:
                 raise type(refusal)(f'step {step} cannot be saved: {refusal}') from error
             if isinstance(error, TimeoutError):
                 raise Unavailable(
-                    f'step {step} cannot be saved to {self._folder}: another process did not answer ({error}); the same command '
-                    'goes on from the newest step.'
+                    f'step {step} cannot be saved to {self._folder}: another process did not answer ({error}). Repeat the '
+                    'command: it resumes from the newest step.'
                 ) from error
             if not isinstance(error, OSError | ValueError):
                 raise
@@ -262,8 +249,8 @@ class CheckpointManager:
             number = int(code[1]) if code else getattr(error, 'errno', None)
             reason = os.strerror(number) if number else ' '.join(str(error).split())
             raise UserError(
-                f'step {step} cannot be saved to {self._folder} ({reason}): the steps before it are as they were, and the same '
-                'command goes on from the newest when the folder can be written again.'
+                f'step {step} cannot be saved to {self._folder} ({reason}): earlier steps are unchanged. Make the folder '
+                'writable and repeat the command: it resumes from the newest step.'
             ) from error
 
     def __enter__(self) -> CheckpointManager:
@@ -274,16 +261,16 @@ class CheckpointManager:
 
 
 def _is_no_failed_save(record: logging.LogRecord) -> bool:
-    """Orbax logs a failed save several times, each with a traceback, and then raises it."""
+    """Filters out failed saves, which Orbax logs several times with a traceback before it raises them."""
     return record.exc_info is None or 'orbax' not in record.pathname + record.getMessage()
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a plain nested dict of arrays (or of their `jax.ShapeDtypeStruct`s) by their names on disk.
+    """Returns the leaves of a plain nested dict of arrays or `jax.ShapeDtypeStruct`s by their names on disk.
 
     Raises:
-        TypeError: a node is not a dict, a leaf is not an array, a key is empty or has a `/` or `.` (they separate
-            keys, here and on disk), or a leaf is a typed random key.
+      TypeError: a node is not a dict, a leaf is not an array or is a typed random key, or a key is empty or contains `/` or
+        `.`, the separators of names.
     """
     leaves: dict[str, Any] = {}
 
@@ -294,10 +281,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
                     raise TypeError(f'key {key!r} below {prefix or "the root"!r} cannot name a leaf of a checkpoint')
                 visit(f'{prefix}/{key}' if prefix else key, child)
         elif not isinstance(node, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-            raise TypeError(f'{prefix!r} is a {type(node).__name__}: a state is plain nested dicts of arrays')
+            raise TypeError(f'{prefix!r} is a {type(node).__name__}: a state must be plain nested dicts of arrays')
         elif jax.numpy.issubdtype(node.dtype, jax.dtypes.prng_key):
             raise TypeError(
-                f'{prefix!r} is a typed random key: save jax.random.key_data(key), wrap it again on restore'
+                f'{prefix!r} is a typed random key: save jax.random.key_data(key) and wrap it after restoring'
             )
         else:
             leaves[prefix] = node
@@ -314,18 +301,18 @@ def _nest(like: Mapping[str, Any], leaves: Mapping[str, Any], prefix: str = '') 
 
 
 def _require_same(path: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    def describe(leaf: Any) -> str:
-        return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
-
-    differences = [f'only in the checkpoint: {name} {describe(stored[name])}' for name in stored.keys() - wanted.keys()]
-    differences += [f'only in the model: {name} {describe(wanted[name])}' for name in wanted.keys() - stored.keys()]
-    differences += [
-        f'different: {name} is {describe(stored[name])} in the checkpoint, {describe(wanted[name])} in the model'
-        for name in stored.keys() & wanted.keys()
-        if describe(stored[name]) != describe(wanted[name])
+    """Raises DifferentLeaves unless all names, shapes and dtypes are equal."""
+    theirs, ours = (
+        {name: f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}' for name, leaf in leaves.items()}
+        for leaves in (stored, wanted)
+    )
+    problems = [f'only in the checkpoint: {name} {theirs[name]}' for name in theirs.keys() - ours.keys()]
+    problems += [f'only in the model: {name} {ours[name]}' for name in ours.keys() - theirs.keys()]
+    problems += [
+        f'different: {name} is {theirs[name]} in the checkpoint, {ours[name]} in the model'
+        for name in theirs.keys() & ours.keys()
+        if theirs[name] != ours[name]
     ]
-    if differences:
-        raise DifferentLeaves(
-            f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR',
-            sorted(differences),
-        )
+    if problems:
+        heading = f'{path} was saved by another configuration: name the one it was trained with, or another MODEL_DIR'
+        raise DifferentLeaves(heading, sorted(problems))

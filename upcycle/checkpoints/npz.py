@@ -1,7 +1,6 @@
 """The container `.npz`: a zip of `.npy` files, read lazily, one array or some of its rows at a time.
 
-Not NumPy's own `load`, which reads and unpickles whole arrays: here nothing is ever unpickled, and no array's bytes are touched
-before it is read.
+Unlike `numpy.load`, this module never unpickles, and can read parts of arrays.
 """
 
 from __future__ import annotations
@@ -18,29 +17,23 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from upcycle import files
 from upcycle.checkpoints import arrays, json_files, views
 from upcycle.errors import UserError
 
-METADATA = 'metadata.json'  # our member of the archive; programs that read parameters only never look at it
+METADATA = 'metadata.json'  # our member of the archive, ignored by programs that read parameters only
 
-# No deflated byte stands for more.
-_MOST_COMPRESSION = 1032
+_MOST_COMPRESSION = 1032  # the largest ratio of deflate
 
 
-class Archive:
-    """A zip file, opened once in each thread: members of one `ZipFile` disturb each other where threads open or seek them (in
-    Python 3.12.1, whose `_SharedFile.seek` goes on from wherever another left the file)."""
+class Archive(threading.local):
+    """A zip file, opened once per thread.
+
+    Threads must not share a `ZipFile`: in Python 3.12.1, `_SharedFile.seek` starts from another thread's position.
+    """
 
     def __init__(self, file: epath.Path):
-        self._file = file
-        self._local = threading.local()
-
-    @property
-    def zip(self) -> zipfile.ZipFile:
-        """This thread's."""
-        if not hasattr(self._local, 'zip'):
-            self._local.zip = zipfile.ZipFile(self._file.open('rb'))
-        return self._local.zip
+        self.zip = zipfile.ZipFile(file.open('rb'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Member:
 
     @property
     def dtype(self) -> np.dtype:
-        # NumPy has no name for bfloat16 and stores two bytes of nothing in particular.
+        # NumPy stores bfloat16 as two bytes of type void.
         return np.dtype(ml_dtypes.bfloat16) if self.stored_dtype == np.dtype('V2') else self.stored_dtype
 
     def read(self, region: views.Region) -> np.ndarray:
@@ -65,7 +58,7 @@ class Member:
             whole = self._bytes(0, self._size)
             shaped = whole.reshape(self.shape[::-1]).T if self.fortran_order else whole.reshape(self.shape)
             return shaped[region]
-        # Leading rows, such as a layer of a stack, lie in one piece.
+        # Leading rows, such as a layer of a stack, are contiguous.
         rows, *inside = views.bounds(region, self.shape)
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         count = rows.stop - rows.start
@@ -74,19 +67,14 @@ class Member:
 
     def _bytes(self, start: int, count: int) -> np.ndarray:
         out = np.empty(count, np.uint8)
-        view, done = memoryview(out), 0
         if count < self._size:
             _ = self._is_whole
         with self.archive.zip.open(self.info) as file:
-            # Read and not sought, because zipfile compares a checksum only for a member that is read from end to end.
+            # Read the header instead of seeking, because zipfile only checks members that are read from start to end.
             file.read(self.header_bytes)
             if start:
                 file.seek(self.header_bytes + start)
-            while done < count:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise ValueError(f'{count - done} bytes are missing')
-                done += got
+            views.read_into(file, out)
         return out.view(self.dtype)
 
     @property
@@ -95,10 +83,10 @@ class Member:
 
     @functools.cached_property
     def _is_whole(self) -> bool:
-        """Reads the whole member once, for its checksum, before parts of it are believed.
+        """Checks the checksum of the whole member, once before its first partial read.
 
         Raises:
-            zipfile.BadZipFile: the checksum differs.
+          zipfile.BadZipFile: the checksum differs.
         """
         with self.archive.zip.open(self.info) as file:
             while file.read(1 << 20):
@@ -107,7 +95,7 @@ class Member:
 
 
 def read_members(file: epath.Path) -> tuple[dict[str, Member], dict[str, Any] | None]:
-    """The arrays of the archive by name, from their headers alone, and our metadata if it has any."""
+    """Returns the arrays of the archive by name, from their headers alone, and our metadata or None."""
     members: dict[str, Member] = {}
     metadata = None
     try:
@@ -115,9 +103,8 @@ def read_members(file: epath.Path) -> tuple[dict[str, Member], dict[str, Any] | 
         size = file.stat().length
         for info in archive.zip.infolist():
             if info.compress_size > size or info.file_size > _MOST_COMPRESSION * (info.compress_size + 1):
-                raise UserError(
-                    f'{info.filename} of {file} claims {info.file_size} bytes, and the file has {size}: copy the file again.'
-                )
+                reason = f'it claims {info.file_size} bytes, but the file has {size}'
+                raise files.damaged(f'{info.filename} of {file}', reason)
             name = info.filename.removesuffix('.npy')
             if name in members:
                 raise UserError(f'{file} holds two arrays named {name}.')
@@ -145,8 +132,6 @@ def _header(file: epath.Path, archive: Archive, info: zipfile.ZipInfo) -> Member
     if dtype.hasobject:
         raise UserError(f'{name} of {file} holds pickled Python objects, which are never opened.')
     if header_bytes + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise UserError(
-            f'{name} of {file} should be {dtype}{list(shape)} and has {info.file_size - header_bytes} bytes: '
-            'copy the file again.'
-        )
+        reason = f'{dtype}{list(shape)} does not fit into its {info.file_size - header_bytes} bytes'
+        raise files.damaged(f'{name} of {file}', reason)
     return Member(archive, info, shape, dtype, fortran_order, header_bytes)

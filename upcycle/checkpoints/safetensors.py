@@ -1,17 +1,15 @@
-"""The container of Hugging Face models: safetensors files and their index, read lazily by region and written as arrays come.
+"""The container of Hugging Face models: safetensors files and their index, read lazily by region and written in any order.
 
-A file is a JSON header (names, types, shapes, offsets) and the arrays' bytes; a large model has several files and an index.
+A file is a JSON header (names, types, shapes, offsets) followed by the bytes of the arrays. A large model has several files and
+an index. We do not use the `safetensors` library (0.8) because:
 
-We parse headers ourselves, because the `safetensors` library (0.8) can read lazily only what we may not rely on:
+- `safe_open` only opens local files and does not tell the offset of an array; `deserialize` needs the bytes of a whole file.
+- It cannot return bfloat16 to NumPy (`data type 'bfloat16' not understood`).
+- It accepts a header with a name twice. Its error is the same for a truncated file and one with extra bytes (`incomplete
+  metadata, file not fully covered`), and its error for a wrong shape does not name the array.
+- `serialize_file` needs all arrays in memory at once.
 
-- `safe_open` opens files of this machine and no bucket, and it does not tell an array's offset, with which we could read the
-  range ourselves; `deserialize` takes the bytes of a whole file.
-- To NumPy it gives no bfloat16 (`data type 'bfloat16' not understood`).
-- It takes a header that holds a name twice, and one of the arrays silently counts. A cut file and one with bytes too many are one
-  error (`incomplete metadata, file not fully covered`), and the error of a wrong shape names no array.
-- `serialize_file` wants all arrays in memory at once.
-
-The tests compare the two: what the library refuses, we refuse, and it reads what we write.
+The tests compare the two: we refuse whatever the library refuses, and the library reads what we write.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from upcycle import schema
+from upcycle import files, schema
 from upcycle.checkpoints import json_files, views
 from upcycle.errors import UserError
 
@@ -50,8 +48,7 @@ _DTYPES = {
     'BOOL': np.dtype('bool'),
 }
 _MAX_HEADER = 100 << 20  # as in the library
-_READ_BYTES = 64 << 20
-# Raised by a header that is not one of safetensors.
+# Raised while parsing a damaged header.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
@@ -62,102 +59,87 @@ class Tensor:
     file: epath.Path
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int  # from the file's beginning
+    offset: int  # in the file
 
     def read(self, region: views.Region) -> np.ndarray:
-        """See `views.Lazy`. Rows lie in one piece; of a part of each row, some rows are read at a time."""
+        """See `views.Lazy`. Reads whole rows at once; for parts of rows, a few rows at a time."""
         shape = self.shape or (1,)
         rows, *inside = views.bounds(region, shape)
         row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
         out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
         is_whole_rows = out.shape[1:] == shape[1:]
-        step = len(out) if is_whole_rows else max(1, _READ_BYTES // max(row_bytes, 1))
+        step = len(out) if is_whole_rows else max(1, views.READ_BYTES // max(row_bytes, 1))
         with self.file.open('rb') as file:
             file.seek(self.offset + rows.start * row_bytes)
             for start in range(0, len(out), max(step, 1)):
                 part = out[start : start + step]
                 read = part if is_whole_rows else np.empty((len(part), *shape[1:]), self.dtype)
-                _read_into(file, read)
+                views.read_into(file, read)
                 if not is_whole_rows:
                     part[...] = read[(slice(None), *inside)]
         return out.reshape(()) if not self.shape else out
 
 
-def _read_into(file: BinaryIO, out: np.ndarray) -> None:
-    """Fills a contiguous array from a file. Raises ValueError where the file ends first."""
-    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
-    while done < len(view):
-        data = file.read(min(len(view) - done, _READ_BYTES))
-        if not data:
-            raise ValueError(f'{len(view) - done} bytes are missing')
-        view[done : done + len(data)] = data
-        done += len(data)
-
-
 def read_files(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The arrays of a model, in one file or in those of an index, and the notes in the (first) header.
+    """Reads the headers of a model in one file, or in the files of an index.
+
+    Returns:
+      The arrays by name, and the notes in the first header.
 
     Raises:
-        UserError: a file is missing or damaged, or the index is of other files.
+      UserError: a file is missing or damaged, or index and files do not match.
     """
     if not file.name.endswith('.json'):
         return _read_header(file)
-    index, locations = file, _read_index(file)
+    locations = _read_index(file)
     tensors: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for name in sorted(set(locations.values())):
-        stored, more = _read_header(index.parent / name)
-        _validate_index(index, locations, name, stored)
+        stored, more = _read_header(file.parent / name)
         tensors |= stored
         notes = notes or more
+        for tensor in stored:
+            if locations.get(tensor) != name:
+                raise _index_error(file, f'{name} holds {tensor}, which the index does not place there')
     for name, location in locations.items():
         if name not in tensors:
-            raise UserError(
-                f'{index} looks for {name} in {location}, which does not hold it: copy the checkpoint again, with its own index.'
-            )
+            raise _index_error(file, f'{location} does not hold {name}')
     return tensors, notes
 
 
 def _read_index(index: epath.Path) -> dict[str, str]:
-    """The file of each array."""
+    """Returns the file name of each array."""
     try:
-        locations = json_files.read_json(index, _refuse_twice)['weight_map']
+        locations = json_files.read_json(index, _refuse_duplicates)['weight_map']
         names = sorted(set(locations.values()))
-        plain = all(map(json_files.is_plain_name, names))
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'{index} is damaged ({error}): copy it again.') from error
-    if not plain:
-        raise UserError(f'{index} names files that do not lie beside it.')
+        raise files.damaged(index, error) from error
+    if not all(map(json_files.is_plain_name, names)):
+        raise UserError(f'{index} names files outside its folder, which are never read.')
     if missing := [name for name in names if not (index.parent / name).exists()]:
-        raise UserError(
-            f'{index} names {missing[0]}, which is not there: copy the checkpoint again, with all of its files.'
-        )
+        raise _index_error(index, f'{missing[0]} is missing')
     return locations
 
 
-def _validate_index(index: epath.Path, locations: Mapping[str, str], file: str, stored: Mapping[str, Tensor]) -> None:
-    for name in stored:
-        if locations.get(name) != file:
-            instead = f'looks for in {locations[name]}' if name in locations else 'does not name'
-            raise UserError(
-                f'{index.parent / file} holds {name}, which {index} {instead}: copy the checkpoint again, with its own index.'
-            )
+def _index_error(index: epath.Path, reason: str) -> UserError:
+    return UserError(
+        f'{index} does not match its files ({reason}): copy the checkpoint again, with its index and all files.'
+    )
 
 
 def indexed_files(index: epath.Path) -> set[str]:
-    """Files that an index names; none where it is damaged."""
+    """Returns the files that an index names; an empty set if it is damaged."""
     try:
         return set(json_files.read_json(index)['weight_map'].values())
     except (UserError, KeyError, TypeError, AttributeError):
         return set()
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        raise ValueError(f'{min(name for name, count in counts.items() if count > 1)} is there twice')
-    return found
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    counts = collections.Counter(name for name, _ in pairs)
+    if duplicates := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f'{min(duplicates)} is there twice')
+    return dict(pairs)
 
 
 def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -166,13 +148,13 @@ def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with file.open('rb') as stream:
             length = int.from_bytes(start := stream.read(8), 'little')
             if start == b'version ':
-                raise UserError(f'{file} is a pointer of Git LFS and not the file itself: run git lfs pull.')
+                raise UserError(f'{file} is a pointer of Git LFS instead of the file: run git lfs pull.')
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f'its header would be {length} bytes long')
-            header = json.loads(stream.read(length), object_pairs_hook=_refuse_twice)
+            header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
         notes = header.pop('__metadata__', {})
         if not schema.fits(notes, dict[str, str]):
-            raise ValueError('its metadata is no dictionary of texts')
+            raise ValueError('its metadata is not a dictionary of strings')
         tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
     except UserError:
         raise
@@ -185,40 +167,38 @@ def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _tensor(file: epath.Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
     dtype = _DTYPES.get(entry['dtype'])
     if dtype is None:
-        raise UserError(f'{name} of {file} has the type {entry["dtype"]}, which is not read.')
+        raise UserError(f'{name} of {file} has the unsupported type {entry["dtype"]}.')
     shape, (begin, end) = tuple(entry['shape']), entry['data_offsets']
     if not all(type(number) is int for number in (*shape, begin, end)):
-        raise ValueError(f'{name} has a shape or offsets that are no whole numbers')
+        raise ValueError(f'{name} has a shape or offsets that are not whole numbers')
     if min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f'{name} of {file} should be {dtype}{list(shape)} and has {end - begin} bytes: copy it again.')
+        raise files.damaged(f'{name} of {file}', f'{dtype}{list(shape)} does not fit into its {end - begin} bytes')
     return Tensor(file, shape, dtype, start + begin)
 
 
 def _validate_offsets(file: epath.Path, size: int, start: int, tensors: Mapping[str, Tensor]) -> None:
-    """Every byte of the file belongs to one array."""
+    """Raises UserError unless every byte of the file belongs to exactly one array."""
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
         if tensor.offset != end:
-            raise UserError(
-                f'{name} of {file} begins at byte {tensor.offset}, where {end} follows from the others: copy it again.'
-            )
+            raise files.damaged(f'{name} of {file}', f'it begins at byte {tensor.offset} instead of {end}')
         end = tensor.offset + math.prod(tensor.shape) * tensor.dtype.itemsize
         if end > size:
-            raise UserError(f'{name} of {file} ends at byte {end}, and the file has {size}: copy it again.')
+            raise files.damaged(f'{name} of {file}', f'it ends at byte {end}, but the file has {size} bytes')
     if end != size:
-        raise UserError(f'{file} has {size - end} bytes that belong to no array: copy it again.')
+        raise files.damaged(file, f'{size - end} bytes belong to no array')
 
 
 class FilesWriter:
-    """Writes arrays that come in any order into `model.safetensors`, or into shards and their index.
+    """Writes arrays, in any order, to `model.safetensors`, or to shards and their index.
 
     Args:
-        folder: of the model, on this machine.
-        arrays: shape and dtype of each, in the order of the files.
-        shard_bytes: of arrays in a file, unless one alone is larger.
+      folder: a local folder.
+      arrays: shape and dtype of each array, in the order of the files.
+      shard_bytes: the most bytes of arrays in a file, unless a single array is larger.
 
     Attributes:
-        last: the file by which a reader knows the folder.
+      last: the file by which readers recognise the folder.
     """
 
     def __init__(self, folder: epath.Path, arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int = SHARD_BYTES):
@@ -226,7 +206,7 @@ class FilesWriter:
         self._headers = _shards(arrays, shard_bytes)
         self.last = SINGLE if len(self._headers) == 1 else INDEX
         longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + 100
-        # The arrays begin where the longest possible header would end.
+        # Arrays begin after room for the longest header.
         self._header_bytes = 8 + -(-longest // 8) * 8
         self._files = {name: file for file, entries in self._headers.items() for name in entries}
         self._streams: dict[str, BinaryIO] = {}
@@ -249,30 +229,32 @@ class FilesWriter:
             header = json.dumps({'__metadata__': notes, **entries}).encode()
             stream = self._streams[file]
             stream.seek(0)
-            # Spaces fill the header up, as the format wants.
+            # The format pads the header with spaces.
             stream.write((self._header_bytes - 8).to_bytes(8, 'little') + header.ljust(self._header_bytes - 8))
             stream.flush()
             os.fsync(stream.fileno())
             stream.close()
         if len(self._headers) > 1:
-            ends = [entry['data_offsets'][1] for entries in self._headers.values() for entry in entries.values()]
-            begins = [entry['data_offsets'][0] for entries in self._headers.values() for entry in entries.values()]
-            index = {'metadata': {'total_size': sum(ends) - sum(begins)}, 'weight_map': self._files}
+            # The arrays of a file have no gaps, so its size is the end of its last array.
+            size = sum(
+                max(entry['data_offsets'][1] for entry in entries.values()) for entries in self._headers.values()
+            )
+            index = {'metadata': {'total_size': size}, 'weight_map': self._files}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
 
     def close(self) -> None:
-        """Lets go of the files."""
+        """Closes the files, even if the disk is full."""
         for stream in self._streams.values():
-            with contextlib.suppress(OSError):  # a full disk takes no rest either
+            with contextlib.suppress(OSError):
                 stream.close()
 
 
 def _shards(arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int) -> dict[str, dict[str, Any]]:
-    """The header of each file: every array's type, shape and place."""
+    """Returns the header of each file: type, shape and offsets of its arrays."""
     shards: list[dict[str, Any]] = [{}]
     end = 0
     for name, array in arrays.items():
-        size = math.prod(array.shape) * array.dtype.itemsize
+        size = array.size * array.dtype.itemsize
         if shards[-1] and end + size > shard_bytes:
             shards.append({})
             end = 0

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from upcycle.checkpoints.views import Region
+
 
 class SeveralReader:
-    """See `upcycle.checkpoints.Reader`. Its step is the largest, its cost the sum."""
+    """See `upcycle.checkpoints.Reader`. The step is the maximum, the cost the sum."""
 
     def __init__(self, readers: Sequence[Reader]):
         self.readers = tuple(readers)
@@ -25,14 +27,14 @@ class SeveralReader:
 
     @property
     def step(self) -> int | None:
-        """Of the checkpoint that was trained longest; None where none of them says."""
+        """The step of the checkpoint that was trained longest; None if unknown for all."""
         return max((reader.step for reader in self.readers if reader.step is not None), default=None)
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The first one's, with the cost of all.
+        """The metadata of the first checkpoint, with the total cost.
 
-        Steps of one run cost what the last of them did; what a common ancestor of several runs had cost is counted for each.
+        Several steps of one run count once, with the cost of the latest. The cost of a common ancestor counts for each run.
         """
         runs: dict[str, dict[str, float]] = {}
         for reader in self.readers:
@@ -48,11 +50,7 @@ class SeveralReader:
         return {f'{name}@{i}': leaf for i, reader in enumerate(self.readers) for name, leaf in reader.leaves().items()}
 
     def read(
-        self,
-        name: str,
-        sharding: jax.sharding.Sharding | None = None,
-        dtype: Any = None,
-        region: tuple[slice, ...] = (),
+        self, name: str, sharding: jax.sharding.Sharding | None = None, dtype: Any = None, region: Region = ()
     ) -> jax.Array | np.ndarray:
         """See `Reader`."""
         name, _, index = name.rpartition('@')
@@ -60,9 +58,9 @@ class SeveralReader:
 
 
 def _run_of(reader: Reader) -> str:
-    """What the steps of one run have in common: their folder. A checkpoint that is not a step's folder is its own run.
+    """Identifies the run of a checkpoint: the folder of its steps, or the path of a checkpoint that is not a step.
 
-    An exported or imported checkpoint counts as what it was made from, which it says.
+    An exported or imported checkpoint belongs to the run of its source, which its metadata names.
     """
     origin = reader.metadata.get('source')
     path = str(origin.get('path', reader.path) if isinstance(origin, Mapping) else reader.path)
@@ -71,5 +69,5 @@ def _run_of(reader: Reader) -> str:
 
 
 def readers_of(reader: Reader) -> tuple[Reader, ...]:
-    """Of each checkpoint that a reader reads."""
+    """Returns the reader of each checkpoint behind a reader."""
     return reader.readers if isinstance(reader, SeveralReader) else (reader,)

@@ -1,4 +1,4 @@
-"""Where a checkpoint is put together before it gets its name: claimed, staged, published, removed."""
+"""Staging of a checkpoint before it gets its final name: claim, write, publish or remove."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 from etils import epath
 
 from upcycle import files, outputs, warning
+from upcycle.checkpoints import arrays, writing
 from upcycle.errors import UserError
 
 
 class Claim:
-    """Keeps other processes from writing to a place on a disk, until it is released or this process ends.
+    """An exclusive lock on a local path, held until it is released or this process ends.
 
     Args:
-        place: the file or folder that a writer fills; it is made where it is not there.
-        final: the name that it will be given, for the message.
-        kind: what it is to be.
+      place: the file or folder to write to; created if it does not exist.
+      final: its final name, for the message.
+      kind: whether it is a file or a folder.
 
     Raises:
-        UserError: another process writes there.
+      UserError: another process holds the lock.
     """
 
     def __init__(self, place: epath.Path, final: epath.Path, kind: outputs.Kind):
@@ -37,42 +39,43 @@ class Claim:
             try:
                 self._descriptor = os.open(place, os.O_RDONLY)
             except FileNotFoundError:
-                continue  # the process before has just given it its name
+                continue  # the previous holder has just renamed it
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 self.release()
                 raise UserError(
-                    f'{final} is being written by another process: wait for its end, or name another --to.'
+                    f'{final} is being written by another process: wait for it to end, or name another --to.'
                 ) from error
-            except OSError:  # this disk has no locks
+            except OSError:  # the file system has no locks
                 return
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._descriptor), os.stat(place)):
                     return
-            self.release()  # the process before has finished, or removed it
+            self.release()  # the previous holder has renamed or removed it
 
     def release(self) -> None:
-        """Lets other processes write there."""
+        """Releases the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 class Staging:
-    """Where the file or folder of a format that is not written part by part is put together: on a disk next to its final name,
-    for a bucket in the folder for temporary files.
+    """The temporary file or folder of a writer that cannot continue an interrupted write.
+
+    It lies next to the final path on a disk, and in the folder for temporary files if the final path is in a bucket.
 
     Args:
-        final: what the user named.
-        kind: what that is to be.
-        needed: bytes.
+      final: the path that the user named.
+      kind: whether it is a file or a folder.
+      needed: bytes.
 
     Attributes:
-        path: of the file or folder to write; what a cut write has left there is removed.
+      path: the file or folder to write; remains of an interrupted write are removed.
 
     Raises:
-        UserError: something has the final name, or there is too little space.
+      UserError: the final path exists, or the disk is too full.
     """
 
     def __init__(self, final: epath.Path, kind: outputs.Kind, needed: int):
@@ -96,13 +99,13 @@ class Staging:
                 left.rmtree()
 
     def publish(self, last: str = '') -> None:
-        """Gives what was put together its final name.
+        """Renames or uploads the result to its final path.
 
         Args:
-            last: the file by which readers know the folder, which is sent to a bucket last.
+          last: the file by which readers recognise the folder; uploaded last.
 
         Raises:
-            UserError: something has that name now, or the bucket does not take it; nothing of it stays there.
+          UserError: the final path exists by now, or the bucket refuses the upload, of which nothing remains.
         """
         if self._temporary is None:
             give_name(self.path, self._final, self._kind)
@@ -126,7 +129,7 @@ class Staging:
         shutil.rmtree(self._temporary)
 
     def discard(self) -> None:
-        """Removes what was written, and the folders that were made for it."""
+        """Removes everything written, and the folders made for it."""
         self.path.rmtree(missing_ok=True)
         if self._claim is not None:
             self._claim.release()
@@ -138,7 +141,7 @@ class Staging:
 
 
 def remove(path: epath.Path) -> None:
-    """Removes a file or folder that was not finished; where a bucket does not let us, says that it stays."""
+    """Removes an unfinished file or folder; warns if a bucket refuses."""
     try:
         path.rmtree(missing_ok=True)
     except Exception as error:
@@ -148,7 +151,7 @@ def remove(path: epath.Path) -> None:
 
 
 def make_folders(folder: epath.Path) -> list[epath.Path]:
-    """Makes a folder and those above it; those that were not there before, innermost first."""
+    """Makes a folder and its parents; returns the new ones, innermost first."""
     made = []
     while not folder.exists():
         made.append(folder)
@@ -159,8 +162,53 @@ def make_folders(folder: epath.Path) -> list[epath.Path]:
 
 
 def give_name(written: epath.Path, final: epath.Path, kind: outputs.Kind) -> None:
-    """Makes what a writer has finished on a disk visible; an empty folder may be there already."""
+    """Renames a finished local file or folder to its final name, which may be an empty folder."""
     outputs.refuse_existing(final, kind)
     if final.is_dir():
         final.rmdir()
     written.rename(final)
+
+
+class StagedWriter:
+    """Base of the writers that use `Staging`; see `writing.Writer`. An interrupted write starts over.
+
+    Args:
+      path: of the checkpoint.
+      leaves: everything to write; `rng` is left out.
+    """
+
+    def __init__(self, path: epath.Path, leaves: writing.Leaves):
+        self.path = os.fspath(path)
+        self.left_out = {'rng': 'the format has no random key'} if 'rng' in leaves else {}
+        self._leaves = {name: leaf for name, leaf in leaves.items() if name != 'rng'}
+        self._finished = False
+
+    def _stage(self, kind: outputs.Kind) -> epath.Path:
+        """Begins the staging; returns the file or folder to write."""
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in self._leaves.values())
+        self._staging = Staging(epath.Path(self.path), kind, size)
+        return self._staging.path
+
+    def todo(self) -> dict[str, Sequence[writing.Region]]:
+        """See `writing.Writer`; parts must be written in this order."""
+        return {name: writing.parts(name, leaf) for name, leaf in self._leaves.items()}
+
+    def _publish(self, check: writing.Check, reader: arrays.ArrayReader, last: str = '') -> None:
+        check(reader)
+        self._staging.publish(last)
+        self._finished = True
+
+    def _close_files(self) -> None:
+        """Closes all open files, even if the disk is full."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """See `writing.Writer`."""
+        if not self._finished:
+            self.discard()
+
+    def discard(self) -> None:
+        """See `writing.Writer`."""
+        self._close_files()
+        self._staging.discard()
+        self._finished = True

@@ -1,22 +1,24 @@
-"""Lazy arrays made of other lazy arrays: transposed, with an axis split or joined, a layer of a stack, a stack of tensors.
+"""Lazy views of lazy arrays: transposed, with an axis split or joined, a layer of a stack, a stack of tensors.
 
-A region of the result reads only the region of each source that it covers.
+Reading a region of a view reads only the region of each source that it covers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-# A slice for each leading axis, without steps; the axes that are left out are whole, so that `()` is all.
+READ_BYTES = 64 << 20  # of a file at a time
+
+# A slice without step for each leading axis; the other axes are whole, so `()` is the whole array.
 Region = tuple[slice, ...]
 
 
 class Lazy(Protocol):
-    """An array whose shape and dtype are known and whose numbers are read when asked for."""
+    """An array with known shape and dtype that is read on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,38 +27,54 @@ class Lazy(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, region: Region) -> np.ndarray:
-        """The region of it, in any memory order. May raise what the format's library raises on a damaged file."""
-        ...
+        """Reads a region, in any memory order. May raise errors of the format's library for a damaged file."""
+
+
+def read_into(file: BinaryIO, out: np.ndarray) -> None:
+    """Fills a contiguous array from a file. Raises ValueError if the file is too short."""
+    view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
+    while done < len(view):
+        data = file.read(min(len(view) - done, READ_BYTES))
+        if not data:
+            raise ValueError(f'{len(view) - done} bytes are missing')
+        view[done : done + len(data)] = data
+        done += len(data)
 
 
 def bounds(region: Region, shape: tuple[int, ...]) -> Region:
-    """A region with the first and last index of every axis written out."""
+    """Returns a region with explicit start and stop for every axis."""
     every = (*region, *[slice(None)] * (len(shape) - len(region)))
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(every, shape, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
-class Transposed:
-    """The source with its axes in another order, as `np.transpose` has it.
-
-    Raises:
-        ValueError: the source has another number of axes.
-    """
+class _View:
+    """Base of the views of one source."""
 
     source: Lazy
-    axes: tuple[int, ...]
-
-    def __post_init__(self):
-        if len(self.axes) != len(self.source.shape):
-            raise ValueError(f'it has {len(self.source.shape)} axes and not {len(self.axes)}')
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.source.shape[axis] for axis in self.axes)
 
     @property
     def dtype(self) -> np.dtype:
         return self.source.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed(_View):
+    """The source with permuted axes, as by `np.transpose`.
+
+    Raises:
+      ValueError: the source has another number of axes.
+    """
+
+    axes: tuple[int, ...]
+
+    def __post_init__(self):
+        if len(self.axes) != len(self.source.shape):
+            raise ValueError(f'it has {len(self.source.shape)} axes instead of {len(self.axes)}')
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape[axis] for axis in self.axes)
 
     def read(self, region: Region) -> np.ndarray:
         """See `Lazy`."""
@@ -66,19 +84,18 @@ class Transposed:
 
 
 def reversed_axes(source: Lazy) -> Transposed:
-    """The source's transpose, `source.T`."""
+    """Returns the transpose, `source.T`."""
     return Transposed(source, tuple(reversed(range(len(source.shape)))))
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitAxis:
-    """The source with one axis cut into `count` equal pieces: (..., count * size, ...) becomes (..., count, size, ...).
+class SplitAxis(_View):
+    """The source with one axis split: (..., count * size, ...) becomes (..., count, size, ...).
 
     Raises:
-        ValueError: the source has no such axis, or its size is not a multiple of `count`.
+      ValueError: the source has no such axis, or its size is not a multiple of `count`.
     """
 
-    source: Lazy
     axis: int
     count: int
 
@@ -92,12 +109,8 @@ class SplitAxis:
         before, size, after = _around(self.source.shape, self.axis)
         return (*before, self.count, size // self.count, *after)
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.source.dtype
-
     def read(self, region: Region) -> np.ndarray:
-        """See `Lazy`: whole pieces are read."""
+        """See `Lazy`. Reads whole pieces."""
         before, pieces, (inside, *after) = _around(bounds(region, self.shape), self.axis)
         size = self.shape[self.axis + 1]
         value = self.source.read((*before, slice(pieces.start * size, pieces.stop * size), *after))
@@ -107,10 +120,9 @@ class SplitAxis:
 
 
 @dataclasses.dataclass(frozen=True)
-class JoinedAxes:
-    """The source with `axis` and the next one as one: (..., count, size, ...) becomes (..., count * size, ...)."""
+class JoinedAxes(_View):
+    """The source with `axis` and the next axis joined: (..., count, size, ...) becomes (..., count * size, ...)."""
 
-    source: Lazy
     axis: int
 
     @property
@@ -118,12 +130,8 @@ class JoinedAxes:
         before, count, (size, *after) = _around(self.source.shape, self.axis)
         return (*before, count * size, *after)
 
-    @property
-    def dtype(self) -> np.dtype:
-        return self.source.dtype
-
     def read(self, region: Region) -> np.ndarray:
-        """See `Lazy`: whole indices of the first of the two axes are read."""
+        """See `Lazy`. Reads whole indices of the first of the two axes."""
         before, joined, after = _around(bounds(region, self.shape), self.axis)
         size = self.source.shape[self.axis + 1]
         first, last = joined.start // size, -(-joined.stop // size)
@@ -134,10 +142,9 @@ class JoinedAxes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class Layer(_View):
     """One index of an axis of the source, such as a layer of a stack."""
 
-    source: Lazy
     axis: int
     index: int
 
@@ -145,10 +152,6 @@ class Layer:
     def shape(self) -> tuple[int, ...]:
         before, _, after = _around(self.source.shape, self.axis)
         return (*before, *after)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.source.dtype
 
     def read(self, region: Region) -> np.ndarray:
         """See `Lazy`."""
@@ -158,19 +161,14 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class Window(_View):
     """A region of the source."""
 
-    source: Lazy
     region: Region
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(part.stop - part.start for part in bounds(self.region, self.source.shape))
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.source.dtype
 
     def read(self, region: Region) -> np.ndarray:
         """See `Lazy`."""
@@ -182,10 +180,10 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Sources of one shape as one array with a leading axis, such as the experts of an MoE layer.
+    """A stack of sources of equal shape along a new leading axis, such as the experts of an MoE layer.
 
     Raises:
-        ValueError: there is no source, or they differ in shape or dtype.
+      ValueError: there is no source, or shapes or dtypes differ.
     """
 
     sources: tuple[Lazy, ...]
@@ -193,7 +191,7 @@ class Stacked:
     def __post_init__(self):
         kinds = {f'{source.dtype}{list(source.shape)}' for source in self.sources}
         if len(kinds) != 1:
-            raise ValueError(f'a stack is of arrays of one shape and dtype, and not of {" and ".join(sorted(kinds))}')
+            raise ValueError(f'they must be of one shape and dtype, not {" and ".join(sorted(kinds))}')
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -204,7 +202,7 @@ class Stacked:
         return self.sources[0].dtype
 
     def read(self, region: Region) -> np.ndarray:
-        """See `Lazy`. Sources are read one after the other, so that memory holds the result and one source."""
+        """See `Lazy`. Reads one source at a time, so that memory holds the result and one source."""
         rows, *inside = bounds(region, self.shape)
         out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
         for row, source in zip(out, self.sources[rows], strict=True):
@@ -214,12 +212,12 @@ class Stacked:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """Whole sources, computed with: for small arrays, since no region of it is read alone.
+    """A function of sources. For small arrays, because reading any region computes the whole.
 
     Attributes:
-        shape, dtype: of the result.
-        sources: of the numbers.
-        compute: from the sources' numbers to the result's.
+      shape, dtype: of the result.
+      sources: the arguments.
+      compute: the function.
     """
 
     shape: tuple[int, ...]
@@ -233,5 +231,5 @@ class Computed:
 
 
 def _around(axes: tuple, axis: int) -> tuple[tuple, Any, tuple]:
-    """What lies before an axis, at it, and after it."""
+    """Splits a tuple into the entries before an axis, at it, and after it."""
     return tuple(axes[:axis]), axes[axis], tuple(axes[axis + 1 :])

@@ -1,14 +1,13 @@
-"""What the writers share: the contract of a writer, and how a leaf is cut into parts.
+"""The interface of all writers, and the parts that leaves are written in.
 
-A part is a leaf, one expert of a leaf, or some rows of a large one. Formats of zarr arrays make it a chunk on disk
-(`folder_writer`), so that any expert-parallel layout reads only its own experts.
+A part is a whole leaf, one expert of a leaf, or some rows of a large leaf. Zarr formats store each part as a chunk
+(`folder_writer`), so that any expert-parallel layout reads only its local experts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,82 +24,82 @@ Region = views.Region
 Check = Callable[[arrays.ArrayReader], None]
 WHOLE: Region = ()
 
-EXPERT = 'expert'  # the segment below which a leaf has experts in front
+EXPERT = 'expert'  # path segment of leaves whose first axis is the expert axis
 
-_PART_BYTES = 64 << 20  # T5X's size of a chunk
-_SMALL_BYTES = 1 << 20  # not worth a file for each expert
+_PART_BYTES = 64 << 20  # T5X's chunk size
+_SMALL_BYTES = 1 << 20  # leaves up to this size are written whole, not expert by expert
 
 
 @functools.lru_cache(maxsize=64)
 def parts(name: str, leaf: jax.ShapeDtypeStruct) -> Sequence[Region]:
-    """How a leaf is cut for writing: by experts, or by rows where it is large. All parts have the same size."""
-    size = math.prod(leaf.shape) * leaf.dtype.itemsize
+    """Cuts a leaf into parts of equal size: by experts, or by rows if it is large."""
+    size = leaf.size * leaf.dtype.itemsize
     if size <= _SMALL_BYTES or not leaf.shape:
         return [WHOLE]
     rows = leaf.shape[0]
     count = rows if EXPERT in name.split('/') else -(-size // _PART_BYTES)
-    # A chunk at the edge is stored in full, so rows divide evenly.
+    # The last chunk is stored in full, so rows must divide evenly.
     count = next(n for n in range(count, rows + 1) if rows % n == 0) if count <= rows else rows
     each = rows // count
     return [WHOLE] if count == 1 else [(slice(i * each, (i + 1) * each),) for i in range(count)]
 
 
 def chunk_shape(name: str, leaf: jax.ShapeDtypeStruct) -> list[int]:
-    """Shape of a part."""
+    """Returns the shape of a part."""
     region = parts(name, leaf)[0]
     return list(leaf.shape) if region == WHOLE else [region[0].stop, *leaf.shape[1:]]
 
 
 class WriteError(UserError):
-    """The target cannot be written: the disk is full, a permission is missing."""
+    """The target cannot be written, for example because the disk is full or a permission is missing."""
+
+
+def no_counterpart(name: str, format: str, content: str) -> UserError:
+    """Returns the error for a leaf that a format, which only holds `content`, has no place for."""
+    way_out = ': leave the optimizer state out with --optimizer_state=none' if name.startswith('opt_state/') else ''
+    return UserError(f'{name} cannot be stored as {format}, which only holds {content}{way_out}.')
 
 
 class Writer(Protocol):
-    """A checkpoint in the making; it is invisible until `finish`.
+    """Writes one checkpoint, which is invisible until `finish`.
 
     Attributes:
-        path: where it will be.
-        left_out: leaves that the format has no place for and no need of, and why.
+      path: of the finished checkpoint.
+      left_out: leaves that the format does not need, and why.
     """
 
     path: str
     left_out: Mapping[str, str]
 
-    def todo(self) -> dict[str, list[Region]]:
-        """The parts of each leaf that are still to be written, leaves in an order that suits the format.
-
-        Each is one of `parts`, in their order.
-        """
-        ...
+    def todo(self) -> dict[str, Sequence[Region]]:
+        """Returns the missing parts of each leaf, in the order of `parts`; leaves are in the order preferred by the format."""
 
     def write(self, name: str, region: Region, value: np.ndarray) -> None:
-        """Begins to write one part, and waits while too much is on its way."""
-        ...
+        """Begins to write one part; blocks while too many bytes are in flight."""
 
     def finish(self, metadata: Mapping[str, Any], check: Check = lambda reader: None) -> None:
-        """Waits for everything, lets `check` read it back and object, and gives the checkpoint its name."""
-        ...
+        """Waits for all writes, calls `check` on the result, which may raise, and gives the checkpoint its final name."""
 
     def close(self) -> None:
-        """Waits for writes in flight and releases everything. An unfinished checkpoint stays for the same command to continue, or
-        is removed where none could."""
-        ...
+        """Waits for writes in flight and releases all resources.
+
+        An unfinished checkpoint stays if the same command can continue it, and is removed otherwise.
+        """
 
     def discard(self) -> None:
-        """Removes what was written."""
-        ...
+        """Removes everything written."""
 
 
 @contextlib.contextmanager
 def not_refused(place: epath.Path, name: str = '') -> Iterator[None]:
-    """Around writing to a local disk.
+    """Converts errors of a local disk.
 
     Args:
-        place: the file or folder.
-        name: of the leaf that is written; '': anything else.
+      place: the file or folder.
+      name: the leaf that is written; '' for anything else.
 
     Raises:
-        WriteError: the disk takes no more.
+      WriteError: the disk refuses the write.
     """
     try:
         yield

@@ -1,1 +1,1 @@
-"""The commands that work on a configured run, a module each, whose `run` does what the command says. `upcycle.cli` parses."""
+"""Commands that work on a configured run: one module each, with a function `run`. `upcycle.cli` parses their options."""

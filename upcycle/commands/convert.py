@@ -1,4 +1,4 @@
-"""`upcycle convert`: the checkpoint that a run would start from, made on the host and streamed to disk."""
+"""`upcycle convert`: makes the checkpoint that a run would start from."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,29 @@ def run(
     optimizer_state: bool = True,
     verify: bool = False,
 ) -> str:
-    """`upcycle convert`: the checkpoint that a run would start from, made on the host and streamed to disk."""
+    """`upcycle convert`: makes the checkpoint that a run would start from on the host, and streams it to disk.
+
+    Args:
+      gin_files, bindings: the configuration. Without a file of `runs/`, `runs/convert.gin` is included.
+      target, format, dtype, optimizer_state, verify: see `conversion.convert`.
+
+    Returns:
+      See `conversion.convert`.
+
+    Raises:
+      UserError: the configuration or the dense checkpoint is wrong.
+    """
     files = list(gin_files)
-    # The surgery is that of a run, and a model and its MoE layers need no other part of one.
+    # Surgery is configured as part of a run, but a conversion may name only a model and its MoE layers.
     folders = [os.path.basename(os.path.dirname(file)) for file in files]
     if 'runs' not in folders:
-        # Operators and recipes change what a run says.
+        # Operators and recipes override bindings of a run, so they come after it.
         later = [i for i, folder in enumerate(folders) if folder in ('surgery', 'recipes')]
         files.insert(min(later, default=len(files)), 'runs/convert.gin')
     run = configuration.load_model(files, bindings)
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
-    # What is named of a run that is to train the result.
+    # Check what is configured of the run that will train the result.
     if run.train_data is not None:
         start.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
     if run.total_steps is not None:

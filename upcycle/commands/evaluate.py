@@ -1,4 +1,4 @@
-"""`upcycle eval`: metrics of a checkpoint."""
+"""`upcycle eval`: evaluates a checkpoint."""
 
 import contextlib
 import json
@@ -16,7 +16,8 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
 from upcycle.gin_data import require_data
-from upcycle.metrics import counted, plain
+from upcycle.metrics import plain
+from upcycle.progress import counted
 from upcycle.training import start
 from upcycle.training.state import make_layout, params_from
 
@@ -32,21 +33,23 @@ def run(
     as_json: bool = False,
     out: str | None = None,
 ) -> dict[str, Any]:
-    """`upcycle eval`: metrics of a checkpoint on the evaluation data, with FEW_SHOT its probes, with TASK_METRICS its answers.
+    """`upcycle eval`: computes the metrics of a checkpoint on the evaluation data.
+
+    FEW_SHOT adds few-shot probes, TASK_METRICS the metrics of seqio tasks.
 
     Args:
-      gin_files: none: the configuration of the run whose folder `checkpoint` is, or lies in, where that is no program. Whoever
-        trusts one that is, names it first.
-      bindings: of the command line.
-      checkpoint: any that `open_checkpoint` reads.
-      as_json: print JSON and no table.
-      out: a file for the JSON as well.
+      gin_files: the configuration. If empty, or only FEW_SHOT and TASK_METRICS, the config.gin of the run folder that contains
+        `checkpoint`. A config.gin that imports code is refused unless it is named explicitly.
+      bindings: bindings of the command line.
+      checkpoint: any path that `open_checkpoint` reads.
+      as_json: print JSON instead of a table.
+      out: file for the JSON.
 
     Returns:
-      What the JSON holds.
+      The content of the JSON.
 
     Raises:
-      UserError: the configuration or the checkpoint do not fit.
+      UserError: the configuration or the checkpoint is wrong.
     """
     if out is not None:
         outputs.check('--out', out, outputs.Kind.FILE)
@@ -67,7 +70,7 @@ def run(
         layout = make_layout(run, mesh, run.eval_data.batch_spec())
         params, operator = params_from(run, layout, reader)
         if operator is not None:
-            print(f'the checkpoint is dense, the model is not: upcycled by {operator!r}', file=sys.stderr)
+            print(f'the checkpoint is dense and the model has MoE layers: upcycled by {operator!r}', file=sys.stderr)
         subject = Subject(run.model, run.eval_data, partitioning.batch_sharding(mesh), counted)
         metrics = {
             evaluator.name: evaluator.prepare(subject)(params)
@@ -81,7 +84,7 @@ def run(
         'family': run.model.family,
         'operator': operator,
         'data': run.eval_data.fingerprint(),
-        'metrics': {split: {name: plain(value) for name, value in of.items()} for split, of in metrics.items()},
+        'metrics': {split: {name: plain(value) for name, value in values.items()} for split, values in metrics.items()},
     }
     if jax.process_index() == 0:
         text = json.dumps(result, indent=1)
@@ -93,33 +96,33 @@ def run(
 
 @contextlib.contextmanager
 def _config_of(checkpoint: str) -> Iterator[str]:
-    """The configuration of the run that a checkpoint's path belongs to: a file that gin can read, which knows no buckets.
+    """Yields the path of the config.gin of the run folder that contains a checkpoint; from a bucket, of a local copy.
 
     Raises:
-      UserError: there is none, or it is more than data.
+      UserError: there is no config.gin, or it imports code.
     """
     path = files.absolute(checkpoint)
-    for config in (folder / run_config.CONFIG for folder in (path, path.parent, path.parent.parent)):
-        if not config.is_file():
-            continue
-        if not files.is_remote(config):
-            require_data(os.fspath(config))
-            yield os.fspath(config)
-            return
-        with tempfile.NamedTemporaryFile('w', suffix='.gin', encoding='utf-8') as copy:
-            copy.write(config.read_text())
-            copy.flush()
-            require_data(copy.name, shown=os.fspath(config))
-            yield copy.name
+    folders = (path, path.parent, path.parent.parent)
+    config = next((folder / run_config.CONFIG for folder in folders if (folder / run_config.CONFIG).is_file()), None)
+    if config is None:
+        raise UserError(
+            f'{checkpoint} is not in a run folder, so name its model and data: --gin_file=models/..., --gin_file=tasks/..., '
+            '--gin_file=runs/eval.gin.'
+        )
+    if not files.is_remote(config):
+        require_data(os.fspath(config))
+        yield os.fspath(config)
         return
-    raise UserError(
-        f'{checkpoint} lies in no run folder of ours, so say what model and data it is of: --gin_file=models/..., '
-        '--gin_file=tasks/..., --gin_file=runs/eval.gin.'
-    )
+    # gin cannot read buckets.
+    with tempfile.NamedTemporaryFile('w', suffix='.gin', encoding='utf-8') as copy:
+        copy.write(config.read_text())
+        copy.flush()
+        require_data(copy.name, shown=os.fspath(config))
+        yield copy.name
 
 
 def _metrics_table(result: Mapping[str, Any]) -> str:
-    """A line for every number; lists and the layers' own metrics stay in the JSON."""
+    """Formats one line per number; lists and per-layer metrics are only in the JSON."""
     rows = [
         (split, name, value)
         for split, metrics in result['metrics'].items()

@@ -1,4 +1,4 @@
-"""`upcycle plan`: what the surgery of a run would do, from metadata alone."""
+"""`upcycle plan`: shows the surgery of a run from checkpoint metadata, without reading or writing weights."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from upcycle.training.state import Layout
 
 
 def run(gin_files: Sequence[str], bindings: Mapping[str, str], *, as_json: bool = False) -> None:
-    """`upcycle plan`: the table of the surgery, parameters and bytes before and after, memory on a device.
+    """`upcycle plan`: prints the table of the surgery, parameters and bytes before and after, and bytes per device.
 
     Raises:
-      UserError: `train` would refuse the run before its first step.
+      UserError: the run is wrong in a way that `train` would find before its first step.
     """
     run = run_config.as_it_began(configuration.load(gin_files, bindings))
     if run.initial_checkpoint_path is None:
         raise UserError('INITIAL_CHECKPOINT_PATH is not set: name the dense checkpoint with --from.')
     start = preflight(run, configuration.resolved())
-    # A run that would resume from its own checkpoint is planned as at its first start.
+    # The plan is that of the first start, even if the run would resume from its own checkpoint.
     layout, reader, plan = start.layout, start.reader, start.plan
     facts = _facts(layout, plan, reader.leaves()) | {'from': str(reader.path), 'format': reader.format}
     if as_json:

@@ -1,4 +1,4 @@
-"""`upcycle train`: one run."""
+"""`upcycle train`: starts or resumes a run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,16 +15,16 @@ from upcycle.training.step import TrainState
 def run(
     gin_files: Sequence[str], bindings: Mapping[str, str], name: str = 'train', profile_steps: range = loop.NO_STEPS
 ) -> TrainState:
-    """`upcycle train`: says what was resolved, then trains; see `loop.train`.
+    """`upcycle train`: prints the resolved run, then trains; see `loop.train`.
 
     Raises:
-      UserError: before anything is written, where the configuration, the folder or the checkpoint do not fit.
+      UserError: the configuration, the folder or the checkpoint is wrong; raised before anything is written.
     """
     run = run_config.as_it_began(configuration.load(gin_files, bindings))
     identity = configuration.resolved()
     if profile_steps and profile_steps[-1] > run.total_steps:
         raise UserError(
-            f'--profile_steps ends at step {profile_steps[-1]}, after TRAIN_STEPS = {run.total_steps}: name earlier ones.'
+            f'--profile_steps ends at step {profile_steps[-1]}, after TRAIN_STEPS = {run.total_steps}: name earlier steps.'
         )
     start = preflight(run, identity)
     if jax.process_index() == 0:

@@ -1,7 +1,7 @@
-"""What a trainer asks of its data: one protocol, for text and images alike.
+"""The protocol between a trainer and its data, for text and images.
 
-Importing this package is cheap. `text.py` and `images.py` are what gin files import; TensorFlow and seqio are imported,
-quietly and without accelerators (`tensorflow_quiet.py`), when a data source that needs them is first used.
+Importing this package is cheap. Gin files import `text.py` and `images.py`. TensorFlow and seqio are imported by
+`tensorflow_quiet.py`, without log lines or accelerators, when a data source first needs them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ JSON: TypeAlias = dict[str, Any] | list[Any] | str | int | float | bool | None
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The rows of every global batch that a host reads.
+    """The rows of each global batch that a host reads.
 
-    A batch is cut into `of` equal parts, as the mesh does it. Hosts that hold a part in common are one reader: all of them
-    read the same rows. Every reader reads equally many parts.
+    A batch is cut into `of` equal parts, as on the mesh. Hosts that hold the same part are one reader and read the same
+    rows. All readers read the same number of parts.
 
     Attributes:
-        index: number of the reader.
-        count: of readers.
-        parts: that it reads, ascending; they need not follow each other.
-        of: parts of a batch.
+      index: number of the reader.
+      count: number of readers.
+      parts: parts that the reader reads, ascending, not necessarily consecutive.
+      of: number of parts of a batch.
     """
 
     index: int = 0
@@ -39,19 +39,19 @@ class Share:
 
     @classmethod
     def even(cls, index: int, count: int) -> Share:
-        """Of `count` readers, each of which reads one part."""
+        """The share of reader `index` of `count` readers that read one part each."""
         return cls(index, count, (index,), count)
 
     def rows(self, batch_size: int) -> list[range]:
-        """Numbers of the rows in the global batch, ascending: runs of consecutive rows.
+        """Row numbers in the global batch, as ascending runs of consecutive rows.
 
         Raises:
-            UserError: if the batch does not divide.
+          UserError: the batch size is not a multiple of the parts.
         """
         if batch_size % self.of:
             raise UserError(
-                f'BATCH_SIZE = {batch_size} does not divide into the {self.of} parts that the hosts read: bind a multiple of '
-                'them.'
+                f'BATCH_SIZE = {batch_size} is not divisible by the {self.of} parts that the hosts read: set it to a '
+                f'multiple of {self.of}.'
             )
         size = batch_size // self.of
         runs: list[range] = []
@@ -62,15 +62,13 @@ class Share:
 
 
 WHOLE = Share()
-"""All rows, for the only reader."""
+"""All rows, for a single reader."""
 
 
 def require_lengths(task_feature_lengths: Mapping[str, int]) -> None:
-    """Raises UserError unless TASK_FEATURE_LENGTHS has the lengths that an encoder-decoder needs."""
+    """Raises UserError unless TASK_FEATURE_LENGTHS has 'inputs' and 'targets', as an encoder-decoder needs."""
     if not {'inputs', 'targets'} <= task_feature_lengths.keys():
-        raise UserError(
-            f"TASK_FEATURE_LENGTHS = {dict(task_feature_lengths)!r} must name the lengths of both 'inputs' and 'targets'."
-        )
+        raise UserError(f"TASK_FEATURE_LENGTHS = {dict(task_feature_lengths)!r} must have both 'inputs' and 'targets'.")
 
 
 @runtime_checkable
@@ -78,29 +76,29 @@ class DataSource(Protocol):
     """An endless or finite sequence of batches that any number of hosts can read from any position."""
 
     batch_size: int
-    """Rows of a global batch, over all hosts."""
+    """Rows of a global batch, summed over all hosts."""
 
     def fingerprint(self) -> dict[str, JSON]:
-        """What the batches are made of: task, split, corpus hash, lengths, seed, vocabulary, batch size, ...
+        """The identity of the data: task, split, corpus hash, lengths, seed, vocabulary, batch size, ...
 
-        It is saved with every checkpoint. A resume whose fingerprint differs would train on other data than it says,
-        and the trainer refuses it. It names nothing about the machine: no paths, no number of hosts.
+        It is saved with every checkpoint, and the trainer refuses to resume if it differs. It does not depend on the
+        machine: it holds no paths and no number of hosts.
         """
         ...
 
     def promise(self) -> str:
-        """One sentence: which determinism holds."""
+        """One sentence that states which determinism holds."""
         ...
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """The shape and dtype of every feature of a *global* batch."""
+        """Shape and dtype of every feature of a *global* batch."""
         ...
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
-        """The rows `share.rows(batch_size)` of global batches `start`, `start + 1`, ..., in that order.
+        """Yields the rows `share.rows(batch_size)` of global batches `start`, `start + 1`, ...
 
-        All shares yield equally many batches; a finite source fills its last one with rows of zeros, whose loss weights are
-        zero. A random-access source gives the same global batches however they are shared. A stream is dealt to the
-        `share.count` readers, so its batches depend on their number.
+        All shares yield the same number of batches. A finite source pads its last batch with rows of zeros, whose loss
+        weights are 0. A random-access source gives the same global batches for any number of readers; a stream is dealt
+        out to `share.count` readers, so its batches depend on their number.
         """
         ...

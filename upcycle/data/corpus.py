@@ -1,4 +1,4 @@
-"""Files become one array of tokens: reading, splitting, tokenising, hashing. No TensorFlow here."""
+"""Reads, splits, tokenises and hashes text files into one array of tokens, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VALIDATION_SHARE = 0.05
 
 
 class Document(NamedTuple):
-    """A file: its name relative to the corpus, the split it is in, and what it says."""
+    """A file: its name relative to the corpus, its split and its content."""
 
     name: str
     split: str
@@ -24,11 +24,12 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """All documents of all splits, each followed by EOS, in the order of their names.
+    """All documents of all splits, each followed by EOS, sorted by name.
 
-    tokens: uint16 (or int32 for vocabularies of more than 65,536 ids), split after split.
-    splits: per split its first token and its number of tokens.
-    sha256: of names, splits and contents.
+    Attributes:
+      tokens: uint16 (int32 for vocabularies of more than 65,536 ids), split after split.
+      splits: (offset, number of tokens) of each split.
+      sha256: hash of names, splits and contents.
     """
 
     tokens: np.ndarray
@@ -37,7 +38,7 @@ class Corpus(NamedTuple):
 
 
 def split_by_hash(names: Iterable[str]) -> dict[str, str]:
-    """Puts each name into 'train' or 'validation' (about 5%) by its own sha256, whatever the other names are."""
+    """Assigns each name to 'train' or 'validation' (about 5%) by its sha256, independently of the other names."""
     hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in names}
     held_out = {name for name, value in hashes.items() if value < VALIDATION_SHARE * 2**256}
     if not held_out and len(hashes) > 1:
@@ -46,28 +47,28 @@ def split_by_hash(names: Iterable[str]) -> dict[str, str]:
 
 
 def relative_names(paths: Sequence[str]) -> list[str]:
-    """The paths without the folders that all of them share."""
+    """The paths relative to the folder that they share."""
     folders = [path.split('/')[:-1] for path in paths]
     shared = len(os.path.commonprefix(folders))
     return ['/'.join(path.split('/')[shared:]) for path in paths]
 
 
 def read_utf8(path: str, read: Callable[[str], bytes], bad_records: BadRecords) -> bytes:
-    """The bytes of a text file, without the lines that are not UTF-8.
+    """Reads a text file and skips lines that are not UTF-8.
 
     Args:
-        path: for messages.
-        read: a function that returns the bytes of `path`.
-        bad_records: counts these lines.
+      path: path of the file.
+      read: returns the bytes of `path`.
+      bad_records: counts the skipped lines.
 
     Raises:
-        UserError: if the file cannot be read, or naming a line that is one too many.
+      UserError: the file cannot be read, or has too many bad lines.
     """
     try:
         content = read(path)
     except Exception as error:  # local files raise OSError, remote ones TensorFlow's own errors
         raise UserError(
-            f'{path} cannot be read ({type(error).__name__}): repair it, or leave it out of the glob.'
+            f'{path} cannot be read ({type(error).__name__}): repair it, or exclude it from the glob.'
         ) from None
     if _is_utf8(content):
         return content
@@ -78,7 +79,7 @@ def read_utf8(path: str, read: Callable[[str], bytes], bad_records: BadRecords) 
         else:
             bad_records.leave_out(
                 BadRecordError(
-                    f'{path}, line {number} is not UTF-8: convert the file, leave it out of the glob, or raise MAX_BAD_RECORDS.'
+                    f'{path}, line {number} is not UTF-8: convert the file, exclude it from the glob, or raise MAX_BAD_RECORDS.'
                 )
             )
     return b'\n'.join(lines)
@@ -93,17 +94,17 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _tokenise(content: bytes, vocabulary: Any) -> np.ndarray:
-    """The ids of one document, without EOS."""
+    """Token ids of one document, without EOS."""
     if type(vocabulary).__name__ == 'ByteVocabulary':
         specials = vocabulary.vocab_size - vocabulary.extra_ids - 256
         return np.frombuffer(content, np.uint8).astype(np.uint16) + np.uint16(specials)
-    # Line by line: SentencePiece takes time and memory for one very long string, and drops line ends either way.
+    # Line by line: SentencePiece is slow and memory-hungry on one very long string, and drops line ends either way.
     lines = vocabulary.tokenizer.encode(content.decode().splitlines())
     return np.concatenate([np.asarray(line, np.int32) for line in lines] or [np.zeros(0, np.int32)])
 
 
 def build_corpus(documents: Iterable[Document], vocabulary: Any) -> Corpus:
-    """Tokenises documents into memory: 2 bytes a token, so 2 bytes a byte of text for the byte vocabulary."""
+    """Tokenises documents into memory, at 2 bytes per token (2 bytes per byte of text for the byte vocabulary)."""
     dtype = np.uint16 if vocabulary.vocab_size <= 2**16 else np.int32
     digest = hashlib.sha256()
     parts: dict[str, list[np.ndarray]] = {'train': [], 'validation': []}

@@ -1,20 +1,20 @@
-"""Random numbers that are a pure function of (seed, purpose, index), for any number of indices at once.
+"""Random numbers as a pure function of (seed, purpose, index), for a range of indices at once.
 
-Philox is counter-based: example i owns the counters from i * n on, so a batch of consecutive examples is one call. Only
-its raw words are used, which numpy keeps the same from release to release; its distributions it does not.
+Philox is counter-based: example i uses the counters from i * n on, so a batch of consecutive examples is one call. Only raw
+words are used: NumPy keeps them stable across releases, but not its distributions.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-# The purposes: two uses of one seed are independent.
+# Purposes make different uses of one seed independent.
 ORDER, AUGMENT, NOISE = 1, 2, 3
 
 
 def words(seed: int, purpose: int, first: int, count: int, each: int) -> np.ndarray:
-    """uint64 [count, each]: the words of examples `first` up to `first + count`."""
-    blocks = -(-each // 4)  # a counter gives four words
+    """uint64 [count, each]: random words of examples `first` to `first + count - 1`."""
+    blocks = -(-each // 4)  # each counter gives four words
     philox = np.random.Philox(
         key=np.array([seed % 2**64, purpose], np.uint64), counter=np.array([first * blocks, 0, 0, 0], np.uint64)
     )
@@ -27,7 +27,7 @@ def uniform(seed: int, purpose: int, first: int, count: int, each: int) -> np.nd
 
 
 def normal(seed: int, purpose: int, first: int, count: int, each: int) -> np.ndarray:
-    """float32 [count, each] of mean 0 and deviation 1: sums of four uniforms, so never beyond 3.5 deviations."""
+    """float32 [count, each] with mean 0 and standard deviation 1: sums of four uniforms, so at most 3.5 deviations."""
     sixteens = np.ascontiguousarray(words(seed, purpose, first, count, each)).view('<u2').reshape(count, 4, each)
     sums = sixteens[:, 0].astype(np.float32)
     for i in range(1, 4):
@@ -36,5 +36,5 @@ def normal(seed: int, purpose: int, first: int, count: int, each: int) -> np.nda
 
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """int64 [size]: the order of an epoch."""
+    """int64 [size]: the order of the examples in an epoch."""
     return np.argsort(words(seed, ORDER, epoch, 1, size)[0], kind='stable')

@@ -1,7 +1,7 @@
-"""Real text that needs no download: the source code of the running Python's standard library, about 13 MB.
+"""Text that needs no download: the source code of the running Python's standard library, about 13 MB.
 
-Importing this module registers the seqio tasks `stdlib_span_corruption`, to pretrain on, and `stdlib_keyword`, to fine-tune on;
-the files are read when they are first used. Other versions of Python are other corpora, and their fingerprints say so.
+Importing this module registers the seqio tasks `stdlib_span_corruption` (pretraining) and `stdlib_keyword` (fine-tuning). Files
+are read at first use. Each Python version is a different corpus with a different fingerprint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 seqio = tensorflow_quiet.seqio()
 
-# Tests repeat themselves and hold other encodings on purpose; what is installed besides Python differs by machine.
+# Tests are repetitive and contain other encodings on purpose; installed packages differ between machines.
 _LEFT_OUT = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-packages', '__pycache__'}
 
 
 def stdlib_documents() -> list[corpus.Document]:
-    """The standard library's .py files, of which about 5% are for validation by the hash of their paths."""
+    """The standard library's .py files; about 5%, chosen by the hashes of their paths, are the validation split."""
     root = pathlib.Path(sysconfig.get_path('stdlib'))
     paths = {path.relative_to(root).as_posix(): path for path in root.rglob('*.py')}
     names = [name for name in paths if not _LEFT_OUT & set(name.split('/')) and not name.startswith('_sysconfigdata')]
@@ -41,7 +41,7 @@ STDLIB_TASK = random_access.span_corruption_task(
 )
 seqio.TaskRegistry.add_provider(STDLIB_TASK.name, STDLIB_TASK)
 
-# All are frequent, and what stands around them mostly tells them apart.
+# All are frequent, and their context mostly tells them apart.
 KEYWORDS = ('and', 'def', 'else', 'for', 'if', 'import', 'in', 'is', 'not', 'return')
 GAP = '____'
 _CONTEXT = 29  # bytes on either side of the gap
@@ -50,9 +50,9 @@ _EXAMPLES_PER_KEYWORD = {'train': 2000, 'validation': 200}
 
 @functools.cache
 def keyword_examples() -> Mapping[str, Sequence[Mapping[str, bytes]]]:
-    """By split, `inputs`: a piece of source with a gap; `targets`: the keyword that stood there. As many of each.
+    """Examples by split: `inputs` is source code with a gap, `targets` the missing keyword. Keywords are balanced.
 
-    The splits are those of `stdlib_span_corruption`, so that pretraining has not read the validation files.
+    The splits are those of `stdlib_span_corruption`, so pretraining never reads the validation files.
     """
     places: dict[tuple[str, str], list[tuple[bytes, int, int]]] = collections.defaultdict(list)
     pattern = re.compile(rb'(?<![\w.])(' + '|'.join(KEYWORDS).encode() + rb')(?!\w)')
@@ -61,8 +61,8 @@ def keyword_examples() -> Mapping[str, Sequence[Mapping[str, bytes]]]:
             places[document.split, match[0].decode()].append((document.content, *match.span()))
 
     def example(split: str, keyword: str, share: float) -> dict[str, bytes]:
-        found = places[split, keyword]
-        content, start, end = found[int(len(found) * share)]
+        matches = places[split, keyword]
+        content, start, end = matches[int(len(matches) * share)]
         around = content[max(start - _CONTEXT, 0) : start], content[end : end + _CONTEXT]
         return {'inputs': GAP.encode().join(around), 'targets': keyword.encode()}
 
@@ -79,7 +79,7 @@ def _keyword_dataset(split: str, shuffle_files: bool, seed: int | None = None) -
 
 
 def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """The share of answers that are the target."""
+    """Fraction of predictions that equal their target."""
     return {'accuracy': sum(a == b for a, b in zip(targets, predictions, strict=True)) / len(targets)}
 
 

@@ -1,8 +1,7 @@
-"""Images for the trainer: any source of labelled images, preprocessed, as a `DataSource`.
+"""A `DataSource` of preprocessed, labelled images. Gin files import this module.
 
-A batch holds `image` float32 [B, H, W, C], `labels` int32 [B, N] of class ids filled up with -1 (N = 1 where an image
-has one class), and `weights` float32 [B]: 1, or 0 for a row that only fills up the last batch. This is the module that
-gin files import.
+A batch has `image` float32 [B, H, W, C], `labels` int32 [B, N], class ids padded with -1 (N = 1 for one class per image),
+and `weights` float32 [B]: 1, or 0 for padding rows of the last batch.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from upcycle.data import JSON, WHOLE, Share, draws
-from upcycle.data.bad_records import BadRecordError, BadRecords, checked_bound
+from upcycle.data.bad_records import BadRecordError, BadRecords
 from upcycle.data.image_folder import ImageFolder
 from upcycle.data.mnist import Mnist5k, Optdigits, ScanAugmentation
 from upcycle.data.photographs import CentralCropPreprocessing, InceptionPreprocessing
@@ -40,55 +39,56 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
-# Batches made ahead of the one that is asked for, on one thread.
+# Number of batches prepared ahead, on one thread.
 _AHEAD = 2
 
 
 class ImageSource(Protocol):
-    """Labelled images by their place in a split; or, where `streamed`, in order only (see `TfdsImages.stream`)."""
+    """Labelled images, read by index within a split, or in order if `streamed` (see `TfdsImages.stream`)."""
 
     num_classes: int
     max_labels: int
     streamed: bool
-    encoded: bool  # whether `read` gives `Encoded` files, or pixels
+    encoded: bool  # `read` returns `Encoded` files; otherwise pixels
 
     def size(self, split: str) -> int:
-        """Examples in a split."""
+        """Number of examples in a split."""
 
     def read(self, split: str, places: np.ndarray) -> tuple[Sequence[Any], np.ndarray]:
-        """The images at these places, in the form that the preprocessing wants, and labels int32 [n, N]."""
+        """Reads the images at these indices, as the preprocessing expects them, and labels int32 [n, N]."""
 
     def fingerprint(self, split: str) -> dict[str, JSON]:
-        """What the split is, by content; nothing about the machine."""
+        """The identity of the split by content, independent of the machine."""
 
 
 class Preprocessing(Protocol):
-    """From a source's images to the model's."""
+    """Converts a source's images to model inputs."""
 
     image_shape: tuple[int, int, int]
-    encoded: bool  # which kind of image it takes
+    encoded: bool  # the kind of image that it takes
 
     def __call__(self, images: Sequence[Any], seed: int, first: int) -> np.ndarray:
-        """float32 [n, H, W, C] of consecutive examples that begin at index `first`; random by (seed, index) only.
+        """Returns float32 [n, H, W, C] for consecutive examples from index `first`; randomness depends on (seed, index) only.
 
         Raises:
-            BadRecordError: naming an image that is broken.
+          BadRecordError: an image is broken.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """A split of labelled images, as batches for an image classifier. It is a `DataSource`.
+    """A `DataSource` of batches of labelled images for an image classifier.
 
-    source: where the images come from.
-    preprocessing: what makes them the model's input; a frozen dataclass, whose fields go into the fingerprint.
-    split: 'train', 'validation', ..., or what TFDS calls a part, such as 'train[:99%]'.
-    batch_size: rows of a global batch.
-    seed: of the order and of the augmentation.
-    shuffle: a new order in every epoch; bind False for validation.
-    num_batches: batches at most, as in a bounded evaluation.
-    repeat: endless where True; else one pass, whose last batch is filled up with rows of weight 0.
-    max_bad_records: so many images that cannot be decoded may be met, by each host; their rows weigh 0 [MAX_BAD_RECORDS].
+    Attributes:
+      source: source of the images.
+      preprocessing: converts them to model inputs; a frozen dataclass, whose fields are part of the fingerprint.
+      split: name of the split: 'train', 'validation', ..., or a TFDS slice such as 'train[:99%]'.
+      batch_size: rows of a global batch.
+      seed: seed of the order and the augmentation.
+      shuffle: draw a new order in every epoch; set to False for validation.
+      num_batches: maximum number of batches, for a bounded evaluation.
+      repeat: True: endless. False: one pass, whose last batch is padded with rows of weight 0.
+      max_bad_records: number of images per host that may fail to decode; their rows have weight 0 [MAX_BAD_RECORDS].
     """
 
     source: ImageSource
@@ -99,10 +99,9 @@ class DatasetConfig:
     shuffle: bool = True
     num_batches: Count | None = None
     repeat: bool = True
-    max_bad_records: int = 0
+    max_bad_records: Whole = 0
 
     def __post_init__(self):
-        checked_bound(self.max_bad_records)
         if self.source.encoded != self.preprocessing.encoded:
             names = type(self.source).__name__, type(self.preprocessing).__name__
             raise UserError(
@@ -112,7 +111,7 @@ class DatasetConfig:
 
     @property
     def num_classes(self) -> int:
-        """Labels are below this."""
+        """Number of classes; labels are below it."""
         return self.source.num_classes
 
     @property
@@ -129,7 +128,7 @@ class DatasetConfig:
         }
 
     def fingerprint(self) -> dict[str, JSON]:
-        """The data's identity, the corpus's hash and the whole preprocessing included."""
+        """The identity of the data, with the corpus hash and all preprocessing settings."""
         identity: dict[str, JSON] = dict(self.source.fingerprint(self.split))
         for name in ('split', 'batch_size', 'seed', 'shuffle', 'repeat'):
             identity[name] = getattr(self, name)
@@ -144,19 +143,19 @@ class DatasetConfig:
         if self.source.streamed:
             return (
                 f'This split ({self.split}) is streamed with seed {self.seed}: the order is the same for the same number of '
-                'readers (hosts that read different rows), files and versions of TFDS and TensorFlow, and a resumed run finds '
-                'its place by reading the stream again up to it, without decoding.'
+                'readers (hosts that read different rows), files and versions of TFDS and TensorFlow, and a resumed run skips '
+                'the examples before its position, without decoding them.'
             )
         return (
-            f'Global batch b of this split ({self.split}) is a pure function of (seed {self.seed}, b), the same for any '
-            'number of hosts and any start.'
+            f'Global batch b of this split ({self.split}) is a pure function of (seed {self.seed}, b), for any number of hosts '
+            'and any start.'
         )
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
-        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
+        """Yields a reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
 
         Raises:
-            UserError: if the batch does not divide among the readers, or the data cannot be read.
+          UserError: the batch size is not divisible by the parts, or the data cannot be read.
         """
         rows = np.concatenate([np.arange(run.start, run.stop) for run in share.rows(self.batch_size)])
         stop = self._number_of_batches()
@@ -173,30 +172,30 @@ class DatasetConfig:
             index=share.index,
             count=share.count,
         )
-        nothing = [], np.zeros((0, self.source.max_labels), np.int32)
-        return _made_ahead(lambda n: self._filled(*next(stream, nothing), n * self.batch_size + rows), numbers)
+        empty = [], np.zeros((0, self.source.max_labels), np.int32)
+        return _made_ahead(lambda n: self._padded(*next(stream, empty), n * self.batch_size + rows), numbers)
 
     def _number_of_batches(self) -> int | None:
-        """The end of the batches, or None where there is none."""
+        """The number of batches, or None if endless."""
         size = self.source.size(self.split)
         if size < 1:
-            raise UserError(f'The split {self.split!r} holds no image: bind DatasetConfig.split to one that does.')
+            raise UserError(f'The split {self.split!r} is empty: set DatasetConfig.split to another one.')
         if self.repeat:
             return self.num_batches
         whole = -(-size // self.batch_size)
         return whole if self.num_batches is None else min(whole, self.num_batches)
 
     def _rows(self, index: np.ndarray) -> Batch:
-        """Examples, ascending, of the endless (or, without `repeat`, the finite and filled-up) sequence."""
+        """The batch of examples `index`, ascending, of the endless sequence, or of the padded one without `repeat`."""
         size = self.source.size(self.split)
         real = index if self.repeat else index[index < size]
-        return self._filled(*self.source.read(self.split, self._places(real, size)), index)
+        return self._padded(*self.source.read(self.split, self._places(real, size)), index)
 
-    def _filled(self, images: Sequence[Any], labels: np.ndarray, index: np.ndarray) -> Batch:
-        """A batch of the examples `index` whose last rows, where there are fewer images, are zeros without labels."""
+    def _padded(self, images: Sequence[Any], labels: np.ndarray, index: np.ndarray) -> Batch:
+        """The batch of examples `index`; rows beyond the images are zeros without labels."""
         batch = {name: np.zeros((len(index), *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec().items()}
         batch['labels'] -= 1
-        # Of consecutive examples at a time, which is all of them where the mesh does not interleave hosts.
+        # One run of consecutive examples at a time: a single run unless the mesh interleaves hosts.
         for rows in np.split(np.arange(len(images)), np.flatnonzero(np.diff(index[: len(images)]) > 1) + 1):
             if len(rows):
                 row = slice(rows[0], rows[-1] + 1)
@@ -206,11 +205,11 @@ class DatasetConfig:
         return batch
 
     def _preprocessed(self, images: Sequence[Any], first: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the model sees of consecutive images, zeros of the broken ones, and which are not broken."""
+        """Preprocesses consecutive images. Returns the pixels, zero for broken images, and a mask of the good ones."""
         good = np.ones(len(images), bool)
         with contextlib.suppress(BadRecordError):
             return self.preprocessing(images, self.seed, first), good
-        # One by one: each is a function of itself, the seed and its index only.
+        # One by one: each result depends only on the image, the seed and its index.
         out = np.zeros((len(images), *self.image_shape), np.float32)
         for i, image in enumerate(images):
             try:
@@ -225,7 +224,7 @@ class DatasetConfig:
         return BadRecords(self.max_bad_records)
 
     def _places(self, index: np.ndarray, size: int) -> np.ndarray:
-        """Places in the split of examples of the sequence."""
+        """Indices within the split of examples of the sequence."""
         places = index % size
         if self.shuffle:
             for epoch in np.unique(index // size):
@@ -240,7 +239,7 @@ class DatasetConfig:
 
 
 def _made_ahead(make: Callable[[int], Batch], numbers: Iterable[int]) -> Iterator[Batch]:
-    """`make(n)` for each n, in order, while the caller works on the one before."""
+    """Yields `make(n)` for each n, in order, prepared on a thread ahead of the caller."""
     numbers = iter(numbers)
     pool = futures.ThreadPoolExecutor(1)
     try:

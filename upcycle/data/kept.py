@@ -1,4 +1,4 @@
-"""A source that is read again and again, as for evaluation: read once where it is small."""
+"""Caches small data sources that are read repeatedly, such as evaluation data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from upcycle.data import WHOLE, DataSource, Share
 
 LIMIT = 256 * 2**20
-"""Bytes of host memory."""
+"""Default cache size, in bytes of host memory."""
 
 
 class Kept:
-    """The batches of a finite source, kept in memory from the first whole pass on; above `limit` bytes they are made anew."""
+    """Keeps the batches of a finite source in memory after the first full pass, unless they exceed `limit` bytes."""
 
     def __init__(self, source: DataSource, limit: int = LIMIT):
         self._source = source
@@ -21,7 +21,7 @@ class Kept:
         self._kept: dict[tuple[int, Share], list[dict[str, np.ndarray]] | None] = {}
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
-        """Those of the source; see `DataSource.batches`. They are for reading only."""
+        """Yields the batches of the source; see `DataSource.batches`. Do not modify them."""
         key = start, share
         if (kept := self._kept.get(key)) is not None:
             yield from kept

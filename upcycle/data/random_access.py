@@ -1,7 +1,7 @@
-"""A seqio source whose i-th example is a pure function of (seed, i), so that a run can start anywhere at once.
+"""A seqio source whose example i is a pure function of (seed, i), so a run resumes at any position without replaying.
 
-seqio derives randomness from an example's place in a stream, and finds a place in a stream by replaying it. Here a
-corpus is one array of tokens; example i of the endless stream is cut, shuffled and corrupted from i alone.
+seqio derives randomness from an example's position in a stream and finds a position by replaying the stream. Here the corpus
+is one array of tokens, and example i of the endless stream is cut, shuffled and corrupted from i alone.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     import seqio
     import tensorflow as tf
 
-# Folded into the seed, so that the three uses of it are independent.
+# Folded into the seed to make its three uses independent.
 _ORDER, _PHASE, _NOISE = 1, 2, 3
 
 
 def chunks_per_epoch(size: Any, length: int, shuffle: Any) -> Any:
-    """Chunks of `length` tokens in a split of `size` tokens, of ints or int64 tensors; `shuffle` counts as 0 or 1.
+    """Number of chunks of `length` tokens in a split of `size` tokens, for ints or int64 tensors; `shuffle` is 0 or 1.
 
-    Shuffled epochs start at a random phase below `length`, which costs the last chunk.
+    A shuffled epoch starts at a random phase below `length`, which costs one chunk.
     """
     return size // length - shuffle
 
 
 class RandomAccessSource(seqio.DataSource):
-    """Requests for chunks of a tokenised corpus, for the preprocessor `chunks_of` to answer.
+    """Yields requests for chunks of a tokenised corpus, which the preprocessor `chunks_of` answers.
 
-    seqio tells the lengths to preprocessors but not to sources, and chunks depend on them. So this source yields one
-    element per epoch, a request, and the preprocessor turns it into that epoch's examples.
+    Chunks depend on the feature lengths, which seqio passes to preprocessors but not to sources. So this source yields one
+    request per epoch, and the preprocessor turns it into the examples of that epoch.
     """
 
     def __init__(self, read: Callable[[], Corpus], sentinels: Sequence[int]):
@@ -50,12 +50,12 @@ class RandomAccessSource(seqio.DataSource):
 
     @property
     def corpus(self) -> Corpus:
-        """Read and tokenised when it is first asked for."""
+        """The corpus, read and tokenised at first use."""
         return self._read()
 
     @functools.cached_property
     def tokens(self) -> tf.Tensor:
-        """`corpus.tokens`, once in TensorFlow's memory however many pipelines read it."""
+        """`corpus.tokens` as one TensorFlow constant, shared by all pipelines."""
         return tf.constant(self.corpus.tokens)
 
     @property
@@ -73,7 +73,7 @@ class RandomAccessSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: Any,
     ) -> tf.data.Dataset:
-        """seqio's entrance: one epoch, whose examples are dealt to the shards one by one."""
+        """Implements seqio's interface: one epoch, with examples dealt out to the shards round robin."""
         if seed is None:
             seed = int(np.random.default_rng().integers(2**31))
         shard = shard_info or seqio.ShardInfo(index=0, num_shards=1)
@@ -90,9 +90,9 @@ class RandomAccessSource(seqio.DataSource):
         stride: int = 1,
         endless: bool = False,
     ) -> tf.data.Dataset:
-        """Asks for the examples at `rows`, which ascend, counted from `first`, then from `first + stride`, ...
+        """Requests the examples at offsets `rows`, ascending, from `first`, then from `first + stride`, ...
 
-        They end with the epoch, or run on through all epochs where `endless`.
+        The examples end with the epoch, or continue through all epochs if `endless`.
         """
         offset, size = self.corpus.splits[split]
         numbers = {
@@ -109,9 +109,9 @@ class RandomAccessSource(seqio.DataSource):
 
 
 def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
-    """The preprocessor that answers `source`'s requests.
+    """Returns the preprocessor that answers the requests of `source`.
 
-    Its examples hold 'targets', int32 chunks of exactly the length that span corruption wants, and 'seed', int64 [2].
+    Its examples have 'targets', int32 chunks of exactly the length that span corruption needs, and 'seed', int64 [2].
     """
 
     def preprocess(
@@ -158,13 +158,13 @@ def chunks_of(source: RandomAccessSource) -> Callable[..., tf.data.Dataset]:
 def span_corruption_task(
     name: str, read: Callable[[], Corpus], vocabulary: Any, sentinels: Sequence[int] | None = None
 ) -> seqio.Task:
-    """A seqio task (not yet registered) of span corruption over a corpus, which is read when it is first used.
+    """Makes an unregistered seqio task of span corruption over a corpus, which is read at first use.
 
     Args:
-        name: of the task.
-        read: reads the corpus.
-        vocabulary: of seqio.
-        sentinels: ids in the order of their use; None: T5's, see `counted_down`.
+      name: name of the task.
+      read: reads the corpus.
+      vocabulary: a seqio vocabulary.
+      sentinels: ids in the order of their use. None: T5's, see `counted_down`.
     """
     source = RandomAccessSource(read, counted_down(vocabulary) if sentinels is None else sentinels)
     feature = seqio.Feature(vocabulary=vocabulary, add_eos=True)
@@ -182,25 +182,25 @@ def span_corruption_task(
 
 
 def check_split(source: RandomAccessSource, split: str, lengths: span_corruption.Lengths, shuffle: bool) -> int:
-    """Chunks per epoch of a split, at least one.
+    """Returns the number of chunks per epoch of a split.
 
     Raises:
-        UserError: if there is no such split, it is shorter than a chunk, or holds a sentinel.
+      UserError: the split is unknown, is shorter than a chunk, or contains a sentinel.
     """
     length = lengths.tokens
     if split not in source.splits:
-        raise UserError(f"There is no split {split!r} here: bind DatasetConfig.split to 'train' or 'validation'.")
+        raise UserError(f"The task has no split {split!r}: set DatasetConfig.split to 'train' or 'validation'.")
     size = source.corpus.splits[split][1]
     chunks = chunks_per_epoch(size, length, shuffle)
     if size == 0 and split == 'validation':
         raise UserError(
-            "The split 'validation' holds no text (of a single file none is held out): bind VALIDATION_FILES, or give "
-            'TRAIN_FILES several files.'
+            "The split 'validation' is empty (a single file is not split): set VALIDATION_FILES, or give TRAIN_FILES "
+            'several files.'
         )
     if chunks < 1:
         raise UserError(
-            f'The split {split!r} holds {size} tokens and TASK_FEATURE_LENGTHS asks for {(1 + shuffle) * length} at '
-            f'least: give it more text, or shorten TASK_FEATURE_LENGTHS.'
+            f'The split {split!r} has {size} tokens and TASK_FEATURE_LENGTHS needs at least {(1 + shuffle) * length}: give it '
+            'more text, or shorten TASK_FEATURE_LENGTHS.'
         )
     require_unused(source.sentinels[: lengths.spans], source.corpus.tokens)
     return chunks

@@ -1,4 +1,4 @@
-"""Random batches, for compiling and for measuring speed: nothing is read, and nothing can be learnt from them."""
+"""Random batches for compiling and for measuring speed. Nothing is read."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class _Endless:
     num_batches: int | None
 
     def fingerprint(self) -> dict[str, JSON]:
-        """Everything that the batches depend on."""
-        fields = {name: dict(v) if isinstance(v, Mapping) else v for name, v in vars(self).items()}
-        return {
-            'synthetic': type(self).__name__,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()},
-        }
+        """All fields, which determine the batches."""
+        return {'synthetic': type(self).__name__, **dataclasses.asdict(self)}
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shapes and dtypes of a global batch."""
+        return {name: ((self.batch_size, *row.shape[1:]), row.dtype) for name, row in self._rows(0, 1).items()}
 
     def promise(self) -> str:
         """Which determinism holds."""
         return f'Random numbers, no data: global batch b is a pure function of (seed {self.seed}, b).'
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
-        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
+        """Yields a reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`."""
         runs = share.rows(self.batch_size)
         numbers = itertools.count(start) if self.num_batches is None else range(start, self.num_batches)
         return (self._batch(number, runs) for number in numbers)
@@ -49,13 +49,14 @@ class _Endless:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticText(_Endless):
-    """Rows of random tokens without padding, as an encoder-decoder reads them. It is a `DataSource`.
+    """A `DataSource` of random tokens without padding, for an encoder-decoder.
 
-    task_feature_lengths: tokens of 'inputs' and 'targets' in a row [TASK_FEATURE_LENGTHS].
-    vocabulary_size: tokens are below this, and above 0.
-    batch_size: rows of a global batch.
-    seed: of the tokens.
-    num_batches: batches at most; None: endless.
+    Attributes:
+      task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
+      vocabulary_size: tokens lie between 1 and `vocabulary_size` - 1.
+      batch_size: rows of a global batch.
+      seed: seed of the tokens.
+      num_batches: number of batches; None: endless.
     """
 
     task_feature_lengths: Mapping[str, Count]
@@ -67,17 +68,8 @@ class SyntheticText(_Endless):
     def __post_init__(self):
         require_lengths(self.task_feature_lengths)
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes [B, L] of a global batch, by T5X's feature names, unpacked."""
-        inputs, targets = ((self.batch_size, self.task_feature_lengths[name]) for name in ('inputs', 'targets'))
-        return {
-            'encoder_input_tokens': (inputs, np.dtype(np.int32)),
-            'decoder_input_tokens': (targets, np.dtype(np.int32)),
-            'decoder_target_tokens': (targets, np.dtype(np.int32)),
-            'decoder_loss_weights': (targets, np.dtype(np.float32)),
-        }
-
     def _rows(self, first: int, rows: int) -> Batch:
+        """Features [rows, L] with T5X's names, unpacked."""
         inputs, targets = self.task_feature_lengths['inputs'], self.task_feature_lengths['targets']
         uniform = draws.uniform(self.seed, draws.NOISE, first, rows, inputs + targets)
         tokens = 1 + (uniform * (self.vocabulary_size - 1)).astype(np.int32)
@@ -92,13 +84,15 @@ class SyntheticText(_Endless):
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticImages(_Endless):
-    """Random images and classes, as an image classifier reads them. It is a `DataSource`.
+    """A `DataSource` of random images and classes, for an image classifier.
 
-    image_size, image_channels: of a row of `image`; values have mean 0 and deviation 1.
-    num_classes: labels are below this, one an image.
-    batch_size: rows of a global batch.
-    seed: of the images.
-    num_batches: batches at most; None: endless.
+    Attributes:
+      image_size: height and width in pixels; values have mean 0 and standard deviation 1.
+      image_channels: number of channels.
+      num_classes: labels are below it, one per image.
+      batch_size: rows of a global batch.
+      seed: seed of the images.
+      num_batches: number of batches; None: endless.
     """
 
     image_size: Count
@@ -112,14 +106,6 @@ class SyntheticImages(_Endless):
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of a row of `image`."""
         return self.image_size, self.image_size, self.image_channels
-
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shapes and dtypes of a global batch."""
-        return {
-            'image': ((self.batch_size, *self.image_shape), np.dtype(np.float32)),
-            'labels': ((self.batch_size, 1), np.dtype(np.int32)),
-            'weights': ((self.batch_size,), np.dtype(np.float32)),
-        }
 
     def _rows(self, first: int, rows: int) -> Batch:
         shape = self.image_shape

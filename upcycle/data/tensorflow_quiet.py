@@ -1,6 +1,6 @@
-"""The only way this package imports TensorFlow: silently, on the CPU, and not before it is needed.
+"""Imports TensorFlow lazily, silently and on the CPU. The package imports it nowhere else.
 
-TensorFlow would otherwise take the accelerator's memory from JAX and write a dozen lines to stderr.
+Otherwise TensorFlow takes the accelerator's memory from JAX and writes a dozen lines to stderr.
 """
 
 from __future__ import annotations
@@ -17,44 +17,41 @@ from types import ModuleType
 
 from upcycle.errors import UserError
 
-# These lines are written by C++ before TensorFlow's own log level takes effect, so no environment variable stops them.
+# C++ code writes these lines before TensorFlow's log level takes effect, so no environment variable suppresses them.
 _NOISE = re.compile(rb'[IWE]\d{4} |WARNING: All log messages before absl::InitializeLog')
 
 
 @contextlib.contextmanager
 def _without_startup_noise() -> Iterator[None]:
-    """Holds stderr back and then writes what was held, less the start-up chatter; everything when an import fails."""
+    """Buffers stderr, then writes it without the start-up messages, or all of it if the import fails."""
     sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        noise = _NOISE
+    terminal, imported = os.dup(2), False
+    with tempfile.TemporaryFile() as buffer:
+        os.dup2(buffer.fileno(), 2)
         try:
             yield
-        except BaseException:
-            noise = re.compile(rb'(?!)')
-            raise
+            imported = True
         finally:
             sys.stderr.flush()
             os.dup2(terminal, 2)
             os.close(terminal)
-            held.seek(0)
-            for line in held:
-                if not noise.match(line):
+            buffer.seek(0)
+            for line in buffer:
+                if not (imported and _NOISE.match(line)):
                     os.write(2, line)
 
 
 @contextlib.contextmanager
 def _keras_when_used() -> Iterator[None]:
-    """Keeps TensorFlow from importing Keras, half of its import time, before something uses `tf.keras`.
+    """Delays TensorFlow's import of Keras, half of its import time, until `tf.keras` is used.
 
-    Meanwhile no thread can import Keras. A SavedModel that holds Keras objects can be loaded once `tf.keras` has been used.
+    No thread can import Keras inside this context. A SavedModel with Keras objects can be loaded once `tf.keras` was used.
     """
-    name = 'keras.src.optimizers'  # TensorFlow tries to import it, and does without where it is missing
+    name = 'keras.src.optimizers'  # an optional import of TensorFlow
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  how Python marks a module that cannot be imported
+    sys.modules[name] = None  # type: ignore[assignment]  makes the import fail
     try:
         yield
     finally:
@@ -63,12 +60,12 @@ def _keras_when_used() -> Iterator[None]:
 
 @functools.cache
 def tensorflow() -> ModuleType:
-    """TensorFlow, with accelerators hidden from it."""
+    """Imports TensorFlow with accelerators hidden from it."""
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     with _without_startup_noise(), _keras_when_used():
         tf = importlib.import_module('tensorflow')
         for kind in ('GPU', 'TPU'):
-            # It raises where the program has already started TensorFlow, and then the choice was the program's.
+            # Raises if the program has already initialised TensorFlow with its own choice of devices.
             with contextlib.suppress(RuntimeError):
                 tf.config.set_visible_devices([], kind)
         tf.get_logger().setLevel('ERROR')
@@ -77,7 +74,7 @@ def tensorflow() -> ModuleType:
 
 @functools.cache
 def seqio() -> ModuleType:
-    """seqio, after TensorFlow was imported quietly."""
+    """Imports seqio, with TensorFlow imported quietly first."""
     tensorflow()
     with _without_startup_noise():
         return importlib.import_module('seqio')
@@ -85,14 +82,14 @@ def seqio() -> ModuleType:
 
 @functools.cache
 def tfds() -> ModuleType:
-    """TensorFlow Datasets, after TensorFlow was imported quietly."""
+    """Imports TensorFlow Datasets, with TensorFlow imported quietly first."""
     tensorflow()
     with _without_startup_noise():
         return importlib.import_module('tensorflow_datasets')
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, or the last where TensorFlow quotes code, and its kind where that line is a mere name."""
+    """Summarises an error in one line: its first line (the last if TensorFlow quotes code), with its type unless obvious."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
     first = lines[-1] if lines[0].endswith(':') else lines[0]
     plain = isinstance(error, ValueError | RuntimeError | ImportError | OSError) and first
@@ -101,11 +98,11 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """TensorFlow's failures to read a vocabulary or a data set, as the user's to correct."""
+    """Turns TensorFlow errors while reading a vocabulary or dataset into a UserError."""
     try:
         yield
     except tensorflow().errors.OpError as error:
-        # Without the names of operations around it.
+        # Strip the names of TensorFlow operations.
         reason = re.sub(r'^{{.*?}} | \[Op:.*', '', error.message.splitlines()[0])
         raise UserError(
             f'{name} cannot be read ({reason}): check the network, the credentials, and that TFDS_DATA_DIR holds the data.'

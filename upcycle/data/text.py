@@ -1,7 +1,8 @@
-"""Text for the trainer: any seqio task or mixture as a `DataSource`, with the names of T5X's gin files.
+"""A `DataSource` of any seqio task or mixture, with the names of T5X's gin files.
 
-Our own tasks (`embedded.py`, `text_files.py`) are random access: global batch b is a pure function of (seed, b), for any number
-of hosts, wherever a run resumes. Other seqio tasks are streams, whose place is found by replaying."""
+Our tasks (`embedded.py`, `text_files.py`) are random access: global batch b is a pure function of (seed, b), for any number of
+hosts and any start. Other seqio tasks are streams, and resuming replays them up to the position.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +38,21 @@ __all__ = ['DatasetConfig', 'TextFiles']
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig:
-    """A split of a seqio task or mixture, as batches for an encoder-decoder. It is a `DataSource`.
+    """A `DataSource` of batches of a seqio task or mixture for an encoder-decoder.
 
-    mixture_or_task_name: as seqio knows it [MIXTURE_OR_TASK_NAME].
-    task_feature_lengths: tokens of 'inputs' and 'targets' in a row [TASK_FEATURE_LENGTHS].
-    split: 'train', 'validation', ...
-    batch_size: rows of a global batch.
-    seed: seed of shuffling and of corruption.
-    pack: several examples in a row, with segment ids and positions, as T5X.
-    shuffle: bind False for validation, which then is in corpus order.
-    use_cached: read what `seqio_cache_tasks` wrote; for streamed tasks only.
-    module: imported before the task is looked up: the module that registers it.
-    num_batches: batches at most, as in a bounded evaluation.
-    repeat: endless where True; else one pass, whose last batch is filled up with rows of zeros.
-    source: the files of `text_files_span_corruption`; where None, the task is looked up in seqio's registry.
+    Attributes:
+      mixture_or_task_name: name in seqio's registry [MIXTURE_OR_TASK_NAME].
+      task_feature_lengths: tokens of 'inputs' and 'targets' per row [TASK_FEATURE_LENGTHS].
+      split: name of the split: 'train', 'validation', ...
+      batch_size: rows of a global batch.
+      seed: seed of shuffling and corruption.
+      pack: pack several examples per row, with segment ids and positions, as T5X does.
+      shuffle: shuffle the examples; set to False for validation in corpus order.
+      use_cached: read the output of `seqio_cache_tasks`; for streamed tasks only.
+      module: module that registers the task; it is imported first.
+      num_batches: maximum number of batches, for a bounded evaluation.
+      repeat: True: endless. False: one pass, whose last batch is padded with rows of zeros.
+      source: files of `text_files_span_corruption`. None: look the task up in seqio's registry.
     """
 
     mixture_or_task_name: str
@@ -76,8 +78,8 @@ class DatasetConfig:
         """The seqio task or mixture.
 
         Raises:
-            MissingData: if its module cannot be imported.
-            UserError: if it is unknown.
+          MissingData: its module cannot be imported.
+          UserError: the task is unknown or does not fit.
         """
         if self.source is not None:
             return self.source.task()
@@ -88,12 +90,12 @@ class DatasetConfig:
             except ImportError as error:
                 hint = 'pip install upcycle[t5]' if self.module.split('.')[0] == 't5' else 'install it'
                 raise MissingData(
-                    f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported ({error}): {hint}, or bind another.'
+                    f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported ({error}): {hint}, or name another.'
                 ) from error
             except (Exception, SystemExit) as error:
                 raise UserError(
                     f'MIXTURE_OR_TASK_MODULE = {self.module!r} cannot be imported '
-                    f'({tensorflow_quiet.reason(error)}): correct the module, or bind another.'
+                    f'({tensorflow_quiet.reason(error)}): correct the module, or name another.'
                 ) from error
         name = self.mixture_or_task_name
         known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
@@ -101,7 +103,7 @@ class DatasetConfig:
             close = ', '.join(difflib.get_close_matches(name, known)) or 'none is similar'
             raise UserError(
                 f'MIXTURE_OR_TASK_NAME = {name!r} is not registered with seqio (close: {close}): correct the name, or '
-                'bind MIXTURE_OR_TASK_MODULE to the module that registers it.'
+                'set MIXTURE_OR_TASK_MODULE to the module that registers it.'
             )
         with self.reading():
             task = seqio.get_mixture_or_task(name)
@@ -109,13 +111,13 @@ class DatasetConfig:
         if missing := [feature for feature in ('inputs', 'targets') if feature not in features]:
             raise UserError(
                 f'MIXTURE_OR_TASK_NAME = {name!r} has the features {", ".join(sorted(features)) or "none"}, and not '
-                f'{" or ".join(missing)}, which an encoder-decoder needs: correct its output_features, or bind another task.'
+                f'{" or ".join(missing)}, which an encoder-decoder needs: correct its output_features, or name another task.'
             )
         return task
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Whatever the task or seqio raises, as the user's to correct, unless the task is ours."""
+        """Turns errors of seqio or the task into a UserError, unless the task is ours."""
         with tensorflow_quiet.reading(self.mixture_or_task_name):
             try:
                 yield
@@ -127,45 +129,45 @@ class DatasetConfig:
                 raise UserError(
                     f'MIXTURE_OR_TASK_NAME = {self.mixture_or_task_name!r} cannot be read with USE_CACHED_TASKS = '
                     f'{self.use_cached} and split {self.split!r} ({tensorflow_quiet.reason(error)}): correct the task or these '
-                    'bindings, or bind another task.'
+                    'bindings, or name another task.'
                 ) from error
 
     @property
     def vocabulary(self) -> seqio.Vocabulary:
-        """The targets' vocabulary."""
+        """The vocabulary of the targets."""
         return self.task.output_features['targets'].vocabulary
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids that inputs and targets may hold, sentinels counted: the least a model's embedding must have."""
+        """Number of ids in inputs and targets, sentinels included: the minimum size of the embedding."""
         with self.reading():
             sizes = [feature.vocabulary.vocab_size for feature in self.task.output_features.values()]
         source = self._random_access
         return max(sizes) if source is None else max(*sizes, *(sentinel + 1 for sentinel in source.sentinels), 0)
 
     def check_lengths(self) -> None:
-        """Looks, without reading the data, whether a task of ours can have these lengths; seqio looks at its own.
+        """Checks the lengths of a task of ours without reading data; seqio checks those of its tasks.
 
         Raises:
-            UserError: the targets would be cut, or there are fewer sentinels than spans.
+          UserError: the targets would be truncated, or there are fewer sentinels than spans.
         """
         if self._random_access is not None:
             self._lengths()
 
     def bound_sentinels(self) -> list[int] | None:
-        """The first two, where SENTINELS says which."""
+        """The first two sentinels if SENTINELS is set, or None."""
         bound = self.source is not None and self.source.sentinels is not None
         return list(self._random_access.sentinels[:2]) if bound else None
 
     def check_sentinels(self, path: str, known: str | Sequence[int] | None) -> None:
-        """Looks whether a task of ours has the sentinels of a checkpoint, unless SENTINELS says which.
+        """Checks that a task of ours uses the sentinels of a checkpoint, unless SENTINELS is set.
 
         Args:
-            path: of the checkpoint.
-            known: of its sentinels: a name that SENTINELS takes, or the first two; None: nothing.
+          path: path of the checkpoint, for the message.
+          known: its sentinels: a name that SENTINELS accepts, or the first two; None: unknown.
 
         Raises:
-            UserError: it has others.
+          UserError: the task uses other sentinels.
         """
         source, names = self._random_access, {ids: name for name, ids in TRAINED_WITH.items()}
         ids = TRAINED_WITH.get(known) if known is None or isinstance(known, str) else tuple(known)
@@ -174,29 +176,21 @@ class DatasetConfig:
         first = ', '.join(map(str, ids))
         binding = repr(names[ids]) if ids in names else f'({first}, ...)'
         raise UserError(
-            f'{path} was trained with the sentinels {first}, ..., and {self.mixture_or_task_name} takes '
+            f'{path} was trained with the sentinels {first}, ..., and {self.mixture_or_task_name} uses '
             f'{", ".join(map(str, source.sentinels[:2]))}, ...: set SENTINELS = {binding} with '
             'tasks/text_files_span_corruption.gin.'
         )
 
     def token_text(self, token: int) -> str:
-        """A token as people read it: its piece, or byte; of sentinels and the like `<ID>`."""
+        """Formats a token for display: its piece or byte, or `<ID>` for sentinels and special ids."""
         if hasattr(self.vocabulary, 'sp_model') and token < self.vocabulary.vocab_size:
             return self.vocabulary.tokenizer.id_to_piece(token)
         return self.vocabulary.decode([token]) or f'<{token}>'
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names."""
-        lengths = {
-            'encoder': self.task_feature_lengths['inputs'],
-            'decoder': self.task_feature_lengths['targets'],
-        }
-        names = [
-            'encoder_input_tokens',
-            'decoder_input_tokens',
-            'decoder_target_tokens',
-            'decoder_loss_weights',
-        ]
+        lengths = {'encoder': self.task_feature_lengths['inputs'], 'decoder': self.task_feature_lengths['targets']}
+        names = ['encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens', 'decoder_loss_weights']
         if self.pack:
             names += [f'{stack}_{name}' for stack in lengths for name in ('segment_ids', 'positions')]
         return {
@@ -208,7 +202,7 @@ class DatasetConfig:
         }
 
     def fingerprint(self) -> dict[str, JSON]:
-        """The data's identity; for a random-access task with the corpus's sha256 and that of its first examples."""
+        """The identity of the data; for random-access tasks with the sha256 of the corpus and of the first examples."""
         identity: dict[str, JSON] = {
             'mixture_or_task_name': self.mixture_or_task_name,
             'task_feature_lengths': {name: int(n) for name, n in sorted(self.task_feature_lengths.items())},
@@ -226,33 +220,33 @@ class DatasetConfig:
         """Which determinism holds."""
         if self._random_access is not None:
             return (
-                f'Global batch b of {self.mixture_or_task_name} is a pure function of (seed {self.seed}, b), the same '
-                'for any number of hosts and any start.'
+                f'Global batch b of {self.mixture_or_task_name} is a pure function of (seed {self.seed}, b), for any number '
+                'of hosts and any start.'
             )
         return (
             f'{self.mixture_or_task_name} is streamed by seqio with seed {self.seed}: the order is the same for the '
             'same number of readers (hosts that read different rows), files and versions of seqio and TensorFlow, and a '
-            'resumed run finds its place by replaying the stream up to it.'
+            'resumed run replays the stream up to its position.'
         )
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:
-        """A reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
+        """Yields a reader's rows of global batches `start`, `start + 1`, ...; see `DataSource.batches`.
 
         Raises:
-            UserError: if the batch does not divide among the readers, or the data cannot be had as bound.
+          UserError: the batch size is not divisible by the parts, or the data cannot be read.
         """
         rows = sum(map(len, share.rows(self.batch_size)))
         stop = self._number_of_batches()
         if stop is None and not self.repeat and share.count > 1:
             raise UserError(
-                f'{self.mixture_or_task_name} is streamed, so {share.count} hosts cannot agree where its '
-                f'{self.split!r} split ends: bind EVAL_STEPS to a number.'
+                f'{self.mixture_or_task_name} is streamed, so {share.count} hosts cannot agree on the end of its split '
+                f'{self.split!r}: set EVAL_STEPS to a number.'
             )
         batches = self._pipeline(start, share).as_numpy_iterator()
         if self._random_access is not None:
             batches = map(self._features, batches)
-        # One host may stop where its stream ends; many must stop together.
-        return self._filled(batches, rows, start, stop, may_end=stop is None or share.count == 1)
+        # A single host stops at the end of its stream; several must stop together.
+        return self._padded(batches, rows, start, stop, may_end=stop is None or share.count == 1)
 
     @property
     def _random_access(self) -> RandomAccessSource | None:
@@ -263,7 +257,7 @@ class DatasetConfig:
 
     @functools.cached_property
     def _first_examples_sha256(self) -> str:
-        """Changes with anything that changes the batches, such as another TensorFlow's random numbers."""
+        """Detects anything that changes the batches, such as random numbers of another TensorFlow version."""
         digest = hashlib.sha256()
         for examples in self._examples(0, [0]).batch(1).take(8).as_numpy_iterator():
             features = self._features(examples)
@@ -272,7 +266,7 @@ class DatasetConfig:
         return digest.hexdigest()
 
     def _number_of_batches(self) -> int | None:
-        """The end of the batches, or None where it is unknown or there is none."""
+        """The number of batches, or None if unknown or endless."""
         if self._random_access is None or self.repeat:
             return self.num_batches
         whole = -(-self._chunks_per_epoch() // self.batch_size)
@@ -290,7 +284,7 @@ class DatasetConfig:
 
     @functools.cached_property
     def _pipeline(self) -> Callable[[int, Share], tf.data.Dataset]:
-        # TensorFlow takes about a second to trace a pipeline, and every evaluation starts the same one.
+        # Tracing a pipeline takes about a second, and every evaluation starts the same one.
         return functools.cache(self._build_pipeline)
 
     def _build_pipeline(self, start: int, share: Share) -> tf.data.Dataset:
@@ -306,7 +300,7 @@ class DatasetConfig:
         return dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
 
     def _examples(self, first: int, rows: Sequence[int]) -> tf.data.Dataset:
-        """Random-access examples, those `rows` of each batch from example `first` on: 'inputs' and 'targets' that end in EOS."""
+        """Random-access examples, `rows` of each batch from example `first` on: 'inputs' and 'targets' with EOS."""
         self._chunks_per_epoch()
         request = self._random_access.request(
             self.split,
@@ -320,9 +314,9 @@ class DatasetConfig:
         return self.task.preprocess_postcache(request, sequence_length=self.task_feature_lengths)
 
     def _features(self, examples: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What `seqio.EncDecFeatureConverter(pack=False)` makes of rows of examples, which takes a third of their time.
+        """Converts examples as `seqio.EncDecFeatureConverter(pack=False)` does, which would take a third of the time.
 
-        An example fills its row, so packing has nothing to do but to write `segment_ids` and `positions`.
+        An example fills its row, so packing only adds `segment_ids` and `positions`.
         """
         inputs, targets = (
             np.pad(examples[name], ((0, 0), (0, self.task_feature_lengths[name] - examples[name].shape[1])))
@@ -336,7 +330,7 @@ class DatasetConfig:
         }
 
     def _stream(self, share: Share) -> tf.data.Dataset:
-        """The rows of one reader of any other seqio task or mixture, from their beginning."""
+        """The rows of one reader of any other seqio task or mixture, from the beginning."""
         seqio = tensorflow_quiet.seqio()
         return seqio.get_dataset(
             self.task,
@@ -351,10 +345,10 @@ class DatasetConfig:
             seed=self.seed,
         )
 
-    def _filled(
+    def _padded(
         self, batches: Iterator[dict[str, np.ndarray]], rows: int, start: int, stop: int | None, may_end: bool
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches `start` up to `stop` with all features and all rows; those the data does not fill are zeros."""
+        """Yields batches `start` to `stop` with all features and rows, padded with zeros."""
         spec = self.batch_spec()
         number = start
         while stop is None or number < stop:
@@ -365,15 +359,15 @@ class DatasetConfig:
             batch = batch or {}
             if self.pack and batch and 'encoder_segment_ids' not in batch:
                 batch |= _packed_alone(batch)
-            filled = {name: np.zeros((rows, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
+            padded = {name: np.zeros((rows, *shape[1:]), dtype) for name, (shape, dtype) in spec.items()}
             for name, value in batch.items():
-                filled[name][: len(value)] = value
-            yield filled
+                padded[name][: len(value)] = value
+            yield padded
             number += 1
 
 
 def _packed_alone(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What seqio's packing makes of rows [B, L] of one example each: segment 1 and positions up to the padding."""
+    """The result of seqio's packing for rows [B, L] of one example each: segment 1 and positions up to the padding."""
     features = {}
     for stack, tokens in (
         ('encoder', batch['encoder_input_tokens']),
@@ -389,10 +383,10 @@ def _packed_alone(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _vocabulary_identity(vocabulary: Any, source: RandomAccessSource | None) -> dict[str, JSON]:
     model = getattr(vocabulary, 'sp_model', None)
-    # T5's follow from the size.
-    others = source is not None and source.sentinels != counted_down(vocabulary)
+    # T5's sentinels follow from the size.
+    custom = source is not None and source.sentinels != counted_down(vocabulary)
     return {
-        **({'sentinels': list(source.sentinels)} if others else {}),
+        **({'sentinels': list(source.sentinels)} if custom else {}),
         'kind': type(vocabulary).__name__,
         'size': int(vocabulary.vocab_size),
         'extra_ids': int(vocabulary.extra_ids),

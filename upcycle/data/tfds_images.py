@@ -1,7 +1,7 @@
-"""Any TFDS data set of labelled images. Nothing is downloaded here: it must lie prepared in TFDS's folder.
+"""A source of labelled images from any TFDS dataset that is already prepared. Nothing is downloaded.
 
-Files in a format with random access (array_record) are read by place. TFRecord files can only be read in order, so they
-are streamed and shuffled through a buffer.
+Files in a random-access format (array_record) are read by index. TFRecord files can only be read in order, so they are
+streamed and shuffled through a buffer.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from upcycle.schema import Count
 
 @dataclasses.dataclass(frozen=True)
 class TfdsImages:
-    """Splits are TFDS's: 'train', 'train[:99%]', 'validation', ...
+    """Labelled images of a TFDS dataset. Splits are TFDS's: 'train', 'train[:99%]', 'validation', ...
 
-    name: as TFDS names it, with configuration and version where the newest is not meant: 'imagenet2012:5.1.0' [TFDS_NAME].
-    data_dir: where the prepared data lies; None: the environment variable TFDS_DATA_DIR, or TFDS's default [TFDS_DATA_DIR].
-    image_feature: name of the image in an example.
-    label_feature: of its class, or of a sequence of classes.
-    max_labels: most classes that an image may have.
-    shuffle_buffer: undecoded images held for shuffling, where the files can only be streamed.
+    Attributes:
+      name: name in TFDS, optionally with configuration and version: 'imagenet2012:5.1.0' [TFDS_NAME].
+      data_dir: folder of the prepared data. None: the environment variable TFDS_DATA_DIR, or TFDS's default [TFDS_DATA_DIR].
+      image_feature: name of the image feature.
+      label_feature: name of the feature with a class or a sequence of classes.
+      max_labels: largest number of classes per image.
+      shuffle_buffer: number of undecoded images in the shuffle buffer, for streamed files.
     """
 
     name: str
@@ -44,52 +45,48 @@ class TfdsImages:
     shuffle_buffer: Count = 10_000
 
     encoded = True
-    # See `gin_data.HARMLESS`. A name with a namespace ('huggingface:...', 'kaggle:...') is code that TFDS downloads and runs.
+    # See `gin_data.HARMLESS`. A name with a namespace ('huggingface:...', 'kaggle:...') makes TFDS download and run code.
     harmless = MappingProxyType({'name': re.compile(r'\w+(/[\w.+-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?')})
 
     @property
     def num_classes(self) -> int:
-        """As the data set says."""
+        """Number of classes of the label feature."""
         feature = self._features[self.label_feature]
         number = getattr(getattr(feature, 'feature', feature), 'num_classes', None)
         if number is None:
             raise UserError(
-                f'label_feature = {self.label_feature!r} of {self.name} holds no classes: bind it to another of '
+                f'label_feature = {self.label_feature!r} of {self.name} is not a class label: set it to another of '
                 f'{", ".join(self._features)}.'
             )
         return number
 
     @property
     def streamed(self) -> bool:
-        """Whether the files can only be read in order."""
+        """True if the files can only be read in order."""
         random_access = tensorflow_quiet.tfds().core.FileFormat.with_random_access()
         return not self._builder.info.available_file_formats() & random_access
 
     def size(self, split: str) -> int:
-        """Examples in a split.
+        """Number of examples in a split.
 
         Raises:
-            UserError: if there is no such split, or the data set is not prepared.
+          UserError: the split is unknown, or the dataset is not prepared.
         """
         return self._split(split).num_examples
 
     def read(self, split: str, places: np.ndarray) -> tuple[list[Encoded], np.ndarray]:
-        """The images, undecoded, and int32 labels [n, max_labels].
+        """Reads the undecoded images and int32 labels [n, max_labels].
 
         Raises:
-            UserError: if a file is missing or damaged.
+          UserError: a file is missing or damaged.
         """
         with tensorflow_quiet.reading(self.name):
             try:
                 examples = _data_source(self, split).__getitems__(places.tolist())
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-            ) as error:  # of the reader, for a missing, cut-off or damaged file
+            except (RuntimeError, ValueError, TypeError) as error:  # a missing, truncated or damaged file
                 raise UserError(
-                    f'{self.name}, {split}, cannot be read ({_one_line(error)}): look for a missing or damaged file in '
-                    f'{_folder(self.data_dir)}, or prepare it again.'
+                    f'{self.name}, {split}, cannot be read ({_one_line(error)}): a file in {_folder(self.data_dir)} is missing '
+                    'or damaged; prepare the dataset again.'
                 ) from error
         names = [f'{self.name}, {split}, example {place}' for place in places]
         return self._undecoded(names, examples)
@@ -106,17 +103,17 @@ class TfdsImages:
         index: int,
         count: int,
     ) -> Iterator[tuple[list[Encoded], np.ndarray]]:
-        """The share of reader `index` of `count` of the split, `rows` examples at a time, beginning at its batch `start`."""
+        """Yields the share of reader `index` of `count`, `rows` examples at a time, from its batch `start` on."""
         tfds = tensorflow_quiet.tfds()
         self.size(split)
         config = tfds.ReadConfig(shuffle_seed=seed, try_autocache=False, add_tfds_id=True)
-        # Without this, TFDS reads shuffled files in whatever order is fastest.
+        # Otherwise TFDS reads shuffled files in the order in which they arrive.
         config.options.deterministic = True
         share = tfds.even_splits(split, count)[index]
         if not self._split(share).num_examples:
             if repeat:
                 raise UserError(
-                    f'{self.name}, {split}, has no example for reader {index} of {count} (hosts that read different rows): use '
+                    f'{self.name}, {split}, has no examples for reader {index} of {count} (hosts that read different rows): use '
                     'fewer hosts.'
                 )
             return
@@ -128,7 +125,7 @@ class TfdsImages:
             dataset = dataset.shuffle(self.shuffle_buffer, seed=seed)
         if repeat:
             dataset = dataset.repeat()
-        # Skipping reads, but decodes nothing.
+        # Skipped examples are read but not decoded.
         iterator = dataset.skip(start * rows).prefetch(rows).as_numpy_iterator()
         while True:
             with tensorflow_quiet.reading(self.name):
@@ -138,7 +135,7 @@ class TfdsImages:
             yield self._undecoded([f'{self.name}, {example["tfds_id"].decode()}' for example in examples], examples)
 
     def fingerprint(self, split: str) -> dict[str, JSON]:
-        """Name and version, classes, and the sha256 of the split's shards' lengths and bytes."""
+        """Name and version, classes, and the sha256 of the shard lengths and bytes of the split."""
         info = self._builder.info
         part = self._split(split)
         whole = info.splits[split.split('[')[0]]
@@ -149,9 +146,10 @@ class TfdsImages:
             'num_classes': self.num_classes,
             'shards_sha256': shards,
             'streamed': self.streamed,
+            'image_feature': self.image_feature,
+            'label_feature': self.label_feature,
+            'max_labels': self.max_labels,
         }
-        for name in ('image_feature', 'label_feature', 'max_labels'):
-            identity[name] = getattr(self, name)
         return identity | ({'shuffle_buffer': self.shuffle_buffer} if self.streamed else {})
 
     @property
@@ -164,7 +162,7 @@ class TfdsImages:
         for binding in ('image_feature', 'label_feature'):
             if getattr(self, binding) not in features:
                 raise UserError(
-                    f'{binding} = {getattr(self, binding)!r} is no feature of {self.name}: bind it to one of '
+                    f'{binding} = {getattr(self, binding)!r} is not a feature of {self.name}: set it to one of '
                     f'{", ".join(features)}.'
                 )
         return features
@@ -179,31 +177,31 @@ class TfdsImages:
             return splits[split]
         except (KeyError, ValueError, AssertionError):
             raise UserError(
-                f'{self.name} has no split {split!r}: bind it to one of {", ".join(splits)}, or a part such as '
+                f'{self.name} has no split {split!r}: set it to one of {", ".join(splits)}, or a part such as '
                 f"'{next(iter(splits))}[:99%]'."
             ) from None
 
     def _undecoded(
         self, names: Sequence[str], examples: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Encoded], np.ndarray]:
-        """Images, and labels filled up with -1, of examples of one label or a sequence of labels each."""
+        """Images, and labels padded with -1, of examples with one label or a sequence of labels."""
         images = [Encoded(name, example[self.image_feature]) for name, example in zip(names, examples, strict=True)]
-        filled = np.full((len(names), self.max_labels), -1, np.int32)
-        for name, row, example in zip(names, filled, examples, strict=True):
+        padded = np.full((len(names), self.max_labels), -1, np.int32)
+        for name, row, example in zip(names, padded, examples, strict=True):
             labels = np.atleast_1d(example[self.label_feature])
             if len(labels) > self.max_labels:
                 raise UserError(f'{name} has {len(labels)} labels and MAX_LABELS = {self.max_labels}: raise it.')
             row[: len(labels)] = labels
-        return images, filled
+        return images, padded
 
 
 @functools.cache
 def _builder(name: str, data_dir: str | None) -> Any:
-    """The prepared data set.
+    """Loads the builder of a prepared dataset.
 
     Raises:
-        MissingData: if TFDS knows no such name, or it is not prepared.
-        UserError: if it cannot be loaded.
+      MissingData: the name is unknown to TFDS, or the dataset is not prepared.
+      UserError: it cannot be loaded.
     """
     tfds = tensorflow_quiet.tfds()
     bare = name.split(':')[0].split('/')[0]
@@ -214,14 +212,14 @@ def _builder(name: str, data_dir: str | None) -> Any:
         close = difflib.get_close_matches(bare, tfds.list_builders(with_community_datasets=False))
         raise MissingData(
             f'TFDS_NAME = {name!r} is neither known to TFDS (close: {", ".join(close) or "none is similar"}) nor prepared in '
-            f'{_folder(data_dir)}: correct the name, or bind TFDS_DATA_DIR to the folder that holds the prepared data.'
+            f'{_folder(data_dir)}: correct the name, or set TFDS_DATA_DIR to the folder of the prepared data.'
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f'TFDS_NAME = {name!r} cannot be loaded ({_one_line(error)}): correct the name.') from None
     if not builder.info.splits:
         raise MissingData(
             f'{builder.info.full_name} is not prepared in {_folder(data_dir)}: run `tfds build {bare} '
-            f'--file_format=array_record --data_dir={_folder(data_dir)}` first, or bind TFDS_DATA_DIR to where it is.'
+            f'--file_format=array_record --data_dir={_folder(data_dir)}` first, or set TFDS_DATA_DIR to its folder.'
         )
     return builder
 

@@ -1,1 +1,1 @@
-"""What a model is worth: over a split (`validation.py`), and by a linear probe of its frozen features (`few_shot.py`)."""
+"""Evaluators: validation loss, few-shot probes, seqio tasks and expert diversity."""

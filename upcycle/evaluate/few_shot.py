@@ -1,23 +1,20 @@
 """Few-shot linear probe of frozen features: the paper's ImageNet 10-shot (arXiv 2212.05055).
 
-A ridge regression in closed form from the features of k images of each class onto one-hot labels; the share of test images
-whose highest score is one of their labels; the mean over seeds, each of which draws its own images.
+Ridge regression in closed form from the features of k images of each class onto one-hot labels. The result is the share of test
+images whose highest score is one of their labels, averaged over seeds; each seed draws its own images.
 
-What the paper does not say is as in `big_vision/evaluators/fewshot_lsr.py` and `vmoe/evaluate/fewshot.py`, which agree:
+Details that the paper does not give follow `big_vision/evaluators/fewshot_lsr.py` and `vmoe/evaluate/fewshot.py`, which agree:
 - features are what the head reads (pre-logits), standardised by the drawn images' mean and standard deviation + 1e-5;
-- a constant feature of 100 stands for the bias, so that the regularisation hardly sees it;
+- a constant feature of 100 stands for the bias, so that the regularisation hardly affects it;
 - targets are +1 at the label and -1 elsewhere;
 - seed s permutes each class with one `numpy.random.default_rng(s)`, and k shots are the first k of each class.
-Where we differ: they take fewer images of a class that has fewer than k, and we refuse; they solve on the host in float32.
-Here features, Gram matrix and scores are computed on the mesh with their rows split over it, in float32 products; the matrix of
-the smaller side (features or images) is decomposed once for all strengths, on the host in float64. Standardised features sum
-to zero, so the bias is orthogonal to them and is solved on its own: the Gram matrix loses its one huge eigenvalue.
+Differences: they take fewer images of a class that has fewer than k, and we refuse; they solve in float32, we in float64.
+Features and scores are computed on the mesh, their rows split over it. The regression runs on the host.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,64 +23,53 @@ import numpy as np
 
 from upcycle import partitioning
 from upcycle.errors import UserError
-from upcycle.evaluate.protocol import Subject
+from upcycle.evaluate.protocol import Evaluator, Subject
 from upcycle.models import Model, Params
+from upcycle.schema import Count, Positive
 
 BIAS = 100.0
 _NO_IMAGES = 'FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.'
-_exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
-class FewShot:
-    """Which probes: an evaluator (see `evaluate.protocol`). Gin macros in brackets.
+class FewShot(Evaluator):
+    """The few-shot probes. Gin macros in brackets.
 
     Features come from the evaluation data's preprocessing, at evaluation capacity.
 
     Attributes:
-      shots: images a class, a probe each [FEW_SHOT_SHOTS]. The paper: 10.
-      l2: strengths of the regularisation, a probe each [FEW_SHOT_L2]. The paper: 1024, not swept.
-      num_seeds: draws of images, 0, 1, ...; reported is their mean [FEW_SHOT_SEEDS]. The paper: 5.
-      train_split: where the images are drawn from [FEW_SHOT_TRAIN_SPLIT].
-      test_split: all of it is classified; None: that of EVAL_DATASET [FEW_SHOT_TEST_SPLIT].
-      period: of a training run, steps between probes; None: after the last step only [FEW_SHOT_PERIOD].
+      shots: images per class, one probe each [FEW_SHOT_SHOTS]. The paper: 10.
+      l2: regularisation strengths, one probe each [FEW_SHOT_L2]. The paper: 1024, not swept.
+      num_seeds: number of draws (seeds 0, 1, ...) that the result is averaged over [FEW_SHOT_SEEDS]. The paper: 5.
+      train_split: split to draw images from [FEW_SHOT_TRAIN_SPLIT].
+      test_split: split to classify as a whole; None: that of EVAL_DATASET [FEW_SHOT_TEST_SPLIT].
+      period: training steps between probes; None: only after the last step [FEW_SHOT_PERIOD].
     """
 
-    shots: Sequence[int] = (10,)
-    l2: Sequence[float] = (1024.0,)
-    num_seeds: int = 5
+    shots: Sequence[Count] = (10,)
+    l2: Sequence[Positive] = (1024.0,)
+    num_seeds: Count = 5
     train_split: str = 'train'
     test_split: str | None = None
-    period: int | None = None
+    period: Count | None = None
     name: ClassVar[str] = 'few_shot'
-    at_start: ClassVar[bool] = False
-    of_checkpoints: ClassVar[bool] = True
 
     def __post_init__(self):
-        for binding, field in (('FEW_SHOT_SHOTS', 'shots'), ('FEW_SHOT_L2', 'l2')):
-            value = getattr(self, field)
-            values = tuple(value) if isinstance(value, list | tuple) else (value,)
-            if not values or not all(isinstance(x, int | float) and x > 0 for x in values):
-                raise UserError(f'{binding} = {value!r} must be a number above 0, or a list of them.')
-            object.__setattr__(self, field, values)
-        if not all(isinstance(shots, int) for shots in self.shots):
-            raise UserError(f'FEW_SHOT_SHOTS = {self.shots!r} must be whole numbers of images.')
-        if not isinstance(self.num_seeds, int) or self.num_seeds < 1:
-            raise UserError(f'FEW_SHOT_SEEDS = {self.num_seeds!r} must be a whole number of at least 1.')
-        if self.period is not None and (not isinstance(self.period, int) or self.period < 1):
-            raise UserError(f'FEW_SHOT_PERIOD = {self.period!r} must be a whole number of at least 1, or None.')
+        for binding, values in (('FEW_SHOT_SHOTS', self.shots), ('FEW_SHOT_L2', self.l2)):
+            if not values:
+                raise UserError(f'{binding} must have at least one value.')
 
     def check(self, model: Model, eval_data: Any) -> None:
-        """Raises UserError unless the model has features to probe and the data can be read split by split."""
+        """Raises UserError unless the model has features and the data is labelled images."""
         if not hasattr(model, 'features'):
             raise UserError(
-                f'FEW_SHOT probes image classifiers, and this model is of the family {model.family}: leave it out.'
+                f'FEW_SHOT is for image classifiers, and this model is of the family {model.family}: remove FEW_SHOT.'
             )
         if eval_data is None or not hasattr(eval_data, 'num_classes'):
             raise UserError(_NO_IMAGES)
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError where one of the two splits is not there."""
+        """Raises UserError if one of the two splits does not exist."""
         for split in self.data(data):
             split.batches()
 
@@ -93,10 +79,10 @@ class FewShot:
         return lambda params: evaluate(self, features, params, subject.data, subject.sharding, subject.watch)
 
     def data(self, eval_data: Any) -> tuple[Any, Any]:
-        """The images to draw from and those to classify: one pass each, preprocessed as for evaluation.
+        """Returns the images to draw from and the images to classify: one pass each, preprocessed as for evaluation.
 
-        Both are in a fixed random order: with Expert Choice an image's features depend on which images share its group, and
-        sources sorted by class would make groups of one class.
+        Both are in a fixed random order: with Expert Choice an image's features depend on the other images of its group, and
+        sources sorted by class would give groups of one class.
 
         Raises:
           UserError: EVAL_DATASET has no splits.
@@ -113,8 +99,8 @@ class Features:
     """Frozen features of a split, rows split over the mesh.
 
     Attributes:
-      features_NxD: float32; rows that only fill up a batch are anything.
-      labels_NxM: int32 on the host, filled up with -1; the rows above are all -1.
+      features_NxD: float32; arbitrary in rows that pad a batch.
+      labels_NxM: int32 on the host, padded with -1; all -1 in rows that pad a batch.
     """
 
     features_NxD: jax.Array
@@ -122,12 +108,12 @@ class Features:
 
 
 def compiled(model: Model) -> Callable[[Params, Mapping[str, jax.Array]], jax.Array]:
-    """`model.features`, compiled once for all probes of a run."""
+    """Compiles `model.features` once for all probes of a run."""
     return jax.jit(model.features)
 
 
 def extract(features: Callable[..., jax.Array], params: Params, batches: Iterable[Mapping[str, jax.Array]]) -> Features:
-    """Features of every batch, batch by batch on the mesh in use.
+    """Computes the features of every batch on the current mesh.
 
     Args:
       features: from `compiled`.
@@ -135,34 +121,36 @@ def extract(features: Callable[..., jax.Array], params: Params, batches: Iterabl
       batches: on the mesh.
 
     Raises:
-      UserError: there is no batch.
+      UserError: there are no batches.
     """
     parts, labels = [], []
     for batch in batches:
         parts.append(features(params, batch))
         labels.append(_labels(batch['labels'], batch['weights']))
     if not parts:
-        raise UserError('FEW_SHOT: a split holds no image.')
+        raise UserError('FEW_SHOT: a split has no images.')
     return Features(_concatenate(parts), np.concatenate(jax.device_get(labels)))
 
 
 def probe(spec: FewShot, train: Features, test: Features, num_classes: int) -> dict[str, Any]:
-    """Accuracy of every number of shots and strength: mean and standard deviation over seeds, and each seed's.
+    """Computes the accuracy for every number of shots and strength: mean and standard deviation over seeds, and each seed's.
 
     Args:
-      spec: what to probe.
-      train: to draw from; one label an image.
-      test: to classify; an image is right when its top class is one of its labels.
+      spec: the probes.
+      train: features to draw from; one label per image.
+      test: features to classify; an image counts as correct if its top class is one of its labels.
       num_classes: V; every class is drawn from and scored.
 
     Returns:
       `10shot`, `10shot/stddev`, `10shot/seeds`; with several strengths `10shot/l2=1024` and so on.
 
     Raises:
-      UserError: a class has too few images to draw, or an image several labels.
+      UserError: a class has fewer images than shots, or an image has several labels.
     """
     if train.labels_NxM.shape[1] > 1 and (train.labels_NxM[:, 1:] >= 0).any():
-        raise UserError(f'FEW_SHOT draws k images a class, and an image of {spec.train_split!r} has several labels.')
+        raise UserError(
+            f'FEW_SHOT needs one label per image, and an image of the split {spec.train_split!r} has several.'
+        )
     accuracies: dict[str, list[float]] = {}
     for seed in range(spec.num_seeds):
         classes = permuted_classes(train.labels_NxM[:, 0], num_classes, seed)
@@ -187,15 +175,15 @@ def evaluate(
     sharding: jax.sharding.NamedSharding,
     watch: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, name: batches,
 ) -> dict[str, Any]:
-    """The probes of a model; see `probe`.
+    """Extracts the features of both splits and probes them; see `probe`.
 
     Args:
-      spec: which.
+      spec: the probes.
       features: from `compiled`.
-      params: of the model, on the mesh in use.
+      params: of the model, on the current mesh.
       eval_data: see `FewShot.data`.
       sharding: of batches.
-      watch: sees the batches of each split go by.
+      watch: wraps the batches of each split, to show progress.
     """
     train, test = (
         extract(features, params, watch(partitioning.batches(data, 0, sharding), f'features of {data.split}'))
@@ -205,13 +193,13 @@ def evaluate(
 
 
 def permuted_classes(labels_N: np.ndarray, num_classes: int, seed: int) -> list[np.ndarray]:
-    """The rows of each class, in the seed's order."""
+    """Returns the rows of each class, in the seed's order."""
     rng = np.random.default_rng(seed)
     return [rng.permutation(np.flatnonzero(labels_N == c)) for c in range(num_classes)]
 
 
 def draw(classes: Sequence[np.ndarray], shots: int) -> np.ndarray:
-    """The first `shots` rows of every class.
+    """Returns the first `shots` rows of every class.
 
     Raises:
       UserError: a class has fewer.
@@ -219,75 +207,56 @@ def draw(classes: Sequence[np.ndarray], shots: int) -> np.ndarray:
     for c, rows in enumerate(classes):
         if len(rows) < shots:
             raise UserError(
-                f'FEW_SHOT_SHOTS = {shots}: class {c} has only {len(rows)} images in FEW_SHOT_TRAIN_SPLIT; lower the one or '
-                'name a larger other.'
+                f'FEW_SHOT_SHOTS = {shots}: class {c} has only {len(rows)} images in FEW_SHOT_TRAIN_SPLIT: lower '
+                'FEW_SHOT_SHOTS or use a larger split.'
             )
     return np.concatenate([rows[:shots] for rows in classes])
 
 
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """Scores are ((x - mean) / std) W + bias."""
+class Classifier(NamedTuple):
+    """A linear classifier: scores are ((x - mean) / std) W + bias."""
 
     mean_D: np.ndarray
     std_D: np.ndarray
     weights_DxV: np.ndarray
     bias_V: np.ndarray
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """The fields."""
-        return self.mean_D, self.std_D, self.weights_DxV, self.bias_V
-
     def scores(self, features_NxD: jax.Array) -> jax.Array:
-        """(N, V), float32."""
-        return _scores(features_NxD, *self.arrays)
+        """Returns the scores, (N, V) float32."""
+        return _scores(features_NxD, *self)
 
 
 def ridge(train: Features, rows: np.ndarray, num_classes: int) -> Callable[[float], Classifier]:
-    """The regression on some rows, decomposed once; the result maps a strength to its classifier.
+    """Decomposes the regression on some rows once and returns a function from a strength to its classifier.
 
-    With X the standardised features with the bias column and Y the targets, W = (X^T X + l2 I)^-1 X^T Y. For fewer images than
-    features the same W is X^T (X X^T + l2 I)^-1 Y, whose matrix is the smaller one.
+    With X the standardised features, the bias column included, and Y the targets, W = (X^T X + l2 I)^-1 X^T Y.
     """
-    # Rows divide among the devices; those added weigh nothing.
-    count = len(rows)
-    shards = partitioning.batch_shards(partitioning.current_mesh())
-    padded = np.concatenate([rows, np.zeros(-count % shards, rows.dtype)])
-    weights = np.concatenate([np.ones(count, np.float32), np.zeros(len(padded) - count, np.float32)])
-    labels = np.where(weights > 0, train.labels_NxM[padded, 0], -1)
-    mean_D, rest_D, std_D, z_NxD, y_NxV = _standardised(train.features_NxD, padded, labels, weights, num_classes)
-    counts_V = np.bincount(labels[labels >= 0], minlength=num_classes)
-    total_V = 2.0 * counts_V - count
-    if count >= z_NxD.shape[1]:
-        gram_DxD, cross_DxV = (np.asarray(x, np.float64) for x in _normal_equations(z_NxD, y_NxV))
-        eigenvalues, left = np.linalg.eigh(gram_DxD)
-        right = left.T @ cross_DxV
-    else:
-        z_NxD, y_NxV = (np.asarray(x, np.float64)[:count] for x in _whole(z_NxD, y_NxV))
-        eigenvalues, basis = np.linalg.eigh(z_NxD @ z_NxD.T)
-        left, right = z_NxD.T @ basis, basis.T @ y_NxV
-    # Rounding makes zeros negative, and a strength may be tiny.
-    eigenvalues = np.maximum(eigenvalues, 0.0)
-    shift_D = np.asarray(rest_D, np.float64) / np.asarray(std_D, np.float64)
+    x_NxD = np.asarray(_rows(train.features_NxD, rows), np.float64)
+    mean_D, std_D = x_NxD.mean(axis=0), x_NxD.std(axis=0) + 1e-5
+    z_NxP = np.pad((x_NxD - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=BIAS)
+    y_NxV = 2.0 * np.eye(num_classes)[train.labels_NxM[rows, 0]] - 1.0
+    eigenvalues_P, basis_PxP = np.linalg.eigh(z_NxP.T @ z_NxP)
+    projected_PxV = basis_PxP.T @ (z_NxP.T @ y_NxV)
+    # Rounding can make zeros negative, and a strength can be tiny.
+    eigenvalues_Px1 = np.maximum(eigenvalues_P, 0.0)[:, None]
 
     def solve(l2: float) -> Classifier:
-        weights_DxV = (left / (eigenvalues + l2)) @ right
-        bias_V = BIAS * (BIAS * total_V / (BIAS**2 * count + l2)) - shift_D @ weights_DxV
-        return Classifier(*(np.asarray(x, np.float32) for x in (mean_D, std_D, weights_DxV, bias_V)))
+        weights_PxV = basis_PxP @ (projected_PxV / (eigenvalues_Px1 + l2))
+        fields = (mean_D, std_D, weights_PxV[:-1], BIAS * weights_PxV[-1])
+        return Classifier(*(np.asarray(field, np.float32) for field in fields))
 
     return solve
 
 
 def accuracy(classifier: Classifier, test: Features) -> float:
-    """Share of the real rows whose top class is one of their labels: precision at 1."""
-    top_N = np.asarray(_top(test.features_NxD, *classifier.arrays))
+    """Returns the share of the real rows whose top class is one of their labels: precision at 1."""
+    top_N = np.asarray(_top(test.features_NxD, *classifier))
     real = (test.labels_NxM >= 0).any(axis=1)
     return float(precision_at_1(top_N, test.labels_NxM)[real].mean())
 
 
 def precision_at_1(top_N: np.ndarray, labels_NxM: np.ndarray) -> np.ndarray:
-    """(N,) bool: whether a row's top class is one of its labels, which are filled up with -1."""
+    """Returns whether each row's top class is one of its labels, which are padded with -1: (N,) bool."""
     return (labels_NxM == top_N[:, None]).any(axis=1)
 
 
@@ -305,35 +274,14 @@ def _concatenate(parts: Sequence[jax.Array]) -> jax.Array:
     return nn.with_logical_constraint(jnp.concatenate(parts).astype(jnp.float32), ('batch', None))
 
 
-@functools.partial(jax.jit, static_argnames='num_classes')
-def _standardised(features_NxD, rows_n, labels_n, weights_n, num_classes):
-    """The drawn rows: mean, what rounding leaves of it, deviation, standardised features, centred targets; others are 0."""
-    x_nxD = nn.with_logical_constraint(features_NxD[rows_n], ('batch', None))
-    count = weights_n.sum()
-    mean_D = (x_nxD * weights_n[:, None]).sum(axis=0) / count
-    # A feature that hardly varies is divided by 1e-5 and its mean's rounding with it: take that off, too.
-    rest_D = ((x_nxD - mean_D) * weights_n[:, None]).sum(axis=0) / count
-    centred_nxD = (x_nxD - mean_D - rest_D) * weights_n[:, None]
-    std_D = jnp.sqrt(jnp.square(centred_nxD).sum(axis=0) / count) + 1e-5
-    y_nxV = 2.0 * jax.nn.one_hot(labels_n, num_classes) - 1.0
-    # Features that sum to zero see only what the targets' mean, which is the bias's, leaves.
-    y_nxV = (y_nxV - (y_nxV * weights_n[:, None]).sum(axis=0) / count) * weights_n[:, None]
-    return *(_on_every_device(x) for x in (mean_D, rest_D, std_D)), centred_nxD / std_D, y_nxV
-
-
 @jax.jit
-def _normal_equations(z_NxD, y_NxV):
-    return tuple(_on_every_device(_exact('nd,nv->dv', z_NxD, other)) for other in (z_NxD, y_NxV))
-
-
-@jax.jit
-def _whole(*arrays):
-    return tuple(_on_every_device(x) for x in arrays)
+def _rows(features_NxD: jax.Array, rows_n: jax.Array) -> jax.Array:
+    return _on_every_device(features_NxD[rows_n])
 
 
 @jax.jit
 def _scores(x_NxD, mean_D, std_D, weights_DxV, bias_V):
-    return _exact('nd,dv->nv', (x_NxD - mean_D) / std_D, weights_DxV) + bias_V
+    return jnp.matmul((x_NxD - mean_D) / std_D, weights_DxV, precision='highest') + bias_V
 
 
 @jax.jit

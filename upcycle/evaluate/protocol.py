@@ -1,9 +1,9 @@
-"""What the trainer and `upcycle eval` know of an evaluator: a plug-in that looks at a model and returns numbers."""
+"""The interface of evaluators: plug-ins of the trainer and of `upcycle eval` that compute metrics of a model."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import jax
 
@@ -17,13 +17,13 @@ Metrics = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is evaluated, on the mesh in use.
+    """A model and its evaluation data, on the current mesh.
 
     Attributes:
       model: of any family.
-      data: the evaluation data; None: there is none.
+      data: the evaluation data; None if the run has none.
       sharding: of batches.
-      watch: sees the batches of each pass, with the name of the pass.
+      watch: wraps the batches of each pass, given the name of the pass, to show progress.
     """
 
     model: Model
@@ -36,41 +36,35 @@ class Subject:
         return Kept(self.data)
 
     def batches(self, name: str) -> Iterator[dict[str, jax.Array]]:
-        """One pass over the evaluation data; small data is read once for all passes."""
+        """Yields one pass over the evaluation data. Small data is read once for all passes."""
         yield from self.watch(partitioning.batches(self._kept, 0, self.sharding), name)
 
 
-class Evaluator(Protocol):
-    """One kind of evaluation.
+class Evaluator:
+    """Base class of evaluators.
 
     Attributes:
-      name: under which its numbers are logged (`split` of a line of `metrics.jsonl`).
-      period: steps between evaluations in training; None: after the last step only. All are due after the last step.
-      at_start: whether it is due before the first step too.
+      name: the `split` of its lines in `metrics.jsonl`.
+      period: training steps between evaluations; None: only after the last step. Every evaluator runs after the last step.
+      at_start: whether it also runs before the first step.
       of_checkpoints: whether `upcycle eval` runs it.
     """
 
-    name: str
-    at_start: bool
-    of_checkpoints: bool
-
-    @property
-    def period(self) -> int | None:
-        """See above."""
-        ...
+    name: ClassVar[str]
+    at_start: ClassVar[bool] = False
+    of_checkpoints: ClassVar[bool] = True
+    period: int | None
 
     def check(self, model: Model, data: DataSource | None) -> None:
-        """Raises UserError where this cannot be measured of the model on the data."""
-        ...
+        """Raises UserError if the evaluator cannot evaluate the model on the data."""
 
     def check_data(self, data: DataSource | None) -> None:
-        """Raises UserError where the data that is measured on is not there. No example is read."""
-        ...
+        """Raises UserError if the data does not exist. Reads no example."""
 
     def prepare(self, subject: Subject) -> Callable[[Params], Metrics]:
-        """The evaluation as a function of the parameters. What takes long is done here once: programs are compiled, data is read.
+        """Returns the evaluation as a function of the parameters. Compiles programs and reads data once, here.
 
         Raises:
           UserError: the data cannot be read.
         """
-        ...
+        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Which tokens go to which expert: by the kind of each token, see `Model.token_kinds`."""
+"""Statistics of the tokens that each expert gets, by kind of token (see `Model.token_kinds`)."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,40 +13,40 @@ from upcycle.models.activations import forward_and_activations
 from upcycle.moe.routing import Choices, Routing
 
 Batch = Mapping[str, jax.Array]
-# Typical tokens of an expert that are logged.
+# Number of typical tokens of an expert in the log.
 TYPICAL = 5
 
 
 def layers_of(model: Model) -> tuple[str, ...]:
-    """Paths of the layers whose routers assign tokens to experts."""
+    """Returns the paths of the layers whose routers assign tokens to experts."""
     return tuple(path for path, moe in model.moe_layers().items() if moe.assigns)
 
 
 def compiled(model: Model) -> Callable[[Params, Batch], dict[str, jax.Array]]:
-    """`token_statistics` of a model, compiled once for all looks of a run."""
+    """Compiles `token_statistics` once for all evaluations of a run."""
     return jax.jit(functools.partial(token_statistics, model=model))
 
 
 def token_statistics(params: Params, batch: Batch, *, model: Model) -> dict[str, jax.Array]:
-    """What the experts of each layer read on a batch, at evaluation.
+    """Computes statistics of the tokens that the experts of each layer get from a batch, at evaluation.
 
     Args:
       params: of the model.
-      batch: some thousands of tokens at least: see `information`.
-      model: with at least one of `layers_of`.
+      batch: at least some thousands of tokens; see `information`.
+      model: with at least one layer in `layers_of`.
 
     Returns:
-      For each layer `experts/LAYER/token_information`, see `information`, `.../token_kinds` (E,), in effect how many different
-      tokens an expert reads: exp of the entropy of what it reads, and `.../typical_tokens` (E, T), see `typical`;
+      For each layer `experts/LAYER/token_information` (see `information`), `.../token_kinds` (E,), the effective number of
+      different tokens of an expert (exp of their entropy), and `.../typical_tokens` (E, T) (see `typical`);
       `experts/token_information`, its mean over layers.
     """
     kinds = model.token_kinds(batch)
     paths = layers_of(model)
-    found, total = {}, 0.0
+    metrics, total = {}, 0.0
     _, activations = forward_and_activations(model, params, batch, paths)
     for path, (x_BxLxD, _, real_BxL) in activations.items():
         layer_params = functools.reduce(dict.__getitem__, path.split('/'), params)
-        # The compiler leaves out what only the output needs: the experts.
+        # The compiler removes the experts, since only the routing is used.
         _, written = model.moe_module(path).apply(
             {'params': layer_params}, x_BxLxD, real_BxL, training=False, mutable=['intermediates']
         )
@@ -56,33 +56,33 @@ def token_statistics(params: Params, batch: Batch, *, model: Model) -> dict[str,
             routing, jnp.where(real_BxL, kind_BxL, num_kinds), num_kinds, model.moe_layers()[path].num_experts
         )
         name = f'experts/{path.rpartition("/")[0]}'
-        found[f'{name}/token_information'] = information(count_ExV)
-        found[f'{name}/token_kinds'] = jnp.exp(_entropy(_shares(count_ExV, axis=1), axis=1))
-        found[f'{name}/typical_tokens'] = typical(count_ExV)
-        total += found[f'{name}/token_information']
-    found['experts/token_information'] = total / len(paths)
-    # On many hosts each reads what it is given, and so all of it.
-    return {key: nn.with_logical_constraint(value, (None,) * value.ndim) for key, value in found.items()}
+        metrics[f'{name}/token_information'] = information(count_ExV)
+        metrics[f'{name}/token_kinds'] = jnp.exp(_entropy(_shares(count_ExV, axis=1), axis=1))
+        metrics[f'{name}/typical_tokens'] = typical(count_ExV)
+        total += metrics[f'{name}/token_information']
+    metrics['experts/token_information'] = total / len(paths)
+    # Replicated, so that every host can read all of it.
+    return {key: nn.with_logical_constraint(value, (None,) * value.ndim) for key, value in metrics.items()}
 
 
 def counts(routing: Routing | Choices, kind_BxL: jax.Array, num_kinds: int, num_experts: int) -> jax.Array:
-    """(E, V) float32: how often each expert took each kind of token; a kind that is not below `num_kinds` does not count."""
+    """Counts the tokens of each kind that each expert gets, (E, V) float32; kinds from `num_kinds` on are ignored."""
     zeros_ExV = jnp.zeros((num_experts, num_kinds), jnp.float32)
     if isinstance(routing, Choices):
         expert_NxK = routing.expert_GxSxK.reshape(kind_BxL.size, -1)
         return zeros_ExV.at[expert_NxK, kind_BxL.reshape(-1, 1)].add(1.0, mode='drop')
     G = routing.token_GxExC.shape[0]
-    # The token of an empty slot is one past the group's end.
+    # An empty slot points to one past the group's last token.
     kind_GxS = jnp.pad(kind_BxL.reshape(G, -1), ((0, 0), (0, 1)), constant_values=num_kinds)
     kind_GxExC = jnp.take_along_axis(kind_GxS[:, None], routing.token_GxExC, axis=2)
     return zeros_ExV.at[jnp.arange(num_experts)[:, None], kind_GxExC].add(1.0, mode='drop')
 
 
 def information(count_ExV: jax.Array) -> jax.Array:
-    """Mutual information of expert and kind of token, in nats: 0 where experts read alike, at most ln E.
+    """Estimates the mutual information of expert and kind of token, in nats: 0 if all experts get the same kinds, at most ln E.
 
-    Of few counts the plain estimate is too large, since chance looks like preference: each entropy has Miller and Madow's (1955)
-    correction, (its kinds that occur - 1) / (2 N).
+    The plain estimate is too large for few counts, so each entropy has Miller and Madow's (1955) correction,
+    (number of kinds that occur - 1) / (2 N).
     """
     total = count_ExV.sum()
     shares = (count_ExV.sum(axis=1), count_ExV.sum(axis=0), count_ExV.reshape(-1))
@@ -93,10 +93,10 @@ def information(count_ExV: jax.Array) -> jax.Array:
 
 
 def typical(count_ExV: jax.Array) -> jax.Array:
-    """(E, T) int32: the kinds that add most to the distance of what an expert reads from what all read, first the most; else -1.
+    """Returns the kinds most typical of each expert, (E, T) int32, most typical first, padded with -1.
 
-    A kind's part of that distance (Kullback and Leibler's) is p(kind | expert) log(p(kind | expert) / p(kind)): it is large for
-    kinds that are both frequent and preferred.
+    They have the largest terms p(kind | expert) log(p(kind | expert) / p(kind)) of the Kullback-Leibler divergence of an expert's
+    kinds from all kinds: kinds that are both frequent and preferred.
     """
     share_ExV, share_V = _shares(count_ExV, axis=1), _shares(count_ExV.sum(axis=0))
     part_ExV = jnp.where(share_ExV > 0, share_ExV * jnp.log(_above_0(share_ExV) / _above_0(share_V)), 0.0)
@@ -116,12 +116,12 @@ def _above_0(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 1e-30)
 
 
-def in_words(found: Mapping[str, Any], data: Any) -> dict[str, Any]:
-    """What was found, with the typical tokens as the data spells them: lists of text, or of numbers where it has no words."""
+def in_words(metrics: Mapping[str, Any], data: Any) -> dict[str, Any]:
+    """Returns the metrics with typical tokens as the data spells them: lists of text, or of numbers if the data has no text."""
     spell = getattr(data, 'token_text', str)
     return {
         name: [[spell(int(kind)) for kind in kinds if kind >= 0] for kinds in value]
         if name.endswith('/typical_tokens')
         else value
-        for name, value in found.items()
+        for name, value in metrics.items()
     }

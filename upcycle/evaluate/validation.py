@@ -1,4 +1,4 @@
-"""Loss, accuracy and routing over a split: the one evaluation loop, of the trainer and of `upcycle eval`."""
+"""Loss, accuracy and routing metrics over a split, for the trainer and `upcycle eval`."""
 
 import dataclasses
 import functools
@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from upcycle.data import DataSource
 from upcycle.errors import UserError
-from upcycle.evaluate.protocol import Subject
+from upcycle.evaluate.protocol import Evaluator, Subject
 from upcycle.models import Model, Params
 from upcycle.models.losses import summarize
 from upcycle.schema import Count
@@ -20,23 +19,16 @@ Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Validation:
-    """An evaluator (see `evaluate.protocol`): means over the whole evaluation split, or EVAL_STEPS batches of it.
+class Validation(Evaluator):
+    """Means over the whole evaluation split, or over EVAL_STEPS batches of it.
 
     Attributes:
-      period: steps between evaluations [EVAL_PERIOD].
+      period: training steps between evaluations [EVAL_PERIOD].
     """
 
     period: Count | None = None
     name: ClassVar[str] = 'validation'
     at_start: ClassVar[bool] = True
-    of_checkpoints: ClassVar[bool] = True
-
-    def check(self, model: Model, data: DataSource | None) -> None:
-        """Every model has a loss."""
-
-    def check_data(self, data: DataSource | None) -> None:
-        """It was there when the run was built."""
 
     def prepare(self, subject: Subject) -> Callable[[Params], dict[str, Any]]:
         """See `evaluate`."""
@@ -45,31 +37,30 @@ class Validation:
 
 
 def eval_step(params: Params, batch: Batch, *, model: Model) -> Metrics:
-    """Sums over one evaluation batch: `loss`, `z_loss`, `correct`, `weight`, and the MoE layers' metrics."""
+    """Computes sums over one evaluation batch: `loss`, `z_loss`, `correct`, `weight`, and the MoE layers' metrics."""
     sums, moe_loss, moe_metrics = model.forward(params, batch, None, training=False, num_microbatches=1)
     return {**sums, 'moe_loss': moe_loss, 'moe': moe_metrics}
 
 
 def compiled(model: Model) -> Callable[[Params, Batch], Metrics]:
-    """`eval_step` of a model, compiled once for all evaluations of a run."""
+    """Compiles `eval_step` once for all evaluations of a run."""
     return jax.jit(functools.partial(eval_step, model=model))
 
 
 def evaluate(step: Callable[[Params, Batch], Metrics], params: Params, batches: Iterable[Batch]) -> dict[str, Any]:
-    """Means over the batches, as numpy arrays.
+    """Computes means over the batches, as numpy arrays.
 
     Args:
       step: from `compiled`.
       params: of the model.
-      batches: on the mesh in use; rows that only fill up a last batch weigh nothing.
+      batches: on the current mesh; rows that pad the last batch have weight 0.
 
     Returns:
-      `loss` and `cross_entropy_loss` (both without the auxiliary losses, which would not let a sparse model be compared with
-      a dense one), `accuracy` (of a classifier: precision at 1), `targets`, and routing metrics, which are means over
-      batches.
+      `loss` and `cross_entropy_loss`, both without the auxiliary losses, so that sparse and dense models can be compared;
+      `accuracy` (for classifiers: precision at 1), `targets`, and routing metrics, which are means over batches.
 
     Raises:
-      UserError: there is no batch.
+      UserError: there are no batches.
     """
     total, count = None, 0
     for batch in batches:
@@ -77,7 +68,7 @@ def evaluate(step: Callable[[Params, Batch], Metrics], params: Params, batches: 
         total = sums if total is None else jax.tree.map(np.add, total, sums)
         count += 1
     if total is None:
-        raise UserError('EVAL_DATASET holds no batch: its split is empty, or EVAL_STEPS is 0.')
+        raise UserError('EVAL_DATASET has no batches: its split is empty, or EVAL_STEPS is 0.')
     total['moe'] = {name: value / count for name, value in total['moe'].items()}
     total['moe_loss'] = total['moe_loss'] / count
     means = {name: np.asarray(value) for name, value in summarize(total, total['weight']).items()}

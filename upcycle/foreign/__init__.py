@@ -1,7 +1,7 @@
-"""Models that are not ours: rules say what the paths of their parameter trees mean. Rules -> outline -> plan -> surgery.
+"""Surgery on foreign models: rules describe the paths of their parameter trees. Rules -> outline -> plan -> surgery.
 
-In a plan their leaves get names of ours ('params/block_1/mlp/expert/Dense_0/kernel'), experts in front; what comes out, and what
-is said of it, has theirs.
+A plan uses our names for their leaves ('params/block_1/mlp/expert/Dense_0/kernel') and puts experts first. Results, receipts and
+messages use the user's names.
 """
 
 from upcycle.foreign.rules import MoERule, PathRules, State

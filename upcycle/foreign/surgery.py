@@ -1,4 +1,4 @@
-"""Plan, surgery and receipt of a model that is not ours, by the same steps as for ours."""
+"""Plan, surgery and receipt of a foreign model."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from upcycle import partitioning, trees
 from upcycle.checkpoints.memory import MemoryReader
@@ -17,7 +17,7 @@ from upcycle.errors import DifferentLeaves, UserError
 from upcycle.foreign.optimizer import OptimizerTree, add_state
 from upcycle.foreign.outline import Named, Outline, outline_of, without_index
 from upcycle.foreign.rules import PathRules, State
-from upcycle.in_memory import carry_out, check_surgery, receipt_of
+from upcycle.in_memory import auto_mesh, carry_out, check_surgery
 from upcycle.surgery.plan import PARAMS, Action, Plan, Surgery, is_clock
 from upcycle.surgery.planning import plan_surgery
 
@@ -26,14 +26,14 @@ Shardings = dict[str, jax.sharding.Sharding]
 
 @dataclasses.dataclass(frozen=True)
 class _Dense:
-    """One dense model, its leaves named.
+    """One dense model with named leaves.
 
     Attributes:
-      given: what the user gave: parameters, or a `State`.
-      tree: its parameters.
+      given: the user's parameters or `State`.
+      tree: the flattened parameters.
       outline: names, shapes and axes.
-      optimizer: the optimizer state that the sparse model needs; None: there is none.
-      reader: of its leaves by names of ours.
+      optimizer: the optimizer state that the sparse model needs, or None.
+      reader: reader of the leaves by our names.
     """
 
     given: Any
@@ -47,7 +47,7 @@ class _Dense:
         """Names the leaves.
 
         Raises:
-          UserError: rules and tree do not fit.
+          UserError: the rules do not fit the tree.
         """
         state = given if isinstance(given, State) else None
         tree = trees.Tree.of(given if state is None else state.params)
@@ -60,40 +60,38 @@ class _Dense:
                 for target in outline.targets.values()
             }
             optimizer = add_state(outline, arrays, state, tree.like(shapes), surgery)
-        # Only experts that there are already may lie otherwise than for us.
+        # Only existing experts can have another axis order than ours.
         arrays = {name: _in_ours(leaf, outline.sources[name]) for name, leaf in arrays.items()}
         return cls(given, tree, outline, optimizer, MemoryReader(arrays, None if state is None else state.step))
 
     @property
     def params(self) -> Any:
-        """Its parameters, as the user gave them."""
+        """The user's parameters."""
         return self.given.params if isinstance(self.given, State) else self.given
 
 
 def plan_foreign(dense: Any, rules: PathRules, surgery: Surgery) -> Plan:
-    """The plan of `upcycle_foreign`, by the user's names; see `api.plan`."""
+    """Plans `upcycle_foreign`, with the user's names; see `api.plan`."""
     models = _models(dense, rules, surgery)
-    return _in_their_words(_plan(models, surgery), models[0].outline)
+    return _with_their_names(_plan(models, surgery), models[0].outline)
 
 
 def upcycle_foreign(
     dense: Any, rules: PathRules, surgery: Surgery, *, key: jax.Array, mesh: Mesh | None, batch: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Makes an MoE of a model that is not ours; see `api.upcycle`."""
+    """Upcycles a foreign model; see `api.upcycle`."""
     if batch is not None and None in (rules.dense_apply, rules.sparse_apply):
-        raise UserError(
-            'a batch is given, and the rules lack `dense_apply` or `sparse_apply`, which are compared on it.'
-        )
+        raise UserError('a batch needs `dense_apply` and `sparse_apply` in the rules, which are compared on it.')
     models = _models(dense, rules, surgery)
     first, outline = models[0], models[0].outline
     if batch is not None and len(models) > 1:
-        raise UserError('a batch is given, and no single one of several dense models is what the sparse one computes.')
+        raise UserError('a batch cannot be compared with several dense models: remove the batch.')
     hidden_states = None if batch is None else rules.hidden_states
     check_surgery(
         surgery,
         has_state=first.optimizer is not None,
         has_hidden=hidden_states is not None,
-        way_out='give a batch, and `hidden_states` in the rules',
+        way_out='pass a batch, and `hidden_states` in the rules',
     )
 
     def hidden(target: Mapping[str, jax.Array], mlp: str) -> np.ndarray:
@@ -103,17 +101,16 @@ def upcycle_foreign(
     plan = _plan(models, surgery)
     shardings = {row.target: _sharding(first, row.target, row.sources, mesh) for row in plan.rows}
     known = dataclasses.replace(plan, rows=tuple(row for row in plan.rows if row.action is not Action.NEW))
-    reader = _reader(models)
-    done = carry_out(known, reader, shardings, key, hidden=hidden, names=outline.theirs)
-    leaves = {name: _in_theirs(leaf, outline.targets[name], mesh) for name, leaf in done.leaves.items()}
+    shown = _with_their_names(plan, outline)
+    made, receipt = carry_out(known, _reader(models), shardings, key, hidden=hidden, names=outline.theirs, shown=shown)
+    leaves = {name: _in_theirs(leaf, outline.targets[name], mesh) for name, leaf in made.items()}
     params = first.tree.like(
         {outline.targets[name].name: leaf for name, leaf in leaves.items() if name.startswith(PARAMS)}
     )
-    receipt = receipt_of(_in_their_words(plan, outline), reader, key, done)
     receipt['function_check'] = dict.fromkeys(('whole_model', 'layers'), 'not compared: no batch was given')
     if batch is not None:
         gap = function_gap(rules.dense_apply(first.params, batch), rules.sparse_apply(params, batch))
-        receipt['function_check'] = {'whole_model': gap, 'layers': 'not compared: they are not ours'}
+        receipt['function_check'] = {'whole_model': gap, 'layers': 'not compared: not our layers'}
     if first.optimizer is None:
         return params, receipt
     leaves |= _fresh(first, params, leaves, shardings, mesh)
@@ -122,17 +119,17 @@ def upcycle_foreign(
 
 
 def function_gap(dense: Any, sparse: Any) -> dict[str, float]:
-    """How far the outputs of two models are apart.
+    """Measures the difference between the outputs of two models.
 
     Args:
-      dense: an array or a tree of arrays.
-      sparse: the same of the other model.
+      dense: output of the dense model, an array or a tree of arrays.
+      sparse: output of the sparse model.
 
     Returns:
       `max_abs_difference`; `dense_rms`, the root mean square of the dense output; and `gap`, |sparse - dense| / |dense| (norms).
 
     Raises:
-      UserError: the outputs are of different structure or shape.
+      UserError: the outputs differ in structure or shape.
     """
     shapes = [jax.tree.map(jnp.shape, output) for output in (dense, sparse)]
     if shapes[0] != shapes[1]:
@@ -153,14 +150,13 @@ def function_gap(dense: Any, sparse: Any) -> dict[str, float]:
 
 
 def _models(dense: Any, rules: PathRules, surgery: Surgery) -> list[_Dense]:
-    """The dense model, or several."""
+    """Names the leaves of one or several dense models."""
     if surgery.operator is None:
-        raise UserError(
-            "path rules make experts, and the surgery has operator=None: use another one, such as Surgery('copy')."
-        )
-    if isinstance(dense, list | tuple) and not dense:
-        raise UserError('there is nothing to start from: the list of dense models is empty.')
-    return [_Dense.of(one, rules, surgery) for one in (dense if isinstance(dense, list | tuple) else [dense])]
+        raise UserError("path rules make experts, but the surgery has operator=None: use one, such as Surgery('copy').")
+    models = dense if isinstance(dense, list | tuple) else [dense]
+    if not models:
+        raise UserError('the list of dense models is empty: pass at least one.')
+    return [_Dense.of(model, rules, surgery) for model in models]
 
 
 def _reader(models: list[_Dense]) -> MemoryReader | SeveralReader:
@@ -168,10 +164,10 @@ def _reader(models: list[_Dense]) -> MemoryReader | SeveralReader:
 
 
 def _plan(models: list[_Dense], surgery: Surgery) -> Plan:
-    """The plan by names of ours.
+    """Makes the plan, with our names.
 
     Raises:
-      UserError: the operator does not suit.
+      UserError: the plan fails.
     """
     outline = models[0].outline
     wanted = {name: target.leaf for name, target in outline.targets.items()}
@@ -181,9 +177,9 @@ def _plan(models: list[_Dense], surgery: Surgery) -> Plan:
     except DifferentLeaves as error:
         names = sorted({*outline.targets, *outline.sources}, key=len, reverse=True)
         known = re.compile('|'.join(map(re.escape, names)))
-        problems = [known.sub(lambda found: outline.theirs(found[0]), problem) for problem in error.problems]
+        problems = [known.sub(lambda match: outline.theirs(match[0]), problem) for problem in error.problems]
         raise DifferentLeaves('The parameters do not fit the rules and the surgery', problems) from None
-    # Fresh state is what the optimizer starts with, which need not be zeros.
+    # Fresh state is the optimizer's initial state, which may be nonzero.
     return dataclasses.replace(
         plan,
         rows=tuple(
@@ -195,8 +191,8 @@ def _plan(models: list[_Dense], surgery: Surgery) -> Plan:
     )
 
 
-def _in_their_words(plan: Plan, outline: Outline) -> Plan:
-    """A plan to look at, by the user's names and in the shapes of the user's arrays."""
+def _with_their_names(plan: Plan, outline: Outline) -> Plan:
+    """Converts a plan for display to the user's names and array shapes."""
     rows = []
     for row in plan.rows:
         target = outline.targets[row.target]
@@ -208,7 +204,7 @@ def _in_their_words(plan: Plan, outline: Outline) -> Plan:
 
 
 def _in_ours(leaf: Any, source: Named) -> Any:
-    """An array, or its shape, with its axes as ours."""
+    """Transposes an array, or its shape, to our axes."""
     if not source.order:
         return leaf
     if not hasattr(leaf, 'transpose'):
@@ -217,7 +213,7 @@ def _in_ours(leaf: Any, source: Named) -> Any:
 
 
 def _in_theirs(leaf: jax.Array, target: Named, mesh: Mesh | None) -> jax.Array:
-    """An array with its axes as the user's, on the user's own mesh, whose axes may be of another type than surgery needs."""
+    """Transposes an array to the user's axes, on the user's mesh, which may have other axis types."""
     sharding = _turned(leaf.sharding, target)
     if target.order:
         leaf = jax.jit(lambda leaf: leaf.transpose(target.order), out_shardings=sharding)(leaf)
@@ -225,7 +221,7 @@ def _in_theirs(leaf: jax.Array, target: Named, mesh: Mesh | None) -> jax.Array:
 
 
 def _turned(sharding: jax.sharding.Sharding, target: Named) -> jax.sharding.Sharding:
-    """The sharding of an array whose axes are as the user's."""
+    """Transposes a sharding to the user's axes."""
     if not target.order or not isinstance(sharding, NamedSharding):
         return sharding
     spec = (*sharding.spec, *(None,) * (len(target.order) - len(sharding.spec)))
@@ -233,35 +229,26 @@ def _turned(sharding: jax.sharding.Sharding, target: Named) -> jax.sharding.Shar
 
 
 def _sharding(dense: _Dense, name: str, sources: tuple[str, ...], mesh: Mesh | None) -> jax.sharding.Sharding:
-    """Where a leaf lies: as its source, if that is on the same mesh, experts along `expert`; otherwise by its axes."""
+    """The sharding of a leaf: its source's if on the same mesh, plus `expert` for experts; otherwise from its axes."""
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    auto = auto_mesh(mesh)
     target = dense.outline.targets[name]
     shape = target.leaf.shape
     spec = tuple(partitioning.mesh_axes(PartitionSpec(*(target.axes or (None,) * len(shape))), shape, auto))
     source = dense.outline.sources.get(without_index(sources[0])) if sources else None
     placed = None if source is None else getattr(dense.tree.leaves.get(source.name), 'sharding', None)
-    if isinstance(placed, NamedSharding) and not source.order and _alike(placed.mesh, mesh):
+    on_mesh = isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) and auto_mesh(placed.mesh) == auto
+    if on_mesh and not source.order:
         theirs = (*placed.spec, *(None,) * (len(source.leaf.shape) - len(placed.spec)))
         inherited = (*spec[: len(shape) - len(theirs)], *theirs)
-        if _can_lie(auto, inherited, shape):
+        if _is_valid(auto, inherited, shape):
             spec = inherited
     return NamedSharding(auto, PartitionSpec(*spec))
 
 
-def _alike(left: Any, right: Mesh) -> bool:
-    """Whether two meshes are the same but for the types of their axes."""
-    return (
-        isinstance(left, Mesh)
-        and left.axis_names == right.axis_names
-        and left.devices.shape == right.devices.shape
-        and (left.devices == right.devices).all()
-    )
-
-
-def _can_lie(mesh: Mesh, spec: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a leaf can be split so: no axis of the mesh twice, and evenly."""
+def _is_valid(mesh: Mesh, spec: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    """True if a leaf can be sharded this way: evenly, and with no mesh axis used twice."""
     names = [name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)]
     if len(spec) != len(shape) or len({*names}) < len(names):
         return False
@@ -275,7 +262,7 @@ def _can_lie(mesh: Mesh, spec: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
 def _fresh(
     dense: _Dense, params: Any, made: Mapping[str, jax.Array], shardings: Shardings, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-    """The leaves of the optimizer's first state that nothing else was made of, in the user's axes."""
+    """Makes the leaves of the optimizer's initial state that the plan did not make, in the user's axes."""
     missing = {name: i for i, name in enumerate(dense.optimizer.names) if name not in made}
     places = {}
     for name in missing:

@@ -1,7 +1,6 @@
 """What the models of all families share."""
 
 import dataclasses
-import enum
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args
 
@@ -10,26 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from upcycle import schema
-from upcycle.errors import UserError, one_of, refuse
+from upcycle.errors import UserError, refuse
 from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.layer import METRICS, moe_metrics
-
-DTYPES = ('float32', 'bfloat16', 'float16')
-
-
-def settle(config: Any) -> None:
-    """Converts fields of a frozen configuration: words to their enums, lists (as gin passes them) to tuples, which hash.
-
-    Raises:
-      UserError: a word is unknown, or `dtype` is not a type of activations.
-    """
-    for name, parameter in schema.parameters(type(config)).items():
-        value, kind = getattr(config, name), parameter.annotation
-        if isinstance(kind, type) and issubclass(kind, enum.StrEnum):
-            value = one_of(kind, value, name.upper())
-        object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
-    if config.dtype not in DTYPES:
-        raise UserError(f'ACTIVATION_DTYPE = {config.dtype!r} is not one of {", ".join(DTYPES)}.')
 
 
 class BaseModel:

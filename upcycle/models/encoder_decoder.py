@@ -4,12 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from upcycle import cost
+from upcycle import cost, schema
 from upcycle.errors import UserError
 from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.leaves import count_layers, mlp_width
@@ -48,7 +48,7 @@ class EncoderDecoderModel(BaseModel):
     config: T5Config
     z_loss: Natural = 1e-4
     label_smoothing: Rate = 0.0
-    loss_normalizing_factor: float | str | None = 'NUM_REAL_TARGET_TOKENS'
+    loss_normalizing_factor: float | Literal['NUM_REAL_TARGET_TOKENS'] | None = 'NUM_REAL_TARGET_TOKENS'
     aux_loss_factor: Natural = 0.01
     router_z_loss_factor: Natural = 0.0
 
@@ -64,9 +64,7 @@ class EncoderDecoderModel(BaseModel):
     network = Transformer
 
     def __post_init__(self):
-        factor = self.loss_normalizing_factor
-        if isinstance(factor, str) and factor != 'NUM_REAL_TARGET_TOKENS':
-            raise UserError(f"LOSS_NORMALIZING_FACTOR = {factor!r} is neither a number nor 'NUM_REAL_TARGET_TOKENS'.")
+        schema.validate(self, {})
 
     @classmethod
     def from_leaves(

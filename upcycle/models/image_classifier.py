@@ -9,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from upcycle import cost
-from upcycle.errors import UserError, one_of
+from upcycle import cost, schema
+from upcycle.errors import UserError
 from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.vit import Pooling, VisionTransformer, ViTConfig
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Natural
+from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
 
@@ -49,8 +49,8 @@ class ImageClassifier(BaseModel):
 
     config: ViTConfig
     loss: ClassLoss = ClassLoss.SOFTMAX
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
+    label_smoothing: Rate = 0.0
+    mixup: Natural = 0.0
     aux_loss_factor: Natural = 0.0
     router_z_loss_factor: Natural = 0.0
 
@@ -68,11 +68,7 @@ class ImageClassifier(BaseModel):
     network = VisionTransformer
 
     def __post_init__(self):
-        object.__setattr__(self, 'loss', one_of(ClassLoss, self.loss, 'CLASS_LOSS'))
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f'LABEL_SMOOTHING = {self.label_smoothing!r} must lie in [0, 1).')
-        if not self.mixup >= 0:
-            raise UserError(f'MIXUP = {self.mixup!r} must be at least 0.')
+        schema.validate(self, {'loss': 'CLASS_LOSS'})
 
     @classmethod
     def from_leaves(

@@ -92,13 +92,13 @@ class Dense(nn.Module):
 
 def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
     kernel, bias, group_sizes = rest
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    y = checkpoint_name(x @ kernel if group_sizes is None else jax.lax.ragged_dot(x, kernel, group_sizes), PRODUCT)
-    if bias is None:
-        return y
     if group_sizes is not None:
-        bias = jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
-    return y + bias
+        y = checkpoint_name(jax.lax.ragged_dot(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
+        return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
+    # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    y = checkpoint_name(rows @ kernel.astype(dtype), PRODUCT)
+    return (y if bias is None else y + bias).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nn.Module):

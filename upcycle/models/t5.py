@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from upcycle import schema
 from upcycle.errors import UserError, refuse
 from upcycle.models.attention import (
     MultiHeadDotProductAttention,
@@ -20,13 +21,12 @@ from upcycle.models.attention import (
     flaxformer_decoder_tokens,
     same_segment,
 )
-from upcycle.models.base import settle
 from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.groups import moe_of_layers
 from upcycle.moe.layer import MoELayer, replace_mlp
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Count, Depth, Rate, shown
+from upcycle.schema import Count, Depth, FloatType, Rate, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class T5Config:
     mlp_activations: Sequence[str] = ('gelu', 'linear')
     logits_via_embedding: bool = False
     position_biases: PositionBiases = PositionBiases.SHARED
-    dtype: str = 'bfloat16'
+    dtype: FloatType = 'bfloat16'
     dropout_rate: Rate = 0.0
     expert_dropout_rate: Rate | None = None
     float32_attention_logits: bool = False
@@ -80,7 +80,7 @@ class T5Config:
     decoder_moe_layers: str | Sequence[int] = 'every_other'
 
     def __post_init__(self):
-        settle(self)
+        schema.validate(self, {'vocab_size': 'NUM_EMBEDDINGS', 'emb_dim': 'EMBED_DIM', 'dtype': 'ACTIVATION_DTYPE'})
         if not self.mlp_activations or not ACTIVATION_FUNCTIONS.keys() >= {*self.mlp_activations}:
             raise UserError(
                 f'MLP_ACTIVATIONS = {shown(self.mlp_activations)} must be one or several of '

@@ -16,9 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from upcycle import schema
 from upcycle.errors import refuse
 from upcycle.models.attention import attend
-from upcycle.models.base import settle
+from upcycle.models.layer_norm import LayerNorm
 from upcycle.models.layers import Dense, Dropout
 from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import Remat, apply_layers
@@ -26,7 +27,7 @@ from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
 from upcycle.moe.groups import moe_of_layers
 from upcycle.moe.layer import MoELayer, replace_mlp
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Count, Depth, Positive, Rate
+from upcycle.schema import Count, Depth, FloatType, Positive, Rate
 
 _xavier_init = nn.initializers.xavier_uniform()
 
@@ -92,18 +93,18 @@ class ViTConfig:
     head_bias_init: float = 0.0
     gelu: Gelu = Gelu.TANH
     norm_epsilon: Positive = 1e-6
-    dtype: str = 'bfloat16'
+    dtype: FloatType = 'bfloat16'
     dropout_rate: Rate = 0.0
     expert_dropout_rate: Rate | None = None
-    stochastic_depth: float = 0.0
+    stochastic_depth: Rate = 0.0
     remat: Remat = Remat.NONE
     scan_layers: bool = False
     moe: MoE | None = None
     moe_layers: str | Sequence[int] = 'last_half'
-    group_images: int = 8
+    group_images: Count = 8
 
     def __post_init__(self):
-        settle(self)
+        schema.validate(self, {'emb_dim': 'EMBED_DIM', 'dtype': 'ACTIVATION_DTYPE'})
         refuse(self._invalid())
         for moe in filter(None, self.layer_moe()):
             moe.expert_width(self.mlp_dim)
@@ -118,10 +119,6 @@ class ViTConfig:
             yield f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}.'
         if self.positions is Positions.SINCOS and self.emb_dim % 4:
             yield f"POSITIONS = 'sincos2d' needs an EMBED_DIM that 4 divides, not {self.emb_dim}."
-        if not 0 <= self.stochastic_depth < 1:
-            yield f'STOCHASTIC_DEPTH = {self.stochastic_depth!r} must lie in [0, 1).'
-        if not isinstance(self.group_images, int) or self.group_images < 1:
-            yield f'GROUP_IMAGES = {self.group_images!r} must be a whole number of at least 1.'
 
     @property
     def grid(self) -> int:
@@ -342,10 +339,5 @@ class VisionTransformer(nn.Module):
         return head(x_BxD)
 
 
-def _norm(config: ViTConfig, name: str) -> nn.LayerNorm:
-    ones, zeros = (
-        nn.with_logical_partitioning(init, ('embed',)) for init in (nn.initializers.ones, nn.initializers.zeros)
-    )
-    return nn.LayerNorm(
-        config.norm_epsilon, config.dtype, scale_init=ones, bias_init=zeros, use_fast_variance=False, name=name
-    )
+def _norm(config: ViTConfig, name: str) -> LayerNorm:
+    return LayerNorm(config.norm_epsilon, config.dtype, name=name)

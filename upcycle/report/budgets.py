@@ -1,58 +1,50 @@
-"""Branches against one of them at several budgets: which is ahead early, and which late?"""
+"""Branches against a base branch at several budgets: which is ahead early, and which late?"""
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 
-from upcycle.report.claims import WINDOW
-from upcycle.report.compare import Report, half_width, interpolate
+from upcycle.report.claims import WINDOW, mean_between
+from upcycle.report.compare import Report
 from upcycle.report.plots.axes import set_title
 from upcycle.report.plots.figure import INK, ROLE_COLOURS, RULE, SOFT, Panel, Plot
 from upcycle.report.runs import Axis, Role
+from upcycle.report.sample import Sample
+from upcycle.report.text import markdown_table
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
 # Runs of equal budgets end this close together: their steps are whole numbers.
 _ROUNDING = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
-class AtBudget:
-    """A branch's validation loss less the base's, at equal extra FLOPs, seed by seed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtBudget(Sample):
+    """Validation loss of a branch minus that of the base at equal extra FLOPs, per seed that has both.
 
     Attributes:
-      branch: its name.
-      share: of the whole budget.
-      differences: one for each seed that has both.
-      half_width: of the 95% interval of their mean; None for a single seed.
+      branch: name of the branch.
+      share: share of the whole budget.
     """
 
     branch: str
     share: float
-    differences: tuple[float, ...]
-    half_width: float | None
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return statistics.fmean(self.differences)
 
 
-def at_budgets(reports: Sequence[Report], base: str, shares: Sequence[float] = SHARES) -> list[AtBudget]:
-    """Every branch but the base at every budget that it reached, averaged over the last `WINDOW` of the whole budget.
+def at_budgets(reports: Sequence[Report], base: str) -> list[AtBudget]:
+    """Compares all other branches with the base at every budget that they reached.
 
-    The whole budget is what the base spent, in FLOPs.
+    Losses are averaged over the last `WINDOW` of the whole budget, which is the FLOPs that the base spent.
     """
-    found = []
+    rows = []
     for branch in dict.fromkeys(run.name for report in reports for run in report.branches):
-        for share in shares:
-            differences = [d for report in reports if (d := _difference(report, branch, base, share)) is not None]
-            if branch != base and differences:
-                found.append(AtBudget(branch, share, tuple(differences), half_width(differences)))
-    return found
+        for share in SHARES:
+            gaps = (_difference(report, branch, base, share) for report in reports)
+            known = tuple(gap for gap in gaps if gap is not None)
+            if branch != base and known:
+                rows.append(AtBudget(branch=branch, share=share, values=known))
+    return rows
 
 
 def _difference(report: Report, branch: str, base: str, share: float) -> float | None:
@@ -65,15 +57,12 @@ def _difference(report: Report, branch: str, base: str, share: float) -> float |
     budget = theirs[0][-1]
     if math.isclose(ours[0][-1], budget, rel_tol=_ROUNDING):
         budget = min(ours[0][-1], budget)
-    places = np.linspace((share - WINDOW) * budget, share * budget, 5)
-    gaps = [(interpolate(ours, x), interpolate(theirs, x)) for x in places]
-    if any(value is None for gap in gaps for value in gap):
-        return None
-    return statistics.fmean(a - b for a, b in gaps)
+    means = [mean_between(curve, (share - WINDOW) * budget, share * budget) for curve in (ours, theirs)]
+    return None if None in means else means[0] - means[1]
 
 
 def _sorted(rows: Sequence[AtBudget]) -> tuple[list[float], dict[str, dict[float, AtBudget]]]:
-    """Shares, and rows by branch and share, the branch that is best at the largest share first."""
+    """Returns all shares, and the rows by branch and share; the best branch at the largest share comes first."""
     shares = sorted({row.share for row in rows})
     by_branch: dict[str, dict[float, AtBudget]] = {}
     for row in rows:
@@ -84,11 +73,10 @@ def _sorted(rows: Sequence[AtBudget]) -> tuple[list[float], dict[str, dict[float
 
 
 def as_plot(rows: Sequence[AtBudget], base: str) -> Plot:
-    """The table as a plot: a panel a budget, a line a branch, in the same order in all."""
+    """Plots the table: one panel per budget, one line per branch, in the same order in all panels."""
     shares, by_branch = _sorted(rows)
-    bars = (
-        ' Dots: seeds; bars: the 95% interval of their mean.' if any(len(row.differences) > 1 for row in rows) else ''
-    )
+    several = any(len(row.values) > 1 for row in rows)
+    bars = ' Dots: seeds; bars: the 95% interval of their mean.' if several else ''
     return Plot(
         'budgets',
         'Who is ahead early, and who late?',
@@ -108,7 +96,7 @@ def _forest(by_branch: dict[str, dict[float, AtBudget]], share: float, base: str
             colour = SOFT
             if row.half_width is not None and abs(row.mean) > row.half_width:
                 colour = ROLE_COLOURS[Role.SCRATCH if row.mean < 0 else Role.UPCYCLED]
-            ax.plot(row.differences, [place] * len(row.differences), 'o', color=colour, markersize=2.5, alpha=0.4)
+            ax.plot(row.values, [place] * len(row.values), 'o', color=colour, markersize=2.5, alpha=0.4)
             ax.errorbar(
                 row.mean, place, xerr=row.half_width, fmt='o', color=colour, markersize=4, capsize=2, linewidth=1.3
             )
@@ -123,21 +111,13 @@ def _forest(by_branch: dict[str, dict[float, AtBudget]], share: float, base: str
 
 
 def as_markdown(rows: Sequence[AtBudget], base: str) -> str:
-    """A table: a line a branch, best at the end of the budget first."""
+    """Formats a table with one row per branch; the best at the end of the budget comes first."""
     shares, by_branch = _sorted(rows)
-    lines = [
-        f'Validation loss (nats) less that of `{base}`, at shares of its extra FLOPs; mean over seeds, 95% interval.',
-        '',
-        '| branch | ' + ' | '.join(f'{share:.0%}' for share in shares) + ' |',
-        '|---' * (len(shares) + 1) + '|',
+    intro = (
+        f'Validation loss (nats) less that of `{base}`, at shares of its extra FLOPs; mean over seeds, 95% interval.'
+    )
+    cells = [
+        [branch, *(at[share].text('+.4f') if share in at else '-' for share in shares)]
+        for branch, at in by_branch.items()
     ]
-    for branch, at in by_branch.items():
-        cells = [_cell(at.get(share)) for share in shares]
-        lines.append(f'| {branch} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join([*lines, ''])
-
-
-def _cell(row: AtBudget | None) -> str:
-    if row is None:
-        return '-'
-    return f'{row.mean:+.4f}' + ('' if row.half_width is None else f' ± {row.half_width:.4f}')
+    return f'{intro}\n\n{markdown_table(["branch", *(f"{share:.0%}" for share in shares)], cells)}'

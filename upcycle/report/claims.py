@@ -1,6 +1,5 @@
-"""The paper's statements, checked: is one branch better than another, seed by seed, at equal cost?"""
+"""Checks the paper's statements: is one branch better than another, seed by seed, at equal cost?"""
 
-import csv
 import dataclasses
 import math
 import pathlib
@@ -9,10 +8,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from upcycle.report.compare import half_width, interpolate
+from upcycle.report import text
+from upcycle.report.compare import interpolate
 from upcycle.report.runs import Axis, Curve, Run
+from upcycle.report.sample import Sample
 
-# Share of the cost before the comparison over which values are averaged: one evaluation varies by more than branches differ.
+# Values are averaged over this share of the cost before the comparison: single evaluations vary by more than branches differ.
 WINDOW = 0.05
 LOWER_IS_BETTER = ('loss',)
 
@@ -22,16 +23,16 @@ class Claim:
     """A statement that runs can contradict.
 
     Attributes:
-      text: in words.
-      better, worse: branches; the first is said to have the better metric.
-      paper: the paper's numbers, where they exist.
-      metric: 'loss', or one of which more is better; of validation, or 'SPLIT/NAME'.
-      at: FLOPs of each branch's own at which they are compared, as a share of the dense run's; 0: the first evaluation; None:
-        where the shorter ends.
-      whole: a run from scratch is compared after it has spent the dense run's FLOPs as well, uncounted as those of a branch.
-      per_step: runs are compared at equal steps and not at equal FLOPs.
-      than: two more branches; the claim is of the difference between `better` and `worse` less that between these two.
-      within: the claim is that the difference, either way, is smaller than this.
+      text: the statement in words.
+      better, worse: branches; the first is claimed to have the better metric.
+      paper: the paper's numbers, if it has any.
+      metric: 'loss', or a metric that is better when larger; a validation metric, or 'SPLIT/NAME'.
+      at: own FLOPs at which the branches are compared, as a fraction of the dense run's. 0: at the first evaluation. None:
+        where the shorter run ends.
+      whole: compare a run from scratch after it has also spent the dense run's FLOPs; these are not counted, as for a branch.
+      per_step: compare at equal steps instead of equal FLOPs.
+      than: two more branches; the claim is about the difference `better` - `worse` minus the difference of these two.
+      within: the claim is that the absolute difference is smaller than this.
     """
 
     text: str
@@ -47,37 +48,23 @@ class Claim:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The branches compared: the second pair's difference is subtracted from the first's."""
+        """The compared pairs of branches: the difference of the second pair is subtracted from that of the first."""
         return [(self.better, self.worse), *([tuple(self.than)] if self.than else [])]
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """A claim and the differences that seeds have.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict(Sample):
+    """A claim and, per seed, the metric of `better` minus that of `worse`; None where a run has not come that far.
 
     Attributes:
       claim: the statement.
-      differences: by seed, `better` less `worse` in the metric; None where a run has not come that far.
-      half_width: of the 95% t interval of their mean; None for fewer than two seeds.
     """
 
     claim: Claim
-    differences: tuple[float | None, ...]
-    half_width: float | None
-
-    @property
-    def known(self) -> list[float]:
-        """The differences of the seeds that came that far."""
-        return [d for d in self.differences if d is not None]
-
-    @property
-    def mean(self) -> float | None:
-        """Over the seeds that came that far."""
-        return statistics.fmean(self.known) if self.known else None
 
     @property
     def standard_errors(self) -> float | None:
-        """The mean in standard errors; positive where it is on the claim's side, or where that has no side."""
+        """The mean in standard errors: positive if it supports the claim, or if the claim is of no difference."""
         if len(self.known) < 2 or not (deviation := statistics.stdev(self.known)):
             return None
         lower = self.claim.metric in LOWER_IS_BETTER
@@ -86,29 +73,30 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """'holds' or 'does not hold' where the interval excludes zero (of a claim of no difference: lies inside `within`, or
-        outside), else 'undecided'."""
+        """The verdict: 'holds', 'does not hold' or 'undecided'.
+
+        It is decided if the interval excludes zero, or for a claim of no difference, if it lies inside or outside `within`.
+        """
         if self.half_width is None:
             return 'undecided'
-        if self.claim.within is not None:
-            if abs(self.mean) + self.half_width < self.claim.within:
-                return 'holds'
-            return 'does not hold' if abs(self.mean) - self.half_width > self.claim.within else 'undecided'
-        if self.half_width >= abs(self.mean):
-            return 'undecided'
-        lower = self.claim.metric in LOWER_IS_BETTER
-        return 'holds' if (self.mean < 0) == lower else 'does not hold'
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        if (within := self.claim.within) is not None:
+            holds, fails = -within < low and high < within, low > within or high < -within
+        elif self.claim.metric in LOWER_IS_BETTER:
+            holds, fails = high < 0, low > 0
+        else:
+            holds, fails = low > 0, high < 0
+        return 'holds' if holds else 'does not hold' if fails else 'undecided'
 
 
 def judge(claim: Claim, seeds: Sequence[Mapping[str, Run]]) -> Verdict:
-    """Compares the two branches of every seed.
+    """Compares the branches of a claim in every seed.
 
     Args:
       claim: the statement.
-      seeds: of each, runs by branch.
+      seeds: runs by branch, one mapping per seed.
     """
-    differences = tuple(_difference(claim, runs) for runs in seeds)
-    return Verdict(claim, differences, half_width([d for d in differences if d is not None]))
+    return Verdict(claim=claim, values=tuple(_difference(claim, runs) for runs in seeds))
 
 
 def _difference(claim: Claim, runs: Mapping[str, Run]) -> float | None:
@@ -133,54 +121,53 @@ def _gap(claim: Claim, runs: Mapping[str, Run], branches: tuple[str, str]) -> fl
         cost = min(float(x[-1]) for x, _ in curves)
         if claim.at is not None:
             cost = claim.at * sunk
-        values = [mean_before(curve, cost) for curve in curves]
+        values = [_mean_before(curve, cost) for curve in curves]
     return None if None in values else values[0] - values[1]
 
 
 def curve_of(run: Run, metric: str, axis: Axis) -> Curve:
-    """(own cost, metric) of a run; the metric of validation, or 'SPLIT/NAME'."""
+    """Returns (own cost, metric) of a run, for a validation metric or 'SPLIT/NAME'."""
     split, slash, name = metric.partition('/')
     return run.curve(name, axis, split) if slash else run.curve(metric, axis)
 
 
-def mean_before(curve: Curve, cost: float) -> float | None:
-    """The mean of a curve over the last `WINDOW` before a cost; None where it does not reach it."""
-    places = np.linspace((1 - WINDOW) * cost, cost, 5)
-    if len(curve[0]) == 1:  # a metric of the last step alone
+def _mean_before(curve: Curve, cost: float) -> float | None:
+    """Averages a curve over the last `WINDOW` before a cost; None if the curve does not reach it."""
+    if len(curve[0]) == 1:  # a metric that is only logged at the last step
         return float(curve[1][0]) if math.isclose(curve[0][0], cost, rel_tol=0.02) else None
-    values = [interpolate(curve, float(place)) for place in places]
+    return mean_between(curve, (1 - WINDOW) * cost, cost)
+
+
+def mean_between(curve: Curve, low: float, high: float) -> float | None:
+    """Averages a curve over five evenly spaced costs; None if it does not reach one of them."""
+    values = [interpolate(curve, float(cost)) for cost in np.linspace(low, high, 5)]
     return None if None in values else statistics.fmean(values)
 
 
 def as_markdown(verdicts: Sequence[Verdict]) -> str:
-    """A table: a line a claim."""
-    lines = [
-        '| claim | metric | difference, 95% interval | seeds | verdict | paper |',
-        '|---|---|---|---|---|---|',
-        *('| ' + ' | '.join(row) + ' |' for row in rows(verdicts)),
-    ]
-    return '\n'.join([*lines, ''])
+    """Formats a table with one row per claim."""
+    head = ['claim', 'metric', 'difference, 95% interval', 'seeds', 'verdict', 'paper']
+    return text.markdown_table(head, rows(verdicts))
 
 
 def write_csv(verdicts: Sequence[Verdict], path: pathlib.Path) -> None:
-    """All of them unrounded, a line a claim, with a column a seed."""
-    seeds = max((len(v.differences) for v in verdicts), default=0)
+    """Writes all numbers unrounded, one line per claim, with one column per seed."""
+    seeds = max((len(v.values) for v in verdicts), default=0)
     columns = ['mean', 'half_width', 'standard_errors', 'verdict', 'paper', *(f'seed_{i + 1}' for i in range(seeds))]
-    with path.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerow(['claim', 'compared', *columns])
-        for v in verdicts:
-            numbers = [v.mean, v.half_width, v.standard_errors]
-            writer.writerow([v.claim.text, _compared(v.claim), *numbers, v.word, v.claim.paper, *v.differences])
+    lines = [
+        [v.claim.text, _compared(v.claim), v.mean, v.half_width, v.standard_errors, v.word, v.claim.paper, *v.values]
+        for v in verdicts
+    ]
+    text.write_csv(path, ['claim', 'compared', *columns], lines)
 
 
 def rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
-    """The table's cells."""
+    """Returns the cells of the table."""
     return [
         [
             v.claim.text,
             _compared(v.claim),
-            _interval(v),
+            v.text('+.4f'),
             str(len(v.known)),
             v.word + ('' if v.standard_errors is None else f' ({v.standard_errors:+.1f} standard errors)'),
             v.claim.paper or '–',
@@ -194,9 +181,3 @@ def _compared(claim: Claim) -> str:
     between = names[0] if claim.than is None else f'({names[0]}) less ({names[1]})'
     within = '' if claim.within is None else f', within {claim.within:g}'
     return f'{claim.metric}{", step by step" if claim.per_step else ""}, {between}{within}'
-
-
-def _interval(v: Verdict) -> str:
-    if v.mean is None:
-        return '–'
-    return f'{v.mean:+.4f}' + ('' if v.half_width is None else f' ± {v.half_width:.4f}')

@@ -1,4 +1,4 @@
-"""`upcycle report`: from run folders to a table and a page."""
+"""`upcycle report`: writes a table and an HTML page from run folders."""
 
 import pathlib
 import re
@@ -17,11 +17,11 @@ _SEED = re.compile(r'[ _-]?seed[ _=-]?(\d+)', re.IGNORECASE)
 
 
 def report_main(run_dirs: Sequence[str], out: str) -> pathlib.Path:
-    """`upcycle report`: reads run folders, prints the table, writes the report into `out`.
+    """`upcycle report`: reads run folders, prints the table and writes the report into `out`.
 
     Args:
-      run_dirs: run folders, or folders that hold run folders at any depth. Runs under folders called `seed_0`,
-        `seed_1`, ... (or themselves so called) are seeds of one branch; a run without such a name serves every seed.
+      run_dirs: run folders, or folders that contain run folders at any depth. Runs whose name or parent folder is `seed_0`,
+        `seed_1`, ... are seeds of one branch; a run without a seed in its name belongs to every seed.
       out: folder of the report.
 
     Returns:
@@ -37,25 +37,25 @@ def report_main(run_dirs: Sequence[str], out: str) -> pathlib.Path:
 
 
 def _run_folders(run_dirs: Sequence[str]) -> list[epath.Path]:
-    """Run folders that are given, and those in folders that are given, each once.
+    """Returns the given run folders and the run folders in given folders, each once.
 
     Raises:
-      UserError: one is neither.
+      UserError: a given folder contains no run folder.
     """
     folders: dict[epath.Path, None] = {}
     for given in map(files.absolute, run_dirs):
         if (given / 'metrics.jsonl').is_file():
-            found = [given]
+            runs = [given]
         else:
-            found = sorted(folder for folder, _, names in given.walk() if 'metrics.jsonl' in names)
-        if not found:
-            raise UserError(f'{given} holds no metrics.jsonl; give the MODEL_DIR of a run or a folder of such.')
-        folders |= dict.fromkeys(found)
+            runs = sorted(folder for folder, _, names in given.walk() if 'metrics.jsonl' in names)
+        if not runs:
+            raise UserError(f'{given} contains no metrics.jsonl: name the MODEL_DIR of a run, or a folder of runs.')
+        folders |= dict.fromkeys(runs)
     return list(folders)
 
 
 def _by_seed(folders: Sequence[epath.Path]) -> list[dict[str, Run]]:
-    """Runs by name, a group a seed, in the order of roles; see `report_main`."""
+    """Returns the runs by name, one mapping per seed, in the order of roles; see `report_main`."""
     seeds: dict[str, dict[str, Run]] = {}
     for folder in folders:
         seed = _SEED.search('/'.join(folder.resolve().parts[-2:]))

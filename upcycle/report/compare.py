@@ -1,7 +1,7 @@
-"""The paper's comparison: of branches from one dense checkpoint, which is best at equal extra cost?"""
+"""The paper's comparison: which branch from a dense checkpoint is best at equal extra cost?"""
 
 import dataclasses
-import math
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,16 +12,17 @@ from upcycle import cost
 from upcycle.errors import UserError
 from upcycle.log_lines import is_number
 from upcycle.report.runs import Axis, Curve, Role, Run
+from upcycle.report.sample import Sample
 
 METRICS = ('loss', 'accuracy')
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One branch. Costs count from the dense checkpoint; None: not logged, or the run has not come that far.
+    """One branch. Costs count from the dense checkpoint. None: not logged, or the run has not come that far.
 
-    `total_flops` includes the sunk cost; `extra_flops_share` is a fraction of it; `extra_core_days` are an estimate (`cost.py`).
-    `*_at_budget` are validation values interpolated at the report's FLOPs budget.
+    `total_flops` includes the sunk cost; `extra_flops_share` is a fraction of the sunk cost; `extra_core_days` is an estimate
+    (`cost.py`). `*_at_budget` are validation values interpolated at the report's FLOPs budget.
     """
 
     branch: str
@@ -40,81 +41,86 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """A branch minus the dense continuation where both had spent `budget` (steps, FLOPs or seconds) extra."""
-
-    budget: float
-    loss: float | None
-    accuracy: float | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
-    """Runs that share one dense checkpoint, compared.
+    """A comparison of runs that share one dense checkpoint, by their validation values.
 
-    `sunk` is what that checkpoint had cost; `budget` the smallest extra cost that the dense continuation and every
-    upcycled run reached, per axis; `differences` go by branch and axis.
+    Values between evaluations are interpolated linearly.
+
+    Attributes:
+      runs: the compared runs.
+
+    Raises:
+      UserError: there are no runs, or two have the same name.
     """
 
-    runs: tuple[Run, ...]
-    sunk: Mapping[Axis, float]
-    budget: Mapping[Axis, float]
-    rows: tuple[Row, ...]
-    differences: Mapping[str, Mapping[Axis, Difference]]
-    warnings: tuple[str, ...]
+    runs: Sequence[Run]
 
-    @classmethod
-    def compare(cls, runs: Sequence[Run]) -> 'Report':
-        """Compares runs by validation values, linearly interpolated between their evaluations.
-
-        Raises:
-          UserError: no runs, or two with one name.
-        """
-        if not runs:
-            raise UserError('There are no runs to compare: give at least one run folder.')
-        names = [run.name for run in runs]
-        twice = next((run for run in runs if names.count(run.name) > 1), None)
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError('no runs to compare: give at least one run folder.')
+        names = [run.name for run in self.runs]
+        twice = next((run for run in self.runs if names.count(run.name) > 1), None)
         if twice:
-            raise UserError(f'Two runs are called {twice.name!r} (one is {twice.path}); give them different names.')
-        branches = [run for run in runs if not run.from_zero]
-        warnings = []
-        if len({run.start[Axis.STEPS] for run in branches}) > 1:
-            starts = ', '.join(f'{run.name} at {run.start[Axis.STEPS]:,.0f}' for run in branches)
-            warnings.append(f'The branches start from different steps, so their extra costs do not compare: {starts}.')
-        sunk = _sunk(runs, branches)
-        report = cls(tuple(runs), sunk, {}, (), {}, tuple(warnings))
-        pair = [r for r in branches if r.role in (Role.DENSE_CONTINUATION, Role.UPCYCLED)]
-        if {r.role for r in pair} >= {Role.DENSE_CONTINUATION, Role.UPCYCLED}:
-            ends = {a: [x[-1] for r in pair for x in [report.curve(r, 'loss', a)[0]] if len(x)] for a in Axis}
-            budget = {a: float(min(e)) for a, e in ends.items() if len(e) == len(pair)}
-            report = dataclasses.replace(report, budget=budget)
-        base = report.find(Role.DENSE_CONTINUATION)
-        others = [r for r in report.branches if base and r is not base]
-        return dataclasses.replace(
-            report,
-            rows=tuple(report._row(run) for run in runs),
-            differences={r.name: report._differences(r, base) for r in others},
-        )
+            raise UserError(f'two runs are named {twice.name!r} (one is {twice.path}): rename one of the folders.')
+
+    @functools.cached_property
+    def _started(self) -> list[Run]:
+        """The runs that started from the dense checkpoint."""
+        return [run for run in self.runs if not run.from_zero]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about runs that do not compare."""
+        if len({run.start[Axis.STEPS] for run in self._started}) <= 1:
+            return []
+        starts = ', '.join(f'{run.name} at {run.start[Axis.STEPS]:,.0f}' for run in self._started)
+        return [f'The branches start from different steps, so their extra costs do not compare: {starts}.']
+
+    @functools.cached_property
+    def sunk(self) -> dict[Axis, float]:
+        """Cost of the dense checkpoint, per axis."""
+        sunk = {a: next((r.start[a] for r in self._started if r.start[a]), 0.0) for a in Axis}
+        dense = self.find(Role.DENSE)
+        if dense and self._started:
+            steps, _ = dense.curve('loss', Axis.STEPS)
+            for axis in Axis:
+                value = interpolate((steps, dense.curve('loss', axis)[0]), sunk[Axis.STEPS])
+                sunk[axis] = sunk[axis] or value or 0.0
+        return sunk
+
+    @functools.cached_property
+    def budget(self) -> dict[Axis, float]:
+        """The smallest extra cost that the dense continuation and every upcycled run reached, per axis; {} without these."""
+        pair = [r for r in self._started if r.role in (Role.DENSE_CONTINUATION, Role.UPCYCLED)]
+        if len({r.role for r in pair}) < 2:
+            return {}
+        ends = {a: [x[-1] for r in pair for x in [self.curve(r, 'loss', a)[0]] if len(x)] for a in Axis}
+        return {a: float(min(end)) for a, end in ends.items() if len(end) == len(pair)}
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the table, one per run."""
+        return [self._row(run) for run in self.runs]
 
     @property
     def branches(self) -> list[Run]:
-        """The runs drawn against extra cost: all but the dense run, unless none started from it."""
+        """The runs drawn against extra cost: all but the dense run; all runs if none started from it."""
         if all(run.from_zero for run in self.runs):
             return list(self.runs)
         return [run for run in self.runs if run.role is not Role.DENSE]
 
     def find(self, role: Role) -> Run | None:
-        """The first run of that role."""
+        """Returns the first run with a role, or None."""
         return next((run for run in self.runs if run.role is role), None)
 
     def curve(self, run: Run, metric: str, axis: Axis, split: str = 'validation') -> Curve:
-        """(extra cost, metric). A run from scratch counts whole, less the sunk cost: it may start below zero."""
+        """Returns (extra cost, metric). For a run from scratch: its whole cost minus the sunk cost, which can be negative."""
         x, y = run.curve(metric, axis, split)
         return (x - self.sunk[axis] if run.from_zero else x), y
 
     @property
     def dense(self) -> Mapping[str, float]:
-        """Validation loss and accuracy of the dense checkpoint, as the dense continuation or the dense run saw it."""
+        """Validation loss and accuracy of the dense checkpoint, from the dense continuation or else the dense run."""
         return {m: v for m in METRICS if (v := self._dense(m)) is not None}
 
     def _dense(self, metric: str) -> float | None:
@@ -152,16 +158,17 @@ class Report:
             accuracy_at_budget=at['accuracy'],
         )
 
-    def _differences(self, run: Run, base: Run) -> dict[Axis, Difference]:
-        result = {}
-        for axis, budget in self.budget.items():
-            ours, theirs = ([interpolate(self.curve(r, m, axis), budget) for m in METRICS] for r in (run, base))
-            gaps = [None if a is None or b is None else a - b for a, b in zip(ours, theirs, strict=True)]
-            result[axis] = Difference(budget, *gaps)
-        return result
+    def difference(self, branch: str, axis: Axis, metric: str) -> float | None:
+        """Returns a metric of a branch minus that of the dense continuation at the budget of an axis; None if unknown."""
+        base = self.find(Role.DENSE_CONTINUATION)
+        run = next((run for run in self.branches if run.name == branch and run is not base), None)
+        if base is None or run is None:
+            return None
+        ours, theirs = (interpolate(self.curve(r, metric, axis), self.budget.get(axis)) for r in (run, base))
+        return None if ours is None or theirs is None else ours - theirs
 
     def passes(self, run: Run, other: Run, axis: Axis = Axis.FLOPS) -> float | None:
-        """Extra cost from which the loss of `run` stays below that of `other`, as far as both go; else None."""
+        """Returns the extra cost from which the loss of `run` stays below that of `other`, as far as both go, or None."""
         (x, y), reference = self.curve(run, 'loss', axis), self.curve(other, 'loss', axis)
         if not len(x) or not len(reference[0]):
             return None
@@ -178,7 +185,7 @@ class Report:
 
 
 def reaches(curve: Curve, loss: float) -> float | None:
-    """The first cost at which the interpolated `curve` is down to `loss`; None if it never is."""
+    """Returns the first cost at which the interpolated `curve` reaches `loss`; None if it never does."""
     x, y = curve
     below = np.flatnonzero(y <= loss)
     if not len(below):
@@ -188,23 +195,13 @@ def reaches(curve: Curve, loss: float) -> float | None:
 
 
 def interpolate(curve: Curve, x: float | None) -> float | None:
-    """The curve's value at `x`, linear between its points; None outside them (never extrapolated)."""
+    """Interpolates the curve linearly at `x`; None outside its points: nothing is extrapolated."""
     xs, ys = curve
     if x is None or not len(xs):
         return None
     # Subtracting the sunk cost leaves a rounding error in a curve that ends at `x`.
     slack = 1e-12 * max(abs(xs[-1]), abs(xs[0]), abs(x))
     return float(np.interp(x, xs, ys)) if xs[0] - slack <= x <= xs[-1] + slack else None
-
-
-def _sunk(runs: Sequence[Run], branches: Sequence[Run]) -> dict[Axis, float]:
-    sunk = {a: next((r.start[a] for r in branches if r.start[a]), 0.0) for a in Axis}
-    dense = next((r for r in runs if r.role is Role.DENSE), None)
-    if dense and branches:
-        for axis in Axis:
-            value = interpolate((dense.curve('loss', Axis.STEPS)[0], dense.curve('loss', axis)[0]), sunk[Axis.STEPS])
-            sunk[axis] = sunk[axis] or value or 0.0
-    return sunk
 
 
 def _core_days(flops: float | None) -> float | None:
@@ -215,38 +212,30 @@ def _finite(value: Any) -> float | None:
     return value if is_number(value) else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Paired:
-    """Differences of one branch to the dense continuation of the same seed, in one metric at one axis's budget.
-
-    The mean lies in `mean` ± `half_width` with 95% confidence (Student's t over seeds; None for a single seed).
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paired(Sample):
+    """Differences of a branch to the dense continuation of the same seed, in one metric at the budget of one axis."""
 
     branch: str
     axis: Axis
     metric: str
-    values: tuple[float | None, ...]
-    mean: float
-    half_width: float | None
 
 
 def paired(reports: Sequence[Report]) -> list[Paired]:
-    """Paired differences over seeds, one report per seed. A seed that lacks a branch has None and does not count."""
+    """Returns the paired differences over seeds, given one report per seed. A seed without a branch has the value None."""
     result = []
-    for branch in dict.fromkeys(name for report in reports for name in report.differences):
+    for branch in dict.fromkeys(run.name for report in reports for run in report.branches):
         for axis in Axis:
             for metric in METRICS:
-                found = [report.differences.get(branch, {}).get(axis) for report in reports]
-                values = tuple(getattr(d, metric) if d else None for d in found)
-                known = [v for v in values if v is not None]
-                if known:
-                    mean = statistics.fmean(known)
-                    result.append(Paired(branch, axis, metric, values, mean, half_width(known)))
+                values = tuple(report.difference(branch, axis, metric) for report in reports)
+                pair = Paired(branch=branch, axis=axis, metric=metric, values=values)
+                if pair.known:
+                    result.append(pair)
     return result
 
 
 def mean_rows(reports: Sequence[Report]) -> list[Row]:
-    """The table's rows averaged over seeds, branch by branch; a value that some seed lacks is None."""
+    """Averages the table's rows over seeds, branch by branch; a value is None if any seed lacks it."""
     rows: dict[str, list[Row]] = {}
     for row in (row for report in reports for row in report.rows):
         rows.setdefault(row.branch, []).append(row)
@@ -260,27 +249,11 @@ def _mean_row(rows: Sequence[Row]) -> Row:
     return dataclasses.replace(rows[0], **means)
 
 
-_T_975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95% interval of the mean; beyond ten degrees of freedom t by its expansion (0.1% low at eleven)."""
-    n = len(values) - 1
-    if n < 1:
-        return None
-    z = statistics.NormalDist().inv_cdf(0.975)
-    expansion = z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
-    t = _T_975[n - 1] if n <= len(_T_975) else expansion
-    return t * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def compare_seeds(runs: Sequence[Run] | Sequence[Mapping[str, Run]]) -> list[Report]:
-    """One report per seed; a mapping's keys become the names of its runs, so that seeds line up."""
-    if not runs or isinstance(runs[0], Run):
-        return [Report.compare(runs)]
-    return [Report.compare([dataclasses.replace(run, name=n) for n, run in group.items()]) for group in runs]
+def compare_seeds(seeds: Sequence[Mapping[str, Run]]) -> list[Report]:
+    """Makes one report per seed; the keys of a mapping become the names of its runs, so that seeds can be paired."""
+    return [Report([dataclasses.replace(run, name=name) for name, run in runs.items()]) for runs in seeds]
 
 
 def warnings_of(reports: Sequence[Report]) -> list[str]:
-    """Of all seeds, each once."""
+    """Returns the warnings of all seeds, each once."""
     return list(dict.fromkeys(warning for report in reports for warning in report.warnings))

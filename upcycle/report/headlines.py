@@ -3,13 +3,14 @@
 import statistics
 from collections.abc import Iterator, Sequence
 
-from upcycle.report.compare import Paired, Report, Row, half_width, mean_rows, paired, reaches
-from upcycle.report.quantities import extra_text
+from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, reaches
 from upcycle.report.runs import Axis, Role
+from upcycle.report.sample import Sample
+from upcycle.report.text import extra_text
 
 
 def headlines(reports: Sequence[Report]) -> list[str]:
-    """The comparison in sentences: the gap at equal FLOPs, which run passes which and when, and when scratch catches up."""
+    """Describes the gap at equal FLOPs, when a run passes the dense continuation, and when MoE from scratch catches up."""
     report, lines = reports[0], []
     base = report.find(Role.DENSE_CONTINUATION)
     rows = {row.branch: row for row in mean_rows(reports)}
@@ -22,7 +23,7 @@ def headlines(reports: Sequence[Report]) -> list[str]:
 
 
 def _gap(report: Report, gap: Paired, ours: Row, theirs: Row) -> str:
-    """The difference of two losses at equal FLOPs."""
+    """Describes the difference of two losses at equal FLOPs."""
     verdict = 'lower (better)' if gap.mean < 0 else 'higher (worse)'
     values = ''
     if ours.loss_at_budget is not None and theirs.loss_at_budget is not None:
@@ -38,19 +39,19 @@ def _gap(report: Report, gap: Paired, ours: Row, theirs: Row) -> str:
 
 
 def _passing(reports: Sequence[Report], name: str, base: str) -> str:
-    """The cost from which a branch stays below another: the mean over the seeds in which it ends below."""
+    """Describes from which cost a branch stays below another: the mean over the seeds in which it ends below."""
     runs = [{run.name: run for run in report.runs} for report in reports]
-    found = [r.passes(by[name], by[base]) for r, by in zip(reports, runs, strict=True) if {name, base} <= by.keys()]
-    passed = [cost for cost in found if cost is not None]
+    costs = [r.passes(by[name], by[base]) for r, by in zip(reports, runs, strict=True) if {name, base} <= by.keys()]
+    passed = [cost for cost in costs if cost is not None]
     if not passed:
         return f'{name} is not below {base} where the shorter of the two ends.'
-    of = f', in {len(passed)} of {len(found)} seeds' if len(found) > 1 else ''
+    of = f', in {len(passed)} of {len(costs)} seeds' if len(costs) > 1 else ''
     mean = ' (mean)' if len(passed) > 1 else ''
     return f'{name} stays below {base} from {extra_text(statistics.fmean(passed), reports[0].sunk[Axis.FLOPS])}{mean} on{of}.'
 
 
 def _catching_up(reports: Sequence[Report], name: str) -> Iterator[str]:
-    """The cost of MoE from scratch to reach the last loss of a branch, of the dense checkpoint's cost: mean over seeds."""
+    """Describes the cost at which MoE from scratch reaches the final loss of a branch, as a share of the sunk cost."""
     costs = []
     for report in reports:
         scratch, sunk = report.find(Role.SCRATCH), report.sunk[Axis.FLOPS]
@@ -58,12 +59,10 @@ def _catching_up(reports: Sequence[Report], name: str) -> Iterator[str]:
         if scratch and sunk and run and len(target := run.curve('loss', Axis.FLOPS)[1]):
             cost = reaches(scratch.curve('loss', Axis.FLOPS), target[-1])
             costs.append(None if cost is None else cost / sunk)
-    known = [cost for cost in costs if cost is not None]
-    if costs and not known:
+    sample = Sample(values=tuple(costs))
+    if costs and not sample.known:
         yield f'{reports[0].find(Role.SCRATCH).name} has not come down to the last loss of {name}.'
     elif costs:
-        width = half_width(known)
-        spread = '' if width is None else f' ± {width:.0%}'
-        of = f' ({len(known)} of {len(costs)} seeds)' if len(costs) > 1 else ''
-        share = f"{statistics.fmean(known):.0%}{spread} of the dense checkpoint's cost"
+        of = f' ({len(sample.known)} of {len(costs)} seeds)' if len(costs) > 1 else ''
+        share = f"{sample.text('.0%')} of the dense checkpoint's cost"
         yield f'{reports[0].find(Role.SCRATCH).name} needs {share} to the last loss of {name}{of}.'

@@ -1,4 +1,4 @@
-"""The report as a page."""
+"""The report as an HTML page."""
 
 import html
 import pathlib
@@ -11,8 +11,8 @@ from upcycle.report.claims import Verdict
 from upcycle.report.claims import rows as claim_rows
 from upcycle.report.compare import Report, compare_seeds, warnings_of
 from upcycle.report.headlines import headlines
-from upcycle.report.plots import Plot, main_plots, other_plots
-from upcycle.report.plots.figure import of_the_first
+from upcycle.report.plots import ends, experts, quality, steps
+from upcycle.report.plots.figure import Plot, of_the_first
 from upcycle.report.runs import Run
 from upcycle.report.tables import Table, tables_of, write_csv
 
@@ -40,7 +40,7 @@ pre { background: var(--code); padding: .7rem; border-radius: 6px; overflow-x: a
 
 
 def write_report(
-    runs: Sequence[Run] | Sequence[Mapping[str, Run]],
+    seeds: Sequence[Mapping[str, Run]],
     out_dir: str | pathlib.Path,
     title: str,
     notes: Mapping[str, str] | None = None,
@@ -48,24 +48,32 @@ def write_report(
     first: Sequence[Plot] = (),
     tables: Mapping[str, Table] | None = None,
 ) -> pathlib.Path:
-    """Writes `report.html`, `report.csv` and one PNG per figure, which the page shows.
+    """Writes `report.html`, `report.csv` and the figures of the page, one PNG each.
 
     Args:
-      runs: the branches of one dense checkpoint; or one mapping of branch name to run per seed.
+      seeds: the branches of one dense checkpoint by name, one mapping per seed.
       out_dir: folder, made if absent.
       title: the page's heading.
-      notes: how to reproduce, shown as given; `evaluated_on` also goes into the captions.
-      verdicts: of the claims that the comparison was made to check.
-      first: plots to be shown before those of every report.
-      tables: more tables, by title, after the verdicts.
+      notes: how to reproduce the report, shown as given; `evaluated_on` is also shown in captions.
+      verdicts: verdicts on the paper's claims.
+      first: plots shown before the standard ones.
+      tables: more tables, by title, shown after the verdicts.
 
     Returns:
       The path of `report.html`.
     """
     notes = notes or {}
-    reports = compare_seeds(runs)
+    reports = compare_seeds(seeds)
     out = pathlib.Path(out_dir)
-    main, others = [*first, *main_plots(reports, notes.get('evaluated_on'))], other_plots(reports)
+    main = [*first, *quality.main_plots(reports, notes.get('evaluated_on'))]
+    others = [
+        *ends.step_zero_plot(reports),
+        *quality.drop_plot(reports),
+        *quality.from_zero_plot(reports),
+        *experts.expert_plots(reports),
+        steps.schedule_plot(reports),
+        steps.throughput_plot(reports),
+    ]
     parts = [
         *_head(title, reports),
         *_claims(verdicts),
@@ -168,7 +176,7 @@ def _receipts(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _receipt(run: Run, seed: str) -> Iterator[str]:
-    """The step-0 function check: every key may be missing, since `convert` leaves parts pending."""
+    """Shows the step-0 function check. Any key may be missing: `convert` leaves parts pending."""
     e, receipt = html.escape, run.receipt if isinstance(run.receipt, Mapping) else {}
     source, check = _part(receipt, 'source'), _part(receipt, 'function_check')
     yield f'<h2>Receipt of {e(run.name)}{e(seed)}</h2><p>'
@@ -191,7 +199,7 @@ def _receipt(run: Run, seed: str) -> Iterator[str]:
 
 
 def _part(of: object, key: str) -> Mapping[str, Any]:
-    """A mapping in a mapping; empty where either is something else."""
+    """Returns a mapping in a mapping; an empty one if either is something else."""
     value = of.get(key) if isinstance(of, Mapping) else None
     return value if isinstance(value, Mapping) else {}
 
@@ -201,7 +209,7 @@ def _fact(value: object) -> str:
 
 
 def _typical_tokens(reports: Sequence[Report]) -> Iterator[str]:
-    """Of every run with DIVERSITY_PERIOD the layer whose experts tell most about their tokens, at the last evaluation."""
+    """Shows, for every run with DIVERSITY_PERIOD, the layer with the largest token information at the last evaluation."""
     tables = [table for run in reports[0].runs if (table := _typical_tokens_of(run)) is not None]
     if not tables:
         return
@@ -213,7 +221,7 @@ def _typical_tokens(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _typical_tokens_of(run: Run) -> tuple[str, Table] | None:
-    """The title and table of one run."""
+    """Returns the title and the table of one run, or None."""
     last = next((r for r in reversed(run.split('diversity')) if 'experts/token_information' in r), {})
     layers = [key.rpartition('/')[0] for key in last if key.endswith('/typical_tokens')]
     if not layers:

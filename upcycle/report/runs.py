@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: the role of a run, what it logged, and its cost on each axis."""
+"""Reads run folders: the role of a run, its log, and its cost on each axis."""
 
 import dataclasses
 import enum
@@ -22,7 +22,7 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 
 class Role(enum.Enum):
-    """The part of a run in the paper's comparison."""
+    """The role of a run in the paper's comparison."""
 
     DENSE = 'dense'
     DENSE_CONTINUATION = 'dense continuation'
@@ -32,7 +32,7 @@ class Role(enum.Enum):
 
 
 class Axis(enum.Enum):
-    """A cost, and the key of its cumulative value in `metrics.jsonl`."""
+    """A kind of cost; the value is the key of its running total in `metrics.jsonl`."""
 
     FLOPS = 'flops'
     STEPS = 'step'
@@ -45,7 +45,7 @@ class Axis(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run folder, read. `records` are in order of writing; `receipt` is None unless the run was upcycled."""
+    """One run folder. `records` are in the order of writing; `receipt` is None unless the run was upcycled."""
 
     name: str
     path: epath.Path
@@ -54,39 +54,39 @@ class Run:
     receipt: Mapping[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     def split(self, split: str) -> list[Record]:
-        """The lines of one split, by step; of two lines at one step the later written counts."""
+        """Returns the lines of one split, sorted by step; if a step has two lines, the later one."""
         by_step = {r['step']: r for r in self.records if r.get('split') == split and 'step' in r}
         return [by_step[step] for step in sorted(by_step)]
 
     @functools.cached_property
     def start(self) -> dict[Axis, float]:
-        """Step, FLOPs and seconds of the checkpoint that the run started from; zeros when it started from nothing."""
+        """Step, FLOPs and seconds of the checkpoint that the run started from; 0 if it started from scratch."""
         keys = {Axis.FLOPS: 'sunk_flops', Axis.STEPS: 'start_step', Axis.SECONDS: 'sunk_seconds'}
         return {a: float(next((r[k] for r in self.records if r.get(k)), 0)) for a, k in keys.items()}
 
     @property
     def from_zero(self) -> bool:
-        """Whether the run started from nothing, so that its own cost is its whole cost."""
+        """Whether the run started from scratch, so that its own cost is its whole cost."""
         if self.role in (Role.DENSE, Role.SCRATCH):
             return True
         return self.role is Role.OTHER and not any(self.start.values())
 
     def cost(self, record: Record, axis: Axis) -> float:
-        """The cost of this run at `record`: steps, FLOPs or seconds since its start; nan if not logged."""
+        """Returns the steps, FLOPs or seconds from the start of the run to `record`; nan if not logged."""
         offset = self.start[axis] if axis is Axis.STEPS else 0.0
         return float(record.get(axis.value, math.nan)) - offset
 
     def curve(self, metric: str, axis: Axis, split: str = 'validation') -> Curve:
-        """(cost, metric) of every line of `split` that holds both as finite numbers; cost as in `cost`."""
+        """Returns (cost, metric) of every line of `split` in which both are finite numbers; cost as in `cost`."""
         points = [(self.cost(r, axis), r[metric]) for r in self.split(split) if is_number(r.get(metric))]
         array = np.array([p for p in points if math.isfinite(p[0])], float).reshape(-1, 2)
         return array[:, 0], array[:, 1]
 
     @property
     def routed_layers(self) -> list[str]:
-        """MoE layers with metrics of their own, such as `STACK/layers_1`: stack by stack, by the numbers in their names.
+        """MoE layers with logged metrics, such as `STACK/layers_1`, sorted by stack and by the numbers in their names.
 
-        Logs do not say in which order a model has its stacks; here it is the reverse of the alphabet's.
+        Logs do not contain the order of the stacks; they are sorted in reverse alphabetical order.
         """
         match = [re.fullmatch(r'experts/(.+)/[^/]+', key) for record in self.records for key in record]
         layers = {m.group(1) for m in match if m}
@@ -95,7 +95,7 @@ class Run:
 
 
 def stack_of(layer: str) -> str:
-    """The stack that a layer belongs to: the first part of its path."""
+    """Returns the stack of a layer: the first part of its path."""
     return layer.partition('/')[0]
 
 
@@ -103,20 +103,20 @@ def load_run(path: str | os.PathLike[str], role: Role | None = None, name: str |
     """Reads a run folder.
 
     Args:
-      path: folder with `metrics.jsonl` and perhaps `receipt.json`.
-      role: of the run; inferred from the folder's name and its metrics when None.
-      name: in figures and tables; the folder's name, with spaces for underscores, when None.
+      path: folder with `metrics.jsonl`, and `receipt.json` if the run was upcycled.
+      role: role of the run; None: inferred from the folder's name and the metrics.
+      name: name in figures and tables; None: the folder's name, with spaces for underscores.
 
     Raises:
-      UserError: no metrics, no complete line in them, or a broken line that is not the last.
+      UserError: there is no log, it has no complete line, or a line other than the last is damaged.
     """
     path = files.absolute(path)
     metrics = path / 'metrics.jsonl'
     if not metrics.is_file():
-        raise UserError(f'{path} is not a run folder: it has no metrics.jsonl; give the MODEL_DIR of a run.')
+        raise UserError(f'{path} is not a run folder, because it has no metrics.jsonl: name the MODEL_DIR of a run.')
     records = _read_log(metrics)
     receipt = _read_receipt(path / 'receipt.json')
-    # A folder's name need not be UTF-8, and a label must be.
+    # The name of a folder may not be UTF-8; a label must be.
     name = name or path.resolve().name.replace('_', ' ').encode(errors='backslashreplace').decode()
     run = Run(name, path, role or Role.OTHER, tuple(records), receipt)
     return run if role else dataclasses.replace(run, role=infer_role(run))
@@ -132,7 +132,7 @@ def _read_log(metrics: epath.Path) -> list[Record]:
             raise UserError(f'{metrics}, line {number}, {wrong}: remove that line, or run again.')
         records.append(record)
     if not records:
-        raise UserError(f'{metrics} holds no complete line yet; wait for the run to log its first step.')
+        raise UserError(f'{metrics} has no complete line yet: wait until the run has logged its first step.')
     return records
 
 
@@ -149,7 +149,7 @@ def _read_receipt(file: epath.Path) -> dict[str, Any] | None:
 
 
 def infer_role(run: Run) -> Role:
-    """The role of a run: by its folder's name, else by whether it has routers and started from a checkpoint."""
+    """Infers the role of a run from its folder's name, or else from its routers and whether it started from a checkpoint."""
     folder = run.path.resolve().name.lower()
     for word, role in (('scratch', Role.SCRATCH), ('upcycl', Role.UPCYCLED), ('contin', Role.DENSE_CONTINUATION)):
         if word in folder:
@@ -161,10 +161,10 @@ def infer_role(run: Run) -> Role:
 
 
 def chain(legs: Sequence[Run]) -> Run:
-    """Several runs as one, each of which started where the one before ended: their costs add up.
+    """Joins runs, each of which started where the previous one ended, into one run; their costs add up.
 
     Args:
-      legs: in order; name, role and sunk cost are the first one's, the receipt the last one's.
+      legs: the runs in order. Name, role and sunk cost are taken from the first, the receipt from the last.
     """
     first, *others = legs
     records = list(first.records)
@@ -172,6 +172,6 @@ def chain(legs: Sequence[Run]) -> Run:
         before = records[-1] if records else {}
         for record in leg.records:
             added = {key: record.get(key, 0.0) + before.get(key, 0.0) for key in ('flops', 'seconds')}
-            kept = {key: before[key] for key in ('start_step', 'sunk_flops', 'sunk_seconds') if key in before}
-            records.append({**record, **added, **kept})
+            start = {key: before[key] for key in ('start_step', 'sunk_flops', 'sunk_seconds') if key in before}
+            records.append({**record, **added, **start})
     return dataclasses.replace(first, records=tuple(records), receipt=legs[-1].receipt)

@@ -1,61 +1,59 @@
-"""The numbers of a comparison: tables as text, on the console, and in a CSV."""
+"""The numbers of a comparison: as tables of text, on the console, and in a CSV file."""
 
-import csv
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import rich.box
 import rich.console
-import rich.markup
 import rich.table
 
+from upcycle import tables
+from upcycle.report import text
 from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, warnings_of
 from upcycle.report.headlines import headlines
-from upcycle.report.quantities import cost_text, extra_text, metric_text
 from upcycle.report.runs import Axis, Run
+from upcycle.report.sample import Sample
+from upcycle.report.text import cost_text, extra_text, metric_text
 
-# A head and rows, as text.
+# The head and the rows, as text.
 Table = tuple[list[str], list[list[str]]]
 
 
-def print_table(report: Report | Sequence[Report], console: rich.console.Console | None = None) -> None:
-    """Prints headlines and tables; several reports are the seeds of one comparison."""
-    reports = [report] if isinstance(report, Report) else list(report)
-    console = console or rich.console.Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+def print_table(reports: Sequence[Report], console: rich.console.Console | None = None) -> None:
+    """Prints warnings, tables and headlines; several reports are the seeds of one comparison."""
+    console = console or tables.console(120)
     for warning in warnings_of(reports):
-        console.print(f'Warning: {warning}', style='yellow', markup=False)
+        console.print(f'Warning: {warning}', style='yellow')
     for name, (head, body) in tables_of(reports).items():
         table = rich.table.Table(title=name, title_justify='left', box=rich.box.SIMPLE_HEAD)
         for i, column in enumerate(head):
             table.add_column(column, justify='right' if i else 'left', overflow='fold')
         for row in body:
-            table.add_row(*map(rich.markup.escape, row))
+            table.add_row(*row)
         console.print(table)
     for line in headlines(reports):
-        console.print(f'- {line}', markup=False, highlight=False)
+        console.print(f'- {line}', highlight=False)
 
 
 def tables_of(reports: Sequence[Report]) -> dict[str, Table]:
-    """Titles and the tables under them, as text."""
+    """Returns the tables by title."""
     budget = reports[0].budget.get(Axis.FLOPS)
     mean = f', mean over {len(reports)} seeds' if len(reports) > 1 else ''
     at = f'; at equal FLOPs (*): {extra_text(budget, reports[0].sunk[Axis.FLOPS])}' if budget is not None else ''
     costs = ['+ steps', '+ FLOPs', '% sunk', '+ core-days', '+ time']
     head = ['branch', 'step', *costs, 'loss', 'accuracy', 'loss*', 'accuracy*']
     body = [_cells(row) for row in mean_rows(reports)]
-    tables = {f'Branches{mean}{at}': (head, body)}
+    result = {f'Branches{mean}{at}': (head, body)}
     differences = paired(reports)
     if differences:
         seeds = [f'seed {i}' for i in range(1, len(reports) + 1)] if len(reports) > 1 else []
         head = ['branch', 'at equal', 'budget', 'metric', *seeds, 'difference']
-        tables['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
+        result['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
     if times := [row for run in reports[0].runs if (row := _times(run))]:
         head = ['branch', 'time', 'steps', 'waiting for data', 'evaluations', 'checkpoints']
-        tables[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
-    return tables
+        result[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
+    return result
 
 
 def _cells(row: Row) -> list[str]:
@@ -75,7 +73,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _times(run: Run) -> list[str] | None:
-    """The time in a run's loop and its shares; None where they were not logged."""
+    """Returns the time in a run's loop and how it was spent; None if that was not logged."""
     last = next((record for record in reversed(run.records) if 'data_seconds' in record), None)
     if last is None:
         return None
@@ -88,30 +86,21 @@ def _times(run: Run) -> list[str] | None:
 
 
 def _difference(reports: Sequence[Report], p: Paired) -> list[str]:
-    def gap(value: float | None, sign: str = '+') -> str:
-        if value is None:
-            return '–'
-        return f'{value:{sign}.4f}' if p.metric == 'loss' else f'{100 * value:{sign}.2f}'
-
+    word, *style = {'loss': ('loss', '+.4f', 1.0), 'accuracy': ('accuracy, points', '+.2f', 100.0)}[p.metric]
     budget = cost_text(next(r.budget[p.axis] for r in reports if p.axis in r.budget), p.axis)
-    seeds = [gap(value) for value in p.values] if len(reports) > 1 else []
-    spread = f' ± {gap(p.half_width, "")}' if p.half_width is not None else ''
-    words = {'loss': 'loss', 'accuracy': 'accuracy, points'}
-    return [p.branch, p.axis.word, budget, words[p.metric], *seeds, gap(p.mean) + spread]
+    seeds = [Sample(values=(value,)).text(*style) for value in p.values] if len(reports) > 1 else []
+    return [p.branch, p.axis.word, budget, word, *seeds, p.text(*style)]
 
 
 def write_csv(reports: Sequence[Report], path: pathlib.Path) -> None:
-    """All numbers unrounded, a line per seed and branch."""
+    """Writes all numbers unrounded, one line per seed and branch."""
     names = [field.name for field in dataclasses.fields(Row)]
     gaps = [(axis, metric) for axis in Axis for metric in ('loss', 'accuracy')]
-    with path.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        extra = [f'{m}_difference_at_equal_{a.word.lower()}' for a, m in gaps]
-        writer.writerow(['seed', *names, 'budget_flops', *extra])
-        for seed, report in enumerate(reports, 1):
-            for row in report.rows:
-                found = report.differences.get(row.branch, {})
-                values = [getattr(row, name) for name in names]
-                values[names.index('role')] = row.role.value
-                differences = [getattr(found[a], m) if a in found else None for a, m in gaps]
-                writer.writerow([seed, *values, report.budget.get(Axis.FLOPS), *differences])
+    lines = []
+    for seed, report in enumerate(reports, 1):
+        for row in report.rows:
+            values = {name: getattr(row, name) for name in names} | {'role': row.role.value}
+            differences = [report.difference(row.branch, a, m) for a, m in gaps]
+            lines.append([seed, *values.values(), report.budget.get(Axis.FLOPS), *differences])
+    extra = [f'{m}_difference_at_equal_{a.word.lower()}' for a, m in gaps]
+    text.write_csv(path, ['seed', *names, 'budget_flops', *extra], lines)

@@ -1,4 +1,4 @@
-"""Making the leaves of a plan, one at a time, or one expert at a time, whole and on one device."""
+"""Makes the leaves of a plan on one device, one leaf or one expert at a time."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,29 +17,30 @@ from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, 
 
 Read = Callable[[str, jax.sharding.Sharding | None], jax.Array | np.ndarray]
 OnSource = Callable[[str, jax.Array | np.ndarray], None]
-# (path of an MLP) -> hidden states (N, D) of real tokens that it reads, on the host.
+# (path of an MLP) -> its inputs, hidden states (N, D) of real tokens on the host.
 Hidden = Callable[[str], np.ndarray]
 
 NEEDS_DATA = (
-    "ROUTER_INIT = 'hidden' needs hidden states on data, which only `upcycle train` has: use that, or another one."
+    "ROUTER_INIT = 'hidden' needs hidden states on data, which only `upcycle train` has: use that command, or another "
+    'ROUTER_INIT.'
 )
 
 
 class Maker:
-    """Makes a plan's leaves one at a time, or one expert at a time, whole and on one device.
+    """Makes the leaves of a plan on one device, one leaf or one expert at a time.
 
-    It is the same program wherever it runs, so that a leaf has the same bytes on any mesh, online and offline.
+    It runs the same program everywhere, so that a leaf has the same bytes on any mesh, online and offline.
 
     Args:
-      plan: what to make from what.
-      read: reads one leaf of the source.
+      plan: the plan.
+      read: reads one source leaf.
       new: leaves whose action is NEW.
-      on_source: called with every leaf that was read.
-      hidden: for ROUTER_INIT = 'hidden'.
-      key: of everything random; None: that of the surgery's seed.
+      on_source: called with every leaf that is read.
+      hidden: hidden states for ROUTER_INIT = 'hidden'.
+      key: random key; None: from the surgery's seed.
 
     Attributes:
-      lineages: of each MLP that was come to, for each of its experts, the MLPs that it is made of.
+      lineages: the lineage of each MLP made so far.
     """
 
     def __init__(
@@ -59,20 +60,20 @@ class Maker:
         self.lineages: dict[str, Lineage] = {}
 
     def source(self, name: str, sharding: jax.sharding.Sharding | None = None) -> jax.Array | np.ndarray:
-        """Reads a leaf of the source."""
+        """Reads a source leaf."""
         leaf = self._read(name, sharding)
         self._on_source(name, leaf)
         return leaf
 
     def expert(self, row: Row, index: int) -> jax.Array | np.ndarray:
-        """One expert's part of a leaf whose action is EXPERTS or TILE, without the expert axis.
+        """Makes one expert's part of a leaf whose action is EXPERTS or TILE, without the expert axis.
 
-        The sources of the row last asked for are kept, so ask for one row's experts after the other.
+        The sources of the latest row are cached, so make all experts of a row before the next row.
         """
-        made_of = self.lineage(row)[index]
+        parent_indices = self.lineage(row)[index]
         if row.action is Action.TILE and self.plan.alike(row):
-            made_of = (0,)  # the dense MLP's state, though the expert may start from scratch
-        parents = [self._parent(row, i) for i in made_of]
+            parent_indices = (0,)  # the dense MLP's state, even for a randomly initialised expert
+        parents = [self._parent(row, i) for i in parent_indices]
         if row.action is Action.TILE or self.plan.spec.operator.identical:
             return mean(row, len(parents), parents)
         mlp, name = mlp_of(row.target), within_mlp(row.target)
@@ -80,10 +81,10 @@ class Maker:
         return casts.cast(row.target, make(parents, index, key_for(self._key, mlp)), row.dtype)
 
     def pieces(self, row: Row) -> Iterator[tuple[int | None, jax.Array | np.ndarray]]:
-        """Yields a leaf in pieces, for callers without room for a whole stack of experts.
+        """Makes a leaf in pieces, for callers that cannot hold a whole stack of experts.
 
         Yields:
-          (index of an expert, its part), or (None, the whole leaf) where it has no expert axis.
+          (index of an expert, its part), or (None, the whole leaf) if it has no expert axis.
         """
         if row.action not in (Action.EXPERTS, Action.TILE):
             yield None, self.leaf(row)
@@ -93,8 +94,7 @@ class Maker:
             yield from ((index, self.expert(row, index)) for index in range(row.shape[0]))
 
     def leaf(self, row: Row) -> jax.Array | np.ndarray:
-        """A leaf that has no expert axis."""
-        spec = self.plan.spec
+        """Makes a leaf without an expert axis."""
         match row.action:
             case Action.KEEP | Action.MEAN:
                 return mean(row, len(row.sources), map(self.source, row.sources))
@@ -105,19 +105,22 @@ class Maker:
             case Action.NEW:
                 return self.new[row.target]
             case Action.REMAKE:
-                make = _compiled_whole(spec.dense_operator, row.shape, row.axes, leaf_names.pattern(row.target))
+                operator = self.plan.spec.dense_operator
+                make = _compiled_whole(operator, row.shape, row.axes, leaf_names.pattern(row.target))
                 made = make([self.source(name) for name in row.sources], key_for(self._key, row.target))
                 return casts.cast(row.target, made, row.dtype)
-        assert row.action is Action.ROUTER, row
-        if not row.shape:
-            # The scale of Soft MoE's cosines.
+            case Action.ROUTER:
+                return self._router(row)
+        raise ValueError(f'{row.target} has an expert axis')
+
+    def _router(self, row: Row) -> jax.Array:
+        if not row.shape:  # the scale of Soft MoE's cosine similarities
             return jnp.ones((), row.dtype)
-        key = key_for(self._key, row.target)
-        lineage = self.lineage(row)
-        # Soft MoE has several columns an expert, side by side.
+        spec, key, lineage = self.plan.spec, key_for(self._key, row.target), self.lineage(row)
+        # Soft MoE has several adjacent columns per expert, one per slot.
         slots = row.shape[1] // len(lineage)
         columns = [slots * e + c for e in spec.operator.router_columns(len(lineage)) for c in range(slots)]
-        lineage = tuple(tuple(slots * i + c for i in made_of) for made_of in lineage for c in range(slots))
+        lineage = tuple(tuple(slots * i + c for i in parents) for parents in lineage for c in range(slots))
         shape = (row.shape[0], 1 + max(columns))
         if spec.router_init in INHERITED:
             old = jnp.asarray(self.source(row.sources[0]), jnp.float32)
@@ -134,25 +137,25 @@ class Maker:
         return casts.cast(row.target, kernel[:, jnp.asarray(columns)], row.dtype)
 
     def lineage(self, row: Row) -> Lineage:
-        """For each expert of a row, which MLPs it is made of."""
+        """Returns the parents of each expert of a row."""
         plan, mlp = self.plan, mlp_of(row.target)
         if mlp not in self.lineages:
             num_experts = next(iter(plan.mlps[mlp].values())).num_experts
             measured = None
             for name, size in plan.measured.get(mlp, ()):
-                found = plan.spec.operator.measure(name, np.asarray(self._read(name, None)), size)
-                measured = found if measured is None else measured + found
+                statistic = plan.spec.operator.measure(name, np.asarray(self._read(name, None)), size)
+                measured = statistic if measured is None else measured + statistic
             self.lineages[mlp] = plan.spec.operator.lineage(num_experts, plan.num_mlps, measured)
         return self.lineages[mlp]
 
     def _parent(self, row: Row, index: int) -> jax.Array | np.ndarray:
-        """The row's leaf of one MLP."""
+        """Returns the source leaf of one parent MLP."""
         start = self.plan.spec.operator.starts_from
         name = row.sources[index if start is Start.SEVERAL else 0]
         if name not in self._held:
             self._held = {held: leaf for held, leaf in self._held.items() if held in row.sources}
             leaf = self.source(name)
-            # What every expert needs goes to the device once.
+            # A leaf that every expert needs is put on the device once.
             self._held[name] = jnp.asarray(leaf) if start is Start.DENSE else np.asarray(leaf)
         return self._held[name][index] if start is Start.MOE else self._held[name]
 
@@ -161,7 +164,7 @@ class Maker:
 def _compiled(operator: Operator, name: str, mlp: tuple[tuple[str, Leaf], ...], dtype: Any):
     def make(parents, index, key):
         made = operator.make(name, parents, dict(mlp), index, key)
-        # A narrower type is for `casts` to make and to look at.
+        # `casts` narrows and checks the type.
         return made.astype(jnp.promote_types(dtype, made.dtype))
 
     return jax.jit(make)
@@ -173,7 +176,7 @@ def _compiled_whole(operator: DenseOperator, shape: tuple[int, ...], axes: tuple
 
 
 def mean(row: Row, count: int, leaves: Iterable[jax.Array | np.ndarray]) -> jax.Array | np.ndarray:
-    """The mean of that many floating-point leaves; the largest of whole numbers. No more than one is held at a time."""
+    """Returns the mean of `count` floating-point leaves, or the maximum of integers. Holds one leaf at a time."""
     leaves = iter(leaves)
     total = next(leaves)
     if count > 1 and jnp.issubdtype(total.dtype, jnp.floating):

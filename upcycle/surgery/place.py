@@ -1,8 +1,6 @@
-"""Carrying out a plan: every leaf is made and put onto its devices."""
+"""Executes a plan: makes every leaf on its devices."""
 
 import functools
-import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +13,6 @@ from upcycle.surgery.make import Maker, OnSource, Read, mean
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.plan import Action, Plan, Row
 
-Progress = Callable[[str, int, int], None]
-
 
 def execute(
     plan: Plan,
@@ -26,26 +22,26 @@ def execute(
     new: Mapping[str, jax.Array],
     on_source: OnSource = lambda name, leaf: None,
     hidden: Callable[[Mapping[str, jax.Array], str], np.ndarray] | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, str], None] = lambda done, target: None,
     lineages: dict[str, Lineage] | None = None,
     key: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Makes every leaf of the target.
+    """Makes every target leaf.
 
-    Leaf by leaf: sources are read, and each device gets its part. What has to be computed from whole leaves is computed on one
-    device of each process; of experts that differ, a process makes those that its devices hold, one at a time. Apart from the
-    target, a device holds at most one leaf at any time.
+    Sources are read leaf by leaf, and each device gets its part. Leaves that need whole sources are computed on one device per
+    process. If experts differ, a process makes only those on its devices, one at a time. Besides the target, a device holds at
+    most one leaf.
 
     Args:
-      plan: what to make from what.
-      read: reads one leaf of the source onto a sharding, or whole onto the host where that is None.
-      shardings: of each target leaf.
+      plan: the plan.
+      read: reads one source leaf with a sharding, or whole onto the host if the sharding is None.
+      shardings: sharding of each target leaf.
       new: leaves whose action is NEW.
-      on_source: called with every leaf that was read, before it is freed.
-      hidden: for ROUTER_INIT = 'hidden': the states that the MLP of a path reads, from the target's leaves, routers missing.
-      progress: called with (target, leaves done, leaves in all).
-      lineages: filled with what each MLP's experts were made of.
-      key: of everything random; None: that of the surgery's seed.
+      on_source: called with every leaf that is read, before it is freed.
+      hidden: for ROUTER_INIT = 'hidden': (target leaves without routers, path of an MLP) -> inputs of that MLP.
+      progress: called with (leaves done, target).
+      lineages: filled with the lineage of each MLP.
+      key: random key; None: from the surgery's seed.
 
     Returns:
       The target, flat.
@@ -55,18 +51,16 @@ def execute(
     maker = Maker(plan, read, new=new, on_source=on_source, hidden=states, key=key)
     for row in plan.in_order():
         target[row.target] = _place(maker, row, shardings[row.target])
-        if progress is not None:
-            progress(row.target, len(target), len(plan.rows))
+        progress(len(target), row.target)
     if lineages is not None:
         lineages.update(maker.lineages)
     return {row.target: target[row.target] for row in plan.rows}
 
 
 def _place(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A leaf on its devices."""
+    """Makes a leaf on its devices."""
     match row.action:
         case Action.KEEP | Action.MEAN:
-            # The step counts for the optimizer's clock too, whose leaf is a copy of it.
             return mean(row, len(row.sources), (maker.source(name, sharding) for name in row.sources))
         case Action.ZEROS:
             return _zeros(row.shape, row.dtype, sharding)()
@@ -89,12 +83,12 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
-    """Slices as pairs of start and stop, which can be looked up."""
+    """Converts slices to hashable (start, stop) pairs."""
     return tuple(axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True))
 
 
 def _parts(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> dict[Bounds, np.ndarray]:
-    """What the devices of this process hold of a leaf whose experts differ, on the host; no other experts are made."""
+    """Makes, on the host, the parts that this process's devices hold of a leaf whose experts differ."""
     indices = sharding.addressable_devices_indices_map(row.shape).values()
     parts = {
         bounds: np.empty([stop - start for start, stop in bounds], row.dtype)
@@ -108,7 +102,7 @@ def _parts(maker: Maker, row: Row, sharding: jax.sharding.Sharding) -> dict[Boun
     return parts
 
 
-# Leaves of one shape share a program: compiling one for each takes longer than reading the checkpoint.
+# Leaves of the same shape share a program, because compilation takes longer than reading the checkpoint.
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,23 +116,7 @@ def _tile(shape: tuple[int, ...], sharding: jax.sharding.Sharding):
 
 
 def without_leading_axis(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The sharding of a leaf before its expert axis is added: what the experts are made of is whole on every expert shard."""
+    """The sharding of a leaf before its expert axis is added: the source is replicated over expert shards."""
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
     return sharding
-
-
-def print_progress(label: str) -> Progress:
-    """A progress line on standard error: leaves done, rate, time left."""
-    start = time.monotonic()
-    last = [start]
-
-    def show(target: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if jax.process_index() > 0 or (done < total and now - last[0] < 1.0):
-            return
-        last[0] = now
-        left = (now - start) / done * (total - done)
-        print(f'{label}: {done}/{total} leaves, {left:.0f} s left ({target})', file=sys.stderr, flush=True)
-
-    return show

@@ -1,4 +1,4 @@
-"""What a surgery is asked to do, and its plan: where every leaf of the target comes from."""
+"""The specification of a surgery and its plan: the source of every target leaf."""
 
 import dataclasses
 import enum
@@ -27,33 +27,34 @@ Axes = Mapping[str, tuple[str | None, ...]]
 EXPERT, ROUTER, SHARED, ROUTER_STATE, MIXING = 'expert', 'router', 'shared', 'router_state', 'mixing'
 COUNT = 'opt_state/count'
 PARAMS, STATES = 'params/', 'opt_state/param_states/'
-# Second moments, of which the mean over all entries is that of the parameter's squared gradients.
+# Second moments whose mean over all entries equals the mean of the parameter's squared gradients.
 MOMENTS = ('v', 'v_row')
 
 
 class OptimizerState(enum.StrEnum):
-    """What becomes of the dense run's optimizer state."""
+    """How the dense run's optimizer state is used."""
 
-    FRESH = 'fresh'  # zeros, the step clock goes on: the paper's language recipe, and what t5x does
-    FRESH_CLOCK = 'fresh_clock'  # zeros, and the decay clock starts anew
+    FRESH = 'fresh'  # zeros, the step clock continues: the paper's language recipe, as in t5x
+    FRESH_CLOCK = 'fresh_clock'  # zeros, and the decay clock restarts
     TILE = 'tile'  # repeated over the experts, fresh for routers: the paper's vision recipe
 
 
 @dataclasses.dataclass(frozen=True)
 class Surgery:
-    """What becomes of a checkpoint at the start of a run. Gin macros in brackets.
+    """How a run converts its initial checkpoint. Gin macros in brackets.
 
     Attributes:
-      operator: how experts are made: an operator, or the name of one with its default options, see
-        `surgery.operators.EXPERT_OPERATORS` [EXPERT_OPERATOR]; None: no MLP is expanded, the model goes on as it is.
-      dense_operator: how the leaves of a dense model are made: an operator, or the name of one, see
-        `surgery.operators.DENSE_OPERATORS` [DENSE_OPERATOR]; None: they are kept.
+      operator: operator that makes the experts, or its name for default options, see `surgery.operators.EXPERT_OPERATORS`
+        [EXPERT_OPERATOR]; None: no MLP is expanded.
+      dense_operator: operator that makes the leaves of a dense model, or its name, see `surgery.operators.DENSE_OPERATORS`
+        [DENSE_OPERATOR]; None: leaves are kept.
       router_init: see `surgery.router_init.RouterInit` [ROUTER_INIT].
-      router_stddev: of the routers' initialisation [ROUTER_INIT_STDDEV].
-      router_noise: on the columns that new experts copy, as a share of the router's own deviation [ROUTER_NOISE].
+      router_stddev: standard deviation of the router initialisation [ROUTER_INIT_STDDEV].
+      router_noise: noise on the router columns that new experts copy, relative to the router's standard deviation
+        [ROUTER_NOISE].
       optimizer_state: see `OptimizerState` [OPTIMIZER_STATE].
-      new_head: the model's head starts afresh, for other classes, and the checkpoint's is dropped [NEW_HEAD].
-      seed: seed of everything random in the surgery [UPCYCLE_SEED].
+      new_head: reinitialise the model's head, for other classes, and drop the checkpoint's [NEW_HEAD].
+      seed: random seed of the surgery [UPCYCLE_SEED].
     """
 
     operator: Operator | str | None = 'copy'
@@ -74,20 +75,21 @@ class Surgery:
             )
         if self.operator is not None and self.dense_operator is not None:
             raise UserError(
-                'EXPERT_OPERATOR and DENSE_OPERATOR are both set: the one makes experts, the other a dense model.'
+                'EXPERT_OPERATOR and DENSE_OPERATOR are both set: the first makes experts, the second a dense model; set one to '
+                'None.'
             )
         object.__setattr__(self, 'router_init', one_of(RouterInit, self.router_init, 'ROUTER_INIT'))
         object.__setattr__(self, 'optimizer_state', one_of(OptimizerState, self.optimizer_state, 'OPTIMIZER_STATE'))
         if self.new_head and self.operator is not None:
             raise UserError(
-                'NEW_HEAD = True with an EXPERT_OPERATOR would upcycle a model whose function is already gone: upcycle first, '
-                'then fine-tune.'
+                'NEW_HEAD = True with an EXPERT_OPERATOR would upcycle a model without a trained head: upcycle first, then '
+                'fine-tune.'
             )
         made_by = self.made_by
         if self.optimizer_state is OptimizerState.TILE and made_by is not None and not made_by.keeps_shape:
             raise UserError(
-                f"OPTIMIZER_STATE = 'tile' needs parameters of the shapes that the checkpoint has, and {made_by.name!r} changes "
-                "them: set OPTIMIZER_STATE = 'fresh'."
+                f"OPTIMIZER_STATE = 'tile' needs parameters with the checkpoint's shapes, and {made_by.name!r} changes them: set "
+                "OPTIMIZER_STATE = 'fresh'."
             )
 
     @property
@@ -97,22 +99,22 @@ class Surgery:
 
 
 class Action(enum.StrEnum):
-    """How a leaf of the target is made."""
+    """How a target leaf is made."""
 
     KEEP = 'keep'  # the source, unchanged
-    MEAN = 'mean'  # of the sources; of whole numbers, such as the step, the largest
+    MEAN = 'mean'  # the mean of the sources; the maximum of integers, such as the step
     EXPERTS = 'experts'  # by the expert operator
     REMAKE = 'remake'  # by the dense operator
-    ROUTER = 'router'  # by the router's initialisation, perhaps out of the checkpoint's router
-    RESIZE = 'resize'  # learned positions on a square grid, interpolated to a grid of another size
-    TILE = 'tile'  # the source, repeated over a leading expert axis; of several parents, each expert's own
+    ROUTER = 'router'  # by the router initialisation, which may use the checkpoint's router
+    RESIZE = 'resize'  # learned positions on a square grid, interpolated to another grid size
+    TILE = 'tile'  # the source repeated over a leading expert axis, or each expert's mean of its parents
     ZEROS = 'zeros'
-    NEW = 'new'  # by the trainer: the run's own random key, and a new head
+    NEW = 'new'  # by the trainer: the run's random key and a new head
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One leaf of the target. `axes` are its logical axes, () where nobody needs them."""
+    """One target leaf. `axes` are its logical axes, () if not needed."""
 
     target: str
     sources: tuple[str, ...]
@@ -121,22 +123,17 @@ class Row:
     dtype: Any
     axes: tuple[str | None, ...] = ()
 
-    @property
-    def expert_leaf(self) -> Leaf:
-        """Of a leaf of experts, what an operator needs to know."""
-        return Leaf(self.shape, self.axes)
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to do.
+    """The plan of a surgery.
 
     Attributes:
-      rows: one for every leaf of the target.
-      dropped: the leaves of the checkpoint that are not used on purpose, with the reason.
-      spec: what was asked for.
-      num_mlps: how many MLPs stand where one layer's experts will: 1, one in each checkpoint, or the experts that there are.
-      measured: for each MLP by its path, what the operator measures: the leaves, and the size of a parameter.
+      rows: one row per target leaf.
+      dropped: checkpoint leaves that are dropped on purpose, with the reason.
+      spec: the specification.
+      num_mlps: number of source MLPs per MoE layer: 1, the number of checkpoints, or the experts of the checkpoint.
+      measured: by path of the MLP, the leaves that the operator measures and the size of their parameter.
     """
 
     rows: tuple[Row, ...]
@@ -146,36 +143,36 @@ class Plan:
     measured: Mapping[str, tuple[tuple[str, int], ...]] = dataclasses.field(default_factory=dict)
 
     def in_order(self) -> list[Row]:
-        """The rows as they are carried out: routers last, since hidden states need everything else."""
+        """The rows in execution order: routers last, because hidden states need all other leaves."""
         return sorted(self.rows, key=lambda row: row.action is Action.ROUTER)
 
     def alike(self, row: Row) -> bool:
-        """Whether all experts of a row, whose action is EXPERTS or TILE, are the same."""
+        """True if all experts of a row with action EXPERTS or TILE are equal."""
         operator = self.spec.operator
         return operator.identical if row.action is Action.EXPERTS else operator.starts_from is Start.DENSE
 
     @functools.cached_property
     def mlps(self) -> Mapping[str, Leaves]:
-        """The experts' parameters by the path of their MLP and their names within it."""
-        found: dict[str, dict[str, Leaf]] = {}
+        """The experts' parameters by the path of their MLP and their name within it."""
+        mlps: dict[str, dict[str, Leaf]] = {}
         for row in self.rows:
             if row.action is Action.EXPERTS:
-                found.setdefault(mlp_of(row.target), {})[within_mlp(row.target)] = row.expert_leaf
-        return found
+                mlps.setdefault(mlp_of(row.target), {})[within_mlp(row.target)] = Leaf(row.shape, row.axes)
+        return mlps
 
 
 def is_clock(name: str) -> bool:
-    """Whether a leaf counts the optimizer's steps: `opt_state/count`, or one of several counters below that name."""
+    """True if a leaf counts optimizer steps: `opt_state/count`, or one of several counters below that name."""
     return name == COUNT or name.startswith(f'{COUNT}/')
 
 
 def mlp_of(target: str) -> str:
-    """Path of the MLP that a leaf of an MoE layer, or of its optimizer state, belongs to: such as 'params/layers_1/mlp'."""
+    """Path of the MLP of a leaf of an MoE layer or of its optimizer state, such as 'params/layers_1/mlp'."""
     segments = (PARAMS + target.removeprefix(STATES).removeprefix(PARAMS)).split('/')
     return '/'.join(segments[: next(i for i, segment in enumerate(segments) if segment in (EXPERT, ROUTER, SHARED))])
 
 
 def within_mlp(target: str) -> str:
-    """Name of an expert leaf within its MLP: 'wi_0/kernel'."""
+    """Name of an expert leaf within its MLP, such as 'wi_0/kernel'."""
     segments = target.split('/')
     return '/'.join(segments[segments.index(EXPERT) + 1 :])

@@ -1,4 +1,4 @@
-"""Planning a surgery: every leaf of the target gets its source, from names and shapes alone."""
+"""Plans a surgery: finds the source of every target leaf from names and shapes."""
 
 import math
 import re
@@ -40,22 +40,19 @@ def plan_surgery(
     head: Sequence[str] = (),
     grids: Sequence[str] = (),
 ) -> Plan:
-    """Finds every target leaf's source.
+    """Finds the source of every target leaf. Reads no data.
 
     Args:
       dense: leaves of the checkpoint, from its metadata.
-      sparse: leaves of the model that will be trained.
-      spec: what to do.
-      axes: logical axes of the target's parameters, which operators that work along an axis need.
-      head: paths of the parameters that `spec.new_head` starts afresh.
+      sparse: leaves of the model to train.
+      spec: the specification.
+      axes: logical axes of the target's parameters, for operators that work along an axis.
+      head: paths of the parameters that `spec.new_head` reinitialises.
       grids: last segments of the names of parameters that may be interpolated; see `models.Model`.
 
-    Returns:
-      The plan; it reads nothing.
-
     Raises:
-      DifferentLeaves: a leaf has no source, two, or one of another shape, or a dense leaf would be lost.
-      UserError: the checkpoint is of another kind than the operator's.
+      DifferentLeaves: a leaf has no source, two sources, or one of another shape, or a dense leaf is unused.
+      UserError: the operator needs another kind of checkpoint.
     """
     operator = spec.operator
     base, several, problems = _one_of_several(dense)
@@ -72,7 +69,7 @@ def plan_surgery(
 
     def add(target: str, action: Action, *sources: str) -> None:
         if action is Action.EXPERTS and not operator.reads:
-            reason = f'EXPERT_OPERATOR = {operator.name!r} starts experts from scratch'
+            reason = f'EXPERT_OPERATOR = {operator.name!r} initialises experts randomly'
             dropped.update(dict.fromkeys(sources, reason))
             sources = ()
         if several:
@@ -84,15 +81,15 @@ def plan_surgery(
     for target, leaf in sparse.items():
         if operator is not None and EXPERT in target.split('/') and target.startswith(PARAMS):
             operator.check(leaf.shape[0], num_mlps)
-        found = _without_source(target, base, spec, is_new=in_head(target))
-        if found is None and sources_of is not None and target.startswith((PARAMS, STATES)):
-            found = _remake(target, leaf, base, spec, sources_of(target))
-        if found is None:
-            found = _source(target, leaf, base, spec, logical.get(target, ()), grids)
-        if isinstance(found, str):
-            problems.append(found)
+        result = _without_source(target, base, spec, is_new=in_head(target))
+        if result is None and sources_of is not None and target.startswith((PARAMS, STATES)):
+            result = _remake(target, leaf, base, spec, sources_of(target))
+        if result is None:
+            result = _source(target, leaf, base, spec, logical.get(target, ()), grids)
+        if isinstance(result, str):
+            problems.append(result)
         else:
-            add(target, *found)
+            add(target, *result)
 
     used = {source for row in rows for source in row.sources}
     unfit = {match[1] or match[2] for problem in problems if (match := _UNFIT.search(problem))}
@@ -104,7 +101,7 @@ def plan_surgery(
         if reason is None and spec.dense_operator is not None:
             reason = spec.dense_operator.drops(source)
         if reason is None:
-            problems.append(f'{source} {_show(leaf)} of the checkpoint is used by no leaf of the model')
+            problems.append(f'{source} {_show(leaf)} of the checkpoint is not used by the model')
         else:
             dropped[source] = reason
     if problems:
@@ -113,13 +110,13 @@ def plan_surgery(
 
 
 def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool) -> tuple[Action | str, ...] | None:
-    """The action and sources of a leaf that is not the checkpoint's leaf of that name, or of its MLP; None: it is.
+    """Returns the action and sources of a leaf that is not made from the checkpoint's leaf of that name, or None.
 
     Args:
       target: the leaf.
       base: leaves of the checkpoint.
-      spec: what to do.
-      is_new: it belongs to a head that starts afresh.
+      spec: the specification.
+      is_new: the leaf belongs to a head that is reinitialised.
     """
     segments = target.split('/')
     is_router = spec.operator is not None and ROUTER in segments
@@ -127,7 +124,7 @@ def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool)
     if target == 'rng':
         return (Action.NEW,)
     if is_clock(target) and spec.optimizer_state is not OptimizerState.FRESH_CLOCK:
-        # The decay clock goes on with the step, also where the state itself starts afresh.
+        # The decay clock continues at the step, even if the moments are fresh.
         return Action.KEEP, target if target in base and (keeps_state or target != COUNT) else 'step'
     if target.startswith('opt_state/') and (is_router or is_new or not keeps_state):
         return (Action.ZEROS,)
@@ -141,21 +138,21 @@ def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool)
 
 
 def _why_dropped(name: str, sparse: Abstract, spec: Surgery) -> str | None:
-    """Why no leaf of the model is made of a leaf of the checkpoint; None: nothing says so."""
+    """Returns why a leaf of the checkpoint is dropped on purpose, or None if it must not be."""
     segments, operator = name.split('/'), spec.operator
     is_router = ROUTER in segments
     if ROUTER_STATE in segments:
-        return 'it follows the routing, and starts again at 0 where it is needed'
+        return 'router state restarts at 0'
     if is_router and any(MIXING in target.split('/') for target in sparse):
         return 'merged experts have no router'
     if name == 'rng':
-        return 'the run has a random key of its own'
+        return 'the run has its own random key'
     if name.startswith('opt_state/') and is_router and operator is not None:
         return 'routers start with fresh state'
     if name.startswith('opt_state/') and spec.optimizer_state is not OptimizerState.TILE:
         return f"OPTIMIZER_STATE = '{spec.optimizer_state}'"
     if is_router and operator is not None and operator.starts_from is Start.MOE:
-        return f"ROUTER_INIT = '{spec.router_init}' starts routers anew"
+        return f"ROUTER_INIT = '{spec.router_init}' reinitialises routers"
     return None
 
 
@@ -167,23 +164,26 @@ def _base_name(source: str) -> str:
 
 
 def _one_of_several(dense: Abstract) -> tuple[Abstract, int, list[str]]:
-    """The leaves that all of several checkpoints have, without their `@i`; their number, 0 for a single one; how they differ."""
+    """Returns the common leaves of several checkpoints without `@i`, the number of checkpoints (0 for one), and problems."""
     if not any(_SEVERAL.search(name) for name in dense):
         return dense, 0, []
     count = 1 + max(int(_SEVERAL.search(name)[0][1:]) for name in dense)
     base, problems = {}, []
     for name in dict.fromkeys(map(_base_name, dense)):
-        shapes = {getattr(dense.get(f'{name}@{i}'), 'shape', None) for i in range(count)}
-        if len(shapes) == 1:
+        shapes = [getattr(dense.get(f'{name}@{i}'), 'shape', 'missing') for i in range(count)]
+        if len(set(shapes)) == 1:
             base[name] = dense[f'{name}@0']
         else:
-            shown = ', '.join(str(getattr(dense.get(f'{name}@{i}'), 'shape', 'missing')) for i in range(count))
-            problems.append(f'{name} is not the same in all checkpoints: {shown}')
+            problems.append(f'{name} differs between the checkpoints: {", ".join(map(str, shapes))}')
     return base, count, problems
 
 
 def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) -> int:
-    """How many MLPs an operator starts from; refuses checkpoints of another kind than the operator's."""
+    """Returns the number of MLPs that an operator starts from.
+
+    Raises:
+      UserError: the operator needs another kind of checkpoint.
+    """
     operator = spec.operator
     if several and (operator is None or operator.starts_from is not Start.SEVERAL):
         subject = 'this run' if operator is None else f'EXPERT_OPERATOR = {operator.name!r}'
@@ -193,8 +193,8 @@ def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) ->
     if operator is None or operator.starts_from is not Start.MOE:
         if operator is not None and spec.router_init in INHERITED:
             raise UserError(
-                f"ROUTER_INIT = '{spec.router_init}' goes on with a checkpoint's router, and EXPERT_OPERATOR = "
-                f"{operator.name!r} starts from dense ones: use 'normal'."
+                f"ROUTER_INIT = '{spec.router_init}' needs the checkpoint's router, and EXPERT_OPERATOR = {operator.name!r} "
+                "starts from a dense checkpoint: use 'normal'."
             )
         return max(several, 1)
     experts = [name for name in sparse if name.startswith(PARAMS) and EXPERT in name.split('/')]
@@ -206,7 +206,8 @@ def _num_mlps(dense: Abstract, sparse: Abstract, spec: Surgery, several: int) ->
         )
     if len(counts) > 1:
         raise UserError(
-            f'The layers of the checkpoint have {sorted(counts)} experts, which no NUM_EXPERTS can go on with.'
+            f'EXPERT_OPERATOR = {operator.name!r} needs the same number of experts in all layers, and the layers of the '
+            f'checkpoint have {sorted(counts)}: use another checkpoint.'
         )
     return counts.pop()
 
@@ -218,15 +219,15 @@ _UNFIT = re.compile(rf'^(\S+) {_NEEDS} .*, not |{_NEEDS} .*, but (\S+) is ')
 def _remake(
     target: str, leaf: jax.ShapeDtypeStruct, dense: Abstract, spec: Surgery, sources: tuple[str, ...]
 ) -> tuple[Action | str, ...] | str:
-    """The action and sources of a leaf that the dense operator makes, or what is wrong."""
+    """Returns the action and sources of a leaf that the dense operator makes, or a problem."""
     if missing := [name for name in sources if name not in dense]:
-        return f'{target} {_show(leaf)} has no source: the checkpoint holds no {missing[0]}'
+        return f'{target} {_show(leaf)} has no source: the checkpoint has no {missing[0]}'
     shapes = [tuple(dense[name].shape) for name in sources]
     if not spec.dense_operator.fits(shapes, tuple(leaf.shape)):
         shown = ' and '.join(f'{name} {_show(dense[name])}' for name in sources)
-        return f'{target} {_show(leaf)} cannot be made of {shown} by DENSE_OPERATOR = {spec.dense_operator.name!r}'
-    kept = sources == (target,) and shapes == [tuple(leaf.shape)]
-    return (Action.KEEP if kept else Action.REMAKE, *sources)
+        return f'{target} {_show(leaf)} cannot be made from {shown} by DENSE_OPERATOR = {spec.dense_operator.name!r}'
+    unchanged = sources == (target,) and shapes == [tuple(leaf.shape)]
+    return (Action.KEEP if unchanged else Action.REMAKE, *sources)
 
 
 def _source(
@@ -237,18 +238,18 @@ def _source(
     axes: tuple[str | None, ...],
     grids: Sequence[str],
 ) -> tuple[Action, str] | str:
-    """The action and source of a leaf that must come from the checkpoint, or what is wrong."""
+    """Returns the action and source of a leaf that comes from the checkpoint, or a problem."""
     segments = target.split('/')
     from_moe = spec.operator is not None and spec.operator.starts_from is Start.MOE
     candidates = [target]
     if spec.operator is not None and not from_moe and (EXPERT in segments or SHARED in segments):
         candidates.append('/'.join(segment for segment in segments if segment not in (EXPERT, SHARED)))
-    found = [name for name in candidates if name in dense]
-    if not found:
-        return f'{target} {_show(leaf)} has no source: the checkpoint holds no {candidates[-1]}'
-    if len(found) > 1:
-        return f'{target} has two sources: {" and ".join(found)}'
-    (source,) = found
+    sources = [name for name in candidates if name in dense]
+    if not sources:
+        return f'{target} {_show(leaf)} has no source: the checkpoint has no {candidates[-1]}'
+    if len(sources) > 1:
+        return f'{target} has two sources: {" and ".join(sources)}'
+    (source,) = sources
     old = tuple(dense[source].shape)
     is_new_expert = EXPERT in segments and (source != target or from_moe)
     want = tuple(leaf.shape[1:]) if is_new_expert else tuple(leaf.shape)
@@ -269,27 +270,27 @@ def _source(
 
 
 def _measured(rows: list[Row], dense: Abstract, spec: Surgery) -> dict[str, tuple[tuple[str, int], ...]]:
-    """For each MLP the leaves that the operator measures."""
-    found: dict[str, list[tuple[str, int]]] = {}
+    """Returns, for each MLP, the leaves that the operator measures and the size of their parameter."""
+    mlps: dict[str, list[tuple[str, int]]] = {}
     wanted = () if spec.operator is None else spec.operator.measured
-    for row in rows if wanted else ():
-        if row.action is not Action.EXPERTS:
+    for row in rows:
+        if not wanted or row.action is not Action.EXPERTS:
             continue
         (name,) = row.sources
         state = STATES + name.removeprefix(PARAMS)
         moments = [f'{state}/{moment}' for moment in MOMENTS if f'{state}/{moment}' in dense]
         if 'opt_state' in wanted and not moments:
             raise UserError(
-                f"EXPERT_OPERATOR = '{spec.operator}' measures the optimizer's second moments, and the checkpoint holds none of "
+                f"EXPERT_OPERATOR = '{spec.operator}' measures the optimizer's second moments, and the checkpoint has none of "
                 f"{name}: use GROW_UTILITY = 'weight' or 'uniform'."
             )
         measured = [*([name] if 'params' in wanted else []), *(moments if 'opt_state' in wanted else [])]
-        found.setdefault(mlp_of(row.target), []).extend((leaf, math.prod(row.shape[1:])) for leaf in measured)
-    return {mlp: tuple(leaves) for mlp, leaves in found.items()}
+        mlps.setdefault(mlp_of(row.target), []).extend((leaf, math.prod(row.shape[1:])) for leaf in measured)
+    return {mlp: tuple(leaves) for mlp, leaves in mlps.items()}
 
 
 def _is_resized(old: tuple[int, ...], new: tuple[int, ...]) -> bool:
-    """Whether these are shapes (1, L, D) of positions on two square grids of different size."""
+    """True for shapes (1, L, D) of positions on square grids of different sizes."""
     if len(old) != 3 or len(new) != 3:
         return False
     squares = all(math.isqrt(shape[1]) ** 2 == shape[1] for shape in (old, new))
@@ -303,28 +304,26 @@ def _show(leaf: jax.ShapeDtypeStruct) -> str:
 def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surgery, head: Sequence[str]) -> UserError:
     if not any(name.startswith(STATES) for name in dense) and all(p.startswith('opt_state/') for p in problems):
         return UserError(
-            "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, of which nothing is read (`upcycle inspect` says "
-            "what is there and not read): set OPTIMIZER_STATE = 'fresh'."
+            "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, and none can be read (`upcycle inspect` lists what "
+            "is not read): set OPTIMIZER_STATE = 'fresh'."
         )
-    heading = (
-        'The checkpoint does not fit the model: it is of another architecture, or the sizes in the gin files differ'
-    )
+    heading = 'The checkpoint does not fit the model: it has another architecture, or the sizes in the gin files differ'
     has_experts, wants_experts = (any(EXPERT in name.split('/') for name in leaves) for leaves in (dense, wanted))
     wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
     inside = wrong_shape and all({EXPERT, SHARED} & {*segments} for segments in wrong_shape)
     if all(any(f'/{part}/' in problem for part in head) for problem in problems):
         heading = (
-            'The head of the checkpoint is not that of the model: to fine-tune on other classes, start a new one with '
-            'NEW_HEAD = True in runs/finetune.gin'
+            'The head of the checkpoint does not fit the model: to fine-tune on other classes, set NEW_HEAD = True in '
+            'runs/finetune.gin'
         )
     elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
         heading += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
     elif has_experts and not wants_experts and spec.operator is None:
-        heading += ' (it has experts and the model has none: include the file of moe/ that it was trained with)'
+        heading += ' (it has experts and the model has none: include its moe/ file)'
     elif wants_experts and not has_experts and spec.operator is None:
-        heading += ' (the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out)'
+        heading += ' (the model has experts and it has none: use runs/upcycle.gin, or remove the moe/ file)'
     elif inside and any(EXPERT in segments for segments in wrong_shape):
-        heading += " (narrower experts, EXPERT_GRANULARITY, are made by EXPERT_OPERATOR = 'granular' or 'partial')"
+        heading += " (EXPERT_GRANULARITY makes experts narrower: use EXPERT_OPERATOR = 'granular' or 'partial')"
     elif inside:
-        heading += ' (shared experts start as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
+        heading += ' (the shared experts together must be as wide as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
     return DifferentLeaves(heading, problems)

@@ -1,30 +1,25 @@
-"""Learned positions for a grid of another size."""
+"""Resizes learned positions to another grid size."""
 
 import math
 
 import jax
 import numpy as np
+from scipy import ndimage
 
 
-def resize_positions(pos_1xLxD: jax.Array, num_positions: int) -> jax.Array:
-    """Bilinear interpolation of a square grid of positions, its corners staying corners.
+def resize_positions(pos_1xLxD: jax.Array | np.ndarray, num_positions: int) -> np.ndarray:
+    """Interpolates a square grid of positions bilinearly, with aligned corners.
 
-    As vision_transformer and big_vision do it (`scipy.ndimage.zoom` of order 1) when a checkpoint meets inputs of another size.
+    Uses `scipy.ndimage.zoom` of order 1, as vision_transformer and big_vision do.
 
     Args:
-      pos_1xLxD: learned at L places.
-      num_positions: wanted.
+      pos_1xLxD: learned positions.
+      num_positions: number of positions in the result.
 
     Returns:
       (1, num_positions, D).
     """
     old, new = math.isqrt(pos_1xLxD.shape[1]), math.isqrt(num_positions)
-    at_N = np.linspace(0, old - 1, new)
-    below_N = np.minimum(at_N.astype(int), max(old - 2, 0))
-    weight_NxO = np.zeros((new, old), np.float32)
-    weight_NxO[np.arange(new), below_N] += 1 - (at_N - below_N)
-    weight_NxO[np.arange(new), np.minimum(below_N + 1, old - 1)] += at_N - below_N
-    grid_OxOxD = pos_1xLxD.reshape(old, old, -1)
-    with jax.default_matmul_precision('highest'):
-        grid_NxNxD = jax.numpy.einsum('no,mp,opd->nmd', weight_NxO, weight_NxO, grid_OxOxD)
-    return grid_NxNxD.reshape(1, new * new, -1).astype(pos_1xLxD.dtype)
+    grid_OxOxD = np.asarray(pos_1xLxD, np.float32).reshape(old, old, -1)
+    grid_NxNxD = ndimage.zoom(grid_OxOxD, (new / old, new / old, 1), order=1)
+    return grid_NxNxD.reshape(1, num_positions, -1).astype(pos_1xLxD.dtype)

@@ -1,4 +1,4 @@
-"""The receipt of a surgery: what was made from what, and whether the function survived, as JSON beside the checkpoint."""
+"""The receipt of a surgery, saved as JSON with the checkpoint: sources, options, and the function check."""
 
 import dataclasses
 import functools
@@ -24,31 +24,29 @@ from upcycle.surgery.router_init import INHERITED
 def make_receipt(
     plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str], lineages: Mapping[str, Lineage]
 ) -> dict[str, Any]:
-    """The receipt before the function check.
+    """Makes the receipt, with the function check pending.
 
     Args:
-      plan: that was carried out.
+      plan: the executed plan.
       source: path, format and step of the dense checkpoint.
       hashes: sha256 of each leaf that was read.
-      lineages: of each MLP, what its experts were made of; said where they differ in that.
+      lineages: the lineage of each MLP; recorded if there is more than one source MLP.
     """
     spec = plan.spec
-    several = spec.operator is not None and spec.operator.starts_from is not Start.DENSE
-    from_router = {'router_noise': spec.router_noise} if spec.router_init in INHERITED else {}
+    optional: dict[str, Any] = {}
+    if spec.router_init in INHERITED:
+        optional['router_noise'] = spec.router_noise
+    if spec.operator is not None and spec.operator.starts_from is not Start.DENSE:
+        optional['lineage'] = {mlp: [list(parents) for parents in lineage] for mlp, lineage in lineages.items()}
     return {
         'tool': f'upcycle {upcycle.__version__}',
         'source': dict(source),
         'operator': spec.made_by.name,
         'operator_options': dataclasses.asdict(spec.made_by),
         'router_init': f'{spec.router_init}({spec.router_stddev})',
-        **from_router,
         'optimizer_state': str(spec.optimizer_state),
         'seed': spec.seed,
-        **(
-            {'lineage': {mlp: [list(made_of) for made_of in lineage] for mlp, lineage in lineages.items()}}
-            if several
-            else {}
-        ),
+        **optional,
         'plan': [_as_json(row) for row in plan.rows],
         'dropped': dict(plan.dropped),
         'sha256': dict(hashes),
@@ -67,8 +65,10 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def carried_on(receipt: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """The receipt of a checkpoint that a run goes on with by a plan that makes no experts: a new head, other positions, router
-    state that a recipe adds. The other rows stay."""
+    """Updates the receipt of a checkpoint for a run whose plan makes no experts.
+
+    Rows change for a new head, resized positions and added router state; all others are kept.
+    """
     made = {row['target']: row for row in receipt['plan']}
     rows = [
         made[row.target] if row.action is Action.KEEP and row.target in made else _as_json(row) for row in plan.rows
@@ -77,7 +77,7 @@ def carried_on(receipt: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def mismatches(receipt: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[str]:
-    """How a checkpoint's parameters differ from those that its receipt says were made: names and shapes."""
+    """Lists the differences in names and shapes between a checkpoint's parameters and its receipt."""
     try:
         made = {row['target']: tuple(row['shape']) for row in receipt['plan'] if row['target'].startswith('params/')}
     except (KeyError, TypeError, AttributeError) as error:
@@ -96,16 +96,17 @@ def mismatches(receipt: Mapping[str, Any], leaves: Mapping[str, Any]) -> list[st
 
 @dataclasses.dataclass(frozen=True)
 class LayerCheck:
-    """One MoE layer against the dense MLP it came from, on the dense model's own activations; or, where it grew out of a smaller
-    MoE layer, against that, with 1 for w.
+    """Comparison of an MoE layer with its source on the dense model's activations.
+
+    The source is the dense MLP, or the smaller MoE layer that it grew from, with w = 1.
 
     Attributes:
-      covered: share of the real tokens that some expert took.
-      max_abs_difference_covered: largest |MoE - w * MLP| over covered tokens, where w is the token's sum of combine weights, that
-        of shared experts included; with normalised weights w is 1, so this is the distance to the dense MLP.
+      covered: fraction of real tokens that at least one expert takes.
+      max_abs_difference_covered: largest |MoE - w * MLP| over covered tokens. w is the token's sum of combine weights, shared
+        experts included; with normalised weights w is 1, and this is the distance to the dense MLP.
       max_abs_on_uncovered: the same over uncovered tokens, where w is 0 unless an expert is shared.
-      ratio: |MoE| / |MLP| over covered tokens (norms); about the mean sum of weights.
-      dense_rms: root mean square of the dense MLP's output, to read the differences against.
+      ratio: |MoE| / |MLP| over covered tokens (norms), about the mean of w.
+      dense_rms: root mean square of the dense MLP's output, as a scale for the differences.
       gap: |MoE - MLP| / |MLP| over all real tokens (norms).
     """
 
@@ -118,13 +119,13 @@ class LayerCheck:
 
 
 def reported(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A function check, or why there is none: it is a report, and whatever goes wrong in it ends no run."""
+    """Returns the result of a function check, or why it failed. A failing check never stops a run."""
     try:
         return check()
     except Exception as error:
         reason = next(iter(str(error).splitlines()), '') or type(error).__name__
         print(f'the model is not compared with its source: {reason}', file=sys.stderr, flush=True)
-        # No longer pending: what is trained from here on is not what the surgery made.
+        # Not pending any more: training now changes what the surgery made.
         return dict.fromkeys(('whole_model', 'layers'), f'not compared: {reason}')
 
 
@@ -135,16 +136,16 @@ def check_function(
     batch: Mapping[str, jax.Array],
     source: Model | None = None,
 ) -> dict[str, Any]:
-    """Layer by layer, and as a whole: does the upcycled model compute what the one does that it was made of?
+    """Compares the upcycled model with its source, layer by layer and as a whole.
 
-    Beyond one layer uncovered tokens reach covered ones through attention, so the whole model's gap is a report, not a test.
+    Across layers, uncovered tokens influence covered ones through attention, so the gap of the whole model is only reported.
 
     Args:
       model: the sparse model.
-      dense_params: of the source: arrays, or `streamed.Unread`, of which devices hold one layer's at a time.
-      sparse_params: of `model`.
+      dense_params: parameters of the source: arrays, or `streamed.Unread`, which devices hold one layer at a time.
+      sparse_params: parameters of `model`.
       batch: any batch; evaluation capacity is used.
-      source: None: `model.dense()`; or a model with fewer experts, or any other one.
+      source: the source model, which may have experts; None: `model.dense()`.
 
     Returns:
       {'layers': {path: LayerCheck as a dict}, 'whole_model': {...}}.
@@ -157,7 +158,7 @@ def check_function(
         else:
             values = compare(name, _below(sparse_params, name), *value)
             layers[name] = dataclasses.asdict(LayerCheck(*(float(value) for value in values)))
-        # Else this layer's activations would be held while the next one's are computed.
+        # Free this layer's activations before the next ones are computed.
         del value
     whole['sparse_loss'] = float(loss(sparse_params, batch))
     whole['loss_gap'] = whole['sparse_loss'] - whole['dense_loss']
@@ -168,12 +169,12 @@ LOSS = 'loss'
 
 
 def function_checks(model: Model, source: Model) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """The programs of `check_function`.
+    """Builds the programs of `check_function`.
 
     Returns:
-      The loss of the model, (parameters, batch) -> scalar; to be streamed, from the source's parameters and the batch to its loss
-      and the activations of its MLPs at the paths of the model's MoE layers; and (path, the MoE layer's parameters, activations)
-      -> the values of `LayerCheck`.
+      loss: (model parameters, batch) -> loss.
+      source_results: (source parameters, batch) -> loss and the activations of its MLPs at the model's MoE layers; for streaming.
+      compare: (path, parameters of the MoE layer, activations) -> the values of `LayerCheck`.
     """
     layers = model.moe_layers()
 
@@ -196,7 +197,7 @@ def function_checks(model: Model, source: Model) -> tuple[Callable[..., Any], Ca
 
 
 def _first_alike(model: Model, path: str) -> str:
-    """The first MoE layer of the same kind, whose program this one can share."""
+    """Path of the first MoE layer of the same kind, so that layers share compiled programs."""
     layers = model.moe_layers()
     return next(other for other in layers if layers[other] == layers[path])
 
@@ -204,17 +205,18 @@ def _first_alike(model: Model, path: str) -> str:
 def check_layer(
     model: Model, path: str, dense: Mapping[str, jax.Array], sparse: Mapping[str, jax.Array], num_tokens: int
 ) -> LayerCheck:
-    """One MoE layer on its own, on seeded normal activations in float32.
+    """Compares one MoE layer with its dense MLP on seeded normal activations in float32.
 
     Args:
       model: the sparse model.
-      path: of the layer.
-      dense: leaves of the dense MLP by their names within it: 'wi_0/kernel'.
-      sparse: leaves of the layer by theirs: 'expert/wi_0/kernel', 'router/router_weights/w/kernel'.
-      num_tokens: of the activations, all in one group.
+      path: path of the layer.
+      dense: leaves of the dense MLP by name within it, such as 'wi_0/kernel'.
+      sparse: leaves of the layer by name within it: 'expert/wi_0/kernel', 'router/router_weights/w/kernel'.
+      num_tokens: number of tokens, all in one group.
     """
     width = next(leaf.shape[0] for name, leaf in sparse.items() if name.startswith('router/') and leaf.ndim == 2)
-    mlp_dim = next(size for leaf in dense.values() if leaf.ndim == 2 for size in _without(leaf.shape, width))
+    kernel = next(leaf.shape for leaf in dense.values() if leaf.ndim == 2)
+    mlp_dim = kernel[1] if kernel[0] == width else kernel[0]
     sizes = (num_tokens, width, mlp_dim)
     kind = _first_alike(model, path)
     values = _check_layer(model, kind, sizes, unflatten_dict(dense, sep='/'), unflatten_dict(sparse, sep='/'))
@@ -231,11 +233,6 @@ def _check_layer(model: Model, path: str, sizes: tuple[int, int, int], dense: Pa
     x_BxLxD = jax.random.normal(jax.random.key(0), (1, num_tokens, width), jnp.float32)
     y_BxLxD = mlp.apply({'params': dense}, x_BxLxD, False)
     return _compare(layer, sparse, x_BxLxD, y_BxLxD, jnp.ones(x_BxLxD.shape[:2], bool), of_mlp=True)
-
-
-def _without(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """A matrix's other axis."""
-    return shape[1:] if shape[0] == size else shape[:1]
 
 
 def _below(params: Params, path: str) -> Params:
@@ -259,7 +256,7 @@ def _compare(layer: nn.Module, params: Params, x_BxLxD, y_BxLxD, real_BxL, *, of
     def norm(z_BxLxD, where_BxL):
         return jnp.sqrt(jnp.sum(jnp.square(z_BxLxD * where_BxL[..., None])))
 
-    # The output of an MoE layer is weighted already.
+    # The output of an MoE layer is already weighted.
     difference_BxLxD = moe_BxLxD - (weight_BxL[..., None] if of_mlp else 1.0) * y_BxLxD
     return (
         covered_BxL.sum() / jnp.maximum(real_BxL.sum(), 1),

@@ -1,4 +1,4 @@
-"""Ways to start a router, by name. Pure functions that give a float32 kernel (D, E)."""
+"""Router initialisations, by name: pure functions that return a float32 kernel (D, E)."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -10,31 +10,31 @@ from upcycle.errors import UserError
 
 
 class RouterInit(enum.StrEnum):
-    """Where a router's columns, the experts' vectors, come from."""
+    """The source of a router's columns, one per expert."""
 
     NORMAL = 'normal'
     ORTHOGONAL = 'orthogonal'
-    HIDDEN = 'hidden'  # centres of clusters of the hidden states that the layer reads
-    COPIED = 'copied'  # the checkpoint's router; a new expert has its parents' column, with a little noise
-    EXTENDED = 'extended'  # the checkpoint's router; new experts' columns are drawn
+    HIDDEN = 'hidden'  # cluster centres of the hidden states that the layer reads
+    COPIED = 'copied'  # the checkpoint's router; new experts copy their parents' columns with a little noise
+    EXTENDED = 'extended'  # the checkpoint's router; columns of new experts are drawn
 
 
-# These keep the columns that a checkpoint has.
+# These keep the columns of the checkpoint.
 INHERITED = (RouterInit.COPIED, RouterInit.EXTENDED)
 
 
 def normal(shape: tuple[int, int], stddev: float, key: jax.Array) -> jax.Array:
-    """Weights ~ N(0, stddev^2) (the paper: 0.02)."""
+    """Draws weights from N(0, stddev^2); 0.02 in the paper."""
     return stddev * jax.random.normal(key, shape, jnp.float32)
 
 
 def orthogonal(shape: tuple[int, int], stddev: float, key: jax.Array) -> jax.Array:
-    """Experts' vectors at right angles (as far as D has room for E), their entries' root mean square `stddev`.
+    """Draws orthogonal columns (if E <= D) whose entries have root mean square `stddev`.
 
-    Against routers whose experts start out wanting the same tokens; asked for in mergekit's pull request 664.
+    Experts then do not start with the same preferences; requested in mergekit's pull request 664.
     """
     D, E = shape
-    # Of E <= D orthonormal columns the mean square is 1 / D; of more columns than rows, the rows are orthonormal.
+    # The mean square of E <= D orthonormal columns is 1 / D; with E > D the rows are orthonormal.
     scale = stddev * jnp.sqrt(max(D, E))
     return scale * jax.nn.initializers.orthogonal()(key, shape, jnp.float32)
 
@@ -54,15 +54,15 @@ def inherited(
     noise: float,
     key: jax.Array,
 ) -> jax.Array:
-    """The router of more experts than there were: the old columns as they are, then those of the new experts.
+    """Extends a router to more experts: the old columns unchanged, then those of the new experts.
 
     Args:
       old_DxO: the checkpoint's router.
-      lineage: for each expert, the old ones that it is made of; the first O are the old ones themselves.
+      lineage: parents of each expert; the first O experts are the old ones.
       init: COPIED: the mean of the parents' columns, with noise (arXiv 2604.19835). EXTENDED: N(0, stddev^2).
-      stddev: of EXTENDED.
-      noise: of COPIED, as a share of the old router's own deviation.
-      key: of this router.
+      stddev: standard deviation for EXTENDED.
+      noise: noise for COPIED, relative to the standard deviation of the old router.
+      key: key of this router.
     """
     D, O = old_DxO.shape
     drawn_DxN = jax.random.normal(key, (D, len(lineage) - O), jnp.float32)
@@ -74,18 +74,18 @@ def inherited(
     return jnp.concatenate([old_DxO, new_DxN], axis=1)
 
 
-def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array, *, steps: int = 20) -> jax.Array:
-    """Centres of clusters of hidden states, one a column, at the size of `normal`.
+def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array) -> jax.Array:
+    """Clusters hidden states and returns the centres as router columns, with the scale of `normal`.
 
-    Hidden states have a large common part, by which no router can tell them apart, so their mean is taken off first. Spherical
-    k-means, since a router compares directions. After mergekit's `hidden` gate, whose vectors are mean hidden states of prompts.
+    The mean is subtracted first, because it does not distinguish the states. Uses 20 steps of spherical k-means, because a
+    router compares directions. An empty cluster keeps its centre. After mergekit's `hidden` gate, whose vectors are mean hidden
+    states of prompts.
 
     Args:
       x_NxD: hidden states of real tokens.
-      num_columns: of the router.
+      num_columns: number of router columns.
       stddev: root mean square of a column's entries.
-      key: chooses the first centres among the states.
-      steps: of Lloyd's algorithm. A cluster that loses all its states keeps its centre.
+      key: key for choosing the initial centres among the states.
     """
 
     def unit(v_NxD: jax.Array) -> jax.Array:
@@ -105,5 +105,5 @@ def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array, 
         sum_CxD = nearest_NxC.T @ x_NxD
         return jnp.where(nearest_NxC.sum(axis=0)[:, None] > 0, unit(sum_CxD), centre_CxD), None
 
-    centre_CxD, _ = jax.lax.scan(step, x_NxD[first], None, length=steps)
+    centre_CxD, _ = jax.lax.scan(step, x_NxD[first], None, length=20)
     return stddev * jnp.sqrt(x_NxD.shape[1]) * centre_CxD.T

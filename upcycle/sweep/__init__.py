@@ -1,6 +1,6 @@
-"""Sweeps: grids of runs, described by a file of `configs/` or on the command line, run by a launcher.
+"""Sweeps: grids of runs, described by a file of `configs/` or by the command line, started by a launcher.
 
-`points.py` is a run of a grid and its progress, `grid.py` makes grids and reads configs, `paper/` makes those of the paper's
-figures. `command.py` is `upcycle sweep`: `conduct.py` starts the points that are not finished, on a launcher of `launchers.py`;
-`board.py` shows them; `reports.py` writes comparisons at the end; `programs.py` compiles instead.
+`points.py` is one run and its progress; `grid.py` makes grids and loads configs; `paper/` makes the configs of the paper's
+figures. `command.py` is `upcycle sweep`: `conduct.py` starts the unfinished points on a launcher of `launchers.py`, `board.py`
+shows their progress, `reports.py` writes the comparisons, and `programs.py` compiles programs instead of running points.
 """

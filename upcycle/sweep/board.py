@@ -1,4 +1,4 @@
-"""Shows how far a grid is."""
+"""Shows the progress of a grid."""
 
 import re
 import time
@@ -8,17 +8,17 @@ from rich.live import Live
 from rich.table import Table
 
 from upcycle import tables
-from upcycle.metrics import clock
+from upcycle.progress import clock
 from upcycle.sweep.conduct import Entry, seconds_left
 from upcycle.sweep.points import Status
 
 COLUMNS = ('validation/loss', 'validation/accuracy')
-# More columns, where a run has logged them: the one number of an evaluator.
+# Summary metrics of evaluators: shown as more columns if any run has logged them.
 SUMMARIES = re.compile(r'few_shot/.*shot|tasks/average')
 
 
 def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:
-    """The grid: a line a point. `slots` run at once."""
+    """Returns the grid as a table with one row per point; `slots` runs run at once."""
     counts = {status: sum(entry.status is status for entry in entries) for status in Status}
     title = ', '.join(f'{count} {status}' for status, count in counts.items() if count)
     left = seconds_left(entries, slots)
@@ -39,10 +39,10 @@ def table_of(entries: Sequence[Entry], slots: int = 1) -> Table:
 
 
 class Board:
-    """Shows a grid: in place on a terminal; elsewhere a line for every change of a state, and one a minute.
+    """Shows a grid: in place on a terminal; elsewhere as a line per change of a status, and one per minute and run.
 
     Args:
-      slots: runs at once.
+      slots: number of runs at once.
     """
 
     def __init__(self, slots: int = 1) -> None:
@@ -66,7 +66,7 @@ class Board:
             self._console.print(table_of(self._entries, self._slots))
 
     def show(self, entries: Sequence[Entry]) -> None:
-        """Prints where the grid is."""
+        """Shows the current state."""
         self._entries = entries
         if self._live is not None:
             self._live.update(table_of(entries, self._slots), refresh=True)

@@ -1,4 +1,4 @@
-"""`upcycle sweep`: from the command line's options to a grid that is run or printed."""
+"""`upcycle sweep`: runs or prints the grid that the command line describes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,36 +30,37 @@ def sweep(
     environment: Mapping[str, str],
     only: str | None = None,
 ) -> int:
-    """Runs the points of a grid that are not finished.
+    """Runs the unfinished points of a grid.
 
     Args:
       config: a file of `configs/`; None: the grid is `axes` over `gin_files`.
-      scale: handed to the config; None: its own default.
-      gin_files: with a config, put before those of its points.
-      axes: of `--grid`.
-      bindings: of every point.
+      scale: passed to the config; None: the config's default.
+      gin_files: with a config, included before the gin files of its points.
+      axes: the --grid options.
+      bindings: bindings of every point.
       launcher_name: a name in `LAUNCHERS`, or 'print'.
-      jobs: runs at once; programs are compiled one after the other.
-      cluster: options of a launcher that takes some.
-      out: the sweep's folder; None: runs/NAME. In a bucket there are the runs alone, and the rest in runs/NAME.
-      environment: of the runs.
-      only: a pattern of names, such as 'language_xl/*': these points and what they start from, and no report.
+      jobs: number of runs at once; programs are always compiled one by one.
+      cluster: options of the launcher, if it takes any.
+      out: the sweep's folder; None: runs/NAME. If it is in a bucket, it holds only the run folders; the other files are
+        written to runs/NAME.
+      environment: environment variables of the runs.
+      only: a pattern of names, such as 'language_xl/*': run only these points and the points they start from, without a report.
 
     Returns:
-      0 when every point is finished, 1 when one failed.
+      0 if every point is finished, 1 if one failed.
 
     Raises:
-      UserError: before anything is started, where a point does not fit.
+      UserError: a point is wrong; raised before anything is started.
     """
     if (config is None) == (not axes):
-        raise UserError('name either an experiment with --config or axes with --grid NAME=a,b,c, and not both.')
+        raise UserError('name either an experiment with --config, or axes with --grid NAME=a,b,c, but not both.')
     if jobs < 1:
         raise UserError(f'--jobs={jobs} must be at least 1.')
     if scale is not None and config is None:
-        raise UserError(f"--scale={scale} is an experiment's: it goes with --config.")
+        raise UserError(f'--scale={scale} needs --config: a grid has no scales.')
     experiment = grid.load(config, scale) if config is not None else grid.from_command_line(gin_files, axes)
     if only is not None and experiment.get('compile'):
-        raise UserError('--only chooses runs, and the compiled scale has programs: leave it out.')
+        raise UserError('--only selects runs, and the compiled scale has none: remove --only.')
     out = os.path.join('runs', experiment.name) if out is None else out
     if launcher_name != PRINT:
         outputs.check('--out', out, outputs.Kind.FOLDER, local=bool(experiment.get('compile')))
@@ -73,9 +74,9 @@ def sweep(
             print(point.command)
         return 0
     entries = conduct.check(points)
-    # The sweep's own files are local; its runs may lie in a bucket.
+    # Only run folders may be in a bucket.
     out = os.path.join('runs', experiment.name) if files.is_remote(out) else out
-    # Seeds of one setting are one program.
+    # Seeds of one setting share a compiled program.
     environment = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath(os.path.join(out, 'programs')), **environment}
     with conduct.lock(out) as held:
         conduct.record(points, out, {'name': experiment.name, 'config': config, 'scale': scale})
@@ -83,26 +84,26 @@ def sweep(
         if not _run(entries, out, launcher):
             return 1
         if len(points) < len(every):
-            print(f'--only left out {len(every) - len(points)} of {len(every)} runs: no report.')
+            print(f'--only skipped {len(every) - len(points)} of {len(every)} runs: no report.')
             return 0
         return _conclude(experiment, entries, out, launcher)
 
 
 def _run(entries: list[conduct.Entry], out: str, launcher: Launcher) -> bool:
-    """Runs the points that are not finished; returns whether all are now."""
+    """Runs the unfinished points; returns whether all are finished now."""
     with Board(launcher.slots) as board:
         conduct.conduct(entries, out, launcher, board.show)
     for entry in entries:
         if entry.status is Status.FAILED:
             print(f'{entry.point.name} failed: {entry.reason} ({conduct.log_of(out, entry.point.name)})')
     if any(entry.status is not Status.FINISHED for entry in entries):
-        print('the same command tries again what is not finished.')
+        print('repeat the command: it tries the unfinished runs again.')
         return False
     return True
 
 
 def _conclude(experiment: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
-    """Reports, means and the best point of a grid whose runs are all finished; the exit status."""
+    """Writes reports and means and chooses the best point of a finished grid; returns the exit status."""
     for report in experiment.get('reports', ()):
         write_comparison(report, {entry.point.name: entry.point.command for entry in entries}, out)
     if experiment.get('mean'):
@@ -111,7 +112,7 @@ def _conclude(experiment: ml_collections.ConfigDict, entries: list[conduct.Entry
 
 
 def _best(experiment: ml_collections.ConfigDict, entries: list[conduct.Entry], out: str, launcher: Launcher) -> int:
-    """Prints the best point, and evaluates it with the bindings of `test`; the exit status."""
+    """Prints the best point and evaluates it with the bindings of `test`; returns the exit status."""
     entry, value = conduct.best_of(entries, experiment.select)
     print(f'best by {experiment.select.metric}: {entry.point.name}, {value:.4f}')
     if not experiment.get('test'):

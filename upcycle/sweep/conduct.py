@@ -1,4 +1,4 @@
-"""Runs a grid: starts the points that are not finished, in order, and picks the best one at the end."""
+"""Runs a grid: starts the unfinished points in order, and picks the best one at the end."""
 
 import contextlib
 import dataclasses
@@ -13,12 +13,12 @@ from typing import Any
 from upcycle import configuration, cost, run_config
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import MissingData, UserError, mistakes_of, refuse, writing_to
-from upcycle.report.compare import half_width
+from upcycle.report.sample import Sample
 from upcycle.sweep.launchers import Job, Launcher
 from upcycle.sweep.points import Point, Progress, Status, progress_of
 from upcycle.training.run import Run
 
-# Seconds between looks at the run folders.
+# Seconds between reads of the run folders.
 PERIOD = 1.0
 
 
@@ -27,14 +27,16 @@ class Entry:
     """A point and its state.
 
     Attributes:
-      point: what to run.
-      total_steps: the step at which it ends.
-      start_step: the step at which it begins, where that is known before it does.
-      step_flops: of one of its steps.
+      point: the run.
+      total_steps: its last step.
+      start_step: its first step, if known before the run starts; else 0.
+      step_flops: FLOPs of one step.
       status: see `Status`.
-      progress: by its log.
-      overhead: seconds not spent on steps: starting, compiling, evaluating, saving; None before it has ended.
-      reason: why it failed.
+      progress: its progress, as logged.
+      job: its job, while that runs.
+      began: `time.monotonic()` at the start of the job, less the seconds of steps that were logged before.
+      overhead: seconds spent on starting, compiling, evaluating and saving; None until the run has ended.
+      reason: why it failed; empty if it did not.
     """
 
     point: Point
@@ -43,31 +45,33 @@ class Entry:
     step_flops: float
     status: Status = Status.WAITING
     progress: Progress = dataclasses.field(default_factory=Progress)
+    job: Job | None = None
+    began: float = 0.0
     overhead: float | None = None
     reason: str = ''
 
     def look(self) -> None:
-        """Reads its log again."""
+        """Reads the log again."""
         self.progress = progress_of(self.point.records())
 
     @property
     def flops_left(self) -> float:
-        """FLOPs until its end."""
+        """FLOPs that remain."""
         if self.status is Status.FINISHED:
             return 0.0
         return max(self.total_steps - max(self.progress.step, self.start_step), 0) * self.step_flops
 
 
 def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
-    """Builds every point, so that every mistake is found before any point is started.
+    """Builds every point, so that all mistakes are found before any point is started.
 
     Args:
-      points: in an order in which each comes after those it needs.
-      here: they will be run from here, so their checkpoints are read and their data must exist.
+      points: sorted so that each comes after the points it needs.
+      here: whether they will run on this machine: then their checkpoints are read, and their data must exist.
 
     Raises:
-      UserError: a point's configuration, folder or checkpoint does not fit; it names the point.
-      UserErrors: several do not.
+      UserError: the configuration, folder or checkpoint of a point is wrong; the message names the point.
+      UserErrors: several points are wrong.
     """
     entries: dict[str, Entry] = {}
     elsewhere: set[str] = set()
@@ -75,22 +79,20 @@ def check(points: Sequence[Point], *, here: bool = True) -> list[Entry]:
     mistakes: list[str] = []
     for point in points:
         if not set(point.after) <= entries.keys() | elsewhere:
-            continue  # a point that it comes after has a mistake
+            continue  # a point that it needs has a mistake
         try:
             entries[point.name] = _entry(point, entries, seen, here=here)
-        except MissingData as error:
-            if here:
-                mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
-            else:
-                elsewhere.add(point.name)
         except UserError as error:
-            mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
+            if isinstance(error, MissingData) and not here:
+                elsewhere.add(point.name)
+            else:
+                mistakes += [f'{point.name}: {mistake}' for mistake in mistakes_of(error)]
     refuse(mistakes)
     return list(entries.values())
 
 
 def _entry(point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...], int], *, here: bool) -> Entry:
-    """A point, built; see `check`. `seen` has the steps of the checkpoints looked at so far."""
+    """Builds a point; see `check`. `seen` caches the steps of checkpoints by their paths."""
     run = run_config.as_it_began(configuration.load(point.gin_files, point.bindings))
     run_config.claim(run, configuration.resolved(), write=False)
     finished = point.finished(run.total_steps)
@@ -102,7 +104,7 @@ def _entry(point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...
 
 
 def _start(run: Run, point: Point, entries: Mapping[str, Entry], seen: dict[tuple[str, ...], int]) -> int:
-    """The step at which a run begins; of several checkpoints, the largest."""
+    """Returns the first step of a run: the largest step of its checkpoints."""
     path = run.initial_checkpoint_path
     if path is None:
         return 0
@@ -118,10 +120,10 @@ def _start(run: Run, point: Point, entries: Mapping[str, Entry], seen: dict[tupl
 
 @contextlib.contextmanager
 def lock(out: str) -> Iterator[int]:
-    """Holds a sweep's folder; yields the descriptor that the lock is on.
+    """Locks a sweep's folder; yields the file descriptor that holds the lock.
 
     Raises:
-      UserError: another sweep, or a run that another sweep left behind, holds it.
+      UserError: another sweep, or a run that it started, holds the lock.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(writing_to(out, 'name another --out'))
@@ -131,90 +133,76 @@ def lock(out: str) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f'--out={out}: another sweep, or a run that it left behind, is at work there: wait for its end, or name '
-                'another folder.'
+                f'--out={out} is in use by another sweep, or by a run that it started: wait until it ends, or name another '
+                'folder.'
             ) from None
         yield file.fileno()
 
 
 def conduct(entries: list[Entry], out: str, launcher: Launcher, show: Callable[[list[Entry]], None]) -> None:
-    """Runs every point that is not finished; returns when no other can be started.
+    """Runs all unfinished points; returns when no more can be started.
 
-    Interrupted, it ends the runs in progress; the next call continues from their last checkpoints.
+    An interruption stops the runs in progress; the next call continues from their last checkpoints.
 
     Args:
-      entries: from `check`; their states change.
+      entries: from `check`; updated in place.
       out: the sweep's folder.
-      launcher: starts runs.
-      show: called about every `PERIOD` seconds, and when a state has changed.
+      launcher: starts the runs.
+      show: called about every `PERIOD` seconds and after every change of a status.
     """
-    running = _Running(entries, out, launcher)
     try:
-        running.start_ready()
-        while running.jobs:
+        _start_ready(entries, out, launcher)
+        while any(entry.job for entry in entries):
             show(entries)
             time.sleep(PERIOD)
-            running.look()
-            running.start_ready()
+            for entry in entries:
+                if entry.job is not None:
+                    _follow(entry, entry.job, out)
+            _start_ready(entries, out, launcher)
         show(entries)
     finally:
-        for job in running.jobs.values():
-            job.stop()
+        for entry in entries:
+            if entry.job is not None:
+                entry.job.stop()
 
 
-class _Running:
-    """The jobs in progress of a grid, by the names of their points.
+def _start_ready(entries: list[Entry], out: str, launcher: Launcher) -> None:
+    """Starts waiting points whose predecessors are finished, as far as the launcher has free slots."""
+    by_name = {entry.point.name: entry for entry in entries}
+    free = launcher.slots - sum(entry.job is not None for entry in entries)
+    ready = []
+    for entry in entries:
+        if entry.status is not Status.WAITING:
+            continue
+        states = {by_name[name].status for name in entry.point.after}
+        if states & {Status.FAILED, Status.BLOCKED}:
+            entry.status = Status.BLOCKED
+        elif states <= {Status.FINISHED} and len(ready) < free:
+            ready.append(entry)
+    if not ready:
+        return
+    commands = [(entry.point.arguments, log_of(out, entry.point.name)) for entry in ready]
+    for entry, job in zip(ready, launcher.start_all(commands), strict=True):
+        entry.job, entry.status = job, Status.RUNNING
+        entry.began = time.monotonic() - entry.progress.seconds
 
-    Args:
-      entries: of the whole grid; their states change.
-      out: the sweep's folder.
-      launcher: starts runs.
-    """
 
-    def __init__(self, entries: list[Entry], out: str, launcher: Launcher):
-        self.jobs: dict[str, Job] = {}
-        self._entries = {entry.point.name: entry for entry in entries}
-        self._out, self._launcher = out, launcher
-        self._began: dict[str, tuple[float, float]] = {}
-
-    def start_ready(self) -> None:
-        """Starts waiting points whose predecessors are finished, in the launcher's free slots."""
-        ready = []
-        for entry in self._entries.values():
-            if entry.status is not Status.WAITING:
-                continue
-            states = {self._entries[name].status for name in entry.point.after}
-            if states & {Status.FAILED, Status.BLOCKED}:
-                entry.status = Status.BLOCKED
-            elif states <= {Status.FINISHED} and len(self.jobs) + len(ready) < self._launcher.slots:
-                ready.append(entry)
-        if not ready:
-            return
-        commands = [(entry.point.arguments, log_of(self._out, entry.point.name)) for entry in ready]
-        for entry, job in zip(ready, self._launcher.start_all(commands), strict=True):
-            self.jobs[entry.point.name] = job
-            self._began[entry.point.name] = time.monotonic(), entry.progress.seconds
-            entry.status = Status.RUNNING
-
-    def look(self) -> None:
-        """Reads the logs again, and takes out the jobs that have ended."""
-        for name, job in list(self.jobs.items()):
-            entry, code = self._entries[name], job.poll()
-            entry.look()
-            if code is None:
-                continue
-            del self.jobs[name]
-            since, seconds = self._began[name]
-            entry.overhead = time.monotonic() - since - (entry.progress.seconds - seconds)
-            if code == 0 and entry.point.finished(entry.total_steps):
-                entry.status = Status.FINISHED
-            else:
-                entry.status = Status.FAILED
-                entry.reason = reason_of(log_of(self._out, name), code)
+def _follow(entry: Entry, job: Job, out: str) -> None:
+    """Reads the log of a running point again, and removes its job if that has ended."""
+    code = job.poll()
+    entry.look()
+    if code is None:
+        return
+    entry.job, entry.overhead = None, time.monotonic() - entry.began - entry.progress.seconds
+    if code == 0 and entry.point.finished(entry.total_steps):
+        entry.status = Status.FINISHED
+    else:
+        entry.status = Status.FAILED
+        entry.reason = reason_of(log_of(out, entry.point.name), code)
 
 
 def run_to_end(launcher: Launcher, arguments: Sequence[str], log: str) -> int:
-    """One command; its exit status."""
+    """Runs one command; returns its exit status."""
     job = launcher.start(arguments, log)
     try:
         while (code := job.poll()) is None:
@@ -225,12 +213,12 @@ def run_to_end(launcher: Launcher, arguments: Sequence[str], log: str) -> int:
 
 
 def log_of(out: str, name: str) -> str:
-    """The file with the output of a point; not in its run folder, which a run may refuse to make."""
+    """Returns the file for the output of a point, outside its run folder: the run may fail before it makes that folder."""
     return os.path.join(out, 'logs', f'{name}.txt')
 
 
 def reason_of(log: str, code: int) -> str:
-    """Why a command failed: its error message, or the last line it printed."""
+    """Returns why a command failed: its error message, or else the last line it printed."""
     lines = []
     if os.path.exists(log):
         with open(log, encoding='utf-8', errors='replace') as file:
@@ -240,13 +228,13 @@ def reason_of(log: str, code: int) -> str:
 
 
 def seconds_left(entries: Sequence[Entry], slots: int = 1) -> float | None:
-    """Seconds until a grid ends; None before any run has logged.
+    """Estimates the seconds until a grid ends; None before any run has logged.
 
-    Steps are taken to run at the FLOPs per second of the logs, and every run to come to have the mean overhead of finished ones.
+    Assumes the FLOPs per second logged so far, and for each waiting run the mean overhead of the finished ones.
 
     Args:
-      entries: of the grid.
-      slots: runs at once.
+      entries: all points of the grid.
+      slots: number of runs at once.
     """
     seconds = sum(entry.progress.seconds for entry in entries)
     flops = sum(entry.progress.flops for entry in entries)
@@ -261,46 +249,38 @@ def seconds_left(entries: Sequence[Entry], slots: int = 1) -> float | None:
 
 
 def best_of(entries: Sequence[Entry], select: Mapping[str, str]) -> tuple[Entry, float]:
-    """The finished point with the best value of a metric.
+    """Returns the finished point with the best value of a metric, and that value.
 
     Raises:
       UserError: no finished point has logged it.
     """
     metric = select['metric']
-    having = [
+    candidates = [
         entry
         for entry in entries
         if entry.status is Status.FINISHED
         and entry.point.name.startswith(select.get('among', ''))
         and metric in entry.progress.metrics
     ]
-    if not having:
-        raise UserError(f'no finished run has logged {metric}, by which the best is chosen.')
+    if not candidates:
+        raise UserError(
+            f'no finished run has logged {metric}, which `select` needs: fix the name of the metric, or log it.'
+        )
     choose = {'max': max, 'min': min}[select['best']]
-    best = choose(having, key=lambda entry: entry.progress.metrics[metric])
+    best = choose(candidates, key=lambda entry: entry.progress.metrics[metric])
     return best, best.progress.metrics[metric]
 
 
-def means_of(entries: Sequence[Entry], prefix: str) -> dict[str, tuple[float, float | None]]:
-    """(mean, half of its 95% interval) over the points, of each metric with this prefix that all of them have logged."""
-    having = set.intersection(*({*entry.progress.metrics} for entry in entries))
-    values = {name: [entry.progress.metrics[name] for entry in entries] for name in having if name.startswith(prefix)}
-    return {name: (statistics.fmean(found), half_width(found)) for name, found in sorted(values.items())}
+def samples_of(entries: Sequence[Entry], prefix: str) -> dict[str, Sample]:
+    """Returns the values of each metric with this prefix that all points have logged."""
+    common = set.intersection(*({*entry.progress.metrics} for entry in entries))
+    names = sorted(name for name in common if name.startswith(prefix))
+    return {name: Sample(values=tuple(entry.progress.metrics[name] for entry in entries)) for name in names}
 
 
 def record(points: Sequence[Point], out: str, facts: Mapping[str, Any]) -> None:
     """Writes `sweep.json`: the grid, for reports."""
-    shown = [
-        {
-            'name': point.name,
-            'gin_files': list(point.gin_files),
-            'bindings': dict(point.bindings),
-            'after': list(point.after),
-            'settings': dict(point.settings),
-            'command': point.command,
-        }
-        for point in points
-    ]
+    shown = [{**dataclasses.asdict(point), 'command': point.command} for point in points]
     path = os.path.join(out, 'sweep.json')
     with open(path + '.new', 'w', encoding='utf-8') as file:
         json.dump({**facts, 'points': shown}, file, indent=1)

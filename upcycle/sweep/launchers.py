@@ -26,60 +26,61 @@ exit "$code"
 
 
 class Job(Protocol):
-    """A command that was started."""
+    """A started command."""
 
     def poll(self) -> int | None:
-        """Its exit status, or None while it runs."""
+        """Returns the exit status, or None while the command waits or runs."""
 
     def stop(self) -> None:
-        """Ends it, and waits until it has ended."""
+        """Ends the command and waits until it has ended."""
 
 
-class Launcher(Protocol):
-    """Starts `upcycle` commands; `slots` of them may run at once."""
+class Launcher:
+    """Starts `upcycle` commands.
+
+    Attributes:
+      slots: number of commands that may run at once.
+    """
 
     slots: int
 
     def start(self, arguments: Sequence[str], log: str) -> Job:
-        """Starts `upcycle ARGUMENTS`; its output is appended to the file `log`."""
+        """Starts `upcycle ARGUMENTS` and appends its output to the file `log`."""
+        raise NotImplementedError
 
     def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Job]:
-        """Starts several, each as `start` does."""
-
-
-class OneByOne:
-    """A launcher that starts several commands one after the other."""
-
-    def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Job]:
-        """Starts several, each as `start` does."""
+        """Starts several (arguments, log) pairs, one after the other."""
         for arguments, log in commands:
             yield self.start(arguments, log)
 
 
-class LocalJob:
-    """A process on this machine."""
-
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
-
-    def poll(self) -> int | None:
-        """Its exit status, or None while it runs."""
-        return self._process.poll()
-
-    def stop(self) -> None:
-        """Terminates it, and waits."""
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._process.wait()
-
-
-class Local(OneByOne):
-    """This machine: one run after the other, or a few at once, each on its share of the cores.
+class LocalJob(subprocess.Popen):
+    """A process on this machine.
 
     Args:
-      environment: of the runs.
-      keep_open: a file descriptor that the runs inherit, and with it the lock on it.
-      slots: runs at once.
+      command: the program and its arguments.
+      log: file to which the output is appended; its folder is made if absent.
+      options: passed to `Popen`.
+    """
+
+    def __init__(self, command: Sequence[str], log: str, **options: Any):
+        os.makedirs(os.path.dirname(log), exist_ok=True)
+        with open(log, 'a', encoding='utf-8') as file:
+            super().__init__(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, **options)
+
+    def stop(self) -> None:
+        """Terminates the process and waits for it."""
+        self.terminate()
+        self.wait()
+
+
+class Local(Launcher):
+    """Runs on this machine: one after the other, or several at once, each on its share of the cores.
+
+    Args:
+      environment: environment variables of the runs.
+      keep_open: a file descriptor that the runs inherit, together with the lock on it.
+      slots: number of runs at once.
     """
 
     def __init__(self, environment: Mapping[str, str], keep_open: int, slots: int = 1):
@@ -88,25 +89,16 @@ class Local(OneByOne):
 
     def start(self, arguments: Sequence[str], log: str) -> LocalJob:
         """Starts `upcycle ARGUMENTS` in a new process."""
-        os.makedirs(os.path.dirname(log), exist_ok=True)
         free = next(i for i, job in enumerate(self._jobs) if job is None or job.poll() is not None)
-        with open(log, 'a', encoding='utf-8') as file, self._on_cores_of(free):
-            job = LocalJob(
-                subprocess.Popen(
-                    [sys.executable, '-m', 'upcycle', *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment,
-                    pass_fds=(self._keep_open,),
-                )
-            )
+        command = [sys.executable, '-m', 'upcycle', *arguments]
+        with self._on_cores_of(free):
+            job = LocalJob(command, log, env=self._environment, pass_fds=(self._keep_open,))
         self._jobs[free] = job
         return job
 
     @contextlib.contextmanager
     def _on_cores_of(self, slot: int) -> Iterator[None]:
-        """Inside, processes are started on a slot's share of the cores, where the system has CPU affinity."""
+        """Restricts new processes to the slot's share of the cores, where the system supports CPU affinity."""
         if self.slots == 1 or not hasattr(os, 'sched_setaffinity'):
             yield
             return
@@ -119,18 +111,18 @@ class Local(OneByOne):
 
 
 class SubmittedJob:
-    """A job of a cluster, by submitit.
+    """A submitit job on a cluster.
 
     Args:
-      job: submitit's.
-      log: gets its output, when it has ended.
+      job: the submitit job.
+      log: file to which its output is appended when it has ended.
     """
 
     def __init__(self, job: Any, log: str):
         self._job, self._log, self._code = job, log, None
 
     def poll(self) -> int | None:
-        """Its exit status, or None while it waits or runs."""
+        """Returns the exit status, or None while the job waits or runs."""
         if self._code is None and self._job.done():
             self._code = 0 if self._job.exception() is None else 1
             with open(self._log, 'a', encoding='utf-8') as file:
@@ -140,21 +132,22 @@ class SubmittedJob:
         return self._code
 
     def stop(self) -> None:
-        """Takes it out of the queue, or ends it."""
+        """Cancels the job, whether it waits or runs."""
         if self.poll() is None:
             self._job.cancel()
 
 
-class Slurm:
-    """A Slurm cluster that shares its files with this machine: each run is a job, of one process or many, and those that start
-    together are an array.
+class Slurm(Launcher):
+    """Runs as jobs of a Slurm cluster that shares its files with this machine.
+
+    Each run is a job of one or several processes. Runs that start together are a job array.
 
     Args:
-      environment: of the runs.
+      environment: environment variables of the runs.
       keep_open: unused: a job does not hold the sweep's lock.
-      slots: jobs that may wait or run at once.
-      options: of submitit's executor, such as slurm_partition, timeout_min, gpus_per_node, nodes, tasks_per_node; and `cluster`,
-        submitit's name of the kind of cluster.
+      slots: number of jobs that may wait or run at once.
+      options: options of submitit's executor, such as slurm_partition, timeout_min, gpus_per_node, nodes, tasks_per_node; and
+        `cluster`, submitit's name of the kind of cluster.
 
     Raises:
       UserError: submitit is not installed, or refuses an option.
@@ -163,11 +156,7 @@ class Slurm:
     python = sys.executable
 
     def __init__(
-        self,
-        environment: Mapping[str, str],
-        keep_open: int,
-        slots: int = 1,
-        options: Mapping[str, Any] | None = None,
+        self, environment: Mapping[str, str], keep_open: int, slots: int = 1, options: Mapping[str, Any] | None = None
     ):
         try:
             import submitit
@@ -177,16 +166,16 @@ class Slurm:
         self._cluster = self._options.pop('cluster', 'slurm')
         processes = int(self._options.get('nodes', 1)) * int(self._options.get('tasks_per_node', 1))
         self._more = ['--distributed'] if processes > 1 else []
-        # The sweep itself is told to leave accelerators alone; its jobs are not.
+        # The sweep itself runs with JAX_PLATFORMS=cpu; its jobs must not inherit that.
         platforms = environment.get('JAX_PLATFORMS')
         self._env = ['env', '-u', 'JAX_PLATFORMS'] if platforms is None else ['env', f'JAX_PLATFORMS={platforms}']
 
     def start(self, arguments: Sequence[str], log: str) -> SubmittedJob:
-        """Submits `upcycle ARGUMENTS`."""
+        """Submits `upcycle ARGUMENTS` as a job."""
         return next(self.start_all([(arguments, log)]))
 
     def start_all(self, commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[SubmittedJob]:
-        """Submits several, as one array of jobs."""
+        """Submits several commands as one job array."""
         logs = [log for _, log in commands]
         folder = os.path.join(os.path.commonpath([os.path.dirname(log) for log in logs]), 'submitit')
         os.makedirs(folder, exist_ok=True)
@@ -204,7 +193,7 @@ class Slurm:
             subprocess.CalledProcessError,
         ) as error:
             raise UserError(f'--where=slurm, --cluster options: {str(error).splitlines()[0]}') from error
-        yield from (SubmittedJob(job, log) for job, log in zip(jobs, logs, strict=True))
+        yield from map(SubmittedJob, jobs, logs)
 
     def _command(self, arguments: Sequence[str]) -> Any:
         command = ['bash', '-c', _AGAIN, 'again', *self._env, self.python, '-m', 'upcycle', *arguments, *self._more]
@@ -212,42 +201,43 @@ class Slurm:
 
 
 class GkeJob(LocalJob):
-    """The xpk process that watches a workload; stopping it deletes the workload."""
+    """The xpk process that watches a workload; stopping it deletes the workload.
 
-    def __init__(self, process: subprocess.Popen, delete: Sequence[str]):
-        super().__init__(process)
-        self._delete = list(delete)
+    Args:
+      command, log, options: as of `LocalJob`.
+      delete: the command that deletes the workload.
+    """
+
+    def __init__(self, command: Sequence[str], log: str, delete: Sequence[str], **options: Any):
+        super().__init__(command, log, **options)
+        self._delete = delete
 
     def stop(self) -> None:
-        """Ends the workload, and waits for xpk."""
-        going = self.poll() is None
+        """Stops watching, and deletes the workload if it was still running."""
+        was_running = self.poll() is None
         super().stop()
-        if going:
+        if was_running:
             subprocess.run(self._delete, check=False, stdout=subprocess.DEVNULL)
 
 
-class Gke(OneByOne):
-    """TPU slices of a Google Kubernetes Engine cluster, by xpk: each run is a workload.
+class Gke(Launcher):
+    """Runs as xpk workloads on TPU slices of a Google Kubernetes Engine cluster.
 
-    A workload outlives a sweep that is killed; the next one finds it by its name and watches it. One that failed is
+    A workload outlives a sweep that is killed; the next sweep finds it by its name and watches it. A failed workload is
     deleted, so that the sweep can try again.
 
     Args:
-      environment: of xpk.
+      environment: environment variables of xpk.
       keep_open: unused: a workload does not hold the sweep's lock.
-      slots: workloads that may wait or run at once.
-      options: of `xpk workload create`, without dashes: `cluster`, `tpu-type`, `docker-image`, and any other.
+      slots: number of workloads that may wait or run at once.
+      options: options of `xpk workload create`, without dashes: `cluster`, `tpu-type`, `docker-image`, and any other.
 
     Raises:
-      UserError: xpk is not installed, or an option that it needs is missing.
+      UserError: xpk is not installed, or a required option is missing.
     """
 
     def __init__(
-        self,
-        environment: Mapping[str, str],
-        keep_open: int,
-        slots: int = 1,
-        options: Mapping[str, Any] | None = None,
+        self, environment: Mapping[str, str], keep_open: int, slots: int = 1, options: Mapping[str, Any] | None = None
     ):
         self.slots, self._environment, self._options = slots, dict(environment), dict(options or {})
         if shutil.which('xpk') is None:
@@ -257,9 +247,8 @@ class Gke(OneByOne):
                 raise UserError(f'--where=gke needs --cluster {name}=..., an option of `xpk workload create`.')
 
     def start(self, arguments: Sequence[str], log: str) -> GkeJob:
-        """Creates the workload `upcycle ARGUMENTS`, and watches it."""
-        os.makedirs(os.path.dirname(log), exist_ok=True)
-        # Names of workloads are short, and the same for the same run.
+        """Creates the workload `upcycle ARGUMENTS` and watches it."""
+        # Workload names must be short, and the same run must get the same name.
         name = f'upcycle-{hashlib.sha256(shlex.join(arguments).encode()).hexdigest()[:16]}'
         cluster = [f'--{key}={self._options[key]}' for key in ('cluster', 'project', 'zone') if key in self._options]
         # As scripts/launch/gke.sh.
@@ -274,28 +263,20 @@ class Gke(OneByOne):
         create.append(f'--command=upcycle {shlex.join(arguments)} --distributed')
         watch = ['xpk', 'workload', 'list', *cluster, f'--wait-for-job-completion={name}']
         delete = ['xpk', 'workload', 'delete', *cluster, f'--workload={name}', '--force']
-        # Creating fails where the workload exists already; it is watched all the same.
+        # Creating fails if the workload exists already; it is watched all the same.
         script = f'{shlex.join(create)}\n{shlex.join(watch)} || {{ code=$?; {shlex.join(delete)}; exit $code; }}\n'
-        with open(log, 'a', encoding='utf-8') as file:
-            process = subprocess.Popen(
-                ['bash', '-c', script],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-            )
-        return GkeJob(process, delete)
+        return GkeJob(['bash', '-c', script], log, delete, env=self._environment)
 
 
-# Arguments as those of Local; of clusters also their options.
+# Every launcher takes the arguments of `Local`; those of clusters also take `options`.
 LAUNCHERS: dict[str, Callable[..., Launcher]] = {'local': Local, 'slurm': Slurm, 'gke': Gke}
 
 
 def make(name: str, environment: Mapping[str, str], keep_open: int, slots: int, options: Mapping[str, Any]) -> Launcher:
-    """A launcher by name.
+    """Makes a launcher by name.
 
     Raises:
-      UserError: it takes no options, and there are some.
+      UserError: options are given for a launcher that takes none.
     """
     if name == 'local' and options:
         raise UserError(f'--cluster {next(iter(options))}=... goes with --where=slurm or gke.')

@@ -1,4 +1,4 @@
-"""One run of a grid: its command, and its progress, read from its run folder."""
+"""One run of a grid: its command, and its progress as read from its run folder."""
 
 import dataclasses
 import enum
@@ -19,7 +19,7 @@ class Status(enum.StrEnum):
     RUNNING = 'running'
     FINISHED = 'finished'
     FAILED = 'failed'
-    BLOCKED = 'blocked'  # comes after a point that failed
+    BLOCKED = 'blocked'  # needs a point that failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class Point:
     """One training run of an experiment.
 
     Attributes:
-      name: unique in its grid, and the name of its folder.
-      gin_files: of `upcycle train`.
-      bindings: of the command line, MODEL_DIR and TRAIN_STEPS among them.
-      after: names of the points that must be finished first, such as the dense run that it starts from.
-      settings: the coordinates in the grid, for tables and axes.
+      name: unique in its grid; also the name of its folder.
+      gin_files: the --gin_file options of `upcycle train`.
+      bindings: the --gin.NAME=VALUE options, including MODEL_DIR and TRAIN_STEPS.
+      after: names of the points that must be finished first, such as the dense run.
+      settings: coordinates in the grid, for tables and axes.
     """
 
     name: str
@@ -42,39 +42,39 @@ class Point:
 
     @property
     def model_dir(self) -> str:
-        """Its run folder."""
+        """The run folder."""
         return self.bindings['MODEL_DIR']
 
     @property
     def arguments(self) -> list[str]:
-        """Of the console script."""
+        """Arguments of the console script."""
         files = [f'--gin_file={file}' for file in self.gin_files]
         return ['train', *files, *(f'--gin.{name}={value}' for name, value in self.bindings.items())]
 
     @property
     def command(self) -> str:
-        """Its `upcycle train`, for a shell."""
+        """The `upcycle train` command, quoted for a shell."""
         return shlex.join(['upcycle', *self.arguments])
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of its `metrics.jsonl`; [] before it has begun."""
+        """Returns the lines of `metrics.jsonl`; empty if the run has not begun."""
         return read_metrics(os.path.join(self.model_dir, 'metrics.jsonl'))
 
     def finished(self, total_steps: int) -> bool:
-        """Whether its last checkpoint exists, which is written after everything else."""
+        """Returns whether the last checkpoint exists; it is written after everything else."""
         folder = files.absolute(self.model_dir) / 'checkpoints' / str(total_steps)
         return folder.is_dir() and is_finished(folder)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """The progress of a run, by its log.
+    """The progress of a run, as logged.
 
     Attributes:
-      step: of the last line.
-      start_step: at which it began.
-      seconds, flops: spent on its steps.
-      metrics: the last value of every number of every split but 'train', by 'split/name'.
+      step: step of the last line.
+      start_step: step at which the run began.
+      seconds, flops: spent on training steps.
+      metrics: the last value of every number, by 'split/name'; without the split 'train'.
     """
 
     step: int = 0
@@ -85,7 +85,7 @@ class Progress:
 
 
 def progress_of(records: Sequence[Mapping[str, Any]]) -> Progress:
-    """Sums up the lines of a run's log."""
+    """Summarizes the lines of a run's log."""
     if not records:
         return Progress()
     metrics = {

@@ -1,7 +1,8 @@
-"""The programs of an experiment, compiled for their TPU topologies: a JSON file each, and one table."""
+"""Compiles the programs of an experiment for their TPU topologies: a JSON file each, and one table."""
 
 import json
 import os
+import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import ml_collections
 
 from upcycle import configuration
 from upcycle.errors import UserError
+from upcycle.report.text import markdown_table
 from upcycle.sweep import conduct, grid, launchers
 
 PRINT = 'print'
@@ -29,18 +31,18 @@ def compile_all(
 
     Args:
       experiment: a config with `compile`.
-      out: its folder; programs that another experiment compiled there are not compiled again.
+      out: the sweep's folder; programs that another experiment compiled there are reused.
       launcher_name: a name in `LAUNCHERS`, or 'print'.
-      environment: of the compilers.
-      cluster: options of a launcher that takes some.
-      gin_files: put before those of each program.
-      bindings: of every program.
+      environment: environment variables of the compilers.
+      cluster: options of the launcher, if it takes any.
+      gin_files: included before the gin files of each program.
+      bindings: bindings of every program.
 
     Returns:
-      0 when every program has been compiled, 1 when one failed.
+      0 if every program is compiled, 1 if one failed.
 
     Raises:
-      UserError: a program's configuration does not fit; it names the program.
+      UserError: the configuration of a program is wrong; the message names the program.
     """
     commands = _commands(experiment, out, gin_files, bindings or {})
     if launcher_name == PRINT:
@@ -49,20 +51,20 @@ def compile_all(
         return 0
     with conduct.lock(out) as held:
         failed = _compile_missing(commands, out, launchers.make(launcher_name, environment, held, 1, cluster))
-    accounts = {name: _read(_path(out, name)) for name in commands if os.path.exists(_path(out, name))}
+    paths = {name: pathlib.Path(_path(out, name)) for name in commands}
+    accounts = {name: json.loads(path.read_text('utf-8')) for name, path in paths.items() if path.exists()}
     table = as_markdown(accounts)
-    with open(os.path.join(out, f'{experiment.name}_compiled.md'), 'w', encoding='utf-8') as file:
-        file.write(table)
+    pathlib.Path(out, f'{experiment.name}_compiled.md').write_text(table, 'utf-8')
     print(table)
     if failed:
-        print('the same command tries again what is not compiled.')
+        print('repeat the command: it tries the missing programs again.')
     return 1 if failed else 0
 
 
 def _commands(
     experiment: ml_collections.ConfigDict, out: str, gin_files: Sequence[str], bindings: Mapping[str, str]
 ) -> dict[str, list[str]]:
-    """Arguments of `upcycle`, by program; each configuration is built, so that a mistake is found before anything is compiled."""
+    """Returns the arguments of `upcycle` by program. Builds each configuration, to find mistakes before compiling anything."""
     commands = {}
     for program in experiment.compile:
         values = {name: grid.text_of(value) for name, value in program['bindings'].items()} | dict(bindings)
@@ -82,7 +84,7 @@ def _commands(
 
 
 def _compile_missing(commands: Mapping[str, Sequence[str]], out: str, launcher: launchers.Launcher) -> list[str]:
-    """Compiles the programs without an account, one after the other; the names of those that failed."""
+    """Compiles the programs without a result file, one by one; returns the names of those that failed."""
     failed = []
     for number, (name, arguments) in enumerate(commands.items(), 1):
         if os.path.exists(_path(out, name)):
@@ -97,8 +99,8 @@ def _compile_missing(commands: Mapping[str, Sequence[str]], out: str, launcher: 
 
 
 def as_markdown(accounts: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table: a line a program. FLOPs are those of matrix products, with loops multiplied."""
-    head = (
+    """Formats a table with one row per program. FLOPs are those of matrix products, with loops multiplied."""
+    head = [
         'program',
         'topology',
         'TFLOP a chip and step',
@@ -107,29 +109,25 @@ def as_markdown(accounts: Mapping[str, Mapping[str, Any]]) -> str:
         'all-to-alls: number, GB on the wire',
         'other collectives, GB on the wire',
         'core-days, estimated',
-    )
-    lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
-    for name, a in accounts.items():
-        wire = {kind: found['wire_bytes'] / 1e9 for kind, found in a['collectives'].items()}
-        exchanged = wire.pop('all-to-all', 0.0)
-        cells = (
-            name,
-            a['topology'],
-            f'{a["matmul_flops"] / 1e12:.1f}',
-            f'{a["arguments"] / 1e9:.1f} + {a["temporaries"] / 1e9:.1f}',
-            'yes' if a['fits'] else 'no',
-            f'{a["collectives"]["all-to-all"]["count"]}, {exchanged:.2f}' if exchanged else '–',
-            f'{sum(wire.values()):.2f}',
-            f'{a["estimated_core_days"]:,.0f}',
+    ]
+    rows = []
+    for name, account in accounts.items():
+        wire = {kind: each['wire_bytes'] / 1e9 for kind, each in account['collectives'].items()}
+        all_to_all = wire.pop('all-to-all', 0.0)
+        rows.append(
+            [
+                name,
+                account['topology'],
+                f'{account["matmul_flops"] / 1e12:.1f}',
+                f'{account["arguments"] / 1e9:.1f} + {account["temporaries"] / 1e9:.1f}',
+                'yes' if account['fits'] else 'no',
+                f'{account["collectives"]["all-to-all"]["count"]}, {all_to_all:.2f}' if all_to_all else '–',
+                f'{sum(wire.values()):.2f}',
+                f'{account["estimated_core_days"]:,.0f}',
+            ]
         )
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join([*lines, ''])
+    return markdown_table(head, rows)
 
 
 def _path(out: str, name: str) -> str:
     return os.path.join(out, FOLDER, f'{name}.json')
-
-
-def _read(path: str) -> Any:
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)

@@ -1,4 +1,4 @@
-"""The reports of an experiment: each comparison on its page, and means over seeds."""
+"""The reports of an experiment: one page per comparison, and means over seeds."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from upcycle.sweep import conduct, grid
 
 
 def report_experiment(*, config: str, scale: str | None, out: str | None) -> None:
-    """`upcycle report --config`: writes an experiment's reports from the runs that have begun, finished or not.
+    """`upcycle report --config`: writes an experiment's reports from all runs that have begun, finished or not.
 
     Args:
       config: a file of `configs/`.
-      scale: as the sweep's.
+      scale: the scale of the sweep; None: the config's default.
       out: the sweep's folder; None: runs/NAME.
 
     Raises:
@@ -26,12 +26,14 @@ def report_experiment(*, config: str, scale: str | None, out: str | None) -> Non
     experiment = grid.load(config, scale)
     out = os.path.join('runs', experiment.name) if out is None else out
     if not experiment.get('reports'):
-        raise UserError(f'--config={config}: this experiment has no report at this scale.')
+        raise UserError(f'--config={config} has no reports at this scale: choose another --scale.')
     outputs.check('--out', out, outputs.Kind.FOLDER, local=True)
     points = grid.resolve(experiment, out)
     begun = {point.name for point in points if point.records()}
     if not begun:
-        raise UserError(f'--out={out}: no run of the experiment has begun there; `upcycle sweep` begins them.')
+        raise UserError(
+            f'--out={out} holds no run of the experiment: start it with `upcycle sweep`, or fix the folder.'
+        )
     print(f'{len(begun)} of {len(points)} runs have begun.')
     for report in experiment.reports:
         groups = [
@@ -42,24 +44,24 @@ def report_experiment(*, config: str, scale: str | None, out: str | None) -> Non
 
 
 def write_comparison(report: Mapping[str, Any], commands: Mapping[str, str], out: str) -> None:
-    """Writes and prints one comparison: its page, its claims, the paper's numbers, and a table at several budgets.
+    """Writes and prints one comparison: its page, claims, the paper's numbers, and a table at several budgets.
 
     Args:
-      report: of an experiment's config; see `grid`.
-      commands: of points, by name.
+      report: one of an experiment's `reports`; see `grid`.
+      commands: commands by the names of points.
       out: the sweep's folder.
     """
-    from upcycle.report import budgets, claims, numbers, plots
+    from upcycle.report import budgets, claims, numbers
     from upcycle.report.compare import compare_seeds
     from upcycle.report.html import write_report
+    from upcycle.report.plots.ends import Final, final_plot
 
     folder = pathlib.Path(out, 'report', report.get('name', ''))
     seeds = _runs_of(report, out)
     curves = report.get('curves')
     groups = [{name: run for name, run in runs.items() if curves is None or name in curves} for runs in seeds]
     finals = [
-        plots.final_plot(plots.Final(**final), seeds, f'ends_{number + 1}')
-        for number, final in enumerate(report.get('finals', ()))
+        final_plot(Final(**final), seeds, f'ends_{number + 1}') for number, final in enumerate(report.get('finals', ()))
     ]
     verdicts = [claims.judge(claims.Claim(**claim), seeds) for claim in report.get('claims', ())]
     texts, tables = {}, {}
@@ -68,11 +70,11 @@ def write_comparison(report: Mapping[str, Any], commands: Mapping[str, str], out
         texts['claims'] = claims.as_markdown(verdicts)
         claims.write_csv(verdicts, folder / 'claims.csv')
     if report.get('numbers'):
-        table = numbers.Numbers(**report['numbers'])
-        found = numbers.ends(table, seeds)
-        texts['numbers'] = numbers.as_markdown(table, found)
-        tables["Beside the paper's numbers"] = numbers.as_table(table, found)
-        numbers.write_csv(found, folder / 'numbers.csv')
+        paper = numbers.Numbers(**report['numbers'])
+        ends = numbers.ends(paper, seeds)
+        texts['numbers'] = numbers.as_markdown(paper, ends)
+        tables["Beside the paper's numbers"] = numbers.as_table(paper, ends)
+        numbers.write_csv(ends, folder / 'numbers.csv')
     if base := report.get('base'):
         rows = budgets.at_budgets(compare_seeds(groups), base)
         texts['budgets'] = budgets.as_markdown(rows, base)
@@ -87,7 +89,7 @@ def write_comparison(report: Mapping[str, Any], commands: Mapping[str, str], out
 
 
 def _runs_of(report: Mapping[str, Any], out: str) -> list[dict[str, Run]]:
-    """Of each seed, runs by branch: each is the legs of its points, one after the other."""
+    """Returns the runs by branch, one mapping per seed. The points of a branch are chained in order."""
     roles = {branch: Role(role) for branch, role in report.get('roles', {}).items()}
 
     def run(branch: str, names: Sequence[str]) -> Run:
@@ -98,11 +100,11 @@ def _runs_of(report: Mapping[str, Any], out: str) -> list[dict[str, Run]]:
 
 
 def write_means(prefix: str, entries: list[conduct.Entry], out: str) -> None:
-    """Prints and keeps the means over all points, which are seeds of one run."""
-    means = conduct.means_of(entries, prefix)
-    for name, (mean, half) in means.items():
-        print(f'{name}: {mean:.4f}{"" if half is None else f" ± {half:.4f}"}, mean of {len(entries)} runs')
-    path = os.path.join(out, 'means.json')
-    with open(path, 'w', encoding='utf-8') as file:
-        json.dump({name: {'mean': mean, 'half_width': half} for name, (mean, half) in means.items()}, file, indent=1)
+    """Prints the means over all points, which are seeds of one run, and writes them to `means.json`."""
+    samples = conduct.samples_of(entries, prefix)
+    for name, sample in samples.items():
+        print(f'{name}: {sample.text(".4f")}, mean of {len(entries)} runs')
+    path = pathlib.Path(out, 'means.json')
+    shown = {name: {'mean': sample.mean, 'half_width': sample.half_width} for name, sample in samples.items()}
+    path.write_text(json.dumps(shown, indent=1), 'utf-8')
     print(f'means: {path}')

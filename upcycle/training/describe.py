@@ -1,4 +1,4 @@
-"""A run in a few lines: what was resolved, before anything is allocated."""
+"""A summary of a run, printed before anything is allocated."""
 
 from upcycle import cost
 from upcycle.moe.routers.base import MoE
@@ -6,7 +6,7 @@ from upcycle.training.start import Start
 
 
 def describe(start: Start) -> str:
-    """Model, MoE layers, data, steps and mesh, a line each."""
+    """Returns a line each for model, MoE layers, data, steps and mesh."""
     run, state = start.run, start.layout.abstract
     params = state.params
     layers = run.model.moe_layers()

@@ -1,4 +1,4 @@
-"""What is not finite in a step that was skipped. Off the fast path: the step's gradient is computed once more."""
+"""Diagnosis of a step that was not finite, from its gradient, which is computed again."""
 
 import functools
 from typing import Any
@@ -25,29 +25,29 @@ def diagnose(
     frozen: Frozen,
     when: str = 'before the step',
 ) -> str:
-    """Says in a clause what is not finite, causes before effects: the batch, parameters, the loss, leaves of the gradient.
+    """Returns a clause that names what is not finite, causes first: the batch, parameters, the loss, leaves of the gradient.
 
     Args:
-      state: its parameters, and the step's number.
+      state: with the parameters and the step's number.
       batch: of the step.
-      model, num_microbatches, frozen: as `train_step` takes them.
-      when: of which point in time the parameters are, in words.
+      model, num_microbatches, frozen: as in `train_step`.
+      when: the point in time of the parameters, in words.
     """
-    look = jax.jit(functools.partial(_look, model=model, num_microbatches=num_microbatches, frozen=frozen))
-    found = jax.device_get(look(state, batch))
-    for clause, broken in (('the batch holds', found['batch']), (f'{when}, parameters hold', found['params'])):
+    inspect = jax.jit(functools.partial(_inspect, model=model, num_microbatches=num_microbatches, frozen=frozen))
+    report = jax.device_get(inspect(state, batch))
+    for clause, broken in (('the batch holds', report['batch']), (f'{when}, parameters hold', report['params'])):
         if names := [name for name, count in broken.items() if count]:
             return f'{clause} NaN or infinity in {_listed(names)}'
-    loss = f'the loss is {found["loss"]:.4g}'
-    gradients, largest = found['gradient'], found['largest']
+    loss = f'the loss is {report["loss"]:.4g}'
+    gradients, largest = report['gradient'], report['largest']
     names = [name for name, count in gradients.items() if count]
     if 0 < len(names) < len(gradients):
         return (
             f'{loss} and {len(names)} of {len(gradients)} leaves of the gradient hold NaN or infinity, nearest to the loss '
             f'{max(names, key=_forward_order(model, batch).index)}'
         )
-    if names or not np.isfinite(found['loss']):
-        weights = found['params_largest']
+    if names or not np.isfinite(report['loss']):
+        weights = report['params_largest']
         name = max(weights, key=weights.get)
         return (
             f'{loss} and {"no" if names else "every"} leaf of the gradient is finite, with a finite batch and finite parameters, '
@@ -57,7 +57,7 @@ def diagnose(
     return f'{loss} and the norm of the gradient overflows, whose largest number is {largest[name]:.4g}, in {name}'
 
 
-def _look(state: TrainState, batch: Batch, *, model: Model, num_microbatches: int, frozen: Frozen) -> dict[str, Any]:
+def _inspect(state: TrainState, batch: Batch, *, model: Model, num_microbatches: int, frozen: Frozen) -> dict[str, Any]:
     grads, sums = gradient(state, batch, model=model, num_microbatches=num_microbatches)
     leaves = flatten_dict({'params': frozen.stop(grads, state.step)}, sep='/')
     params = flatten_dict({'params': state.params}, sep='/')
@@ -72,11 +72,11 @@ def _look(state: TrainState, batch: Batch, *, model: Model, num_microbatches: in
 
 
 def _forward_order(model: Model, batch: Batch) -> list[str]:
-    """The parameters' names in the order in which the forward pass comes to them: Flax makes each one there."""
+    """Returns the names of the parameters in the order of the forward pass, in which Flax creates them."""
     names: list[str] = []
 
     def init(key: jax.Array) -> None:
-        # Here and not from the result, since JAX sorts the keys of what comes out of a traced function.
+        # Not from the result: JAX sorts the keys of a traced function's result.
         boxed = model.init(key, {name: (array.shape, array.dtype) for name, array in batch.items()})
         names.extend(flatten_dict({'params': boxed}, sep='/'))
 

@@ -1,4 +1,4 @@
-"""The first state of a run that starts from a checkpoint: surgery, leaf by leaf onto the devices, and its receipt."""
+"""The first state of a run that starts from a checkpoint: surgery, leaf by leaf onto the devices, and the receipt."""
 
 import contextlib
 import functools
@@ -13,9 +13,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from upcycle import casts, hosts, partitioning
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
+from upcycle.progress import Progress
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.operators import Lineage
-from upcycle.surgery.place import execute, print_progress
+from upcycle.surgery.place import execute
 from upcycle.surgery.plan import Action, Plan
 from upcycle.surgery.receipt import carried_on, check_function, make_receipt, reported
 from upcycle.training.read_ahead import Examination, ReadAhead, requests_of
@@ -28,19 +29,19 @@ from upcycle.training.step import TrainState
 
 
 def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, Any] | None]:
-    """The first state by surgery on `run.initial_checkpoint_path`, leaf by leaf onto the devices.
+    """Makes the first state by surgery on `run.initial_checkpoint_path`, leaf by leaf onto the devices.
 
     Args:
       start: the run, its checkpoint, and the plan.
-      batch: a batch on which the upcycled function is compared with the dense one.
+      batch: a batch to compare the upcycled model with the dense one on.
 
     Returns:
-      The state; and the receipt, or None where nothing was expanded.
+      The state, and the receipt, or None if nothing was expanded.
     """
     run, reader, plan = start.run, start.reader, start.plan
     for part in readers_of(reader):
         require_whole(part.path)
-    carried = ReceiptOfStart.of(reader)
+    receipt_of_start = ReceiptOfStart.of(reader)
     upcycles = run.surgery.made_by is not None
     leaves = start.layout.flat()
     source = SourceModel(run.model, plan, reader, leaves)
@@ -55,46 +56,49 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         leaf = read(name, None)
         return casts.cast(name, leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))  # as on a device
 
-    # Where the checkpoint does not say the step, it is given.
+    # A checkpoint without a step has DENSE_STEP.
     stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
     sources = {name: stored.get(name, step) for row in plan.rows for name in row.sources}
-    averaged = {name for row in plan.rows if row.action is Action.MEAN for name in row.sources}
-    whole, look = sources.keys(), sha256_of
-    if not upcycles:
-        whole, look = (set(), None) if carried is None else (carried.comparable() & whole, carried.compare)
-    examination = Examination(str(reader.path), sources, whole, look, read_whole)
+    whole, examine = sources.keys(), sha256_of
+    if not upcycles and receipt_of_start is None:
+        whole, examine = set(), None
+    elif not upcycles:
+        whole, examine = receipt_of_start.comparable() & whole, receipt_of_start.compare
+    examination = Examination(str(reader.path), sources, whole, examine, read_whole)
 
-    def on_source(name: str, leaf: jax.Array | np.ndarray) -> None:
-        examination.add(name, leaf)
-        if name in averaged:  # and so not part of the state
-            examination.settle()
+    def read_checked(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
+        leaf = read(name, sharding)
+        examination.check(name, leaf)
+        return leaf
 
     run_key = jax.random.key_data(jax.random.split(jax.random.key(run.seed))[1])
     shardings = {name: leaf.sharding for name, leaf in leaves.items()}
     lineages: dict[str, Lineage] = {}
     new = {'rng': run_key, **new_head(run, start.layout, plan)}
-    with contextlib.closing(examination), ReadAhead(read, requests_of(plan, shardings)) as reading:
+    with (
+        contextlib.closing(examination),
+        ReadAhead(read_checked, requests_of(plan, shardings)) as reading,
+        Progress('upcycling' if upcycles else 'loading', 'leaf', len(plan.rows)) as progress,
+    ):
         flat = hosts.together(
             lambda: execute(
                 plan,
                 reading,
                 shardings,
                 new=new,
-                on_source=on_source,
                 hidden=functools.partial(source.hidden_states, batch),
-                progress=print_progress('upcycling' if upcycles else 'loading'),
+                progress=progress.show,
                 lineages=lineages,
             )
         )
         hashes = examination.result()
     state = TrainState(**unflatten_dict(flat, sep='/'))
     if not upcycles:
-        if carried is None:
+        if receipt_of_start is None:
             return state, None
-        receipt = carried.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
+        receipt = receipt_of_start.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
         return state, carried_on(receipt, plan)
-    started_from = source_of(reader, int(state.step))
-    receipt = make_receipt(plan, source=started_from, hashes=hashes, lineages=lineages)
+    receipt = make_receipt(plan, source=source_of(reader, int(state.step)), hashes=hashes, lineages=lineages)
     receipt['function_check'] = reported(
         lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
     )
@@ -102,7 +106,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
 
 
 def new_head(run: Run, layout: Layout, plan: Plan) -> dict[str, jax.Array]:
-    """The parameters that a plan starts afresh, as a run from scratch with the same seed would."""
+    """Initialises the parameters that a plan does not copy, like a run from scratch with the same seed."""
     names = [row.target for row in plan.rows if row.action is Action.NEW and row.target.startswith('params/')]
     if not names:
         return {}
@@ -112,6 +116,6 @@ def new_head(run: Run, layout: Layout, plan: Plan) -> dict[str, jax.Array]:
         flat = flatten_dict({'params': params}, sep='/')
         return {name: flat[name] for name in names}
 
-    # What is not asked for is not computed.
+    # XLA computes only these parameters.
     shardings = {name: layout.flat()[name].sharding for name in names}
     return jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed))

@@ -1,4 +1,4 @@
-"""What a run costs: time by activity, floating-point operations, tokens."""
+"""The cost of a run: time by activity, floating-point operations, tokens."""
 
 import concurrent.futures
 import dataclasses
@@ -13,17 +13,17 @@ from upcycle import cost
 
 @dataclasses.dataclass
 class Ledger:
-    """What the run has cost, and what the dense checkpoint that it started from had cost before.
+    """The cost of a run, and the sunk cost of the dense checkpoint that it started from.
 
     Attributes:
       start_step: step of the first state.
-      seconds: spent in training steps of this run, waiting for their data included (not compiling, evaluating or saving).
-      data_seconds: of these, waiting for the next batch while no step was under way.
-      evaluation_seconds: between steps, in evaluations and other looks at the model.
-      checkpoint_seconds: between steps, until a save let the run go on.
+      seconds: time in training steps of this run, including waiting for data (not compiling, evaluating or saving).
+      data_seconds: the part of `seconds` in which no step was under way because the next batch was not ready.
+      evaluation_seconds: time between steps in evaluators.
+      checkpoint_seconds: time between steps in which a save blocked the run.
       flops: of this run's training steps, by `cost.py`.
       tokens: in the batches of these steps, padding included.
-      sunk_seconds, sunk_flops: of the checkpoint it started from; 0 when unknown or from scratch.
+      sunk_seconds, sunk_flops: of the checkpoint it started from; 0 if unknown or from scratch.
     """
 
     start_step: int = 0
@@ -37,7 +37,7 @@ class Ledger:
     tokens: float = 0.0
 
     def for_the_log(self, num_devices: int) -> dict[str, float]:
-        """What every line of the log says of the cost. Core-days are an estimate: what its FLOPs would take on TPU v4."""
+        """Returns the cost for a line of the log. Core-days are estimated: those of its FLOPs on TPU v4."""
         derived = {
             'device_seconds': self.seconds * num_devices,
             'estimated_core_days': cost.core_days(self.flops, cost.TPU_V4_CORE, cost.UTILIZATION),
@@ -47,7 +47,7 @@ class Ledger:
         return dataclasses.asdict(self) | derived
 
     def start_from(self, step: int, metadata: Mapping[str, Any], flops: float | None = None) -> None:
-        """Books a dense checkpoint's whole cost as sunk; `flops`: of one that does not say what it had cost."""
+        """Sets the sunk cost to a checkpoint's whole cost, or to `flops` if its metadata does not hold one."""
         spent = metadata.get('cost', {})
         self.start_step = step
         self.sunk_seconds = spent.get('seconds', 0.0) + spent.get('sunk_seconds', 0.0)
@@ -55,13 +55,13 @@ class Ledger:
 
 
 class Timer:
-    """Books the time between its calls in the ledger."""
+    """Adds the time between its calls to the ledger."""
 
     def __init__(self, ledger: Ledger, step: int, clock: Callable[[], float] = time.monotonic):
         self._ledger, self._clock = ledger, clock
         self._seconds, self._step = ledger.seconds, step
         self._since = clock()
-        # Waits for the newest step, since only a thread learns when it was finished while this one waits for data.
+        # Waits for the newest step: the main thread, waiting for data, would not learn when it finished.
         self._watcher = concurrent.futures.ThreadPoolExecutor(1)
         self._finished: concurrent.futures.Future[float] | None = None
 
@@ -72,18 +72,18 @@ class Timer:
         self._watcher.shutdown(wait=False, cancel_futures=True)
 
     def under_way(self, metrics: Any) -> None:
-        """A step has begun; it is finished when its metrics are there."""
+        """Notes that a step has begun; it is finished when its metrics are ready."""
         self._finished = self._watcher.submit(lambda: jax.block_until_ready(metrics) and self._clock())
 
     def book(self, *accounts: str) -> None:
-        """The time since the last call, in each of these fields of the ledger; in none, it is forgotten."""
+        """Adds the time since the last call to these fields of the ledger; without fields, drops it."""
         now = self._clock()
         for account in accounts:
             setattr(self._ledger, account, getattr(self._ledger, account) + now - self._since)
         self._since = now
 
     def book_data(self) -> None:
-        """The time since the last call was spent on a batch; it was waited for from when no step was under way any more."""
+        """Adds the time since the last call, spent on a batch; the devices waited for it once no step was under way."""
         now = self._clock()
         if self._finished is None:
             self._ledger.data_seconds += now - self._since
@@ -92,7 +92,7 @@ class Timer:
         self.book('seconds')
 
     def rate(self, step: int) -> float:
-        """Steps a second since the last call."""
+        """Returns the steps per second since the last call."""
         seconds = self._ledger.seconds - self._seconds
         steps = step - self._step
         self._seconds, self._step = self._ledger.seconds, step

@@ -1,13 +1,13 @@
-"""One process writes to a run's folder: a lock that process 0 holds while it trains.
+"""The lock of a run's folder: process 0 holds it while it trains, so that only one run writes there.
 
-`MODEL_DIR/lock.json` says who holds it: host, process id and its start time, boot id, PID namespace, since when, and a heartbeat,
-a number that the holder raises every `beat` seconds. A holder is dead where boot id and PID namespace are ours and no process has
-its id and start time: its lock is taken over at once. Any other lock is taken over when its heartbeat has stood still for
-`PATIENCE` seconds of our own clock; clocks of two hosts are never compared.
+`MODEL_DIR/lock.json` names the holder: host, process id and its start time, boot id, PID namespace, start of the lock, and a
+heartbeat, a number that the holder raises every `beat` seconds. A holder is known to be dead if boot id and PID namespace are
+ours and no process has its id and start time: its lock is taken over at once. Any other lock is taken over when its heartbeat has
+not changed for `PATIENCE` seconds of our own clock; clocks of two hosts are never compared.
 
-In a local folder a lock is created by `O_EXCL` and changed under `flock`, so that one of several takers wins. Where the file
-system knows no `flock` across hosts, and in a bucket, two that take it at the same moment both begin, and the one whose text was
-overwritten stops at its next heartbeat, or before it saves.
+In a local folder a lock is created by `O_EXCL` and changed under `flock`, so that one of several takers wins. In a bucket, or if
+the file system has no `flock` across hosts, two processes that take the lock at the same moment both start, and the one whose
+text was overwritten stops at its next heartbeat, or before it saves.
 """
 
 import contextlib
@@ -16,12 +16,11 @@ import json
 import os
 import secrets
 import socket
-import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from etils import epath
@@ -29,48 +28,34 @@ from etils import epath
 from upcycle import files
 from upcycle.checkpoints.integrity import by_process_0
 from upcycle.errors import UserError, writing_to
+from upcycle.training.folder import require_file
 
 NAME = 'lock.json'
 PATIENCE = 60.0
 _POLL = 0.25
-# Seconds that process 0 waits before it tells the others, whose collectives give up in the end.
+# Seconds that process 0 waits before it answers the others, whose collectives time out.
 _TOGETHER = 10.0
-_SIZE = 1024  # bytes of a lock, filled up with spaces: it is overwritten in place
+_SIZE = 1024  # bytes of a lock, padded with spaces, since it is overwritten in place
 
 
 class _BusyError(Exception):
-    """Another process is just changing the lock."""
-
-
-class _Store(Protocol):
-    """Where a lock lies."""
-
-    beat: float
-    """Seconds between two heartbeats."""
-
-    def create(self, text: bytes) -> bool:
-        """Writes a lock where there is none; False: there is one."""
-
-    def read(self) -> bytes | None:
-        """The lock; None: there is none."""
-
-    def change(self, is_expected: Callable[[bytes], bool], text: bytes | None) -> bool:
-        """Replaces a lock, or removes it, if it is as expected; raises `_BusyError`."""
+    """Another process is changing the lock."""
 
 
 class _LocalFile:
-    """In a folder."""
+    """A lock in a folder."""
 
-    beat = 2.0
+    beat = 2.0  # seconds between two heartbeats
 
     def __init__(self, path: epath.Path):
         self._path = os.fspath(path)
 
     def create(self, text: bytes) -> bool:
+        """Writes a lock if there is none; returns whether it did."""
         try:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
-            self._require_file()
+            require_file(self._path)
             return False
         try:
             _write(file, text)
@@ -82,7 +67,8 @@ class _LocalFile:
         return True
 
     def read(self) -> bytes | None:
-        # Opened anew each time, so that a network file system asks its server.
+        """Returns the lock, or None if there is none."""
+        # Opened again each time, so that a network file system asks its server.
         try:
             with open(self._path, 'rb') as file:
                 return file.read()
@@ -90,6 +76,11 @@ class _LocalFile:
             return None
 
     def change(self, is_expected: Callable[[bytes], bool], text: bytes | None) -> bool:
+        """Replaces the lock, or removes it, if it is as expected; returns whether it did.
+
+        Raises:
+          _BusyError: another process is changing it.
+        """
         try:
             file = os.open(self._path, os.O_RDWR)
         except FileNotFoundError:
@@ -99,9 +90,9 @@ class _LocalFile:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise _BusyError from error
-            except OSError:  # the file system knows no flock
+            except OSError:  # the file system has no flock
                 pass
-            # It may have been removed, and another one created, since it was opened.
+            # Another lock may have replaced it since it was opened.
             with contextlib.suppress(FileNotFoundError):
                 now = os.fstat(file)
                 if os.path.samestat(now, os.stat(self._path)) and is_expected(os.pread(file, now.st_size, 0)):
@@ -109,34 +100,24 @@ class _LocalFile:
                         os.unlink(self._path)
                     else:
                         _write(file, text)
-                        os.ftruncate(file, len(text))  # what was there may have been longer
+                        os.ftruncate(file, len(text))  # the old text may have been longer
                     return True
             return False
         finally:
             os.close(file)
 
-    def _require_file(self) -> None:
-        """Raises UserError where something else is there, which would never become ours."""
-        with contextlib.suppress(FileNotFoundError):  # it has just been removed
-            kind = os.lstat(self._path).st_mode
-            if not stat.S_ISREG(kind) and not (stat.S_ISLNK(kind) and os.path.isfile(self._path)):
-                raise UserError(
-                    f'{self._path} cannot be written: it is no file, and the lock of a run is one: delete it, or name another '
-                    'MODEL_DIR.'
-                )
-
 
 def _write(file: int, text: bytes) -> None:
-    """All of a text from the start of a file on; a full disk writes less at first."""
+    """Writes a text at the start of a file. A nearly full disk first writes a part of it."""
     written = 0
     while written < len(text):
         written += os.pwrite(file, text[written:], written)
 
 
 class _Object:
-    """In a bucket, which replaces objects whole and knows no locks."""
+    """A lock in a bucket, which replaces whole objects and has no locks. The methods are those of `_LocalFile`."""
 
-    beat = 15.0  # each one is a request that costs money
+    beat = 15.0  # each heartbeat is a request that costs money
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -165,20 +146,20 @@ class _Object:
 
 
 def this_process() -> dict[str, Any]:
-    """Who we are; None where the system does not say."""
+    """Describes this process, with None for what the system does not tell."""
+    boot, pid_namespace = _machine()
     return {
         'host': socket.gethostname(),
         'process': os.getpid(),
         'started': _start_of(os.getpid()),
-        'boot': _boot(),
-        'pid_namespace': _pid_namespace(),
+        'boot': boot,
+        'pid_namespace': pid_namespace,
     }
 
 
 def is_dead(holder: Mapping[str, Any]) -> bool:
-    """Whether a holder is known not to run any more; False where nothing is known."""
-    pid = holder.get('process')
-    ours = (_boot(), _pid_namespace())
+    """Returns whether a holder is known to have ended."""
+    pid, ours = holder.get('process'), _machine()
     if None in ours or (holder.get('boot'), holder.get('pid_namespace')) != ours or not isinstance(pid, int):
         return False
     try:
@@ -192,29 +173,23 @@ def is_dead(holder: Mapping[str, Any]) -> bool:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process was started, in ticks since the boot; 'ended' where its parent has not taken note of its end yet."""
+    """Returns when a process was started, in ticks since the boot; 'ended' for a zombie."""
     try:
         with open(f'/proc/{pid}/stat', 'rb') as file:
-            # The second field is the name in parentheses, which may hold anything.
+            # The second field is the name in parentheses, which may contain anything.
             fields = file.read().rpartition(b')')[2].split()
     except OSError:
         return None
     return 'ended' if fields[0] in (b'Z', b'X') else fields[19].decode()
 
 
-def _boot() -> str | None:
+def _machine() -> tuple[str | None, str | None]:
+    """Returns the boot id and the PID namespace."""
     try:
         with open('/proc/sys/kernel/random/boot_id', encoding='ascii') as file:
-            return file.read().strip()
+            return file.read().strip(), os.readlink('/proc/self/ns/pid')
     except OSError:
-        return None
-
-
-def _pid_namespace() -> str | None:
-    try:
-        return os.readlink('/proc/self/ns/pid')
-    except OSError:
-        return None
+        return None, None
 
 
 class Lock:
@@ -223,7 +198,7 @@ class Lock:
     Args:
       model_dir: the folder.
       me: see `this_process`.
-      clock: seconds, by a clock that never goes back.
+      clock: returns seconds of a monotonic clock.
       sleep: waits for a number of seconds of that clock.
     """
 
@@ -236,12 +211,12 @@ class Lock:
     ):
         self._model_dir = model_dir
         self._path = files.absolute(model_dir) / NAME
-        self._store: _Store = _Object(self._path) if files.is_remote(self._path) else _LocalFile(self._path)
+        self._store = _Object(self._path) if files.is_remote(self._path) else _LocalFile(self._path)
         since = time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())
         self._me = {**(this_process() if me is None else me), 'since': since, 'token': secrets.token_hex(16)}
         self._clock, self._sleep = clock, sleep
         self._beats = 0
-        # Another's lock as it was first seen, when that was, and whether it was said.
+        # The lock of another process when first seen, the time, and whether the user was told.
         self._seen: bytes | None = None
         self._seen_at = 0.0
         self._said = False
@@ -249,16 +224,16 @@ class Lock:
         self._released = threading.Event()
 
     def take(self, seconds: float = float('inf')) -> bool:
-        """Takes the lock; waits where nothing is known of its holder.
+        """Takes the lock; waits if it is unknown whether its holder is alive.
 
         Args:
-          seconds: to wait at most in this call; the next call continues to wait.
+          seconds: maximum time to wait in this call; the next call continues to wait.
 
         Returns:
-          Whether it was taken.
+          Whether the lock was taken.
 
         Raises:
-          UserError: its holder is alive.
+          UserError: the holder is alive.
         """
         end = self._clock() + seconds
         while not self._store.create(self._text()):
@@ -278,7 +253,7 @@ class Lock:
                 with contextlib.suppress(_BusyError):
                     if self._store.change(now.__eq__, self._text()):
                         return True
-                # Another one was faster, or the holder is back.
+                # Another process was faster, or the holder is alive.
             if waited > 2 * self._store.beat and not self._said:
                 self._said = True
                 print(
@@ -293,20 +268,20 @@ class Lock:
         return True
 
     def beat(self) -> None:
-        """Raises the heartbeat, or notices that the lock is another process's."""
-        # Another process may be changing the lock, or disk or bucket may not answer: the next heartbeat counts.
+        """Raises the heartbeat, or notes that another process has the lock."""
+        # If another process is changing the lock, or disk or bucket do not answer, the next heartbeat tries again.
         with contextlib.suppress(_BusyError), files.unanswered(self._path), files.asking_once():
             self._beats += 1
             if not self._store.change(self._is_mine, self._text()) and not self._is_mine(self._store.read() or b''):
                 self._lost.set()
 
     def keep(self) -> None:
-        """Raises the heartbeat until the lock is released or lost; for a thread."""
+        """Raises the heartbeat until the lock is released or lost; runs in a thread."""
         while not self._released.wait(self._store.beat) and not self._lost.is_set():
             self.beat()
 
     def check(self, *, look: bool = True) -> None:
-        """Raises UserError where the lock is another process's; `look` False: where that has been noticed."""
+        """Raises UserError if another process has the lock: if `look`, reads the lock, else trusts the last heartbeat."""
         if look and not self._lost.is_set():
             with files.unanswered(self._path):
                 if not self._is_mine(self._store.read() or b''):
@@ -323,7 +298,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Lets go of the lock, if it is ours."""
+        """Removes the lock, if it is ours."""
         self._released.set()
         for _ in range(20):
             try:
@@ -341,12 +316,12 @@ class Lock:
 
 
 def _parse(text: bytes) -> dict[str, Any]:
-    """What a lock says; {} where it was cut off, or is something else."""
+    """Parses a lock; {} if it was cut off or is not a lock."""
     try:
-        found = json.loads(text)
+        holder = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _in_words(holder: Mapping[str, Any]) -> str:
@@ -357,14 +332,14 @@ def _in_words(holder: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def held(model_dir: str) -> Iterator[Callable[[bool], None]]:
-    """Inside, process 0 holds the lock of a run's folder, which is made.
+    """Makes a run's folder and holds its lock, in process 0.
 
     Yields:
-      A function to call before something is written there, which raises UserError where the lock was lost; its argument: whether
-      to look at the lock, or to believe the last heartbeat. On other processes than 0 it does nothing.
+      A function to call before writing to the folder, which raises UserError if the lock was lost. Its argument is `look` of
+      `Lock.check`. In other processes than 0 it does nothing.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds the lock.
     """
     lock = Lock(model_dir)
 

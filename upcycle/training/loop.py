@@ -1,4 +1,4 @@
-"""The loop around the training step: state in, batches through, metrics and checkpoints out."""
+"""The training loop: restores or makes the first state, runs the steps, and writes metrics and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -14,12 +14,12 @@ import numpy as np
 from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
 from upcycle.checkpoints.native import CheckpointManager
-from upcycle.data import DataSource
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
-from upcycle.metrics import MetricsLog, Progress, warn
+from upcycle.metrics import MetricsLog
 from upcycle.models import identify
+from upcycle.progress import Progress
 from upcycle.training import folder as run_folder
 from upcycle.training import preemption
 from upcycle.training import state as states
@@ -33,9 +33,10 @@ from upcycle.training.run import ModelRun
 from upcycle.training.start import Start
 from upcycle.training.step import TrainState, train_step
 from upcycle.training.window import Window
+from upcycle.warning import warn
 
 NO_STEPS = range(0)
-# Evaluators that a checkpoint may call by the names that earlier versions had for them.
+# Evaluators, by their names in checkpoints of earlier versions.
 FORMER_NAMES = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
 
 
@@ -45,20 +46,20 @@ def train(
     profile_steps: range = NO_STEPS,
     still_ours: Callable[[bool], None] = lambda look: None,
 ) -> TrainState:
-    """Trains until `run.total_steps`; picks up where an earlier leg of the same run stopped.
+    """Trains until `run.total_steps`, from the newest checkpoint of the run if there is one.
 
     Args:
       start: the run, and how it starts.
-      name: shown on the progress line.
-      profile_steps: to be traced into `MODEL_DIR/profile`.
-      still_ours: what `lock.held` yields; nothing by default, for a caller who keeps other processes out.
+      name: shown in progress lines.
+      profile_steps: steps to trace into `MODEL_DIR/profile`.
+      still_ours: the function that `lock.held` yields; by default no lock is checked.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: the configuration, data or checkpoint does not fit, and nothing has been written; or the data broke off, too
-        many steps were not finite, or the folder cannot be written any more, or is another process's now.
+      UserError: the configuration, data or checkpoint does not fit, and nothing was written; or the data ended, too many steps
+        were not finite, or the folder cannot be written or was taken over by another process.
       Preempted: the process got SIGTERM, and the state is saved.
     """
     with partitioning.use(start.mesh), writing_to(start.run.model_dir):
@@ -67,11 +68,11 @@ def train(
             try:
                 return trainer.train()
             except Rollback as rollback:
-                trainer.go_back(rollback)
+                trainer.roll_back(rollback)
 
 
 class _Trainer:
-    """The moving parts of one call of `train`."""
+    """The state of one call of `train`."""
 
     def __init__(
         self,
@@ -82,20 +83,20 @@ class _Trainer:
     ):
         run = start.run
         self.start, self.run, self.name, self.still_ours = start, run, name, still_ours
-        # Whether a save has begun of which it is not known yet that it was finished.
-        self.saves = False
+        # Whether the run's first save is under way.
+        self.first_save = False
         self.profile = Profile(profile_steps, str(files.absolute(run.model_dir) / 'profile'))
         self.layout = start.layout
         self.batch_sharding = partitioning.batch_sharding(start.mesh)
         self.ledger = Ledger()
-        self._watch()
-        # The last step before a rollback, and what was known then.
+        self._observe()
+        # The last step before a rollback, with its ledger and health.
         self.before: tuple[int, Ledger, Health] | None = None
-        # After the newest step, for a diagnosis.
+        # The state after the newest step, for a diagnosis.
         self.state: TrainState | None = None
         self.receipt: dict[str, Any] | None = None
         self.sentinels = states.sentinels_of(run, {})
-        # What was due at the newest checkpoint's step when the run was asked to stop.
+        # Evaluators that were due at the newest checkpoint's step when the run was asked to stop.
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
@@ -104,12 +105,12 @@ class _Trainer:
 
     @functools.cached_property
     def step(self):
-        """`train_step`, compiled when it is first needed: a run that is already finished needs none."""
+        """`train_step`, compiled on first use: a finished run does not need it."""
         return lower_step(self.run, self.layout, self.batch_sharding, self.ledger.start_step).compile()
 
     @functools.cached_property
     def evaluations(self) -> dict[str, Callable[[Any], Mapping[str, Any]]]:
-        """By the names of the run's evaluators what they make of parameters, prepared when the first is needed."""
+        """The run's evaluations by evaluator name, prepared on first use."""
         return {evaluator.name: evaluator.prepare(self.subject) for evaluator in self.run.evaluators}
 
     def train(self) -> TrainState:
@@ -122,7 +123,7 @@ class _Trainer:
             with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                 state = self._restore(manager, newest)
             if jax.process_index() == 0:
-                rest = f': nothing is left of TRAIN_STEPS = {run.total_steps}' if newest >= run.total_steps else ''
+                rest = f': TRAIN_STEPS = {run.total_steps} is already reached' if newest >= run.total_steps else ''
                 print(f'{self.name}  goes on from step {newest}{rest}', file=sys.stderr, flush=True)
         else:
             state = self._first_state()
@@ -131,7 +132,7 @@ class _Trainer:
                 files.replace_text(folder / 'receipt.json', json.dumps(self.receipt, indent=1))
         self.health.step = int(state.step)
         if self.before is not None:
-            self._leave_out(int(state.step))
+            self._skip_batches(int(state.step))
         with contextlib.ExitStack() as closing:
             log = None
             if jax.process_index() == 0:
@@ -145,20 +146,20 @@ class _Trainer:
                         begins = [evaluator.name for evaluator in run.evaluators if evaluator.at_start]
                         self._evaluate(begins, state, int(state.step), log)
                     return self._loop(state, manager, log)
-            except NotFiniteError as found:
-                raise UserError(self._diagnosis(found)) from None
+            except NotFiniteError as error:
+                raise UserError(self._diagnosis(error)) from None
 
     def _first_state(self) -> TrainState:
         run = self.run
         if run.initial_checkpoint_path is None:
             return states.from_scratch(run, self.layout)
-        batch = next(self._batches(run.train_data, 0))
+        batch = next(self._batches(0))
         state, self.receipt = from_checkpoint(self.start, batch)
         metadata = self.start.reader.metadata
         self.ledger.start_from(int(state.step), metadata, run.dense_flops)
         self.sentinels = states.sentinels_of(run, metadata)
         states.check_start(run, self.ledger.start_step)
-        # A model that has trained since its surgery keeps the account of its own step 0.
+        # A model that was trained since its surgery keeps the metrics of its own step 0.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
         if fresh and run.eval_data is not None and run.step_0_factors:
             self.receipt['step_0'] = quality_at_step_0(
@@ -172,13 +173,13 @@ class _Trainer:
         identify.require_function(path, self.run.model, identify.facts_of(metadata))
         run_folder.require_same_data(self.run, data['fingerprint'], self.data_identity)
         readers = partitioning.share_of(self.batch_sharding).count
-        # Older checkpoints say of how many processes they are, each of which was a reader.
+        # Checkpoints of earlier versions hold the number of processes, each of which was a reader.
         before = data.get('readers', data.get('process_count', readers))
         if before != readers and jax.process_index() == 0:
             promise = self.run.train_data.promise()
             warn(f'the number of readers of the data changed from {before} to {readers} at step {step}. {promise}')
         self.ledger = Ledger(**metadata['cost'])
-        self._watch(metadata.get('health'), metadata['window'])
+        self._observe(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
         self.sentinels = states.sentinels_of(self.run, metadata)
         self.unfinished = [FORMER_NAMES.get(name, name) for name in metadata.get('unfinished', [])]
@@ -192,12 +193,12 @@ class _Trainer:
         if first >= run.total_steps:
             return state
         step_fn = self.step
-        progress = Progress(self.name, first, run.total_steps, quiet=jax.process_index() > 0)
         batches = self._endless(first + self.health.values['batches_left_out'])
         with contextlib.ExitStack() as closing:
             asked_to_stop = closing.enter_context(preemption.watch(first))
             self._evaluate(self.unfinished, state, first, log)
             timer = closing.enter_context(Timer(self.ledger, first))
+            progress = closing.enter_context(Progress(self.name, 'step', run.total_steps, first=first, period=0.0))
             for step in range(first + 1, run.total_steps + 1):
                 self.profile.before(step)
                 timer.book('seconds')
@@ -214,11 +215,12 @@ class _Trainer:
                 if step % run.log_period == 0 or last:
                     means = self.window.close()
                     timer.book('seconds')
-                    found = self.health.look_at_routing(means) | self.health.counts
-                    self._write(log, step, 'train', means | found | {'steps_per_second': timer.rate(step)})
-                    progress.show(step, {name: means[name] for name in ('loss', 'accuracy') if name in means})
+                    health = self.health.look_at_routing(means) | self.health.counts
+                    self._write(log, step, 'train', means | health | {'steps_per_second': timer.rate(step)})
+                    shown = [f'{name} {means[name]:.4f}' for name in ('loss', 'accuracy') if name in means]
+                    progress.show(step, '  '.join(shown))
                     timer.book()
-                # The last step ends as it would: a checkpoint of it says that the run is finished.
+                # The last step ends normally: its checkpoint marks the run as finished.
                 stop = asked_to_stop(step) and not last
                 due = [
                     evaluator.name
@@ -229,7 +231,7 @@ class _Trainer:
                 if due or saves:
                     self.window.settle()
                     timer.book('seconds')
-                    # Evaluating could take longer than whoever asked will wait.
+                    # A scheduler that asked to stop may not wait for an evaluation.
                     self._evaluate([] if stop else due, state, step, log)
                     timer.book('evaluation_seconds')
                     if saves:
@@ -239,14 +241,12 @@ class _Trainer:
                     timer.book('checkpoint_seconds')
                 if stop:
                     self._wait(manager)
-                    progress.end()
-                    raise Preempted(f'asked to stop, and saved step {step}; the same command goes on from there.')
-        progress.end()
+                    raise Preempted(f'stopped on request and saved step {step}; repeat the command to continue.')
         self._wait(manager)
         return state
 
     def _evaluate(self, names: Sequence[str], state: TrainState, step: int, log: MetricsLog | None) -> None:
-        """Runs evaluators; one that the run no longer has is passed over."""
+        """Runs evaluators; skips those that the run no longer has."""
         for name in names:
             if name in self.evaluations:
                 self._write(log, step, name, self.evaluations[name](state.params))
@@ -258,14 +258,14 @@ class _Trainer:
             log.write(step, split, {**metrics, **self.ledger.for_the_log(self.start.mesh.size)})
 
     def _note_saved(self) -> None:
-        """Writes down that the first save is finished, when it is; a bucket that does not answer is asked at the next line."""
+        """Records that the first save is finished, once it is. If a bucket does not answer, the next call tries again."""
         with files.unanswered(self.run.model_dir), files.asking_once():
-            if self.saves and run_folder.newest_step(self.run.model_dir) is not None:
+            if self.first_save and run_folder.newest_step(self.run.model_dir) is not None:
                 run_folder.record(self.run.model_dir, saved=True)
-                self.saves = False
+                self.first_save = False
 
     def _wait(self, manager: CheckpointManager) -> None:
-        """Returns when everything is saved."""
+        """Waits until everything is saved."""
         manager.wait()
         if jax.process_index() == 0:
             self._note_saved()
@@ -281,45 +281,43 @@ class _Trainer:
             **({'sentinels': self.sentinels} if self.sentinels else {}),
             **({'unfinished': unfinished} if unfinished else {}),
         }
-        left_out = self.health.values['batches_left_out']
         data = {
-            'next_batch': step + left_out,
+            'next_batch': step + self.health.values['batches_left_out'],
             'fingerprint': self.data_identity,
             'process_count': jax.process_count(),
             'readers': partitioning.share_of(self.batch_sharding).count,
         }
         self.still_ours(True)
-        self.saves = self.saves or manager.latest_step() is None
+        self.first_save = self.first_save or manager.latest_step() is None
         manager.save(step, states.as_dict(state), data, metadata)
 
-    def go_back(self, rollback: Rollback) -> None:
-        """Makes ready for another call of `train`, which goes on from the newest checkpoint, or starts again."""
+    def roll_back(self, rollback: Rollback) -> None:
+        """Prepares another call of `train`, which continues from the newest checkpoint, or starts again."""
         self.before = rollback.step, self.ledger, self.health
         self.ledger = Ledger()
-        self._watch()
+        self._observe()
 
-    def _leave_out(self, step: int) -> None:
-        """After going back to `step`: what was spent stays spent, and the batches since are not used again."""
+    def _skip_batches(self, step: int) -> None:
+        """After a rollback to `step`: keeps the cost so far, and skips the batches since."""
         last, ledger, health = self.before
         self.before = None
-        # Earlier rollbacks to the same step included.
+        # Includes earlier rollbacks to the same step.
         wasted = last - step + health.values['batches_left_out'] - self.health.values['batches_left_out']
         ledger.flops = self.ledger.flops + wasted * self.step_flops
         ledger.tokens = self.ledger.tokens + wasted * self.step_tokens
         self.ledger = ledger
         self.health.leave_out(health.values, last - step)
 
-    def _watch(self, health: dict[str, Any] | None = None, window: dict[str, Any] | None = None) -> None:
-        """Begins to take note of steps, or goes on with what was saved."""
+    def _observe(self, health: dict[str, Any] | None = None, window: dict[str, Any] | None = None) -> None:
+        """Starts to observe steps, from saved values if given."""
         self.health = Health(self.run.limits, health, quiet=jax.process_index() > 0)
         self.window = Window(self.health, window)
 
-    def _diagnosis(self, found: NotFiniteError) -> str:
-        """Of the first of the steps that were not finite. Since then the state has changed only where a step was taken that was
-        under way already, and then the message says so."""
-        run, first = self.run, found.first - 1
+    def _diagnosis(self, error: NotFiniteError) -> str:
+        """Explains the first step that was not finite. If a step under way has changed the state since, the message says so."""
+        run, first = self.run, error.first - 1
         taken = self.window.taken_under_way()
-        batch = next(self._batches(run.train_data, first + self.health.values['batches_left_out']))
+        batch = next(self._batches(first + self.health.values['batches_left_out']))
         cause = diagnose(
             self.state.replace(step=partitioning.put_whole(np.asarray(first, np.int32), self.state.step.sharding)),
             batch,
@@ -330,37 +328,37 @@ class _Trainer:
         )
         with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
             newest = manager.latest_step()
-        at = f'at step {found.first}' + ('' if taken is None else f' (with the parameters after step {taken})')
+        at = f'at step {error.first}' + ('' if taken is None else f' (with the parameters after step {taken})')
         return (
-            f'steps {found.first} to {found.last} were not finite and changed nothing, more in a row than MAX_SKIPPED_STEPS = '
+            f'steps {error.first} to {error.last} were not finite and were skipped, more in a row than MAX_SKIPPED_STEPS = '
             f'{run.limits.max_skipped_steps}: {at}, {cause}; step {first} was the last good one, and the newest '
             f'checkpoint in {run.model_dir} is of step {newest}: correct the data, start another run from there with a lower '
-            'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and go on.'
+            'BASE_LEARNING_RATE, or raise MAX_SKIPPED_STEPS and continue.'
         )
 
     def _endless(self, start: int) -> Iterator[dict[str, jax.Array]]:
-        """Training batches from `start` on.
+        """Yields training batches from `start` on.
 
         Raises:
-          UserError: instead of an end.
+          UserError: the data ended.
         """
         count = start
-        for batch in self._batches(self.run.train_data, start):
+        for batch in self._batches(start):
             yield batch
             count += 1
         raise UserError(
-            f'TRAIN_DATASET ends after {count} batches, and TRAIN_STEPS = {self.run.total_steps} asks for more: look for empty '
-            'or missing files, let it repeat, or lower TRAIN_STEPS.'
+            f'TRAIN_DATASET ends after {count} batches, and TRAIN_STEPS = {self.run.total_steps} needs more: look for empty or '
+            'missing files, let it repeat, or lower TRAIN_STEPS.'
         )
 
-    def _batches(self, data: DataSource, start: int) -> Iterator[dict[str, jax.Array]]:
-        return partitioning.batches(data, start, self.batch_sharding)
+    def _batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
+        return partitioning.batches(self.run.train_data, start, self.batch_sharding)
 
 
 def lower_step(
     run: ModelRun, layout: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
 ) -> jax.stages.Lowered:
-    """`train_step` for the run's shapes, on the mesh in use, ready to be compiled; `start_step`: of the run's first state."""
+    """Lowers `train_step` for the run's shapes on the current mesh; `start_step` is that of the run's first state."""
     step = jax.jit(
         functools.partial(
             train_step,

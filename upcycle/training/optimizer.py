@@ -1,14 +1,14 @@
-"""Optimizers: Adafactor as T5X's, with leading batch axes (an expert's update depends on that expert alone), AdamW and SGD.
+"""Optimizers: T5X's Adafactor with leading batch axes (an expert's update depends only on that expert), AdamW and SGD.
 
-The state is a plain tree: `count`, and `param_states`, which mirrors the parameters with T5X's leaf names: of Adafactor `v_row`,
-`v_col` (factored), `v` (not factored) and `m` (momentum); leaves that T5X fills with a placeholder of shape (1,) are left out.
-Of AdamW `m` and `v`, of SGD `m`.
+The state is a plain tree of `count` and `param_states`, which mirrors the parameters and uses T5X's leaf names. Adafactor has
+`v_row` and `v_col` (factored), `v` (not factored) and `m` (momentum), without T5X's placeholder leaves of shape (1,). AdamW has
+`m` and `v`, SGD has `m`.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,43 +24,44 @@ State = dict[str, Any]
 
 
 class Optimizer(Protocol):
-    """What the training step needs. `batch_axes` has the structure of the parameters and counts the leading axes (experts,
-    scanned layers) along which every slice is a parameter of its own."""
+    """The interface of optimizers. `batch_axes` mirrors the parameters and gives the number of leading axes (experts, scanned
+    layers) whose slices are separate parameters."""
 
     def init(self, params: Params, batch_axes: Params) -> State:
-        """State of zeros, with `count` 0."""
+        """Returns a state of zeros; `params` may be abstract under `jax.eval_shape`."""
 
     def update(
         self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
     ) -> tuple[Params, State]:
-        """One step: (new parameters, new state)."""
+        """Returns the new parameters and the new state."""
 
     def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
-        """How the state lies on the mesh, given how the parameters do: a tree of `PartitionSpec`."""
+        """Returns the `PartitionSpec` of every leaf of the state, given those of the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adafactor:
-    """Shazeer & Stern 2018, as in `t5x/adafactor.py`, whose argument names these are.
+    """Adafactor (Shazeer & Stern 2018), with the arguments of `t5x/adafactor.py`.
 
     Attributes:
       decay_rate: the second moment decays at 1 - t ** -decay_rate.
-      decay_cap: that decay is at most this (Zhai et al. 2022: 0.999); None: 1.
-      step_offset: subtracted from the count in that clock.
-      clipping_threshold: an update's root mean square is clipped to it; None: not clipped.
-      multiply_by_parameter_scale: the step is relative to the parameter's root mean square (at least epsilon2).
-      min_dim_size_to_factor: a matrix is factored if both of its largest dimensions reach this.
+      decay_cap: upper limit of that decay (Zhai et al. 2022: 0.999); None: 1.
+      step_offset: subtracted from the count t.
+      clipping_threshold: limit of an update's root mean square; None: no clipping.
+      multiply_by_parameter_scale: multiply the step by the parameter's root mean square (at least epsilon2).
+      min_dim_size_to_factor: a matrix is factored if its two largest dimensions are at least this.
       expert_min_dim_size_to_factor: the same for leaves with batch axes. None: the same threshold, so that an expert is
-        treated as the dense MLP it came from. T5X always factors its experts: 1 matches it in models narrower than 128.
-      beta1: momentum; None: none.
-      momentum_dtype: in which the momentum is kept.
+        treated like the dense MLP it came from. T5X always factors its experts: 1 matches it in models narrower than 128.
+      beta1: momentum; None: no momentum.
+      momentum_dtype: dtype in which the momentum is stored.
       weight_decay_rate: decoupled. A number: parameters shrink by this share each step, whatever the learning rate, as in T5X.
-        {regular expression: number}: by this share times the learning rate, as in V-MoE; of the expressions that match a
-        parameter's path somewhere, the first counts.
-      weight_decay_names: regular expression, for a number; the parameters whose path it matches somewhere decay.
-      clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
+        {regular expression: number}: they shrink by this share times the learning rate, as in V-MoE; the first expression
+        found in a parameter's path counts.
+      weight_decay_names: regular expression; if weight_decay_rate is a number, it applies to the parameters whose path contains
+        a match.
+      clip_global_norm: limit of the gradient's norm over all parameters; None: no clipping.
       epsilon1: added to the squared gradient.
-      epsilon2: floor of the parameter scale.
+      epsilon2: lower limit of the parameter scale.
     """
 
     decay_rate: Positive = 0.8
@@ -79,7 +80,7 @@ class Adafactor:
     epsilon2: Positive = 1e-3
 
     def init(self, params: Params, batch_axes: Params) -> State:
-        """Zeros of the right shapes; `params` may be abstract under `jax.eval_shape`."""
+        """See `Optimizer`."""
         axes = flatten_dict(batch_axes)
         states = {}
         for path, param in flatten_dict(params).items():
@@ -92,7 +93,7 @@ class Adafactor:
     def update(
         self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
     ) -> tuple[Params, State]:
-        """One step on every leaf: (new parameters, new state)."""
+        """See `Optimizer`."""
         decay = 1.0 - (state['count'] - self.step_offset + 1.0) ** -self.decay_rate
         if self.decay_cap is not None:
             decay = jnp.minimum(decay, self.decay_cap)
@@ -115,7 +116,7 @@ class Adafactor:
         return unflatten_dict(new_params), {'count': state['count'] + 1, 'param_states': unflatten_dict(new_states)}
 
     def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
-        """Each statistic lies as its parameter does, less the axis it averages over."""
+        """See `Optimizer`. Each statistic has its parameter's spec without the axis that it averages over."""
         axes, flat_specs = flatten_dict(batch_axes), flatten_dict(specs)
         out = {}
         for path, param in flatten_dict(params).items():
@@ -130,15 +131,15 @@ class Adafactor:
         return {'count': PartitionSpec(), 'param_states': unflatten_dict(out)}
 
     def _shrinkage(self, path: tuple[str, ...], learning_rate: jax.Array) -> jax.Array | float | None:
-        """The share that a step takes off a parameter, or None."""
+        """Returns the share by which a step shrinks a parameter, or None."""
         rate = self.weight_decay_rate
         if isinstance(rate, Mapping):
-            found = next((value for names, value in rate.items() if _matches(names, path)), None)
-            return None if found is None else found * learning_rate
+            share = next((value for names, value in rate.items() if _matches(names, path)), None)
+            return None if share is None else share * learning_rate
         return rate if rate is not None and _matches(self.weight_decay_names, path) else None
 
     def _factored_axes(self, shape: tuple[int, ...], batched: bool) -> tuple[int, int] | None:
-        """The two largest axes (second largest, largest), if both are large enough; T5X's heuristic."""
+        """Returns the axes (second largest, largest) if both are large enough, by T5X's heuristic."""
         threshold = self.min_dim_size_to_factor
         if batched and self.expert_min_dim_size_to_factor is not None:
             threshold = self.expert_min_dim_size_to_factor
@@ -178,7 +179,7 @@ class Adafactor:
             v_row = decay * state['v_row'] + (1.0 - decay) * jnp.mean(squared, axis=column)
             v_col = decay * state['v_col'] + (1.0 - decay) * jnp.mean(squared, axis=row)
             new_state |= {'v_row': v_row, 'v_col': v_col}
-            # The row axis moves down by one once the column axis is gone.
+            # Without the column axis, a row axis behind it moves down by one.
             mean = jnp.mean(v_row, axis=row - (row > column), keepdims=True)
             step = grad * jnp.expand_dims((v_row / mean) ** -0.5, column) * jnp.expand_dims(v_col**-0.5, row)
         if self.clipping_threshold is not None:
@@ -190,88 +191,102 @@ class Adafactor:
         if self.beta1 is not None:
             step = self.beta1 * state['m'].astype(jnp.float32) + (1.0 - self.beta1) * step
             new_state['m'] = step.astype(self.momentum_dtype)
-        kept = param if shrinks is None else (1.0 - shrinks) * param
-        return (kept - step).astype(param.dtype), new_state
+        decayed = param if shrinks is None else (1.0 - shrinks) * param
+        return (decayed - step).astype(param.dtype), new_state
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
-    """Loshchilov & Hutter 2019, by optax. Element by element, so experts need no special care.
+class _Elementwise:
+    """Base class of optax optimizers that update each element alone, so that experts need no special treatment.
+
+    Attributes:
+      weight_decay_rate: decoupled, times the learning rate.
+      weight_decay_names: regular expression; parameters whose path contains a match decay.
+      clip_global_norm: limit of the gradient's norm over all parameters; None: no clipping.
+    """
+
+    weight_decay_rate: Natural = 0.0
+    weight_decay_names: str = 'kernel'
+    clip_global_norm: Positive | None = None
+
+    _SLOTS: ClassVar[tuple[str, ...]]
+
+    def _step(self, grads: Params, count: jax.Array, *slots: Params) -> tuple[Params, tuple[Params, ...]]:
+        """Returns the direction of the step and the new slots."""
+        raise NotImplementedError
+
+    def init(self, params: Params, batch_axes: Params) -> State:
+        """See `Optimizer`."""
+        zeros = jax.tree.map(lambda leaf: {slot: jnp.zeros(leaf.shape, jnp.float32) for slot in self._SLOTS}, params)
+        return {'count': jnp.zeros((), jnp.int32), 'param_states': zeros}
+
+    def update(
+        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
+    ) -> tuple[Params, State]:
+        """See `Optimizer`."""
+        grads = clip_by_global_norm(grads, self.clip_global_norm)
+        old = (
+            jax.tree.map(lambda _, leaf, slot=slot: leaf[slot], params, state['param_states']) for slot in self._SLOTS
+        )
+        steps, new = self._step(grads, state['count'], *old)
+        flat_steps, new_params = flatten_dict(steps), {}
+        for path, param in flatten_dict(params).items():
+            step = flat_steps[path]
+            if self.weight_decay_rate and _matches(self.weight_decay_names, path):
+                step += self.weight_decay_rate * param
+            new_params[path] = (param - learning_rate * step).astype(param.dtype)
+        slots = jax.tree.map(lambda *leaves: dict(zip(self._SLOTS, leaves, strict=True)), *new)
+        return unflatten_dict(new_params), {'count': state['count'] + 1, 'param_states': slots}
+
+    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
+        """See `Optimizer`. Each slot has its parameter's spec."""
+        slots = jax.tree.map(lambda _, spec: dict.fromkeys(self._SLOTS, spec), params, specs)
+        return {'count': PartitionSpec(), 'param_states': slots}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW(_Elementwise):
+    """AdamW (Loshchilov & Hutter 2019), by optax.
 
     Attributes:
       beta1: decay of the first moment.
-      beta2: decay of the second.
+      beta2: decay of the second moment.
       epsilon: added to the root of the second moment.
-      weight_decay_rate: decoupled, times the learning rate.
-      weight_decay_names: regular expression; the parameters whose path it matches somewhere decay.
-      clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
     """
 
     beta1: Rate = 0.9
     beta2: Rate = 0.999
     epsilon: Positive = 1e-8
-    weight_decay_rate: Natural = 0.0
-    weight_decay_names: str = 'kernel'
-    clip_global_norm: Positive | None = None
 
-    def init(self, params: Params, batch_axes: Params) -> State:
-        """Zeros."""
-        return _zeros(params, ('m', 'v'))
+    _SLOTS = ('m', 'v')
 
-    def update(
-        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
-    ) -> tuple[Params, State]:
-        """One step on every leaf: (new parameters, new state)."""
-        grads = clip_by_global_norm(grads, self.clip_global_norm)
-        old = optax.ScaleByAdamState(state['count'], _slot(state, 'm'), _slot(state, 'v'))
-        steps, new = optax.scale_by_adam(self.beta1, self.beta2, self.epsilon).update(grads, old)
-        params = _descend(params, steps, learning_rate, self.weight_decay_rate, self.weight_decay_names)
-        return params, _state(new.count, m=new.mu, v=new.nu)
-
-    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
-        """Each moment lies as its parameter does."""
-        return _like_params(specs, ('m', 'v'))
+    def _step(self, grads: Params, count: jax.Array, m: Params, v: Params) -> tuple[Params, tuple[Params, ...]]:
+        adam = optax.scale_by_adam(self.beta1, self.beta2, self.epsilon)
+        steps, new = adam.update(grads, optax.ScaleByAdamState(count, m, v))
+        return steps, (new.mu, new.nu)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sgd:
+class Sgd(_Elementwise):
     """Stochastic gradient descent with momentum, by optax.
 
     Attributes:
       momentum: decay of the trace.
-      nesterov: look ahead.
-      weight_decay_rate: decoupled, times the learning rate.
-      weight_decay_names: regular expression; the parameters whose path it matches somewhere decay.
-      clip_global_norm: gradients are scaled down to this norm over all parameters; None: not.
+      nesterov: use Nesterov's momentum.
     """
 
     momentum: Rate = 0.9
     nesterov: bool = False
-    weight_decay_rate: Natural = 0.0
-    weight_decay_names: str = 'kernel'
-    clip_global_norm: Positive | None = None
 
-    def init(self, params: Params, batch_axes: Params) -> State:
-        """Zeros."""
-        return _zeros(params, ('m',))
+    _SLOTS = ('m',)
 
-    def update(
-        self, grads: Params, state: State, params: Params, learning_rate: jax.Array, batch_axes: Params
-    ) -> tuple[Params, State]:
-        """One step on every leaf: (new parameters, new state)."""
-        grads = clip_by_global_norm(grads, self.clip_global_norm)
-        trace = optax.trace(self.momentum, self.nesterov)
-        steps, new = trace.update(grads, optax.TraceState(_slot(state, 'm')))
-        params = _descend(params, steps, learning_rate, self.weight_decay_rate, self.weight_decay_names)
-        return params, _state(state['count'] + 1, m=new.trace)
-
-    def state_specs(self, params: Params, specs: Params, batch_axes: Params) -> State:
-        """The trace lies as its parameter does."""
-        return _like_params(specs, ('m',))
+    def _step(self, grads: Params, count: jax.Array, m: Params) -> tuple[Params, tuple[Params, ...]]:
+        steps, new = optax.trace(self.momentum, self.nesterov).update(grads, optax.TraceState(m))
+        return steps, (new.trace,)
 
 
 def clip_by_global_norm(grads: Params, limit: float | None) -> Params:
-    """Gradients scaled so that their norm over all leaves is at most `limit`."""
+    """Scales gradients so that their norm over all leaves is at most `limit`."""
     if limit is None:
         return grads
     clipped, _ = optax.clip_by_global_norm(limit).update(grads, optax.EmptyState())
@@ -280,38 +295,6 @@ def clip_by_global_norm(grads: Params, limit: float | None) -> Params:
 
 def _matches(names: str, path: tuple[str, ...]) -> bool:
     return re.search(names, '/'.join(path)) is not None
-
-
-def _descend(params: Params, steps: Params, learning_rate: jax.Array, decay: float, names: str) -> Params:
-    flat_steps = flatten_dict(steps)
-    new = {}
-    for path, param in flatten_dict(params).items():
-        step = flat_steps[path]
-        if decay and _matches(names, path):
-            step = step + decay * param
-        new[path] = (param - learning_rate * step).astype(param.dtype)
-    return unflatten_dict(new)
-
-
-def _zeros(params: Params, slots: tuple[str, ...]) -> State:
-    flat = flatten_dict(params)
-    zeros = {(*path, slot): jnp.zeros(leaf.shape, jnp.float32) for path, leaf in flat.items() for slot in slots}
-    return {'count': jnp.zeros((), jnp.int32), 'param_states': unflatten_dict(zeros)}
-
-
-def _slot(state: State, slot: str) -> Params:
-    flat = flatten_dict(state['param_states'])
-    return unflatten_dict({path[:-1]: leaf for path, leaf in flat.items() if path[-1] == slot})
-
-
-def _state(count: jax.Array, **slots: Params) -> State:
-    flat = {(*path, name): leaf for name, tree in slots.items() for path, leaf in flatten_dict(tree).items()}
-    return {'count': count, 'param_states': unflatten_dict(flat)}
-
-
-def _like_params(specs: Params, slots: tuple[str, ...]) -> State:
-    flat = {(*path, slot): spec for path, spec in flatten_dict(specs).items() for slot in slots}
-    return {'count': PartitionSpec(), 'param_states': unflatten_dict(flat)}
 
 
 def _without(shape: tuple, axis: int) -> tuple:

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, which is how schedulers and clouds announce that a machine will be taken away."""
+"""Stop requests by SIGTERM, the signal of schedulers and clouds before they take a machine away."""
 
 import contextlib
 import signal
@@ -14,21 +14,21 @@ def watch(first: int) -> Iterator[Callable[[int], bool]]:
     """Listens for a request to stop.
 
     Args:
-      first: the step that the run starts or goes on from.
+      first: the step that the run starts or resumes at.
 
     Yields:
-      A function of the step just taken, to be called after every step: whether to save and stop now. Of several processes
-      one that is asked is enough: JAX's preemption service finds a step that none of them has passed, and all stop there.
+      A function of the step just taken, to be called after every step: whether to save and stop now. A request to one of several
+      processes stops all of them at the same step, which JAX's preemption service chooses.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         reached = multihost_utils.reached_preemption_sync_point
-        # JAX stops all processes one step after the largest step that any of them has reported, or at step 1 where none has
-        # reported one yet. A resumed run therefore reports the steps up to `first`, too.
+        # JAX stops every process at (largest step id that any has reported) + 1. Ids start at 0 and may not be skipped, so a
+        # resumed run first reports 1 to `first`.
         before = any(reached(step) for step in range(1, first + 1))
         yield lambda step: reached(step) or before
         return
     if threading.current_thread() is not threading.main_thread():
-        # Signals are the main thread's.
+        # Only the main thread can handle signals.
         yield lambda step: False
         return
     asked = threading.Event()

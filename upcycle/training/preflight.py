@@ -1,4 +1,4 @@
-"""What a run is refused for before anything is allocated or written, by `train` and by `plan` alike."""
+"""Checks of a run before anything is allocated or written, for `train` and `plan`."""
 
 import contextlib
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from upcycle.training.state import check_start
 
 
 def preflight(run: Run, identity: Mapping[str, str]) -> Start:
-    """Looks at folder, sizes, checkpoint and data of a run, and writes nothing.
+    """Checks folder, sizes, checkpoint and data of a run. Writes nothing.
 
     Args:
-      run: what would be trained.
-      identity: `configuration.resolved()` after it was loaded.
+      run: the run.
+      identity: `configuration.resolved()` after the run was loaded.
 
     Raises:
-      UserError: `train` cannot start or resume: see the functions that are called here.
+      UserError: `train` cannot start or resume; see the functions called here.
     """
     arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
     folder.require_files(run.model_dir)
@@ -38,7 +38,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             _ = start.plan
             check_start(run, start.reader.step if run.dense_step is None else run.dense_step)
     run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)
-    # The first use of the data finds what is wrong with it.
+    # The first use of the data reports its errors.
     data = run.train_data.fingerprint()
     for source in filter(None, (run.train_data, run.eval_data)):
         source.batches(share=partitioning.share_of(partitioning.batch_sharding(start.mesh)))
@@ -46,7 +46,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
         evaluator.check_data(run.eval_data)
     if newest is not None:
         stored = data
-        # A step that cannot be read is set aside, or refused, when the run resumes.
+        # On resuming, a step that cannot be read is set aside or refused.
         with contextlib.suppress(UserError, OSError):
             reader = NativeReader(files.absolute(run.model_dir) / 'checkpoints' / str(newest), {})
             stored = reader.data.get('fingerprint', data)

@@ -1,4 +1,4 @@
-"""A profile of some of a run's steps, for TensorBoard or xprof: what the devices and the host did, and when."""
+"""A profile of some of a run's steps for TensorBoard or xprof."""
 
 import contextlib
 import re
@@ -8,14 +8,14 @@ import jax
 
 from upcycle import files
 from upcycle.errors import UserError
-from upcycle.metrics import warn
+from upcycle.warning import warn
 
 
 def parse(text: str) -> range:
-    """Steps 'FIRST:LAST', both included and counted as the log counts them.
+    """Parses steps 'FIRST:LAST', both included, numbered as in the log.
 
     Raises:
-      UserError: it is nothing of the kind.
+      UserError: the text has another form.
     """
     match = re.fullmatch(r'(\d+):(\d+)', text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -24,11 +24,11 @@ def parse(text: str) -> range:
 
 
 class Profile:
-    """Traces these steps, those that this leg of the run takes. Every process writes its own.
+    """Traces steps of a run. Every process writes its own trace.
 
     Args:
-      steps: to trace; an empty range: none.
-      folder: where the trace goes.
+      steps: the steps to trace; may be empty.
+      folder: the folder for the trace.
     """
 
     def __init__(self, steps: range, folder: str):
@@ -38,24 +38,24 @@ class Profile:
         self._annotation = contextlib.ExitStack()
 
     def before(self, step: int) -> None:
-        """A step is about to be taken."""
+        """To be called before every step."""
         if step in self._steps and not self._done:
             if not self._running:
-                # JAX's profiler knows no buckets.
+                # JAX's profiler cannot write to buckets.
                 self._mirror = files.Mirror(self._folder)
                 jax.profiler.start_trace(str(self._mirror.path))
                 self._running = True
             self._annotation.enter_context(jax.profiler.StepTraceAnnotation('train', step_num=step))
 
     def after(self, step: int, results: Any) -> None:
-        """It was handed to the devices, and will give these results."""
+        """To be called after every step was dispatched, with its results."""
         self._annotation.close()
         if self._running and step >= self._steps[-1]:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced; once, also where steps are taken again. A bucket that does not take it is no reason to stop."""
+        """Writes the trace, once, even if steps are repeated. Only warns if a bucket does not accept it."""
         if self._running:
             jax.profiler.stop_trace()
             self._running, self._done = False, True

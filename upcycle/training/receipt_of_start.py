@@ -1,4 +1,4 @@
-"""Receipts of checkpoints that are MoEs already: compared with what is loaded, and completed by the first run that loads them."""
+"""Receipts of upcycled checkpoints, compared with the loaded leaves and completed by the first run that loads them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from upcycle.training.source_model import source_model, unread_params
 
 
 def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
-    """A receipt's account of the checkpoint; `path` is a list where there are several."""
+    """Describes the source checkpoint for a receipt; `path` is a list if there are several."""
     dtypes = {leaf.dtype.name for name, leaf in reader.leaves().items() if name.startswith('params/')}
     paths = [str(part.path) for part in readers_of(reader)]
     return {
@@ -32,7 +32,7 @@ def source_of(reader: Reader, step: int | None) -> dict[str, Any]:
 
 
 def require_match(path: str, receipt: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
-    """Raises UserError where a checkpoint holds other parameters than its receipt says."""
+    """Raises UserError if a checkpoint's leaves do not match its receipt."""
     if problems := mismatches(receipt, leaves):
         raise DifferentLeaves(f'{path} does not match its receipt', problems)
 
@@ -46,10 +46,10 @@ class ReceiptOfStart:
 
     @classmethod
     def of(cls, reader: Reader) -> 'ReceiptOfStart | None':
-        """The receipt of a checkpoint, None where it has none.
+        """Returns the receipt of a checkpoint, or None.
 
         Raises:
-          UserError: the checkpoint holds other leaves than its receipt says.
+          UserError: the checkpoint's leaves do not match its receipt.
         """
         receipt = reader.metadata.get('receipt')
         if receipt is None:
@@ -59,11 +59,11 @@ class ReceiptOfStart:
 
     @property
     def untouched(self) -> bool:
-        """Whether nothing has been trained since the surgery: a conversion that is loaded for the first time."""
+        """Whether the checkpoint is a conversion that is loaded for the first time: untrained since its surgery."""
         return self.receipt['function_check'].get('whole_model') == 'pending'
 
     def comparable(self) -> frozenset[str]:
-        """The leaves that nothing has changed since the surgery, and of which the receipt says what they are."""
+        """Returns the leaves that are unchanged since the surgery and whose hash is in the receipt."""
         source = self.receipt['source']
         return frozenset(
             row['target']
@@ -75,14 +75,14 @@ class ReceiptOfStart:
         )
 
     def compare(self, name: str, leaf: np.ndarray) -> None:
-        """Raises UserError where a leaf, which is `comparable`, is not what the receipt says."""
+        """Raises UserError if a `comparable` leaf does not match the receipt."""
         row = next(row for row in self.receipt['plan'] if row['target'] == name)
         copies = self._copies(row)
         whole = leaf[0] if copies else leaf
         alike = not copies or bool((leaf == leaf[:1]).all())
         if not alike or sha256_of(row['sources'][0], whole) != self.receipt['sha256'][row['sources'][0]]:
             raise UserError(
-                f'{name} of {self.path} is not what its receipt says it was made of: convert the checkpoint again.'
+                f'{name} of {self.path} does not match the hash in its receipt: convert the checkpoint again.'
             )
 
     def _copies(self, row: Mapping[str, Any]) -> bool:
@@ -97,22 +97,21 @@ class ReceiptOfStart:
         *,
         new_head: bool = False,
     ) -> dict[str, Any]:
-        """The receipt with the check of the whole model, which a conversion leaves to the first load, or why there is none.
+        """Returns the receipt with the check of the whole model, or why there is none, if a conversion left it pending.
 
         Args:
           model: the sparse model.
-          params: of it.
-          batch: to compare on.
-          leaves: of the run, with their shardings; the model that it was made of, which is read again if it is still there, lies
-            as they do.
-          new_head: the run's head is not the checkpoint's, so that the two models' losses say nothing of each other.
+          params: of the sparse model.
+          batch: to compare the two models on.
+          leaves: of the run, with their shardings; the source model is read again, if it still exists, with the same shardings.
+          new_head: the run's head is not the checkpoint's, so that the losses of the two models cannot be compared.
         """
         if not self.untouched:
             return self.receipt
 
         def check() -> dict[str, Any]:
             if new_head:
-                raise UserError('NEW_HEAD = True gives it another task.')
+                raise UserError('NEW_HEAD = True gives the model another task.')
             flat = flatten_dict({'params': params}, sep='/')
             resized = {
                 row['sources'][0]: flat[row['target']] for row in self.receipt['plan'] if row['action'] == Action.RESIZE
@@ -122,12 +121,12 @@ class ReceiptOfStart:
                 reader = open_checkpoints(self.receipt['source']['path'])
                 return unread_params(reader, leaves, resized), source_model(model, self.receipt['operator'], reader)
 
-            # It may lie on the disk of one process alone, and they compare together or not at all.
+            # The source may be on the disk of one process only; the processes compare together or not at all.
             source_params, source = hosts.together(opened)
             return check_function(model, source_params, params, batch, source)
 
-        found = reported(check)
-        if isinstance(found.get('whole_model'), str):
-            # What the conversion found of single layers stays.
-            found = {**self.receipt['function_check'], 'whole_model': found['whole_model']}
-        return {**self.receipt, 'function_check': found}
+        result = reported(check)
+        if isinstance(result.get('whole_model'), str):
+            # Keeps the conversion's checks of single layers.
+            result = {**self.receipt['function_check'], 'whole_model': result['whole_model']}
+        return {**self.receipt, 'function_check': result}

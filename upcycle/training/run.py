@@ -1,4 +1,4 @@
-"""What the gin files describe: a model with its surgery, data and training step, and for the trainer a whole run."""
+"""A run as described by gin files: model, surgery, data and training step (`ModelRun`), and all of a training run (`Run`)."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -21,26 +21,26 @@ from upcycle.training.trainable import Trainable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRun:
-    """What every command needs that builds a model: `upcycle eval`, `convert` and `compile` read no more than this.
+    """The part of a run that `upcycle eval`, `convert` and `compile` need.
 
     Attributes:
-      model: what is trained [MODEL].
-      optimizer: what turns gradients into updates [OPTIMIZER].
-      learning_rate: its schedule runs over all steps, those of the dense run included.
-      train_data: what it is trained on [TRAIN_DATASET]; None: nothing, as in a conversion.
-      eval_data: what it is evaluated on [EVAL_DATASET]; None: no evaluation.
-      total_steps: see `Run`; None: not given.
+      model: the model to train [MODEL].
+      optimizer: computes updates from gradients [OPTIMIZER].
+      learning_rate: its schedule covers all steps, including those of the dense run.
+      train_data: training data [TRAIN_DATASET]; None: no training, as in a conversion.
+      eval_data: evaluation data [EVAL_DATASET]; None: no evaluation.
+      total_steps: see `Run`; None: not set.
       initial_checkpoint_path: the checkpoint to start from, such as that of the dense model; None: from scratch; several for
         EXPERT_OPERATOR = 'branches' [INITIAL_CHECKPOINT_PATH].
-      surgery: what becomes of that checkpoint [SURGERY].
-      dense_step: the step of a checkpoint that does not hold one [DENSE_STEP].
-      few_shot: linear probes of a classifier's features [FEW_SHOT]; None: none.
-      task_metrics: predictions and scores of a language model on seqio's tasks [TASK_METRICS]; None: none.
-      num_microbatches: parts of a batch, one after the other; the gradient stays the same, but for random draws such as those
-        of MIXUP [NUM_MICROBATCHES].
+      surgery: the surgery on the initial checkpoint [SURGERY].
+      dense_step: step of the initial checkpoint, if the checkpoint does not hold it [DENSE_STEP].
+      few_shot: linear probes of a classifier's features [FEW_SHOT]; None: no probes.
+      task_metrics: predictions and scores of a language model on seqio tasks [TASK_METRICS]; None: no tasks.
+      num_microbatches: number of parts of a batch, processed one after the other; the gradient stays the same except for random
+        draws, such as those of MIXUP [NUM_MICROBATCHES].
       mesh_shape: (data, expert, model) or 'auto' [MESH_SHAPE].
       trainable: which parameters are trained.
-      parameters_over_data: split parameters and optimizer state over the data axis too (FSDP) [PARAMETERS_OVER_DATA].
+      parameters_over_data: also split parameters and optimizer state over the data axis (FSDP) [PARAMETERS_OVER_DATA].
       leaf_gradient_norms: log the norm of every leaf of the gradient [LEAF_GRADIENT_NORMS].
       seed: seed of initialisation and dropout [RANDOM_SEED].
     """
@@ -71,25 +71,27 @@ class ModelRun:
             evaluator.check(self.model, self.eval_data)
 
     def _invalid(self) -> Iterator[str]:
-        """What is wrong, a sentence each."""
+        """Yields a sentence for each mistake."""
         if not self.model.moe_layers() and self.model != self.model.dense():
             yield (
-                'the bindings that end in MOE_LAYERS choose none of the layers of the model, which would be dense: name some, '
-                f'such as (0,), or leave out moe/{self.model.family}.gin.'
+                'the bindings that end in MOE_LAYERS choose no layers, so that the model would be dense: choose some, such as '
+                f'(0,), or remove moe/{self.model.family}.gin.'
             )
 
     @property
     def evaluators(self) -> tuple[Evaluator, ...]:
-        """What can be measured of a checkpoint, in this order."""
+        """The evaluators of a checkpoint, in this order."""
         validation = None if self.eval_data is None else Validation()
         return tuple(filter(None, (validation, self.few_shot, self.task_metrics)))
 
     @property
     def num_experts(self) -> int | None:
-        """E, or None for a dense model; one number, since the expert axis of the mesh is shared by all layers."""
+        """E, or None for a dense model; the same for all layers, which share the expert axis of the mesh."""
         experts = {moe.num_experts for moe in self.model.moe_layers().values()}
         if len(experts) > 1:
-            raise UserError(f'NUM_EXPERTS differs between the stacks ({sorted(experts)}): they share one expert axis.')
+            raise UserError(
+                f'NUM_EXPERTS must be the same in all stacks, which share one expert axis, not {sorted(experts)}.'
+            )
         return next(iter(experts), None)
 
 
@@ -98,17 +100,17 @@ class Run(ModelRun):
     """A training run: pretraining, dense continuation, upcycling, MoE from scratch or fine-tuning, all by bindings.
 
     Attributes:
-      model_dir: the folder where everything is written [MODEL_DIR].
+      model_dir: the folder that the run writes to [MODEL_DIR].
       total_steps: the step to stop at, counted from the dense run's first one, as in T5X [TRAIN_STEPS].
-      dense_flops: what a checkpoint that does not say so had cost [DENSE_FLOPS].
-      step_0_factors: capacity factors at which the receipt of an upcycled model says its quality before training; see
+      dense_flops: cost of the initial checkpoint in FLOPs, if the checkpoint does not hold it [DENSE_FLOPS].
+      step_0_factors: capacity factors at which an upcycled model is evaluated before training, for its receipt; see
         `evaluate.step_zero` [STEP_0_CAPACITY_FACTORS].
-      diversity_period: steps between looks at how far experts have come apart [DIVERSITY_PERIOD]; None: none.
+      diversity_period: steps between evaluations of how different the experts are [DIVERSITY_PERIOD]; None: no evaluations.
       eval_period: steps between evaluations [EVAL_PERIOD].
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
       checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
       log_period: steps between lines of the log [LOG_PERIOD].
-      limits: failure limits: when the run stops or rolls back.
+      limits: when the run stops or rolls back.
     """
 
     model_dir: str
@@ -127,16 +129,16 @@ class Run(ModelRun):
         if not self.model_dir:
             yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
         if self.surgery is not None and self.initial_checkpoint_path is None:
-            yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so name one.'
+            yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so set it.'
         if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:
             yield (
-                f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' says how a dense run's schedule is left, and this run "
-                "starts from scratch: leave it at 'continue', or set INITIAL_CHECKPOINT_PATH."
+                f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' needs a dense run, and this run starts from scratch: "
+                'remove it, or set INITIAL_CHECKPOINT_PATH.'
             )
 
     @property
     def evaluators(self) -> tuple[Evaluator, ...]:
-        """What is measured as it trains, in this order."""
+        """The evaluators of a training run, in this order."""
         validation = None if self.eval_data is None else Validation(self.eval_period)
         diversity = None if self.diversity_period is None else Diversity(self.diversity_period)
         return tuple(filter(None, (validation, self.few_shot, self.task_metrics, diversity)))

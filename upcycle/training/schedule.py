@@ -1,4 +1,4 @@
-"""Learning-rate schedules. A schedule is a function of the step; it goes on where a dense run stood because the step does."""
+"""Learning-rate schedules: functions of the step. They continue a dense run's schedule because its step continues."""
 
 import dataclasses
 import enum
@@ -8,49 +8,49 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.errors import UserError, one_of
-from upcycle.schema import Natural, Positive, Whole
+from upcycle.schema import Count, Natural, Positive, Whole
 
 Schedule = Callable[[jax.Array], jax.Array]
 
 
 class Policy(enum.StrEnum):
-    """What becomes of the dense run's schedule in a run that starts from its checkpoint."""
+    """Learning-rate policy of a run that starts from a dense checkpoint."""
 
-    CONTINUE = 'continue'  # goes on at the dense run's step: the paper's
-    RESTART = 'restart'  # back to a peak by a warm-up, then a cosine: NVIDIA's (arXiv 2410.07524)
-    MINIMUM = 'minimum'  # constant, where the dense run ended
+    CONTINUE = 'continue'  # the dense schedule continues at the dense run's step: the paper's
+    RESTART = 'restart'  # warm-up to a peak, then cosine decay: NVIDIA's (arXiv 2410.07524)
+    MINIMUM = 'minimum'  # constant, at the dense run's last value
 
 
 @dataclasses.dataclass(frozen=True)
 class LearningRate:
-    """A learning rate, before it is known where the run starts and ends.
+    """Settings of a learning-rate schedule, for a run with any first and last step.
 
     The schedule is a product of factors. T5X's, under its names: `constant` (base_learning_rate), `linear_warmup`
-    (min(1, step / warmup_steps)), `rsqrt_decay` (1 / sqrt(max(step, warmup_steps))), `rsqrt_normalized_decay` (the same, 1
-    at warmup_steps), `cosine_decay` (from 1 at warmup_steps to 0 at the last step; T5X's begins again after a cycle).
+    (min(1, step / warmup_steps)), `rsqrt_decay` (1 / sqrt(max(step, warmup_steps))), `rsqrt_normalized_decay` (the same, scaled
+    to 1 at warmup_steps), `cosine_decay` (from 1 at warmup_steps to 0 at the last step; T5X's restarts after a cycle).
     big_vision's: `rsqrt` (1 / sqrt(1 + (step - warmup_steps) / timescale), 1 before), `linear_cooldown` (to 0 over the last
-    cooldown_steps). In vmoe's copy of the last two `rsqrt` stands still during the cooldown; in big_vision it does not.
+    cooldown_steps). In vmoe's copy of these two, `rsqrt` is constant during the cooldown; in big_vision it is not.
 
     Attributes:
-      factors: of the rate, names joined by '*': `constant`, `linear_warmup`, `rsqrt_decay`, `rsqrt_normalized_decay`,
+      factors: names of the factors, joined by '*': `constant`, `linear_warmup`, `rsqrt_decay`, `rsqrt_normalized_decay`,
         `cosine_decay`, `rsqrt`, `linear_cooldown` [LEARNING_RATE_FACTORS].
-      base_learning_rate: the factor `constant` [BASE_LEARNING_RATE].
+      base_learning_rate: value of the factor `constant` [BASE_LEARNING_RATE].
       warmup_steps: steps of warm-up, or until a decay begins [WARMUP_STEPS]. With the defaults the rate is 0.01 for
         10,000 steps and 0.001 at a million.
       timescale: of the factor `rsqrt`, in steps [TIMESCALE].
-      cooldown_steps: last steps over which the factor `linear_cooldown` falls to 0; 0: none [COOLDOWN_STEPS].
+      cooldown_steps: number of last steps over which the factor `linear_cooldown` falls to 0; 0: no cooldown [COOLDOWN_STEPS].
       policy: see `Policy` [LEARNING_RATE_POLICY].
-      restart_warmup_steps: steps of 'restart' from 0 to the peak [RESTART_WARMUP_STEPS].
-      peak_learning_rate: of 'restart'; None: the factors' product at warmup_steps, their own peak [PEAK_LEARNING_RATE].
-      min_learning_rate: where 'restart' ends and 'minimum' stays; None: the factors' product at the step at which the run
-        starts [MIN_LEARNING_RATE].
+      restart_warmup_steps: warm-up steps of 'restart', from 0 to the peak [RESTART_WARMUP_STEPS].
+      peak_learning_rate: peak of 'restart'; None: the factors' product at warmup_steps, their own peak [PEAK_LEARNING_RATE].
+      min_learning_rate: last value of 'restart' and constant of 'minimum'; None: the factors' product at the run's first step
+        [MIN_LEARNING_RATE].
     """
 
     factors: str = 'constant * rsqrt_decay'
     base_learning_rate: Natural = 1.0
-    warmup_steps: int = 10_000
-    timescale: int = 10_000
-    cooldown_steps: int = 0
+    warmup_steps: Whole = 10_000
+    timescale: Count = 10_000
+    cooldown_steps: Whole = 0
     policy: Policy = Policy.CONTINUE
     restart_warmup_steps: Whole = 0
     peak_learning_rate: Positive | None = None
@@ -61,12 +61,9 @@ class LearningRate:
         known = self._factors(1)
         for name in self.names:
             if name not in known:
-                raise UserError(f'LEARNING_RATE_FACTORS names {name!r}, which is not one of {", ".join(known)}.')
-        for binding, value in (('COOLDOWN_STEPS', self.cooldown_steps), ('WARMUP_STEPS', self.warmup_steps)):
-            if value < 0:
-                raise UserError(f'{binding} = {value} must be at least 0.')
-        if self.timescale <= 0:
-            raise UserError(f'TIMESCALE = {self.timescale} must be above 0.')
+                raise UserError(
+                    f'LEARNING_RATE_FACTORS has an unknown factor {name!r}: choose from {", ".join(known)}.'
+                )
         if self.cooldown_steps and 'linear_cooldown' not in self.names:
             raise UserError(
                 f"COOLDOWN_STEPS = {self.cooldown_steps} needs the factor 'linear_cooldown' in LEARNING_RATE_FACTORS = "
@@ -75,33 +72,33 @@ class LearningRate:
 
     @property
     def names(self) -> list[str]:
-        """The factors' names."""
+        """The names of the factors."""
         return [name.strip() for name in self.factors.split('*')]
 
     @property
     def falls_towards_the_end(self) -> bool:
-        """Whether the rate before the last step depends on which step is the last."""
+        """Whether the rate before the last step depends on the number of the last step."""
         if self.policy is not Policy.CONTINUE:
             return self.policy is Policy.RESTART
         return 'cosine_decay' in self.names or self.cooldown_steps > 0
 
     def schedule(self, start_step: int, total_steps: int) -> Schedule:
-        """The schedule of a run.
+        """Builds the schedule of a run.
 
         Args:
-          start_step: at which the run starts; 0 from scratch. Of no importance to 'continue'.
-          total_steps: at which it ends, counted as `start_step` is.
+          start_step: first step of the run; 0 from scratch. Unused by the policy 'continue'.
+          total_steps: last step of the run, counted like `start_step`.
 
         Returns:
           A function from step (0 before the first update) to learning rate, float32.
 
         Raises:
-          UserError: warm-up or cooldown do not fit into the run.
+          UserError: the warm-up or the cooldown is longer than the run.
         """
         if self.cooldown_steps > total_steps - start_step:
             raise UserError(
-                f'COOLDOWN_STEPS = {self.cooldown_steps} is longer than the run, from step {start_step} to TRAIN_STEPS = '
-                f'{total_steps}: lower it.'
+                f'COOLDOWN_STEPS = {self.cooldown_steps} is longer than the run, which goes from step {start_step} to '
+                f'TRAIN_STEPS = {total_steps}: lower COOLDOWN_STEPS.'
             )
         factors = self._factors(total_steps)
 
@@ -118,10 +115,10 @@ class LearningRate:
         if self.policy is Policy.MINIMUM:
             return lambda step: low
         warmup = self.restart_warmup_steps
-        if not 0 <= warmup < total_steps - start_step:
+        if warmup >= total_steps - start_step:
             raise UserError(
-                f'RESTART_WARMUP_STEPS = {warmup} does not fit into the run, from step {start_step} to TRAIN_STEPS = '
-                f'{total_steps}: change it.'
+                f'RESTART_WARMUP_STEPS = {warmup} must be less than the length of the run, which goes from step {start_step} '
+                f'to TRAIN_STEPS = {total_steps}.'
             )
         peak = product(self.warmup_steps) if self.peak_learning_rate is None else jnp.float32(self.peak_learning_rate)
 
@@ -148,5 +145,5 @@ class LearningRate:
 
 
 def _cosine(step: jax.Array, steps: int) -> jax.Array:
-    """From 1 at step 0 to 0 at `steps`."""
+    """Falls from 1 at step 0 to 0 at `steps`."""
     return 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(step / steps, 0.0, 1.0)))

@@ -1,4 +1,4 @@
-"""The model that a surgery starts from, for whoever compares the result with it; of several checkpoints their mean."""
+"""The source model of a surgery; for several checkpoints, their mean."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,10 +21,10 @@ Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def source_model(model: Model, operator: str | None, reader: Reader) -> Model:
-    """What an operator, by its name, makes `model` of.
+    """Returns the model that an operator, by its name, turns into `model`.
 
     Raises:
-      UserError: nothing says what model the checkpoint holds.
+      UserError: the checkpoint's metadata does not describe its model.
     """
     if operator in DENSE_OPERATORS or (operator is not None and EXPERT_OPERATORS[operator].starts_from is Start.MOE):
         description = reader.metadata.get('model')
@@ -35,12 +35,12 @@ def source_model(model: Model, operator: str | None, reader: Reader) -> Model:
 
 
 def unread_params(reader: Reader, leaves: Leaves, known: Mapping[str, jax.Array]) -> Params:
-    """The parameters of a checkpoint: those that are known, and the others to be read one at a time.
+    """Returns the parameters of a checkpoint. Those that are not `known` are `Unread`, to be read one at a time.
 
     Args:
       reader: of the checkpoint.
-      leaves: of the model that is made of it, with their shardings.
-      known: by their names in the checkpoint.
+      leaves: of the surgery's target, with their shardings.
+      known: parameters by their names in the checkpoint.
     """
     stored = reader.leaves()
     several: dict[str, list[str]] = {}
@@ -59,7 +59,7 @@ def unread_params(reader: Reader, leaves: Leaves, known: Mapping[str, jax.Array]
 
 
 def _reading(reader: Reader, sources: list[str], sharding: jax.sharding.Sharding) -> Callable[[], jax.Array]:
-    """Reads the mean of some leaves. A process that cannot read its part ends the others' waiting for it."""
+    """Returns a function that reads the mean of some leaves. If one process cannot read its part, all of them fail."""
     return lambda: hosts.together(
         lambda: (
             sum(reader.read(source, sharding) for source in sources) / len(sources)
@@ -70,7 +70,7 @@ def _reading(reader: Reader, sources: list[str], sharding: jax.sharding.Sharding
 
 
 def _shardings(leaves: Leaves) -> Callable[[str, tuple[int, ...]], jax.sharding.Sharding]:
-    """Where leaves of the source lie: as the target's of the same name, or its experts; whole where that does not divide."""
+    """Returns a function from a leaf's name and shape to the sharding of the target's leaf or its experts, if that divides it."""
     places = {name: leaf.sharding for name, leaf in leaves.items() if name.startswith('params/')}
     of_experts = {
         '/'.join(segment for segment in name.split('/') if segment != EXPERT): without_leading_axis(sharding)
@@ -92,10 +92,10 @@ def _shardings(leaves: Leaves) -> Callable[[str, tuple[int, ...]], jax.sharding.
 
 
 class SourceModel:
-    """The source of a surgery under way.
+    """The source of a surgery in progress.
 
     Args:
-      model: that is being made.
+      model: the target's model.
       plan: of the surgery.
       reader: of the source.
       leaves: of the target, with their shardings.
@@ -106,16 +106,16 @@ class SourceModel:
 
     @property
     def model(self) -> Model:
-        """What model it is.
+        """The source's model.
 
         Raises:
-          UserError: nothing says so.
+          UserError: the checkpoint's metadata does not describe it.
         """
         made_by = self._plan.spec.made_by
         return source_model(self._target_model, None if made_by is None else made_by.name, self._reader)
 
     def params(self, target: Mapping[str, jax.Array]) -> Params:
-        """Its parameters; those that the target kept are the target's, the others unread."""
+        """Returns the source's parameters: those that the target kept, the others unread."""
         same = (Action.KEEP, Action.MEAN, Action.RESIZE)
         known = {
             row.sources[0].partition('@')[0]: target[row.target]
@@ -125,19 +125,19 @@ class SourceModel:
         return unread_params(self._reader, self._leaves, known)
 
     def hidden_states(self, batch: Mapping[str, jax.Array], target: Mapping[str, jax.Array], mlp: str) -> np.ndarray:
-        """What the MLP or MoE layer at a path reads on a batch, real tokens only: (N, D), on the host.
+        """Computes the inputs of the MLP or MoE layer at a path on a batch, without padding: (N, D), on the host.
 
-        The layers below it are run for each path anew, so that the states of one layer are held at a time.
+        Runs the layers below it again for each path, so that the states of only one layer are held at a time.
 
         Raises:
-          UserError: nothing says what model the checkpoint holds.
+          UserError: the checkpoint's metadata does not describe its model.
         """
         try:
             model = self.model
         except UserError as error:
             raise UserError(
                 f"ROUTER_INIT = 'hidden' must run the model of {self._reader.path}, whose metadata does not describe it: use "
-                'another one.'
+                'another ROUTER_INIT.'
             ) from error
         path = mlp.removeprefix('params/')
         mesh = next(iter(self._leaves.values())).sharding.mesh
@@ -148,7 +148,7 @@ class SourceModel:
             return {path: (x_BxLxD, real_BxL)}
 
         with partitioning.use(mesh):
-            ((_, found),) = streamed(states, self.params(target), batch)
-            whole = jax.jit(lambda found: found, out_shardings=partitioning.replicated(mesh))(found)
+            ((_, sharded),) = streamed(states, self.params(target), batch)
+            whole = jax.jit(lambda arrays: arrays, out_shardings=partitioning.replicated(mesh))(sharded)
         x_BxLxD, real_BxL = (np.asarray(x.addressable_data(0)) for x in whole)
         return x_BxLxD[real_BxL]

@@ -1,4 +1,4 @@
-"""How a run starts: mesh, layout, checkpoint and plan, found once before anything is allocated, and passed on."""
+"""The start of a run: mesh, layout, checkpoint and plan, computed once before anything is allocated."""
 
 import dataclasses
 import functools
@@ -18,9 +18,9 @@ class Start:
     """A run on its devices.
 
     Attributes:
-      run: what will be trained.
+      run: the run.
       mesh: its devices.
-      layout: of its state.
+      layout: layout of its state.
     """
 
     run: Run
@@ -29,7 +29,7 @@ class Start:
 
     @classmethod
     def of(cls, run: Run) -> 'Start':
-        """Finds mesh and layout.
+        """Computes mesh and layout.
 
         Raises:
           UserError: sizes do not divide among the devices.
@@ -40,7 +40,7 @@ class Start:
 
     @functools.cached_property
     def reader(self) -> Reader:
-        """The checkpoint that the run starts from, opened when it is first asked for.
+        """The checkpoint that the run starts from, opened on first use.
 
         Raises:
           UserError: it cannot be read.
@@ -49,7 +49,7 @@ class Start:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """What becomes of that checkpoint.
+        """The surgery on that checkpoint.
 
         Raises:
           UserError: it does not fit the run.
@@ -73,6 +73,5 @@ def check_batches(run: ModelRun, mesh: jax.sharding.Mesh, *, training: bool = Tr
         partitioning.check_batch(data.batch_size, mesh, microbatches, binding)
         for path, tokens in run.model.moe_tokens(data.batch_spec()).items():
             moe = dataclasses.replace(layers[path], num_microbatches=microbatches)
-            if not moe.routes:
-                continue
-            check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))
+            if moe.routes:
+                check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))

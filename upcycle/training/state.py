@@ -1,4 +1,4 @@
-"""The first state of a run: from its own checkpoint, from a dense one by surgery, or from scratch."""
+"""The layout of a run's state, its first state from scratch, and the plan of its surgery."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,8 @@ from upcycle.errors import DifferentLeaves, UserError
 from upcycle.models import BatchSpec, Model, identify
 from upcycle.models.differences import Difference, differences
 from upcycle.moe import state as moe_state
-from upcycle.surgery.place import execute, print_progress
+from upcycle.progress import Progress
+from upcycle.surgery.place import execute
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
 from upcycle.surgery.planning import plan_surgery
 from upcycle.training.run import ModelRun, Run
@@ -29,11 +30,11 @@ from upcycle.training.step import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Names, shapes, dtypes and shardings of a run's state, found without allocating anything.
+    """Names, shapes, dtypes and shardings of a run's state, computed without allocating anything.
 
     Attributes:
       abstract: `TrainState` of `jax.ShapeDtypeStruct` with shardings.
-      batch_axes: for each parameter that has a gradient, its leading axes that are stacks (experts).
+      batch_axes: the number of leading stack axes (experts) of each parameter that has a gradient.
       logical_axes: of each parameter, by its name in a checkpoint.
     """
 
@@ -42,7 +43,7 @@ class Layout:
     logical_axes: Mapping[str, tuple[str | None, ...]]
 
     def flat(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The leaves by their names in a checkpoint."""
+        """Returns the leaves by their names in a checkpoint."""
         return flatten_dict(as_dict(self.abstract), sep='/')
 
     @property
@@ -52,10 +53,10 @@ class Layout:
 
 
 def data_of(run: ModelRun) -> DataSource:
-    """What a run trains on.
+    """Returns the training data of a run.
 
     Raises:
-      UserError: nothing.
+      UserError: the run has none.
     """
     if run.train_data is None:
         raise UserError('TRAIN_DATASET is None: name a task, such as --gin_file=tasks/stdlib_span_corruption.gin.')
@@ -63,13 +64,13 @@ def data_of(run: ModelRun) -> DataSource:
 
 
 def make_layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) -> Layout:
-    """The layout of a run's state on a mesh; `batch_spec` stands in for the data of a run that has none."""
+    """Computes the layout of a run's state on a mesh; `batch_spec` replaces that of the training data."""
     spec = data_of(run).batch_spec() if batch_spec is None else batch_spec
     boxed = boxed_shapes(run.model, tuple(sorted(spec.items())))
     axes = partitioning.batch_axes(boxed)
     params = partitioning.unbox(boxed)
     specs = partitioning.param_specs(boxed, mesh, over_data=run.parameters_over_data)
-    # No optimizer knows the routers' state.
+    # Optimizers do not update the routers' state.
     trained, trained_specs, axes = (moe_state.split(tree)[0] for tree in (params, specs, axes))
     opt_state = jax.eval_shape(functools.partial(run.optimizer.init, batch_axes=axes), trained)
     opt_specs = run.optimizer.state_specs(trained, trained_specs, axes)
@@ -93,23 +94,22 @@ def make_layout(run: ModelRun, mesh: Mesh, batch_spec: BatchSpec | None = None) 
 
 @functools.lru_cache(maxsize=16)
 def boxed_shapes(model: Model, batch_spec: tuple[tuple[str, Any], ...]) -> Any:
-    """Shapes of a model's parameters, boxed with their logical axes. Cached: tracing a deep stack takes seconds, and a run's
-    preflight and its start both need them."""
+    """Returns shapes of a model's parameters, boxed with their logical axes. Cached: tracing a deep stack takes seconds."""
     return jax.eval_shape(lambda key: model.init(key, dict(batch_spec)), jax.random.key(0))
 
 
 def as_dict(state: TrainState) -> dict[str, Any]:
-    """Plain dicts, as checkpoints want them."""
+    """Returns the state as plain dicts, as checkpoints need it."""
     return {'step': state.step, 'params': state.params, 'opt_state': state.opt_state, 'rng': state.rng}
 
 
 def from_scratch(run: Run, layout: Layout) -> TrainState:
-    """Fresh parameters, each written straight onto its devices."""
+    """Initialises a run's state, each leaf directly on its devices."""
     return initializer(run, layout)(jax.random.key(run.seed))
 
 
 def initializer(run: Run, layout: Layout) -> Callable[[jax.Array], TrainState]:
-    """A jitted function from a key to the first state of a run from scratch."""
+    """Returns a jitted function from a key to the first state of a run from scratch."""
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
@@ -121,20 +121,20 @@ def initializer(run: Run, layout: Layout) -> Callable[[jax.Array], TrainState]:
 
 
 def make_plan(run: ModelRun, layout: Layout, reader: Reader, wanted: Mapping[str, Any] | None = None) -> Plan:
-    """The surgery that a run asks for, from the checkpoint's metadata alone; of all leaves, or of those `wanted`."""
+    """Plans a run's surgery from the checkpoint's metadata: for all leaves, or for those in `wanted`."""
     if run.surgery is None:
         raise UserError(
-            f'INITIAL_CHECKPOINT_PATH = {schema.shown(run.initial_checkpoint_path)} is set, and SURGERY is None, which says what '
-            'becomes of it: use runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/.'
+            f'INITIAL_CHECKPOINT_PATH = {schema.shown(run.initial_checkpoint_path)} is set, but SURGERY is None: use '
+            'runs/continue_dense.gin, or runs/upcycle.gin with a file of moe/.'
         )
     leaves = dict(reader.leaves())
-    # Of several checkpoints each has its own.
+    # Each of several checkpoints has its own step.
     steps = dict.fromkeys('step' + name[name.index('@') :] if '@' in name else 'step' for name in leaves)
     if missing := [step for step in steps if step not in leaves]:
         if run.dense_step is None:
             raise UserError(
-                f'{reader.path} does not say how many steps the dense model was trained for: set DENSE_STEP, which the '
-                'learning-rate schedule needs.'
+                f'{reader.path} does not hold the number of steps that the dense model was trained for: set DENSE_STEP, which '
+                'the learning-rate schedule needs.'
             )
         leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
     check_source(run, reader, run.surgery)
@@ -156,22 +156,22 @@ def make_plan(run: ModelRun, layout: Layout, reader: Reader, wanted: Mapping[str
 
 @contextlib.contextmanager
 def in_gin_words(model: Model, reader: Reader) -> Iterator[None]:
-    """Around a comparison of a checkpoint with a model: says first which bindings of the gin files would make them fit.
+    """Adds the gin bindings that would make a model fit the checkpoint to errors about their differences.
 
     Raises:
-      DifferentLeaves: with these bindings, the first of several checkpoints speaking for all.
+      DifferentLeaves: with these bindings, from the first of several checkpoints.
     """
     try:
         yield
     except DifferentLeaves as error:
         part = readers_of(reader)[0]
-        found = differences(model, part.path, part.leaves(), identify.facts_of(part.metadata), error.problems)
-        raise DifferentLeaves(error.heading, error.problems, _in_words(found)) from None
+        sizes = differences(model, part.path, part.leaves(), identify.facts_of(part.metadata), error.problems)
+        raise DifferentLeaves(error.heading, error.problems, _in_words(sizes)) from None
 
 
 def _in_words(sizes: Sequence[Difference], others: Sequence[Difference] = ()) -> list[str]:
-    """A line for each size that differs, and one of the bindings that fit, also of what else differs."""
-    # It knows what a run is made of, and so needs this module's neighbours.
+    """Returns a line per size that differs, and a line of bindings that fit, including those of `others`."""
+    # Imported here, since configuration imports this module.
     from upcycle.configuration import name_of
 
     named = [(name_of(each.kind, each.field), in_gin(each.here), in_gin(each.there)) for each in (*others, *sizes)]
@@ -183,15 +183,15 @@ def _in_words(sizes: Sequence[Difference], others: Sequence[Difference] = ()) ->
 
 
 def in_gin(value: Any) -> str:
-    """A value as it is written behind --gin.NAME=."""
+    """Returns a value as it is written after --gin.NAME=."""
     return str(value) if isinstance(value, str) else repr(value)
 
 
 def check_source(run: ModelRun, reader: Reader, surgery: Surgery) -> None:
-    """Compares what the checkpoints of a reader say of themselves with the run that reads them; every load begins with it.
+    """Compares the metadata of checkpoints with the run that loads them. Called at every load.
 
     Raises:
-      UserError: one was made by another function than the model's, or trained with other sentinels than those of the data.
+      UserError: a checkpoint computes another function than the model, or was trained with other sentinels than the data's.
     """
     for part in readers_of(reader):
         check_facts(run.model, part, surgery)
@@ -201,27 +201,27 @@ def check_source(run: ModelRun, reader: Reader, surgery: Surgery) -> None:
 
 
 def sentinels_of(run: Run, metadata: Mapping[str, Any]) -> str | Sequence[int] | None:
-    """Those that a run trains a model with, for `check_source`: as bound, or else as what it starts from says of itself."""
+    """Returns the sentinels that a run trains with, for `check_source`: the bound ones, else those of its checkpoint."""
     bound = getattr(run.train_data, 'bound_sentinels', None)
     return (None if bound is None else bound()) or metadata.get('sentinels')
 
 
 def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
-    """Raises UserError where a checkpoint was made by another function than the model's, of which the shapes say nothing."""
+    """Raises UserError if a checkpoint computes another function than the model, in ways that shapes do not show."""
     changed = () if surgery.dense_operator is None else surgery.dense_operator.changes
     family = reader.metadata.get('family', model.family)
     if family != model.family:
         raise UserError(
-            f'{reader.path} holds a model of the family {family}, and the gin files describe a {model.family}.'
+            f'{reader.path} holds a model of the family {family}, but the gin files describe one of the family {model.family}.'
         )
     facts = identify.facts_in(reader.path, reader.leaves()) | identify.facts_of(reader.metadata)
     try:
         identify.require_function(reader.path, model, facts, changed)
     except UserError as error:
-        if surgery.dense_operator is not None:  # which may change sizes
+        if surgery.dense_operator is not None:  # it may change sizes
             raise
-        found = differences(model, reader.path, reader.leaves(), facts, ())
-        sizes = [each for each in found if each.field not in facts]
+        differing = differences(model, reader.path, reader.leaves(), facts, ())
+        sizes = [each for each in differing if each.field not in facts]
         others = [
             Difference(type(model.config), name, getattr(model.config, name), there)
             for name, there in identify.different_function(model, facts, changed).items()
@@ -230,25 +230,25 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
 
 
 def check_start(run: ModelRun, step: int) -> None:
-    """Raises UserError when a start at `step` leaves the run nothing to do, or no room for its learning rate."""
+    """Raises UserError if a run that starts at `step` has no steps left, or fewer than its schedule needs."""
     if step >= run.total_steps:
         raise UserError(
             f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
-            f'{run.initial_checkpoint_path} stands at step {step}: raise TRAIN_STEPS.'
+            f'{run.initial_checkpoint_path} is at step {step}: raise TRAIN_STEPS.'
         )
     run.learning_rate.schedule(step, run.total_steps)
 
 
 def params_from(run: ModelRun, layout: Layout, reader: Reader) -> tuple[Any, str | None]:
-    """A checkpoint's parameters alone, as the run's model wants them.
+    """Loads a checkpoint's parameters for the run's model.
 
     Args:
-      run: with a sparse model and a dense checkpoint, its `surgery` is carried out on the way.
+      run: if its model is sparse and the checkpoint dense, its `surgery` is applied.
       layout: of the run's state.
       reader: of the checkpoint.
 
     Returns:
-      The parameters; the expert operator, or None where the checkpoint is of the very model.
+      The parameters, and the expert operator, or None if no surgery was applied.
 
     Raises:
       UserError: the checkpoint does not fit.
@@ -258,13 +258,14 @@ def params_from(run: ModelRun, layout: Layout, reader: Reader) -> tuple[Any, str
     expands = any(f'/{EXPERT}/' in name for name in wanted) and not any(f'/{EXPERT}/' in name for name in stored)
     if expands and (run.surgery is None or run.surgery.operator is None):
         raise UserError(
-            f'{reader.path} is dense and the model is not: leave out its MoE layers, or name a surgery, such as that of '
-            'runs/upcycle.gin, to evaluate the model as it is upcycled.'
+            f'{reader.path} is dense and the model is sparse: remove the MoE layers, or add a surgery, such as that of '
+            'runs/upcycle.gin, to evaluate the upcycled model.'
         )
     spec = run.surgery if expands else Surgery(operator=None)
     check_source(run, reader, spec)
     shardings = {name: leaf.sharding for name, leaf in wanted.items()}
     with in_gin_words(run.model, reader):
         plan = plan_surgery(stored, wanted, spec, layout.logical_axes, grids=run.model.grids)
-    flat = execute(plan, reader.read, shardings, new={}, progress=print_progress('loading'))
+    with Progress('loading', 'leaf', len(plan.rows)) as progress:
+        flat = execute(plan, reader.read, shardings, new={}, progress=progress.show)
     return unflatten_dict(flat, sep='/')['params'], None if spec.operator is None else str(spec.operator)

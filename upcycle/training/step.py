@@ -1,4 +1,4 @@
-"""The training step: loss, gradient, update. Everything else in `training/` is about feeding it and keeping what it returns."""
+"""The training step: loss, gradient, update."""
 
 from typing import Any
 
@@ -21,13 +21,13 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds.
+    """The state of training, as stored in a checkpoint.
 
     Attributes:
-      step: int32, updates made so far, those of the dense run included.
+      step: int32, number of updates so far, including those of the dense run.
       params: nested dict of float32 arrays.
       opt_state: nested dict; see `training.optimizer`.
-      rng: uint32 key data; step t uses fold_in(rng, t), so nothing else needs to be remembered.
+      rng: uint32 key data; step t uses fold_in(rng, t), so no other random state is stored.
     """
 
     step: jax.Array
@@ -48,26 +48,26 @@ def train_step(
     frozen: Frozen = NOTHING,
     leaf_norms: bool = False,
 ) -> tuple[TrainState, Metrics]:
-    """One update, or none where the loss or the gradient is not finite. Pure; the trainer jits it.
+    """Makes one update, or none if the loss or the gradient is not finite. Pure; the trainer jits it.
 
-    The loss is (sum over targets of their loss) / (the whole batch's normaliser) + the auxiliary losses of the MoE layers, so
-    that cutting the batch into microbatches leaves the gradient as it is, but for what is drawn at random: each microbatch draws
-    its own dropout, router noise and mixup.
+    The loss is (sum of the targets' losses) / (the whole batch's normaliser) + the auxiliary losses of the MoE layers, so that
+    microbatches do not change the gradient, except for random draws: each microbatch draws its own dropout, router noise and
+    mixup.
 
     Args:
       state: before the step.
       batch: the global batch.
-      model: gives the loss's parts.
-      optimizer: turns the gradient into an update.
-      learning_rate: of the step.
-      batch_axes: leading axes of each parameter that the optimizer maps over.
-      num_microbatches: the batch is cut into this many equal parts, one after the other.
-      frozen: parameters that are held still.
-      leaf_norms: also give the norm of every leaf of the gradient.
+      model: computes the parts of the loss.
+      optimizer: computes the update from the gradient.
+      learning_rate: function of the step.
+      batch_axes: number of leading axes of each parameter that the optimizer maps over.
+      num_microbatches: number of equal parts of the batch, which are processed one after the other.
+      frozen: parameters that are not trained.
+      leaf_norms: also return the norm of every leaf of the gradient.
 
     Returns:
-      The state after the step, and metrics: the loss's parts, accuracy, learning rate, norms, routing, and `skipped`: 1 for a
-      step that left parameters and optimizer state as they were, else 0.
+      The state after the step, and metrics: parts of the loss, accuracy, learning rate, norms, routing, and `skipped`: 1 if
+      parameters and optimizer state are unchanged, else 0.
     """
     grads, sums = gradient(state, batch, model=model, num_microbatches=num_microbatches)
     grads = frozen.stop(moe_state.split(grads)[0], state.step)
@@ -94,7 +94,7 @@ def train_step(
 
 
 def gradient(state: TrainState, batch: Batch, *, model: Model, num_microbatches: int = 1) -> tuple[Any, Metrics]:
-    """Of the loss by all parameters; and the loss's parts, summed over the batch."""
+    """Computes the gradient of the loss by all parameters, and the parts of the loss, summed over the batch."""
     normalizer = model.loss_normalizer(batch)
     step_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
@@ -102,8 +102,8 @@ def gradient(state: TrainState, batch: Batch, *, model: Model, num_microbatches:
         sums, moe_loss, moe_metrics = model.forward(
             params, microbatch, rng, training=True, num_microbatches=num_microbatches
         )
-        loss = sums['loss'] / normalizer + moe_loss / num_microbatches
-        return loss, {**sums, 'moe_loss': moe_loss / num_microbatches, 'moe': _scale(moe_metrics, num_microbatches)}
+        moe_loss, moe_metrics = jax.tree.map(lambda x: x / num_microbatches, (moe_loss, moe_metrics))
+        return sums['loss'] / normalizer + moe_loss, {**sums, 'moe_loss': moe_loss, 'moe': moe_metrics}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
@@ -112,16 +112,16 @@ def gradient(state: TrainState, batch: Batch, *, model: Model, num_microbatches:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves, float32."""
+    """Computes the Euclidean norm over all leaves, float32."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
 
 
 def _accumulate(grad_fn, params: Any, batch: Batch, rng: jax.Array, parts: int) -> tuple[Any, Metrics]:
-    """Sum over microbatches of gradients and sums.
+    """Sums gradients and metrics over microbatches.
 
-    A microbatch is contiguous rows of the batch, so that its routing groups are groups of the batch. A device holds contiguous
-    rows of the batch as well, so most rows are needed on another device than the one that holds them: each step moves the batch's
-    inputs between devices once, before the scan. Microbatches of strided rows would need no move, but would be other groups.
+    A microbatch is a range of rows of the batch, so that its routing groups are groups of the batch. A device also holds a range
+    of rows, so most rows are needed on another device: each step moves the batch's inputs between devices once, before the scan.
+    Microbatches of strided rows would need no move, but would change the groups.
     """
 
     def cut(x: jax.Array) -> jax.Array:
@@ -139,7 +139,3 @@ def _accumulate(grad_fn, params: Any, batch: Batch, rng: jax.Array, parts: int) 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first, rng))
     total, _ = jax.lax.scan(body, zeros, (split, jnp.arange(parts)))
     return total
-
-
-def _scale(metrics: Metrics, parts: int) -> Metrics:
-    return jax.tree.map(lambda x: x / parts, metrics)

@@ -9,19 +9,19 @@ import numpy as np
 
 from upcycle.training.health import Health
 
-# Steps that are dispatched before the host waits for one, so that the devices never wait for the host.
+# Steps dispatched ahead of the host, so that devices never wait for it.
 _STEPS_UNDER_WAY = 2
 
 
 class Window:
     """Means of the training metrics since the last line of the log, over the steps that were not skipped.
 
-    What has been added is fetched two steps later, so that steps are not held up; it is added up in order on the host, and saved
-    with a checkpoint, so that a resumed run's lines are those of an uninterrupted one.
+    Metrics are fetched two steps after they are added, so that steps do not wait. They are summed in order on the host and saved
+    with a checkpoint, so that a resumed run logs the same lines as an uninterrupted one.
 
     Args:
-      health: sees every step.
-      values: as saved; None: a window begins.
+      health: observes every step.
+      values: as saved with a checkpoint; None: a new window.
     """
 
     def __init__(self, health: Health, values: dict[str, Any] | None = None):
@@ -30,7 +30,7 @@ class Window:
         self._pending: collections.deque[Any] = collections.deque()
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes one step's metrics, without waiting for them, but for those of earlier steps.
+        """Adds the metrics of a step. Waits only for those of earlier steps.
 
         Raises:
           NotFiniteError, Rollback: see `Health.see`.
@@ -39,16 +39,16 @@ class Window:
         self._settle(_STEPS_UNDER_WAY)
 
     def settle(self) -> None:
-        """Waits for the steps added so far; raises as `add` does."""
+        """Waits for all steps added so far; raises as `add` does."""
         self._settle(0)
 
     def taken_under_way(self) -> int | None:
-        """The newest step that was under way when `add` or `settle` raised, and was not skipped; None: there is none."""
+        """Returns the newest step that was under way when `add` or `settle` raised and was not skipped, or None."""
         steps = enumerate(self._pending, self._health.step + 1)
         return max((step for step, metrics in steps if not jax.device_get(metrics['skipped'])), default=None)
 
     def close(self) -> dict[str, Any]:
-        """The means, none where every step was skipped; the window starts again."""
+        """Returns the means, {} if every step was skipped, and starts a new window."""
         self.settle()
         count = self.values['count']
         means = {name: (np.asarray(value) / count).tolist() for name, value in self.values['sums'].items()}

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in safetensors files, read and written without PyTorch or transformers.
 
-A module for each architecture has its table of names, the fields of its `config.json` and its facts. To add one, write a subclass
-of `architecture.Architecture` in a module here, and register it below. Layouts matched: modeling_t5.py, modeling_(u)mt5.py,
+Each architecture has a module with its table of names, its fields of `config.json` and its facts. To add one, write a subclass of
+`architecture.Architecture` in a module here and register it below. Layouts matched: modeling_t5.py, modeling_(u)mt5.py,
 modeling_vit.py, conversion_mapping.py, configuration_utils.py and `_get_resolved_checkpoint_files` of transformers 4 and 5.
 """
 
@@ -12,10 +12,9 @@ from upcycle.checkpoints.hf.architecture import Architecture, Shapes
 
 ARCHITECTURES: tuple[Architecture, ...] = (t5.T5(), vit.ViT())
 BY_MODEL_TYPE = {name: architecture for architecture in ARCHITECTURES for name in architecture.model_types}
-# In words, for messages.
-TITLES = ' and '.join(architecture.title for architecture in ARCHITECTURES)
+TITLES = ' and '.join(architecture.title for architecture in ARCHITECTURES)  # for messages
 
 
 def of_leaves(shapes: Shapes) -> Architecture | None:
-    """The first architecture that holds leaves of ours, by their names below `params/`."""
+    """Returns the first architecture that matches our leaves; their names start below `params/`."""
     return next((architecture for architecture in ARCHITECTURES if architecture.holds(shapes)), None)

@@ -1,4 +1,4 @@
-"""What the reader and the writer of Hugging Face folders ask of an architecture: a subclass of `Architecture` in a module."""
+"""The interface that an architecture implements for the reader and the writer of Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Tensors = Mapping[str, safetensors.Tensor]  # by Hugging Face's names
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """How an array lies there and here.
+    """The change of layout between a tensor and our array.
 
     Attributes:
-        to_ours: the lazy array as ours. Raises ValueError where its shape does not fit.
-        to_theirs: the way back, of numbers.
+      to_ours: converts a lazy tensor to ours. Raises ValueError if its shape does not fit.
+      to_theirs: the inverse, on NumPy arrays.
     """
 
     to_ours: Callable[[views.Lazy], views.Lazy]
@@ -30,17 +30,17 @@ class Turn:
 
 
 SAME = Turn(lambda x: x, lambda x: x)
-# Linear layers are (out, in) there and (in, out) here.
+# Linear layers: PyTorch's (out, in) is our (in, out).
 LINEAR = Turn(views.reversed_axes, np.transpose)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What one leaf of ours is there.
+    """The tensor or tensors of one of our leaves.
 
     Attributes:
-        names: of the tensor; of several, each of which is a row of our leaf, such as the experts of (E, ...).
-        turn: of each tensor.
+      names: the name of the tensor, or a tuple of names if each row of our leaf is a tensor, such as the experts of (E, ...).
+      turn: the change of layout of each tensor.
     """
 
     names: str | tuple[str, ...]
@@ -48,12 +48,12 @@ class Entry:
 
     @property
     def is_stack(self) -> bool:
-        """Whether the leaf is made of several tensors."""
+        """Whether the leaf is a stack of tensors."""
         return isinstance(self.names, tuple)
 
     @property
     def every_name(self) -> tuple[str, ...]:
-        """The names of all of its tensors."""
+        """The names of all tensors of the leaf."""
         return self.names if isinstance(self.names, tuple) else (self.names,)
 
 
@@ -61,23 +61,23 @@ Table = dict[str, Entry]  # by our names below `params/`
 
 
 class Architecture:
-    """One architecture of transformers: its tensors, the fields of its config.json, and its facts.
+    """One architecture of transformers: its tensors, its fields of config.json, and its facts.
 
-    A subclass for each lies in a module of this package and is registered in `ARCHITECTURES`.
+    Each subclass has a module in this package and is registered in `ARCHITECTURES`.
 
     Attributes:
-        title: in words, for messages.
-        family: ours.
-        model_types: values of `model_type` that it covers.
-        classes: endings of the names in `architectures`; the first stands for all.
-        fields: of config.json that are read or compared, and what each may be.
-        sizes: those of them that the tensors have too.
-        values: of what changes the function otherwise, the only value that our models have; None: none that can be named.
-        inputs: fields that say how inputs are made, and what ours are.
-        harmless: further fields that change no logits.
-        aliases: other names of fields (`attribute_map`).
-        depths: fields that count layers, and a pattern of the names of a layer's tensors.
-        not_read: tensors that are left out, and why. transformers leaves them out as well.
+      title: name for messages.
+      family: our model family.
+      model_types: the values of `model_type` that it covers.
+      classes: valid suffixes of the names in `architectures`; the first is the default.
+      fields: fields of config.json that are read or compared, with their types.
+      sizes: the fields that must agree with the shapes of the tensors.
+      values: other fields that change the function, with the only value that our models support; None: no value is supported.
+      inputs: fields that describe the inputs, with our values.
+      harmless: other fields that do not change the logits.
+      aliases: other names of fields (`attribute_map`).
+      depths: fields that count layers, with a pattern of the names of a layer's tensors.
+      not_read: tensors that are ignored, and why; transformers ignores them, too.
     """
 
     title: str
@@ -94,75 +94,73 @@ class Architecture:
     not_read: Mapping[str, str] = {}
 
     def resolve(self, file: epath.Path, config: dict[str, Any]) -> None:
-        """Brings fields that can be written in several ways into one form, and checks what types cannot.
+        """Normalises fields that can be written in several ways, and checks what types cannot express.
 
         Raises:
-            UserError: a field says what our models do not do.
+          UserError: our models do not support a value.
         """
 
     def warn(self, file: epath.Path, config: Config) -> None:
-        """Warns of fields that transformers itself does not treat alike everywhere."""
+        """Warns about fields that versions of transformers treat differently."""
 
     def check_inputs(self, folder: epath.Path, config: Config) -> None:
-        """Warns where other files of the folder ask for other inputs than our pipelines make.
+        """Warns if other files of the folder describe inputs that our pipelines do not make.
 
         Raises:
-            UserError: a file is damaged.
+          UserError: a file is damaged.
         """
 
     def rename(self, name: str) -> str:
-        """A tensor's name as the table has it, where versions of transformers differ."""
+        """Returns a tensor's name in the table, for names that differ between versions of transformers."""
         return name
 
     def left_out(self, stored: Tensors) -> dict[str, str]:
-        """The tensors that are not read, and why."""
+        """Returns the tensors that are not read, and why."""
         return {name: self.not_read[name] for name in stored if name in self.not_read}
 
     def read(self, folder: epath.Path, config: Config, stored: Tensors) -> tuple[dict[str, views.Lazy], dict[str, Any]]:
-        """Our arrays by their names below `params/`, and the facts that their shapes do not tell.
-
-        Most of it is `sources.by_table`.
+        """Returns our arrays by their names below `params/`, mostly with `sources.by_table`, and the facts.
 
         Raises:
-            UserError: the configuration and the tensors contradict each other, or hold what our models do not have.
+          UserError: configuration and tensors contradict each other, or our models do not support them.
         """
         raise NotImplementedError
 
     def metadata(self, config: Config) -> dict[str, Any]:
-        """More entries of the reader's metadata."""
+        """Returns additional entries of the reader's metadata."""
         return {}
 
     def holds(self, shapes: Shapes) -> bool:
-        """Whether our leaves are those of this architecture."""
+        """Whether our leaves belong to this architecture."""
         raise NotImplementedError
 
     def config_sizes(self, shapes: Shapes) -> dict[str, Any]:
-        """The fields of config.json that shapes tell, for writing.
+        """Returns the fields of config.json that follow from shapes, for writing.
 
         Raises:
-            KeyError, IndexError, ValueError, ZeroDivisionError: a leaf is missing.
+          KeyError, IndexError, ValueError, ZeroDivisionError: a leaf is missing.
         """
         raise NotImplementedError
 
     def compared_sizes(self, shapes: Shapes) -> dict[str, Any]:
-        """The fields of config.json that shapes tell, for comparing; raises as `config_sizes`."""
+        """Returns the fields of config.json that follow from shapes, for comparing; raises as `config_sizes`."""
         return self.config_sizes(shapes)
 
     def table(self, sizes: Config, shapes: Shapes) -> Table:
-        """The tensors of a model of these sizes, for writing."""
+        """Returns the tensors of a model of these sizes, for writing."""
         raise NotImplementedError
 
     def validate(self, shapes: Shapes) -> None:
-        """Raises UserError where our leaves have no counterpart although each one has."""
+        """Raises UserError if the architecture lacks our combination of leaves although it has each of them."""
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole config.json.
+        """Returns the complete config.json.
 
         Args:
-            sizes: see `config_sizes`.
-            metadata: of our checkpoint, with `facts`.
+          sizes: see `config_sizes`.
+          metadata: of our checkpoint, with `facts`.
 
         Raises:
-            UserError: a fact has no counterpart.
+          UserError: the format cannot express a fact.
         """
         raise NotImplementedError

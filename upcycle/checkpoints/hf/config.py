@@ -1,8 +1,7 @@
-"""What the `config.json` of a Hugging Face folder says: every field that changes the function is read, compared or refused.
+"""Reads `config.json` of a Hugging Face folder: every field that changes the function is read, compared or refused.
 
-A field is one of five kinds: read, a size that the arrays must have, one whose only value is ours, one that says how inputs are
-made, or harmless; see `architecture.Architecture`. Any other one is a warning that names it. Matched: configuration_utils.py of
-transformers 4.57 and 5.24.
+A field is read, compared with a shape, restricted to our value, a description of the inputs, or harmless; see
+`architecture.Architecture`. Unknown fields cause a warning. Matched: configuration_utils.py of transformers 4.57 and 5.24.
 """
 
 from __future__ import annotations
@@ -17,65 +16,57 @@ from upcycle.checkpoints import hf, json_files
 from upcycle.checkpoints.hf.architecture import Architecture
 from upcycle.errors import UserError
 
-# Fields of any architecture that no model of ours has a value for.
+# Fields of any architecture that our models do not support.
 _NO_VALUE = {'quantization_config': None, 'per_layer_config': None}
-# What changes no logits of a model that is not in training, by topic.
-_HARMLESS = frozenset(
-    name
-    for topic in (
-        # Where weights come from, how they are stored, run and trained, and what is returned.
-        """
-        _name_or_path _commit_hash name_or_path transformers_version model_type tokenizer_class processor_class
-        torch_dtype dtype use_bfloat16 torchscript xla_device transformers_weights _attn_implementation
-        attn_implementation _attn_implementation_autoset _attn_implementation_internal
-        _experts_implementation_internal experts_implementation gradient_checkpointing chunk_size_feed_forward
-        use_cache output_past return_dict use_return_dict output_attentions output_hidden_states output_scores
-        return_dict_in_generate output_logits tf_legacy_loss tie_last_hidden_states add_cross_attention
-        cross_attention_hidden_size
-        """,
-        # Of training, fine-tuning and other heads.
-        """
-        dropout_rate classifier_dropout hidden_dropout_prob attention_probs_dropout_prob initializer_factor
-        initializer_range finetuning_task problem_type label2id encoder_stride
-        """,
-        # Of generation, and of tasks.
-        """
-        prefix task_specific_params n_positions max_length max_new_tokens min_length min_new_tokens do_sample
-        early_stopping num_beams max_time num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
-        epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
-        encoder_no_repeat_ngram_size bad_words_ids force_words_ids renormalize_logits constraints
-        forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-        suppress_tokens begin_suppress_tokens forced_decoder_ids num_return_sequences penalty_alpha bos_token_id
-        sep_token_id guidance_scale low_memory cache_implementation cache_config
-        """,
-    )
-    for name in topic.split()
-)
+# Fields that do not change the logits at evaluation: origin, storage and execution of weights, and outputs; training, fine-tuning
+# and other heads; generation and tasks.
+_HARMLESS = """
+    _name_or_path _commit_hash name_or_path transformers_version model_type tokenizer_class processor_class
+    torch_dtype dtype use_bfloat16 torchscript xla_device transformers_weights _attn_implementation
+    attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _experts_implementation_internal experts_implementation gradient_checkpointing chunk_size_feed_forward
+    use_cache output_past return_dict use_return_dict output_attentions output_hidden_states output_scores
+    return_dict_in_generate output_logits tf_legacy_loss tie_last_hidden_states add_cross_attention
+    cross_attention_hidden_size
+
+    dropout_rate classifier_dropout hidden_dropout_prob attention_probs_dropout_prob initializer_factor
+    initializer_range finetuning_task problem_type label2id encoder_stride
+
+    prefix task_specific_params n_positions max_length max_new_tokens min_length min_new_tokens do_sample
+    early_stopping num_beams max_time num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p
+    epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids force_words_ids renormalize_logits constraints
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens forced_decoder_ids num_return_sequences penalty_alpha bos_token_id
+    sep_token_id guidance_scale low_memory cache_implementation cache_config
+"""
 
 
 def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
-    """What the arrays do not say, nulls left out, after a look at every field; and the architecture that it describes.
+    """Returns the checked fields without nulls, and the architecture.
 
     Raises:
-        UserError: the file is damaged, is of an architecture that is not read, or says something that our models do not do.
+      UserError: the file is damaged, or the architecture or the value of a field is not supported.
     """
     config = {name: value for name, value in json_files.read_json(file).items() if value is not None}
     if 'model_type' not in config:
-        raise UserError(f'{file} has no model_type, as transformers writes it: only its {hf.TITLES} are read.')
+        raise UserError(
+            f'{file} has no model_type, which transformers writes: only its {hf.TITLES} models can be read.'
+        )
     model_type = config['model_type']
     if not isinstance(model_type, str) or model_type not in hf.BY_MODEL_TYPE:
-        raise UserError(f'{file} describes a model of type {model_type}: only {hf.TITLES} are read.')
+        raise UserError(f'{file} has the model_type {model_type}: only {hf.TITLES} models can be read.')
     architecture = hf.BY_MODEL_TYPE[model_type]
     _resolve_aliases(file, config, architecture.aliases)
     for name, kind in architecture.fields.items():
         if name in config and not schema.fits(config[name], kind):
-            raise UserError(f'{file}: {name} is {schema.shown(config[name])}, which is not {schema.in_words(kind)}.')
+            raise UserError(f'{file}: {name} is {schema.shown(config[name])}: it must be {schema.in_words(kind)}.')
     for name, ours in (architecture.values | _NO_VALUE).items():
         if name in config and config[name] != ours:
-            ours_in_words = f'and our {architecture.title} has {schema.shown(ours)}'
-            raise UserError(
-                f'{file}: {name} is {schema.shown(config[name])}, {"which is not read" if ours is None else ours_in_words}.'
+            supported = (
+                'not supported' if ours is None else f'our {architecture.title} supports {schema.shown(ours)} only'
             )
+            raise UserError(f'{file}: {name} is {schema.shown(config[name])}: {supported}.')
     architecture.resolve(file, config)
     _warn(file, config, architecture)
     return config, architecture
@@ -84,21 +75,23 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
 def _resolve_aliases(file: epath.Path, config: dict[str, Any], aliases: Mapping[str, str]) -> None:
     for alias, name in aliases.items():
         if alias in config and config.setdefault(name, config[alias]) != config.pop(alias):
-            raise UserError(f'{file}: {alias} and {name} are two names of one size, and differ.')
+            raise UserError(f'{file}: {alias} and {name} are names of the same field and must be equal.')
 
 
 def _warn(file: epath.Path, config: Mapping[str, Any], architecture: Architecture) -> None:
-    read = architecture.fields.keys() | architecture.values.keys() | _NO_VALUE.keys() | architecture.inputs.keys()
-    known = read | _HARMLESS | architecture.harmless | {'architectures'}
-    if unknown := [name for name in config if name not in known]:
-        names = [name if name.isidentifier() else schema.shown(name) for name in unknown]
-        shown = ', '.join(f'{name} = {schema.shown(config[field])}' for name, field in zip(names, unknown, strict=True))
-        warning.once(f'{file} has fields that are not known here and may change what the model computes: {shown}.')
+    known = {*_HARMLESS.split(), 'architectures'} | architecture.harmless | _NO_VALUE.keys()
+    known |= architecture.fields.keys() | architecture.values.keys() | architecture.inputs.keys()
+    if unknown := {name: schema.shown(value) for name, value in config.items() if name not in known}:
+        shown = ', '.join(
+            f'{name if name.isidentifier() else schema.shown(name)} = {value}' for name, value in unknown.items()
+        )
+        warning.once(f'{file} has unknown fields that may change what the model computes: {shown}.')
     for name, ours in architecture.inputs.items():
         if config.get(name, ours) not in (ours, [ours]):
-            warning.once(f'{file}: {name} is {schema.shown(config[name])}, and our pipelines take {ours}.')
+            warning.once(f'{file}: {name} is {schema.shown(config[name])}, but our pipelines use {ours}.')
     architecture.warn(file, config)
     named = config.get('architectures', [])
-    names = named if isinstance(named, list) and all(isinstance(name, str) for name in named) else [str(named)]
-    if strange := [name for name in names if not name.endswith(architecture.classes)]:
-        warning.once(f'{file}: architectures is {schema.shown(strange)}, which is read as {architecture.classes[0]}.')
+    names = named if schema.fits(named, list[str]) else [str(named)]
+    if unknown_classes := [name for name in names if not name.endswith(architecture.classes)]:
+        shown = schema.shown(unknown_classes)
+        warning.once(f'{file}: architectures is {shown}: it is read as {architecture.classes[0]}.')

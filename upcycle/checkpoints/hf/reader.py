@@ -13,7 +13,7 @@ from etils import epath
 from upcycle.checkpoints import arrays, safetensors
 from upcycle.checkpoints.hf import sources
 from upcycle.checkpoints.hf.config import read_config
-from upcycle.checkpoints.hf.folder import refuse_adapter_file, which_file
+from upcycle.checkpoints.hf.folder import refuse_adapter, which_file
 from upcycle.errors import UserError
 
 
@@ -21,21 +21,20 @@ class HuggingFaceReader(arrays.ArrayReader):
     """A lazy view of a folder of safetensors; see `upcycle.checkpoints.Reader`.
 
     Args:
-        path: the folder, or a file in it.
+      path: the folder, or a file in it.
 
     Raises:
-        UserError: the files are not whole, or hold a model of an architecture that is not read.
+      UserError: the files are incomplete or damaged, or the architecture is not supported.
     """
 
     format = 'huggingface'
 
     def __init__(self, path: epath.Path):
         folder = path if path.is_dir() else path.parent
-        refuse_adapter_file(path)
+        refuse_adapter(path, [path.name])
         if not (folder / sources.CONFIG).exists():
             raise UserError(
-                f'{folder} has no {sources.CONFIG}, which says what the arrays do not: copy that of the model there, '
-                "as transformers' save_pretrained does."
+                f"{folder} has no {sources.CONFIG}: copy the model's there; transformers' save_pretrained writes one."
             )
         self._config, self._architecture = read_config(folder / sources.CONFIG)
         file = which_file(folder, None if path == folder else path.name, self._config.get('transformers_weights'))
@@ -55,7 +54,7 @@ class HuggingFaceReader(arrays.ArrayReader):
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The family, what the configuration says of the model, and what of the files is not read."""
+        """The family, the facts from the configuration, and the tensors that are not read."""
         return {
             'family': self._architecture.family,
             'facts': self._facts,

@@ -14,8 +14,7 @@ from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, En
 from upcycle.checkpoints.hf.sources import CONFIG, by_table, required
 from upcycle.errors import UserError
 
-# Feed-forward layers by `feed_forward_proj`, and their parts by `dense_act_fn`. `gated-gelu` is the tanh approximation in
-# transformers (gelu_new), as in T5X.
+# Activations by `feed_forward_proj`. `gated-gelu` is the tanh approximation in transformers (gelu_new), as in T5X.
 ACTIVATIONS = {
     'relu': ('relu',),
     'gelu_new': ('gelu',),
@@ -24,14 +23,15 @@ ACTIVATIONS = {
     'gated-gelu': ('gelu', 'linear'),
     'gated-silu': ('silu', 'linear'),
 }
+# Activations by `dense_act_fn`.
 _ACT_FNS = {'relu': 'relu', 'silu': 'silu', 'swish': 'silu'}
 _ACT_FNS |= dict.fromkeys(('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast'), 'gelu')
 
 _CLASSES = {'t5': 'T5', 'mt5': 'MT5', 'umt5': 'UMT5'}
-# Whose sentinels are not T5's, by `model_type` and `vocab_size`.
+# Kinds of sentinels other than T5's, by `model_type` and `vocab_size`.
 _OWN_VOCABULARIES = {('mt5', 250112): 'mt5', ('umt5', 256384): 'umt5'}
 _POSITION_BIASES_ELSEWHERE = re.compile(r'\.block\.[1-9]\d*\.layer\.0\..*relative_attention_bias')
-# The attention layers of a block: (their name, ours, its norm).
+# The attention layers of a block: (their name, our name, our name of the norm).
 _ATTENTIONS = {
     'encoder': (('SelfAttention', 'attention', 'pre_attention_layer_norm'),),
     'decoder': (
@@ -72,10 +72,8 @@ class T5(Architecture):
     inputs = {'pad_token_id': 0, 'decoder_start_token_id': 0, 'eos_token_id': 1}
     harmless = frozenset(
         ('id2label', 'num_labels')
-        # Relative positions have no length.
-        + ('max_position_embeddings',)
-        # Of the T5X model of Google's umT5, and of nothing in transformers.
-        + ('scalable_attention',)
+        + ('max_position_embeddings',)  # relative positions have no maximum
+        + ('scalable_attention',)  # of the T5X model of Google's umT5; unused in transformers
     )
     aliases = {
         'hidden_size': 'd_model',
@@ -85,9 +83,7 @@ class T5(Architecture):
     }
     depths = {'num_layers': r'encoder\.block\.(\d+)\.', 'num_decoder_layers': r'decoder\.block\.(\d+)\.'}
     not_read = {
-        'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight': (
-            'a table of early T5 1.0 files that nothing uses'
-        )
+        'decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight': 'an unused table of early T5 1.0 files'
     }
 
     def warn(self, file: epath.Path, config: Config) -> None:
@@ -95,8 +91,8 @@ class T5(Architecture):
         of_transformers_4 = str(config.get('transformers_version', '')).startswith('4.')
         if config['model_type'] == 'mt5' and config.get('tie_word_embeddings') and of_transformers_4:
             warning.once(
-                f'{file}: tie_word_embeddings is True, for which transformers 4 scales the logits of mT5 and 5 does not: they '
-                'are not scaled.'
+                f'{file}: tie_word_embeddings is True: the logits of this mT5 are not scaled, as in transformers 5; '
+                'transformers 4 scales them.'
             )
 
     def read(self, folder: epath.Path, config: Config, stored: Tensors) -> tuple[dict[str, views.Lazy], dict[str, Any]]:
@@ -105,8 +101,8 @@ class T5(Architecture):
         activations = _activations(folder / CONFIG, config)
         is_umt5 = config['model_type'] == 'umt5'
         _validate_tensors(folder, config, activations, stored)
-        # T5 1.0 scales before a head that is the embedding; mT5 never does. transformers 5 always says that the head is tied, and
-        # in a second field whether it scales; a separate head is then there or not.
+        # T5 1.0 scales the decoder's output before a tied head; mT5 never does. transformers 5 always writes that the head is
+        # tied, a second field says whether to scale, and a separate head may exist.
         scaled = config.get('scale_decoder_outputs', config.get('tie_word_embeddings', True))
         scaled = bool(scaled) and config['model_type'] != 'mt5'
         stored = _with_shared(folder, config, dict(stored), scaled)
@@ -116,8 +112,8 @@ class T5(Architecture):
         return by_table(folder, stored, table), facts
 
     def metadata(self, config: Config) -> dict[str, Any]:
-        """The sentinels, where they are not T5's."""
-        # ByT5's configuration is that of a T5, but for its tokenizer.
+        """Returns the kind of sentinels if they are not T5's."""
+        # ByT5's configuration differs from T5's only in the tokenizer.
         is_byt5 = config.get('tokenizer_class') == 'ByT5Tokenizer'
         kind = 'byt5' if is_byt5 else _OWN_VOCABULARIES.get((config['model_type'], config.get('vocab_size')))
         return {'sentinels': kind} if kind else {}
@@ -162,7 +158,7 @@ class T5(Architecture):
         activations = tuple(facts.get('mlp_activations') or ACTIVATIONS[sizes['feed_forward_proj']])
         projection = next((name for name, ours in ACTIVATIONS.items() if ours == activations), None)
         if projection is None:
-            raise UserError(f'mlp_activations = {activations} has no counterpart in huggingface.')
+            raise UserError(f'mlp_activations = {activations} cannot be stored as huggingface.')
         model_type = sizes['model_type']
         if model_type == 't5' and metadata.get('model_type') == 'mt5':
             model_type = 'mt5'
@@ -181,7 +177,7 @@ class T5(Architecture):
 
 
 def _table(encoder_layers: int, decoder_layers: int, *, biases_in_every_layer: bool) -> Table:
-    """`biases_in_every_layer`: as in umT5, where T5 has the position biases of a stack in its first layer."""
+    """`biases_in_every_layer`: position biases are in every layer, as in umT5, instead of the first layer of each stack."""
     table = {
         'token_embedder/embedding': Entry('shared.weight'),
         'decoder/logits_dense/kernel': Entry('lm_head.weight', LINEAR),
@@ -211,66 +207,64 @@ def _block(stack: str, theirs: str, ours: str) -> Table:
 
 
 def _activations(file: epath.Path, config: Config) -> tuple[str, ...]:
-    """Activations by our names. `dense_act_fn` and `is_gated_act`, where they are there, override `feed_forward_proj`.
+    """Returns our names of the activations. `dense_act_fn` and `is_gated_act`, if present, override `feed_forward_proj`.
 
     Raises:
-        UserError: it is none of ours.
+      UserError: the activation is not supported.
     """
     projection = config.get('feed_forward_proj', 'relu' if config['model_type'] == 't5' else 'gated-gelu')
     gate, _, name = projection.rpartition('-')
     if gate not in ('', 'gated'):
-        raise UserError(f'{file}: feed_forward_proj is {projection!r}, which is not one of {", ".join(ACTIVATIONS)}.')
+        raise UserError(f'{file}: feed_forward_proj is {projection!r}: it must be one of {", ".join(ACTIVATIONS)}.')
     name = config.get('dense_act_fn', 'gelu_new' if projection == 'gated-gelu' else name)
     if name not in _ACT_FNS:
         field = 'dense_act_fn' if 'dense_act_fn' in config else 'feed_forward_proj'
         raise UserError(
-            f'{file}: {field} is {config[field]!r}, and the activations that are read are {", ".join(_ACT_FNS)} '
-            f'(feed_forward_proj: {", ".join(ACTIVATIONS)}).'
+            f'{file}: {field} is {config[field]!r}: it must be one of {", ".join(_ACT_FNS)} (feed_forward_proj: '
+            f'{", ".join(ACTIVATIONS)}).'
         )
     gated = config.get('is_gated_act', gate == 'gated')
     return (_ACT_FNS[name], 'linear') if gated else (_ACT_FNS[name],)
 
 
 def _validate_tensors(folder: epath.Path, config: Config, activations: tuple[str, ...], stored: Tensors) -> None:
-    """Raises UserError where the tensors are not what the configuration says, or not both stacks."""
+    """Raises UserError if the tensors contradict the configuration, or a stack is missing."""
     is_gated = len(activations) > 1
     if is_gated != any('.wi_0.' in name for name in stored):
         raise UserError(
-            f'{folder / CONFIG}: feed_forward_proj, dense_act_fn and is_gated_act ask for {activations}, and the arrays have '
+            f'{folder / CONFIG}: feed_forward_proj, dense_act_fn and is_gated_act ask for {activations}, but the arrays have '
             f'{"one matrix" if is_gated else "two matrices"} (DenseReluDense.wi).'
         )
     for stack in ('encoder', 'decoder'):
         if not any(f'{stack}.block.' in name for name in stored):
-            raise UserError(
-                f'{folder} holds no {stack}, and our T5 has both an encoder and a decoder: take the whole model.'
-            )
+            raise UserError(f'{folder} holds no {stack}: our T5 needs encoder and decoder, so use the whole model.')
     elsewhere = [name for name in stored if _POSITION_BIASES_ELSEWHERE.search(name)]
     if config['model_type'] != 'umt5' and elsewhere:
         raise UserError(
-            f'{folder} has position biases in every layer ({elsewhere[0]}), as a umT5, and model_type of {CONFIG} is '
-            f'{config["model_type"]!r}: set it to umt5 if that is what it is.'
+            f'{folder} has position biases in every layer ({elsewhere[0]}), as umT5, but model_type of {CONFIG} is '
+            f'{config["model_type"]!r}: set it to umt5 if the model is one.'
         )
 
 
 def _with_shared(folder: epath.Path, config: Config, stored: dict[str, Any], scaled: bool) -> Tensors:
-    """The tensors with one embedding, and with a head where the model does not scale before it."""
-    # Old files repeat what is shared.
+    """Returns the tensors with one embedding, and with a head unless the model scales before a tied head.
+
+    Raises:
+      UserError: copies of the embedding differ.
+    """
+    # Old files contain copies of the shared embedding.
     for copy in ('encoder.embed_tokens.weight', 'decoder.embed_tokens.weight', *(['lm_head.weight'] if scaled else [])):
         if copy in stored:
-            _require_same(folder, 'shared.weight', copy, stored)
-            stored.setdefault('shared.weight', stored[copy])
-            del stored[copy]
+            tensor = stored.pop(copy)
+            shared = stored.setdefault('shared.weight', tensor)
+            if shared is not tensor and not _are_equal(shared, tensor):
+                raise UserError(f'shared.weight and {copy} of {folder} differ, but are names of one array.')
     if not scaled and 'shared.weight' in stored and 'lm_head.weight' not in stored:
         if config.get('tie_word_embeddings') is False:
-            warning.once(f'{folder} has no head (lm_head.weight): the embedding is taken, as in transformers 5.')
+            warning.once(f'{folder} has no head (lm_head.weight): the embedding is used, as in transformers 5.')
         stored['lm_head.weight'] = stored['shared.weight']
     return stored
 
 
-def _require_same(folder: epath.Path, first: str, second: str, stored: Tensors) -> None:
-    """Two names of one array must hold the same."""
-    if first in stored and (
-        stored[first].shape != stored[second].shape
-        or stored[first].read(()).tobytes() != stored[second].read(()).tobytes()
-    ):
-        raise UserError(f'{first} and {second} of {folder} differ, and they stand for one array.')
+def _are_equal(one: views.Lazy, other: views.Lazy) -> bool:
+    return one.shape == other.shape and one.read(()).tobytes() == other.read(()).tobytes()

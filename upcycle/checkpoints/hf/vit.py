@@ -19,7 +19,7 @@ from upcycle.errors import UserError
 
 _GELUS = {'gelu': 'erf', 'gelu_python': 'erf', 'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu_fast': 'tanh'}
 _Side = schema.Count | Sequence[schema.Count]
-# Names in transformers 5, as conversion_mapping.py renames them, and those that it writes unless asked not to.
+# From names in transformers 5 to those in 4, as in conversion_mapping.py.
 _RENAMED_IN_5 = (
     (r'^(vit\.)?layers\.(\d+)\.', r'\1encoder.layer.\2.'),
     (r'\.attention\.(?:attention\.)?q_proj\.', '.attention.attention.query.'),
@@ -29,8 +29,8 @@ _RENAMED_IN_5 = (
     (r'\.mlp\.fc1\.', '.intermediate.dense.'),
     (r'\.mlp\.fc2\.', '.output.dense.'),
 )
-_POOLER = 'part of a layer that a classifier of transformers does not use'
-_MASK_TOKEN = 'the token of masked patches, which classification does not use'
+_POOLER = 'part of a layer that classifiers of transformers do not use'
+_MASK_TOKEN = 'the token of masked patches, unused in classification'
 _BLOCK = 'Transformer/encoderblock_0'
 
 # (D, channels, P, P) <-> (P, P, channels, D)
@@ -53,11 +53,11 @@ def _from_heads(heads: int) -> Turn:
 
 
 def _with_position_of_token(x: np.ndarray) -> np.ndarray:
-    # Adding -0 changes no number, not even -0: the token keeps its own.
+    # Adding -0.0 keeps the class token bit for bit.
     return np.concatenate([np.full_like(x[:, :1], -0.0), x], axis=1)
 
 
-# Theirs has a row for the class token; see `ViT.read`.
+# Their table has a row for the class token; see `ViT.read`.
 _POSITIONS = Turn(lambda x: x, _with_position_of_token)
 
 
@@ -90,19 +90,19 @@ class ViT(Architecture):
     not_read = {'vit.embeddings.mask_token': _MASK_TOKEN, 'embeddings.mask_token': _MASK_TOKEN}
 
     def resolve(self, file: epath.Path, config: dict[str, Any]) -> None:
-        """Sides of squares become numbers, and `id2label` a number of labels; see `Architecture`."""
+        """Replaces square sizes by their side, and `id2label` by the number of labels; see `Architecture`."""
         for name in ('image_size', 'patch_size'):
             sides = config.get(name)
             if isinstance(sides, Sequence):
                 if len(sides) not in (1, 2) or sides[0] != sides[-1]:
-                    raise UserError(f'{file}: {name} is {schema.shown(sides)}, and our ViT takes squares.')
+                    raise UserError(f'{file}: {name} is {schema.shown(sides)}: our ViT supports squares only.')
                 config[name] = sides[0]
         if not isinstance(config.get('id2label', {}), Mapping):
-            raise UserError(f'{file}: id2label is {schema.shown(config["id2label"])}, which is no name for each class.')
+            raise UserError(f'{file}: id2label is {schema.shown(config["id2label"])}: it must name each class.')
         if 'id2label' in config:
             config['num_labels'] = len(config['id2label'])
         if config.get('hidden_act', 'gelu') not in _GELUS:
-            raise UserError(f'{file}: hidden_act is {config["hidden_act"]!r}, which is not one of {", ".join(_GELUS)}.')
+            raise UserError(f'{file}: hidden_act is {config["hidden_act"]!r}: it must be one of {", ".join(_GELUS)}.')
 
     def check_inputs(self, folder: epath.Path, config: Config) -> None:
         """See `Architecture`."""
@@ -126,12 +126,12 @@ class ViT(Architecture):
         heads, layers = required(folder, config, 'num_attention_heads', 'num_hidden_layers')
         gelu = _GELUS[config.get('hidden_act', 'gelu')]
         if any('pooler.' in name for name in stored) and config.get('pooler_act', 'tanh') != 'tanh':
-            raise UserError(f'{folder / CONFIG}: pooler_act is {config["pooler_act"]!r}, and our ViT has tanh.')
+            raise UserError(f'{folder / CONFIG}: pooler_act is {config["pooler_act"]!r}: our ViT supports tanh only.')
         prefix = 'vit.' if any(name.startswith('vit.') for name in stored) else ''
         sources = by_table(folder, stored, _table(layers, heads, prefix))
         table, cls = sources.get('pos_embedding'), sources.get('cls')
         if table is not None and cls is not None and len(table.shape) == 3 and cls.shape == (1, 1, table.shape[-1]):
-            # Theirs adds a position to the token, ours does not: it goes into the token itself.
+            # They add a position to the class token; we store the sum as the token.
             sources['pos_embedding'], sources['cls'] = class_token.without_own_position(cls, table)
         epsilon = config.get('layer_norm_eps', 1e-12)
         return sources, {'gelu': gelu, 'norm_epsilon': epsilon, 'num_heads': heads}
@@ -176,16 +176,16 @@ class ViT(Architecture):
         for name in ('cls', 'pos_embedding'):
             if name not in shapes:
                 raise UserError(
-                    f'huggingface has no counterpart of a ViT without params/{name}: its head reads the class token.'
+                    f'a ViT without params/{name} cannot be stored as huggingface, whose head reads the class token.'
                 )
         if 'head/kernel' in shapes and 'pre_logits/kernel' in shapes:
-            raise UserError('params/pre_logits/kernel has no counterpart in huggingface below a head.')
+            raise UserError('params/pre_logits/kernel cannot be stored as huggingface in a model with a head.')
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`."""
         facts = metadata.get('facts') or {}
         labels = sizes['num_labels']
-        # Not `facts.get`: a ViT that does not say is one of ours, and ours is the approximation.
+        # Checkpoints without this fact are ours, with the tanh approximation.
         return {
             'architectures': ['ViTForImageClassification' if labels else 'ViTModel'],
             'model_type': 'vit',
@@ -198,7 +198,7 @@ class ViT(Architecture):
 
 
 def _table(layers: int, heads: int, prefix: str) -> Table:
-    """`prefix` is 'vit.' below a classification head, and empty in a bare model."""
+    """`prefix` is 'vit.' in a model with a classification head, and empty otherwise."""
     table = {
         'embedding/kernel': Entry(f'{prefix}embeddings.patch_embeddings.projection.weight', _PATCHES),
         'embedding/bias': Entry(f'{prefix}embeddings.patch_embeddings.projection.bias'),

@@ -1,4 +1,4 @@
-"""T5X's tree, written part by part: what both of its layouts share."""
+"""The base of both layouts of T5X for writing."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from upcycle.checkpoints.t5x import tree
 from upcycle.errors import UserError
 
 
-class T5XLayout:
+class T5XLayout(folder_writer.Layout):
     """T5X's tree, written part by part; see `folder_writer.Layout`."""
 
-    format = ''
     state = ''
 
     def final(self, path: epath.Path, step: int | None) -> epath.Path:
-        """T5X reads the step off the folder's name."""
+        """T5X reads the step from the folder's name."""
         return path if path.name == f'checkpoint_{step}' else path / f'checkpoint_{step}'
 
     def place(self, leaves: writing.Leaves) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
         """See `folder_writer.Layout`."""
         _validate(leaves, self.format)
-        left_out = {}
-        if 'rng' in leaves:
-            left_out['rng'] = 'T5X takes its random key from its own configuration'
-        if 'opt_state/count' in leaves:
-            left_out['opt_state/count'] = 'it is the step, which T5X takes for the clock of its Adafactor'
+        unused = {
+            'rng': 'T5X takes the random key from its configuration',
+            'opt_state/count': "T5X uses the step as Adafactor's clock",
+        }
+        left_out = {name: reason for name, reason in unused.items() if name in leaves}
         renamed = dict(
             pair for row, column in tree.swapped_statistics(leaves) for pair in ((row, column), (column, row))
         )
         return {name: tree.their_keys(renamed.get(name, name)) for name in leaves if name not in left_out}, left_out
 
     def zarr(self, leaf: jax.ShapeDtypeStruct, chunks: list[int]) -> dict[str, Any]:
-        """T5X reads version 2 of zarr, which has no checksums of its own: gzip's, without its compression."""
+        """T5X reads zarr 2, which has no checksums, so gzip at level 0 adds one."""
         metadata = {'shape': list(leaf.shape), 'chunks': chunks, 'compressor': {'id': 'gzip', 'level': 0}}
         return {'driver': 'zarr', 'metadata': metadata}
 
     def placeholders(self, writer: folder_writer.FolderWriter) -> dict[tuple[str, ...], np.ndarray]:
-        """Slots that Adafactor does not use hold one zero in T5X."""
+        """Returns the unused slots of Adafactor, which hold one zero in T5X."""
         states = {keys[:-1] for keys in writer.keys.values() if keys[:2] == ('state', 'param_states')}
         used = set(writer.keys.values())
         return {
@@ -56,22 +55,18 @@ class T5XLayout:
 def _validate(leaves: writing.Leaves, format: str) -> None:
     """Raises UserError for a leaf that T5X has no place for."""
     if 'step' not in leaves:
-        raise UserError(
-            f'{format} needs the step that the model was trained to, which the source does not say: give --step.'
-        )
+        raise UserError(f'{format} needs the step, which the source does not record: give --step.')
     for name in leaves:
         segments = name.split('/')
-        if name in ('step', 'rng', 'opt_state/count'):
-            continue
-        if segments[0] == 'params' and len(segments) > 1 and segments[1] in ('encoder', 'decoder', 'token_embedder'):
-            continue
-        if not name.startswith(tree.PARAM_STATES) or segments[-1] not in tree.ADAFACTOR_SLOTS:
-            raise UserError(f'{name} has no counterpart in {format}, which holds T5 models and Adafactor state.')
+        is_param = segments[0] == 'params' and segments[1:2] in (['encoder'], ['decoder'], ['token_embedder'])
+        is_state = name.startswith(tree.PARAM_STATES) and segments[-1] in tree.ADAFACTOR_SLOTS
+        if not is_param and not is_state and name not in ('step', 'rng', 'opt_state/count'):
+            raise writing.no_counterpart(name, format, 'T5 models and Adafactor state')
     _validate_state(leaves, format)
 
 
 def _validate_state(leaves: writing.Leaves, format: str) -> None:
-    """Raises UserError for the state of another optimizer than T5X's Adafactor."""
+    """Raises UserError unless the optimizer state is that of T5X's Adafactor."""
     owners: dict[str, set[str]] = {}
     for name in leaves:
         if name.startswith(tree.PARAM_STATES):
@@ -85,6 +80,6 @@ def _validate_state(leaves: writing.Leaves, format: str) -> None:
             )
         if writing.EXPERT in owner.split('/') and 'v' in slots and len(leaves[f'params/{owner}'].shape) > 2:
             raise UserError(
-                f'{tree.PARAM_STATES}{owner}/v has no counterpart in {format}, since T5X factors the statistics of experts '
-                f'whatever their size: train with expert_min_dim_size_to_factor = 1, or {way_out}.'
+                f'{tree.PARAM_STATES}{owner}/v cannot be stored as {format}, because T5X always factors the statistics of '
+                f'experts: train with expert_min_dim_size_to_factor = 1, or {way_out}.'
             )

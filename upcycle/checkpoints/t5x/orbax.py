@@ -1,4 +1,4 @@
-"""T5X's layout of today: an Orbax item `state`."""
+"""T5X's current layout: an Orbax item `state`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ class OrbaxReader(T5XReader):
 
 
 class OrbaxLayout(T5XLayout):
-    """What T5X writes by default today."""
+    """The format that T5X writes by default today."""
 
     format = 't5x_orbax'
     state = 'state'
-
-    def is_inline(self, keys: tuple[str, ...]) -> bool:
-        """Every array has a folder."""
-        return False
+    reader = OrbaxReader
 
     def commit(self, writer: folder_writer.FolderWriter, metadata: Mapping[str, Any]) -> None:
-        """Placeholders and the index."""
+        """Writes placeholders, the index and the metadata."""
         placeholders = self.placeholders(writer)
         for future in [writer.put(keys, value) for keys, value in placeholders.items()]:
             future.result()
@@ -43,7 +40,3 @@ class OrbaxLayout(T5XLayout):
         (writer.folder / self.state / orbax_item.ORBAX_INDEX).write_text(orbax_item.orbax_index(shapes, zarr3=False))
         (writer.folder / METADATA).write_text(json.dumps(dict(metadata)))
         orbax_item.mark_finished(writer.folder, (self.state,))
-
-    def reader(self, folder: epath.Path) -> OrbaxReader:
-        """See `folder_writer.Layout`."""
-        return OrbaxReader(folder)

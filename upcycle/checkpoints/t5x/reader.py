@@ -1,8 +1,8 @@
-"""The reader of both of T5X's layouts: our names, and views of arrays that lie otherwise there.
+"""The reader of both layouts of T5X, with our names and views of arrays that T5X stores in another form.
 
-Stacked layers (`scan_layers=True`) are taken apart: `encoder/encoder/...` with layers along axis 1 is `encoder/layers_0/...`.
-Attention kernels with heads apart are joined: (embed, heads, head_dim) is (embed, heads * head_dim). Such layouts have another
-optimizer state, which is left out. The step of a run that was restored has the type of its weights, and is int32 here.
+Stacked layers (`scan_layers=True`) are unstacked: `encoder/encoder/...` with layers along axis 1 becomes `encoder/layers_0/...`.
+Separate heads of attention kernels are joined: (embed, heads, head_dim) becomes (embed, heads * head_dim). The optimizer state of
+such arrays is left out. The step of a restored run has the dtype of its weights, and becomes int32.
 """
 
 from __future__ import annotations
@@ -11,56 +11,56 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from upcycle import schema
+from upcycle import files, schema
 from upcycle.checkpoints import arrays, json_files, views
 from upcycle.checkpoints.t5x import tree
 from upcycle.errors import UserError
 
-INDEX_HASH = 'index_sha256'  # among our notes
+INDEX_HASH = 'index_sha256'  # in our metadata
 
 _STEPS = ('step', 'opt_state/count')
-# Stacks of layers: `encoder/encoder/<p>`, or `encoder/encoder/subblock_1/<p>` where a block has a dense and a sparse layer.
+# Stacks of layers: `encoder/encoder/<p>`, or `encoder/encoder/subblock_1/<p>` if a block has a dense and a sparse layer.
 _STACKED = re.compile(r'params/(encoder|decoder)/(?:encoder|decoder)/(?:subblock_(\d+)/)?(.*)')
 _STACK_AXIS = 1
 _ATTENTION_KERNEL = re.compile(r'/(?:self_|encoder_decoder_)?attention/(query|key|value|out)/kernel$')
 
 
 class T5XReader(arrays.ArrayReader):
-    """Leaves under our names, without the placeholders of optimizer slots that T5X does not use."""
+    """Leaves under our names, without T5X's placeholders for unused slots of the optimizer."""
 
     def __init__(self, path: epath.Path, sources: Mapping[tuple[str, ...], arrays.Source]):
         named = {name: source for keys, source in sources.items() for name in tree.our_names(keys)}
         if not any(name.startswith('params/') for name in named):
-            raise UserError(f'{path} has no parameters below `target`, where T5X keeps them: is it a T5X checkpoint?')
+            raise UserError(f'{path} has no parameters below `target`, so it is not a T5X checkpoint.')
         if not any(name.startswith(tree.PARAM_STATES) for name in named):
-            # A step without a state is the model's alone.
+            # Without an optimizer state, the step is not its clock.
             named.pop('opt_state/count', None)
         self._left_out: dict[str, str] = {}
         super().__init__(path, named)
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The metadata that we wrote; {} in a checkpoint that T5X saved."""
+        """The metadata that we wrote; {} for a checkpoint of T5X. `not_read`: arrays that are left out, and why."""
         self.leaves()
         ours = {name: value for name, value in self.notes.items() if name != INDEX_HASH}
         return {**ours, 'not_read': self._left_out} if self._left_out else ours
 
     @functools.cached_property
     def notes(self) -> dict[str, Any]:
-        """Our file next to T5X's index; {} where there is none."""
+        """The content of our file next to T5X's index; {} if there is no such file."""
         file = epath.Path(self.path) / tree.METADATA
         return json_files.checked_metadata(str(file), json_files.read_json(file)) if file.exists() else {}
 
     def _abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         every = self._views(super()._abstract())
-        # `m` is in use everywhere or nowhere, which settles it for a parameter that itself has the shape (1,).
+        # `m` is used for all parameters or for none, which decides the case of a parameter of shape (1,).
         momentum = any(name.endswith('/m') and leaf.shape != (1,) for name, leaf in every.items())
         own_slots = ('m', 'v') if momentum else ('v',)
 
@@ -79,23 +79,26 @@ class T5XReader(arrays.ArrayReader):
                     by_name[row], by_name[column] = by_name[column], by_name[row]
         return every
 
+    def _leave_out(self, every: dict[str, jax.ShapeDtypeStruct], names: Sequence[str], key: str, reason: str) -> None:
+        """Removes leaves, and notes the reason. Without an optimizer state, its clock is removed as well."""
+        if not names:
+            return
+        self._left_out[key] = f'{reason} (arrays: {len(names)})'
+        for name in (*names, *(['opt_state/count'] if key.startswith('opt_state') else [])):
+            every.pop(name, None)
+
     def _leave_out_unknown(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
-        """Takes out what no model of ours has: `flax_mutables`, and a state that is no parameter's (optax, MultiOptimizer)."""
-        tops = {name.split('/')[0] for name in every} - {'params', 'opt_state', 'step', 'rng'}
-        for top in sorted(tops):
+        """Removes leaves that our models do not have: `flax_mutables`, and the state of optax or MultiOptimizer."""
+        for top in sorted({name.split('/')[0] for name in every} - {'params', 'opt_state', 'step', 'rng'}):
             names = [name for name in every if name.split('/')[0] == top]
-            self._left_out[top] = f'neither a parameter nor of an optimizer (arrays: {len(names)})'
-            for name in names:
-                every.pop(name)
+            self._leave_out(every, names, top, 'neither parameters nor an optimizer state')
         state = [name for name in every if name.startswith('opt_state/') and name != 'opt_state/count']
         owners = {name.removeprefix(tree.PARAM_STATES).rpartition('/')[0] for name in state}
-        if state and not any(f'params/{owner}' in every for owner in owners):
-            self._left_out['opt_state'] = f'the state of another optimizer than Adafactor (arrays: {len(state)})'
-            for name in (*state, 'opt_state/count'):
-                every.pop(name, None)
+        if not any(f'params/{owner}' in every for owner in owners):
+            self._leave_out(every, state, 'opt_state', 'the state of another optimizer than Adafactor')
 
     def _views(self, stored: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Leaves as ours are: layers out of their stacks, heads joined, the step a whole number."""
+        """Adds views for arrays in another form: unstacks layers, joins heads, converts the step."""
         blocks: dict[str, set[str]] = {}
         for match in filter(None, map(_STACKED.match, stored)):
             blocks.setdefault(match[1], set()).add(match[2])
@@ -106,7 +109,7 @@ class T5XReader(arrays.ArrayReader):
             if name not in _STEPS and not stack and _joined_heads_axis(name, leaf.shape) is None:
                 every[name] = leaf
                 continue
-            # The array itself is not a leaf, and keeps T5X's name.
+            # The stored array is not a leaf, and keeps T5X's name.
             theirs = '/'.join(tree.their_keys(name))
             for by_name in (self._sources, self._opened):
                 if name in by_name:
@@ -120,23 +123,17 @@ class T5XReader(arrays.ArrayReader):
             else:
                 made = {name: _with_joined_heads(name, source)}
             if twice := made.keys() & (every.keys() | (stored.keys() - {name})):
-                raise UserError(f'{self.path} holds {min(twice)} twice, once of them in {theirs}: it is not read.')
+                raise UserError(
+                    f'{self.path} holds {min(twice)} twice, also as part of {theirs}, so it cannot be read.'
+                )
             changed = changed or name not in _STEPS
             self._sources |= made
             every |= {ours: jax.ShapeDtypeStruct(view.shape, view.dtype) for ours, view in made.items()}
         if changed:
-            self._leave_out_state(every)
+            state = [name for name in every if name.startswith(tree.PARAM_STATES)]
+            reason = 'the optimizer state of stacked layers or of attention kernels with separate heads'
+            self._leave_out(every, state, tree.PARAM_STATES.rstrip('/'), reason)
         return every
-
-    def _leave_out_state(self, every: dict[str, jax.ShapeDtypeStruct]) -> None:
-        """Takes out the optimizer state where its arrays do not have the shapes of ours."""
-        state = [name for name in every if name.startswith(tree.PARAM_STATES)]
-        if state:
-            self._left_out[tree.PARAM_STATES.rstrip('/')] = (
-                f'the optimizer state ({len(state)} arrays) of stacked layers or of attention kernels with heads apart'
-            )
-            for name in (*state, 'opt_state/count'):
-                every.pop(name, None)
 
     def _read_stored(self, name: str, region: views.Region) -> np.ndarray:
         value = self._begin_read(name, region)()
@@ -145,7 +142,7 @@ class T5XReader(arrays.ArrayReader):
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """An array of T5X's as a `views.Lazy` one."""
+    """A stored array of T5X as a `views.Lazy` array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -159,19 +156,16 @@ def _whole_step(location: str, source: views.Lazy) -> views.Lazy:
 
 
 def _layers(location: str, source: views.Lazy, stack: re.Match[str], subblocks: int) -> dict[str, views.Lazy]:
-    """The layers of a stack by our names.
+    """Returns the layers of a stack by our names.
 
     Args:
-        location: of the array, for messages.
-        source: of all layers.
-        stack: the match of its name.
-        subblocks: how many layers a block has.
+      location: name of the array, for messages.
+      source: all layers.
+      stack: the match of its name.
+      subblocks: layers per block.
     """
     if not schema.fits(blocks := source.shape[_STACK_AXIS], schema.Depth):
-        raise UserError(
-            f'{location} would be a stack of {blocks} layers, which no model has: the index is damaged, copy the checkpoint '
-            'again.'
-        )
+        raise files.damaged(location, f'a stack of {blocks} layers is too large')
     layers: dict[str, views.Lazy] = {}
     for block in range(blocks):
         name = f'params/{stack[1]}/layers_{block * subblocks + int(stack[2] or 0)}/{stack[3]}'
@@ -180,9 +174,9 @@ def _layers(location: str, source: views.Lazy, stack: re.Match[str], subblocks: 
 
 
 def _joined_heads_axis(name: str, shape: tuple[int, ...]) -> int | None:
-    """The axis of an attention kernel with which the next one is joined, as ours are; None where they are, or there are no heads.
+    """Returns the axis of an attention kernel to join with the next one; None for other arrays and joined heads.
 
-    T5X's scalable_t5 and flaxformer's `split_head_kernel` keep (embed, heads, head_dim) and (heads, head_dim, embed).
+    T5X's scalable_t5 and flaxformer's `split_head_kernel` have (embed, heads, head_dim) and (heads, head_dim, embed).
     """
     match = _ATTENTION_KERNEL.search(name)
     if match is None or len(shape) != 3 or 0 in shape:
@@ -196,20 +190,14 @@ def _with_joined_heads(name: str, array: views.Lazy) -> views.Lazy:
 
 
 def _step(location: str, value: np.ndarray) -> np.ndarray:
-    """A count of training steps. A T5X run that was restored has it in the dtype of its weights.
-
-    Raises:
-        UserError: it is no such count.
-    """
+    """Converts a step, which restored runs of T5X store in the dtype of their weights; raises UserError if it is not one."""
     number = value.item()
     is_real = jax.dtypes.issubdtype(value.dtype, np.integer) or jax.dtypes.issubdtype(value.dtype, np.floating)
-    # The comparison is false of NaN.
+    # The comparison is false for NaN.
     if not is_real or not 0 <= number < 2**31 or number != int(number):
         raise _no_step(location, f'{value.dtype} {number}')
     return np.asarray(int(number), np.int32)
 
 
 def _no_step(location: str, shown: str) -> UserError:
-    return UserError(
-        f'{location} is {shown}, and not a whole number from 0 to {2**31 - 1}: the checkpoint is damaged, copy it again.'
-    )
+    return files.damaged(location, f'{shown} is not a whole number from 0 to {2**31 - 1}')

@@ -1,9 +1,8 @@
 """Base classes of routers. A router is a dataclass of settings with the methods that an MoE layer calls."""
 
 import dataclasses
-import enum
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -14,7 +13,7 @@ from upcycle.moe.dispatch import combine, dispatch
 from upcycle.moe.groups import num_groups
 from upcycle.moe.losses import routing_metrics
 from upcycle.moe.routing import Across, Mixing, Routing, Tokens, combine_weights, covered_tokens, here, prepare
-from upcycle.schema import Count, Natural, Positive, Rate, Whole
+from upcycle.schema import Count, FloatType, Natural, Positive, Rate, Whole
 
 # Fields whose macros have other names.
 _MACROS = {
@@ -83,11 +82,7 @@ class MoE:
     num_microbatches: Count = 1
 
     def __post_init__(self):
-        kinds = schema.parameters(type(self))
-        refuse(schema.misfits({name: getattr(self, name) for name in kinds}, type(self), macro_of_field))
-        for name, parameter in kinds.items():
-            if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, enum.StrEnum):
-                object.__setattr__(self, name, parameter.annotation(getattr(self, name)))
+        schema.validate(self, _MACROS)
         refuse(self._invalid())
 
     def _invalid(self) -> Iterator[str]:
@@ -190,7 +185,7 @@ class Routed(MoE):
     cosine: ClassVar[bool] = False
 
     route_padding: RoutePadding = RoutePadding.SKIP
-    network_dtype: Literal['float32', 'bfloat16', 'float16'] | None = None
+    network_dtype: FloatType | None = None
     jitter_noise: Rate = 0.0
     router_init_stddev: Natural = 0.02
     shared_weights: SharedWeights = SharedWeights.ONE

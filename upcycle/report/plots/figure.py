@@ -8,17 +8,17 @@ import io
 import math
 from collections.abc import Callable, Sequence
 
+import PIL.Image
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from upcycle.report.compare import Report
 from upcycle.report.runs import Role
 
 Panel = Callable[[Axes], None]
 
-# Okabe and Ito's palette: told apart by the colour-blind and in a grey print.
+# Okabe and Ito's palette: distinct for the colour-blind and in greyscale.
 ROLE_COLOURS = {
     Role.DENSE: '#6b7280',
     Role.DENSE_CONTINUATION: '#0072b2',
@@ -26,7 +26,7 @@ ROLE_COLOURS = {
     Role.SCRATCH: '#009e73',
 }
 EXTRA_COLOURS = ('#cc79a7', '#b8860b', '#56b4e9', '#7b5ea7', '#8b5a2b', '#4d4d4d')
-# Of pictures: panels in a row, dots per inch, and the size of the palette.
+# Of a picture: panels in a row, dots per inch, size of the palette.
 COLUMNS = 2
 DPI = 90
 COLOURS = 32
@@ -49,11 +49,11 @@ class Plot:
     """A figure of one or more panels, two in a row.
 
     Attributes:
-      key: the file's name, without its suffix.
-      title: above it.
-      caption: below it.
+      key: file name, without the suffix.
+      title: text above the figure.
+      caption: text below the figure.
       panels: functions that draw one panel each.
-      height: of a panel, in inches.
+      height: height of a panel, in inches.
     """
 
     key: str
@@ -63,11 +63,12 @@ class Plot:
     height: float = 3.35
 
     def png(self) -> bytes:
-        """The picture with a palette of few colours: a fifth of the bytes of the full one."""
+        """Renders a PNG with a small palette: a fifth of the bytes of full colour."""
         full, file = io.BytesIO(), io.BytesIO()
         _figure(self.panels, self.height).savefig(full, format='png', dpi=DPI)
-        image = Image.open(full).convert('RGB').quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-        image.save(file, 'PNG', optimize=True)
+        picture = PIL.Image.open(full).convert('RGB')
+        method, dither = PIL.Image.Quantize.FASTOCTREE, PIL.Image.Dither.NONE
+        picture.quantize(COLOURS, method, dither=dither).save(file, 'PNG', optimize=True)
         return file.getvalue()
 
 
@@ -92,7 +93,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
     ax.grid(axis='y', color=RULE, linewidth=0.7)
     ax.set_axisbelow(True)
     panel(ax)
-    # Names of runs are the user's; only the numbers of a logarithmic axis are mathematics.
+    # Users name runs, so a $ in a text is not mathematics; only logarithmic tick labels are.
     legend = ax.get_legend()
     for text in (ax.title, *ax.texts, *(legend.get_texts() if legend else ())):
         text.set_parse_math(False)
@@ -101,7 +102,7 @@ def _draw(ax: Axes, panel: Panel) -> None:
 
 
 def colours(reports: Sequence[Report]) -> dict[str, str]:
-    """A colour per branch, the same in every figure: the role's for the first branch of a role."""
+    """Returns a colour per branch, the same in every figure: the role's colour for the first branch of a role."""
     spare = iter(EXTRA_COLOURS * 9)
     result: dict[str, str] = {}
     for run in (run for report in reports for run in report.runs):
@@ -112,5 +113,5 @@ def colours(reports: Sequence[Report]) -> dict[str, str]:
 
 
 def of_the_first(reports: Sequence[object]) -> str:
-    """The end of a caption where a figure shows one seed only."""
+    """Returns the end of a caption for a figure that shows only the first of several seeds."""
     return ' Of several seeds, the first.' if len(reports) > 1 else ''

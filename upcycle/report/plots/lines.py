@@ -1,4 +1,4 @@
-"""Lines of a branch, one a seed, and their mean."""
+"""The lines of a branch: one per seed, and their mean."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from upcycle.report.plots.axes import Label, set_limits
 from upcycle.report.plots.figure import colours
 from upcycle.report.runs import Axis, Curve, Run
 
-# Of more branches than this only means are drawn: the lines of all seeds would hide them.
+# With more branches than this, only means are drawn: the lines of all seeds would hide them.
 MANY = 8
 
 
@@ -21,7 +21,7 @@ class Bundle:
 
     Attributes:
       name, colour: of the branch.
-      runs, curves: of each seed.
+      runs, curves: one per seed.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Bundle:
 
 
 def bundles_of(reports: Sequence[Report], runs: Sequence[Run], curve: Callable[[Report, Run], Curve]) -> list[Bundle]:
-    """The branches named as `runs` whose curves have points."""
+    """Returns the branches with the names of `runs` whose curves have points."""
     palette, result = colours(reports), []
     for name in dict.fromkeys(run.name for run in runs):
         pairs = {(r.path, r.name): (report, r) for report in reports for r in report.runs if r.name == name}
@@ -47,11 +47,11 @@ def draw_lines(ax: Axes, bundles: Sequence[Bundle], size: float, high: float) ->
     Args:
       ax: a panel.
       bundles: with x in the axis's own unit.
-      size: of the unit that the panel shows.
-      high: up to where.
+      size: size of the unit that the panel shows.
+      high: upper limit of x.
 
     Returns:
-      Labels of the means.
+      The labels of the means.
     """
     labels = []
     for bundle in bundles:
@@ -72,12 +72,12 @@ def draw_dots(ax: Axes, bundles: Sequence[Bundle], size: float, high: float, tra
     """Draws evaluations as dots and training batches as thin lines: a line between few dots would invent a slope.
 
     Args:
-      ax, bundles, size, high: as of `draw_lines`.
+      ax, bundles, size, high: as for `draw_lines`.
       train: the metric of training batches.
-      axis: of x.
+      axis: the cost on the x axis.
 
     Returns:
-      Labels of the means at `high`.
+      The labels of the means at `high`.
     """
     labels = []
     for bundle in bundles:
@@ -97,10 +97,10 @@ def frame(ax: Axes, bundles: Sequence[Bundle], largest: float, levels: Sequence[
 
     Args:
       ax: a panel.
-      bundles: drawn in it.
-      largest: up to where x goes.
-      levels: of horizontal lines, which are always shown.
-      skip: share of x in which the initial drop may leave the axis.
+      bundles: the lines drawn in it.
+      largest: upper limit of x.
+      levels: heights of horizontal lines, which are always shown.
+      skip: share of x in which the initial drop may lie outside the limits.
     """
     parts = [(b, _cut(c, 0, largest)) for b in bundles for c in b.curves]
     every = np.concatenate([y for _, (_, y) in parts] + [np.array(levels)])
@@ -109,7 +109,7 @@ def frame(ax: Axes, bundles: Sequence[Bundle], largest: float, levels: Sequence[
 
 
 def _cut(curve: Curve, low: float, high: float) -> Curve:
-    """The part of a curve within [low, high], with interpolated points where it crosses the bounds."""
+    """Cuts a curve to [low, high], with interpolated points at the bounds that it crosses."""
     x, y = curve
     edges = [e for e in (low, high) if len(x) and x[0] < e < x[-1]]
     xs = np.unique(np.concatenate([x[(x >= low) & (x <= high)], edges]))
@@ -117,8 +117,8 @@ def _cut(curve: Curve, low: float, high: float) -> Curve:
 
 
 def _mean(curves: Sequence[Curve]) -> Curve:
-    """The mean curve where all of them are known, on the first one's points."""
+    """Averages curves over their common range, at the points of the first one."""
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-    # Seeds differ in their seconds, so the bounds are seldom points of the first curve.
+    # Seeds take different times, so the bounds are seldom points of the first curve.
     x = _cut(curves[0], low, high)[0]
     return x, np.mean([np.interp(x, *curve) for curve in curves], axis=0)

@@ -1,8 +1,8 @@
-"""Ways to make the experts of a Mixture-of-Experts layer. One dataclass each, its fields the method's own knobs.
+"""Operators: methods that make the experts of a Mixture-of-Experts layer. One dataclass per method, with its options as fields.
 
-An operator makes one leaf of one expert at a time, out of that leaf of the MLPs that it names as the expert's parents, and knows
-the axes of a leaf by their logical names only: kernels or biases, gated or not, of whatever family. It sees leaves whole, so that
-no statistic depends on the mesh, and draws from a key that depends on the seed, the MLP's name and the expert's index alone.
+An operator makes one leaf of one expert at a time from the same leaf of the expert's parents. It identifies axes by their logical
+names, so it works for kernels and biases, gated or not, of any family. It sees whole leaves, so that no statistic depends on the
+mesh, and its random key depends only on the seed, the MLP's name and the expert's index.
 """
 
 from upcycle.surgery.operators.base import Leaf, Leaves, Lineage, Operator, Start, key_for, look_up

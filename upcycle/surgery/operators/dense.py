@@ -1,4 +1,4 @@
-"""Experts of the dense MLP's own shapes, out of one dense checkpoint."""
+"""Operators that make experts with the shapes of the dense MLP from one dense checkpoint."""
 
 import dataclasses
 import enum
@@ -18,28 +18,24 @@ class Copy(Operator):
     name = 'copy'
     identical = True
 
-    def make(self, name: str, parents: Sequence[jax.Array], mlp: Leaves, index: jax.Array, key: jax.Array) -> jax.Array:
-        (w,) = parents
-        return w
-
 
 class NoiseOn(enum.StrEnum):
-    """What gets noise, or not."""
+    """The unit to which noise is applied."""
 
-    WEIGHTS = 'weights'  # each weight on its own, as the papers say
-    NEURONS = 'neurons'  # whole neurons, others in each matrix, as Drop-Upcycling's released code does
+    WEIGHTS = 'weights'  # individual weights, as in the papers
+    NEURONS = 'neurons'  # whole neurons, chosen per matrix, as in Drop-Upcycling's released code
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Operator):
-    """W_e = W + M * N(0, s^2), where M keeps each weight's noise with probability r.
+    """W_e = W + M * N(0, s^2), where the mask M is 1 with probability r.
 
     Komatsuzaki et al. 2023, section 5 (r = 1); Drop-Upcycling's baseline "random noise upcycling" (arXiv 2502.19261: r = 0.5,
     s = 0.02).
 
     Attributes:
       stddev: s, the standard deviation of the noise [NOISE_STDDEV].
-      fraction: r, the share of the weights that get noise [NOISE_FRACTION].
+      fraction: r, the fraction of weights with noise [NOISE_FRACTION].
       on: see `NoiseOn` [NOISE_ON].
     """
 
@@ -53,7 +49,7 @@ class Noise(Operator):
         check_fraction('NOISE_FRACTION', self.fraction)
         object.__setattr__(self, 'on', one_of(NoiseOn, self.on, 'NOISE_ON'))
         if not self.stddev >= 0:
-            raise UserError(f'NOISE_STDDEV = {self.stddev!r} is a standard deviation: set it to at least 0.')
+            raise UserError(f'NOISE_STDDEV = {self.stddev!r} must be at least 0.')
 
     def make(self, name: str, parents: Sequence[jax.Array], mlp: Leaves, index: jax.Array, key: jax.Array) -> jax.Array:
         (w,) = parents
@@ -66,24 +62,24 @@ class Noise(Operator):
             width = w.shape[axis]
             noisy_F = jax.random.permutation(where_key, width) < _share_of(self.fraction, width)
             return w + jnp.where(_along(noisy_F, axis, w.ndim), noise, 0.0)
-        # uniform < 1 always holds, so a fraction of 1 means every weight.
+        # uniform < 1 always holds, so a fraction of 1 covers every weight.
         return w + jnp.where(jax.random.uniform(where_key, w.shape) < self.fraction, noise, 0.0)
 
 
 class Initializer(enum.StrEnum):
-    """How a model of its family starts its MLPs."""
+    """The initializer of MLP kernels."""
 
     LECUN_NORMAL = 'lecun_normal'  # variance 1 / fan_in, truncated: T5X and Flax
-    XAVIER_UNIFORM = 'xavier_uniform'  # variance 2 / (fan_in + fan_out): big_vision's
+    XAVIER_UNIFORM = 'xavier_uniform'  # variance 2 / (fan_in + fan_out): big_vision
 
 
 @dataclasses.dataclass(frozen=True)
 class Random(Operator):
-    """Experts from scratch, everything else copied (Komatsuzaki et al. 2023, figures 7 and 13); the first few may be copies too.
+    """Randomly initialised experts, everything else copied (Komatsuzaki et al. 2023, figures 7 and 13).
 
     Attributes:
-      initializer: of the kernels; biases start at 0 [RANDOM_INITIALIZER].
-      copied: how many experts are copies of the dense MLP instead [RANDOM_COPIED].
+      initializer: see `Initializer`; biases start at 0 [RANDOM_INITIALIZER].
+      copied: number of experts, the first ones, that are copies of the dense MLP instead [RANDOM_COPIED].
     """
 
     name = 'random'
@@ -94,7 +90,7 @@ class Random(Operator):
     def __post_init__(self):
         object.__setattr__(self, 'initializer', one_of(Initializer, self.initializer, 'RANDOM_INITIALIZER'))
         if not isinstance(self.copied, int) or self.copied < 0:
-            raise UserError(f'RANDOM_COPIED = {self.copied!r} must be a number of experts, 0 or more.')
+            raise UserError(f'RANDOM_COPIED = {self.copied!r} must be a number of experts, at least 0.')
 
     @property
     def reads(self) -> bool:
@@ -110,22 +106,22 @@ class Random(Operator):
 
 
 class DropIndices(enum.StrEnum):
-    """Whose neurons are dropped together."""
+    """Which matrices share the dropped neurons."""
 
-    SHARED = 'shared'  # one draw for all matrices of an expert: a neuron goes as a unit, as the paper says
-    PER_MATRIX = 'per_matrix'  # a draw for each matrix, as the released code does
+    SHARED = 'shared'  # one draw for all matrices of an expert, so whole neurons are dropped, as in the paper
+    PER_MATRIX = 'per_matrix'  # one draw per matrix, as in the released code
 
 
 @dataclasses.dataclass(frozen=True)
 class Drop(Operator):
     """Drop-Upcycling (Nakamura et al. 2025, arXiv 2502.19261, section 3): W~ = 1_S * R + (1 - 1_S) * W.
 
-    For each expert S is a set of floor(r f) of the f intermediate neurons: columns of W_gate and W_up, rows of W_down, entries of
-    the hidden bias. R ~ N(mean(W_S), std(W_S)^2), mean and deviation taken over the dropped entries of that leaf. r = 0 is plain
-    upcycling. The released code also permutes an expert's neurons, which changes nothing that the expert computes.
+    S is a random set of floor(r f) of an expert's f intermediate neurons: columns of W_gate and W_up, rows of W_down, entries of
+    the hidden bias. R ~ N(mean(W_S), std(W_S)^2), with mean and deviation over the dropped entries of that leaf. r = 0 is plain
+    upcycling. The released code also permutes an expert's neurons, which does not change its function.
 
     Attributes:
-      ratio: r, the share of an expert's neurons that start anew; 0.5 is the paper's best [DROP_RATIO].
+      ratio: r, the fraction of an expert's neurons that are reinitialised; 0.5 is the paper's best [DROP_RATIO].
       indices: see `DropIndices` [DROP_INDICES].
     """
 
@@ -145,15 +141,15 @@ class Drop(Operator):
 
 
 def reinitialise(name: str, w: jax.Array, leaf: Leaf, ratio: float, key: jax.Array, *, shared: bool) -> jax.Array:
-    """Draws floor(ratio * F) neurons anew, from the mean and deviation that their entries have.
+    """Redraws floor(ratio * F) neurons from a normal with the mean and deviation of their entries.
 
     Args:
-      name: of the leaf.
+      name: name of the leaf.
       w: the leaf.
       leaf: its axes.
-      ratio: share of the neurons.
-      key: of this expert.
-      shared: the same neurons in every leaf of the expert, or others in each.
+      ratio: fraction of the neurons.
+      key: key of the expert.
+      shared: True: the same neurons in every leaf of the expert; False: a separate draw per leaf.
     """
     axis = leaf.width_axis
     if axis is None:
@@ -171,10 +167,10 @@ def reinitialise(name: str, w: jax.Array, leaf: Leaf, ratio: float, key: jax.Arr
 
 
 def _share_of(ratio: float, width: int) -> int:
-    """floor(ratio * width); the small term keeps 0.3 * 10 at 3."""
+    """floor(ratio * width); the small term makes 0.3 * 10 equal 3."""
     return int(ratio * width + 1e-6)
 
 
 def _along(x_F: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """A vector that lies along one axis of an array."""
+    """Reshapes a vector to broadcast along one axis of an array of `ndim` axes."""
     return jnp.expand_dims(x_F, [i for i in range(ndim) if i != axis])

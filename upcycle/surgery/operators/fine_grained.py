@@ -1,4 +1,4 @@
-"""Experts that are narrower than the dense MLP."""
+"""Operators that make experts narrower than the dense MLP."""
 
 import dataclasses
 import enum
@@ -12,10 +12,10 @@ from upcycle.surgery.operators.dense import reinitialise
 
 
 class GranularScale(enum.StrEnum):
-    """How the weights of an expert that is a shard make up for there being G of them."""
+    """How weights are scaled to compensate for cutting the MLP into G shards."""
 
-    OUTPUT = 'output'  # G on the output matrix: with weights that add up to 1, the function is the dense MLP's
-    NVIDIA = 'nvidia'  # the same or more, spread evenly over all matrices, as the paper does
+    OUTPUT = 'output'  # output matrix times G: equals the dense MLP if combine weights sum to 1
+    NVIDIA = 'nvidia'  # a factor of at least G, spread evenly over all matrices, as in the paper
     NONE = 'none'
 
 
@@ -24,21 +24,21 @@ class Granular(Operator):
     """Fine-grained upcycling (He et al. 2024, arXiv 2410.07524, sections 3.2 to 3.4; Megatron-LM's `upcycling_utils.py`).
 
     The MLP is cut along F into G shards, and E / G copies of each become the E experts: expert v * G + g is shard g of the
-    virtual group v. With virtual groups all G experts of a group have the same router column: Top-T with T a multiple of G then
-    takes whole copies of the MLP.
+    virtual group v. With virtual groups, all G experts of a group share a router column, so Top-T with T a multiple of G selects
+    whole copies of the MLP.
 
-    A token's weights add up to s, so the shards that it visits add up to s / G of the MLP; s is 1 with normalised weights (the
-    paper's topK-then-softmax), and T / E while a raw softmax is even. The scale c = G / s corrects it. `nvidia` multiplies every
-    matrix (and the hidden bias) by the n-th root of c, n matrices in a row: a cube root for gated MLPs, a square root for plain
-    ones. Activations such as GELU are not homogeneous, so that it keeps the function only roughly. `output` multiplies the output
-    matrix alone by G, and keeps it exactly where s = 1.
+    If a token's combine weights sum to s, its shards compute s / G of the MLP. s is 1 with normalised weights (the paper's
+    topK-then-softmax), and T / E while a raw softmax is uniform. The scale c = G / s corrects this. `nvidia` multiplies each of
+    the n consecutive matrices (and the hidden bias) by the n-th root of c: a cube root for gated MLPs, a square root for plain
+    ones. Activations such as GELU are not homogeneous, so this preserves the function only roughly. `output` multiplies only the
+    output matrix, by G, and preserves the function exactly if s = 1.
 
     Attributes:
       shards: G [EXPERT_GRANULARITY].
       scale: see `GranularScale` [GRANULAR_SCALE].
       virtual_groups: the shards of a copy share a router column [GRANULAR_VIRTUAL_GROUPS].
-      normalized: the router's weights add up to 1 [NORMALIZE_COMBINE_WEIGHTS].
-      num_selected_experts: T, of Top-K; in Expert Choice the capacity factor plays its part [NUM_SELECTED_EXPERTS].
+      normalized: combine weights sum to 1 [NORMALIZE_COMBINE_WEIGHTS].
+      num_selected_experts: T of Top-K; for Expert Choice, the capacity factor [NUM_SELECTED_EXPERTS].
     """
 
     name = 'granular'
@@ -54,15 +54,15 @@ class Granular(Operator):
         object.__setattr__(self, 'scale', one_of(GranularScale, self.scale, 'GRANULAR_SCALE'))
         if not isinstance(self.shards, int) or self.shards < 2:
             raise UserError(
-                f'EXPERT_GRANULARITY = {self.shards!r} cuts no MLP into shards: set it to at least 2, or use another '
-                f'EXPERT_OPERATOR than {self.name!r}.'
+                f'EXPERT_GRANULARITY = {self.shards!r} must be an integer of at least 2 for EXPERT_OPERATOR = {self.name!r}: '
+                'raise it, or use another operator.'
             )
 
     def check(self, num_experts: int, num_mlps: int) -> None:
         if num_experts % self.shards:
             raise UserError(
-                f'NUM_EXPERTS = {num_experts} is no multiple of EXPERT_GRANULARITY = {self.shards}: a copy of the MLP would be '
-                'without some of its shards.'
+                f'NUM_EXPERTS = {num_experts} is not a multiple of EXPERT_GRANULARITY = {self.shards}: change one of them, so '
+                'that every copy of the MLP has all shards.'
             )
 
     def source_shape(self, leaf: Leaf) -> tuple[int, ...]:
@@ -89,21 +89,21 @@ class Granular(Operator):
             return float(self.shards) if mlp[name].is_output else 1.0
         c = self.shards if self.normalized else mlp[name].num_experts * self.shards / self.num_selected_experts
         if mlp[name].width_axis is None:
-            # The output bias is added whole by every expert that is visited.
+            # Every selected expert adds the whole output bias.
             return c / self.shards
         return c ** (1 / sum(leaf.is_kernel for leaf in mlp.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Partial(Granular):
-    """Fine-grained experts that are partly new, as Qwen1.5-MoE (its report of March 2024; arXiv 2410.07524, section 3.8).
+    """Partly reinitialised fine-grained experts, as in Qwen1.5-MoE (report of March 2024; arXiv 2410.07524, section 3.8).
 
-    The MLP is replicated, the neurons of each replica are shuffled and cut into G shards, and in each of these experts a part of
-    the neurons is drawn anew. Qwen did not publish how; here it is as in `Drop`: from the mean and deviation that their entries
-    have. With ratio 0 it is `Granular`, the neurons in another order.
+    The MLP is replicated, the neurons of each replica are shuffled and cut into G shards, and a part of each expert's neurons is
+    reinitialised. Qwen did not publish the distribution; here it is that of `Drop`. With ratio 0 the result is `Granular` with
+    the neurons in another order.
 
     Attributes:
-      ratio: share of an expert's neurons that start anew; a half by later accounts of Qwen's [PARTIAL_RATIO].
+      ratio: fraction of an expert's neurons that are reinitialised; one half in later accounts of Qwen's method [PARTIAL_RATIO].
     """
 
     name = 'partial'

@@ -1,23 +1,21 @@
-"""Experts out of several dense checkpoints."""
+"""Operators that make experts from several dense checkpoints."""
 
 import dataclasses
-from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from upcycle.errors import UserError
-from upcycle.surgery.operators.base import Leaves, Lineage, Operator, Start
+from upcycle.surgery.operators.base import Lineage, Operator, Start
 
 
 @dataclasses.dataclass(frozen=True)
 class Branches(Operator):
-    """Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816): expert e is the MLP of checkpoint e, all other parameters are
-    the mean over the checkpoints.
+    """Branch-Train-MiX (Sukhbaatar et al. 2024, arXiv 2403.07816): expert e is the MLP of checkpoint e, the rest is averaged.
 
-    The checkpoints may be models trained apart on domains of their own, their common seed as a generalist among them, or several
-    of one run (UpIT's start, arXiv 2410.01610). With more experts than checkpoints, expert e comes from checkpoint e mod N (the
-    baseline in Drop-Upcycling's code takes e // 2, which is the same up to the order of experts). N equal checkpoints are `copy`.
+    The checkpoints can be models trained on separate domains, with their common seed model as a generalist, or several
+    checkpoints of one run (the start of UpIT, arXiv 2410.01610). With more experts than checkpoints, expert e comes from
+    checkpoint e mod N. The baseline in Drop-Upcycling's code uses e // 2, which differs only in the order of experts. N equal
+    checkpoints give the same result as `copy`.
     """
 
     name = 'branches'
@@ -26,18 +24,14 @@ class Branches(Operator):
     def check(self, num_experts: int, num_mlps: int) -> None:
         if num_mlps < 2:
             raise UserError(
-                "EXPERT_OPERATOR = 'branches' takes each expert from another checkpoint, and INITIAL_CHECKPOINT_PATH names one: "
-                'name several, as in ("/run/a", "/run/b"), or use another operator.'
+                "EXPERT_OPERATOR = 'branches' needs several checkpoints, and INITIAL_CHECKPOINT_PATH names one: name several, as "
+                'in ("/run/a", "/run/b"), or use another operator.'
             )
         if num_experts % num_mlps:
             raise UserError(
-                f'NUM_EXPERTS = {num_experts} is no multiple of the {num_mlps} checkpoints of INITIAL_CHECKPOINT_PATH: some '
-                'would get more experts than others.'
+                f'NUM_EXPERTS = {num_experts} is not a multiple of the {num_mlps} checkpoints of INITIAL_CHECKPOINT_PATH: change '
+                'it, so that all give the same number of experts.'
             )
 
     def lineage(self, num_experts: int, num_mlps: int, measured: np.ndarray | None) -> Lineage:
         return tuple((e % num_mlps,) for e in range(num_experts))
-
-    def make(self, name: str, parents: Sequence[jax.Array], mlp: Leaves, index: jax.Array, key: jax.Array) -> jax.Array:
-        (w,) = parents
-        return w

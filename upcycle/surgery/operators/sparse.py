@@ -1,4 +1,4 @@
-"""More experts out of a model that has some."""
+"""Operators that add experts to a model with experts."""
 
 import dataclasses
 import enum
@@ -14,25 +14,25 @@ from upcycle.surgery.operators.base import Leaves, Lineage, Operator, Start, key
 
 
 class Utility(enum.StrEnum):
-    """What makes an expert worth copying."""
+    """The score by which experts are copied."""
 
-    UNIFORM = 'uniform'  # nothing: all get the same number of copies
+    UNIFORM = 'uniform'  # all experts get the same number of copies
     WEIGHT = 'weight'  # ||w||^2
-    GRADIENT = 'gradient'  # mean ||g||^2, as the optimizer's second moments tell it
+    GRADIENT = 'gradient'  # mean ||g||^2, from the optimizer's second moments
     SALIENCY = 'saliency'  # ||g|| * ||w||
 
 
 @dataclasses.dataclass(frozen=True)
 class Grow(Operator):
-    """Expert Upcycling (Dwivedi et al. 2026, arXiv 2604.19835): more experts by duplication, in the middle of training.
+    """Expert Upcycling (Dwivedi et al. 2026, arXiv 2604.19835): adds experts by duplication in the middle of training.
 
-    The experts that there are stay as they are and come first; each new one is a copy of one of them, and its router column a
-    copy with a little noise. With `uniform`, and K and the capacity factor grown as E has, the function is the same; with K as it
-    was, which keeps the cost of a token, a token may now visit two copies of one expert.
+    Old experts come first and are unchanged. Each new expert is a copy of an old one, and its router column is a copy with a
+    little noise. With `uniform`, and K and the capacity factor scaled with E, the function is preserved. With K unchanged, which
+    keeps the cost per token, a token may visit two copies of one expert.
 
-    Otherwise new copies go one by one to the expert with the most utility per copy. The paper averages squared gradients over
-    batches; we take them from the optimizer's second moments, which are such an average, so that no data is needed. Its variant
-    ||g||^2 / H is not here.
+    With the other utilities, each new copy goes to the expert with the highest utility per copy. The paper averages squared
+    gradients over batches; here the optimizer's second moments provide that average, so no data is needed. The paper's variant
+    ||g||^2 / H is not implemented.
 
     Attributes:
       utility: see `Utility` [GROW_UTILITY].
@@ -59,8 +59,8 @@ class Grow(Operator):
         check_growth(self.name, num_experts, num_mlps)
         if self.utility is Utility.UNIFORM and num_experts % num_mlps:
             raise UserError(
-                f"NUM_EXPERTS = {num_experts} is no multiple of the checkpoint's {num_mlps} experts, which GROW_UTILITY = "
-                "'uniform' copies equally often: change it, or choose them by another utility."
+                f"NUM_EXPERTS = {num_experts} is not a multiple of the checkpoint's {num_mlps} experts, which GROW_UTILITY = "
+                "'uniform' copies equally often: change it, or use another utility."
             )
 
     def measure(self, name: str, stacked: np.ndarray, size: int) -> np.ndarray:
@@ -68,7 +68,7 @@ class Grow(Operator):
         flat = stacked.reshape(stacked.shape[0], -1).astype(np.float64)
         if name.startswith('params/'):
             return np.stack([np.square(flat).sum(axis=1), np.zeros(len(flat))])
-        # Where the moments are factored, they are means over what is not there.
+        # Factored moments are means over the missing axis.
         return np.stack([np.zeros(len(flat)), flat.mean(axis=1) * size])
 
     def lineage(self, num_experts: int, num_mlps: int, measured: np.ndarray | None) -> Lineage:
@@ -87,23 +87,19 @@ class Grow(Operator):
             copies[new[-1]] += 1
         return tuple((e,) for e in [*range(num_mlps), *new])
 
-    def make(self, name: str, parents: Sequence[jax.Array], mlp: Leaves, index: jax.Array, key: jax.Array) -> jax.Array:
-        (w,) = parents
-        return w
-
 
 @dataclasses.dataclass(frozen=True)
 class Merge(Operator):
-    """UpIT's expert expansion (Hui et al. 2024, arXiv 2410.01610, section 3.2): new experts by merging two that differ.
+    """UpIT's expert expansion (Hui et al. 2024, arXiv 2410.01610, section 3.2): adds experts by merging dissimilar pairs.
 
-    The experts that there are stay as they are and come first. New ones come from the pairs of them with the least cosine
-    similarity, the most dissimilar pair first, each pair once; UpIT searches for pairs with a genetic algorithm. The merge is of
-    DARE's kind (Yu et al. 2024): of each expert's difference from a common base a random share p is dropped, the rest is divided
-    by 1 - p, and the mean of the two is added to the base. An MoE checkpoint no longer holds the base that both came from, so it
-    is the pair's mean here: with p = 0 the new expert is the mean, with p = 0.5 each weight is that of one parent or the mean.
+    Old experts come first and are unchanged. New experts come from the pairs with the lowest cosine similarity, the most
+    dissimilar pair first, each pair once; UpIT searches for pairs with a genetic algorithm. The merge follows DARE (Yu et al.
+    2024): a random fraction p of each expert's difference from a common base is dropped, the rest is divided by 1 - p, and the
+    mean of the two is added to the base. An MoE checkpoint does not contain that base, so the pair's mean is used: with p = 0 the
+    new expert is the mean, with p = 0.5 each weight is that of one parent or the mean.
 
     Attributes:
-      drop: p, the share of the difference between two parents that is dropped; 0: their mean [MERGE_DROP].
+      drop: p, the fraction of the difference between two parents that is dropped; 0: their mean [MERGE_DROP].
     """
 
     name = 'merge'
@@ -113,7 +109,7 @@ class Merge(Operator):
 
     def __post_init__(self):
         if not 0 <= self.drop < 1:
-            raise UserError(f'MERGE_DROP = {self.drop!r} must lie in [0, 1).')
+            raise UserError(f'MERGE_DROP = {self.drop!r} must be in [0, 1).')
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -125,11 +121,11 @@ class Merge(Operator):
         if num_experts - num_mlps > pairs:
             raise UserError(
                 f'NUM_EXPERTS = {num_experts} needs {num_experts - num_mlps} new experts, and the {num_mlps} of the checkpoint '
-                f'make {pairs} pairs: set it to {num_mlps + pairs} at most.'
+                f'form {pairs} pairs: set it to at most {num_mlps + pairs}.'
             )
 
     def measure(self, name: str, stacked: np.ndarray, size: int) -> np.ndarray:
-        """Inner products, (E, E)."""
+        """Inner products of the experts, (E, E)."""
         flat = stacked.reshape(stacked.shape[0], -1).astype(np.float32)
         return (flat @ flat.T).astype(np.float64)
 
@@ -150,7 +146,7 @@ class Merge(Operator):
 
 
 def check_growth(operator: str, num_experts: int, num_mlps: int) -> None:
-    """Raises UserError unless there are to be more experts than there are."""
+    """Raises UserError unless NUM_EXPERTS exceeds the number of experts in the checkpoint."""
     if num_experts <= num_mlps:
         raise UserError(
             f'EXPERT_OPERATOR = {operator!r} adds experts to the {num_mlps} of the checkpoint, and NUM_EXPERTS = {num_experts}: '

@@ -1,7 +1,8 @@
-"""Dense models out of other models: deeper, wider, or out of one with experts. By names, shapes and logical axes."""
+"""Operators that make dense models from other models: deeper, wider, or from a model with experts."""
 
 import dataclasses
 import enum
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -12,22 +13,22 @@ import jax.numpy as jnp
 from upcycle.errors import UserError, one_of
 from upcycle.surgery.operators.base import check_fraction, describe_options
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Axes = tuple[str | None, ...]
+Shapes = Mapping[str, Shape]
 # A numbered module: 'layers_3', 'encoderblock_3'.
 _NUMBERED = re.compile(r'(.*)_(\d+)')
-# Segments of an MoE layer that a dense MLP's names do not have.
-_MOE_SEGMENTS = ('expert', 'shared')
 _STATE = 'opt_state/'
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseOperator:
-    """How the leaves of a dense model are made. Subclasses are registered in `DENSE_OPERATORS`.
+    """Makes the leaves of a dense model. Subclasses are registered in `DENSE_OPERATORS`.
 
     Class attributes:
-      name: in the registry, in receipts and in messages.
-      keeps_shape: a leaf has the shape of its source, or of one expert of it, so that its optimizer state can follow it.
-      changes: fields of the model's configuration that change with it, and that the shapes do not tell.
+      name: name in the registry, in receipts and in messages.
+      keeps_shape: a leaf has the shape of its source, or of one of its experts, so that its optimizer state can be kept.
+      changes: fields of the model's configuration that it changes and that cannot be inferred from shapes.
     """
 
     name: ClassVar[str] = ''
@@ -35,33 +36,26 @@ class DenseOperator:
     changes: ClassVar[tuple[str, ...]] = ()
 
     def sources(self, stored: Shapes, wanted: Shapes) -> Callable[[str], tuple[str, ...]]:
-        """From a wanted leaf to the names of those that it is made of; those that are not stored are missing."""
+        """Returns a function from a target leaf to the names of its sources, which may be missing from `stored`."""
         return lambda target: (target,)
 
-    def fits(self, sources: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-        """Whether leaves of these shapes make one of that shape."""
+    def fits(self, sources: Sequence[Shape], shape: Shape) -> bool:
+        """True if leaves of these shapes can make a leaf of shape `shape`."""
         raise NotImplementedError
 
     def drops(self, source: str) -> str | None:
-        """Why a leaf that nothing is made of is dropped on purpose; None: it is not."""
+        """Returns why an unused leaf is dropped on purpose, or None if it is not."""
         return None
 
-    def make(
-        self,
-        sources: Sequence[jax.Array],
-        shape: tuple[int, ...],
-        axes: tuple[str | None, ...],
-        name: str,
-        key: jax.Array,
-    ) -> jax.Array:
-        """One leaf. Pure, and traceable: it is compiled once for all leaves of a kind.
+    def make(self, sources: Sequence[jax.Array], shape: Shape, axes: Axes, name: str, key: jax.Array) -> jax.Array:
+        """Makes one leaf. Pure and traceable: it is compiled once for all leaves of a kind.
 
         Args:
-          sources: what it is made of.
-          shape: wanted.
-          axes: its logical axes.
-          name: of the target, with a `*` for the number of its layer.
-          key: of this leaf.
+          sources: source leaves.
+          shape: shape of the leaf.
+          axes: logical axes of the leaf.
+          name: name of the target, with a `*` for the number of its layer.
+          key: key of this leaf.
         """
         raise NotImplementedError
 
@@ -70,18 +64,18 @@ class DenseOperator:
 
 
 class DepthOrder(enum.StrEnum):
-    """Which layer of the shallow model a layer of the deep one is."""
+    """The order of the repeated layers."""
 
-    TILE = 'tile'  # 0 1 2 0 1 2: the stack again
-    INTERLEAVE = 'interleave'  # 0 0 1 1 2 2: each layer again
+    TILE = 'tile'  # 0 1 2 0 1 2: repeat the stack
+    INTERLEAVE = 'interleave'  # 0 0 1 1 2 2: repeat each layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Depth(DenseOperator):
-    """Dense upcycling by depth tiling: a deeper model whose layers are those of a shallower one, repeated.
+    """Dense upcycling by depth tiling: a deeper model that repeats the layers of a shallower one.
 
-    Komatsuzaki et al. 2023, section 4.2.1 (figure 5), after Gopher (Rae et al. 2021, appendix on reusing smaller models). A layer
-    is a numbered module whose number the checkpoint has less of. Nothing else changes.
+    Komatsuzaki et al. 2023, section 4.2.1 (figure 5), after Gopher (Rae et al. 2021, appendix on reusing smaller models). Layers
+    are the numbered modules of which the checkpoint has fewer. Nothing else changes.
 
     Attributes:
       order: see `DepthOrder` [DEPTH_ORDER].
@@ -114,22 +108,15 @@ class Depth(DenseOperator):
 
         return of
 
-    def fits(self, sources: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-        return tuple(sources[0]) == tuple(shape)
+    def fits(self, sources: Sequence[Shape], shape: Shape) -> bool:
+        return sources[0] == shape
 
-    def make(
-        self,
-        sources: Sequence[jax.Array],
-        shape: tuple[int, ...],
-        axes: tuple[str | None, ...],
-        name: str,
-        key: jax.Array,
-    ) -> jax.Array:
+    def make(self, sources: Sequence[jax.Array], shape: Shape, axes: Axes, name: str, key: jax.Array) -> jax.Array:
         return jnp.asarray(sources[0])
 
 
 def _count_modules(names: Shapes) -> dict[str, int]:
-    """How many modules `stem_0`, `stem_1`, ... there are, by the path of their stem."""
+    """Number of modules `stem_0`, `stem_1`, ... by the path of their stem."""
     counts: dict[str, int] = {}
     for name in names:
         segments = name.split('/')
@@ -142,16 +129,16 @@ def _count_modules(names: Shapes) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Width(DenseOperator):
-    """Dense upcycling by width tiling: a wider model whose every axis is a multiple of a narrower one's, filled by repetition.
+    """Dense upcycling by width tiling: a wider model whose axes are multiples of a narrower one's, filled by repetition.
 
-    A matrix whose inputs are repeated n times is divided by n, so that the function stays: HyperCloning (Samragh et al. 2024,
-    arXiv 2409.12903). Heads are repeated, a head's width is not. Komatsuzaki et al. 2023 name width tiling and do not try it.
-    Repeated weights have equal gradients and would stay equal for ever, so they get a little noise.
+    A matrix whose inputs are repeated n times is divided by n to preserve the function: HyperCloning (Samragh et al. 2024, arXiv
+    2409.12903). Heads are repeated; the width of a head is unchanged. Komatsuzaki et al. 2023 mention width tiling without trying
+    it. Repeated weights get equal gradients and would stay equal, so a little noise is added.
 
-    The function stays only where logits are not products with the embedding.
+    The function is not preserved if the logits are products with the embedding.
 
     Attributes:
-      noise: standard deviation, as a share of the leaf's own root mean square; 0 keeps the function exactly [WIDTH_NOISE].
+      noise: standard deviation relative to the root mean square of the leaf; 0 preserves the function exactly [WIDTH_NOISE].
     """
 
     name = 'width'
@@ -163,26 +150,17 @@ class Width(DenseOperator):
         if not self.noise >= 0:
             raise UserError(f'WIDTH_NOISE = {self.noise!r} must be at least 0.')
 
-    def fits(self, sources: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    def fits(self, sources: Sequence[Shape], shape: Shape) -> bool:
         (old,) = sources
         return len(old) == len(shape) and all(new % size == 0 for size, new in zip(old, shape, strict=True))
 
-    def make(
-        self,
-        sources: Sequence[jax.Array],
-        shape: tuple[int, ...],
-        axes: tuple[str | None, ...],
-        name: str,
-        key: jax.Array,
-    ) -> jax.Array:
+    def make(self, sources: Sequence[jax.Array], shape: Shape, axes: Axes, name: str, key: jax.Array) -> jax.Array:
         (w,) = sources
         times = [new // size for size, new in zip(w.shape, shape, strict=True)]
         repeated = 1
         if name.endswith('/kernel'):
-            # A product adds up over the first axis, if that is the model's width, or over all but the last.
-            inputs = times[:1] if axes and axes[0] in ('embed', 'mlp_embed') else times[:-1]
-            for n in inputs:
-                repeated *= n
+            # The input axis is the first one if it is the model's width, or else all but the last.
+            repeated = math.prod(times[:1] if axes and axes[0] in ('embed', 'mlp_embed') else times[:-1])
         tiled = jnp.tile(jnp.asarray(w), times) / repeated
         if self.noise and max(times, default=1) > 1:
             size = jnp.sqrt(jnp.mean(jnp.square(tiled.astype(jnp.float32))))
@@ -192,16 +170,16 @@ class Width(DenseOperator):
 
 @dataclasses.dataclass(frozen=True)
 class Average(DenseOperator):
-    """A dense model out of one with experts: every MLP is a mean of its layer's experts.
+    """A dense model from one with experts: every MLP is a mean of its layer's experts.
 
     XFT's merge (Ding et al. 2024, arXiv 2404.15247, section 3.2): lambda * shared + (1 - lambda) * sum_e a_e W_e, with lambda = 0
-    where no expert is shared. The a_e are 1 / E, or those that a run with the router 'merged' has learned. Routers are dropped.
+    without a shared expert. The a_e are 1 / E, or those learned by a run with the router 'merged'. Routers are dropped.
 
-    Optimizer state that is carried over is the experts' sum: the gradient of a dense MLP is the sum of what its tokens give to
-    equal experts. Exact for a momentum; for second moments as if experts' gradients were independent.
+    Optimizer state that is kept is summed over the experts, since the gradient of a dense MLP is the sum over equal experts. This
+    is exact for momentum, and for second moments if the experts' gradients are independent.
 
     Attributes:
-      shared_weight: lambda, where there are shared experts [AVERAGE_SHARED_WEIGHT].
+      shared_weight: lambda, for models with shared experts [AVERAGE_SHARED_WEIGHT].
     """
 
     name = 'average'
@@ -216,44 +194,37 @@ class Average(DenseOperator):
         def of(target: str) -> tuple[str, ...]:
             is_state = target.startswith(_STATE)
             segments = target.split('/')
-            # A module and its leaf, and of a state its statistic.
+            # Module and leaf; for optimizer state also the statistic.
             at = len(segments) - (3 if is_state else 2)
             if target in stored or at < 1:
                 return (target,)
             mlp, rest = segments[:at], segments[at:]
-            experts, shared = ('/'.join([*mlp, segment, *rest]) for segment in _MOE_SEGMENTS)
+            experts, shared = ('/'.join([*mlp, segment, *rest]) for segment in ('expert', 'shared'))
             others = (shared,) if is_state else (shared, '/'.join([*mlp, 'mixing']))
             return (experts, *(name for name in others if name in stored))
 
         return of
 
-    def fits(self, sources: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
-        if len(sources) == 1 and tuple(sources[0]) == tuple(shape):
+    def fits(self, sources: Sequence[Shape], shape: Shape) -> bool:
+        experts, *others = sources
+        if not others and experts == shape:
             return True
-        experts, *others = (tuple(old) for old in sources)
-        return experts[1:] == tuple(shape) and all(old in (tuple(shape), experts[:1]) for old in others)
+        return experts[1:] == shape and all(other in (shape, experts[:1]) for other in others)
 
     def drops(self, source: str) -> str | None:
         segments = source.split('/')
         if source.startswith(_STATE) and 'mixing' in segments:
-            return 'a dense model has no coefficients'
+            return 'a dense model has no mixing coefficients'
         return 'a dense model has no routers' if 'router' in segments else None
 
-    def make(
-        self,
-        sources: Sequence[jax.Array],
-        shape: tuple[int, ...],
-        axes: tuple[str | None, ...],
-        name: str,
-        key: jax.Array,
-    ) -> jax.Array:
+    def make(self, sources: Sequence[jax.Array], shape: Shape, axes: Axes, name: str, key: jax.Array) -> jax.Array:
         first, *others = (jnp.asarray(leaf) for leaf in sources)
         if first.ndim == len(shape):
             return first
         if name.startswith(_STATE):
             return sum(others, first.sum(axis=0))
-        shared = [leaf for leaf in others if leaf.shape == tuple(shape)]
-        mixing = [leaf for leaf in others if leaf.shape != tuple(shape)]
+        shared = [leaf for leaf in others if leaf.shape == shape]
+        mixing = [leaf for leaf in others if leaf.shape != shape]
         share_E = jax.nn.softmax(mixing[0]) if mixing else jnp.full(first.shape[0], 1 / first.shape[0])
         mean = jnp.tensordot(share_E, first.astype(jnp.float32), axes=1)
         return self.shared_weight * shared[0] + (1 - self.shared_weight) * mean if shared else mean

@@ -1,4 +1,4 @@
-"""Experiments: the points of panels and the reports of them."""
+"""Experiments: the points and reports of panels."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,20 +13,20 @@ from upcycle.sweep.paper.setting import NUM_CHECKPOINTS, Scale, Setting
 from upcycle.sweep.paper.steps import step_flops, steps_of
 
 Point = dict[str, Any]
-# With the first of these that a panel has, its other branches are compared at several budgets.
+# The base of the comparison at several budgets is the first of these branches that a panel has.
 _BASES = ('dense continuation', 'upcycled', 'cf=1')
 
 
 def experiment(
     name: str, scale: Scale | str, panels: Sequence[Panel], seeds: Iterable[int] = (0, 1, 2)
 ) -> ml_collections.ConfigDict:
-    """The config of an experiment.
+    """Makes the config of an experiment.
 
     Args:
-      name: of its folder.
-      scale: 'compiled' gives programs to compile, the others runs and reports of them.
-      panels: its comparisons.
-      seeds: of initialisation, data order and surgery; paired. Only the first is compiled.
+      name: name of its folder.
+      scale: at 'compiled' the config has programs to compile, at the other scales runs and reports.
+      panels: the comparisons.
+      seeds: seeds of initialisation, data order and surgery; they pair the runs.
     """
     config = ml_collections.ConfigDict({'name': name})
     if scale == Scale.COMPILED:
@@ -43,7 +43,7 @@ def experiment(
                 made = _fine_tuned(panel, made)
                 points |= {point['name']: point for point in made.values()}
             groups.append({label: [point['name']] for label, point in made.items()})
-        # Experiments share --out.
+        # Experiments can share --out, so the folder has the name of the experiment.
         folder = name if len(panels) == 1 else f'{name}/{number + 1}_{panel.setting.name}'
         config.reports.append(_report(panel, folder, groups))
     config.points = list(points.values())
@@ -51,7 +51,7 @@ def experiment(
 
 
 def _report(panel: Panel, folder: str, groups: list[dict[str, list[str]]]) -> dict[str, Any]:
-    """What `upcycle sweep` reports of a panel; see `upcycle.sweep.grid`."""
+    """Returns one of an experiment's `reports`; see `upcycle.sweep.grid`."""
     dense = Role.DENSE if panel.downstream is None else Role.OTHER
     return {
         'name': folder,
@@ -67,7 +67,7 @@ def _report(panel: Panel, folder: str, groups: list[dict[str, list[str]]]) -> di
 
 
 def _points(panel: Panel, seed: int) -> dict[str, Point]:
-    """The dense run and its branches, by label, of one seed."""
+    """Returns the dense run and its branches for one seed, by label."""
     setting = panel.setting
     dense = _dense_point(setting, seed)
     made = {'dense': dense} if setting.dense_checkpoint is None else {}
@@ -98,7 +98,7 @@ def _branch_point(setting: Setting, label: str, branch: Branch, seed: int, dense
     if branch.run == 'scratch':
         return point
     if setting.dense_checkpoint is not None:
-        assert start == setting.dense_steps, f'{label} starts where {setting.dense_checkpoint} is not'
+        assert start == setting.dense_steps, f'{label} must start at {setting.dense_checkpoint}'
         bindings['INITIAL_CHECKPOINT_PATH'] = setting.dense_checkpoint
         bindings['DENSE_FLOPS'] = setting.dense_steps * step_flops(setting, CONTINUATION)
         return point
@@ -109,7 +109,7 @@ def _branch_point(setting: Setting, label: str, branch: Branch, seed: int, dense
 
 
 def _fine_tuned(panel: Panel, made: Mapping[str, Point]) -> dict[str, Point]:
-    """Fine-tuning of every run of one seed, by label."""
+    """Returns the fine-tuning of every run of one seed, by label."""
     setting, downstream = panel.setting, panel.downstream
     points = {}
     for label, point in made.items():

@@ -1,4 +1,4 @@
-"""Comparisons on one model: runs, and what the paper says of them."""
+"""Comparisons on one model: its runs, and the paper's claims about them."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ class Panel:
     """A comparison on one model: branches from one dense run, seed by seed.
 
     Attributes:
-      setting: of the model.
-      title: of its page.
-      branches: by label; a label is the name of its runs, the same in every experiment.
+      setting: the setting of the model.
+      title: title of the page.
+      branches: by label; a label names the same run in every experiment.
       curves: labels whose curves are drawn; None: all.
-      seeds: in place of the experiment's; None: those.
-      downstream: every branch, and the dense run, is fine-tuned on it, and these runs are compared.
+      seeds: override the experiment's seeds; None: no override.
+      downstream: a task on which the dense run and every branch are fine-tuned; then the fine-tuned runs are compared.
       claims: see `claim`.
       finals: see `final`.
       numbers: see `table`.
@@ -37,15 +37,15 @@ class Panel:
 
     @property
     def labels(self) -> set[str]:
-        """Of what is compared: the branches, and where they are fine-tuned, the dense run too."""
+        """Labels of the compared runs: the branches, and also the dense run if they are fine-tuned."""
         return {*self.branches, *(() if self.downstream is None else ('dense',))}
 
     def claim(self, text: str, better: str, worse: str, **options: Any) -> None:
-        """A statement of the paper that these runs can contradict.
+        """Adds a statement of the paper that these runs can contradict.
 
         Args:
-          text: in words.
-          better, worse: labels; the first has the better metric.
+          text: the statement in words.
+          better, worse: labels; the first is claimed to have the better metric.
           options: other fields of a `Claim`.
         """
         claim = Claim(text, better, worse, **options)
@@ -62,14 +62,14 @@ class Panel:
         metrics: Sequence[str] = ('loss', 'accuracy'),
         at_start: bool = False,
     ) -> None:
-        """A plot of the last (or first) values of runs against the setting in which they differ.
+        """Adds a plot of the final (or first) values of runs against the setting in which they differ.
 
         Args:
-          xlabel: the name of that setting.
-          series: name: {value: label}.
-          log: the axis counts doublings.
-          metrics: a panel each.
-          at_start: the first evaluation instead of the last.
+          xlabel: the name of the setting.
+          series: labels by value of the setting, by the name of the series.
+          log: whether the x axis is logarithmic, with base 2.
+          metrics: one panel each.
+          at_start: use the first evaluation instead of the last.
         """
         missing = {label for points in series.values() for label in points.values()} - self.labels
         assert not missing, missing
@@ -79,11 +79,11 @@ class Panel:
         )
 
     def table(self, rows: Mapping[str, Sequence[float]], metrics: Sequence[str]) -> None:
-        """The paper's table, shown next to the last values of these runs.
+        """Adds the paper's table, shown next to the final values of these runs.
 
         Args:
-          rows: label: the paper's numbers, in per cent, one for each metric.
-          metrics: of a run's last evaluation.
+          rows: the paper's numbers in per cent, one per metric, by label.
+          metrics: metrics of a run's last evaluation.
         """
         missing = rows.keys() - self.branches.keys()
         assert not missing, missing

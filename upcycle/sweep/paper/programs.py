@@ -1,4 +1,4 @@
-"""The programs of an experiment's runs, to be compiled and not run."""
+"""The programs of an experiment's runs, to be compiled instead of run."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,8 @@ from upcycle.sweep.paper.branch import DENSE, Branch, slug
 from upcycle.sweep.paper.panel import Panel
 from upcycle.sweep.paper.steps import steps_of
 
-# Bindings that do not change a training step.
-_NOT_OF_THE_PROGRAM = {
+# Bindings that do not change the training step.
+_NOT_IN_PROGRAM = {
     'EVAL_PERIOD',
     'CHECKPOINT_PERIOD',
     'CHECKPOINT_KEEP',
@@ -24,14 +24,14 @@ _NOT_OF_THE_PROGRAM = {
 
 
 def programs(panels: Sequence[Panel]) -> list[dict[str, Any]]:
-    """One of each of the different programs of an experiment: where a branch starts does not change its step."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """Returns the distinct programs of an experiment: branches that only differ in their start share one."""
+    distinct: dict[tuple[Any, ...], dict[str, Any]] = {}
     for panel in panels:
         for label, branch in {'dense': DENSE, **panel.branches}.items():
             program = _program(panel, label, branch)
-            different = {k: grid.text_of(v) for k, v in program['bindings'].items() if k != 'TRAIN_STEPS'}
-            found.setdefault((tuple(program['gin_files']), tuple(sorted(different.items()))), program)
-    return list(found.values())
+            bindings = {k: grid.text_of(v) for k, v in program['bindings'].items() if k != 'TRAIN_STEPS'}
+            distinct.setdefault((tuple(program['gin_files']), tuple(sorted(bindings.items()))), program)
+    return list(distinct.values())
 
 
 def _program(panel: Panel, label: str, branch: Branch) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def _program(panel: Panel, label: str, branch: Branch) -> dict[str, Any]:
     bindings = branch.bindings_in(setting)
     if tuning is None:
         files = tuple(file for file in branch.files if not file.startswith('surgery/'))
-        made = Branch(run='scratch' if branch.moe else 'pretrain', files=files, moe=branch.moe).files_in(setting)
+        gin_files = Branch(run='scratch' if branch.moe else 'pretrain', files=files, moe=branch.moe).files_in(setting)
         bindings['TRAIN_STEPS'] = setting.dense_steps if label == 'dense' else steps_of(setting, branch)[0]
     else:
         name = f'{name}_on_{tuning.name}'
-        made = Branch(run=tuning.run, files=tuning.files, moe=branch.moe).files_in(setting, tuning.task)
+        gin_files = Branch(run=tuning.run, files=tuning.files, moe=branch.moe).files_in(setting, tuning.task)
         bindings |= {**tuning.bindings, **(tuning.sparse if branch.moe else {})}
         bindings['INITIAL_CHECKPOINT_PATH'] = 'unused'
-    bindings = {name: value for name, value in bindings.items() if name not in _NOT_OF_THE_PROGRAM}
-    return {'name': name, 'gin_files': made, 'bindings': bindings, 'topology': setting.topology}
+    bindings = {name: value for name, value in bindings.items() if name not in _NOT_IN_PROGRAM}
+    return {'name': name, 'gin_files': gin_files, 'bindings': bindings, 'topology': setting.topology}

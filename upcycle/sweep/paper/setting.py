@@ -1,4 +1,4 @@
-"""What all runs of one model at one scale have in common; those of the paper's models are files of `configs/settings/`."""
+"""Settings: what all runs of a model at one scale share. The paper's settings are files of `configs/settings/`."""
 
 import dataclasses
 import enum
@@ -9,7 +9,7 @@ from typing import Any
 from upcycle.errors import UserError
 from upcycle.sweep import grid
 
-# Of the dense run, evenly spaced: where branches can start.
+# Evenly spaced checkpoints of the dense run, from which branches can start.
 NUM_CHECKPOINTS = 10
 
 
@@ -22,10 +22,10 @@ class Scale(enum.StrEnum):
 
 
 def scale_of(name: str) -> Scale:
-    """The scale of that name.
+    """Returns a scale by name.
 
     Raises:
-      UserError: there is none.
+      UserError: the name is unknown.
     """
     grid.one_of_scales(name, *Scale)
     return Scale(name)
@@ -33,12 +33,12 @@ def scale_of(name: str) -> Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A TPU slice, and the meshes on it.
+    """A TPU slice and the meshes on it.
 
     Attributes:
-      topology: of `upcycle compile`.
-      bindings: of every run.
-      sparse: more bindings, of runs with MoE layers.
+      topology: the --topology of `upcycle compile`.
+      bindings: bindings of every run.
+      sparse: further bindings of runs with MoE layers.
     """
 
     topology: str
@@ -46,22 +46,22 @@ class Pod:
     sparse: Mapping[str, Any]
 
 
-# The paper's: 64 chips of TPU v4, and 256 with 4-way model parallelism.
+# The paper's slices: 64 chips of TPU v4, and 256 chips with 4-way model parallelism.
 POD = Pod('v4:4x4x4', {'MESH_SHAPE': (64, 1, 1)}, {'MESH_SHAPE': (2, 32, 1), 'GROUPS_MULTIPLE_OF': 64})
 FOUR_WAY_POD = Pod('v4:4x8x8', {'MESH_SHAPE': (64, 1, 4)}, {'MESH_SHAPE': (2, 32, 4), 'GROUPS_MULTIPLE_OF': 64})
 
 
 @dataclasses.dataclass(frozen=True)
 class Downstream:
-    """What the models of a setting are fine-tuned on.
+    """The fine-tuning of the models of a setting.
 
     Attributes:
-      name: of the runs.
-      task, run: gin files.
-      files: gin files after the settings.
-      bindings: of every run, after the setting's own; those of schedules and periods count steps of fine-tuning.
-      sparse: more bindings, of models with MoE layers.
-      metric: by which models are compared, 'SPLIT/NAME' or of validation.
+      name: part of the names of the runs.
+      task, run: the gin file of the task, and the name of a file in `gin/runs/`.
+      files: gin files included after those of the setting.
+      bindings: bindings of every run, after the setting's; schedules and periods count steps of fine-tuning.
+      sparse: further bindings of models with MoE layers.
+      metric: the compared metric: a validation metric, or 'SPLIT/NAME'.
     """
 
     name: str
@@ -75,24 +75,24 @@ class Downstream:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all runs of one model at one scale have in common.
+    """What all runs of a model at one scale share.
 
     Attributes:
-      name: the folder of its runs.
+      name: folder of the runs.
       model, moe, task: gin files.
-      shapes: a task with batches of the same shapes that needs no data; '': `task` needs none.
-      settings: gin files after that of the run.
-      bindings: of every run. (The dense run keeps `NUM_CHECKPOINTS` checkpoints.)
-      sparse: more bindings, of runs with MoE layers.
-      dense_steps: of the shared dense run.
-      dense_checkpoint: where branches start instead, as many steps old; None: at the dense run.
-      extra_steps: of plain upcycling at a budget of 1; those of every other branch follow from equal FLOPs.
-      cooldown_steps: at the end of every branch.
-      topology: of the compiled scale.
-      num_experts, num_layers: of plain upcycling, and of a stack of the model.
-      ablation: bindings of plain upcycling in the paper's ablations of this model, and its label there.
-      end_metrics: of validation, or 'SPLIT/NAME': what plots of the ends of runs show.
-      downstream: what its models are fine-tuned on.
+      shapes: a task that needs no data and has the same batch shapes as `task`; '': `task` itself needs no data.
+      settings: gin files included after that of the run.
+      bindings: bindings of every run. (The dense run keeps `NUM_CHECKPOINTS` checkpoints.)
+      sparse: further bindings of runs with MoE layers.
+      dense_steps: steps of the shared dense run.
+      dense_checkpoint: a public checkpoint after `dense_steps` that replaces the dense run; None: none.
+      extra_steps: steps of plain upcycling at a budget of 1; those of all other branches follow from equal FLOPs.
+      cooldown_steps: steps of cooldown at the end of every branch.
+      topology: TPU topology of the compiled scale.
+      num_experts, num_layers: experts of plain upcycling, and layers of one stack of the model.
+      ablation: bindings and label of plain upcycling in the paper's ablations of this model.
+      end_metrics: metrics in plots of final values: validation metrics, or 'SPLIT/NAME'.
+      downstream: the fine-tuning of its models.
     """
 
     name: str
@@ -116,21 +116,21 @@ class Setting:
 
 
 def setting_of(kind: str, scale: Scale, size: str | None = None) -> Setting:
-    """The setting of a model.
+    """Returns the setting of a model.
 
     Args:
-      kind: names a file of `configs/settings/`.
-      scale: how large.
-      size: one of the file's `SIZES`; None: its default. Of the mini scale there is only one.
+      kind: name of a file in `configs/settings/`, without the suffix.
+      scale: the scale.
+      size: one of the file's `SIZES`; None: its default. The mini scale has a single size.
 
     Raises:
-      UserError: there is no such file.
+      UserError: the file does not exist.
     """
     return _module(kind).get_setting(scale, size)
 
 
 def every_size(kind: str, scale: Scale) -> list[Setting]:
-    """The setting of each size of a model; see `setting_of`."""
+    """Returns the settings of all sizes of a model; see `setting_of`."""
     sizes = (None,) if scale is Scale.MINI else _module(kind).SIZES
     return [setting_of(kind, scale, size) for size in sizes]
 
@@ -139,5 +139,5 @@ def _module(kind: str) -> types.ModuleType:
     path = f'configs/settings/{kind}.py'
     file = grid.find(path)
     if file is None:
-        raise UserError(f'{path} does not exist: there are no settings of {kind} models.')
+        raise UserError(f'{path} does not exist: {kind!r} is an unknown kind of setting.')
     return grid.executed(file)

@@ -1,6 +1,8 @@
-"""Numbers of steps: the branches of a panel spend the same FLOPs."""
+"""Numbers of steps at which all branches of a panel spend the same FLOPs."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from upcycle import configuration, cost
 from upcycle.sweep import grid
@@ -9,7 +11,7 @@ from upcycle.sweep.paper.setting import NUM_CHECKPOINTS, Setting
 
 
 def steps_of(setting: Setting, branch: Branch) -> tuple[int, int]:
-    """Steps of a branch, and the step of the dense run at which it starts."""
+    """Returns the number of steps of a branch, and the step of the dense run at which it starts."""
     budget = branch.budget * setting.extra_steps * step_flops(setting, UPCYCLED)
     if branch.with_dense:
         budget += setting.dense_steps * step_flops(setting, CONTINUATION)
@@ -22,10 +24,13 @@ def steps_of(setting: Setting, branch: Branch) -> tuple[int, int]:
 
 
 def step_flops(setting: Setting, branch: Branch) -> float:
-    """FLOPs of a training step."""
-    files = branch.files_in(setting, setting.shapes or None)
-    bindings = {name: grid.text_of(value) for name, value in branch.bindings_in(setting).items()}
-    return _cached(tuple(files), tuple(sorted(bindings.items())))
+    """Returns the FLOPs of a training step."""
+    return flops_of(branch.files_in(setting, setting.shapes or None), branch.bindings_in(setting))
+
+
+def flops_of(gin_files: Sequence[str], bindings: Mapping[str, Any]) -> float:
+    """Returns the FLOPs of a training step of a run; MODEL_DIR, TRAIN_STEPS and INITIAL_CHECKPOINT_PATH may be missing."""
+    return _cached(tuple(gin_files), tuple(sorted((name, grid.text_of(value)) for name, value in bindings.items())))
 
 
 @functools.cache
