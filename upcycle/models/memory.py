@@ -134,7 +134,7 @@ def replayed(
                 params, x_BxLxD, dx_BxLxD = jax.lax.optimization_barrier(here)
                 derivative = _with_arguments(derivatives[j], [params, x_BxLxD, arrays, keys, index])
                 dparams, dx_BxLxD, more, *_ = derivative((dx_BxLxD, dmetrics[j]))
-                darrays = jax.tree.map(_add, darrays, more, is_leaf=_is_none)
+                darrays = jax.tree.map(_add, darrays, more, is_leaf=lambda x: x is None)
                 dparams, dx_BxLxD, darrays = jax.lax.optimization_barrier((dparams, dx_BxLxD, darrays))
                 stacks[j] = _put(stacks[j], dparams, index, block_axes[j])
             return (dx_BxLxD, darrays, tuple(stacks)), None
@@ -152,10 +152,6 @@ def replayed(
 def _zeros(x: jax.Array) -> jax.Array | None:
     """The start of a gradient's sum; None for an array without a gradient."""
     return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else None
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _add(total: jax.Array | None, more: Any) -> jax.Array | None:

@@ -328,16 +328,8 @@ class Transformer(nn.Module):
             causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
             mask = causal & target_BxL[:, None, :, None] & target_BxL[:, None, None, :]
             mask &= same_segment(decoder_segment_ids, decoder_segment_ids)
-        x = self.decoder(
-            self.token_embedder(decoder_input_tokens),
-            encoded,
-            real_BxL,
-            mask,
-            cross_mask,
-            training,
-            decoding,
-            max_length or length,
-        )
+        embedded, arrays = self.token_embedder(decoder_input_tokens), (encoded, real_BxL, mask, cross_mask)
+        x = self.decoder(embedded, *arrays, training, decoding, max_length or length)
         if config.logits_via_embedding:
             return self.token_embedder.attend(x) / jnp.sqrt(config.emb_dim)
         return x
@@ -354,12 +346,5 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Computes logits (B, L, V) with teacher forcing."""
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, training=training)
-        return self.decode(
-            encoded,
-            encoder_input_tokens,
-            decoder_input_tokens,
-            decoder_target_tokens,
-            encoder_segment_ids,
-            decoder_segment_ids,
-            training=training,
-        )
+        tokens = encoder_input_tokens, decoder_input_tokens, decoder_target_tokens
+        return self.decode(encoded, *tokens, encoder_segment_ids, decoder_segment_ids, training=training)

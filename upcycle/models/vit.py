@@ -22,7 +22,7 @@ from upcycle.models.attention import attend
 from upcycle.models.layer_norm import LayerNorm
 from upcycle.models.layers import Dense, Dropout
 from upcycle.models.patches import sincos2d, to_patches
-from upcycle.models.stack import Remat, apply_layers
+from upcycle.models.stack import ACTIVATIONS, Remat, apply_layers
 from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
 from upcycle.moe.groups import moe_of_layers
 from upcycle.moe.layer import MoELayer, replace_mlp
@@ -283,60 +283,42 @@ class VisionTransformer(nn.Module):
         Returns:
           Logits (B, classes), or features (B, D), in float32.
         """
-        config = self.config
+        c = self.config
         B = image.shape[0]
-        patches_BxLxP = to_patches(image.astype(config.dtype), config.patch_size)
-        c = config
         embed = PatchEmbedding(c.patch_size, c.image_channels, c.emb_dim, c.dtype, name='embedding')
-        x_BxLxD = embed(patches_BxLxP)
-        if config.positions is Positions.LEARNED:
-            init = nn.initializers.normal(config.emb_dim**-0.5)
-            pos_1xLxD = self.param(
-                'pos_embedding',
-                nn.with_logical_partitioning(init, (None, 'length', 'embed')),
-                (1, config.grid**2, config.emb_dim),
-                jnp.float32,
-            )
+        x_BxLxD = embed(to_patches(image.astype(c.dtype), c.patch_size))
+        if c.positions is Positions.LEARNED:
+            init = nn.with_logical_partitioning(nn.initializers.normal(c.emb_dim**-0.5), (None, 'length', 'embed'))
+            pos_1xLxD = self.param('pos_embedding', init, (1, c.grid**2, c.emb_dim), jnp.float32)
         else:
-            pos_1xLxD = jnp.asarray(sincos2d(config.grid, config.emb_dim))
-        x_BxLxD += pos_1xLxD.astype(config.dtype)
-        if config.pooling is Pooling.TOKEN:
+            pos_1xLxD = jnp.asarray(sincos2d(c.grid, c.emb_dim))
+        x_BxLxD += pos_1xLxD.astype(c.dtype)
+        if c.pooling is Pooling.TOKEN:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (None, None, 'embed'))
-            cls_1x1xD = self.param('cls', init, (1, 1, config.emb_dim), jnp.float32).astype(config.dtype)
-            x_BxLxD = jnp.concatenate([jnp.broadcast_to(cls_1x1xD, (B, 1, config.emb_dim)), x_BxLxD], axis=1)
-        x_BxLxD = Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
-        x_BxLxD = nn.with_logical_constraint(x_BxLxD, ('batch', 'length', 'embed'))
+            cls_1x1xD = self.param('cls', init, (1, 1, c.emb_dim), jnp.float32).astype(c.dtype)
+            x_BxLxD = jnp.concatenate([jnp.broadcast_to(cls_1x1xD, (B, 1, c.emb_dim)), x_BxLxD], axis=1)
+        x_BxLxD = Dropout(c.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
+        x_BxLxD = nn.with_logical_constraint(x_BxLxD, ACTIVATIONS)
         real_BxL = jnp.ones(x_BxLxD.shape[:2], bool)
         if real_B is not None:
             real_BxL &= real_B[:, None]
-        x_BxLxD = Encoder(config, name='Transformer')(x_BxLxD, real_BxL, training)
-        if config.pooling is Pooling.TOKEN:
+        x_BxLxD = Encoder(c, name='Transformer')(x_BxLxD, real_BxL, training)
+        if c.pooling is Pooling.TOKEN:
             x_BxD = x_BxLxD[:, 0]
-        elif config.pooling is Pooling.GAP:
+        elif c.pooling is Pooling.GAP:
             x_BxD = x_BxLxD.mean(axis=1)
         else:
-            x_BxD = MAPHead(config, name='MAPHead_0')(x_BxLxD, training)
-        if config.representation_size is not None:
-            layer = Dense(
-                config.representation_size,
-                ('embed', 'representation'),
-                dtype=config.dtype,
-                kernel_init=nn.initializers.lecun_normal(),
-                bias_init=nn.initializers.zeros,
-                name='pre_logits',
-            )
+            x_BxD = MAPHead(c, name='MAPHead_0')(x_BxLxD, training)
+        zeros = nn.initializers.zeros
+        if c.representation_size is not None:
+            inits = {'kernel_init': nn.initializers.lecun_normal(), 'bias_init': zeros}
+            layer = Dense(c.representation_size, ('embed', 'representation'), c.dtype, **inits, name='pre_logits')
             x_BxD = jnp.tanh(layer(x_BxD))
         x_BxD = x_BxD.astype(jnp.float32)
         if features_only:
             return x_BxD
-        head = Dense(
-            config.num_classes,
-            ('embed', 'vocab'),
-            kernel_init=nn.initializers.zeros,
-            bias_init=nn.initializers.constant(config.head_bias_init),
-            name='head',
-        )
-        return head(x_BxD)
+        bias = nn.initializers.constant(c.head_bias_init)
+        return Dense(c.num_classes, ('embed', 'vocab'), kernel_init=zeros, bias_init=bias, name='head')(x_BxD)
 
 
 def _norm(config: ViTConfig, name: str) -> LayerNorm:
