@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, get_type_hints
+from collections.abc import Iterator
+from typing import Any
 
 from upcycle import schema
 from upcycle.errors import one_of, refuse
@@ -44,22 +44,16 @@ def changed(config: MoE, **changes: Any) -> MoE:
 
 def _parameters() -> Iterator[inspect.Parameter]:
     """Yields the parameters of `MoEConfig`."""
-    fields: Mapping[str, inspect.Parameter] = {
-        name: parameter for kind in ROUTERS.values() for name, parameter in inspect.signature(kind).parameters.items()
-    }
-    hints = {
-        name: hint for kind in ROUTERS.values() for name, hint in get_type_hints(kind, include_extras=True).items()
-    }
-    yield fields['num_experts'].replace(annotation=hints['num_experts'])
+    fields = {name: parameter for kind in ROUTERS.values() for name, parameter in schema.parameters(kind).items()}
+    yield fields.pop('num_experts')
     yield inspect.Parameter(
         'router',
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         default=RouterType.EXPERT_CHOICE,
         annotation=RouterType,
     )
-    for name, parameter in fields.items():
-        if name != 'num_experts':
-            yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+    for parameter in fields.values():
+        yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
 
 
 MoEConfig.__signature__ = inspect.Signature(list(_parameters()), return_annotation=MoE)
