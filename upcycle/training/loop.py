@@ -74,13 +74,7 @@ def train(
 class _Trainer:
     """The state of one call of `train`."""
 
-    def __init__(
-        self,
-        start: Start,
-        name: str,
-        profile_steps: range,
-        still_ours: Callable[[bool], None],
-    ):
+    def __init__(self, start: Start, name: str, profile_steps: range, still_ours: Callable[[bool], None]):
         run = start.run
         self.start, self.run, self.name, self.still_ours = start, run, name, still_ours
         # Whether the run's first save is under way.
