@@ -32,5 +32,5 @@ def test_defaults_and_overrides(script):
     found = script['macros']()
     assert found['NUM_EXPERTS'].default() == {'moe/base.gin': '32'}
     assert found['EVAL_PERIOD'].default() == {'runs/pretrain.gin': '1000'}
-    assert found['DROP_RATIO'].meaning().startswith('r, the share')
+    assert found['DROP_RATIO'].meaning().startswith('r, the fraction')
     assert "`'tile'`: repeated over the experts" in found['OPTIMIZER_STATE'].meaning()
