@@ -272,7 +272,7 @@ def damage_data(step):
     ('damage', 'names'),
     [
         (damage_data, 'params/big'),
-        (lambda step: (step / 'state' / 'manifest.ocdbt').unlink(), 'cannot be read'),
+        (lambda step: (step / 'state' / 'manifest.ocdbt').unlink(), 'missing arrays|cannot be read'),
         (lambda step: (step / 'state' / '_METADATA').write_text('{'), '_METADATA is damaged'),
         (lambda step: (step / 'metadata' / 'metadata').unlink(), 'metadata/metadata cannot be read'),
     ],
