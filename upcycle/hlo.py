@@ -198,11 +198,7 @@ def _convolution_flops(left: list[int], right: list[int], out: list[int], rest: 
     pairs = 1
     for axis, label in enumerate(spatial):
         size, outputs = right[right_labels.index(label)], out[out_labels.index(label)]
-        (stride,), (dilation,), (spread,) = (
-            of('stride', axis, '1'),
-            of('rhs_dilate', axis, '1'),
-            of('lhs_dilate', axis, '1'),
-        )
+        stride, dilation, spread = (of(field, axis, '1')[0] for field in ('stride', 'rhs_dilate', 'lhs_dilate'))
         low = of('pad', axis, '0_0')[0]
         extent = left[left_labels.index(label)]
         pairs *= sum(

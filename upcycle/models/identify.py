@@ -1,6 +1,7 @@
 """Identifies the model of a checkpoint from the names and shapes of its leaves, and checks that it is complete."""
 
 import functools
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from upcycle.models import Model, registry
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
-_MOE_SEGMENTS = ('expert', 'router', 'shared', 'router_state', 'mixing')
+_IN_MOE_LAYER = re.compile(r'(params(?:/.+?)?)/(?:expert|router|shared|router_state|mixing)(?:/|$)')
 
 
 def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,16 +146,7 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def moe_layers(leaves: Mapping[str, Any]) -> list[str]:
     """Returns the paths of the MoE layers, 'params/encoder/layers_1/mlp', in the order of the checkpoint."""
-    return list(dict.fromkeys(_layer_of(name) for name in leaves if name.startswith('params/') and _is_moe(name)))
-
-
-def _is_moe(name: str) -> bool:
-    return any(segment in _MOE_SEGMENTS for segment in name.split('/'))
-
-
-def _layer_of(name: str) -> str:
-    segments = name.split('/')
-    return '/'.join(segments[: min(segments.index(s) for s in _MOE_SEGMENTS if s in segments)])
+    return list(dict.fromkeys(match[1] for name in leaves if (match := _IN_MOE_LAYER.match(name))))
 
 
 def _layer_problems(layer: str, stored: Mapping[str, tuple[int, ...]]) -> list[str]:

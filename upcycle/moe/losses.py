@@ -24,12 +24,16 @@ def mutual_information_loss(tokens: Tokens, across: Across) -> jax.Array:
 
     Expectations are over the tokens of a group, the loss is the mean over groups.
     """
-    _, probs_GxSxE, _, in_loss_GxS = tokens
-    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
-    mean_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    entropy_G = (entropy(probs_GxSxE) * in_loss_GxS).sum(axis=-1) / count_Gx1[:, 0]
-    groups = across(jnp.asarray(count_Gx1.shape[0], jnp.float32))
-    return across((entropy_G - entropy(mean_GxE)).sum()) / groups
+    entropy_Gx1 = _group_means(entropy(tokens.probs_GxSxE)[..., None], tokens)
+    entropy_of_mean_G = entropy(_group_means(tokens.probs_GxSxE, tokens))
+    groups = across(jnp.asarray(len(entropy_Gx1), jnp.float32))
+    return across((entropy_Gx1[:, 0] - entropy_of_mean_G).sum()) / groups
+
+
+def _group_means(x_GxSxN: jax.Array, tokens: Tokens) -> jax.Array:
+    """Means over the tokens of each group that count in losses, (G, N)."""
+    count_Gx1 = jnp.maximum(tokens.in_loss_GxS.sum(axis=-1, keepdims=True), 1)
+    return (x_GxSxN * tokens.in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
 
 
 def entropy(probs: jax.Array) -> jax.Array:
@@ -39,13 +43,10 @@ def entropy(probs: jax.Array) -> jax.Array:
 
 def _load_balancing_loss(tokens: Tokens, expert_GxSxK: jax.Array, across: Across) -> jax.Array:
     """Computes E^2 * mean over groups and experts of (share of tokens that chose e) * (mean probability of e): Switch eq. 4-6."""
-    _, probs_GxSxE, may_route_GxS, in_loss_GxS = tokens
-    E = probs_GxSxE.shape[-1]
-    chose_GxSxE = jax.nn.one_hot(expert_GxSxK, E).max(axis=-2) * may_route_GxS[..., None]
-    count_Gx1 = jnp.maximum(in_loss_GxS.sum(axis=-1, keepdims=True), 1)
-    share_GxE = (chose_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    prob_GxE = (probs_GxSxE * in_loss_GxS[..., None]).sum(axis=1) / count_Gx1
-    groups = across(jnp.asarray(share_GxE.shape[0], jnp.float32))
+    E = tokens.probs_GxSxE.shape[-1]
+    chose_GxSxE = jax.nn.one_hot(expert_GxSxK, E).max(axis=-2) * tokens.may_route_GxS[..., None]
+    share_GxE, prob_GxE = _group_means(chose_GxSxE, tokens), _group_means(tokens.probs_GxSxE, tokens)
+    groups = across(jnp.asarray(len(share_GxE), jnp.float32))
     return across((share_GxE * prob_GxE).sum()) / groups * E
 
 

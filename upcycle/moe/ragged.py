@@ -38,19 +38,14 @@ def apply_experts(
     """
 
     def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
-        D, K = x_BxLxD.shape[-1], expert_BxLxK.shape[-1]
         if mesh is not None:
             # On the parameters, so that their gradients are summed over `data` in float32 and not in the activations' type.
             params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, DATA, to='varying'), params)
-        x_NxD, expert_NxK, weight_NxK = (
-            x_BxLxD.reshape(-1, D),
-            expert_BxLxK.reshape(-1, K),
-            weight_BxLxK.reshape(-1, K),
-        )
+        tokens = [a.reshape(-1, a.shape[-1]) for a in (x_BxLxD, expert_BxLxK, weight_BxLxK)]
         if mesh is None or mesh.shape[EXPERT] == 1:
-            y_NxD = _part(experts, params, x_NxD, expert_NxK, weight_NxK, config.num_experts, 0)
+            y_NxD = _part(experts, params, *tokens, config.num_experts, 0)
         else:
-            y_NxD = _ring(experts, params, x_NxD, expert_NxK, weight_NxK, config, mesh.shape[EXPERT])
+            y_NxD = _ring(experts, params, *tokens, config, mesh.shape[EXPERT])
         return y_NxD.reshape(x_BxLxD.shape).astype(x_BxLxD.dtype)
 
     if mesh is None:
