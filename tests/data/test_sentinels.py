@@ -153,7 +153,7 @@ def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # 
         if tokenizer == 'T5Tokenizer':
             assert code == 0, error
         else:
-            assert code == 2 and 'sentinels 258, 257, ..., and text_files_span_corruption takes 358, 357' in error, (
+            assert code == 2 and 'sentinels 258, 257, ..., and text_files_span_corruption uses 358, 357' in error, (
                 error
             )
             assert call(['plan', f'--from={path}', *options, '--gin.SENTINELS=byt5'], capsys)[0] == 0
@@ -196,7 +196,7 @@ def test_what_is_made_of_a_checkpoint_keeps_its_sentinels(command, sentinels, fo
     later = sizes | depth | data | run | {'MODEL_DIR': tmp_path / 'later', 'TRAIN_STEPS': 9}
     later.pop('DENSE_STEP')
     code, _, error = call(['plan', f'--from={tmp_path / "run"}', *options(*files, **later)], capsys)
-    assert code == 2 and 'was trained with the sentinels' in error and 'takes 358, 357, ...: set SENTINELS =' in error
+    assert code == 2 and 'was trained with the sentinels' in error and 'uses 358, 357, ...: set SENTINELS =' in error
     code, _, error = call(
         ['plan', f'--from={tmp_path / "run"}', *options(*files, **later, SENTINELS=sentinels)], capsys
     )
