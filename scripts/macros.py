@@ -23,10 +23,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs' / 'macros.md'
 # In the order in which a run includes them: the first folder with a macro has its default.
 FOLDERS = {
-    'models': 'Model sizes, and all settings of a dense model. `models/t5_1_1.gin`, `models/t5_1_0.gin` and `models/vit.gin` '
-    'are the bases of the sizes.',
+    'models': 'Model sizes, and all settings of a dense model. mT5 is `models/t5_1_1_*.gin` with `NUM_EMBEDDINGS=250112`. For '
+    'another size bind `EMBED_DIM`, `MLP_DIM`, `NUM_HEADS`, and for T5 `HEAD_DIM`, `NUM_ENCODER_LAYERS`, '
+    '`NUM_DECODER_LAYERS`, for ViT `NUM_LAYERS`, `PATCH_SIZE`, with any file of the family: for a checkpoint of another size '
+    '`upcycle plan` names the values that fit.',
     'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`. Omit it for a dense model.",
-    'optimizers': "Optimizers that replace the models' Adafactor.",
+    'optimizers': "Optimizers that replace the models' Adafactor. Their macros are among those of [models](#models).",
     'tasks': 'The data. A task also sets the size of the vocabulary or of the images.',
     'runs': 'The kind of run. All of them include `runs/pretrain.gin`.',
     'surgery': 'How to make experts, or another dense model: [operators](operators.md).',
@@ -36,11 +38,32 @@ HEADER = """\
 # Every macro
 
 Set a macro on the command line with `--gin.NAME=VALUE`, without quotes around a string, or in your own gin file with
-`NAME = VALUE`. Name files in the order models, moe, optimizers, tasks, runs, surgery, recipes: later files override earlier
-ones, and the command line overrides all files. A macro on the command line that the run does not use is an error.
+`NAME = VALUE`. Name files in the order models, moe, optimizers, tasks, runs, and then surgery and recipes, in any order: later
+files override earlier ones, and the command line overrides all files. A macro on the command line that the run does not use is
+an error.
 
-`scripts/macros.py` writes this page from `gin/` and the code. *Elsewhere* lists the files that set another value.
+`scripts/macros.py` writes this page from `gin/` and the code. *Elsewhere* lists the files that set another value. A default in
+models/vit is for ViT only, one in models/t5_1_1 for T5 only.
+
+## From T5X's gin
+
+These macros have T5X's names and meaning: `MIXTURE_OR_TASK_NAME`, `MIXTURE_OR_TASK_MODULE`, `TASK_FEATURE_LENGTHS`,
+`USE_CACHED_TASKS`, `TRAIN_STEPS`, `BATCH_SIZE`, `EVAL_STEPS`, `EVAL_PERIOD`, `DROPOUT_RATE`, `LABEL_SMOOTHING`, `Z_LOSS`,
+`LOSS_NORMALIZING_FACTOR`, `MODEL_DIR`, `INITIAL_CHECKPOINT_PATH`, `RANDOM_SEED`. Strings need no inner quotes here.
+
+| T5X | here |
+|---|---|
+| `utils.create_learning_rate_scheduler.factors` | `LEARNING_RATE_FACTORS` |
+| the same, `.base_learning_rate`, `.warmup_steps` | `BASE_LEARNING_RATE`, `WARMUP_STEPS` |
+| `partitioning.PjitPartitioner.num_partitions` | the third number of `MESH_SHAPE` |
+| `trainer.Trainer.num_microbatches` | `NUM_MICROBATCHES` |
+| `SaveCheckpointConfig`: `period`, `keep` | `CHECKPOINT_PERIOD`, `CHECKPOINT_KEEP` |
+| `RestoreCheckpointConfig.path` | `INITIAL_CHECKPOINT_PATH` |
+| `network.T5Config.vocab_size`, `.emb_dim` | `NUM_EMBEDDINGS`, `EMBED_DIM` |
+| its other sizes | the same names in capitals: `NUM_HEADS`, `HEAD_DIM`, `MLP_DIM`, ... |
 """
+# The files of these folders are listed; other pages list those of the rest.
+LISTED = ('models', 'optimizers', 'tasks', 'runs')
 
 
 # All other files of a folder override values of these.
@@ -118,10 +141,24 @@ def page() -> str:
             meaning = f'as `{first}`'
         sections[macro.home()].append(_row(name, macro, meaning))
     parts = [HEADER]
-    for folder, rows in filter(lambda section: section[1], sections.items()):
-        table = ['| macro | default | values | meaning | elsewhere |', '|---|---|---|---|---|', *rows]
-        parts.append('\n'.join([f'## {folder}', '', FOLDERS[folder], '', *table, '']))
+    for folder, rows in sections.items():
+        lines = [f'## {folder}', '', FOLDERS[folder], '']
+        if folder in LISTED:
+            lines += ['| file | what it is |', '|---|---|', *_files(folder), '']
+        if rows:
+            lines += ['| macro | default | values | meaning | elsewhere |', '|---|---|---|---|---|', *rows, '']
+        parts.append('\n'.join(lines))
     return '\n'.join(parts)
+
+
+def _files(folder: str) -> list[str]:
+    """Returns a row for each file of a folder: its name and the first sentence of its first comment."""
+    rows = []
+    for path in sorted((ROOT / 'gin' / folder).glob('*.gin')):
+        comment = re.match(r'(?:# ?.*\n)+', path.read_text(encoding='utf-8'))[0]
+        paragraph = ' '.join(re.sub(r'^# ?', '', comment, flags=re.MULTILINE).partition('\n\n')[0].split())
+        rows.append(f'| `{folder}/{path.name}` | {re.split(r"[.:] +(?=[A-Z])", paragraph)[0].rstrip(".:")} |')
+    return rows
 
 
 def _read(path: pathlib.Path, by_name: dict[str, Macro]) -> None:
@@ -202,6 +239,8 @@ def _row(name: str, macro: Macro, meaning: str) -> str:
     }
     if len(set(default.values())) > 3:
         shown = 'each file its own'
+    elif list(default) in (['models/t5_1_1.gin'], ['models/vit.gin']):
+        shown = _by_value(default)
     elif len(set(default.values())) == 1:
         shown = _value(next(iter(default.values())))
     else:

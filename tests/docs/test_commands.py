@@ -14,6 +14,7 @@ from tests.checkpoints import trees
 from tests.docs.pages import ROOT, commands, languages, pages
 from tests.test_cli import call
 from upcycle import configuration, gin_files
+from upcycle.api import convert
 from upcycle.evaluate import few_shot, tasks, validation
 from upcycle.models import identify
 from upcycle.training import loop
@@ -21,7 +22,7 @@ from upcycle.transfer import transfer
 
 OURS = [command for command in commands() if command.words[0] == 'upcycle']
 # Commands of others: they install, or need the internet.
-OTHERS = {'pip', 'python3', '.', 'hf', 'curl'}
+OTHERS = {'pip', 'python3', '.', 'hf', 'curl', 'tfds', '$T5X/t5x/train.py'}
 # These are only built: what they would run takes too long, and is run at a small size elsewhere.
 BUILT_ONLY = {
     'compile': 'a program for 64 chips takes minutes: tests/test_compile.py compiles for 8',
@@ -39,31 +40,57 @@ THEIRS = {
     'gs://t5-data/pretrained_models/t5x/t5_1_1_base/checkpoint_1000000': 't5x',
     '/path/to/dense_vit': 'dense_vit',
     '/path/to/finetuned': 'dense',
+    '/path/to/sparse_vit': 'sparse_vit',
+    '/path/to/sparse': 'sparse',
     '/path/to/dense': 'dense',
 }
 # What cannot be had here: by its shapes, and by something small that can be trained on.
 TASKS = {
     'tasks/c4_span_corruption.gin': ('tasks/synthetic_text.gin', runs.TASK),
+    'tasks/superglue.gin': ('tasks/synthetic_text.gin', runs.TASK),
     'tasks/imagenet2012.gin': ('tasks/synthetic_images.gin', vision.TASK),
+    'tasks/imagenet21k.gin': ('tasks/synthetic_images.gin', vision.TASK),
 }
-SMALL_VALUES = {'DENSE_STEP=1000000': '4', 'REPRESENTATION_SIZE=768': '16', 'NUM_CLASSES=21843': '10'}
+SMALL_VALUES = {
+    'DENSE_STEP=1000000': '4',
+    'REPRESENTATION_SIZE=768': '16',
+    'NUM_CLASSES=21843': '10',
+    'FEW_SHOT_TRAIN_SPLIT=train[:10%]': 'train',
+    'IMAGE_SIZE=384': '32',
+}
 SMALL_TEXT = {**runs.SMALL_STEPS, 'EVAL_BATCH_SIZE': '4', 'NUM_EMBEDDINGS': '384'}
-SMALL_IMAGES = {**vision.TINY, 'IMAGE_SIZE': '28', 'IMAGE_CHANNELS': '1', 'RESIZE_SMALL': '32'}
+SMALL_IMAGES = {
+    **vision.TINY,
+    'IMAGE_SIZE': '28',
+    'IMAGE_CHANNELS': '1',
+    'RESIZE_SMALL': '32',
+    'RESTART_WARMUP_STEPS': '1',
+}
 
 
 @pytest.fixture(scope='module')
-def inputs(dense, dense_vit, tmp_path_factory):
+def inputs(dense, dense_vit, upcycled, tmp_path_factory):
     """A folder with what the commands start from, under the names that they use."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp('inputs')
     os.symlink(dense, folder / 'dense')
     os.symlink(dense_vit, folder / 'dense_vit')
+    os.symlink(upcycled, folder / 'sparse')
     transfer(dense, str(folder / 't5x'), 't5x_legacy')
     transfer(dense, str(folder / 'flan-t5-base'), 'huggingface', optimizer_state='none')
     with_token = runs.build('vit dense', folder / 'unused', 1, POOLING='token', REPRESENTATION_SIZE=16)
     tree = {name: np.zeros(shape, np.float32) for name, shape in identify.shapes(with_token.model).items()}
     trees.write(folder / 'ViT-B_16.npz', 'vit_npz', tree)
+    tree = {name: leaf for name, leaf in tree.items() if 'pre_logits' not in name}
+    facts = {'gelu': 'erf', 'norm_epsilon': 1e-12}
+    trees.write(folder / 'vit-base', 'huggingface', tree, {'facts': facts})
+    trees.write(folder / 'vit_token.npz', 'vit_npz', tree)
+    sizes = {name: value for name, value in vision.TINY.items() if name.startswith(('EMBED', 'MLP', 'NUM'))}
+    small = {**sizes, 'NUM_EXPERTS': 4, 'POOLING': 'token', 'DENSE_STEP': 4}
+    convert(
+        (vision.MODEL, 'moe/vit.gin'), folder / 'vit_token.npz', folder / 'sparse_vit', OPTIMIZER_STATE='fresh', **small
+    )
     (folder / 'corpus').mkdir()
     for i in range(30):
         text = f'Every expert starts as a copy of the dense model, {i} of them.\n' * 40

@@ -48,7 +48,7 @@ class DatasetConfig:
       seed: seed of shuffling and corruption.
       pack: pack several examples per row, with segment ids and positions, as T5X does.
       shuffle: shuffle the examples; set to False for validation in corpus order.
-      use_cached: read the output of `seqio_cache_tasks`; for streamed tasks only.
+      use_cached: read the output of `seqio_cache_tasks`; only for seqio tasks of other packages, such as C4.
       module: module that registers the task; it is imported first.
       num_batches: maximum number of batches, for a bounded evaluation.
       repeat: True: endless. False: one pass, whose last batch is padded with rows of zeros.

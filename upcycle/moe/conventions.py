@@ -13,9 +13,7 @@ class RouterType(enum.StrEnum):
 
     EXPERT_CHOICE = 'expert_choice'  # every expert takes its best tokens of the whole group (Zhou et al. 2022)
     TOP_K = 'top_k'  # every token takes its best K experts (Switch: K = 1)
-    SOFT = (
-        'soft'  # Soft MoE, no discrete assignment: slots are means over tokens, tokens means over slots; never causal
-    )
+    SOFT = 'soft'  # Soft MoE: slots are means over tokens, tokens means over slots; never causal
     MERGED = 'merged'  # no routing: one MLP, a learned mean of the experts (XFT), on the way to a dense model
     DENSE = 'dense'  # all experts in training; Top-K or a probability threshold at inference (DS-MoE)
 
@@ -24,7 +22,7 @@ class FillOrder(enum.StrEnum):
     """Order in which Top-K choices claim the slots of an expert."""
 
     TOKEN_MAJOR = 'token_major'  # token by token: causal, since no token can evict an earlier one
-    CHOICE_MAJOR = 'choice_major'  # first choices before second ones, which they may evict: flaxformer
+    CHOICE_MAJOR = 'choice_major'  # first choices before second ones: flaxformer; not causal when slots run out
     PRIORITY = 'priority'  # as choice_major, with tokens sorted by their best probability (Batch Prioritised Routing)
 
 

@@ -33,7 +33,8 @@ class ModelRun:
       initial_checkpoint_path: the checkpoint to start from, such as that of the dense model; None: from scratch; several for
         EXPERT_OPERATOR = 'branches' [INITIAL_CHECKPOINT_PATH].
       surgery: the surgery on the initial checkpoint [SURGERY].
-      dense_step: step of the initial checkpoint, if the checkpoint does not hold it [DENSE_STEP].
+      dense_step: step that the run starts at; None: the checkpoint's, which `.npz` files and Hugging Face folders
+        lack [DENSE_STEP].
       few_shot: linear probes of a classifier's features [FEW_SHOT]; None: no probes.
       task_metrics: predictions and scores of a language model on seqio tasks [TASK_METRICS]; None: no tasks.
       num_microbatches: number of parts of a batch, processed one after the other; the gradient stays the same except for random
