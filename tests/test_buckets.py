@@ -253,7 +253,7 @@ def test_a_log_that_is_never_sent_stays(interrupted, bucket, pauses, monkeypatch
         if interrupted:
             1 / 0  # noqa: B018
     said = capsys.readouterr().err if interrupted else str(caught.value)
-    place = pathlib.Path(said.rsplit(' is in ', 1)[1].strip().rstrip('.'))
+    place = pathlib.Path(said.rsplit(' are in ', 1)[1].strip().rstrip('.'))
     assert [line['step'] for line in read_metrics(place / 'metrics.jsonl')] == [1]
     shutil.rmtree(place)
 

@@ -262,6 +262,6 @@ class Mirror:
         except Exception as error:
             if (refusal := refused_by_bucket(error, [os.fspath(self.target)])) is None:
                 raise
-            raise type(refusal)(f'{refusal} The files are in {self._local}.') from error
+            raise type(refusal)(f'{refusal} The unsent files are in {self._local}.') from error
         if self._local is not None:
             shutil.rmtree(self._local)

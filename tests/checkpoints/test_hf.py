@@ -278,7 +278,7 @@ DAMAGE = {
     'negative offsets': (change_header(shared__weight={'data_offsets': [-2560, 0]}), 'shared.weight of'),
     'shape': (
         change_header(shared__weight={'shape': [40, 17]}),
-        r'shared.weight of .* float32\[40, 17\] does not fit',
+        r'shared.weight of .*float32\[40, 17\] does not fit',
     ),
     'negative shape': (change_header(shared__weight={'shape': [-40, -16]}), 'shared.weight of'),
     'type': (change_header(shared__weight={'dtype': 'F8_E4M3'}), 'shared.weight of .* type F8_E4M3'),

@@ -84,8 +84,8 @@ def test_there_and_back(tree, written):
 def test_a_region_reads_its_experts_and_their_rows(tree, written, monkeypatch):
     path, _ = written
     reader, numbers = Reader(path), []
-    read_into = safetensors._read_into
-    monkeypatch.setattr(safetensors, '_read_into', lambda file, x: numbers.append(x.size) or read_into(file, x))
+    read_into = views.read_into
+    monkeypatch.setattr(views, 'read_into', lambda file, x: numbers.append(x.size) or read_into(file, x))
     name = f'params/{KERNEL}'
     assert reader.leaves()[name].shape == (E, D, F) and numbers == []
     for region, read in (
@@ -102,8 +102,8 @@ def test_part_of_each_row_is_read_in_blocks(tree, written, monkeypatch):
     path, _ = written
     monkeypatch.setattr(views, 'READ_BYTES', 3 * D * tree[f'params/{KERNEL}'].itemsize)
     sizes = []
-    read_into = safetensors._read_into
-    monkeypatch.setattr(safetensors, '_read_into', lambda file, x: sizes.append(x.size) or read_into(file, x))
+    read_into = views.read_into
+    monkeypatch.setattr(views, 'read_into', lambda file, x: sizes.append(x.size) or read_into(file, x))
     part = Reader(path).read(f'params/{KERNEL}', region=(slice(3, 4), slice(2, 3)))
     np.testing.assert_array_equal(part, tree[f'params/{KERNEL}'][3:4, 2:3])
     assert sizes == [3 * D, 3 * D, 3 * D, D]
