@@ -116,9 +116,9 @@ class ViTConfig:
                 f'IMAGE_SIZE = {self.image_size} is not a multiple of PATCH_SIZE = {self.patch_size}: change one of them.'
             )
         if self.emb_dim % self.num_heads:
-            yield f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}.'
+            yield (f'EMBED_DIM = {self.emb_dim} is not a multiple of NUM_HEADS = {self.num_heads}: change one of them.')
         if self.positions is Positions.SINCOS and self.emb_dim % 4:
-            yield f"POSITIONS = 'sincos2d' needs an EMBED_DIM that 4 divides, not {self.emb_dim}."
+            yield f"POSITIONS = 'sincos2d' needs an EMBED_DIM that is a multiple of 4, not {self.emb_dim}."
 
     @property
     def grid(self) -> int:

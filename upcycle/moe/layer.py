@@ -137,9 +137,7 @@ class MoELayer(nn.Module):
         if noisy:
             noise_BxLxE = jax.random.normal(self.make_rng('jitter'), logits_BxLxE.shape)
             logits_BxLxE = logits_BxLxE + config.noise_stddev * noise_BxLxE
-        state = {}
-        if config.state_shapes(D):
-            state = RouterState(config, name=STATE)(D)
+        state = RouterState(config, name=STATE)(D)
         clean_GxSxE, noisy_GxSxE, real_GxS = (
             x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL)
         )
