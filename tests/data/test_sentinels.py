@@ -153,9 +153,7 @@ def test_a_byt5_asks_for_its_sentinels(tokenizer, folder, tmp_path, capsys):  # 
         if tokenizer == 'T5Tokenizer':
             assert code == 0, error
         else:
-            assert code == 2 and 'sentinels 258, 257, ..., and text_files_span_corruption uses 358, 357' in error, (
-                error
-            )
+            assert code == 2 and 'sentinels 258, 257, ..., and text_files_span_corruption uses 358, 357' in error, error
             assert call(['plan', f'--from={path}', *options, '--gin.SENTINELS=byt5'], capsys)[0] == 0
 
 
