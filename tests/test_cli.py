@@ -59,7 +59,7 @@ MISTAKES = {
     'checkpoints, but none': (
         'upcycle',
         {'INITIAL_CHECKPOINT_PATH': '()'},
-        ['INITIAL_CHECKPOINT_PATH = () names no checkpoint'],
+        ['INITIAL_CHECKPOINT_PATH = () is empty'],
     ),
     'task': (
         'text dense',

@@ -110,10 +110,10 @@ def test_a_backbone_has_features_and_no_logits(tmp_path):
     ('family', 'batch', 'message'),
     [
         ('t5', {'encoder_input_tokens': TOKENS['encoder_input_tokens']}, "no 'decoder_input_tokens'"),
-        ('t5', TOKENS | {'decoder_input_tokens': np.zeros(3, int)}, 'decoder_input_tokens is int'),
-        ('t5', TOKENS | {'encoder_input_tokens': np.zeros((2, 3))}, 'encoder_input_tokens is float'),
+        ('t5', TOKENS | {'decoder_input_tokens': np.zeros(3, int)}, 'decoder_input_tokens has type int'),
+        ('t5', TOKENS | {'encoder_input_tokens': np.zeros((2, 3))}, 'encoder_input_tokens has type float'),
         ('vit', {}, "no 'image'"),
-        ('vit', {'image': np.zeros((2, 8, 8, 3))}, r'reads \(batch, 12, 12, 3\)'),
+        ('vit', {'image': np.zeros((2, 8, 8, 3))}, r'must be \(batch, 12, 12, 3\)'),
     ],
 )
 def test_batches_that_are_refused(family, batch, message, loaded):
