@@ -162,7 +162,11 @@ def test_what_differs_comes_first_and_fits_a_screen(case, checkpoints, capsys, t
     ('name', 'options', 'said'),
     [
         ('moe', CONTINUE, 'it has experts and the model has none: include its moe/ file'),
-        ('dense', [*MOE, *CONTINUE], 'the model has experts and it has none: use runs/upcycle.gin, or leave moe/ out'),
+        (
+            'dense',
+            [*MOE, *CONTINUE],
+            'the model has experts and it has none: use runs/upcycle.gin, or remove the moe/ file',
+        ),
     ],
 )
 def test_only_one_of_them_has_experts(name, options, said, checkpoints, capsys):
