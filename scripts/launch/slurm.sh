@@ -8,7 +8,7 @@
 #   SBATCH_ARGS  further options of sbatch, such as '--partition=a100 --time=24:00:00'
 #   VENV         a Python environment to activate on the nodes
 #   TRIES        largest number of restarts (100)
-#   PERIOD       seconds before the first restart (30); doubled each time, up to ten minutes
+#   PERIOD       seconds before the first restart (30); doubled each time, up to 16 minutes
 # Written from Slurm's documentation and tested only against a stand-in for sbatch.
 set -euo pipefail
 

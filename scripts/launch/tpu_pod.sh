@@ -11,7 +11,7 @@
 #   VERSION  the runtime image (tpu-ubuntu2204-base)
 #   SPOT     1 requests spot capacity
 #   TRIES    largest number of starts (100)
-#   PERIOD   seconds before the first restart (30); doubled each time, up to ten minutes
+#   PERIOD   seconds before the first restart (30); doubled each time, up to 16 minutes
 # The slice is kept; delete it with
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 # Written from Google's documentation and tested only against a stand-in for gcloud.

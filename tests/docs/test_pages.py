@@ -15,6 +15,7 @@ OTHER_NAMES = {
     'EPATH_USE_TF',
     'GLIBC_TUNABLES',
     'JAX_COMPILATION_CACHE_DIR',
+    'JAX_COORDINATOR_PORT',
     'JAX_PLATFORMS',
     'MALLOC_ARENA_MAX',
     'MALLOC_MMAP_MAX_',
@@ -25,11 +26,13 @@ OTHER_NAMES = {
     'PORT',
     'PYTHONPATH',
     'RESTARTS',
+    'SBATCH_ARGS',
     'TRIES',
     'UPCYCLE_FIXTURES',
     'UPCYCLE_TEST_CACHE',
     'UPCYCLE_TRACEBACK',
     'XLA_FLAGS',
+    'XPK_ARGS',
     'TMPDIR',
 }
 # Files of a run's folder, and of flaxformer.
