@@ -74,25 +74,21 @@ def replayed(
     *,
     stack_again: bool,
 ) -> tuple[jax.Array, Any]:
-    """Loops over rematerialised layers with as few stacks of parameters as possible: 6.9 GB of temporaries for T5 Large on v4
-    instead of 8.2.
+    """Loops over rematerialised layers with few stacks of parameters: for T5 Large on v4, 6.9 GB of temporaries instead of 8.2.
 
-    Kept are the layers' inputs and their routers' decisions. The backward pass writes gradients over the stacked parameters: each
-    of its iterations is the last to read its layers' parameters, whose gradients have the same shapes and types. JAX's own
-    derivative of `jax.lax.scan` would hold the stacks, and make others for the gradients.
+    The backward pass keeps the layers' inputs and their routers' decisions, and writes gradients over the stacked parameters that
+    it has read. JAX's derivative of `jax.lax.scan` would hold the stacks, and make others for the gradients.
 
     Args:
       layers: one block, each layer under `jax.checkpoint`, whose policy says what else is kept.
       stack: stacks `params`.
       block_axes: logical axes of each layer's parameters.
       params: for each layer of the block, its parameters in each iteration.
-      x_BxLxD: input.
-      arrays: the same for every layer.
-      keys: random keys by name.
-      stack_again: the backward pass stacks the parameters anew, so that an encoder's stacks are not held while the decoder runs.
+      x_BxLxD, arrays, keys: input; arrays for every layer; random keys by name.
+      stack_again: stack the parameters anew in the backward pass, so that an encoder's are not held while the decoder runs.
 
     Returns:
-      (B, L, D), and for each layer of the block its metrics, stacked.
+      (B, L, D), and the stacked metrics of each layer of the block.
     """
     repeats = len(params[0])
 
