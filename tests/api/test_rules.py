@@ -55,6 +55,11 @@ def test_stacked_layers_are_refused(axes):
         rule(leaves={'up': axes, 'down': 'EFD'})
 
 
+def test_states_and_parameters_cannot_be_mixed():
+    with pytest.raises(UserError, match='all or none'):
+        upcycled([upcycle.State(PARAMS, ADAM.init(PARAMS), ADAM.init), PARAMS], surgery=upcycle.Surgery('branches'))
+
+
 def test_a_router_needs_a_width():
     with pytest.raises(UserError, match='no leaf of mlp has an axis D: set `router_width`'):
         upcycled({'mlp': {'up': f32(8)}}, with_rules(moe=rule(leaves={'up': 'EF'})))
@@ -201,7 +206,6 @@ def test_masked_outputs_are_equal():
         ({'experts': 'experts/'}, "experts = 'experts/' must be the keys of a path joined with"),
         ({'path': '/mlp'}, "path = '/mlp' must be the keys"),
         ({'path': 3}, 'path = 3 must be a string'),
-        ({'path': ''}, "path = '' must be the keys"),
         ({'leaves': {'/up': 'EDF'}}, "'/up' must be the keys"),
         ({'zeros': {'a//b': 'E'}}, "'a//b' must be the keys"),
         ({'router_axes': None}, 'router_axes = None must be'),
@@ -266,6 +270,8 @@ class TestFactoredMoments:
 
 def test_everything_may_be_an_mlp():
     upcycled({'mlp': PARAMS['mlp']})
+    made, _ = upcycled(PARAMS['mlp'], with_rules(moe=rule(path='')))
+    assert made['up'].shape == (4, 8, 16) and made['router'].shape == (8, 4)
     with pytest.raises(UserError, match='matches no leaf'):
         upcycled({'mlp': PARAMS['mlp']}, with_rules(keep=['*', 'head*']))
 

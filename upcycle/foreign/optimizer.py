@@ -164,8 +164,8 @@ def _of_parameter(
     if parameter.order or (dense is not None and shape[1:] != dense.shape) or shape[:1] != parameter.leaf.shape[:1]:
         way_out = 'put the expert axis first, or use' if parameter.order else 'use'
         mistakes.append(
-            f'{path} {shape} is factored along other axes than the state of the dense {parameter.name} {parameter.shape}, so '
-            f"that it cannot be repeated over the experts: {way_out} optimizer_state='fresh'."
+            f'{path} {shape} cannot be repeated over the experts of {parameter.name} {parameter.shape}, because it is '
+            f"factored or stacked along other axes than the dense state: {way_out} optimizer_state='fresh'."
         )
     return _state_of(owner, slot), named(path, leaf, (), ('expert', *(None,) * (len(shape) - 1)))
 

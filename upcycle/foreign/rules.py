@@ -19,7 +19,8 @@ class MoERule:
     for leaves without E. Kernels are (in, out), as in Flax.
 
     Attributes:
-      path: path of an MLP, with `{layer}` for the layer number: 'MixerBlock_{layer}/channel_mixing'.
+      path: path of an MLP, with `{layer}` for the layer number: 'MixerBlock_{layer}/channel_mixing'; '': the
+        whole tree is an MLP.
       layers: numbers of the layers that become sparse; (), the default, if the path has no `{layer}`.
       leaves: axes of each leaf in the MoE layer, by its path within the MLP: {'Dense_0/kernel': 'EDF', 'Dense_0/bias': 'EF',
         ...}. E marks the position of the expert axis; the dense leaf has the same axes without E. A leaf without E is kept and
@@ -66,7 +67,8 @@ class MoERule:
         paths = {'path': self.path, 'experts': self.experts, 'router': self.router}
         paths |= {f'a key of {name}': path for name in ('leaves', 'zeros') for path in getattr(self, name)}
         for name, path in paths.items():
-            if '' in path.split('/') and not (path == '' and name == 'experts'):
+            may_be_empty = name in ('path', 'experts')
+            if '' in path.split('/') and not (may_be_empty and path == ''):
                 yield f'{where}: {name} = {path!r} must be the keys of a path joined with `/`, and no key is empty.'
         if not any('E' in axes for axes in self.leaves.values()):
             yield f'{where}: no leaf has an axis E: mark the expert axis of at least one leaf.'

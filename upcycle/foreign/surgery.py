@@ -195,6 +195,10 @@ def _models(dense: Any, rules: PathRules, surgery: Surgery) -> list[_Dense]:
     models = dense if isinstance(dense, list | tuple) else [dense]
     if not models:
         raise UserError('the list of dense models is empty: pass at least one.')
+    if len({isinstance(model, State) for model in models}) > 1:
+        raise UserError(
+            'some dense models are a `State` and others are not: pass all or none of them with an optimizer state.'
+        )
     return [_Dense.of(model, rules, surgery) for model in models]
 
 
