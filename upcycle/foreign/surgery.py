@@ -174,7 +174,8 @@ def function_gap(dense: Any, sparse: Any) -> dict[str, float]:
         raise UserError(
             f'dense_apply returns {shapes[0]} and sparse_apply {shapes[1]}: both must return the same shapes.'
         )
-    x, y = (np.concatenate([np.ravel(leaf) for leaf in (*jax.tree.leaves(out), [])]) for out in outputs.values())
+    none = np.zeros(0, np.float32)  # if a function returns no arrays
+    x, y = (np.concatenate([none, *map(np.ravel, jax.tree.leaves(output))]) for output in outputs.values())
     if not x.size:
         raise UserError(f'dense_apply returns {dense!r}, without a number: it must return the outputs of the model.')
     masked = np.isinf(x) & (x == y)  # as the logits of padding
