@@ -26,9 +26,14 @@ def is_box(node: Any) -> bool:
     return isinstance(node, nn.meta.AxisMetadata) or _is_variable(node)
 
 
+def _is_empty(node: Any) -> bool:
+    """True for a node without leaves, which JAX leaves out when it flattens a tree."""
+    return node is None or (isinstance(node, Mapping | list | tuple) and not node)
+
+
 def _inside(leaf: Any) -> Any:
     """The array of a leaf, without its box."""
-    return jax.tree.leaves(leaf)[0] if is_box(leaf) else leaf
+    return next(iter(jax.tree.leaves(leaf)), None) if is_box(leaf) else leaf
 
 
 def _segments(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -64,14 +69,21 @@ class Tree:
           tree: nested mappings.
 
         Raises:
-          UserError: the tree is not a mapping, is empty, or contains a list, an object or a leaf that is not numeric.
+          UserError: the tree is not a mapping, is empty, or contains a list, an object, a leaf that is not numeric, None or an
+            empty dict.
         """
         if not isinstance(tree, Mapping):
             raise UserError(f'params must be nested dicts of arrays, not {type(tree).__name__}.')
+        if not tree:
+            raise UserError('params contains no arrays.')
         leaves: dict[str, Any] = {}
         keys: dict[str, Keys] = {}
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
+        nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_box(node) or _is_empty(node))[0]
+        for path, leaf in nodes:
             name = '/'.join(_segments(path))
+            if _is_empty(leaf):
+                kind = 'None' if leaf is None else f'an empty {type(leaf).__name__}'
+                raise UserError(f'{name} of params is {kind}, which the result cannot keep: remove it.')
             if not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
                 raise UserError(f'{name} of params is in a list or an object: params must be nested dicts of arrays.')
             array = _inside(leaf)
@@ -85,8 +97,6 @@ class Tree:
                         f'{prefix} of params is the name of two paths: no key may contain a `/` or equal another as text.'
                     )
             leaves[name] = array
-        if not leaves:
-            raise UserError('params contains no arrays.')
         return cls(leaves, keys, _builder(tree))
 
     def like(self, leaves: Mapping[str, Any]) -> Any:

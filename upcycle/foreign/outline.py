@@ -1,8 +1,10 @@
 """Applies rules to a parameter tree: names, shapes and axes for a plan."""
 
+import collections
 import dataclasses
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 
 from upcycle.errors import DifferentLeaves, UserError
 from upcycle.foreign.rules import MoERule, PathRules
-from upcycle.surgery.operators import Start
+from upcycle.surgery.operators import Leaf, Operator, Start
 from upcycle.surgery.plan import EXPERT, MIXING, PARAMS, ROUTER, ROUTER_STATE, SHARED, Surgery
 from upcycle.surgery.router_init import INHERITED
 
@@ -117,6 +119,7 @@ def outline_of(leaves: Mapping[str, Any], rules: PathRules, surgery: Surgery) ->
     mistakes: list[str] = []
     ruled: set[str] = set()
     for rule in rules.moe:
+        mistakes += _granularity(rule, surgery.operator)
         for mlp in rule.mlps:
             outline.mlps[f'{PARAMS}{ours(mlp)}'] = mlp
             layer = _Layer(rule, mlp, leaves, from_moe=surgery.operator.starts_from is Start.MOE)
@@ -124,18 +127,29 @@ def outline_of(leaves: Mapping[str, Any], rules: PathRules, surgery: Surgery) ->
             mistakes += layer.mistakes
             ruled |= layer.ruled
     mistakes += _add_others(outline, {name: leaf for name, leaf in leaves.items() if name not in ruled}, rules)
-    names = [target.name for target in outline.targets.values()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    mistakes += [f'{name} would be made twice: change `experts`, `router` or `zeros`.' for name in twice]
+    mistakes += _clashes([target.name for target in outline.targets.values()])
     refuse_all('The rules do not fit the parameters', mistakes)
     return outline
+
+
+def _clashes(names: Sequence[str]) -> list[str]:
+    """Returns a sentence for each path that two leaves have, or that is a leaf and contains another."""
+    count = collections.Counter(names)
+    way_out = 'change `experts`, `router` or `zeros`.'
+    mistakes = [f'{name} would be made twice: {way_out}' for name in count if count[name] > 1]
+    for name in count:
+        for above in itertools.accumulate(name.split('/')[:-1], '{}/{}'.format):
+            if above in count:
+                mistakes.append(f'{above} would be both a leaf and the parent of {name}: {way_out}')
+    return sorted(mistakes)
 
 
 def _add_others(outline: Outline, rest: Mapping[str, Any], rules: PathRules) -> list[str]:
     """Adds the leaves outside MoE layers. Returns the mistakes, one sentence each."""
     mistakes = []
     for pattern in (*rules.drop, *rules.keep):
-        if not fnmatch.filter(rest, pattern):
+        # Every leaf may belong to an MLP.
+        if not fnmatch.filter(rest, pattern) and (rest or pattern != '*'):
             mistakes.append(
                 f'the pattern {pattern!r} matches no leaf outside `moe`{_nearest(pattern, rest)}: remove it or fix it.'
             )
@@ -154,6 +168,19 @@ def _add_others(outline: Outline, rest: Mapping[str, Any], rules: PathRules) -> 
         else:
             mistakes.append(f'{name} has no rule: add it to `moe`, `keep` or `drop`.')
     return mistakes
+
+
+def _granularity(rule: MoERule, operator: Operator) -> list[str]:
+    """Returns a sentence if the operator makes experts of another width than the rule."""
+    if operator.starts_from is Start.MOE:
+        return []
+    shards = operator.source_shape(Leaf((rule.num_experts, 1), ('expert', 'mlp')))[-1]
+    if shards == rule.granularity:
+        return []
+    return [
+        f'the operator {operator.name!r} divides the width of an MLP by {shards}, and the rule for {rule.path!r} by '
+        f'{rule.granularity}: set MoERule(granularity={shards}), or use another operator.'
+    ]
 
 
 class _Layer:

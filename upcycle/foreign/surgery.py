@@ -14,11 +14,11 @@ from upcycle import partitioning, trees
 from upcycle.checkpoints.memory import MemoryReader
 from upcycle.checkpoints.several import SeveralReader
 from upcycle.errors import DifferentLeaves, UserError
-from upcycle.foreign.optimizer import OptimizerTree, add_state
+from upcycle.foreign.optimizer import OptimizerTree, add_state, without_key_type
 from upcycle.foreign.outline import Named, Outline, outline_of, without_index
 from upcycle.foreign.rules import PathRules, State
 from upcycle.in_memory import auto_mesh, carry_out, check_surgery
-from upcycle.surgery.plan import PARAMS, Action, Plan, Surgery, is_clock
+from upcycle.surgery.plan import PARAMS, Action, Plan, Surgery, is_clock, mlp_of
 from upcycle.surgery.planning import plan_surgery
 
 Shardings = dict[str, jax.sharding.Sharding]
@@ -94,11 +94,13 @@ def upcycle_foreign(
         way_out='pass a batch, and `hidden_states` in the rules',
     )
 
-    def hidden(target: Mapping[str, jax.Array], mlp: str) -> np.ndarray:
-        states = np.asarray(hidden_states(first.params, outline.theirs(mlp), batch))
-        return states.reshape(-1, states.shape[-1])
-
     plan = _plan(models, surgery)
+    widths = {mlp_of(row.target): row.shape[0] for row in plan.rows if row.action is Action.ROUTER}
+
+    def hidden(target: Mapping[str, jax.Array], mlp: str) -> np.ndarray:
+        path = outline.theirs(mlp)
+        return _checked_states(hidden_states(first.params, path, batch), path, widths[mlp])
+
     shardings = {row.target: _sharding(first, row.target, row.sources, mesh) for row in plan.rows}
     known = dataclasses.replace(plan, rows=tuple(row for row in plan.rows if row.action is not Action.NEW))
     shown = _with_their_names(plan, outline)
@@ -114,8 +116,41 @@ def upcycle_foreign(
     if first.optimizer is None:
         return params, receipt
     leaves |= _fresh(first, params, leaves, shardings, mesh)
-    opt_state = jax.tree.unflatten(first.optimizer.structure, [leaves[name] for name in first.optimizer.names])
+    opt_state = first.optimizer.of(leaves)
     return dataclasses.replace(first.given, params=params, opt_state=opt_state), receipt
+
+
+def _checked_states(states: Any, mlp: str, width: int) -> np.ndarray:
+    """Returns hidden states as float32 (tokens, width).
+
+    Raises:
+      UserError: they have another shape, or contain NaN or infinity.
+    """
+    states = _numbers(states, f'hidden_states for {mlp}')
+    if states.ndim < 2 or states.shape[-1] != width or not states.size:
+        raise UserError(
+            f'hidden_states for {mlp} returns an array of shape {states.shape}: it must be (tokens, {width}), the inputs of the '
+            'router.'
+        )
+    _require_finite(states, f'hidden_states for {mlp}')
+    return states.reshape(-1, width)
+
+
+def _numbers(leaf: Any, name: str) -> np.ndarray:
+    """Returns an output of the user's function `name` in float32.
+
+    Raises:
+      UserError: it is not a numeric array.
+    """
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise UserError(f'{name} returns {leaf!r}: it must return numeric arrays.')
+    return partitioning.whole_on_host(array).astype(np.float32)
+
+
+def _require_finite(array: np.ndarray, name: str) -> None:
+    if not np.isfinite(array).all():
+        raise UserError(f'{name} returns NaN or infinity: fix the function or the batch.')
 
 
 def function_gap(dense: Any, sparse: Any) -> dict[str, float]:
@@ -129,19 +164,24 @@ def function_gap(dense: Any, sparse: Any) -> dict[str, float]:
       `max_abs_difference`; `dense_rms`, the root mean square of the dense output; and `gap`, |sparse - dense| / |dense| (norms).
 
     Raises:
-      UserError: the outputs differ in structure or shape.
+      UserError: the outputs differ in structure or shape, are not numeric, are empty, or contain NaN or infinity that
+        the other does not.
     """
-    shapes = [jax.tree.map(jnp.shape, output) for output in (dense, sparse)]
+    outputs = {'dense_apply': dense, 'sparse_apply': sparse}
+    outputs = {name: jax.tree.map(lambda leaf, name=name: _numbers(leaf, name), out) for name, out in outputs.items()}
+    shapes = [jax.tree.map(np.shape, output) for output in outputs.values()]
     if shapes[0] != shapes[1]:
         raise UserError(
             f'dense_apply returns {shapes[0]} and sparse_apply {shapes[1]}: both must return the same shapes.'
         )
-    x, y = (
-        np.concatenate(
-            [partitioning.whole_on_host(leaf).astype(np.float32).ravel() for leaf in jax.tree.leaves(output)]
-        )
-        for output in (dense, sparse)
-    )
+    none = np.zeros(0, np.float32)  # if a function returns no arrays
+    x, y = (np.concatenate([none, *map(np.ravel, jax.tree.leaves(output))]) for output in outputs.values())
+    if not x.size:
+        raise UserError(f'dense_apply returns {dense!r}, without a number: it must return the outputs of the model.')
+    masked = np.isinf(x) & (x == y)  # as the logits of padding
+    x, y = np.where(masked, 0, x), np.where(masked, 0, y)
+    _require_finite(x, 'dense_apply')
+    _require_finite(y, 'sparse_apply')
     return {
         'max_abs_difference': float(np.abs(x - y).max()),
         'dense_rms': float(np.sqrt(np.mean(np.square(x)))),
@@ -156,6 +196,10 @@ def _models(dense: Any, rules: PathRules, surgery: Surgery) -> list[_Dense]:
     models = dense if isinstance(dense, list | tuple) else [dense]
     if not models:
         raise UserError('the list of dense models is empty: pass at least one.')
+    if len({isinstance(model, State) for model in models}) > 1:
+        raise UserError(
+            'some dense models are a `State` and others are not: pass all or none of them with an optimizer state.'
+        )
     return [_Dense.of(model, rules, surgery) for model in models]
 
 
@@ -271,6 +315,6 @@ def _fresh(
 
     def init(params: Any) -> dict[str, jax.Array]:
         leaves = jax.tree.leaves(dense.given.init(params))
-        return {name: leaves[i] for name, i in missing.items()}
+        return {name: without_key_type(leaves[i]) for name, i in missing.items()}
 
     return jax.jit(init, out_shardings=places)(params) if missing else {}
