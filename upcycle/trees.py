@@ -7,6 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
 
@@ -36,10 +38,48 @@ def _segments(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
-def arrays_of(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+def _leaves_of(tree: Any, label: str) -> list[tuple[tuple[Any, ...], Any]]:
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
+    except (TypeError, ValueError) as error:  # JAX sorts the keys of dicts
+        raise UserError(f'a dict of {label} has keys of several types, which cannot be sorted: use strings.') from error
+
+
+def arrays_of(tree: Any, label: str = 'opt_state') -> list[tuple[tuple[str, ...], Any]]:
     """The path and the unboxed array of every leaf of any pytree, in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    return [(_segments(path), _inside(leaf)) for path, leaf in leaves]
+    return [(_segments(path), _inside(leaf)) for path, leaf in _leaves_of(tree, label)]
+
+
+def require_numbers(tree: Any, label: str) -> None:
+    """Checks that the numbers of every array of a pytree can be read, and that JAX can hold them.
+
+    Raises:
+      UserError: a leaf is a shape, a tracer or a deleted array; or it has 64 bits, 64-bit types are disabled, and a number
+        needs them.
+    """
+    for path, leaf in arrays_of(tree, label):
+        if not hasattr(leaf, 'dtype'):
+            continue
+        name = f'{"/".join(path)} of {label}'
+        if isinstance(leaf, jax.core.Tracer):
+            raise UserError(f'{name} is being traced: call upcycle outside of jax.jit and other transformations.')
+        if not hasattr(leaf, '__array__'):
+            raise UserError(f'{name} is a shape without numbers: pass arrays, or use `plan`.')
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise UserError(f'{name} was deleted or donated: pass the arrays that replaced it.')
+        narrow = jax.dtypes.canonicalize_dtype(leaf.dtype) if np.dtype(leaf.dtype).kind in 'iuf' else leaf.dtype
+        if narrow != leaf.dtype:
+            _require_narrow(name, np.asarray(leaf), narrow)
+
+
+def _require_narrow(name: str, leaf: np.ndarray, dtype: np.dtype) -> None:
+    limits = jnp.finfo(dtype) if leaf.dtype.kind == 'f' else jnp.iinfo(dtype)
+    beyond = leaf[np.isfinite(leaf) & ((leaf < limits.min) | (leaf > limits.max))]
+    if beyond.size:
+        raise UserError(
+            f'{name} holds {beyond[0]}, which {dtype.name} cannot hold: enable 64-bit types with the JAX option '
+            'jax_enable_x64, or remove the number.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +110,14 @@ class Tree:
             raise UserError(f'params must be nested dicts of arrays, not {type(tree).__name__}.')
         leaves: dict[str, Any] = {}
         keys: dict[str, Keys] = {}
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]:
+        for path, leaf in _leaves_of(tree, 'params'):
             name = '/'.join(_segments(path))
             if not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
                 raise UserError(f'{name} of params is in a list or an object: params must be nested dicts of arrays.')
             array = _inside(leaf)
-            if not hasattr(array, 'shape') or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+            if not hasattr(array, 'shape') or not any(
+                jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)
+            ):
                 raise UserError(f'{name} of params is not a numeric array: pass only the parameters of the model.')
             path_keys = tuple(entry.key for entry in path)
             for end in range(1, len(path_keys) + 1):
