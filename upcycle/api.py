@@ -176,7 +176,7 @@ def upcycle(
         can be donated.
       sparse: the target model, or the rules for a foreign model.
       surgery: the specification; None: `Surgery()`. Its `seed` is not used.
-      key: random key of `jax.random`, or an integer. `jax.random.key(n)` gives the same bytes as UPCYCLE_SEED = n.
+      key: random key of `jax.random`, or an integer below 2**32. `jax.random.key(n)` gives the same bytes as UPCYCLE_SEED = n.
       mesh: mesh of the result. Axes named `expert` and `model` shard experts and widths. For a foreign model, other leaves keep
         the sharding of their sources if these are on the same mesh, and are replicated otherwise. None: one device.
       batch: batch on which the sparse model is compared with the dense one. None: each MoE layer of our models is compared with
@@ -187,7 +187,8 @@ def upcycle(
       float32; those of a foreign model keep their types and kind of tree, and are in a `State` if one was given.
 
     Raises:
-      UserError: see `plan`; or a leaf contains NaN or infinity.
+      UserError: see `plan`; a leaf contains NaN, infinity or a number that needs 64 bits; the model cannot read the batch; or
+        experts do not divide among the mesh's `expert` axis.
     """
     check_outside_jit('upcycle')
     surgery = as_surgery(surgery)

@@ -186,6 +186,11 @@ def test_parameters_that_are_refused(message):
         PARAMS[message]()
 
 
+def test_routers_are_float32_in_any_tree():
+    made, _ = foreign(jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), P))
+    assert made['mlp']['router'].dtype == jnp.float32 and made['mlp']['up'].dtype == jnp.bfloat16
+
+
 def test_a_plan_needs_no_numbers():
     assert upcycle.plan(shapes(P), RULES) == upcycle.plan(P, RULES)
 
