@@ -58,7 +58,7 @@ def require_numbers(tree: Any, label: str) -> None:
         needs them.
     """
     for path, leaf in arrays_of(tree, label):
-        if not hasattr(leaf, 'dtype'):
+        if not hasattr(leaf, 'dtype') or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             continue
         name = f'{"/".join(path)} of {label}'
         if isinstance(leaf, jax.core.Tracer):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 import upcycle
 from tests import runs
 from tests.small import random_batch
+from upcycle import trees
 from upcycle.errors import UserError
 from upcycle.in_memory import as_key, check_experts, seed_of
 from upcycle.models import identify
@@ -184,6 +185,12 @@ PARAMS = {
 def test_parameters_that_are_refused(message):
     with pytest.raises(UserError, match=message):
         PARAMS[message]()
+
+
+def test_leaves_of_other_kinds_are_not_numbers():
+    trees.require_numbers(
+        {'key': jax.random.key(0), 'count': 3, 'none': None, 'narrow': np.ones(2, jnp.bfloat16)}, 'state'
+    )
 
 
 def test_routers_are_float32_in_any_tree():
