@@ -38,10 +38,15 @@ def _segments(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
-def _leaves_of(tree: Any, label: str) -> list[tuple[tuple[Any, ...], Any]]:
+def _leaves_of(tree: Any, label: str, is_leaf: Callable[[Any], bool] = is_box) -> list[tuple[tuple[Any, ...], Any]]:
+    """The path and the leaf of every leaf of any pytree.
+
+    Raises:
+      UserError: JAX cannot sort the keys of a dict.
+    """
     try:
-        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
-    except (TypeError, ValueError) as error:  # JAX sorts the keys of dicts
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    except (TypeError, ValueError) as error:
         raise UserError(f'a dict of {label} has keys of several types, which cannot be sorted: use strings.') from error
 
 
