@@ -10,6 +10,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from upcycle import configuration, gin_files, partitioning, trees, warning
+from upcycle.api_arguments import (
+    PATHS,
+    as_surgery,
+    check_batch,
+    check_files,
+    check_mesh,
+    check_outside_jit,
+    is_model,
+    require,
+    require_model,
+    require_numbers,
+)
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES
 from upcycle.checkpoints.integrity import require_whole
@@ -17,18 +29,15 @@ from upcycle.checkpoints.memory import MemoryReader
 from upcycle.checkpoints.several import SeveralReader, readers_of
 from upcycle.commands import convert as convert_command
 from upcycle.commands import train as train_command
-from upcycle.conversion import CHECKED_BYTES, CHECKED_TOKENS
-from upcycle.cost import num_bytes
 from upcycle.errors import UserError
 from upcycle.foreign import MoERule, PathRules, State, plan_foreign, upcycle_foreign
 from upcycle.formats import FORMATS
-from upcycle.in_memory import as_key, auto_mesh, carry_out, check_surgery
+from upcycle.in_memory import as_key, auto_mesh, carry_out, check_experts, check_layers, check_surgery
 from upcycle.models import Model, Params, identify
-from upcycle.surgery.operators import Start
 from upcycle.surgery.place import execute
-from upcycle.surgery.plan import PARAMS, Action, Axes, Plan, Surgery, mlp_of, within_mlp
+from upcycle.surgery.plan import PARAMS, Axes, Plan, Surgery
 from upcycle.surgery.planning import plan_surgery
-from upcycle.surgery.receipt import check_function, check_layer, reported
+from upcycle.surgery.receipt import check_function, reported
 from upcycle.training.source_model import SourceModel
 from upcycle.training.state import boxed_shapes, check_facts
 from upcycle.training.step import TrainState
@@ -38,7 +47,6 @@ __all__ = ['MoERule', 'PathRules', 'Plan', 'State', 'Surgery', 'convert', 'load'
 
 Leaves = dict[str, jax.ShapeDtypeStruct]
 Path = str | os.PathLike[str]
-_PATHS = (str, os.PathLike)
 
 
 def load(
@@ -64,7 +72,11 @@ def load(
     """
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise UserError(f'dtype={dtype!r} must be one of {", ".join(WEIGHT_DTYPES)}.')
-    _check_mesh(mesh)
+    check_outside_jit('load')
+    check_mesh(mesh)
+    require('path', path, PATHS, 'the path of a checkpoint')
+    if model is not None:
+        require_model('model', model)
     reader = _opened(path)
     stored = {name: leaf for name, leaf in reader.leaves().items() if name.startswith(PARAMS)}
     model = _model_in(reader, stored) if model is None else _expected(model, reader, stored)
@@ -96,6 +108,8 @@ def sparse(model: Model, *files: str, **macros: Any) -> Model:
     Raises:
       UserError: a macro is unknown, has another type, or does not suit the model.
     """
+    require_model('model', model)
+    check_files('files', files)
     kind, prefix = type(model.config), f'models/{model.family}_'
     base = min(name for name in gin_files.shipped() if name.startswith(prefix))
     # The sparse layers and the width of an expert depend on the sizes.
@@ -138,10 +152,11 @@ def plan(dense: Any, sparse: Model | PathRules, surgery: Surgery | None = None) 
     Raises:
       UserError: a leaf has no source, two sources, or one of another shape; or a dense leaf is unused.
     """
-    surgery = Surgery() if surgery is None else surgery
+    surgery = as_surgery(surgery)
     if isinstance(sparse, PathRules):
         return plan_foreign(dense, sparse, surgery)
-    leaves, axes = _leaves_of(_our_model(sparse), None)
+    require_model('sparse', sparse, ', or `PathRules`')
+    leaves, axes = _leaves_of(sparse, None)
     return _plan(_reader(dense), sparse, surgery, leaves, axes)
 
 
@@ -161,7 +176,7 @@ def upcycle(
         can be donated.
       sparse: the target model, or the rules for a foreign model.
       surgery: the specification; None: `Surgery()`. Its `seed` is not used.
-      key: random key of `jax.random`, or an integer. `jax.random.key(n)` gives the same bytes as UPCYCLE_SEED = n.
+      key: random key of `jax.random`, or an integer below 2**32. `jax.random.key(n)` gives the same bytes as UPCYCLE_SEED = n.
       mesh: mesh of the result. Axes named `expert` and `model` shard experts and widths. For a foreign model, other leaves keep
         the sharding of their sources if these are on the same mesh, and are replicated otherwise. None: one device.
       batch: batch on which the sparse model is compared with the dense one. None: each MoE layer of our models is compared with
@@ -172,15 +187,23 @@ def upcycle(
       float32; those of a foreign model keep their types and kind of tree, and are in a `State` if one was given.
 
     Raises:
-      UserError: see `plan`; or a leaf contains NaN or infinity.
+      UserError: see `plan`; a leaf contains NaN, infinity or a number that needs 64 bits; the model cannot read the batch; or
+        experts do not divide among the mesh's `expert` axis.
     """
-    surgery = Surgery() if surgery is None else surgery
+    check_outside_jit('upcycle')
+    surgery = as_surgery(surgery)
     key = as_key(key)
-    _check_mesh(mesh)
+    check_mesh(mesh)
+    require_numbers(params)
     if isinstance(sparse, PathRules):
+        if mesh is not None:
+            check_experts(mesh, (rule.num_experts for rule in sparse.moe))
         return upcycle_foreign(params, sparse, surgery, key=key, mesh=mesh, batch=batch)
     check_surgery(surgery, has_state=False, has_hidden=batch is not None, way_out='pass a batch')
-    leaves, axes = _leaves_of(_our_model(sparse), mesh)
+    require_model('sparse', sparse, ', or `PathRules`')
+    leaves, axes = _leaves_of(sparse, mesh)
+    if batch is not None:
+        check_batch(sparse, leaves, batch)
     reader = _reader(params)
     surgery_plan = _plan(reader, sparse, surgery, leaves, axes)
     source = SourceModel(sparse, surgery_plan, reader, leaves)
@@ -192,7 +215,7 @@ def upcycle(
         flat, receipt = carry_out(surgery_plan, reader, _shardings(leaves), key, hidden=hidden)
         made = unflatten_dict(flat, sep='/')['params']
         if batch is None:
-            layers = _check_layers(surgery_plan, sparse, reader, flat)
+            layers = check_layers(surgery_plan, sparse, reader, flat)
             whole = 'not compared: no batch was given'
             receipt['function_check'] = {'whole_model': whole, 'layers': layers, 'activations': 'seeded normal'}
         else:
@@ -233,8 +256,15 @@ def convert(
     """
     if format not in FORMATS:
         raise UserError(f'format={format!r} is not one of {", ".join(FORMATS)}.')
+    check_files('gin_files', gin_files)
+    sources = source if isinstance(source, list | tuple) else [source]
+    if not sources:
+        raise UserError('source is an empty list: name at least one checkpoint.')
+    for each in sources:
+        require('source', each, PATHS, 'the path of a checkpoint, or a list of several')
+    require('target', target, PATHS, 'the path of the new checkpoint')
     warning.forget()
-    paths = [os.fspath(path) for path in ([source] if isinstance(source, _PATHS) else source)]
+    paths = [os.fspath(path) for path in sources]
     named = {'INITIAL_CHECKPOINT_PATH': paths[0] if len(paths) == 1 else repr(tuple(paths))}
     return convert_command.run(
         gin_files,
@@ -262,18 +292,14 @@ def train(gin_files: Sequence[str], **bindings: Any) -> TrainState:
       UserError: before anything is written, if the configuration, the folder or the checkpoint does not fit.
       Preempted: the run was asked to stop and has saved its state.
     """
+    check_files('gin_files', gin_files)
     warning.forget()
     return train_command.run(gin_files, _bindings(bindings))
 
 
 def _bindings(values: Mapping[str, Any]) -> dict[str, str]:
     """Converts bindings to text, as on the command line."""
-    return {name: os.fspath(value) if isinstance(value, _PATHS) else repr(value) for name, value in values.items()}
-
-
-def _check_mesh(mesh: Any) -> None:
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise UserError(f'mesh = {mesh!r} must be a jax.sharding.Mesh, such as one from partitioning.make_mesh.')
+    return {name: os.fspath(value) if isinstance(value, PATHS) else repr(value) for name, value in values.items()}
 
 
 def _opened(path: Path) -> Reader:
@@ -284,7 +310,7 @@ def _opened(path: Path) -> Reader:
 
 def _reader(source: Any) -> Reader:
     """Returns a reader of a checkpoint, a model's shapes, parameters in memory, or a list of these."""
-    if isinstance(source, _PATHS):
+    if isinstance(source, PATHS):
         return _opened(source)
     if isinstance(source, list | tuple):
         if not source:
@@ -294,15 +320,12 @@ def _reader(source: Any) -> Reader:
         raise UserError(
             'the optimizer state of our models is upcycled only by `upcycle.convert` and `upcycle.train`: pass the parameters.'
         )
-    if hasattr(source, 'smallest_batch'):
+    if is_model(source):
         return MemoryReader(_leaves_of(source, None)[0])
-    return MemoryReader({f'{PARAMS}{name}': leaf for name, leaf in trees.Tree.of(source).leaves.items()})
-
-
-def _our_model(model: Any) -> Model:
-    if not hasattr(model, 'moe_layers'):
-        raise UserError(f'sparse must be a model of this package or `PathRules`, not {type(model).__name__}.')
-    return model
+    leaves = trees.Tree.of(source).leaves
+    if any(name.startswith(PARAMS) for name in leaves):
+        raise UserError("the parameters are in a dict with the key 'params': pass params['params'].")
+    return MemoryReader({f'{PARAMS}{name}': leaf for name, leaf in leaves.items()})
 
 
 def _plan(reader: Reader, model: Model, surgery: Surgery, leaves: Leaves, axes: Axes) -> Plan:
@@ -349,6 +372,7 @@ def _leaves_of(model: Model, mesh: Mesh | None) -> tuple[Leaves, Axes]:
             f'mesh has the axes {", ".join(mesh.axis_names)}, but must have axes named {", ".join(partitioning.MESH_AXES)}: '
             'use partitioning.make_mesh.'
         )
+    check_experts(mesh, (moe.num_experts for moe in model.moe_layers().values()))
     mesh = auto_mesh(mesh)
     boxed = boxed_shapes(model, tuple(sorted(model.smallest_batch().items())))
     logical = flatten_dict({'params': partitioning.logical_axes(boxed)}, sep='/')
@@ -361,29 +385,3 @@ def _leaves_of(model: Model, mesh: Mesh | None) -> tuple[Leaves, Axes]:
 
 def _shardings(leaves: Leaves) -> dict[str, jax.sharding.Sharding]:
     return {name: leaf.sharding for name, leaf in leaves.items()}
-
-
-def _check_layers(
-    surgery_plan: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
-) -> dict[str, dict[str, float]]:
-    """Compares each MoE layer with its dense MLP, as `upcycle convert` does."""
-    if surgery_plan.spec.operator is None or surgery_plan.spec.operator.starts_from is not Start.DENSE:
-        return {}
-    checks = {}
-    for path in model.moe_layers():
-        mlp = f'{PARAMS}{path}'
-        inside = {name.removeprefix(f'{mlp}/'): leaf for name, leaf in flat.items() if name.startswith(f'{mlp}/')}
-        rows = [
-            row
-            for row in surgery_plan.rows
-            if row.action is Action.EXPERTS and mlp_of(row.target) == mlp and row.sources
-        ]
-        routed = any(name.startswith('router/') for name in inside)
-        if rows and routed and num_bytes(inside) <= CHECKED_BYTES:
-            host = partitioning.whole_on_host
-            dense = {within_mlp(row.target): host(reader.read(row.sources[0])) for row in rows}
-            inside = {name: host(leaf) for name, leaf in inside.items()}
-            # Outside the mesh, whose devices may be more than the routing groups of the checked tokens.
-            with partitioning.on_one_device(jax.local_devices()[0]):
-                checks[path] = dataclasses.asdict(check_layer(model, path, dense, inside, CHECKED_TOKENS))
-    return checks

@@ -1,6 +1,8 @@
 """Surgery from Python: executes a plan on devices and makes its receipt."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,16 +12,23 @@ from jax.sharding import AxisType, Mesh
 
 from upcycle import partitioning
 from upcycle.checkpoints import Reader
-from upcycle.checkpoints.arrays import require_finite
+from upcycle.checkpoints.arrays import count_not_finite, require_finite
+from upcycle.checkpoints.memory import MemoryReader
+from upcycle.conversion import CHECKED_BYTES, CHECKED_TOKENS
+from upcycle.cost import num_bytes
 from upcycle.errors import UserError
+from upcycle.models import Model
 from upcycle.surgery.fingerprint import sha256_of
-from upcycle.surgery.operators import Lineage
+from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.place import execute
-from upcycle.surgery.plan import OptimizerState, Plan, Surgery
-from upcycle.surgery.receipt import make_receipt
+from upcycle.surgery.plan import PARAMS, Action, OptimizerState, Plan, Surgery, mlp_of, within_mlp
+from upcycle.surgery.receipt import check_layer, make_receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
+from upcycle.warning import warn
 
+# JAX keeps 32 bits of a seed.
+_LARGEST_SEED = 2**32 - 1
 Hidden = Callable[[Mapping[str, jax.Array], str], np.ndarray]
 
 
@@ -32,16 +41,41 @@ def as_key(key: Any) -> jax.Array:
     """Converts an integer, a key of `jax.random.key` or a raw key of `jax.random.PRNGKey` to a typed key.
 
     Raises:
-      UserError: `key` is none of these.
+      UserError: `key` is none of these, or an integer that would give the key of another integer.
     """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not 0 <= key <= _LARGEST_SEED:
+            raise UserError(
+                f'key = {int(key)} must be between 0 and {_LARGEST_SEED}, or a key, such as jax.random.key(0).'
+            )
         return jax.random.key(int(key))
-    if isinstance(key, jax.Array):
+    if isinstance(key, jax.Array | np.ndarray) and not isinstance(key, jax.core.Tracer):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
             return key
-        if key.dtype == jnp.uint32 and key.ndim == 1:
-            return jax.random.wrap_key_data(key)
+        with contextlib.suppress(TypeError):  # not the number of words of JAX's default generator
+            if key.dtype == jnp.uint32 and key.ndim == 1:
+                return jax.random.wrap_key_data(key)
     raise UserError(f'key = {key!r} must be one key, such as jax.random.key(0), or an integer.')
+
+
+def check_experts(mesh: Mesh, num_experts: Iterable[int]) -> None:
+    """Checks that a mesh can shard experts.
+
+    Args:
+      mesh: mesh of the result. Without an axis `expert`, devices hold all experts, which a warning says.
+      num_experts: number of experts of each layer.
+
+    Raises:
+      UserError: experts do not divide among the shards of the axis `expert`.
+    """
+    num_experts = sorted({*num_experts})
+    if num_experts and mesh.size > 1 and 'expert' not in mesh.shape:
+        warn(f'mesh has the axes {", ".join(mesh.axis_names)} and none named `expert`: each device holds all experts.')
+    shards = mesh.shape.get('expert', 1)
+    if uneven := [count for count in num_experts if count % shards]:
+        raise UserError(
+            f'{uneven[0]} experts do not divide among the {shards} shards of the axis `expert` of mesh: change one of them.'
+        )
 
 
 def seed_of(key: jax.Array) -> int | list[int]:
@@ -108,11 +142,43 @@ def carry_out(
         name = names(name)
         if name not in hashes:
             host = partitioning.whole_on_host(leaf)
-            require_finite(str(reader.path), name, host)
+            if reader.format != MemoryReader.format:
+                require_finite(str(reader.path), name, host)
+            elif count := count_not_finite(host):
+                raise UserError(f'{name} holds {count} numbers that are NaN or infinite: fix them before the call.')
             hashes[name] = sha256_of(name, host)
 
+    plan, shown = (_with_known_types(each) for each in (plan, plan if shown is None else shown))
     leaves = execute(plan, reader.read, shardings, new={}, on_source=look, hidden=hidden, lineages=lineages, key=key)
     lineages = {names(mlp): lineage for mlp, lineage in lineages.items()}
     source = source_of(reader, reader.step)
-    receipt = make_receipt(plan if shown is None else shown, source=source, hashes=hashes, lineages=lineages)
+    receipt = make_receipt(shown, source=source, hashes=hashes, lineages=lineages)
     return leaves, receipt | {'seed': seed_of(key)}
+
+
+def check_layers(
+    plan: Plan, model: Model, reader: Reader, flat: Mapping[str, jax.Array]
+) -> dict[str, dict[str, float]]:
+    """Compares each MoE layer with its dense MLP, as `upcycle convert` does."""
+    if plan.spec.operator is None or plan.spec.operator.starts_from is not Start.DENSE:
+        return {}
+    checks = {}
+    for path in model.moe_layers():
+        mlp = f'{PARAMS}{path}'
+        inside = {name.removeprefix(f'{mlp}/'): leaf for name, leaf in flat.items() if name.startswith(f'{mlp}/')}
+        rows = [row for row in plan.rows if row.action is Action.EXPERTS and mlp_of(row.target) == mlp and row.sources]
+        routed = any(name.startswith('router/') for name in inside)
+        if rows and routed and num_bytes(inside) <= CHECKED_BYTES:
+            host = partitioning.whole_on_host
+            dense = {within_mlp(row.target): host(reader.read(row.sources[0])) for row in rows}
+            inside = {name: host(leaf) for name, leaf in inside.items()}
+            # Outside the mesh, whose devices may be more than the routing groups of the checked tokens.
+            with partitioning.on_one_device(jax.local_devices()[0]):
+                checks[path] = dataclasses.asdict(check_layer(model, path, dense, inside, CHECKED_TOKENS))
+    return checks
+
+
+def _with_known_types(plan: Plan) -> Plan:
+    """Replaces 64-bit types by those that JAX uses for them."""
+    rows = (dataclasses.replace(row, dtype=jax.dtypes.canonicalize_dtype(row.dtype)) for row in plan.rows)
+    return dataclasses.replace(plan, rows=tuple(rows))

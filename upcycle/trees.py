@@ -7,6 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from flax.traverse_util import unflatten_dict
 
@@ -41,10 +43,53 @@ def _segments(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
-def arrays_of(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+def _leaves_of(tree: Any, label: str, is_leaf: Callable[[Any], bool] = is_box) -> list[tuple[tuple[Any, ...], Any]]:
+    """The path and the leaf of every leaf of any pytree.
+
+    Raises:
+      UserError: JAX cannot sort the keys of a dict.
+    """
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    except (TypeError, ValueError) as error:
+        raise UserError(f'a dict of {label} has keys of several types, which cannot be sorted: use strings.') from error
+
+
+def arrays_of(tree: Any, label: str = 'opt_state') -> list[tuple[tuple[str, ...], Any]]:
     """The path and the unboxed array of every leaf of any pytree, in the order of `jax.tree.leaves`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    return [(_segments(path), _inside(leaf)) for path, leaf in leaves]
+    return [(_segments(path), _inside(leaf)) for path, leaf in _leaves_of(tree, label)]
+
+
+def require_numbers(tree: Any, label: str) -> None:
+    """Checks that the numbers of every array of a pytree can be read, and that JAX can hold them.
+
+    Raises:
+      UserError: a leaf is a shape, a tracer or a deleted array; or it has 64 bits, 64-bit types are disabled, and a number
+        needs them.
+    """
+    for path, leaf in arrays_of(tree, label):
+        if not hasattr(leaf, 'dtype') or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            continue
+        name = f'{"/".join(path)} of {label}'
+        if isinstance(leaf, jax.core.Tracer):
+            raise UserError(f'{name} is being traced: call upcycle outside of jax.jit and other transformations.')
+        if not hasattr(leaf, '__array__'):
+            raise UserError(f'{name} is a shape without numbers: pass arrays, or use `plan`.')
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise UserError(f'{name} was deleted or donated: pass the arrays that replaced it.')
+        narrow = jax.dtypes.canonicalize_dtype(leaf.dtype) if np.dtype(leaf.dtype).kind in 'iuf' else leaf.dtype
+        if narrow != leaf.dtype:
+            _require_narrow(name, np.asarray(leaf), narrow)
+
+
+def _require_narrow(name: str, leaf: np.ndarray, dtype: np.dtype) -> None:
+    limits = jnp.finfo(dtype) if leaf.dtype.kind == 'f' else jnp.iinfo(dtype)
+    beyond = leaf[np.isfinite(leaf) & ((leaf < limits.min) | (leaf > limits.max))]
+    if beyond.size:
+        raise UserError(
+            f'{name} holds {beyond[0]}, which {dtype.name} cannot hold: enable 64-bit types with the JAX option '
+            'jax_enable_x64, or remove the number.'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +123,7 @@ class Tree:
             raise UserError('params contains no arrays.')
         leaves: dict[str, Any] = {}
         keys: dict[str, Keys] = {}
-        nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_box(node) or _is_empty(node))[0]
+        nodes = _leaves_of(tree, 'params', lambda node: is_box(node) or _is_empty(node))
         for path, leaf in nodes:
             name = '/'.join(_segments(path))
             if _is_empty(leaf):
@@ -87,7 +132,9 @@ class Tree:
             if not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
                 raise UserError(f'{name} of params is in a list or an object: params must be nested dicts of arrays.')
             array = _inside(leaf)
-            if not hasattr(array, 'shape') or jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended):
+            if not hasattr(array, 'shape') or not any(
+                jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)
+            ):
                 raise UserError(f'{name} of params is not a numeric array: pass only the parameters of the model.')
             path_keys = tuple(entry.key for entry in path)
             for end in range(1, len(path_keys) + 1):

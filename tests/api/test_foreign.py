@@ -423,5 +423,5 @@ def test_what_surgery_refuses():
     with pytest.raises(UserError, match=r"'copy' divides the width of an MLP by 1, .* set MoERule\(granularity=1\)"):
         upcycle.plan(params(), with_rule(granularity=2, layers=[1]))
     broken = unflatten_dict(flat(params()) | {'params/head/bias': jnp.full(10, jnp.nan)}, sep='/')
-    with pytest.raises(UserError, match='head/bias of memory holds 10 numbers that are NaN'):
+    with pytest.raises(UserError, match='head/bias holds 10 numbers that are NaN'):
         upcycle.upcycle(broken, RULES, key=0)

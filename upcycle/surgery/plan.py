@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from upcycle.errors import UserError, one_of
+from upcycle import schema
+from upcycle.errors import UserError
 from upcycle.schema import Natural, Whole
 from upcycle.surgery.operators import (
     DENSE_OPERATORS,
@@ -37,6 +39,13 @@ class OptimizerState(enum.StrEnum):
     FRESH = 'fresh'  # zeros, the step clock continues: the paper's language recipe, as in t5x
     FRESH_CLOCK = 'fresh_clock'  # zeros, and the decay clock restarts
     TILE = 'tile'  # repeated over the experts, fresh for routers: the paper's vision recipe
+
+
+_MACROS = {
+    'operator': 'EXPERT_OPERATOR',
+    'router_stddev': 'ROUTER_INIT_STDDEV',
+    'seed': 'UPCYCLE_SEED',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +82,15 @@ class Surgery:
             object.__setattr__(
                 self, 'dense_operator', look_up(DENSE_OPERATORS, self.dense_operator, 'DENSE_OPERATOR')()
             )
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+        schema.validate(self, _MACROS)
         if self.operator is not None and self.dense_operator is not None:
             raise UserError(
                 'EXPERT_OPERATOR and DENSE_OPERATOR are both set: the first makes experts, the second a dense model; set one to '
                 'None.'
             )
-        object.__setattr__(self, 'router_init', one_of(RouterInit, self.router_init, 'ROUTER_INIT'))
-        object.__setattr__(self, 'optimizer_state', one_of(OptimizerState, self.optimizer_state, 'OPTIMIZER_STATE'))
         if self.new_head and self.operator is not None:
             raise UserError(
                 'NEW_HEAD = True with an EXPERT_OPERATOR would upcycle a model without a trained head: upcycle first, then '
