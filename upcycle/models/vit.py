@@ -155,9 +155,9 @@ class ViTConfig:
 
 
 class ProjectHeads(nn.Module):
-    """A linear layer from the width to heads, or with `merge` back; parameters as of `flax.linen.DenseGeneral`.
+    """A layer between the width and the heads, with parameters of three axes as in `flax.linen.DenseGeneral`.
 
-    `kernel` is (D, H, N) and `bias` (H, N); with `merge` they are (H, N, D) and (D).
+    `kernel` is (D, H, N) and `bias` (H, N); merging heads, (H, N, D) and (D).
     """
 
     num_heads: int
@@ -178,8 +178,11 @@ class ProjectHeads(nn.Module):
         kernel = self.param('kernel', nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
         bias = self.param('bias', zeros, bias_shape, jnp.float32)
-        equation = 'blhn,hnd->bld' if self.merge else 'bld,dhn->blhn'
-        return jnp.einsum(equation, x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        # One matrix product over rows: XLA:CPU is slow at those with several row or column axes.
+        rows = x.reshape(-1, D).astype(self.dtype) @ kernel.reshape(D, D).astype(self.dtype)
+        rows += bias.reshape(D).astype(self.dtype)
+        leading = x.shape[: x.ndim - 2] if self.merge else x.shape[:-1]
+        return rows.reshape(*leading, *((D,) if self.merge else (H, N)))
 
 
 class Attention(nn.Module):
