@@ -42,7 +42,7 @@ def require_model(name: str, value: Any, or_else: str = '') -> None:
 
 def check_files(name: str, files: Any) -> None:
     """Raises UserError unless an argument is a list or tuple of file names."""
-    require(name, files, (list, tuple), "a list of file names, such as ['models/t5_1_1_base.gin']")
+    require(name, files, (list, tuple), "a list of file names, such as ['models/NAME.gin']")
     for file in files:
         require(f'each item of {name}', file, PATHS, 'a file name')
 

@@ -214,7 +214,7 @@ TYPES = {
     'source must be the path of a checkpoint, or a list': lambda: upcycle.convert(('x.gin',), ['x', 3], 'y'),
     'source is an empty list': lambda: upcycle.convert(('x.gin',), [], 'y'),
     'target must be the path of the new checkpoint, not NoneType': lambda: upcycle.convert(('x.gin',), 'x', None),
-    r"gin_files must be a list of file names, such as \['models/t5_1_1_base.gin'\], not str": lambda: upcycle.convert(
+    r"gin_files must be a list of file names, such as \['models/NAME.gin'\], not str": lambda: upcycle.convert(
         'models/x.gin', 'x', 'y'
     ),
     'gin_files must be a list of file names, .*, not str': lambda: upcycle.train('models/x.gin'),
