@@ -135,7 +135,7 @@ class Leg:
 
     def resumed_from(self) -> int | None:
         """Returns the step from which the run says that it resumed, or None."""
-        match = re.search(r'goes on from step (\d+)', self.output())
+        match = re.search(r'resumes from step (\d+)', self.output())
         return int(match[1]) if match else None
 
     def logs(self) -> bool:

@@ -10,7 +10,6 @@ from sklearn.linear_model import Ridge
 from tests import runs, vision
 from tests.evaluate.probe_on_a_mesh import probe
 from tests.invariants.devices import on_devices, processes
-from upcycle import schema
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.evaluate import few_shot
@@ -127,17 +126,22 @@ def test_eight_devices_and_two_processes_equal_one_device():
             assert np.abs(np.array(result[name]) - scores).max() <= 1e-5 * np.abs(scores).max()
 
 
-@pytest.mark.parametrize('field', ['shots', 'l2'])
-def test_nothing_to_probe_is_refused(field):
-    with pytest.raises(UserError, match=f'FEW_SHOT_{field.upper()} must have at least one value'):
-        FewShot(**{field: ()})
-
-
 @pytest.mark.parametrize(
-    'settings', [{'shots': (0,)}, {'shots': (2.5,)}, {'l2': 'much'}, {'l2': (0,)}, {'num_seeds': 0}, {'period': 0}]
+    ('settings', 'message'),
+    [
+        ({'shots': ()}, 'FEW_SHOT_SHOTS must have at least one value'),
+        ({'l2': ()}, 'FEW_SHOT_L2 must have at least one value'),
+        ({'shots': (0,)}, r'FEW_SHOT_SHOTS = \(0,\) must be'),
+        ({'shots': (2.5,)}, r'FEW_SHOT_SHOTS = \(2.5,\) must be'),
+        ({'l2': 'much'}, "FEW_SHOT_L2 = 'much' must be"),
+        ({'l2': (0,)}, r'FEW_SHOT_L2 = \(0,\) must be'),
+        ({'num_seeds': 0}, 'FEW_SHOT_SEEDS = 0 must be'),
+        ({'period': 0}, 'FEW_SHOT_PERIOD = 0 must be'),
+    ],
 )
-def test_bounds(settings):
-    assert len(list(schema.misfits(settings, FewShot, str))) == 1
+def test_bounds(settings, message):
+    with pytest.raises(UserError, match=message):
+        FewShot(**settings)
 
 
 def test_random_images_have_no_split(tmp_path):

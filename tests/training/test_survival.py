@@ -42,7 +42,7 @@ def test_a_run_resumes_from_the_step_before_a_damaged_one(run, dense, capsys):
     flip(run / 'checkpoints' / '4')
     runs.train('dense', run, 4, CHECKPOINT_KEEP=2)
     said = capsys.readouterr().err
-    assert '4 is damaged (bytes of state/' in said and 'goes on from step 2' in said
+    assert '4 is damaged (bytes of state/' in said and 'resumes from step 2' in said
     assert lines_of(run) == lines_of(dense)
     assert sorted(os.listdir(run / 'checkpoints')) == ['2', '4', '4.damaged']
     ours, undisturbed = open_checkpoint(run), open_checkpoint(dense)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle import partitioning
+from upcycle import partitioning, schema
 from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Evaluator, Subject
 from upcycle.models import Model, Params
@@ -29,6 +29,15 @@ from upcycle.schema import Count, Positive
 
 BIAS = 100.0
 _NO_IMAGES = 'FEW_SHOT needs labelled images in EVAL_DATASET, such as those of tasks/mnist5k.gin.'
+
+_MACROS = {
+    'shots': 'FEW_SHOT_SHOTS',
+    'l2': 'FEW_SHOT_L2',
+    'num_seeds': 'FEW_SHOT_SEEDS',
+    'train_split': 'FEW_SHOT_TRAIN_SPLIT',
+    'test_split': 'FEW_SHOT_TEST_SPLIT',
+    'period': 'FEW_SHOT_PERIOD',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,7 @@ class FewShot(Evaluator):
     name: ClassVar[str] = 'few_shot'
 
     def __post_init__(self):
+        schema.validate(self, _MACROS)
         for binding, values in (('FEW_SHOT_SHOTS', self.shots), ('FEW_SHOT_L2', self.l2)):
             if not values:
                 raise UserError(f'{binding} must have at least one value.')

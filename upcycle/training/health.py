@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from upcycle import schema
 from upcycle.errors import UserError
 from upcycle.schema import Bound, Positive, Whole
 from upcycle.warning import warn
@@ -40,6 +41,7 @@ class Limits:
     max_rollbacks: Whole = 0
 
     def __post_init__(self):
+        schema.validate(self, {})
         if self.spike_deviations is None and self.max_rollbacks:
             raise UserError(
                 f'MAX_ROLLBACKS = {self.max_rollbacks} needs SPIKE_DEVIATIONS, which is None: set SPIKE_DEVIATIONS or remove '

@@ -118,7 +118,7 @@ class _Trainer:
                 state = self._restore(manager, newest)
             if jax.process_index() == 0:
                 rest = f': TRAIN_STEPS = {run.total_steps} is already reached' if newest >= run.total_steps else ''
-                print(f'{self.name}  goes on from step {newest}{rest}', file=sys.stderr, flush=True)
+                print(f'{self.name}  resumes from step {newest}{rest}', file=sys.stderr, flush=True)
         else:
             state = self._first_state()
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ class _Trainer:
         self.ledger.start_from(int(state.step), metadata, run.dense_flops)
         self.sentinels = states.sentinels_of(run, metadata)
         states.check_start(run, self.ledger.start_step)
-        # A model that was trained since its surgery keeps the metrics of its own step 0.
+        # A model that was trained after its surgery keeps its step-0 metrics.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
         if fresh and run.eval_data is not None and run.step_0_factors:
             self.receipt['step_0'] = quality_at_step_0(

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from upcycle.errors import UserError, one_of
+from upcycle import schema
+from upcycle.errors import UserError
 from upcycle.schema import Count, Natural, Positive, Whole
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -57,7 +58,7 @@ class LearningRate:
     min_learning_rate: Natural | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, 'policy', one_of(Policy, self.policy, 'LEARNING_RATE_POLICY'))
+        schema.validate(self, {'factors': 'LEARNING_RATE_FACTORS', 'policy': 'LEARNING_RATE_POLICY'})
         known = self._factors(1)
         for name in self.names:
             if name not in known:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from upcycle import schema
 from upcycle.errors import UserError
 from upcycle.schema import Count
 
@@ -29,6 +30,7 @@ class Trainable:
     steps: Count | None = None
 
     def __post_init__(self):
+        schema.validate(self, {'names': 'TRAINABLE', 'steps': 'TRAINABLE_STEPS'})
         try:
             re.compile(self.names)
         except re.error as error:
