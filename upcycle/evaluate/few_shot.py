@@ -244,9 +244,11 @@ def ridge(train: Features, rows: np.ndarray, num_classes: int) -> Callable[[floa
     x_NxD = np.asarray(_rows(train.features_NxD, rows), np.float64)
     mean_D, std_D = x_NxD.mean(axis=0), x_NxD.std(axis=0) + 1e-5
     z_NxP = np.pad((x_NxD - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=BIAS)
-    y_NxV = 2.0 * np.eye(num_classes)[train.labels_NxM[rows, 0]] - 1.0
     eigenvalues_P, basis_PxP = np.linalg.eigh(z_NxP.T @ z_NxP)
-    projected_PxV = basis_PxP.T @ (z_NxP.T @ y_NxV)
+    # X^T Y for targets of 1 and -1, without the matrix Y, which is large if there are many classes.
+    sums_VxP = np.zeros((num_classes, z_NxP.shape[1]))
+    np.add.at(sums_VxP, train.labels_NxM[rows, 0], z_NxP)
+    projected_PxV = basis_PxP.T @ (2.0 * sums_VxP - z_NxP.sum(axis=0)).T
     # Rounding can make zeros negative, and a strength can be tiny.
     eigenvalues_Px1 = np.maximum(eigenvalues_P, 0.0)[:, None]
 
