@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from tests.fixtures import fixtures_dir
 from upcycle import partitioning
+from upcycle.models.decoder import DecoderConfig
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
 from upcycle.models.vit import ViTConfig
@@ -58,6 +59,27 @@ def small_t5(**settings: Any) -> T5Config:
         'dtype': 'float32',
     }
     return T5Config(**{**sizes, **settings})
+
+
+def small_llm(**settings: Any) -> DecoderConfig:
+    """A decoder-only model of two layers with grouped queries."""
+    sizes = {
+        'vocab_size': 128,
+        'emb_dim': 48,
+        'num_heads': 4,
+        'num_kv_heads': 2,
+        'head_dim': 16,
+        'mlp_dim': 96,
+        'num_layers': 2,
+        'dtype': 'float32',
+    }
+    return DecoderConfig(**{**sizes, **settings})
+
+
+def llm_moe(**settings: Any) -> MoE:
+    """The recipe of decoder-only models: dropless Top-2 with normalised weights."""
+    recipe = {'router': 'top_k', 'dispatch': 'ragged', 'normalize_combine_weights': True}
+    return MoEConfig(**{'num_experts': 4, **recipe, **settings})
 
 
 def random_batch(
