@@ -180,15 +180,36 @@ def image_batch(config: ViTConfig, batch: int = 4, seed: int = 0, filled: int = 
     }
 
 
+def llm_batch(vocab_size: int = 128, batch: int = 4, length: int = 16, seed: int = 0) -> dict[str, jax.Array]:
+    """Rows of two packed documents, of which every second one ends in padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (batch, length + 1)).astype(np.int32)
+    mask = np.ones((batch, length), bool)
+    mask[1::2, -3:] = False
+    segments = np.arange(length)[None] >= rng.integers(4, length - 4, (batch, 1))
+    arrays = {
+        'tokens': tokens[:, :-1],
+        'targets': tokens[:, 1:],
+        'loss_weights': mask.astype(np.float32),
+        'segment_ids': segments.astype(np.int32),
+        'mask': mask,
+    }
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
 def module_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The inputs of the batch's model, of either family."""
+    """The inputs of the batch's model, of any family."""
     if 'image' in batch:
         return {'image': batch['image'], 'real_B': batch['weights'] > 0}
+    if 'tokens' in batch:
+        return {name: batch[name] for name in ('tokens', 'segment_ids', 'mask')}
     return {name: batch[name] for name in FEATURES[:3]}
 
 
 def real_tokens(batch: Mapping[str, jax.Array], path: str, num_tokens: int = 0) -> jax.Array:
     """Bool (B, L): which tokens are real at the MoE layer of that path; a ViT has `num_tokens` per image."""
+    if 'mask' in batch:
+        return batch['mask']
     if 'image' in batch:
         return jnp.broadcast_to(batch['weights'][:, None] > 0, (batch['weights'].size, num_tokens))
     return batch['encoder_input_tokens' if path.startswith('encoder') else 'decoder_target_tokens'] > 0
