@@ -98,7 +98,9 @@ def read(
         if source.shape != expected:
             theirs = entry.every_name[0]
             wanted = entry.turn.to_theirs(np.broadcast_to(np.int8(0), expected[entry.is_stack :])).shape
-            listing = ', '.join(f'{size} = {dimensions[size]}' for size in dict.fromkeys(sizes))
+            same_rank = len(source.shape) == len(expected)
+            wrong = [size for i, size in enumerate(sizes) if not same_rank or source.shape[i] != expected[i]]
+            listing = ', '.join(f'{size} = {dimensions[size]}' for size in dict.fromkeys(wrong))
             raise UserError(
                 f'{theirs} of {folder} has the shape {list(stored[theirs].shape)}, but {CONFIG} asks for {list(wanted)} '
                 f'({listing}).'
