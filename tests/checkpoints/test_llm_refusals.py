@@ -26,7 +26,11 @@ FIELDS = {
         {'rope_ratio': 2, 'qk_layernorm': True},
         'unknown fields .*: rope_ratio = 2, qk_layernorm = True',
     ),
-    'quantised': ('llama', {'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config is .*not supported'),
+    'quantised': (
+        'llama',
+        {'quantization_config': {'quant_method': 'gptq'}},
+        'has quantization_config, so the model is',
+    ),
     'activation': ('llama', {'hidden_act': 'gelu'}, "hidden_act is 'gelu': it must be one of silu"),
     'heads': ('llama', {'num_key_value_heads': 3}, 'num_attention_heads is 4: it must be a multiple'),
     'type': ('llama', {'rms_norm_eps': 0}, 'rms_norm_eps is 0: it must be a number above 0'),

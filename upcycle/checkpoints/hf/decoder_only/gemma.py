@@ -74,6 +74,7 @@ class Gemma2(Gemma):
         'final_logit_softcapping': 30.0,
         'attn_logit_softcapping': 50.0,
     }
+    aliases = {'sliding_window_size': 'sliding_window'}
     activation_field = 'hidden_activation'
     activations = ACTIVATIONS
     whole_heads = True
