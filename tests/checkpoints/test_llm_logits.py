@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 import upcycle
 from tests.checkpoints import llms
 from tests.fixtures import requires_fixtures
+from tests.moe.quick import jit
 from upcycle.checkpoints import hf, open_checkpoint
 
 pytestmark = requires_fixtures
@@ -50,3 +51,13 @@ def test_a_dense_folder(name):
                 np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=leaf)
                 compared.add(tensor)
     assert compared == theirs.keys()
+
+
+@pytest.mark.parametrize('name', llms.PAIRS)
+def test_the_dense_model_of_a_pair(name):
+    ref = llms.reference(f'upcycle_{name}')
+    model, params = upcycle.load(llms.FOLDERS / f'upcycle_{name}' / 'dense')
+    with jax.default_matmul_precision('highest'):
+        logits = np.asarray(jit(model.logits)(params, {'tokens': ref['input_ids'].astype(np.int32)}))
+    np.testing.assert_allclose(logits, ref['logits'], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(loss_per_token(logits, ref['input_ids']), ref['loss_per_token'], rtol=0, atol=1e-4)
