@@ -50,11 +50,7 @@ class HuggingFaceWriter(staging.StagedWriter):
         self._architecture = architecture
         self._sizes = architecture.sizes_for(shapes, metadata)
         self._table = _entries(architecture, self._sizes, shapes, self._leaves)
-        tensors = {
-            theirs: tensor
-            for name, entry in self._table.items()
-            for theirs, tensor in _tensors(entry, self._leaves[name]).items()
-        }
+        tensors = _tensors(self._table, self._leaves)
         self._dtype = max(tensors.values(), key=lambda tensor: tensor.size).dtype.name
         self._step: int | None = None
         self._unfinished: dict[str, np.ndarray] = {}
@@ -124,11 +120,23 @@ def _entries(
     return {name: ours[name] for name in leaves if name != 'step'}
 
 
-def _tensors(entry: Entry, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of each tensor of a leaf."""
-    shape = leaf.shape[1:] if entry.is_stack else leaf.shape
-    # A broadcast array has the shape but takes no memory.
-    theirs = entry.turn.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
-    return {
-        name: jax.ShapeDtypeStruct(theirs if part is None else part.shape, leaf.dtype) for name, part in entry.pieces
-    }
+def _tensors(table: Mapping[str, Entry], leaves: writing.Leaves) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each tensor.
+
+    Raises:
+      UserError: leaves that are parts of one tensor differ in dtype.
+    """
+    tensors: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, entry in table.items():
+        leaf = leaves[name]
+        shape = leaf.shape[1:] if entry.is_stack else leaf.shape
+        # A broadcast array has the shape but takes no memory.
+        theirs = entry.turn.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
+        for each, part in entry.pieces:
+            tensor = jax.ShapeDtypeStruct(theirs if part is None else part.shape, leaf.dtype)
+            if tensors.setdefault(each, tensor) != tensor:
+                raise UserError(
+                    f'{name} is {leaf.dtype}, and other leaves that huggingface stores in {each} are '
+                    f'{tensors[each].dtype}: give them one type with --dtype.'
+                )
+    return tensors
