@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle import schema
+from upcycle.checkpoints.hf.decoder_only import routing
 from upcycle.errors import UserError
 
 Facts = dict[str, Any]
@@ -93,9 +94,19 @@ def canonical(fields: Mapping[str, Any]) -> Facts:
     ):
         if facts[name] is not None and math.isclose(facts[name], implied, rel_tol=1e-12):
             facts[name] = None
-    if facts['moe'] is None:
-        facts['moe_layers'] = NEUTRAL['moe_layers']
+    facts |= routing.canonical(facts['moe'], facts['moe_layers'], facts['mlp_dim'], layers)
     return facts
+
+
+def compared(facts: Mapping[str, Any]) -> Facts:
+    """Returns canonical facts by single names, in a form that is equal for models of the same function."""
+    layers = indices(facts['moe_layers'], facts['num_layers']) if facts['moe'] is not None else []
+    single = {name: value for name, value in facts.items() if name != 'moe'}
+    if facts['moe'] is None:
+        return single | {'moe': None}
+    if len(layers) == facts['num_layers']:
+        del single['mlp_dim']  # no layer has that width
+    return single | routing.compared(facts['moe'], facts['mlp_dim'])
 
 
 def attention_factor(factor: float, scale: float = 1.0) -> float:
