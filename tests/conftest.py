@@ -119,6 +119,14 @@ def dense_vit(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope='session')
+def dense_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Run folder of a tiny dense decoder-only model, trained for four steps."""
+    from tests import runs
+
+    return runs.dense_checkpoint(str(tmp_path_factory.mktemp('dense')), 'llm dense')
+
+
+@pytest.fixture(scope='session')
 def upcycled(tmp_path_factory: pytest.TempPathFactory, dense: str) -> str:
     """Run folder of a tiny model, upcycled from `dense` and trained for two more steps."""
     from tests import runs

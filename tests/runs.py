@@ -12,6 +12,8 @@ from upcycle.training.run import Run
 TASK = 'tasks/synthetic_text.gin'
 TEXT = 'tasks/stdlib_span_corruption.gin'
 TINY = 'models/t5_1_1_tiny.gin'
+LLM = 'models/llm_tiny.gin'
+LLM_TASK = 'tasks/synthetic_tokens.gin'
 SMALL_STEPS = {
     'ACTIVATION_DTYPE': 'float32',
     'BATCH_SIZE': '4',
@@ -23,6 +25,8 @@ SMALL_STEPS = {
     'CHECKPOINT_PERIOD': '2',
     'WARMUP_STEPS': '100',
 }
+LLM_STEPS = SMALL_STEPS | {'SEQUENCE_LENGTH': '32'}
+del LLM_STEPS['TASK_FEATURE_LENGTHS']
 FILES = {
     'dense': (TINY, TASK, 'runs/pretrain.gin'),
     'scratch': (TINY, 'moe/t5.gin', TASK, 'runs/scratch.gin'),
@@ -30,6 +34,8 @@ FILES = {
     'upcycle': (TINY, 'moe/t5.gin', TASK, 'runs/upcycle.gin'),
     'text dense': (TINY, TEXT, 'runs/pretrain.gin'),
     'text upcycle': (TINY, 'moe/t5.gin', TEXT, 'runs/upcycle.gin'),
+    'llm dense': (LLM, LLM_TASK, 'runs/pretrain.gin'),
+    'llm continue': (LLM, LLM_TASK, 'runs/continue_dense.gin'),
     'vit dense': (vision.MODEL, vision.TASK, 'runs/pretrain.gin'),
     'vit scratch': (vision.MODEL, vision.MOE, vision.TASK, 'runs/scratch.gin'),
     'vit continue': (vision.MODEL, vision.TASK, 'runs/continue_dense.gin'),
@@ -45,7 +51,7 @@ ONE_SPARSE_LAYER = ONE_LAYER | {'ENCODER_MOE_LAYERS': '(0,)', 'DECODER_MOE_LAYER
 def bindings(kind: str, model_dir: str | os.PathLike[str], steps: int, **more: object) -> dict[str, str]:
     """The command-line bindings of a tiny run."""
     sparse = {'NUM_EXPERTS': '4'} if kind.split()[-1] in ('scratch', 'upcycle') else {}
-    small = vision.TINY | {'CHECKPOINT_PERIOD': '2'} if kind.startswith('vit') else SMALL_STEPS
+    small = {'vit': vision.TINY | {'CHECKPOINT_PERIOD': '2'}, 'llm': LLM_STEPS}.get(kind.split()[0], SMALL_STEPS)
     values = {**small, **sparse, 'MODEL_DIR': str(model_dir), 'TRAIN_STEPS': str(steps)}
     return values | {name: str(value) for name, value in more.items()}
 

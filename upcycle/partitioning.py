@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ('mlp', 'model'),
     ('expert_mlp', 'model'),
     ('joined_kv', 'model'),
+    ('kv_heads', 'model'),
     ('heads', 'model'),
 )
 

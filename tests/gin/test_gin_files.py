@@ -54,6 +54,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
+    covered |= {'models/llm.gin', 'models/llm_tiny.gin', 'tasks/synthetic_tokens.gin'}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin', 'moe/base.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
@@ -109,7 +110,7 @@ SELDOM = ('text dense', 'vit dense')
 def test_runs_step_twice(kind, tmp_path, request):
     more = {}
     if kind.endswith(('continue', 'upcycle')):
-        dense = 'dense_vit' if kind.startswith('vit') else 'shallow' if kind.startswith('text') else 'dense'
+        dense = {'vit': 'dense_vit', 'llm': 'dense_llm', 'text': 'shallow'}.get(kind.split()[0], 'dense')
         more['INITIAL_CHECKPOINT_PATH'] = request.getfixturevalue(dense)
     steps = 6 if more else 2
     if kind.startswith('text'):

@@ -317,7 +317,7 @@ class TestConfig:
         ('settings', 'message'),
         [
             ({'dtype': 'float8'}, "ACTIVATION_DTYPE = 'float8'"),
-            ({'encoder_moe': TIGHT, 'encoder_moe_layers': 'all'}, "ENCODER_MOE_LAYERS = 'all' is not one of"),
+            ({'encoder_moe': TIGHT, 'encoder_moe_layers': 'some'}, "ENCODER_MOE_LAYERS = 'some' is not one of"),
             ({'decoder_moe': TIGHT, 'decoder_moe_layers': [2]}, 'DECODER_MOE_LAYERS names layer 2'),
             ({'decoder_moe': MoEConfig(num_experts=4)}, "DECODER_ROUTER = 'expert_choice' .* leaks the future"),
             ({'decoder_moe': dataclasses.replace(TIGHT, fill_order='priority')}, "FILL_ORDER = 'priority'"),

@@ -83,6 +83,32 @@ class SyntheticText(_Endless):
 
 
 @dataclasses.dataclass(frozen=True)
+class SyntheticTokens(_Endless):
+    """A `DataSource` of random tokens without padding, for a decoder-only model.
+
+    Attributes:
+      sequence_length: tokens per row [SEQUENCE_LENGTH].
+      vocabulary_size: tokens lie between 0 and `vocabulary_size` - 1.
+      batch_size: rows of a global batch.
+      seed: seed of the tokens.
+      num_batches: number of batches; None: endless.
+    """
+
+    sequence_length: Count
+    vocabulary_size: Count
+    batch_size: Count
+    seed: Whole = 0
+    num_batches: Count | None = None
+
+    def _rows(self, first: int, rows: int) -> Batch:
+        length = self.sequence_length
+        uniform = draws.uniform(self.seed, draws.NOISE, first, rows, length + 1)
+        tokens = (uniform * self.vocabulary_size).astype(np.int32)
+        weights = np.ones((rows, length), np.float32)
+        return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'loss_weights': weights}
+
+
+@dataclasses.dataclass(frozen=True)
 class SyntheticImages(_Endless):
     """A `DataSource` of random images and classes, for an image classifier.
 

@@ -54,7 +54,7 @@ class EncoderDecoderModel(BaseModel):
 
     family = 't5'
     title = 'T5'
-    telltale = 'token_embedder/embedding'
+    telltale = 'encoder/encoder_norm/scale'
     head = ('decoder/logits_dense',)
     facts = ('num_heads', 'head_dim', 'mlp_activations', 'logits_via_embedding')
     inputs = ('encoder_input_tokens', 'decoder_input_tokens')

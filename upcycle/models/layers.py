@@ -102,21 +102,32 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
 
 
 class LayerNorm(nn.Module):
-    """T5's layer norm: root mean square only, without centring and bias. The mean is computed in float32."""
+    """Root mean square norm over the last axis, without centring and bias. The mean is computed in float32.
+
+    Attributes:
+      dtype: type of the result.
+      epsilon: added to the mean square.
+      offset: added to the learned scale; Gemma stores scales minus 1, and multiplies by them in float32.
+      axis: logical axis of the scale.
+    """
 
     dtype: DType = jnp.float32
     epsilon: float = 1e-6
+    offset: float = 0.0
+    axis: str = 'embed'
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param(
             'scale',
-            nn.with_logical_partitioning(nn.initializers.ones, ('embed',)),
+            nn.with_logical_partitioning(nn.initializers.constant(1.0 - self.offset), (self.axis,)),
             (x.shape[-1],),
             jnp.float32,
         )
         x = x.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        if self.offset:
+            return (normed * (self.offset + scale)).astype(self.dtype)
         return (normed.astype(self.dtype) * scale.astype(self.dtype)).astype(self.dtype)
 
 
@@ -180,16 +191,17 @@ class MlpBlock(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, initialised with standard deviation 1 as in T5."""
+    """Token embedding, initialised with standard deviation `init_stddev` (T5: 1)."""
 
     vocab_size: int
     emb_dim: int
     dtype: DType
+    init_stddev: float = 1.0
 
     def setup(self):
         self.embedding = self.param(
             'embedding',
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ('vocab', 'embed')),
+            nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('vocab', 'embed')),
             (self.vocab_size, self.emb_dim),
             jnp.float32,
         )

@@ -10,6 +10,7 @@ from upcycle.models.protocol import Model
 FAMILIES = {
     't5': 'upcycle.models.encoder_decoder.EncoderDecoderModel',
     'vit': 'upcycle.models.image_classifier.ImageClassifier',
+    'llm': 'upcycle.models.causal_lm.CausalLM',
 }
 # Gin files of a complete run, for messages and help.
 EXAMPLE = ('models/t5_1_1_base.gin', 'moe/t5.gin', 'tasks/c4_span_corruption.gin')

@@ -15,7 +15,7 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
     """Returns the indices of the MoE layers.
 
     Args:
-      spec: 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
+      spec: 'all', 'every_other' (1, 3, 5, ...: the paper's choice for language, flaxformer's MIXED layout with half of the layers
         sparse), 'last_half' (the paper's choice for vision), 'last_N' (the last N), 'none', or the indices themselves, 0-based.
       num_layers: of the stack.
       binding: the gin macro that holds `spec`, for the message.
@@ -27,6 +27,7 @@ def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> t
         named = {
             'every_other': tuple(range(1, num_layers, 2)),
             'last_half': tuple(range(num_layers))[num_layers - num_layers // 2 :],
+            'all': tuple(range(num_layers)),
             'none': (),
         }
         if last := re.fullmatch(r'last_(\d+)', spec):

@@ -1,0 +1,416 @@
+"""A decoder-only Transformer for the layouts of Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi-3 and Granite.
+
+Parameter names are T5X's. Any MLP can be an MoE layer; a dense model and its upcycled one differ only in `mlp/expert/*` and
+`mlp/router/*`.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle import schema
+from upcycle.errors import refuse
+from upcycle.models.grouped_attention import SelfAttention
+from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
+from upcycle.models.rope import Rope, RopeType
+from upcycle.models.stack import Remat, apply_layers
+from upcycle.moe.groups import moe_of_layers, sparse_layers
+from upcycle.moe.layer import MoELayer, replace_mlp
+from upcycle.moe.routers.base import MoE
+from upcycle.schema import Count, Depth, FloatType, Positive, Rate, shown
+
+# Standard deviation of a new embedding.
+_EMBEDDING_STDDEV = 0.02
+_MACROS = {'vocab_size': 'NUM_EMBEDDINGS', 'emb_dim': 'EMBED_DIM', 'dtype': 'ACTIVATION_DTYPE'}
+
+
+class NormPlacement(enum.StrEnum):
+    """Where attention and MLP have RMS norms."""
+
+    PRE = 'pre'  # on the input: most models
+    POST = 'post'  # on the output, before it is added: OLMo 2
+    BOTH = 'both'  # on both: Gemma 2 and 3
+
+
+class QKNorm(enum.StrEnum):
+    """RMS norms of queries and keys."""
+
+    NONE = 'none'
+    HEAD = 'head'  # of each head: Qwen3, Gemma 3
+    PROJECTION = 'projection'  # of all heads together: OLMo 2, OLMoE
+
+
+class LayerKind(NamedTuple):
+    """What differs between the layers of a stack.
+
+    Attributes:
+      moe: the MoE layer; None for a dense MLP.
+      window: of attention; None for full attention.
+      rope: whether queries and keys are rotated.
+    """
+
+    moe: MoE | None
+    window: int | None
+    rope: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and function of a decoder-only model, and its MoE layers. Gin macros in brackets.
+
+    Settings that mean the same are stored in one form: a list of all layers as 'all', an attention scale of head_dim ** -0.5 as
+    None.
+
+    Attributes:
+      vocab_size: rows of the embedding [NUM_EMBEDDINGS].
+      emb_dim: D, the width of a token [EMBED_DIM].
+      num_heads: H, query heads [NUM_HEADS].
+      num_kv_heads: key and value heads, a divisor of `num_heads` [NUM_KV_HEADS].
+      head_dim: width of an attention head [HEAD_DIM].
+      mlp_dim: F, the width of a dense MLP [MLP_DIM].
+      num_layers: layers of the stack [NUM_LAYERS].
+      mlp_activations: ('silu', 'linear') for SwiGLU, ('gelu', 'linear') for GeGLU [MLP_ACTIVATIONS].
+      tied_embeddings: logits are products with the embedding [TIED_EMBEDDINGS].
+      norm_placement: see `NormPlacement` [NORM_PLACEMENT].
+      norm_epsilon: of all RMS norms [NORM_EPSILON].
+      final_norm_epsilon: of the last norm; None for norm_epsilon [FINAL_NORM_EPSILON].
+      norm_offset: added to the scales of all norms (Gemma: 1) [NORM_OFFSET].
+      qk_norm: see `QKNorm` [QK_NORM].
+      qkv_bias, out_bias, mlp_bias: biases of query, key and value, of attention's output, and of MLPs
+        [QKV_BIAS, OUT_BIAS, MLP_BIAS].
+      clip_qkv: clamps queries, keys and values to this size; None for no limit [CLIP_QKV].
+      attention_scale: factor of attention logits; None for head_dim ** -0.5 [ATTENTION_SCALE].
+      attention_soft_cap, logits_soft_cap: c limits attention logits (logits) x to c * tanh(x / c); None for no limit
+        [ATTENTION_SOFT_CAP, LOGITS_SOFT_CAP].
+      embedding_multiplier: factor of the embedding (Gemma: sqrt(D)) [EMBEDDING_MULTIPLIER].
+      residual_multiplier: factor of the outputs of attention and MLP [RESIDUAL_MULTIPLIER].
+      logits_divisor: divides the logits [LOGITS_DIVISOR].
+      window: w lets a query see w keys, itself included; None for all earlier ones [WINDOW].
+      window_layers: layers with the window: 'all', 'none', or a list of indices [WINDOW_LAYERS].
+      rope_theta: base of the rotary frequencies [ROPE_THETA].
+      rope_type: see `RopeType` [ROPE_TYPE].
+      rope_factor: length divided by that of pretraining, of all types but 'default' [ROPE_FACTOR].
+      rope_low_freq_factor, rope_high_freq_factor: of 'llama3' [ROPE_LOW_FREQ_FACTOR, ROPE_HIGH_FREQ_FACTOR].
+      rope_original_length: tokens of pretraining, of 'llama3' and 'yarn' [ROPE_ORIGINAL_LENGTH].
+      rope_beta_fast, rope_beta_slow, rope_truncate: ends of the ramp of 'yarn', and whether they are rounded
+        [ROPE_BETA_FAST, ROPE_BETA_SLOW, ROPE_TRUNCATE].
+      rope_attention_factor: factor of sine and cosine of 'yarn'; None for 0.1 ln(rope_factor) + 1 [ROPE_ATTENTION_FACTOR].
+      rope_dims: rotated dimensions of a head; None for all [ROPE_DIMS].
+      rope_layers: layers with rotary positions: 'all', 'none', or a list of indices [ROPE_LAYERS].
+      window_rope_theta: base of layers with the window, which are then not rescaled (Gemma 3); None for that of the others
+        [WINDOW_ROPE_THETA].
+      dtype: type of activations [ACTIVATION_DTYPE]; parameters are float32.
+      dropout_rate: probability that an activation is dropped in training [DROPOUT_RATE].
+      expert_dropout_rate: dropout_rate inside experts; None for the same rate [EXPERT_DROPOUT_RATE].
+      remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
+      scan_layers: compile one block of layers and loop over it, for deep models [SCAN_LAYERS].
+      moe: MoE layers; None for a dense model [MOE].
+      moe_layers: which layers: 'all', 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or a list of indices
+        [MOE_LAYERS].
+    """
+
+    vocab_size: Count
+    emb_dim: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    mlp_dim: Count
+    num_layers: Depth
+    mlp_activations: Sequence[str] = ('silu', 'linear')
+    tied_embeddings: bool = False
+    norm_placement: NormPlacement = NormPlacement.PRE
+    norm_epsilon: Positive = 1e-6
+    final_norm_epsilon: Positive | None = None
+    norm_offset: float = 0.0
+    qk_norm: QKNorm = QKNorm.NONE
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    clip_qkv: Positive | None = None
+    attention_scale: Positive | None = None
+    attention_soft_cap: Positive | None = None
+    logits_soft_cap: Positive | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: Positive = 1.0
+    window: Count | None = None
+    window_layers: str | Sequence[int] = 'all'
+    rope_theta: Positive = 10000.0
+    rope_type: RopeType = RopeType.DEFAULT
+    rope_factor: Positive = 1.0
+    rope_low_freq_factor: Positive = 1.0
+    rope_high_freq_factor: Positive = 4.0
+    rope_original_length: Count | None = None
+    rope_beta_fast: Positive = 32.0
+    rope_beta_slow: Positive = 1.0
+    rope_attention_factor: Positive | None = None
+    rope_truncate: bool = True
+    rope_dims: Count | None = None
+    rope_layers: str | Sequence[int] = 'all'
+    window_rope_theta: Positive | None = None
+    dtype: FloatType = 'bfloat16'
+    dropout_rate: Rate = 0.0
+    expert_dropout_rate: Rate | None = None
+    remat: Remat = Remat.NONE
+    scan_layers: bool = False
+    moe: MoE | None = None
+    moe_layers: str | Sequence[int] = 'all'
+
+    def __post_init__(self):
+        schema.validate(self, _MACROS)
+        refuse(self._invalid())
+        for name in ('window_layers', 'rope_layers'):
+            layers = sparse_layers(getattr(self, name), self.num_layers, name.upper())
+            every = {0: 'none', self.num_layers: 'all'}
+            object.__setattr__(self, name, every.get(len(layers), layers))
+        same = {
+            'window': (self.window_layers, 'none'),
+            'attention_scale': (self.attention_scale, self.head_dim**-0.5),
+            'final_norm_epsilon': (self.final_norm_epsilon, self.norm_epsilon),
+            'rope_dims': (self.rope_dims, self.head_dim),
+        }
+        for name, (value, default) in same.items():
+            if value == default:
+                object.__setattr__(self, name, None)
+        for layers, of in (('window_layers', self.window), ('moe_layers', self.moe)):
+            if of is None:
+                object.__setattr__(self, layers, 'all')
+        for moe in filter(None, self.layer_moe()):
+            moe.expert_width(self.mlp_dim)
+        if self.moe is not None and not self.moe.causal:
+            refuse(self.moe.looks_ahead())
+            object.__setattr__(self, 'moe', dataclasses.replace(self.moe, causal=True))
+
+    def _invalid(self) -> Iterator[str]:
+        """Yields a sentence for each contradiction between fields."""
+        if not self.mlp_activations or not ACTIVATION_FUNCTIONS.keys() >= {*self.mlp_activations}:
+            yield (
+                f'MLP_ACTIVATIONS = {shown(self.mlp_activations)} must be one or several of '
+                f"{', '.join(ACTIVATION_FUNCTIONS)}, such as ('silu', 'linear')."
+            )
+        if self.num_heads % self.num_kv_heads:
+            yield f'NUM_KV_HEADS = {self.num_kv_heads} must divide NUM_HEADS = {self.num_heads}.'
+        dims = self.rope_dims or self.head_dim
+        if self.rope_layers != 'none' and (dims % 2 or dims > self.head_dim):
+            yield f'ROPE_DIMS = {dims} must be an even number of at most HEAD_DIM = {self.head_dim}.'
+        if self.rope_type in (RopeType.LLAMA3, RopeType.YARN) and self.rope_original_length is None:
+            yield f"ROPE_TYPE = '{self.rope_type}' needs ROPE_ORIGINAL_LENGTH, the tokens of pretraining."
+        if self.rope_type is RopeType.LLAMA3 and self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            yield (
+                f'ROPE_HIGH_FREQ_FACTOR = {self.rope_high_freq_factor} must be above '
+                f'ROPE_LOW_FREQ_FACTOR = {self.rope_low_freq_factor}.'
+            )
+        if self.window_rope_theta is not None and self.window is None:
+            yield f'WINDOW_ROPE_THETA = {self.window_rope_theta} belongs to layers with a window: set WINDOW.'
+
+    def layer_moe(self) -> tuple[MoE | None, ...]:
+        """Returns the MoE of each layer; None where the MLP is dense."""
+        return moe_of_layers(self.moe, self.moe_layers, self.num_layers, 'MOE_LAYERS')
+
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Returns the kind of each layer."""
+        windowed = () if self.window is None else sparse_layers(self.window_layers, self.num_layers, 'WINDOW_LAYERS')
+        rotated = sparse_layers(self.rope_layers, self.num_layers, 'ROPE_LAYERS')
+        return tuple(
+            LayerKind(moe, self.window if i in windowed else None, i in rotated)
+            for i, moe in enumerate(self.layer_moe())
+        )
+
+    def rope(self, kind: LayerKind) -> Rope | None:
+        """Returns the rotary position embedding of a layer; None without."""
+        if not kind.rope:
+            return None
+        dims = self.rope_dims or self.head_dim
+        if kind.window is not None and self.window_rope_theta is not None:
+            return Rope(dims, self.window_rope_theta)
+        names = {field.name for field in dataclasses.fields(Rope)} - {'dims'}
+        return Rope(dims, **{name: getattr(self, f'rope_{name}') for name in names})
+
+    @property
+    def mlp_arguments(self) -> dict[str, Any]:
+        """Arguments of `MlpBlock` for a dense MLP."""
+        return {
+            'mlp_dim': self.mlp_dim,
+            'activations': self.mlp_activations,
+            'dropout_rate': self.dropout_rate,
+            'dtype': self.dtype,
+        }
+
+    def moe_layer(self, moe: MoE, name: str | None = None) -> MoELayer:
+        """Returns the module of an MoE layer."""
+        # Slots have no order: a dropout mask for all of them would drop a neuron for the whole batch.
+        expert = {'dropout_rate': self.expert_dropout_rate, 'dropout_broadcast_axis': None}
+        return replace_mlp(moe, MlpBlock, self.mlp_arguments, expert, name)
+
+    def dense(self) -> 'DecoderConfig':
+        """Returns the same model with dense MLPs only."""
+        return dataclasses.replace(self, moe=None)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, then MLP or MoE, each with its norms."""
+
+    config: DecoderConfig
+    kind: LayerKind
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        position_BxL: jax.Array,
+        real_BxL: jax.Array,
+        mask_BxLxK: jax.Array,
+        index: jax.Array,
+        training: bool,
+        max_length: int | None,
+    ) -> jax.Array:
+        """Applies the layer; see `SelfAttention` for the arguments."""
+        config, moe = self.config, self.kind.moe
+        attention = SelfAttention(config, self.kind, name='self_attention')
+
+        def mlp(y_BxLxD: jax.Array) -> jax.Array:
+            if moe is None:
+                return MlpBlock(**config.mlp_arguments, name='mlp')(y_BxLxD, training)
+            layer = config.moe_layer(moe, name='mlp')
+            return layer(y_BxLxD, real_BxL, training=training, decoding=max_length is not None)
+
+        x_BxLxD = self._add(
+            'self_attention', x_BxLxD, lambda y: attention(y, position_BxL, mask_BxLxK, index, max_length), training
+        )
+        return self._add('mlp', x_BxLxD, mlp, training)
+
+    def _add(
+        self, name: str, x_BxLxD: jax.Array, sublayer: Callable[[jax.Array], jax.Array], training: bool
+    ) -> jax.Array:
+        """Applies a sublayer with its norms, and adds the result to its input."""
+        c = self.config
+
+        def norm(place: str) -> LayerNorm:
+            return LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, name=f'{place}_{name}_layer_norm')
+
+        y_BxLxD = x_BxLxD if c.norm_placement is NormPlacement.POST else norm('pre')(x_BxLxD)
+        y_BxLxD = sublayer(y_BxLxD)
+        if c.norm_placement is not NormPlacement.PRE:
+            y_BxLxD = norm('post')(y_BxLxD)
+        y_BxLxD = Dropout(c.dropout_rate)(y_BxLxD, training)
+        return x_BxLxD + (y_BxLxD if c.residual_multiplier == 1 else c.residual_multiplier * y_BxLxD)
+
+
+class Decoder(nn.Module):
+    """The layers, the last norm, and the head unless it is tied to the embedding."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        position_BxL: jax.Array,
+        real_BxL: jax.Array,
+        mask_BxLxK: jax.Array,
+        index: jax.Array,
+        training: bool,
+        max_length: int | None,
+    ) -> jax.Array:
+        """Applies the stack; see `SelfAttention` for the arguments."""
+        c = self.config
+        arrays = (position_BxL, real_BxL, mask_BxLxK, index)
+        switches = (training, max_length)
+        scan = max_length is None
+        x_BxLxD = apply_layers(self, DecoderLayer, c.kinds(), x_BxLxD, arrays, switches, last=True, scan=scan)
+        epsilon = c.norm_epsilon if c.final_norm_epsilon is None else c.final_norm_epsilon
+        x_BxLxD = LayerNorm(c.dtype, epsilon, c.norm_offset, name='decoder_norm')(x_BxLxD)
+        if c.tied_embeddings:
+            return x_BxLxD
+        return Dense(c.vocab_size, ('embed', 'vocab'), both_gradients=True, name='logits_dense')(x_BxLxD)
+
+
+class DecoderOnly(nn.Module):
+    """The whole model."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        *,
+        training: bool = False,
+        max_length: int | None = None,
+    ) -> jax.Array:
+        """Computes logits (B, L, V) in float32.
+
+        With `max_length` the collection `cache` must be mutable: the first call makes it (prefill), later ones append to it.
+        Prompts of different lengths are padded on the left. MoE layers are then dropless.
+
+        Args:
+          tokens: int32 (B, L).
+          positions: int32 (B, L), for RoPE; None: padding is not counted, and each segment begins at 0.
+          segment_ids: int32 (B, L), of packed documents, which do not see each other; None for one document a row.
+          mask: bool (B, L), False at padding, which no query sees and no expert takes; None without padding.
+          training: turns dropout on and selects the training capacity factor.
+          max_length: positions of the key/value cache; None for no cache.
+
+        Raises:
+          ValueError: segments with a cache.
+        """
+        c = self.config
+        real_BxL = jnp.ones(tokens.shape, bool) if mask is None else mask
+        if max_length is None:
+            if positions is None:
+                positions = default_positions(real_BxL, segment_ids)
+            index = jnp.zeros((), jnp.int32)
+            mask_BxLxK = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & real_BxL[:, None]
+            if segment_ids is not None:
+                mask_BxLxK &= segment_ids[:, :, None] == segment_ids[:, None]
+        elif segment_ids is None:
+            positions, mask_BxLxK, index = self._append(real_BxL, positions, max_length)
+        else:
+            raise ValueError('segment_ids cannot be used with a cache.')
+        embedder = Embed(c.vocab_size, c.emb_dim, c.dtype, _EMBEDDING_STDDEV, name='token_embedder')
+        x_BxLxD = embedder(tokens)
+        if c.embedding_multiplier != 1:
+            # The factor is rounded to the type of activations, as in transformers.
+            x_BxLxD *= jnp.asarray(c.embedding_multiplier, x_BxLxD.dtype)
+        x_BxLxD = Dropout(c.dropout_rate)(x_BxLxD, training)
+        decoder = Decoder(c, name='decoder')
+        x_BxLxD = decoder(x_BxLxD, positions, real_BxL, mask_BxLxK, index, training, max_length)
+        logits_BxLxV = embedder.attend(x_BxLxD) if c.tied_embeddings else x_BxLxD
+        if c.logits_divisor != 1:
+            logits_BxLxV /= c.logits_divisor
+        if c.logits_soft_cap is not None:
+            logits_BxLxV = c.logits_soft_cap * jnp.tanh(logits_BxLxV / c.logits_soft_cap)
+        return logits_BxLxV
+
+    def _append(
+        self, real_BxL: jax.Array, positions: jax.Array | None, max_length: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Appends to the cache which positions are real; returns positions, mask (B, L, max_length) and the first index."""
+        B, L = real_BxL.shape
+        index = self.variable('cache', 'index', lambda: jnp.zeros((), jnp.int32))
+        cached_BxK = self.variable('cache', 'real', lambda: jnp.zeros((B, max_length), bool))
+        start = index.value
+        if positions is None:
+            before_Bx1 = cached_BxK.value.sum(axis=1, keepdims=True, dtype=jnp.int32)
+            positions = before_Bx1 + default_positions(real_BxL, None)
+        cached_BxK.value = jax.lax.dynamic_update_slice_in_dim(cached_BxK.value, real_BxL, start, axis=1)
+        earlier_LxK = jnp.arange(max_length) <= start + jnp.arange(L)[:, None]
+        index.value = start + L
+        return positions, earlier_LxK & cached_BxK.value[:, None], start
+
+
+def default_positions(real_BxL: jax.Array, segment_ids_BxL: jax.Array | None) -> jax.Array:
+    """Returns int32 positions (B, L): the number of earlier real tokens, of the same segment if there are segments."""
+    position_BxL = jnp.cumsum(real_BxL, axis=1, dtype=jnp.int32) - 1
+    if segment_ids_BxL is not None:
+        first_BxL = jnp.pad(segment_ids_BxL[:, 1:] != segment_ids_BxL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        position_BxL -= jax.lax.cummax(jnp.where(first_BxL, position_BxL, 0), axis=1)
+    return jnp.maximum(position_BxL, 0)

@@ -1,0 +1,141 @@
+"""Self-attention of decoder-only models: grouped queries, rotary positions, norms of queries and keys, windows, and a cache."""
+
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from upcycle.models import memory
+from upcycle.models.attention import mask_value
+from upcycle.models.layers import Dense, LayerNorm
+
+if TYPE_CHECKING:
+    from upcycle.models.decoder import DecoderConfig, LayerKind
+
+_kernel_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+
+
+def grouped_attention(
+    query_BxQxHxN: jax.Array,
+    key_BxKxMxN: jax.Array,
+    value_BxKxMxN: jax.Array,
+    mask_BxQxK: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    keep_weights: bool = True,
+) -> jax.Array:
+    """Averages values under softmax(scale * query . key): (B, Q, H, N) in the values' type. Logits and softmax are float32.
+
+    Args:
+      query_BxQxHxN: queries; heads h * H / M to (h + 1) * H / M share key head h.
+      key_BxKxMxN: keys.
+      value_BxKxMxN: values.
+      mask_BxQxK: bool, True where a query may see a key.
+      scale: factor of the logits.
+      soft_cap: c replaces scaled logits x by c * tanh(x / c), before the mask (Gemma 2).
+      keep_weights: for the backward pass, which recomputes them otherwise. They grow with the square of the length.
+    """
+    B, Q, H, N = query_BxQxHxN.shape
+    M = key_BxKxMxN.shape[2]
+
+    def average(rest: tuple[jax.Array, ...], query_BxQxHxN: jax.Array) -> jax.Array:
+        key_BxKxMxN, value_BxKxMxN, mask_BxQxK = rest
+        query_BxQxMxGxN = query_BxQxHxN.reshape(B, Q, M, H // M, N)
+        logits = jnp.einsum('bqmgn,bkmn->bmgqk', query_BxQxMxGxN, key_BxKxMxN, preferred_element_type=jnp.float32)
+        logits *= scale
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        logits = jnp.where(mask_BxQxK[:, None, None], logits, mask_value(jnp.float32))
+        weights_BxMxGxQxK = memory.softmax(logits).astype(value_BxKxMxN.dtype)
+        return jnp.einsum('bmgqk,bkmn->bqmgn', weights_BxMxGxQxK, value_BxKxMxN).reshape(B, Q, H, N)
+
+    rest = (key_BxKxMxN, value_BxKxMxN, mask_BxQxK)
+    return average(rest, query_BxQxHxN) if keep_weights else memory.recomputed(average, rest, query_BxQxHxN)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention of one layer; see `decoder.DecoderConfig` for its options.
+
+    With `max_length` keys and values are kept in the collection `cache` for that many positions; calls append to it.
+    """
+
+    config: 'DecoderConfig'
+    kind: 'LayerKind'
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxQxD: jax.Array,
+        position_BxQ: jax.Array,
+        mask_BxQxK: jax.Array,
+        index: jax.Array,
+        max_length: int | None,
+    ) -> jax.Array:
+        """Applies attention.
+
+        Args:
+          x_BxQxD: input.
+          position_BxQ: positions for RoPE.
+          mask_BxQxK: bool, True where a query may see a key, without the window.
+          index: of the first query among the keys; 0 without a cache.
+          max_length: of the cache; None for no cache.
+        """
+        c, kind = self.config, self.kind
+        N = c.head_dim
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            bias = nn.initializers.zeros if c.qkv_bias else None
+            dense = Dense(
+                heads * N, ('embed', axis), dtype=c.dtype, kernel_init=_kernel_init, bias_init=bias, name=name
+            )
+            return dense(x_BxQxD)
+
+        def heads(x: jax.Array, norm: str | None) -> jax.Array:
+            if norm and c.qk_norm == 'projection':
+                x = LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, 'joined_kv', name=norm)(x)
+            x = x.reshape(*x.shape[:-1], -1, N)
+            if norm and c.qk_norm == 'head':
+                x = LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, 'kv', name=norm)(x)
+            return x if c.clip_qkv is None else jnp.clip(x, -c.clip_qkv, c.clip_qkv)
+
+        query_BxQxHxN = heads(project('query', c.num_heads, 'joined_kv'), 'query_norm')
+        key_BxQxMxN = heads(project('key', c.num_kv_heads, 'kv_heads'), 'key_norm')
+        value_BxQxMxN = heads(project('value', c.num_kv_heads, 'kv_heads'), None)
+        if (rope := c.rope(kind)) is not None:
+            query_BxQxHxN, key_BxQxMxN = (rope.rotate(x, position_BxQ) for x in (query_BxQxHxN, key_BxQxMxN))
+        key_BxKxMxN, value_BxKxMxN = key_BxQxMxN, value_BxQxMxN
+        if max_length is not None:
+            key_BxKxMxN, value_BxKxMxN = (
+                self._cached(name, x, index, max_length) for name, x in (('key', key_BxQxMxN), ('value', value_BxQxMxN))
+            )
+        if kind.window is not None:
+            query_Qx1 = index + jnp.arange(x_BxQxD.shape[1])[:, None]
+            mask_BxQxK &= query_Qx1 - jnp.arange(key_BxKxMxN.shape[1]) < kind.window
+        y_BxQxHxN = grouped_attention(
+            query_BxQxHxN,
+            key_BxKxMxN,
+            value_BxKxMxN,
+            mask_BxQxK,
+            scale=N**-0.5 if c.attention_scale is None else c.attention_scale,
+            soft_cap=c.attention_soft_cap,
+            keep_weights=c.remat.keeps_attention_weights,
+        )
+        out = Dense(
+            x_BxQxD.shape[-1],
+            ('joined_kv', 'embed'),
+            dtype=c.dtype,
+            kernel_init=_kernel_init,
+            bias_init=nn.initializers.zeros if c.out_bias else None,
+            name='out',
+        )
+        return out(y_BxQxHxN.reshape(*x_BxQxD.shape[:-1], -1))
+
+    def _cached(self, name: str, new_BxQxMxN: jax.Array, index: jax.Array, max_length: int) -> jax.Array:
+        """Writes new keys or values into the cache, and returns all of it."""
+        B, _, M, N = new_BxQxMxN.shape
+        empty = jnp.zeros((B, max_length, M, N), new_BxQxMxN.dtype)
+        cache = self.variable('cache', f'cached_{name}', lambda: empty)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, new_BxQxMxN, index, axis=1)
+        return cache.value
