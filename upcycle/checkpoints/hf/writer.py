@@ -75,6 +75,7 @@ class HuggingFaceWriter(staging.StagedWriter):
         if name == 'step':
             self._step = int(value)
             return
+        engines.check_value(name, value, self._request.engines, self.path)
         entry = self._table[name]
         if entry.is_stack:
             pieces = entry.pieces[region[0]] if region else entry.pieces
@@ -131,7 +132,7 @@ def _entries(
                 f'{name} cannot be stored as huggingface, which has no MoE of {architecture.title}: export the MoE as '
                 "upcycle, t5x_legacy or t5x_orbax, or make it dense first with DENSE_OPERATOR = 'average'."
             )
-        raise writing.no_counterpart(name, 'huggingface', f'dense {hf.TITLES} models')
+        raise writing.no_counterpart(name, 'huggingface', f'{hf.TITLES} models')
     architecture.validate(shapes)
     return {name: ours[name] for name in (*leaves, *added) if name != 'step'}
 

@@ -83,7 +83,7 @@ class WithExperts(DecoderOnly):
         return {
             **super().spell(facts),
             self.count: moe['num_experts'],
-            'num_experts_per_tok': moe.get('num_selected_experts'),
+            'num_experts_per_tok': moe['num_selected_experts'],
             self.width: moe['expert_mlp_dim'] or facts['mlp_dim'],
             **({} if self.always_normalized else {'norm_topk_prob': normalized}),
             'output_router_logits': False,
@@ -91,7 +91,11 @@ class WithExperts(DecoderOnly):
 
     def not_expressed(self, facts: Facts) -> dict[str, str]:
         """See `DecoderOnly`."""
-        return {'moe': 'experts'} if facts['moe'] is None else super().not_expressed(facts)
+        if facts['moe'] is None:
+            return {'moe': 'experts'}
+        if facts['moe']['router'] != 'top_k':  # whose settings mean something else
+            return {'moe.router': schema.shown('top_k')}
+        return super().not_expressed(facts)
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`; the default weight of transformers' balance loss is written."""
