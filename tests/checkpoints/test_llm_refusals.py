@@ -220,7 +220,7 @@ LAYOUTS = {
         'llama',
         {'moe': {'num_experts': 4}},
         None,
-        'mlp/wo/kernel cannot be stored as huggingface, which only holds T5',
+        'mlp/wo/kernel cannot be stored as huggingface, which only',
     ),
 }
 

@@ -172,7 +172,9 @@ class DecoderOnly(Architecture):
         except UserError as error:
             return {'layout': str(error)}
         ours, theirs = facts_lib.compared(facts), facts_lib.compared(back)
-        different = {name: schema.shown(theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value}
+        different = {
+            name: schema.shown(theirs[name]) for name, value in ours.items() if name in theirs and theirs[name] != value
+        }
         if self.whole_heads and facts['emb_dim'] % facts['num_heads']:
             different['num_heads'] = f'a divisor of {facts["emb_dim"]}'
         return different
@@ -269,7 +271,8 @@ class DecoderOnly(Architecture):
         exact = [each for each in layouts if not different[each]]
         if exact and (layout is None or exact[0] is layouts[0]):
             return exact[0]
-        closest = layouts[0] if layout is not None else min(different, key=lambda each: len(different[each]))
+        fewest = min(layouts, key=lambda each: ('moe' in different[each], len(different[each])))
+        closest = fewest if layout is None else layouts[0]
         raise UserError(refusal.message(closest, layout, exact, facts, different))
 
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class WithExperts(DecoderOnly):
     def not_expressed(self, facts: Facts) -> dict[str, str]:
         """See `DecoderOnly`."""
         if facts['moe'] is None:
-            return {'moe': 'experts'}
+            return {'moe': schema.shown('experts')}
         if facts['moe']['router'] != 'top_k':  # whose settings mean something else
             return {'moe.router': schema.shown('top_k')}
         return super().not_expressed(facts)

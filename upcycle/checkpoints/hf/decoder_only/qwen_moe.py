@@ -111,6 +111,8 @@ class Qwen2Moe(_Qwen):
     def experts(self, facts: Facts, ours: str, theirs: str) -> dict[str, Leaf]:
         """Returns the leaves of the experts and of the shared expert; see `WithExperts`."""
         leaves = super().experts(facts, ours, theirs)
+        if 'shared_mlp_dim' not in facts['moe']:
+            return leaves
         layer, width = ours.rpartition('/')[0], 'shared_expert_intermediate_size'
         for matrix, name in MATRICES.items():
             sizes = (width, 'hidden_size') if matrix == 'wo' else ('hidden_size', width)
