@@ -13,7 +13,7 @@ from etils import epath
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
 from upcycle.checkpoints.hf import engines
-from upcycle.checkpoints.hf.architecture import Architecture, Entry, Part, Shapes
+from upcycle.checkpoints.hf.architecture import SAME, Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.checkpoints.hf.sources import CONFIG
 from upcycle.errors import UserError
@@ -25,8 +25,8 @@ _PARAMS = 'params/'
 class HuggingFaceWriter(staging.StagedWriter):
     """Writes a model as safetensors and `config.json`.
 
-    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor. Parts of other leaves are put
-    together first, because the tensor may be transposed.
+    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor, and a leaf that is not transposed,
+    such as an embedding, part by part. Parts of other leaves are put together first.
 
     Args:
       path: of the folder.
@@ -81,6 +81,9 @@ class HuggingFaceWriter(staging.StagedWriter):
             pieces = entry.pieces[region[0]] if region else entry.pieces
             for piece, row in zip(pieces, value, strict=True):
                 self._write(name, piece, entry.turn.to_theirs(row))
+        elif entry.turn is SAME and not entry.parts:
+            with writing.not_refused(self._folder, name):
+                self._files.write(entry.every_name[0], value, region)
         elif (whole := self._put_together(name, region, value)) is not None:
             self._write(name, entry.pieces[0], entry.turn.to_theirs(whole))
 

@@ -236,7 +236,7 @@ class DecoderOnly(Architecture):
 
     def rename(self, name: str) -> str:
         """Adds the prefix that bare models lack and that wrappers have; see `Architecture`."""
-        return name if name.startswith('lm_head.') else f'model.{name}'
+        return f'model.{name}' if name.startswith(('layers.', 'embed_tokens.', 'norm.')) else name
 
     def left_out(self, stored: Tensors) -> dict[str, str]:
         """See `Architecture`."""
