@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -11,6 +11,7 @@ from etils import epath
 from upcycle import schema
 from upcycle.checkpoints import views
 from upcycle.checkpoints.hf.architecture import LINEAR, Config, Entry, Part, Tensors
+from upcycle.checkpoints.hf.decoder_only import routing
 from upcycle.checkpoints.hf.decoder_only.base import DecoderOnly
 from upcycle.checkpoints.hf.decoder_only.facts import Facts, indices
 from upcycle.checkpoints.hf.decoder_only.tensors import Leaf
@@ -39,11 +40,6 @@ class WithExperts(DecoderOnly):
     fields = {
         **DecoderOnly.fields,
         **dict.fromkeys(('num_experts', 'num_local_experts', 'num_experts_per_tok'), schema.Count),
-        **dict.fromkeys(('moe_intermediate_size', 'shared_expert_intermediate_size'), schema.Count),
-        'norm_topk_prob': bool,
-        'decoder_sparse_step': schema.Count,
-        'mlp_only_layers': Sequence[schema.Whole],
-        'layer_types': Sequence[str],
     }
     harmless = DecoderOnly.harmless | {'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'}
     block: str = 'mlp'
@@ -79,13 +75,12 @@ class WithExperts(DecoderOnly):
     def spell(self, facts: Facts) -> dict[str, Any]:
         """See `DecoderOnly`."""
         moe = facts['moe']
-        normalized = moe['normalize_combine_weights']
         return {
             **super().spell(facts),
             self.count: moe['num_experts'],
             'num_experts_per_tok': moe['num_selected_experts'],
-            self.width: moe['expert_mlp_dim'] or facts['mlp_dim'],
-            **({} if self.always_normalized else {'norm_topk_prob': normalized}),
+            self.width: routing.expert_width(moe, facts['mlp_dim']),
+            **({} if self.always_normalized else {'norm_topk_prob': moe['normalize_combine_weights']}),
             'output_router_logits': False,
         }
 
@@ -109,7 +104,7 @@ class WithExperts(DecoderOnly):
         return {
             **super().dimensions(facts),
             self.count: moe['num_experts'],
-            self.width: moe['expert_mlp_dim'] or facts['mlp_dim'],
+            self.width: routing.expert_width(moe, facts['mlp_dim']),
             'shared_expert_intermediate_size': moe.get('shared_mlp_dim', 0),
             '1': 1,
         }
@@ -171,7 +166,8 @@ class Fused(WithExperts):
 
     def experts(self, facts: Facts, ours: str, theirs: str) -> dict[str, Leaf]:
         """See `WithExperts`."""
-        count, width, hidden = facts['moe']['num_experts'], self._width(facts), facts['emb_dim']
+        count, hidden = facts['moe']['num_experts'], facts['emb_dim']
+        width = routing.expert_width(facts['moe'], facts['mlp_dim'])
 
         def leaf(name: str, shape: tuple[int, int], rows: tuple[int, int], sizes: tuple[str, str]) -> Leaf:
             parts = tuple(Part((count, *shape), rows, e) for e in range(count))
@@ -183,9 +179,6 @@ class Fused(WithExperts):
             f'{ours}/wi_1/kernel': leaf('input_linear', into, (width, 2 * width), ('hidden_size', self.width)),
             f'{ours}/wo/kernel': leaf('output_linear', out, (0, hidden), (self.width, 'hidden_size')),
         }
-
-    def _width(self, facts: Facts) -> int:
-        return facts['moe']['expert_mlp_dim'] or facts['mlp_dim']
 
     def rename(self, name: str) -> str:
         """Also takes the names of transformers' parameters; see `Architecture`."""
