@@ -57,8 +57,12 @@ class MoE:
       groups_multiple_of: the number of groups in a batch is a multiple of this [GROUPS_MULTIPLE_OF], which must be a multiple of
         the mesh's data x expert shards. It is not read from the mesh, so that the mesh does not change results.
       granularity: width of a dense MLP over that of an expert [EXPERT_GRANULARITY].
+      expert_mlp_dim: F of an expert; None for that of a dense MLP divided by the granularity [EXPERT_MLP_DIM].
       num_shared_experts: experts that every token goes to in addition to routed ones; one MLP of their joint width
         [NUM_SHARED_EXPERTS].
+      shared_mlp_dim: F of that MLP; None for the sum of its experts' widths [SHARED_MLP_DIM].
+      shared_gate: multiply the output of the shared experts by sigmoid(x . g), with a learned vector g (Qwen2-MoE)
+        [SHARED_GATE].
       causal: whether the layer is in an autoregressive stack, where routers may not look at later tokens.
       num_microbatches: set by the trainer, so that groups are those of the whole batch.
     """
@@ -77,7 +81,10 @@ class MoE:
     group_size: Count = 4096
     groups_multiple_of: Count = 1
     granularity: Count = 1
+    expert_mlp_dim: Count | None = None
     num_shared_experts: Whole = 0
+    shared_mlp_dim: Count | None = None
+    shared_gate: bool = False
     causal: bool = False
     num_microbatches: Count = 1
 
@@ -87,6 +94,15 @@ class MoE:
 
     def _invalid(self) -> Iterator[str]:
         """Yields a sentence for each contradiction between fields."""
+        if self.expert_mlp_dim is not None and self.granularity > 1:
+            yield (
+                f'EXPERT_MLP_DIM = {self.expert_mlp_dim} and EXPERT_GRANULARITY = {self.granularity} both set the width of an '
+                'expert: set only one of them.'
+            )
+        if not self.num_shared_experts:
+            for field, value in (('shared_mlp_dim', self.shared_mlp_dim), ('shared_gate', self.shared_gate)):
+                if value:
+                    yield f'{macro_of_field(field)} = {value} needs a shared expert: set NUM_SHARED_EXPERTS.'
         if self.causal:
             yield from self.looks_ahead()
 
@@ -140,11 +156,19 @@ class MoE:
         Raises:
           UserError: it is not a whole number.
         """
+        if self.expert_mlp_dim is not None:
+            return self.expert_mlp_dim
         if mlp_dim % self.granularity:
             raise UserError(
                 f'EXPERT_GRANULARITY = {self.granularity} does not divide MLP_DIM = {mlp_dim}: change one of them.'
             )
         return mlp_dim // self.granularity
+
+    def shared_width(self, mlp_dim: int) -> int:
+        """Returns F of the MLP that is all shared experts, given that of a dense MLP; 0 without shared experts."""
+        if self.shared_mlp_dim is not None:
+            return self.shared_mlp_dim
+        return self.num_shared_experts * self.expert_width(mlp_dim)
 
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
         """Returns C, the number of slots of one expert for one group."""
@@ -194,6 +218,8 @@ class Routed(MoE):
         yield from super()._invalid()
         if self.leaves_the_rest and not self.num_shared_experts:
             yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
+        if self.leaves_the_rest and self.shared_gate:
+            yield "SHARED_WEIGHTS = 'xft' and SHARED_GATE both weigh the shared experts: set only one of them."
 
     @property
     def leaves_the_rest(self) -> bool:
