@@ -32,6 +32,7 @@ _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 KEPT = (
     *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
     *('initializer_range', 'attention_dropout', 'max_window_layers', 'router_aux_loss_coef', 'router_jitter_noise'),
+    'aux_loss_coef',
 )
 # Names of the norms by placement: (theirs, ours).
 _NORMS = {
