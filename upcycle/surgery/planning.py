@@ -116,9 +116,8 @@ def _refuse_attention(target: str, operator: Operator) -> None:
     """Raises UserError if a leaf of experts is one of attention experts."""
     if is_attention(mlp_of(target)):
         raise UserError(
-            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts {target.removeprefix(PARAMS)}, and only copying '
-            'a checkpoint that has them is implemented, not making them from dense attention or from other ones: set '
-            'EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
+            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {target.removeprefix(PARAMS)}, but only '
+            'copying a checkpoint that has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
         )
 
 

@@ -20,7 +20,7 @@ _TITLES = [architecture.title for architecture in ARCHITECTURES]
 TITLES = f'{", ".join(_TITLES[:-1])} and {_TITLES[-1]}'  # for messages
 
 
-def of_leaves(shapes: Shapes, metadata: Mapping[str, Any], layout: str | None) -> Architecture | None:
+def of_leaves(shapes: Shapes, metadata: Mapping[str, Any], layout: str | None = None) -> Architecture | None:
     """Returns the architecture in which to store a model; None if no architecture has such leaves.
 
     Args:

@@ -31,8 +31,7 @@ _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
 KEPT = (
     *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
-    *('initializer_range', 'attention_dropout', 'max_window_layers', 'router_aux_loss_coef', 'router_jitter_noise'),
-    'aux_loss_coef',
+    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'aux_loss_coef', 'router_jitter_noise'),
 )
 # Names of the norms by placement: (theirs, ours).
 _NORMS = {
@@ -81,7 +80,7 @@ class DecoderOnly(Architecture):
         'original_max_position_embeddings': schema.Count,
         **dict.fromkeys(('rms_norm_eps', 'rope_theta', 'partial_rotary_factor'), schema.Positive),
         **dict.fromkeys(('rope_scaling', 'rope_parameters'), Mapping[str, Any]),
-        **dict.fromkeys(('tie_word_embeddings', 'attention_bias', 'mlp_bias'), bool),
+        'tie_word_embeddings': bool,
         'hidden_act': str,
     }
     sizes = frozenset()  # the shape of each tensor is compared
@@ -89,7 +88,9 @@ class DecoderOnly(Architecture):
         'is_encoder_decoder': False,
         'pruned_heads': {},
         'rope_interleaved': False,
-        **dict.fromkeys(('use_mrope', 'lm_head_bias', 'use_bidirectional_attention'), False),
+        **dict.fromkeys(
+            ('use_mrope', 'lm_head_bias', 'use_bidirectional_attention', 'attention_bias', 'mlp_bias'), False
+        ),
     }
     harmless = frozenset(
         ('id2label', 'num_labels', 'is_decoder', 'tie_encoder_decoder', 'decoder_start_token_id')
@@ -123,6 +124,9 @@ class DecoderOnly(Architecture):
     activation_field: str = 'hidden_act'
     activations: Mapping[str, str] = ACTIVATIONS
     whole_heads: bool = False
+
+    def __init_subclass__(cls) -> None:
+        cls.values = {name: value for name, value in cls.values.items() if name not in cls.fields}
 
     def resolve(self, file: epath.Path, config: dict[str, Any]) -> None:
         """Fills in the sizes that other sizes imply; see `Architecture`."""
@@ -183,8 +187,8 @@ class DecoderOnly(Architecture):
             self.activation_field: _SPELLED.get(facts['mlp_activations'][0], facts['mlp_activations'][0]),
             'tie_word_embeddings': facts['tied_embeddings'],
             'rms_norm_eps': facts['norm_epsilon'],
-            **({'attention_bias': facts['qkv_bias']} if 'attention_bias' in self.defaults else {}),
-            **({'mlp_bias': facts['mlp_bias']} if 'mlp_bias' in self.defaults else {}),
+            **({'attention_bias': facts['qkv_bias']} if 'attention_bias' in self.fields else {}),
+            **({'mlp_bias': facts['mlp_bias']} if 'mlp_bias' in self.fields else {}),
             **rope.spell(facts),
         }
 
@@ -193,7 +197,7 @@ class DecoderOnly(Architecture):
 
         Without an effect are biases of zeros, because a layout has them for all projections of attention or for none.
         """
-        if 'attention_bias' in self.defaults and (facts['qkv_bias'] or facts['out_bias']):
+        if 'attention_bias' in self.fields and (facts['qkv_bias'] or facts['out_bias']):
             return facts | {'qkv_bias': True, 'out_bias': True}
         return facts
 

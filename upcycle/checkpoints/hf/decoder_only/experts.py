@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -41,8 +41,8 @@ class WithExperts(DecoderOnly):
         **dict.fromkeys(('moe_intermediate_size', 'shared_expert_intermediate_size'), schema.Count),
         'norm_topk_prob': bool,
         'decoder_sparse_step': schema.Count,
-        'mlp_only_layers': list[schema.Whole],
-        'layer_types': list[str],
+        'mlp_only_layers': Sequence[schema.Whole],
+        'layer_types': Sequence[str],
     }
     harmless = DecoderOnly.harmless | {'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'}
     block: str = 'mlp'

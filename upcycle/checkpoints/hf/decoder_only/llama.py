@@ -11,5 +11,5 @@ class Llama(DecoderOnly):
     title = 'Llama'
     model_types = ('llama',)
     classes = ('LlamaForCausalLM', 'LlamaModel')
-    defaults = {**DecoderOnly.defaults, 'attention_bias': False, 'mlp_bias': False}
+    fields = {**DecoderOnly.fields, 'attention_bias': bool, 'mlp_bias': bool}
     whole_heads = True

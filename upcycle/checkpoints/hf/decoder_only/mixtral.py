@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from etils import epath
-
-from upcycle import schema
-from upcycle.checkpoints.hf.architecture import Config
 from upcycle.checkpoints.hf.decoder_only.experts import WithExperts
-from upcycle.checkpoints.hf.decoder_only.facts import Facts
+from upcycle.checkpoints.hf.decoder_only.mistral import Mistral
 
 _BLOCK = re.compile(r'(model\.layers\.\d+)\.mlp\.')
 
 
-class Mixtral(WithExperts):
+class Mixtral(WithExperts, Mistral):
     """See `WithExperts`. Every layer has experts, and perhaps a window."""
 
     title = 'Mixtral'
     model_types = ('mixtral',)
     classes = ('MixtralForCausalLM', 'MixtralModel')
-    fields = {**WithExperts.fields, 'sliding_window': schema.Count}
+    fields = {**Mistral.fields, **WithExperts.fields}
     aliases = {'num_experts': 'num_local_experts'}
     defaults = {
         **WithExperts.defaults,
@@ -35,14 +30,6 @@ class Mixtral(WithExperts):
     matrices = {'wi_0': 'w1', 'wi_1': 'w3', 'wo': 'w2'}
     count = 'num_local_experts'
     always_normalized = True
-
-    def facts(self, file: epath.Path, config: Config) -> Facts:
-        """See `DecoderOnly`."""
-        return super().facts(file, config) | {'window': config.get('sliding_window')}
-
-    def spell(self, facts: Facts) -> dict[str, Any]:
-        """See `DecoderOnly`."""
-        return super().spell(facts) | {'sliding_window': facts['window']}
 
     def rename(self, name: str) -> str:
         """Also takes the names of transformers' parameters; see `Architecture`."""

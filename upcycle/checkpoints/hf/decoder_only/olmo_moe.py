@@ -10,6 +10,7 @@ from upcycle import schema
 from upcycle.checkpoints.hf.architecture import Config
 from upcycle.checkpoints.hf.decoder_only.experts import WithExperts
 from upcycle.checkpoints.hf.decoder_only.facts import Facts
+from upcycle.checkpoints.hf.decoder_only.olmo2 import OLMo2
 
 
 class Olmoe(WithExperts):
@@ -18,7 +19,7 @@ class Olmoe(WithExperts):
     title = 'OLMoE'
     model_types = ('olmoe',)
     classes = ('OlmoeForCausalLM', 'OlmoeModel')
-    fields = {**WithExperts.fields, 'clip_qkv': schema.Positive}
+    fields = {**WithExperts.fields, 'attention_bias': bool, 'clip_qkv': schema.Positive}
     aliases = {'num_local_experts': 'num_experts'}
     defaults = {
         **WithExperts.defaults,
@@ -26,7 +27,6 @@ class Olmoe(WithExperts):
         'num_experts': 64,
         'num_experts_per_tok': 8,
         'norm_topk_prob': False,
-        'attention_bias': False,
     }
 
     def facts(self, file: epath.Path, config: Config) -> Facts:
@@ -41,22 +41,18 @@ class Olmoe(WithExperts):
         return {name: value for name, value in fields.items() if name != 'head_dim'}
 
 
-class FlexOlmo(WithExperts):
+class FlexOlmo(WithExperts, OLMo2):
     """See `WithExperts`. Every layer has experts; norms are on the outputs, and over all heads of queries and keys."""
 
     title = 'FlexOlmo'
     model_types = ('flex_olmo',)
     classes = ('FlexOlmoForCausalLM', 'FlexOlmoModel')
+    fields = {**OLMo2.fields, **WithExperts.fields}
     aliases = {'num_local_experts': 'num_experts'}
     defaults = {
         **WithExperts.defaults,
         'num_experts': 7,
         'num_experts_per_tok': 5,
         'norm_topk_prob': False,
-        'attention_bias': False,
     }
     rope_theta = 500000.0
-
-    def facts(self, file: epath.Path, config: Config) -> Facts:
-        """See `DecoderOnly`."""
-        return super().facts(file, config) | {'qk_norm': 'projection', 'norm_placement': 'post'}

@@ -10,10 +10,10 @@ from typing import Any
 from etils import epath
 
 from upcycle.checkpoints.hf.architecture import LINEAR, Config, Entry
+from upcycle.checkpoints.hf.decoder_only import windows
 from upcycle.checkpoints.hf.decoder_only.base import Leaf, linear
 from upcycle.checkpoints.hf.decoder_only.experts import MATRICES, ZERO_SHARED_WIDTH, WithExperts
 from upcycle.checkpoints.hf.decoder_only.facts import Facts, indices
-from upcycle.errors import UserError
 
 _NEARLY_ZERO = 1e-6
 
@@ -34,11 +34,13 @@ class _Qwen(WithExperts):
 
     def moe_facts(self, file: epath.Path, config: Config) -> Facts:
         """See `WithExperts`."""
-        if set(config.get('layer_types', ())) - {'full_attention'}:
-            raise UserError(f'{file}: layer_types has sliding windows, but use_sliding_window is false.')
         step, dense = config['decoder_sparse_step'], config['mlp_only_layers']
         layers = [i for i in range(config['num_hidden_layers']) if (i + 1) % step == 0 and i not in dense]
         return super().moe_facts(file, config) | {'moe_layers': layers}
+
+    def facts(self, file: epath.Path, config: Config) -> Facts:
+        """See `DecoderOnly`. Versions of transformers differ in which layers have a window, so none is read."""
+        return super().facts(file, config) | windows.of_some_layers(file, config, None, ())
 
     def spell(self, facts: Facts) -> dict[str, Any]:
         """See `DecoderOnly`."""
@@ -123,13 +125,13 @@ class Qwen3Moe(_Qwen):
     title = 'Qwen3-MoE'
     model_types = ('qwen3_moe',)
     classes = ('Qwen3MoeForCausalLM', 'Qwen3MoeModel')
+    fields = {**_Qwen.fields, 'attention_bias': bool}
     defaults = {
         **_Qwen.defaults,
         'num_key_value_heads': 4,
         'moe_intermediate_size': 768,
         'num_experts_per_tok': 8,
         'num_experts': 128,
-        'attention_bias': False,
     }
 
     def facts(self, file: epath.Path, config: Config) -> Facts:

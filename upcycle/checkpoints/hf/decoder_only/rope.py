@@ -66,13 +66,6 @@ def standard(file: epath.Path, name: str, scaling: Mapping[str, Any], config: Co
       UserError: see `read`.
     """
     scaling = {key: value for key, value in scaling.items() if value is not None}
-    for key, value in scaling.items():
-        if key not in _KINDS:
-            raise UserError(f'{file}: {name} has the unknown field {key} = {schema.shown(value)}.')
-        if not schema.fits(value, _KINDS[key]):
-            raise UserError(
-                f'{file}: {key} of {name} is {schema.shown(value)}: it must be {schema.in_words(_KINDS[key])}.'
-            )
     kind = scaling.pop('type', None)
     if scaling.setdefault('rope_type', kind or 'default') != (kind or scaling['rope_type']):
         raise UserError(f'{file}: type and rope_type of {name} are names of the same field and must be equal.')
@@ -94,6 +87,13 @@ def of_standard(
             f'{file}: rope_type of {name} is {schema.shown(rope_type)}: our {config["model_type"]} supports '
             f'{", ".join(types)} only.'
         )
+    for key, value in scaling.items():
+        if key not in _KINDS:
+            raise UserError(f'{file}: {name} has the unknown field {key} = {schema.shown(value)}.')
+        if not schema.fits(value, _KINDS[key]):
+            raise UserError(
+                f'{file}: {key} of {name} is {schema.shown(value)}: it must be {schema.in_words(_KINDS[key])}.'
+            )
     facts = {ours: scaling[theirs] for theirs, ours in _NAMES.items() if theirs in scaling}
     if lacking := [key for key in _REQUIRED.get(rope_type, ()) if key not in scaling]:
         raise UserError(f'{file}: {name} has the rope_type {rope_type} but no {lacking[0]}.')
