@@ -1,4 +1,4 @@
-"""Dense decoder-only folders compute here what they compute in transformers: logits, loss, hidden states and gradients."""
+"""Decoder-only folders compute here what they compute in transformers: logits, loss, hidden states, routing and gradients."""
 
 import jax
 import numpy as np
@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 import upcycle
 from tests.checkpoints import llms
 from tests.fixtures import requires_fixtures
+from tests.moe.quick import jit
 from upcycle.checkpoints import hf, open_checkpoint
 
 pytestmark = requires_fixtures
@@ -18,8 +19,8 @@ def loss_per_token(logits, ids):
     return -np.take_along_axis(np.asarray(logp)[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
 
 
-@pytest.mark.parametrize('name', llms.DENSE)
-def test_a_dense_folder(name):
+@pytest.mark.parametrize('name', [*llms.DENSE, *llms.MOE])
+def test_a_folder(name):
     ref, batch = llms.reference(name), llms.batch_of(llms.reference(name))
     model, params = upcycle.load(llms.FOLDERS / name)
     out = llms.outputs(model, params, batch)
@@ -34,6 +35,8 @@ def test_a_dense_folder(name):
     np.testing.assert_allclose(loss, ref['loss_per_token'], rtol=0, atol=1e-4)
     for ours, theirs in zip(out['hidden_states'], ref['hidden_states_row0'], strict=True):
         np.testing.assert_allclose(ours[0], theirs, rtol=0, atol=1e-4)
+    if 'router_logits' in ref:
+        llms.assert_routing(model, out['routers'], ref)
     reader = open_checkpoint(llms.FOLDERS / name)
     grads = flatten_dict(out['grads'], sep='/')
     theirs = {key.removeprefix('grad/'): value for key, value in ref.items() if key.startswith('grad/')}
@@ -43,10 +46,28 @@ def test_a_dense_folder(name):
     table = architecture.table(architecture.sizes_for(shapes, reader.metadata), shapes)
     compared = set()
     for leaf, entry in table.items():
-        for tensor, part in entry.pieces:
+        ours = np.asarray(grads[leaf])
+        for row, (tensor, part) in zip(ours if entry.is_stack else [ours], entry.pieces, strict=True):
             if tensor in theirs:
-                expected = theirs[tensor] if part is None else theirs[tensor][part.region]
-                ours = entry.turn.to_theirs(np.asarray(grads[leaf]))
+                ours = entry.turn.to_theirs(row)
+                expected = theirs[tensor] if part is None else theirs[tensor][part.region].reshape(ours.shape)
                 np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=leaf)
                 compared.add(tensor)
     assert compared == theirs.keys()
+
+
+@pytest.mark.parametrize('pair', [pair for pair in llms.PAIRS if not pair.endswith('jetmoe')])
+def test_a_dense_folder_and_its_experts(pair):
+    name = f'upcycle_{pair}'
+    ref = llms.reference(name)
+    rows = len(ref['input_ids'])
+    batch = {
+        'tokens': np.concatenate([ref['input_ids'], ref['input_ids']]).astype(np.int32),
+        'mask': np.concatenate([np.ones_like(ref['attention_mask']), ref['attention_mask']]).astype(bool),
+    }
+    mask = ref['attention_mask'].astype(bool)
+    for part, logits in (('dense', ref['logits']), ('moe', ref['moe_logits'])):
+        model, params = upcycle.load(llms.FOLDERS / name / part)
+        ours = np.asarray(jit(model.logits)(params, batch))
+        np.testing.assert_allclose(ours[:rows], logits, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ours[rows:][mask], ref['padded_logits'][mask], rtol=0, atol=1e-4)

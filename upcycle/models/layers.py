@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from upcycle.models import memory
+from upcycle.moe.grouped_matmul import grouped_matmul
 
 DType = Any
 
@@ -93,7 +94,7 @@ class Dense(nn.Module):
 def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
     kernel, bias, group_sizes = rest
     if group_sizes is not None:
-        y = checkpoint_name(jax.lax.ragged_dot(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
+        y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
         return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
     # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)

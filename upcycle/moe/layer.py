@@ -30,7 +30,7 @@ METRICS = 'moe_metrics'
 
 
 class RouterWeights(nn.Module):
-    """Logits of a linear router, in float32 and without bias; cosines instead of products with `cosine`. Named as in flaxformer.
+    """Logits of a linear router, in float32; cosines instead of products with `cosine`. Named as in flaxformer.
 
     `precision='highest'`, because a TPU multiplies float32 in bfloat16 by default.
     """
@@ -38,16 +38,18 @@ class RouterWeights(nn.Module):
     num_logits: int
     init_stddev: float
     cosine: bool = False
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
         dense = nn.Dense(
             self.num_logits,
-            use_bias=False,
+            use_bias=self.use_bias,
             dtype=jnp.float32,
             precision='highest',
             kernel_init=init,
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('unmodeled',)),
             dot_general=_cosines if self.cosine else None,
             name='w',
         )
@@ -77,7 +79,9 @@ class Router(nn.Module):
             x_BxLxD *= jax.random.uniform(
                 self.make_rng('jitter'), x_BxLxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
             )
-        weights = RouterWeights(config.num_logits, config.router_init_stddev, config.cosine, name='router_weights')
+        weights = RouterWeights(
+            config.num_logits, config.router_init_stddev, config.cosine, config.logits_have_bias, name='router_weights'
+        )
         if config.cosine:
             scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ()), (), jnp.float32)
             return scale * weights(x_BxLxD)
