@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle import partitioning
 from upcycle.models.grouped_attention import SelfAttention, kernel_init
 from upcycle.models.layers import Dense
 from upcycle.moe import ragged
@@ -67,15 +66,18 @@ class AttentionExperts(SelfAttention):
                 metadata_params={nn.PARTITION_NAME: 'expert'},
             )
             experts(M * N, c.dtype, name='expert')(jnp.zeros((moe.num_experts, 1, D), c.dtype))
-        params = partitioning.unbox(self.get_variable('params', 'expert'))
 
         # Each choice is a token with one expert, so that both projections are dropless layers without a sum over choices.
         def project(part: str, x_BxRxD: jax.Array, weight_BxRx1: jax.Array, width: int) -> jax.Array:
+            if self.is_initializing():
+                return jnp.zeros((*x_BxRxD.shape[:-1], width), x_BxRxD.dtype)
+            params = self.get_variable('params', 'expert')[part]
+
             def experts(params: dict[str, jax.Array], x_RxD: jax.Array, sizes_E: jax.Array) -> jax.Array:
                 return _projection(part, width, c.dtype, parent=None).apply({'params': params}, x_RxD, sizes_E)
 
             chosen = Choices(choices.expert_GxSxK.reshape(B, Q * K, 1), weight_BxRx1)
-            return ragged.apply_experts(experts, params[part], x_BxRxD, chosen, moe, scores.mesh, width)
+            return ragged.apply_experts(experts, params, x_BxRxD, chosen, moe, scores.mesh, width)
 
         weight_BxRx1 = choices.weight_GxSxK.reshape(B, Q * K, 1)
         query_BxRxW = project('query', jnp.repeat(x_BxQxD, K, axis=1), jnp.ones_like(weight_BxRx1), M * N)

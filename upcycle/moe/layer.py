@@ -150,7 +150,7 @@ class MoELayer(nn.Module):
     ) -> jax.Array:
         B, L, D = x_BxLxD.shape
         scores = scores_of(self, config, x_BxLxD, real_BxL, training=training, decoding=decoding)
-        if config.dropless and not self.is_initializing():
+        if config.dropless:
             y_BxLxD, choices = self._dropless(x_BxLxD, scores, real_BxL, training)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
@@ -236,6 +236,9 @@ class MoELayer(nn.Module):
                 "EXPERT_DROPOUT_RATE = 0, or use 'gather'."
             )
         choices = choices_of(self, self.config, scores, real_BxL)
+        if self.is_initializing():
+            self._apply_experts(jnp.zeros((self.config.num_experts, 1, 1, x_BxLxD.shape[-1]), x_BxLxD.dtype), training)
+            return x_BxLxD, choices
         rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
 
         def experts(params: Any, x_RxD: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -282,8 +285,9 @@ def scores_of(
         G = shards if B % shards == 0 else 1
         mesh = mesh if B % shards == 0 else None
     else:
-        G = microbatch_groups(config, B * L)
-        check_groups(G, shards)
+        G = microbatch_groups(config, B, L)
+        if not config.dropless:
+            check_groups(G, shards)
     clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
     noisy = training and config.noise_stddev > 0
     if noisy:
