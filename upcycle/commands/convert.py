@@ -8,6 +8,7 @@ import jax
 from upcycle import configuration, conversion, partitioning
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import UserError
+from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.training import start
 from upcycle.training.state import check_start
 
@@ -25,7 +26,8 @@ def run(
     """`upcycle convert`: makes the checkpoint that a run would start from on the host, and streams it to disk.
 
     Args:
-      gin_files, bindings: the configuration. Without a file of `runs/`, `runs/convert.gin` is included.
+      gin_files, bindings: the configuration. Without a file of `models/`, the model is that of the checkpoint; without a file of
+        `runs/`, `runs/convert.gin` is included.
       target, format, dtype, optimizer_state, verify: see `conversion.convert`.
 
     Returns:
@@ -37,6 +39,9 @@ def run(
     files = list(gin_files)
     # Surgery is configured as part of a run, but a conversion may name only a model and its MoE layers.
     folders = [os.path.basename(os.path.dirname(file)) for file in files]
+    if 'models' not in folders:
+        files.insert(0, FROM_CHECKPOINT)
+        folders.insert(0, 'models')
     if 'runs' not in folders:
         # Operators and recipes override bindings of a run, so they come after it.
         later = [i for i, folder in enumerate(folders) if folder in ('surgery', 'recipes')]

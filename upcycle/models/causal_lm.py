@@ -56,6 +56,7 @@ class CausalLM(BaseModel):
     blocks = ('layers',)
     components = ('mlp', 'self_attention')
     moe_fields = ('moe',)
+    settings = 'models/llm.gin'
     network = DecoderOnly
 
     def __post_init__(self):
