@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from tests.fixtures import fixtures_dir
 from upcycle import partitioning
+from upcycle.models.decoder import DecoderConfig
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
 from upcycle.models.vit import ViTConfig
@@ -58,6 +59,27 @@ def small_t5(**settings: Any) -> T5Config:
         'dtype': 'float32',
     }
     return T5Config(**{**sizes, **settings})
+
+
+def small_llm(**settings: Any) -> DecoderConfig:
+    """A decoder-only model of two layers with grouped queries."""
+    sizes = {
+        'vocab_size': 128,
+        'emb_dim': 48,
+        'num_heads': 4,
+        'num_kv_heads': 2,
+        'head_dim': 16,
+        'mlp_dim': 96,
+        'num_layers': 2,
+        'dtype': 'float32',
+    }
+    return DecoderConfig(**{**sizes, **settings})
+
+
+def llm_moe(**settings: Any) -> MoE:
+    """The recipe of decoder-only models: dropless Top-2 with normalised weights."""
+    recipe = {'router': 'top_k', 'dispatch': 'ragged', 'normalize_combine_weights': True}
+    return MoEConfig(**{'num_experts': 4, **recipe, **settings})
 
 
 def random_batch(
@@ -158,15 +180,36 @@ def image_batch(config: ViTConfig, batch: int = 4, seed: int = 0, filled: int = 
     }
 
 
+def llm_batch(vocab_size: int = 128, batch: int = 4, length: int = 16, seed: int = 0) -> dict[str, jax.Array]:
+    """Rows of two packed documents, of which every second one ends in padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocab_size, (batch, length + 1)).astype(np.int32)
+    mask = np.ones((batch, length), bool)
+    mask[1::2, -3:] = False
+    segments = np.arange(length)[None] >= rng.integers(4, length - 4, (batch, 1))
+    arrays = {
+        'tokens': tokens[:, :-1],
+        'targets': tokens[:, 1:],
+        'loss_weights': mask.astype(np.float32),
+        'segment_ids': segments.astype(np.int32),
+        'mask': mask,
+    }
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
 def module_inputs(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The inputs of the batch's model, of either family."""
+    """The inputs of the batch's model, of any family."""
     if 'image' in batch:
         return {'image': batch['image'], 'real_B': batch['weights'] > 0}
+    if 'tokens' in batch:
+        return {name: batch[name] for name in ('tokens', 'segment_ids', 'mask')}
     return {name: batch[name] for name in FEATURES[:3]}
 
 
 def real_tokens(batch: Mapping[str, jax.Array], path: str, num_tokens: int = 0) -> jax.Array:
     """Bool (B, L): which tokens are real at the MoE layer of that path; a ViT has `num_tokens` per image."""
+    if 'mask' in batch:
+        return batch['mask']
     if 'image' in batch:
         return jnp.broadcast_to(batch['weights'][:, None] > 0, (batch['weights'].size, num_tokens))
     return batch['encoder_input_tokens' if path.startswith('encoder') else 'decoder_target_tokens'] > 0

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import Region, Writer, parts
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
 from upcycle.surgery.fingerprint import sha256_of
@@ -49,6 +50,7 @@ def convert(
     optimizer_state: bool = True,
     verify: bool = False,
     check_functions: bool = True,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """Writes the checkpoint that a run would start from.
 
@@ -60,6 +62,7 @@ def convert(
       optimizer_state: False leaves the optimizer state out.
       verify: read everything back and compare hashes.
       check_functions: compare each MoE layer with its dense MLP.
+      request: see `checkpoints.create_checkpoint`.
 
     Returns:
       The path of the new checkpoint.
@@ -100,7 +103,10 @@ def convert(
         'leaves': fingerprint(leaves),
     }
     alike = {row.target for row in plan.rows if _is_alike(plan, row)}
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
+    metadata = _metadata(run, reader)
+    writer = create_checkpoint(
+        target, format, leaves, step=step, identity=identity, metadata=metadata, alike=alike, request=request
+    )
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):
@@ -110,17 +116,17 @@ def convert(
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
-        writer.finish(_metadata(run, reader, receipt), work.compare if verify else lambda reader: None)
+        writer.finish({**metadata, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
         print(line)
     return writer.path
 
 
-def _metadata(run: ModelRun, reader: Reader, receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata that a trainer would save, with the cost of the dense run as sunk cost."""
+def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
+    """Returns the metadata that a trainer would save, without the receipt, and with the cost of the dense run as sunk cost."""
     inherited = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
-    return {**inherited, 'family': run.model.family, 'model': model, 'receipt': dict(receipt)}
+    return {**inherited, 'family': run.model.family, 'model': model}
 
 
 def _is_alike(plan: Plan, row: Row) -> bool:

@@ -13,9 +13,12 @@ from jax.sharding import NamedSharding
 from tests.moe.quick import jit, random_params
 from tests.small import (
     image_batch,
+    llm_batch,
+    llm_moe,
     module_inputs,
     random_batch,
     real_tokens,
+    small_llm,
     small_t5,
     small_vit,
     spec_of,
@@ -25,6 +28,7 @@ from tests.small import (
 from upcycle import partitioning, platforms
 from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
+from upcycle.models.causal_lm import CausalLM
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.moe.config import changed
@@ -70,6 +74,12 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
     return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
+def _llm(moe: dict, **fields) -> CausalLM:
+    moe = llm_moe(**{'num_experts': 8, 'groups_multiple_of': 8, 'group_size': 32, **moe})
+    config = small_llm(moe=moe, **fields)
+    return CausalLM(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
+
+
 NORMALIZED = {'normalize_combine_weights': True}
 BALANCED = {'balance_bias_rate': 0.01, 'adaptive_balance': AdaptiveBalance()}
 SHARED = {'num_shared_experts': 1}
@@ -111,6 +121,12 @@ CASES = {
         True,
     ),
     'vit': (_vit({}), 1, False),
+    'llm': (_llm({}, window=5, window_layers=(0,), qk_norm='projection', moe_layers=(1,)), 1, False),
+    'llm, scanned over split parameters': (
+        _llm({'groups_multiple_of': 16}, tied_embeddings=True, qkv_bias=True, scan_layers=True, remat='full'),
+        2,
+        True,
+    ),
     'vit, top 2': (
         _vit(
             {'scan_layers': True},
@@ -131,6 +147,7 @@ FORMS = {
     'scanned and rematerialised',
     'scanned, all computed again',
     'vit, top 2',
+    'llm, scanned over split parameters',
 }
 
 
@@ -229,6 +246,8 @@ def _inputs_with_margins(model):
 def _batch(model, seed):
     if model.family == 'vit':
         return image_batch(model.config, batch=16, seed=seed, filled=1)
+    if model.family == 'llm':
+        return llm_batch(batch=16, seed=seed)
     return random_batch(batch=16, inputs=16, targets=8, padding=3, seed=seed)
 
 

@@ -51,7 +51,7 @@ def test_two_processes_equal_one_device(case, mesh):
 def assert_same(whole, split):
     """Loss, every leaf of the gradient, and metrics: of one device in `whole`, of a mesh in `split`."""
     expected, actual = of(whole, 'gradient'), of(split, 'gradient')
-    assert expected.keys() == actual.keys() and len(expected) > 30
+    assert expected.keys() == actual.keys() and len(expected) > 20
     for path, gradient in expected.items():
         # A key's bias moves all of a query's logits alike: its gradient is rounding.
         if path.endswith('key/bias'):

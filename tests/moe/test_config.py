@@ -120,6 +120,7 @@ class TestSparseLayers:
             ('every_other', 1, ()),
             ('last_half', 12, (6, 7, 8, 9, 10, 11)),
             ('last_half', 5, (3, 4)),
+            ('all', 3, (0, 1, 2)),
             ('none', 4, ()),
             ([3, 0], 4, (0, 3)),
             ((), 4, ()),
@@ -131,7 +132,7 @@ class TestSparseLayers:
     @pytest.mark.parametrize(
         ('spec', 'message'),
         [
-            ('every_third', "MOE_LAYERS = 'every_third' is not one of every_other, last_half, none"),
+            ('every_third', "MOE_LAYERS = 'every_third' is not one of every_other, last_half, all, none"),
             ([4], 'MOE_LAYERS names layer 4, but the stack has 4 layers'),
             ([-1], 'MOE_LAYERS names layer -1'),
             ([1.0], 'MOE_LAYERS names layer 1.0'),

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 from tests import runs
 from upcycle.checkpoints import open_checkpoint
+from upcycle.data import WHOLE
+from upcycle.data.synthetic import SyntheticText
 from upcycle.errors import Preempted, UserError
 from upcycle.metrics import read_metrics
 from upcycle.training import loop
@@ -122,6 +125,36 @@ def test_dense_continuation_equals_the_longer_dense_run(tmp_path, dense):
     longer, branch = leaves_of(tmp_path / 'longer'), leaves_of(tmp_path / 'branch')
     for name, leaf in longer.items():
         np.testing.assert_array_equal(branch[name], leaf, err_msg=name)
+
+
+def test_a_stream_is_read_from_its_beginning_in_an_order_of_the_first_step(tmp_path, dense, monkeypatch):
+    """A dense run of a million steps is continued without reading a million batches; random access reads on."""
+    starts = []
+    batches = SyntheticText.batches
+
+    def watched(self, start=0, share=WHOLE):
+        if self.num_batches is None:  # training data
+            starts.append((self.seed, start))
+        return batches(self, start, share)
+
+    monkeypatch.setattr(SyntheticText, 'batches', watched)
+    runs.train('continue', tmp_path / 'on', 5, INITIAL_CHECKPOINT_PATH=dense)
+    assert {*starts} == {(0, 0), (0, 4)}
+    kept = {'INITIAL_CHECKPOINT_PATH': dense, 'CHECKPOINT_KEEP': 2}
+    monkeypatch.setattr(SyntheticText, 'streamed', True, raising=False)
+    starts.clear()
+    runs.train('continue', tmp_path / 'streamed', 7, **kept)
+    runs.train('dense', tmp_path / 'scratch', 2)
+    (seed,) = {seed for seed, _ in starts} - {0}
+    assert (seed, 0) in starts and {start for _, start in starts} == {0}
+    whole = leaves_of(tmp_path / 'streamed')
+    # A resumed run reads the same stream up to its position.
+    shutil.rmtree(tmp_path / 'streamed' / 'checkpoints' / '7')
+    starts.clear()
+    runs.train('continue', tmp_path / 'streamed', 7, **kept)
+    assert (seed, 2) in starts
+    again = leaves_of(tmp_path / 'streamed')
+    assert all((again[name] == leaf).all() for name, leaf in whole.items())
 
 
 def test_the_ledger_of_a_line():

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
 
 from upcycle.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 JSON: TypeAlias = dict[str, Any] | list[Any] | str | int | float | bool | None
 
@@ -102,3 +101,15 @@ class DataSource(Protocol):
         out to `share.count` readers, so its batches depend on their number.
         """
         ...
+
+
+def of_run(data: DataSource, first_step: int) -> tuple[DataSource, int]:
+    """Returns the data of a run that starts from a checkpoint of that step, and the number of its first batch.
+
+    A run's batches have the numbers of its steps, so that a continuation reads on where the dense run stopped. A stream, whose
+    batches before a position must be read to reach it, is read from its beginning instead, with a seed of its first step.
+    """
+    if first_step == 0 or not getattr(data, 'streamed', False):
+        return data, 0
+    seed = int(np.random.SeedSequence([data.seed, first_step]).generate_state(1)[0] >> 1)
+    return dataclasses.replace(data, seed=seed), first_step

@@ -119,6 +119,11 @@ class DatasetConfig:
         """(H, W, C) of a row of `image`."""
         return tuple(self.preprocessing.image_shape)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether batches before a position must be read to reach it."""
+        return self.source.streamed
+
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes and dtypes of a global batch."""
         return {
@@ -143,8 +148,9 @@ class DatasetConfig:
         if self.source.streamed:
             return (
                 f'This split ({self.split}) is streamed with seed {self.seed}: the order is the same for the same number of '
-                'readers (hosts that read different rows), files and versions of TFDS and TensorFlow, and a resumed run skips '
-                'the examples before its position, without decoding them.'
+                'readers (hosts that read different rows), files and versions of TFDS and TensorFlow; a run reads it from its '
+                'beginning, in an order of its first step, and a resumed run skips the examples before its position, without '
+                'decoding them.'
             )
         return (
             f'Global batch b of this split ({self.split}) is a pure function of (seed {self.seed}, b), for any number of hosts '

@@ -187,6 +187,11 @@ class DatasetConfig:
             return self.vocabulary.tokenizer.id_to_piece(token)
         return self.vocabulary.decode([token]) or f'<{token}>'
 
+    @property
+    def streamed(self) -> bool:
+        """Whether batches before a position must be read to reach it."""
+        return self._random_access is None
+
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch, by T5X's feature names."""
         lengths = {'encoder': self.task_feature_lengths['inputs'], 'decoder': self.task_feature_lengths['targets']}
@@ -225,8 +230,8 @@ class DatasetConfig:
             )
         return (
             f'{self.mixture_or_task_name} is streamed by seqio with seed {self.seed}: the order is the same for the '
-            'same number of readers (hosts that read different rows), files and versions of seqio and TensorFlow, and a '
-            'resumed run replays the stream up to its position.'
+            'same number of readers (hosts that read different rows), files and versions of seqio and TensorFlow; a run '
+            'reads it from its beginning, in an order of its first step, and a resumed run replays it up to its position.'
         )
 
     def batches(self, start: int = 0, share: Share = WHOLE) -> Iterator[dict[str, np.ndarray]]:

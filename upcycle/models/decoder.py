@@ -177,8 +177,9 @@ class DecoderConfig:
         for name, (value, default) in same.items():
             if value == default:
                 object.__setattr__(self, name, None)
-        if self.window is None:
-            object.__setattr__(self, 'window_layers', 'all')
+        for layers, of in (('window_layers', self.window), ('moe_layers', self.moe)):
+            if of is None:
+                object.__setattr__(self, layers, 'all')
         for moe in filter(None, self.layer_moe()):
             moe.expert_width(self.mlp_dim)
         if self.moe is not None and not self.moe.causal:

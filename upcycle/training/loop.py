@@ -14,6 +14,7 @@ import numpy as np
 from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
 from upcycle.checkpoints.native import CheckpointManager
+from upcycle.data import of_run
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
@@ -93,6 +94,8 @@ class _Trainer:
         # Evaluators that were due at the newest checkpoint's step when the run was asked to stop.
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
+        # The step of a stream's first batch; 0 for other data.
+        self.first_step = 0
         self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
         self.step_tokens = run.model.num_tokens(run.train_data.batch_spec())
         self.subject = Subject(run.model, run.eval_data, self.batch_sharding)
@@ -147,10 +150,11 @@ class _Trainer:
         run = self.run
         if run.initial_checkpoint_path is None:
             return states.from_scratch(run, self.layout)
-        batch = next(self._batches(0))
+        batch = next(self._batches(self.first_step))
         state, self.receipt = from_checkpoint(self.start, batch)
         metadata = self.start.reader.metadata
         self.ledger.start_from(int(state.step), metadata, run.dense_flops)
+        _, self.first_step = of_run(run.train_data, self.ledger.start_step)
         self.sentinels = states.sentinels_of(run, metadata)
         states.check_start(run, self.ledger.start_step)
         # A model that was trained after its surgery keeps its step-0 metrics.
@@ -173,6 +177,8 @@ class _Trainer:
             promise = self.run.train_data.promise()
             warn(f'the number of readers of the data changed from {before} to {readers} at step {step}. {promise}')
         self.ledger = Ledger(**metadata['cost'])
+        # Earlier versions read and discarded the batches before the run's first step.
+        self.first_step = data.get('first_step', 0)
         self._observe(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
         self.sentinels = states.sentinels_of(self.run, metadata)
@@ -276,6 +282,7 @@ class _Trainer:
             **({'unfinished': unfinished} if unfinished else {}),
         }
         data = {
+            'first_step': self.first_step,
             'next_batch': step + self.health.values['batches_left_out'],
             'fingerprint': self.data_identity,
             'process_count': jax.process_count(),
@@ -346,7 +353,8 @@ class _Trainer:
         )
 
     def _batches(self, start: int) -> Iterator[dict[str, jax.Array]]:
-        return partitioning.batches(self.run.train_data, start, self.batch_sharding)
+        data, first = of_run(self.run.train_data, self.first_step)
+        return partitioning.batches(data, start - first, self.batch_sharding)
 
 
 def lower_step(
