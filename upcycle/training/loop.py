@@ -15,8 +15,8 @@ from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
 from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.native import CheckpointManager
-from upcycle.data import of_run
 from upcycle.checkpoints.several import readers_of
+from upcycle.data import of_run
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
