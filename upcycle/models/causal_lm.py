@@ -61,6 +61,8 @@ class CausalLM(BaseModel):
     blocks = ('layers',)
     components = ('mlp', 'self_attention')
     moe_fields = ('moe', 'attention_moe')
+    told = ('moe_output_bias',)
+    settings = 'models/llm.gin'
     network = DecoderOnly
 
     def __post_init__(self):

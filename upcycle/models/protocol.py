@@ -28,6 +28,9 @@ class Model(Protocol):
       grids: last segments of the names of learned positions (1, L, D) on a square grid, which surgery may interpolate.
       facts: fields of the configuration that change the function but not the shapes of parameters. In capitals they are macros
         of gin/.
+      told: other optional fields of the configuration that a checkpoint's leaves tell.
+      moe_fields: fields of the configuration that hold a `MoE`; 'x' has its layers in the field 'x_layers', or has all layers.
+      settings: gin file with the settings that a checkpoint does not tell, such as the optimizer.
       inputs: features of a batch that tell its size, for messages.
       blocks: names of the modules that are numbered by layer, without the number.
       components: names of the modules within a layer that `upcycle inspect` sums up.
@@ -40,6 +43,9 @@ class Model(Protocol):
     lacking: ClassVar[tuple[str, ...]]
     grids: ClassVar[tuple[str, ...]]
     facts: ClassVar[tuple[str, ...]]
+    told: ClassVar[tuple[str, ...]]
+    moe_fields: ClassVar[tuple[str, ...]]
+    settings: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]]
     blocks: ClassVar[tuple[str, ...]]
     components: ClassVar[tuple[str, ...]]
