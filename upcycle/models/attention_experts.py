@@ -67,7 +67,8 @@ class AttentionExperts(SelfAttention):
             )
             experts(M * N, c.dtype, name='expert')(jnp.zeros((moe.num_experts, 1, D), c.dtype))
 
-        # Each choice is a token with one expert, so that both projections are dropless layers without a sum over choices.
+        # Each choice is a token with one expert, so that both projections are dropless layers without a sum over choices. Among
+        # shards of experts, a token travels once for each choice.
         def project(part: str, x_BxRxD: jax.Array, weight_BxRx1: jax.Array, width: int) -> jax.Array:
             if self.is_initializing():
                 return jnp.zeros((*x_BxRxD.shape[:-1], width), x_BxRxD.dtype)

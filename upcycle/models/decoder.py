@@ -1,7 +1,7 @@
-"""A decoder-only Transformer for the layouts of Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi-3 and Granite.
+"""A decoder-only Transformer for the layouts of Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi-3, Granite and JetMoE.
 
 Parameter names are T5X's. Any MLP can be an MoE layer; a dense model and its upcycled one differ only in `mlp/expert/*` and
-`mlp/router/*`.
+`mlp/router/*`. Attention can have experts, too.
 """
 
 import dataclasses
