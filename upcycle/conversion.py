@@ -39,6 +39,8 @@ from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fin
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
+# Entries of the source's metadata that its conversion keeps.
+INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
@@ -131,7 +133,7 @@ def convert(
 
 def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
     """Returns the metadata that a trainer would save, without the receipt, and with the cost of the dense run as sunk cost."""
-    inherited = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
+    inherited = {name: reader.metadata[name] for name in INHERITED if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
     return {**inherited, 'family': run.model.family, 'model': model}
 
