@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -240,9 +241,10 @@ def test_a_scale_of_weights_is_a_factor_of_the_experts(fields, layout, tmp_path)
     trees.assert_same(reader, tree)
     assert reader.metadata['model']['config']['moe']['weight_scale'] == 0.5
     # For transformers, and for us without the note.
-    stored = llms.tensors_of(epath.Path(path))
-    llms.write(epath.Path(path), stored)
-    plain = open_checkpoint(path)
+    (tmp_path / 'plain').mkdir()
+    shutil.copy(epath.Path(path) / 'config.json', tmp_path / 'plain')
+    llms.write(tmp_path / 'plain', llms.tensors_of(epath.Path(path)))
+    plain = open_checkpoint(tmp_path / 'plain')
     assert 'weight_scale' not in plain.metadata['model']['config']['moe']
     for name, value in tree.items():
         np.testing.assert_array_equal(plain.read(name), value / 2 if name.endswith('expert/wo/kernel') else value)
