@@ -407,3 +407,16 @@ def test_a_dense_model_has_no_layout_with_experts():
     metadata = open_checkpoint(llms.FOLDERS / 'llama').metadata
     with pytest.raises(UserError, match='--layout=mixtral cannot store this model: .*Use --layout=llama'):
         chosen(metadata, 'mixtral')
+
+
+@pytest.mark.parametrize(
+    'layout, said',
+    [
+        ('mixtral', '--layout=mixtral is not one of t5, mt5, umt5'),
+        ('umt5', '--layout=umt5 cannot store this model, which is a t5'),
+    ],
+)
+def test_another_family_has_its_own_names(layout, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        _write(tmp_path / 'x', trees.t5(False, state=False), {}, FolderRequest(layout))
+    assert not list(tmp_path.iterdir())
