@@ -23,6 +23,7 @@ class BaseModel:
 
     lacking: ClassVar[tuple[str, ...]] = ()
     grids: ClassVar[tuple[str, ...]] = ()
+    told: ClassVar[tuple[str, ...]] = ()
     moe_fields: ClassVar[tuple[str, ...]]
     network: ClassVar[type[nn.Module]]
 

@@ -61,6 +61,8 @@ class EncoderDecoderModel(BaseModel):
     blocks = ('layers',)
     components = ('mlp', 'attention', 'self_attention', 'encoder_decoder_attention')
     moe_fields = ('encoder_moe', 'decoder_moe')
+    told = ('position_biases',)
+    settings = 'models/t5_1_1.gin'
     network = Transformer
 
     def __post_init__(self):
