@@ -38,6 +38,7 @@ from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
 from upcycle.training.state import first_step, make_layout, make_plan
 from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
+from upcycle.whole_model import compare_logits
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
@@ -127,6 +128,10 @@ def convert(
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
+        if check_functions and (logits := compare_logits(run.model, plan, reader, layout.flat())) is not None:
+            receipt['function_check']['logits'] = logits
+            largest = f'{logits["max_abs_difference"]:.2g} (largest logit {logits["max_abs"]:.2g})'
+            print(f'on random inputs the logits differ from those of the dense model by at most {largest}')
         files = {companions.KEY: companions.of(readers_of(reader)[0].path, readers_of(reader)[0].format)}
         writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
