@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle import schema
 from upcycle.errors import UserError, refuse
@@ -73,6 +74,10 @@ class BaseModel:
     def describe(self) -> dict[str, Any]:
         """See `models.Model`."""
         return {'family': self.family, **dataclasses.asdict(self)}
+
+    def sample_inputs(self) -> dict[str, np.ndarray] | None:
+        """None; see `models.Model`."""
+        return None
 
     def module(self, num_microbatches: int = 1) -> nn.Module:
         """See `models.Model`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     import flax.linen as nn
     import jax
+    import numpy as np
 
     from upcycle.moe.routers.base import MoE
 
@@ -126,6 +127,9 @@ class Model(Protocol):
         Raises:
           UserError: a feature is missing or has the wrong shape.
         """
+
+    def sample_inputs(self) -> 'dict[str, np.ndarray] | None':
+        """Returns a few seeded inputs of `logits`, to compare a model with its source; None if the family has none."""
 
     def loss_normalizer(self, batch: Mapping[str, 'jax.Array']) -> 'jax.Array':
         """Returns the divisor of the summed loss of the whole batch."""
