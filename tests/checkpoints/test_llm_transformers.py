@@ -80,6 +80,12 @@ CASES = {
     'phi3, half': ('Phi3', {'rope_parameters': THETA | {'partial_rotary_factor': 0.5}, 'sliding_window': 6}, 'phi3'),
     'granite, biases': ('Granite', BIASES | {'attention_multiplier': 0.2, 'rope_parameters': LINEAR}, 'granite'),
     'granite without multipliers': ('Granite', {'attention_multiplier': 8**-0.5}, 'llama'),
+    'jetmoe, 3 of 5': (
+        'JetMoe',
+        {'kv_channels': 6, 'num_local_experts': 5, 'num_experts_per_tok': 3, 'tie_word_embeddings': False}
+        | {'activation_function': 'gelu_pytorch_tanh', 'rms_norm_eps': 1e-3, 'rope_parameters': YARN},
+        'jetmoe',
+    ),
 }
 YARNS = {
     'factor': {'attention_factor': 1.3},
