@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from tests.fixtures import fixtures_dir
 from tests.moe.quick import jit
@@ -31,7 +32,7 @@ def config_of(name, file='config.json'):
 
 def tensors_of(folder):
     """All tensors of a folder, by their names there."""
-    stored, _ = safetensors.read_files(folder / safetensors.SINGLE)
+    stored, _ = safetensors.read_files(epath.Path(folder) / safetensors.SINGLE)
     return {name: tensor.read(()) for name, tensor in stored.items()}
 
 
@@ -60,7 +61,7 @@ def copy(name, target, *, file='config.json', without=(), change=None, **fields)
 def write(folder, tensors):
     """Writes tensors to a folder."""
     shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tensors.items()}
-    writer = safetensors.FilesWriter(folder, shapes)
+    writer = safetensors.FilesWriter(epath.Path(folder), shapes)
     for name, value in tensors.items():
         writer.write(name, value)
     writer.finish({})

@@ -21,9 +21,9 @@ LENGTH = 20
 SPLIT = 7
 SIZES = {
     'vocab_size': 83,
-    'hidden_size': 40,
-    'intermediate_size': 56,
-    'num_hidden_layers': 2,
+    'hidden_size': 32,
+    'intermediate_size': 48,
+    'num_hidden_layers': 3,
     'num_attention_heads': 4,
     'num_key_value_heads': 2,
     'max_position_embeddings': 64,
@@ -35,14 +35,11 @@ INPUTS = ('plain', 'right', 'left', 'packed')
 
 
 def make(kind, seed=0, dtype=torch.float32, **fields):
-    """Makes a random model of the class `kind`ForCausalLM, on which every norm and bias shows."""
-    stem = {'Gemma3': 'Gemma3Text'}.get(kind, kind)
-    config = getattr(transformers, f'{stem}Config')(**{**SIZES, **fields})
-    config._attn_implementation = 'eager'
-    config._experts_implementation = 'eager'
-    model = getattr(transformers, f'{kind}ForCausalLM')(config)
+    """Makes a random model with the configuration class `kind`Config, on which every norm and bias shows."""
+    config = getattr(transformers, f'{kind}Config')(**{**SIZES, **fields})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager', dtype=dtype)
     randomize(model, seed, centre=0.0 if kind.startswith('Gemma') else 1.0)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def randomize(model, seed, centre):

@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from etils import epath
 
-from upcycle import schema, warning
+from upcycle import schema
 from upcycle.checkpoints import views
-from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors, Turn
+from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors
 from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
-from upcycle.checkpoints.hf.decoder_only import refusal, rope
+from upcycle.checkpoints.hf.decoder_only import refusal, rope, tensors
 from upcycle.checkpoints.hf.decoder_only.facts import Facts
-from upcycle.checkpoints.hf.sources import CONFIG, are_equal, by_table, required
+from upcycle.checkpoints.hf.decoder_only.tensors import EMBEDDING, HEAD, NORMS, Leaf, linear
+from upcycle.checkpoints.hf.sources import CONFIG, required
 from upcycle.errors import UserError
 
 ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu'}
 ACTIVATIONS |= dict.fromkeys(('gelu_pytorch_tanh', 'gelu_new', 'gelu_fast'), 'gelu')
 _SPELLED = {'silu': 'silu', 'relu': 'relu', 'gelu': 'gelu_pytorch_tanh'}
-_HEAD = 'lm_head.weight'
-_EMBEDDING = 'model.embed_tokens.weight'
 # Buffers of RoPE, in files of transformers before 4.32.
 _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq')
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
@@ -33,30 +31,14 @@ KEPT = (
     *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
     *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'router_jitter_noise'),
 )
-# Names of the norms by placement: (theirs, ours).
-_NORMS = {
-    'pre': (
-        ('input_layernorm', 'pre_self_attention_layer_norm'),
-        ('post_attention_layernorm', 'pre_mlp_layer_norm'),
-    ),
-    'post': (
-        ('post_attention_layernorm', 'post_self_attention_layer_norm'),
-        ('post_feedforward_layernorm', 'post_mlp_layer_norm'),
-    ),
-    'both': (
-        ('input_layernorm', 'pre_self_attention_layer_norm'),
-        ('post_attention_layernorm', 'post_self_attention_layer_norm'),
-        ('pre_feedforward_layernorm', 'pre_mlp_layer_norm'),
-        ('post_feedforward_layernorm', 'post_mlp_layer_norm'),
-    ),
-}
-
-
-class Leaf(NamedTuple):
-    """One of our leaves: its tensors, and the names of its sizes in `DecoderOnly.dimensions`."""
-
-    entry: Entry
-    sizes: tuple[str, ...]
+# Fields that do not change the logits: identifiers of tokens, other heads, training, lengths of tokenizers and files, kernels,
+# other programs.
+_HARMLESS = """
+    pad_token_id eos_token_id unk_token_id decoder_start_token_id id2label num_labels is_decoder tie_encoder_decoder
+    attention_dropout resid_pdrop embd_pdrop neftune_noise_alpha max_sequence_length model_max_length pretraining_tp
+    _flash_attn_2_enabled use_flash_attention_2 auto_map trust_remote_code is_llama_config transformers.js_config
+    unsloth_fixed unsloth_version
+"""
 
 
 class DecoderOnly(Architecture):
@@ -92,29 +74,7 @@ class DecoderOnly(Architecture):
             ('use_mrope', 'lm_head_bias', 'use_bidirectional_attention', 'attention_bias', 'mlp_bias'), False
         ),
     }
-    harmless = frozenset(
-        ('id2label', 'num_labels', 'is_decoder', 'tie_encoder_decoder', 'decoder_start_token_id')
-        # Identifiers of tokens, which the logits do not depend on.
-        + ('pad_token_id', 'eos_token_id', 'unk_token_id')
-        # Training.
-        + ('attention_dropout', 'resid_pdrop', 'embd_pdrop', 'neftune_noise_alpha')
-        # How a product is split; lengths of tokenizers and files; other programs.
-        + (
-            'pretraining_tp',
-            'max_sequence_length',
-            'model_max_length',
-            'auto_map',
-            'is_llama_config',
-            'trust_remote_code',
-        )
-        + (
-            'transformers.js_config',
-            'unsloth_fixed',
-            'unsloth_version',
-            '_flash_attn_2_enabled',
-            'use_flash_attention_2',
-        )
-    )
+    harmless = frozenset(_HARMLESS.split())
     depths = {'num_hidden_layers': r'model\.layers\.(\d+)\.'}
     defaults = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_act': 'silu'}
     refuses_unknown_fields = True
@@ -230,16 +190,16 @@ class DecoderOnly(Architecture):
 
     def leaves(self, facts: Facts) -> dict[str, Leaf]:
         """Returns all leaves of a model, by their names below `params/`."""
-        leaves = {'token_embedder/embedding': Leaf(Entry(_EMBEDDING), ('vocab_size', 'hidden_size'))}
+        leaves = {'token_embedder/embedding': Leaf(Entry(EMBEDDING), ('vocab_size', 'hidden_size'))}
         for i in range(facts['num_layers']):
             ours, theirs = f'decoder/layers_{i}', f'model.layers.{i}'
-            for their_norm, our_norm in _NORMS[facts['norm_placement']]:
+            for their_norm, our_norm in NORMS[facts['norm_placement']]:
                 leaves[f'{ours}/{our_norm}/scale'] = Leaf(Entry(f'{theirs}.{their_norm}.weight'), ('hidden_size',))
             leaves |= self.attention(facts, i, f'{ours}/self_attention', f'{theirs}.self_attn')
             leaves |= self.mlp(facts, i, f'{ours}/mlp', f'{theirs}.mlp')
         leaves['decoder/decoder_norm/scale'] = Leaf(Entry('model.norm.weight'), ('hidden_size',))
         if not facts['tied_embeddings']:
-            leaves['decoder/logits_dense/kernel'] = Leaf(Entry(_HEAD, LINEAR), ('hidden_size', 'vocab_size'))
+            leaves['decoder/logits_dense/kernel'] = Leaf(Entry(HEAD, LINEAR), ('hidden_size', 'vocab_size'))
         return leaves
 
     def attention(self, facts: Facts, layer: int, ours: str, theirs: str) -> dict[str, Leaf]:
@@ -283,17 +243,9 @@ class DecoderOnly(Architecture):
     def read(self, folder: epath.Path, config: Config, stored: Tensors) -> tuple[dict[str, views.Lazy], dict[str, Any]]:
         """See `Architecture`."""
         found = self.facts(folder / CONFIG, config)
-        stored, found['tied_embeddings'] = _with_head(folder, found['tied_embeddings'], dict(stored))
+        stored, found['tied_embeddings'] = tensors.with_head(folder, found['tied_embeddings'], dict(stored))
         facts = facts_lib.canonical(found)
-        leaves = self.leaves(facts)
-        named = {theirs: name for name, leaf in leaves.items() for theirs in leaf.entry.every_name}
-        if missing := [theirs for theirs in named if theirs not in stored]:
-            more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
-            raise UserError(f'{folder} has no {missing[0]}{more}: copy the checkpoint again.')
-        sources = by_table(folder, stored, {name: leaf.entry for name, leaf in leaves.items()})
-        dimensions = self.dimensions(facts)
-        for name, source in sources.items():
-            _require_shape(folder, leaves[name], stored, source, dimensions)
+        sources = tensors.read(folder, stored, self.leaves(facts), self.dimensions(facts))
         model = {'family': self.family, 'config': {**facts, 'dtype': 'float32'}}
         kept = {name: config[name] for name in KEPT if name in config}
         return sources, {'model': model, 'kept': kept}
@@ -345,7 +297,7 @@ class DecoderOnly(Architecture):
         table = {name: leaf.entry for name, leaf in self.leaves(sizes['facts']).items()}
         if sizes['rows'] != sizes['facts']['vocab_size']:
             table |= {
-                name: Entry(table[name].names, _first_rows(table[name].turn, sizes['rows']))
+                name: Entry(table[name].names, tensors.first_rows(table[name].turn, sizes['rows']))
                 for name in ('token_embedder/embedding', 'decoder/logits_dense/kernel')
                 if name in table
             }
@@ -359,53 +311,3 @@ class DecoderOnly(Architecture):
             **metadata.get('kept', {}),
             **self.spell(sizes['facts'] | {'vocab_size': sizes['rows']}),
         }
-
-
-def linear(ours: str, theirs: str, sizes: tuple[str, str], *, bias: bool) -> dict[str, Leaf]:
-    """Returns the leaves of a linear layer; `sizes`: of the inputs and the outputs."""
-    leaves = {f'{ours}/kernel': Leaf(Entry(f'{theirs}.weight', LINEAR), sizes)}
-    return leaves | ({f'{ours}/bias': Leaf(Entry(f'{theirs}.bias'), sizes[1:])} if bias else {})
-
-
-def _with_head(folder: epath.Path, tied: bool, stored: dict[str, Any]) -> tuple[Tensors, bool]:
-    """Returns the tensors without a head that equals the embedding, and whether the model is tied, as transformers 5 decides.
-
-    Raises:
-      UserError: a model that is not tied has no head.
-    """
-    if not tied:
-        if _HEAD not in stored:
-            raise UserError(
-                f'{folder} has no {_HEAD}, and tie_word_embeddings of {CONFIG} is false: copy the checkpoint again, or set the '
-                'field to true if the head is the embedding.'
-            )
-        return stored, False
-    if _HEAD in stored:
-        head = stored.pop(_HEAD)
-        embedding = stored.setdefault(_EMBEDDING, head)
-        if not are_equal(embedding, head):
-            warning.once(
-                f'{folder}: tie_word_embeddings of {CONFIG} is true, but {_HEAD} is not the embedding: the head is read, as in '
-                'transformers 5.'
-            )
-            return stored | {_HEAD: head}, False
-    return stored, True
-
-
-def _require_shape(
-    folder: epath.Path, leaf: Leaf, stored: Tensors, source: views.Lazy, dimensions: Mapping[str, int]
-) -> None:
-    """Raises UserError if a leaf has another shape than the configuration asks for."""
-    expected = tuple(dimensions[size] for size in leaf.sizes)
-    if source.shape != expected:
-        theirs = leaf.entry.every_name[0]
-        wanted = leaf.entry.turn.to_theirs(np.broadcast_to(np.int8(0), expected[leaf.entry.is_stack :])).shape
-        sizes = ', '.join(f'{size} = {dimensions[size]}' for size in dict.fromkeys(leaf.sizes))
-        raise UserError(
-            f'{theirs} of {folder} has the shape {list(stored[theirs].shape)}, but {CONFIG} asks for {list(wanted)} ({sizes}).'
-        )
-
-
-def _first_rows(turn: Turn, rows: int) -> Turn:
-    """Returns a turn that cuts the padding of the vocabulary, the first axis of the tensor."""
-    return Turn(turn.to_ours, lambda x: turn.to_theirs(x)[:rows])

@@ -11,8 +11,9 @@ from etils import epath
 from upcycle import schema
 from upcycle.checkpoints import views
 from upcycle.checkpoints.hf.architecture import LINEAR, Config, Entry, Part, Tensors
-from upcycle.checkpoints.hf.decoder_only.base import DecoderOnly, Leaf
+from upcycle.checkpoints.hf.decoder_only.base import DecoderOnly
 from upcycle.checkpoints.hf.decoder_only.facts import Facts, indices
+from upcycle.checkpoints.hf.decoder_only.tensors import Leaf
 from upcycle.errors import UserError
 
 # Matrices of an MLP: ours, and the usual names there.

@@ -11,9 +11,9 @@ from etils import epath
 
 from upcycle.checkpoints.hf.architecture import LINEAR, Config, Entry
 from upcycle.checkpoints.hf.decoder_only import windows
-from upcycle.checkpoints.hf.decoder_only.base import Leaf, linear
 from upcycle.checkpoints.hf.decoder_only.experts import MATRICES, ZERO_SHARED_WIDTH, WithExperts
 from upcycle.checkpoints.hf.decoder_only.facts import Facts, indices
+from upcycle.checkpoints.hf.decoder_only.tensors import Leaf, linear
 
 _NEARLY_ZERO = 1e-6
 
