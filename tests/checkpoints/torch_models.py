@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 LENGTH = 20
 # Documents of the packed row.
 SPLIT = 7
+# Of probabilities of experts, above what rounding changes.
+MARGIN = 3e-4
 SIZES = {
     'vocab_size': 83,
     'hidden_size': 32,
@@ -60,23 +62,25 @@ def randomize(model, seed, centre):
                 parameter.copy_(width * noise / parameter.shape[-1] ** 0.5)
 
 
-def margin(model):
-    """The smallest difference between the last chosen and the first other expert's probability; 1 without experts."""
+def margin(model, tokens):
+    """The smallest difference between the probabilities of the last chosen and the first other expert; 1 without experts."""
+    count = getattr(model.config, 'num_experts', None) or getattr(model.config, 'num_local_experts', None)
+    if count is None or count == (top := model.config.num_experts_per_tok):
+        return 1.0
     found = []
 
     def record(module, arguments, output):
-        logits = output[0] if isinstance(output, tuple) else output
-        if logits.shape[-1] == count:
-            chosen = logits.float().softmax(-1).sort(descending=True).values
-            found.append((chosen[..., top - 1] - chosen[..., top]).min().item())
+        for logits in output if isinstance(output, tuple) else (output,):
+            if logits.shape[-1] == count and logits.is_floating_point():
+                ordered = logits.float().softmax(-1).sort(descending=True).values
+                found.append((ordered[..., top - 1] - ordered[..., top]).min().item())
 
-    count = getattr(model.config, 'num_experts', None) or getattr(model.config, 'num_local_experts', None)
-    top = getattr(model.config, 'num_experts_per_tok', None)
-    if count is None or count == top:
-        return 1.0
-    routers = [module for name, module in model.named_modules() if name.endswith(('.gate', '.router.layer', '.router'))]
-    hooks = [router.register_forward_hook(record) for router in routers]
-    theirs(model, tokens_of(model))
+    hooks = [
+        module.register_forward_hook(record)
+        for name, module in model.named_modules()
+        if name.endswith(('.gate', '.router', '.router.layer'))
+    ]
+    theirs(model, tokens)
     for hook in hooks:
         hook.remove()
     assert found
@@ -84,12 +88,20 @@ def margin(model):
 
 
 def make_with_margin(kind, **fields):
-    """Makes a model whose routers' choices float rounding does not change."""
+    """Makes a model whose routers' choices float rounding does not change, for the tokens of `tokens_of`."""
     for seed in range(50):
         model = make(kind, seed, **fields)
-        if margin(model) > 3e-4:
+        if margin(model, tokens_of(model)) > MARGIN:
             return model
     raise AssertionError(f'no seed gives {kind} clear choices')
+
+
+def tokens_with_margin(model):
+    """Random tokens for which float rounding does not change the routers' choices."""
+    for seed in range(50):
+        if margin(model, tokens := tokens_of(model, seed=seed)) > MARGIN:
+            return tokens
+    raise AssertionError(f'no seed gives {type(model).__name__} clear choices')
 
 
 def tokens_of(model, rows=2, seed=1):
