@@ -20,12 +20,12 @@ from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_ch
 from upcycle.checkpoints.arrays import require_finite
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
-from upcycle.checkpoints.writing import Region, Writer, parts
+from upcycle.checkpoints.writing import Region, Writer
 from upcycle.errors import UserError
 from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
-from upcycle.surgery.fingerprint import sha256_of
+from upcycle.surgery.fingerprint import in_c_order, sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Maker
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
@@ -33,7 +33,7 @@ from upcycle.surgery.receipt import check_layer, make_receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
-from upcycle.training.state import make_layout, make_plan
+from upcycle.training.state import first_step, make_layout, make_plan
 from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
@@ -58,7 +58,8 @@ def convert(
       run: names the source and the surgery; its data and schedule are ignored.
       target: path of the new checkpoint.
       format: of the new checkpoint.
-      dtype: of the parameters; None: float32, as in the trainer.
+      dtype: of the parameters; None: float32, as in the trainer, or in a format that other programs read (huggingface), that of
+        each leaf's source.
       optimizer_state: False leaves the optimizer state out.
       verify: read everything back and compare hashes.
       check_functions: compare each MoE layer with its dense MLP.
@@ -71,6 +72,8 @@ def convert(
       UserError: before any write, if plan, format or disk space do not fit; later, if a source is damaged. No files are left.
     """
     check_dtype(dtype)
+    if format == 'huggingface' and run.surgery is not None and run.surgery.optimizer_state is OptimizerState.FRESH:
+        optimizer_state = False  # zeros, for which the format has no place
     target = check_target(target, format, below_runs=False)
     if run.surgery is None or run.surgery.made_by is None:
         raise UserError(
@@ -91,7 +94,9 @@ def convert(
         if name != 'rng' and (optimizer_state or not name.startswith('opt_state/'))
     }
     plan = make_plan(run, layout, reader, wanted)
-    step = reader.step if run.dense_step is None else run.dense_step
+    if dtype is None and format == 'huggingface':
+        plan = dataclasses.replace(plan, rows=tuple(_with_dtype_of_source(row, reader) for row in plan.rows))
+    step = first_step(run, reader)
     leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in plan.rows}
     identity = {
         'from': reader.path,
@@ -129,6 +134,13 @@ def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
     return {**inherited, 'family': run.model.family, 'model': model}
 
 
+def _with_dtype_of_source(row: Row, reader: Reader) -> Row:
+    """Returns the row with the dtype that its source has in the checkpoint, if it is a parameter with a source."""
+    if not row.sources or not row.target.startswith('params/'):
+        return row
+    return dataclasses.replace(row, dtype=reader.leaves()[row.sources[0]].dtype)
+
+
 def _is_alike(plan: Plan, row: Row) -> bool:
     return row.action in (Action.EXPERTS, Action.TILE) and plan.alike(row)
 
@@ -160,7 +172,7 @@ class _Conversion:
 
     def missing_parts(self) -> Iterator[Part]:
         """Makes every leaf, in the plan's order, and yields the parts that the writer does not have."""
-        rows = [row for row in self._plan.in_order() if row.target in self._leaves]
+        rows = [row for row in self._plan.in_order() if row.target not in self._writer.left_out]
         reads = (functools.partial(self._read_all, row.sources) for row in rows)
         for row, sources in zip(rows, ahead(reads), strict=True):
             self._sources = sources
@@ -183,10 +195,10 @@ class _Conversion:
 
     def compare(self, written: Reader) -> None:
         """Raises UserError unless every part that was read back has the hash of the part that was made."""
-        for name, leaf in self._leaves.items():
+        for name in self._leaves:
             if name in self._writer.left_out:
                 continue
-            for region in parts(name, leaf):
+            for region in self._writer.parts(name):
                 start = region[0].start if region else 0
                 if _sha256(written.read(name, region=region)) != self._made_hashes[name, start]:
                     part = f'expert {start} of {name}' if region else name
@@ -209,7 +221,7 @@ class _Conversion:
     def _parts(self, row: Row) -> Iterator[tuple[Region, np.ndarray]]:
         """Makes the parts of a leaf."""
         check = self._check_of(row)
-        regions = parts(row.target, self._leaves[row.target])
+        regions = self._writer.parts(row.target)
         small: list[np.ndarray] = []
         for index, value in self._maker.pieces(row):
             value = np.asarray(value)
@@ -306,4 +318,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _sha256(value: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(value, order='C').reshape(-1).view(np.uint8).data).hexdigest()
+    digest = hashlib.sha256()
+    for block in in_c_order(value):
+        digest.update(block)
+    return digest.hexdigest()

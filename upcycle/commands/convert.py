@@ -11,7 +11,7 @@ from upcycle.errors import UserError
 from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.training import start
-from upcycle.training.state import check_start
+from upcycle.training.state import check_start, first_step
 
 
 def run(
@@ -55,9 +55,7 @@ def run(
     if run.train_data is not None:
         start.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
     if run.total_steps is not None:
-        step = open_checkpoints(run.initial_checkpoint_path).step if run.dense_step is None else run.dense_step
-        if step is not None:
-            check_start(run, step)
+        check_start(run, first_step(run, open_checkpoints(run.initial_checkpoint_path)))
     return conversion.convert(
         run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify, request=request
     )

@@ -146,9 +146,10 @@ class MoELayer(nn.Module):
             C = B * L // G
             mesh = mesh if B % shards == 0 else None
         else:
-            G = microbatch_groups(config, B * L)
+            G = microbatch_groups(config, B, L)
             C = config.capacity(B * L // G, training=training)
-            check_groups(G, shards)
+            if not config.dropless:
+                check_groups(G, shards)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
         noisy = training and config.noise_stddev > 0
         if noisy:
@@ -159,7 +160,7 @@ class MoELayer(nn.Module):
             x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL)
         )
         balance = config.balance_loss_of(clean_GxSxE, noisy_GxSxE if noisy else None, real_GxS)
-        if config.dropless and not self.is_initializing():
+        if config.dropless:
             y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
@@ -259,6 +260,9 @@ class MoELayer(nn.Module):
         self._log(metrics, choices, balance, state)
         K = self.config.num_selected_experts
         choices = Choices(*(x.reshape(B, L, K) for x in choices))
+        if self.is_initializing():
+            self._apply_experts(jnp.zeros((E, 1, 1, x_BxLxD.shape[-1]), x_BxLxD.dtype), training)
+            return x_BxLxD, choices
         rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
 
         def experts(params: Any, x_RxD: jax.Array, sizes_E: jax.Array) -> jax.Array:

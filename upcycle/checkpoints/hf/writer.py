@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,13 +26,14 @@ _PARAMS = 'params/'
 class HuggingFaceWriter(staging.StagedWriter):
     """Writes a model as safetensors and `config.json`.
 
-    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor. Parts of other leaves are put
-    together first, because the tensor may be transposed.
+    A leaf that corresponds to several tensors, or parts of tensors, such as experts, is written one by one; other leaves are
+    written whole, because the tensor may be transposed. On a disk, the same command continues an interrupted write.
 
     Args:
       path: of the folder.
       leaves: all leaves that will be written.
       metadata: of our checkpoint, as far as it describes the model: `facts` or `model`, `model_type`.
+      identity: see `checkpoints.create_checkpoint`.
       request: the layout, and the engines that must compute it.
       shard_bytes: see `safetensors.FilesWriter`.
     """
@@ -41,6 +43,7 @@ class HuggingFaceWriter(staging.StagedWriter):
         path: epath.Path,
         leaves: writing.Leaves,
         metadata: Mapping[str, Any],
+        identity: Mapping[str, Any],
         request: FolderRequest = ANY_FOLDER,
         shard_bytes: int = safetensors.SHARD_BYTES,
     ):
@@ -66,32 +69,33 @@ class HuggingFaceWriter(staging.StagedWriter):
         engines.report(engines.engine_limits(config['model_type'], config), request.engines, self.path)
         self._request = request
         self._step: int | None = None
-        self._unfinished: dict[str, np.ndarray] = {}
-        self._folder = self._stage(outputs.Kind.NEW_FOLDER)
+        places = json.dumps([(name, each.dtype.name, list(each.shape)) for name, each in tensors.items()])
+        identity = {**identity, 'tensors': hashlib.sha256(places.encode()).hexdigest(), 'layout': config['model_type']}
+        self._folder = self._stage(outputs.Kind.NEW_FOLDER, identity)
         self._files = safetensors.FilesWriter(self._folder, tensors, shard_bytes)
+        for name, start in self._staging.done:
+            entry, leaf = self._table[name], self._leaves[name]
+            size = leaf.size * leaf.dtype.itemsize // len(self.parts(name))
+            self._files.assume_written(entry.pieces[start][0], size)
+
+    def parts(self, name: str) -> Sequence[writing.Region]:
+        """See `writing.Writer`."""
+        if name == 'step' or not self._table[name].is_stack:
+            return [writing.WHOLE]
+        return [(slice(row, row + 1),) for row in range(self._leaves[name].shape[0])]
 
     def write(self, name: str, region: writing.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
         if name == 'step':
             self._step = int(value)
             return
-        entry = self._table[name]
-        if entry.is_stack:
-            pieces = entry.pieces[region[0]] if region else entry.pieces
-            for piece, row in zip(pieces, value, strict=True):
-                self._write(name, piece, entry.turn.to_theirs(row))
-        elif (whole := self._put_together(name, region, value)) is not None:
-            self._write(name, entry.pieces[0], entry.turn.to_theirs(whole))
-
-    def _put_together(self, name: str, region: writing.Region, value: np.ndarray) -> np.ndarray | None:
-        """Collects the parts of a leaf; returns the whole leaf after the last part, None before."""
-        if region == writing.WHOLE:
-            return value
-        leaf = self._leaves[name]
-        if name not in self._unfinished:
-            self._unfinished[name] = np.empty(leaf.shape, leaf.dtype)
-        self._unfinished[name][region] = value
-        return self._unfinished.pop(name) if region[0].stop == leaf.shape[0] else None
+        entry, start = self._table[name], writing.start_of(region)
+        rows = value if entry.is_stack else value[None]
+        for piece, row in zip(entry.pieces[start:], rows, strict=False):
+            self._write(name, piece, entry.turn.to_theirs(row))
+        if name in self._leaves:
+            for row in range(start, start + len(rows)):
+                self._staging.add((name, row))
 
     def _write(self, name: str, piece: tuple[str, Part | None], value: np.ndarray) -> None:
         theirs, part = piece

@@ -38,7 +38,8 @@ class MoE:
     Attributes:
       num_experts: E, experts in every MoE layer [NUM_EXPERTS].
       router: the name of the class [ROUTER].
-      group_size: the most tokens in a group, which compete for the same slots [GROUP_SIZE].
+      group_size: the most tokens in a group, which compete for the same slots; for dropless layers see
+        `groups.microbatch_groups` [GROUP_SIZE].
       groups_multiple_of: the number of groups in a batch is a multiple of this [GROUPS_MULTIPLE_OF], which must be a multiple of
         the mesh's data x expert shards. It is not read from the mesh, so that the mesh does not change results.
       granularity: width of a dense MLP over that of an expert [EXPERT_GRANULARITY].
