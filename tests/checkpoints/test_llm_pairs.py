@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import upcycle
+from tests.moe.quick import jit
 from upcycle import cli
 from upcycle.checkpoints import open_checkpoint
 from upcycle.commands import train
@@ -17,7 +18,8 @@ from upcycle.transfer import transfer
 
 _WHY = 'needs `pip install upcycle[hf]`: no pair of a dense layout and one with experts is compared with transformers'
 pytest.importorskip('torch', reason=_WHY)
-pytest.importorskip('transformers', minversion='5', reason=_WHY)
+transformers = pytest.importorskip('transformers', minversion='5', reason=_WHY)
+tokenizers = pytest.importorskip('tokenizers', reason=_WHY)
 
 from tests.checkpoints import torch_models  # noqa: E402
 
@@ -196,3 +198,36 @@ def test_a_trained_model(layout, tmp_path):
     assert not added
     for leaf in leaves:
         np.testing.assert_array_equal(again.read(leaf), run.read(leaf), err_msg=leaf)
+
+
+def greedy(folder, prompt, count):
+    """The `count` likeliest tokens after a prompt, one after the other, by our model."""
+    model, params = upcycle.load(folder)
+    logits = jit(model.logits)
+    tokens = np.pad(np.asarray(prompt, np.int32), ((0, 0), (0, count)))
+    for i in range(np.shape(prompt)[1], tokens.shape[1]):
+        tokens[:, i] = logits(params, {'tokens': tokens})[:, i - 1].argmax(-1)
+    return tokens
+
+
+@pytest.mark.parametrize('name', ['Mistral', 'Qwen3'])
+def test_the_auto_classes_load_the_folder_and_generate(name, tmp_path):
+    model = make_folder(name, {}, tmp_path / 'dense')
+    words = {f'w{i}': i for i in range(model.config.vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='w3'))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = '{% for message in messages %}{{ message.content }} {% endfor %}'
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token='w2', chat_template=template)
+    fast.save_pretrained(tmp_path / 'dense')
+    convert(tmp_path / 'dense', tmp_path / 'moe', {})
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'moe')
+    prompt = again('w5 w17 w9 w80', return_tensors='pt')
+    assert prompt['input_ids'].tolist() == [[5, 17, 9, 80]] and again.eos_token_id == 2
+    chat = again.apply_chat_template([{'role': 'user', 'content': 'w7 w8'}], tokenize=False)
+    assert chat.split() == ['w7', 'w8']
+    sparse = torch_models.load(tmp_path / 'moe')
+    generated = sparse.generate(**prompt, do_sample=False, max_new_tokens=8).numpy()
+    assert generated.shape == (1, 12) or generated[0, -1] == 2
+    np.testing.assert_array_equal(generated, model.generate(**prompt, do_sample=False, max_new_tokens=8).numpy())
+    found = greedy(tmp_path / 'moe', prompt['input_ids'].numpy(), 8)
+    np.testing.assert_array_equal(found[:, : generated.shape[1]], generated)
