@@ -18,6 +18,7 @@ import numpy as np
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoints
 from upcycle.checkpoints.arrays import require_finite
+from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import Region, Writer
@@ -121,7 +122,8 @@ def convert(
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
-        writer.finish({**metadata, 'receipt': receipt}, work.compare if verify else lambda reader: None)
+        files = {companions.KEY: companions.of(readers_of(reader)[0].path, readers_of(reader)[0].format)}
+        writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
         print(line)
     return writer.path

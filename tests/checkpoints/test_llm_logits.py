@@ -56,7 +56,7 @@ def test_a_folder(name):
     assert compared == theirs.keys()
 
 
-@pytest.mark.parametrize('pair', [pair for pair in llms.PAIRS if not pair.endswith('jetmoe')])
+@pytest.mark.parametrize('pair', llms.PAIRS)
 def test_a_dense_folder_and_its_experts(pair):
     name = f'upcycle_{pair}'
     ref = llms.reference(name)

@@ -38,12 +38,14 @@ MOE = {
     'olmoe': ({'num_experts': 4, 'normalize_combine_weights': False}, 'all'),
     'flex_olmo': ({'num_experts': 4, 'normalize_combine_weights': False}, 'all'),
     'granitemoe': ({'num_experts': 4, 'normalize_combine_weights': True}, 'all'),
+    'jetmoe': ({'num_experts': 4, 'normalize_combine_weights': True}, 'all'),
 }
 PAIRS = {
     'upcycle_llama_to_mixtral': 'llama',
     'upcycle_qwen3_to_qwen3_moe': 'qwen3',
     'upcycle_olmo2_to_flex_olmo': 'olmo2',
     'upcycle_granite_to_granitemoe': 'granite',
+    'upcycle_llama_to_jetmoe': 'llama',
 }
 FOLDERS = [*MOE, *(f'{pair}/moe' for pair in PAIRS)]
 # Fields of transformers that say nothing about the function, and fields whose default is what the folder says.

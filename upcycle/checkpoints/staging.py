@@ -220,9 +220,7 @@ class StagedWriter:
         """Begins the staging; returns the file or folder to write. For the arguments see `Staging`."""
         self._staging = Staging(epath.Path(self.path), kind, identity)
         sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in self._leaves.items()}
-        self._staging.begin(
-            sum(len(left) * sizes[name] // len(self.parts(name)) for name, left in self.todo().items())
-        )
+        self._staging.begin(sum(len(left) * sizes[name] // len(self.parts(name)) for name, left in self.todo().items()))
         return self._staging.path
 
     def parts(self, name: str) -> Sequence[writing.Region]:

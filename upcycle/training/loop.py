@@ -13,7 +13,9 @@ import numpy as np
 
 from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
+from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.native import CheckpointManager
+from upcycle.checkpoints.several import readers_of
 from upcycle.data import of_run
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate.protocol import Subject
@@ -127,6 +129,9 @@ class _Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             if self.receipt is not None and jax.process_index() == 0:
                 files.replace_text(folder / 'receipt.json', json.dumps(self.receipt, indent=1))
+            if run.initial_checkpoint_path is not None and jax.process_index() == 0:
+                source = readers_of(self.start.reader)[0]
+                companions.copy(companions.of(source.path, source.format), folder / companions.FOLDER)
         self.health.step = int(state.step)
         if self.before is not None:
             self._skip_batches(int(state.step))

@@ -151,7 +151,7 @@ def make_plan(run: ModelRun, layout: Layout, reader: Reader, wanted: Mapping[str
 
 
 def first_step(run: ModelRun, reader: Reader) -> int:
-    """Returns the step at which a run starts: DENSE_STEP, or the checkpoint's, or 0 if it is unknown and the schedule allows that.
+    """Returns the step at which a run starts: DENSE_STEP, else the checkpoint's, else 0 if the schedule allows that.
 
     Raises:
       UserError: the step is unknown, and the schedule needs it.

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from etils import epath
 
+import upcycle
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
-from upcycle.checkpoints.hf import engines
+from upcycle.checkpoints.hf import companions, engines, receipt
 from upcycle.checkpoints.hf.architecture import Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.checkpoints.hf.sources import CONFIG
@@ -107,10 +108,20 @@ class HuggingFaceWriter(staging.StagedWriter):
         with writing.not_refused(self._folder):
             for name, value in self._constants.items():
                 self.write(name, writing.WHOLE, value)
-            self._files.finish({'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)}))
+            companions.copy(metadata.get(companions.KEY), self._folder)
+            self._files.finish(self._notes(metadata.get('receipt')))
             config = self._architecture.config(self._sizes, metadata) | {'torch_dtype': self._dtype.name}
             (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self._publish(check, HuggingFaceReader(self._folder), last=self._files.last)
+
+    def _notes(self, content: Mapping[str, Any] | None) -> dict[str, str]:
+        """Writes the receipt, if there is one; returns the notes in the headers."""
+        notes = {'format': 'pt', 'upcycle': upcycle.__version__}
+        if self._step is not None:
+            notes['step'] = str(self._step)
+        if content is not None:
+            notes[receipt.NOTE] = receipt.write(self._folder, content, added=[*self._constants])
+        return notes
 
     def _close_files(self) -> None:
         self._files.close()

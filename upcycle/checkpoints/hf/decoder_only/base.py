@@ -29,7 +29,7 @@ _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
 KEPT = (
     *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
-    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'router_jitter_noise'),
+    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'aux_loss_coef', 'router_jitter_noise'),
 )
 # Fields that do not change the logits: identifiers of tokens, other heads, training, lengths of tokenizers and files, kernels,
 # other programs.
