@@ -20,7 +20,7 @@ from tests.checkpoints import torch_models  # noqa: E402
 pytestmark = pytest.mark.exhaustive
 
 DENSE = ('Llama', 'Mistral', 'Qwen2', 'Qwen3', 'Gemma', 'Gemma2', 'Gemma3Text', 'SmolLM3', 'Olmo2', 'Phi3', 'Granite')
-MOE = ('Mixtral', 'Qwen2Moe', 'Qwen3Moe', 'Olmoe', 'FlexOlmo', 'GraniteMoe')
+MOE = ('Mixtral', 'Qwen2Moe', 'Qwen3Moe', 'Olmoe', 'FlexOlmo', 'GraniteMoe', 'JetMoe')
 KINDS = DENSE + MOE
 # Classes whose heads may have any width.
 ANY_HEAD = {'Llama', 'Mistral', 'Qwen2', 'Qwen3', 'Gemma', 'Gemma2', 'Gemma3Text', 'Mixtral', 'Qwen3Moe'}
@@ -53,8 +53,9 @@ def own(kind, rng, depth):
     """Random fields of one class."""
     types = {'layer_types': [draw(rng, FULL, SLIDING) for _ in range(depth)]}
     window = draw(rng, 3, 7, 40)
-    experts = int(rng.integers(1, 7))
-    routing = {'num_experts_per_tok': int(rng.integers(1, experts + 1))}
+    experts = int(rng.integers(2, 7))
+    # Trained here, one expert with a weight of 1 is refused.
+    routing = {'num_experts_per_tok': int(rng.integers(2, experts + 1))}
     raw = {'norm_topk_prob': draw(rng, True, False)}
     multipliers = {'embedding_multiplier': 3.0, 'residual_multiplier': 0.6, 'attention_multiplier': 0.2}
     multipliers |= {'logits_scaling': draw(rng, 0.5, 2.0)}
@@ -81,6 +82,7 @@ def own(kind, rng, depth):
         'Olmoe': {'num_experts': experts, 'clip_qkv': draw(rng, None, 1.3), **routing, **raw},
         'FlexOlmo': {'num_experts': experts, **routing, **raw},
         'GraniteMoe': {'num_local_experts': experts, **multipliers, **routing},
+        'JetMoe': {'num_local_experts': experts, 'kv_channels': draw(rng, 4, 10), **routing},
     }[kind]
 
 

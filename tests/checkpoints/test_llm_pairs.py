@@ -53,7 +53,6 @@ PAIRS = {
         False,
     ),
     'llama, yarn': ('Llama', {'rope_parameters': YARN}, {}, 'mixtral', False),
-    'llama, 1 of 3': ('Llama', {}, k_of(3, 1), 'mixtral', False),
     'llama, 3 of 5': ('Llama', {}, k_of(5, 3), 'mixtral', False),
     'llama, all of 4': ('Llama', {}, k_of(4, 4), 'mixtral', False),
     'mistral, window': ('Mistral', WINDOW, {}, 'mixtral', False),
@@ -134,6 +133,8 @@ WRONG = {
     'layers without RoPE': ('SmolLM3', {'no_rope_layers': [1, 0, 1]}, {}, None, 'rope_layers'),
     'gemma': ('Gemma', {'head_dim': 8}, {}, None, 'norm_offset = 1.0 would become 0.0'),
     'gemma 2': ('Gemma2', {'head_dim': 8}, {}, None, "norm_placement = 'both' would become"),
+    'one expert': ('Llama', {}, k_of(3, 1), None, 'makes every weight 1, so the router gets no gradient'),
+    'attention without experts': ('Llama', {'rms_norm_eps': 1e-6}, {}, 'jetmoe', 'attention_moe'),
     'a dense layout': ('Llama', {}, {}, 'llama', 'layout=llama cannot store this model'),
 }
 
@@ -162,7 +163,6 @@ STEPS = {
     'OPTIMIZER_STATE': "'fresh'",
     'NUM_EMBEDDINGS': str(torch_models.SIZES['vocab_size']),
 }
-QWEN = {'num_experts': 4, 'num_experts_per_tok': 2, 'moe_intermediate_size': 24}
 # Class, configuration, and files and bindings of the training; models with experts are trained as they are.
 TRAINED = {
     'mixtral': ('Mistral', WINDOW, ('moe/llm.gin',), {}),
@@ -171,6 +171,7 @@ TRAINED = {
     'flex_olmo': ('Olmo2', {}, ('moe/llm.gin',), {}),
     'granitemoe': ('Granite', GRANITE, ('moe/llm.gin',), {}),
     'olmoe': ('Olmoe', {'num_experts': 4, 'num_experts_per_tok': 2, 'clip_qkv': 1.2}, (), {}),
+    'jetmoe': ('JetMoe', {'num_local_experts': 4, 'num_experts_per_tok': 2, 'kv_channels': 10}, (), {}),
 }
 
 

@@ -128,6 +128,16 @@ MOE = {
         | {'residual_multiplier': 0.6, 'attention_multiplier': 0.2},
         'granitemoe',
     ),
+    'jetmoe': (
+        'JetMoe',
+        TOP_2 | {'num_local_experts': 4, 'kv_channels': 10, 'rms_norm_eps': 1e-3, 'tie_word_embeddings': False},
+        'jetmoe',
+    ),
+    'jetmoe, 3 of 5 experts': (
+        'JetMoe',
+        {'num_local_experts': 5, 'num_experts_per_tok': 3, 'kv_channels': 8, 'rope_parameters': LINEAR},
+        'jetmoe',
+    ),
 }
 CASES = DENSE | MOE
 
