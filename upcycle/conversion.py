@@ -26,6 +26,8 @@ from upcycle.errors import UserError
 from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
+from upcycle.moe.conventions import Dispatch
+from upcycle.moe.routers.top_k import TopK
 from upcycle.surgery.fingerprint import in_c_order, sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Maker
 from upcycle.surgery.operators import Lineage, Start
@@ -39,6 +41,9 @@ from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fin
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
+# Entries of the source's metadata that its conversion keeps.
+INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
+_CHECKS_WAITING = 2  # each holds a dense MLP
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
@@ -131,7 +136,7 @@ def convert(
 
 def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
     """Returns the metadata that a trainer would save, without the receipt, and with the cost of the dense run as sunk cost."""
-    inherited = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
+    inherited = {name: reader.metadata[name] for name in INHERITED if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
     return {**inherited, 'family': run.model.family, 'model': model}
 
@@ -190,10 +195,10 @@ class _Conversion:
                 self._maker.lineage(row)
         return self._maker.lineages
 
-    def _wait_for_checks(self) -> None:
-        while self._checking:
-            path, check = self._checking.popitem()
-            self.checks[path] = check.result()
+    def _wait_for_checks(self, left: int = 0) -> None:
+        while len(self._checking) > left:
+            path = next(iter(self._checking))
+            self.checks[path] = self._checking.pop(path).result()
 
     def compare(self, written: Reader) -> None:
         """Raises UserError unless every part that was read back has the hash of the part that was made."""
@@ -242,7 +247,7 @@ class _Conversion:
                     yield region, whole[region]
         if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
             self._check = None
-            self._wait_for_checks()
+            self._wait_for_checks(_CHECKS_WAITING)
             maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
             self._checking[check.path] = self._background.submit(check.result, maker)
             if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory
@@ -271,6 +276,8 @@ class _Conversion:
 class _LayerCheck:
     """Collects one MoE layer while its experts are made, and compares it with its dense MLP.
 
+    If all experts are equal and none can be full, as many are compared as a token takes, so that memory does not hold the others.
+
     Args:
       model: the sparse model.
       mlp: name of the MLP, 'params/...'.
@@ -280,7 +287,11 @@ class _LayerCheck:
 
     def __init__(self, model: Model, mlp: str, rows: list[Row], *, alike: bool):
         self.path = mlp.removeprefix('params/')
-        self._model, self._alike = model, alike
+        self._model, self._alike, self._count = model, alike, None
+        moe = model.moe_layers()[self.path]
+        if alike and isinstance(moe, TopK) and moe.dispatch is Dispatch.RAGGED and moe.score_groups == 1:
+            self._count = moe.num_selected_experts
+            self._model = model.with_moe(num_experts=self._count)
         self._experts = [row for row in rows if row.action is Action.EXPERTS]
         self._others = [row for row in rows if row.action is not Action.EXPERTS]
         self._stacks = {} if alike else {row.target: _aligned(row.shape, row.dtype) for row in self._experts}
@@ -301,14 +312,20 @@ class _LayerCheck:
 
     def result(self, maker: Maker) -> dict[str, float]:
         """Computes the numbers of `surgery.receipt.LayerCheck`."""
-        params = {row.target: maker.leaf(row) for row in self._others}
+        inside = {self._name(row): jax.device_put(maker.leaf(row)) for row in self._others}
+        if self._count is not None:
+            routers = {name: value[..., : self._count] for name, value in inside.items() if name.startswith('router')}
+            inside |= routers
         for row in self._experts:
             # Not jax.numpy.asarray, which copies.
             stack = jax.device_put(self._stacks[row.target])
-            params[row.target] = jax.numpy.broadcast_to(stack, row.shape) if self._alike else stack
-        inside = {name.removeprefix(f'params/{self.path}/'): jax.device_put(value) for name, value in params.items()}
+            shape = (self._count or row.shape[0], *row.shape[1:])
+            inside[self._name(row)] = jax.numpy.broadcast_to(stack, shape) if self._alike else stack
         dense = {within_mlp(name): jax.device_put(value) for name, value in self._dense.items()}
         return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
+
+    def _name(self, row: Row) -> str:
+        return row.target.removeprefix(f'params/{self.path}/')
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

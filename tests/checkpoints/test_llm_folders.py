@@ -9,11 +9,13 @@ import pytest
 
 from tests.checkpoints import llms, trees
 from tests.fixtures import requires_fixtures
-from upcycle.checkpoints import open_checkpoint, safetensors
+from upcycle.checkpoints import open_checkpoint, safetensors, writing
 from upcycle.checkpoints.hf.decoder_only import facts
+from upcycle.errors import UserError
 from upcycle.models import identify
 from upcycle.models.decoder import DecoderConfig
 from upcycle.models.registry import family
+from upcycle.transfer import transfer
 
 pytestmark = requires_fixtures
 
@@ -95,6 +97,139 @@ def test_the_description_in_both_spellings(name, tmp_path):
     expected = {'family': 'llm', 'config': expected_config(name)}
     assert description(llms.FOLDERS / name) == expected
     assert description(llms.copy(name, tmp_path / 'x', file='config_legacy.json')) == expected
+
+
+# Fields of files on the hub that the fixtures do not have.
+EXTRA = {
+    'llama': {
+        'max_sequence_length': 2048,
+        'is_llama_config': True,
+        'rope_interleaved': False,
+        'unsloth_fixed': True,
+        'transformers.js_config': {'dtype': 'q4'},
+        '_flash_attn_2_enabled': True,
+        'eos_token_id': [1, 2],
+        'quantization_config': None,
+        '_attn_implementation_autoset': True,
+        'pretraining_tp': 2,
+        'unsloth_version': '1',
+    },
+    'mistral_window': {'attention_bias': False, 'layer_types': ['sliding_attention'] * 3},
+    'qwen2': {'use_mrope': False, 'sliding_window': 131072, 'use_sliding_window': False, 'max_window_layers': 1},
+    'qwen3': {'sliding_window': 4096, 'rope_scaling': None, 'max_window_layers': 28},
+    'gemma': {'hidden_activation': None},
+    'gemma2': {'hidden_act': 'gelu_pytorch_tanh', 'cache_implementation': 'hybrid', 'sliding_window_size': 6},
+    'gemma3_text': {'cache_implementation': 'hybrid', 'sliding_window_pattern': 6, 'eos_token_id': [1, 106]},
+    'smollm3': {'pretraining_tp': 2, 'max_window_layers': 28, 'layer_types': ['full_attention'] * 4},
+    'phi3': {
+        'auto_map': {'AutoConfig': 'configuration_phi3.Phi3Config'},
+        'attention_bias': False,
+        'lm_head_bias': False,
+        'full_attn_mod': 1,
+        'interpolate_factor': 1,
+        'original_max_position_embeddings': 4096,
+        'mlp_bias': False,
+    },
+    'granite': {'rope_scaling': None, 'attention_dropout': 0.1},
+}
+
+
+@pytest.mark.parametrize('name', EXTRA)
+def test_fields_of_the_hub_say_nothing(name, tmp_path, capsys):
+    folder = llms.copy(name, tmp_path / 'x', file='config_legacy.json', **EXTRA[name])
+    assert description(folder)['config'] == expected_config(name)
+    assert not capsys.readouterr().err
+
+
+# Folder, fields to leave out, fields, what is different: the defaults of the configuration classes.
+DEFAULTS = {
+    'one head for each': ('llama', ('num_key_value_heads',), {}, 'num_kv_heads is|k_proj'),
+    'no head_dim': ('llama', ('head_dim',), {}, {}),
+    'null': ('llama', (), {'head_dim': None, 'hidden_act': 'swish'}, {}),
+    'epsilon and theta': ('llama', ('rms_norm_eps', 'rope_theta'), {}, {'norm_epsilon': 1e-6}),
+    'window': ('mistral_window', ('sliding_window',), {}, {'window': 4096}),
+    'no window': ('mistral_window', (), {'sliding_window': None}, {'window': None}),
+    'window of qwen': (
+        'qwen2',
+        ('sliding_window', 'layer_types'),
+        {'use_sliding_window': True, 'max_window_layers': 2},
+        {'window': 4096, 'window_layers': [2]},
+    ),
+    'no layers of qwen': ('qwen3', ('layer_types', 'max_window_layers'), {'use_sliding_window': True}, {}),
+    'caps': (
+        'gemma2',
+        ('attn_logit_softcapping', 'layer_types', 'query_pre_attn_scalar'),
+        {'final_logit_softcapping': None},
+        {'attention_soft_cap': 50.0, 'logits_soft_cap': None, 'attention_scale': 1 / 16},
+    ),
+    'pattern': (
+        'gemma3_text',
+        ('layer_types', 'rope_local_base_freq', 'rope_theta', '_sliding_window_pattern'),
+        {'sliding_window_pattern': 2, 'rope_scaling': None},
+        {'window_layers': [0, 2], 'rope_type': 'default', 'rope_factor': 1.0},
+    ),
+    'no pattern': ('gemma3_text', ('layer_types',), {}, {'window_layers': 'all'}),
+    'theta of smollm3': (
+        'smollm3',
+        ('rope_theta', 'no_rope_layer_interval'),
+        {},
+        {'rope_theta': 2e6, 'rope_layers': [0, 1, 2]},
+    ),
+    'windows of smollm3': (
+        'smollm3',
+        ('layer_types',),
+        {'use_sliding_window': True, 'sliding_window': 5},
+        {'window': 5, 'window_layers': [1, 3]},
+    ),
+    'a scale of 1': (
+        'granite',
+        ('attention_multiplier', 'logits_scaling'),
+        {},
+        {'attention_scale': 1.0, 'logits_divisor': 1.0},
+    ),
+    'linear': (
+        'llama',
+        (),
+        {'rope_scaling': {'type': 'linear', 'factor': 2}},
+        {'rope_type': 'linear', 'rope_factor': 2.0},
+    ),
+    'yarn': (
+        'llama',
+        (),
+        {'rope_scaling': {'rope_type': 'yarn', 'factor': 4.0, 'attention_factor': None}},
+        {'rope_type': 'yarn', 'rope_factor': 4.0, 'rope_original_length': 64},
+    ),
+    'yarn without its factor': (
+        'llama',
+        (),
+        {
+            'rope_scaling': {
+                'rope_type': 'yarn',
+                'original_max_position_embeddings': 16,
+                'beta_fast': 4,
+                'truncate': False,
+            }
+        },
+        {
+            'rope_type': 'yarn',
+            'rope_factor': 4.0,
+            'rope_original_length': 16,
+            'rope_beta_fast': 4.0,
+            'rope_truncate': False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize('case', DEFAULTS)
+def test_what_a_configuration_does_not_say(case, tmp_path):
+    name, without, fields, different = DEFAULTS[case]
+    folder = llms.copy(name, tmp_path / 'x', file='config_legacy.json', without=without, **fields)
+    if isinstance(different, str):
+        with pytest.raises(UserError, match=different):
+            open_checkpoint(folder)
+        return
+    assert description(folder)['config'] == expected_config(name) | different
 
 
 @pytest.mark.parametrize('name', llms.DENSE)
@@ -198,6 +333,37 @@ def test_shards_and_parts_of_fused_tensors(tmp_path, monkeypatch):
     files = sorted((tmp_path / 'new').glob('model-*.safetensors'))
     assert len(files) > 3
     trees.assert_same(open_checkpoint(tmp_path / 'new'), {leaf: reader.read(leaf) for leaf in reader.leaves()})
+
+
+def test_an_embedding_is_written_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, '_SMALL_BYTES', 0)
+    monkeypatch.setattr(writing, '_PART_BYTES', 128 * 40 * 4 // 8)
+    sizes, write = [], safetensors.FilesWriter.write
+
+    def noted(self, name, value, *region):
+        sizes.append((name, value.shape))
+        write(self, name, value, *region)
+
+    monkeypatch.setattr(safetensors.FilesWriter, 'write', noted)
+    writing.parts.cache_clear()
+    reader = open_checkpoint(llms.FOLDERS / 'phi3')
+    tree = {leaf: reader.read(leaf) for leaf in reader.leaves()}
+    path = trees.write(tmp_path / 'new', 'huggingface', tree, reader.metadata)
+    writing.parts.cache_clear()
+    assert [shape for name, shape in sizes if 'embed' in name] == [(16, 40)] * 8
+    assert [shape for name, shape in sizes if 'lm_head' in name] == [(128, 40)]
+    trees.assert_same(open_checkpoint(path), tree)
+
+
+@pytest.mark.parametrize('name', ['phi3_partial', 'gemma3_text'])
+def test_imported_and_exported(name, tmp_path):
+    """Our format keeps the description, so an export needs no other information."""
+    imported = transfer(llms.FOLDERS / name, tmp_path / 'imported', 'upcycle', source_format='huggingface')
+    assert open_checkpoint(imported).metadata['model'] == open_checkpoint(llms.FOLDERS / name).metadata['model']
+    exported = transfer(imported, tmp_path / 'exported', 'huggingface')
+    theirs, ours = llms.tensors_of(llms.FOLDERS / name), llms.tensors_of(exported)
+    assert theirs.keys() == ours.keys() and all(np.array_equal(value, ours[key]) for key, value in theirs.items())
+    assert description(exported) == description(llms.FOLDERS / name)
 
 
 shards = safetensors._shards

@@ -185,7 +185,7 @@ def test_a_fused_tensor_of_another_shape(tmp_path):
     name = 'model.layers.1.mlp.experts.gate_up_proj'
     for changed, said in (
         (tensors[name][:, 1:], 'has the wrong shape .4, 87, 40.: it must hold all experts'),
-        (tensors[name][:3], r'has no model.layers.1.mlp.experts.3.gate_proj.weight and 1 more'),
+        (tensors[name][:3], r'has no model.layers.1.mlp.experts.3.gate_proj.weight, one of 4 arrays'),
         (tensors[name][:, 2:], r'experts.0.gate_proj.weight.* asks for .44, 40.'),
     ):
         write_tensors(tmp_path, tensors | {name: np.ascontiguousarray(changed)})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.moe.quick import random_params
+from tests.moe.quick import jit, random_params
 from tests.small import llm_moe, small_llm
 from upcycle import cost
 from upcycle.errors import UserError
@@ -41,7 +41,7 @@ def test_is_the_definition():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, L, D)), jnp.float32)
     inputs = (x, jnp.ones((B, L), bool), None, jnp.tril(jnp.ones((1, L, L), bool)), 0, False, None)
     params = random_params(on_arrays(module, inputs), x)
-    y = np.asarray(module.apply({'params': params}, *inputs))
+    y = np.asarray(jit(lambda params, x: module.apply({'params': params}, x, *inputs[1:]))(params, x))
     p = {path: np.asarray(leaf, np.float64) for path, leaf in flatten_dict(params, sep='/').items()}
     x = np.asarray(x, np.float64)
     logits = x @ p['router/router_weights/w/kernel']
@@ -97,7 +97,7 @@ def test_metrics_and_state_of_both_routers_of_a_layer():
 
 def test_the_balance_loss_is_the_mean_of_all_routers():
     params = random_params(MODEL.module(), BATCH['tokens'])
-    _, loss, metrics = jax.jit(functools.partial(MODEL.forward, rng=None, training=False))(params, BATCH)
+    _, loss, metrics = jit(functools.partial(MODEL.forward, rng=None, training=False))(params, BATCH)
     layers = ('decoder/layers_0', 'decoder/layers_1')
     names = [*layers, *(f'{layer}/self_attention' for layer in layers)]
     each = [metrics[f'experts/{name}/auxiliary_loss'] for name in names]

@@ -48,8 +48,9 @@ class Reader(Protocol):
       format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
       path: the step's folder, or the file.
       step: training steps taken at the save; None if the checkpoint does not record them.
-      metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` and
-        `facts`: what the format records and shapes do not tell (activation, norm epsilon, ...). {} if nothing is recorded.
+      metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` with
+        `facts`, what the format records and shapes do not tell (activation, norm epsilon, ...), or with `model`, which describes
+        the whole model. {} if nothing is recorded.
     """
 
     format: str

@@ -37,7 +37,7 @@ def differences(
         there = identify.dense_model(path, leaves, facts).config
     except UserError:
         return []
-    here = model.config
+    here = model.dense().config
     if type(here) is not type(there):
         return []
     differing = [

@@ -17,8 +17,9 @@ from upcycle.checkpoints import hf, json_files
 from upcycle.checkpoints.hf.architecture import Architecture
 from upcycle.errors import UserError
 
-# Fields of any architecture that our models do not support.
-_NO_VALUE = {'quantization_config': None, 'per_layer_config': None}
+# Fields of any architecture that our models do not support, and those of quantised models.
+_NO_VALUE = {'per_layer_config': None}
+_QUANTISED = ('quantization_config', 'quantization', 'compression_config')
 # Fields that do not change the logits at evaluation: origin, storage and execution of weights, and outputs; training, fine-tuning
 # and other heads; generation and tasks.
 _HARMLESS = """
@@ -59,6 +60,8 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
         raise UserError(f'{file} has the model_type {model_type}: only {hf.TITLES} models can be read.')
     architecture = hf.BY_MODEL_TYPE[model_type]
     config = {name: value for name, value in content.items() if value is not None}
+    if quantised := [name for name in _QUANTISED if name in config]:
+        raise UserError(f'{file} has {quantised[0]}, so the model is quantised: use the original model.')
     _resolve_aliases(file, config, architecture.aliases)
     given = {architecture.aliases.get(name, name) for name in content}
     config |= {name: value for name, value in architecture.defaults.items() if name not in given}

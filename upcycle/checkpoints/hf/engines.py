@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from upcycle import warning
 from upcycle.checkpoints.hf.architecture import Config
 from upcycle.errors import UserError
@@ -140,8 +142,6 @@ LIMITS: tuple[Limit, ...] = (
     Limit(LLAMA_CPP, ('olmoe',), _is_not('clip_qkv', None), 'ignores clip_qkv = {clip_qkv}'),
     Limit(LLAMA_CPP, _MOE, _is_not('hidden_act', 'silu'), _ACTIVATION),
 )
-# The gate of Qwen2-MoE's shared expert; checked while it is written, because it is a matter of values.
-ZERO_GATE = 'computes NaN for a shared expert whose gate is zero'
 
 
 def engine_limits(layout: str, config: Config) -> dict[str, list[str]]:
@@ -175,3 +175,20 @@ def report(limits: Mapping[str, list[str]], binding: Collection[str], path: str)
         )
     for engine, sentences in limits.items():
         warning.once(f'{path} is exact in transformers, but {"; ".join(sentences)}: do not serve it with {engine}.')
+
+
+def check_value(name: str, value: np.ndarray, binding: Collection[str], path: str) -> None:
+    """Reports a limit that depends on the values of a leaf: llama.cpp divides by the product of a shared expert's gate.
+
+    Args:
+      name: of the leaf.
+      value: of the leaf.
+      binding, path: see `report`.
+
+    Raises:
+      UserError: see `report`.
+    """
+    if name.endswith('/shared_gate/kernel') and not value.any():
+        report(
+            {LLAMA_CPP: [f'{LLAMA_CPP} computes NaN if the gate of a shared expert is zero, as here']}, binding, path
+        )

@@ -15,7 +15,7 @@ import upcycle
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
 from upcycle.checkpoints.hf import companions, engines, receipt
-from upcycle.checkpoints.hf.architecture import Architecture, Entry, Part, Shapes
+from upcycle.checkpoints.hf.architecture import SAME, Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.checkpoints.hf.sources import CONFIG
 from upcycle.errors import UserError
@@ -27,8 +27,9 @@ _PARAMS = 'params/'
 class HuggingFaceWriter(staging.StagedWriter):
     """Writes a model as safetensors and `config.json`.
 
-    A leaf that corresponds to several tensors, or parts of tensors, such as experts, is written one by one; other leaves are
-    written whole, because the tensor may be transposed. On a disk, the same command continues an interrupted write.
+    A leaf that corresponds to several tensors, or parts of tensors, such as experts, is written one by one, and a leaf that is
+    not transposed, such as an embedding, part by part; other leaves are written whole. On a disk, the same command continues an
+    interrupted write.
 
     Args:
       path: of the folder.
@@ -77,26 +78,38 @@ class HuggingFaceWriter(staging.StagedWriter):
         for name, start in self._staging.done:
             entry, leaf = self._table[name], self._leaves[name]
             size = leaf.size * leaf.dtype.itemsize // len(self.parts(name))
-            self._files.assume_written(entry.pieces[start][0], size)
+            self._files.assume_written(entry.pieces[start if entry.is_stack else 0][0], size)
 
     def parts(self, name: str) -> Sequence[writing.Region]:
         """See `writing.Writer`."""
-        if name == 'step' or not self._table[name].is_stack:
-            return [writing.WHOLE]
-        return [(slice(row, row + 1),) for row in range(self._leaves[name].shape[0])]
+        entry, leaf = self._table.get(name), self._leaves[name]
+        if entry is not None and entry.is_stack:
+            return [(slice(row, row + 1),) for row in range(leaf.shape[0])]
+        in_place = entry is not None and entry.turn is SAME and not entry.parts
+        return writing.parts(name, leaf) if in_place else [writing.WHOLE]
 
     def write(self, name: str, region: writing.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
         if name == 'step':
             self._step = int(value)
             return
+        engines.check_value(name, value, self._request.engines, self.path)
         entry, start = self._table[name], writing.start_of(region)
-        rows = value if entry.is_stack else value[None]
-        for piece, row in zip(entry.pieces[start:], rows, strict=False):
-            self._write(name, piece, entry.turn.to_theirs(row))
-        if name in self._leaves:
-            for row in range(start, start + len(rows)):
-                self._staging.add((name, row))
+        if entry.is_stack:
+            for index, row in enumerate(value, start):
+                self._write(name, entry.pieces[index], entry.turn.to_theirs(row))
+                self._note(name, index)
+        elif region == writing.WHOLE:
+            self._write(name, entry.pieces[0], entry.turn.to_theirs(value))
+            self._note(name, 0)
+        else:
+            with writing.not_refused(self._folder, name):
+                self._files.write(entry.every_name[0], value, region)
+            self._note(name, start)
+
+    def _note(self, name: str, start: int) -> None:
+        if name in self._leaves:  # constants are written at the end
+            self._staging.add((name, start))
 
     def _write(self, name: str, piece: tuple[str, Part | None], value: np.ndarray) -> None:
         theirs, part = piece
@@ -116,7 +129,7 @@ class HuggingFaceWriter(staging.StagedWriter):
 
     def _notes(self, content: Mapping[str, Any] | None) -> dict[str, str]:
         """Writes the receipt, if there is one; returns the notes in the headers."""
-        notes = {'format': 'pt', 'upcycle': upcycle.__version__}
+        notes = {'format': 'pt', 'upcycle': upcycle.__version__, **self._architecture.notes(self._sizes)}
         if self._step is not None:
             notes['step'] = str(self._step)
         if content is not None:
@@ -146,7 +159,7 @@ def _entries(
                 f'{name} cannot be stored as huggingface, which has no MoE of {architecture.title}: export the MoE as '
                 "upcycle, t5x_legacy or t5x_orbax, or make it dense first with DENSE_OPERATOR = 'average'."
             )
-        raise writing.no_counterpart(name, 'huggingface', f'dense {hf.TITLES} models')
+        raise writing.no_counterpart(name, 'huggingface', f'{hf.TITLES} models')
     architecture.validate(shapes)
     return {name: ours[name] for name in (*leaves, *added) if name != 'step'}
 

@@ -170,9 +170,11 @@ class DecoderOnly(Architecture):
             self.resolve(epath.Path(CONFIG), config)
             back = facts_lib.canonical(self.facts(epath.Path(CONFIG), config))
         except UserError as error:
-            return {'layout': str(error)}
+            return {'layout': str(error).rstrip('.')}
         ours, theirs = facts_lib.compared(facts), facts_lib.compared(back)
-        different = {name: schema.shown(theirs.get(name)) for name, value in ours.items() if theirs.get(name) != value}
+        different = {
+            name: schema.shown(theirs[name]) for name, value in ours.items() if name in theirs and theirs[name] != value
+        }
         if self.whole_heads and facts['emb_dim'] % facts['num_heads']:
             different['num_heads'] = f'a divisor of {facts["emb_dim"]}'
         return different
@@ -234,7 +236,7 @@ class DecoderOnly(Architecture):
 
     def rename(self, name: str) -> str:
         """Adds the prefix that bare models lack and that wrappers have; see `Architecture`."""
-        return name if name.startswith('lm_head.') else f'model.{name}'
+        return f'model.{name}' if name.startswith(('layers.', 'embed_tokens.', 'norm.')) else name
 
     def left_out(self, stored: Tensors) -> dict[str, str]:
         """See `Architecture`."""
@@ -269,7 +271,8 @@ class DecoderOnly(Architecture):
         exact = [each for each in layouts if not different[each]]
         if exact and (layout is None or exact[0] is layouts[0]):
             return exact[0]
-        closest = layouts[0] if layout is not None else min(different, key=lambda each: len(different[each]))
+        fewest = min(layouts, key=lambda each: (bool({'moe', 'layout'} & different[each].keys()), len(different[each])))
+        closest = fewest if layout is None else layouts[0]
         raise UserError(refusal.message(closest, layout, exact, facts, different))
 
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,14 +105,14 @@ def canonical(fields: Mapping[str, Any]) -> Facts:
 
 
 def compared(facts: Mapping[str, Any]) -> Facts:
-    """Returns canonical facts by single names, in a form that is equal for models of the same function."""
-    layers = indices(facts['moe_layers'], facts['num_layers']) if facts['moe'] is not None else []
-    single = {name: value for name, value in facts.items() if name != 'moe'}
-    if facts['moe'] is None:
-        return single | {'moe': None}
-    if len(layers) == facts['num_layers']:
+    """Returns canonical facts, with those of MoE layers by single names, in a form that is equal for equal functions."""
+    moe = facts['moe']
+    if moe is None:
+        return dict(facts)
+    single = {**facts, 'moe': 'experts', **routing.compared(moe, facts['mlp_dim'])}
+    if facts['moe_layers'] == 'all':
         del single['mlp_dim']  # no layer has that width
-    return single | routing.compared(facts['moe'], facts['mlp_dim'])
+    return single
 
 
 def attention_factor(factor: float, scale: float = 1.0) -> float:

@@ -19,7 +19,7 @@ class Olmoe(WithExperts):
     title = 'OLMoE'
     model_types = ('olmoe',)
     classes = ('OlmoeForCausalLM', 'OlmoeModel')
-    fields = {**WithExperts.fields, 'attention_bias': bool, 'clip_qkv': schema.Positive}
+    fields = {**WithExperts.fields, 'attention_bias': bool, 'norm_topk_prob': bool, 'clip_qkv': schema.Positive}
     aliases = {'num_local_experts': 'num_experts'}
     defaults = {
         **WithExperts.defaults,
@@ -47,7 +47,7 @@ class FlexOlmo(WithExperts, OLMo2):
     title = 'FlexOlmo'
     model_types = ('flex_olmo',)
     classes = ('FlexOlmoForCausalLM', 'FlexOlmoModel')
-    fields = {**OLMo2.fields, **WithExperts.fields}
+    fields = {**OLMo2.fields, **WithExperts.fields, 'norm_topk_prob': bool}
     aliases = {'num_local_experts': 'num_experts'}
     defaults = {
         **WithExperts.defaults,

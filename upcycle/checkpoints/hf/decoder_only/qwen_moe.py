@@ -5,10 +5,12 @@ Matched: configuration_qwen2_moe.py, modeling_qwen2_moe.py, configuration_qwen3_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from upcycle import schema
 from upcycle.checkpoints.hf.architecture import LINEAR, Config, Entry
 from upcycle.checkpoints.hf.decoder_only import windows
 from upcycle.checkpoints.hf.decoder_only.experts import MATRICES, ZERO_SHARED_WIDTH, WithExperts
@@ -21,6 +23,14 @@ _NEARLY_ZERO = 1e-6
 class _Qwen(WithExperts):
     """See `WithExperts`."""
 
+    fields = {
+        **WithExperts.fields,
+        'moe_intermediate_size': schema.Count,
+        'norm_topk_prob': bool,
+        'decoder_sparse_step': schema.Count,
+        'mlp_only_layers': Sequence[schema.Whole],
+        'layer_types': Sequence[str],
+    }
     values = {**WithExperts.values, 'use_sliding_window': False}
     harmless = WithExperts.harmless | {'sliding_window', 'max_window_layers'}
     aliases = {'num_local_experts': 'num_experts'}
@@ -67,7 +77,7 @@ class Qwen2Moe(_Qwen):
     title = 'Qwen2-MoE'
     model_types = ('qwen2_moe',)
     classes = ('Qwen2MoeForCausalLM', 'Qwen2MoeModel')
-    fields = {**_Qwen.fields, 'qkv_bias': bool}
+    fields = {**_Qwen.fields, 'qkv_bias': bool, 'shared_expert_intermediate_size': schema.Count}
     defaults = {
         **_Qwen.defaults,
         'num_key_value_heads': 16,
@@ -111,6 +121,8 @@ class Qwen2Moe(_Qwen):
     def experts(self, facts: Facts, ours: str, theirs: str) -> dict[str, Leaf]:
         """Returns the leaves of the experts and of the shared expert; see `WithExperts`."""
         leaves = super().experts(facts, ours, theirs)
+        if 'shared_mlp_dim' not in facts['moe']:
+            return leaves
         layer, width = ours.rpartition('/')[0], 'shared_expert_intermediate_size'
         for matrix, name in MATRICES.items():
             sizes = (width, 'hidden_size') if matrix == 'wo' else ('hidden_size', width)

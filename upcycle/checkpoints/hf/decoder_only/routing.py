@@ -26,6 +26,7 @@ NEUTRAL: Mapping[str, Any] = {
 # Ways out, for messages, by the names of `compared`.
 ADVICE: Mapping[str, str] = {
     'moe.router': "train with ROUTER = 'top_k', or make the model dense with DENSE_OPERATOR = 'average'",
+    'moe.weight_scale': 'only a power of 2 can be multiplied into the experts without rounding',
     'moe.eval_capacity_factor': "evaluate without dropped choices: DISPATCH = 'ragged', or a factor of NUM_EXPERTS",
 }
 
@@ -46,7 +47,7 @@ def canonical(moe: Mapping[str, Any] | None, spec: str | Sequence[int], mlp_dim:
 
 
 def _router(moe: Mapping[str, Any], mlp_dim: int) -> dict[str, Any]:
-    experts, chosen = moe['num_experts'], moe.get('num_selected_experts')
+    experts, chosen = moe['num_experts'], moe.get('num_selected_experts', 2)
     width = expert_width(moe, mlp_dim)
     shared = moe.get('num_shared_experts', 0) and (moe.get('shared_mlp_dim') or moe['num_shared_experts'] * width)
     facts = {name: value for name, value in moe.items() if name in NEUTRAL}
@@ -89,6 +90,4 @@ def expert_width(moe: Mapping[str, Any], mlp_dim: int) -> int:
 def compared(moe: Mapping[str, Any], mlp_dim: int) -> dict[str, Any]:
     """Returns canonical settings by names that do not collide with those of the network, with absolute widths."""
     settings = {**NEUTRAL, **moe, 'expert_mlp_dim': expert_width(moe, mlp_dim)}
-    if moe['router'] != 'top_k':  # the other settings mean something else
-        settings = {'router': moe['router']}
     return {f'moe.{name}': value for name, value in settings.items()}
