@@ -26,7 +26,7 @@ SMALL_STEPS = {
     'WARMUP_STEPS': '100',
 }
 LLM_STEPS = SMALL_STEPS | {'SEQUENCE_LENGTH': '32'}
-del LLM_STEPS['TASK_FEATURE_LENGTHS']
+del LLM_STEPS['TASK_FEATURE_LENGTHS'], LLM_STEPS['NUM_EMBEDDINGS']
 FILES = {
     'dense': (TINY, TASK, 'runs/pretrain.gin'),
     'scratch': (TINY, 'moe/t5.gin', TASK, 'runs/scratch.gin'),

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     _add_quickstart(add)
+    _add_tokenize(add)
     _add_train(add)
     _add_plan(add)
     _add_evaluate(add)
@@ -68,6 +69,31 @@ def _add_quickstart(add: Add) -> None:
     quickstart.add_argument('--out', help='folder of the runs and the report (runs/quickstart_FAMILY)')
     quickstart.add_argument('--budget', type=float, default=1.0, help='multiplies the number of steps (%(default)s)')
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
+
+
+def _add_tokenize(add: Add) -> None:
+    tokenize = add('tokenize', handlers.tokenize, 'tokenise text or conversations into shards for language models')
+    files = 'repeatable: a file, folder or glob of text, JSON lines (also .gz, .zst) or Parquet'
+    tokenize.add_argument('--from', dest='source', action='append', required=True, metavar='PATH', help=files)
+    kinds = 'a model folder, a tokenizer.json or SentencePiece model, or bytes'
+    tokenize.add_argument('--tokenizer', required=True, metavar='PATH', help=kinds)
+    tokenize.add_argument('--to', dest='target', required=True, metavar='FOLDER', help='the new folder of shards')
+    field = 'of JSON objects, or the column of Parquet files (%(default)s)'
+    tokenize.add_argument('--text_field', default='text', metavar='NAME', help=field)
+    separator = "what separates the documents of a text file, such as '\\n\\n' (default: a document per file)"
+    tokenize.add_argument('--separator', metavar='TEXT', help=separator)
+    chat = "conversations, in the field messages: learn the assistant's tokens only"
+    tokenize.add_argument('--chat', action='store_true', help=chat)
+    tokenize.add_argument('--chat_template', metavar='FILE', help="default: the tokenizer folder's")
+    share = 'share of the documents to hold out, by their hashes (%(default)g)'
+    tokenize.add_argument('--validation', type=float, default=0.01, metavar='SHARE', help=share)
+    tokenize.add_argument(
+        '--validation_from', action='append', default=[], metavar='PATH', help='repeatable: files to hold out instead'
+    )
+    tokenize.add_argument('--workers', type=int, metavar='N', help='processes (default: one per core)')
+    bad = 'records that may be left out (%(default)s)'
+    tokenize.add_argument('--max_bad_records', type=int, default=0, metavar='N', help=bad)
+    _add_json(tokenize)
 
 
 def _add_train(add: Add) -> None:

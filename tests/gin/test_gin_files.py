@@ -44,6 +44,16 @@ RATES = ('restarted_rate', 'constant_minimum')
 T5_1_0 = tuple(f't5_1_0_{size}' for size in ('small', 'base', 'large', '3b', '11b'))
 FULL_SIZES = (*(f't5_1_1_{size}' for size in ('small', 'base', 'large', 'xl')), *T5_1_0)
 SCANNED = {'SCAN_LAYERS': 'True'}  # as deep stacks are trained: traces one block, not 12 or 32
+# Dense parameters of the published checkpoints.
+LLM_COUNTS = {
+    'smollm2_135m': 134_515_008,
+    'qwen3_0_6b': 596_049_920,
+    'llama3_2_1b': 1_235_814_400,
+    'gemma3_270m': 268_098_176,
+    'qwen2_5_7b': 7_615_616_512,
+    'mistral_7b': 7_248_023_552,
+    'llama3_1_8b': 8_030_261_248,
+}
 VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 
 
@@ -55,6 +65,7 @@ def test_no_gin_file_is_left_out():
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
     covered |= {'models/llm.gin', 'models/llm_tiny.gin', 'tasks/synthetic_tokens.gin'}
+    covered |= {f'models/{size}.gin' for size in LLM_COUNTS}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin', 'moe/base.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
@@ -463,6 +474,23 @@ VIT_COUNTS = {
     'l32': (306.5e6, 3.4294e9),
     'l16': (304.3e6, 3.4272e9),
 }
+
+
+def full_llm(size):
+    files = (f'models/{size}.gin', runs.LLM_TASK, 'runs/pretrain.gin')
+    return configuration.load(files, {'MODEL_DIR': '/nowhere', 'TRAIN_STEPS': '1', **SCANNED})
+
+
+@pytest.mark.parametrize('size', LLM_COUNTS)
+def test_full_llms_have_their_parameters(size):
+    assert num_parameters(full_llm(size)) == LLM_COUNTS[size]
+
+
+@pytest.mark.parametrize(
+    'size', [pytest.param(size, marks=[] if size == 'gemma3_270m' else pytest.mark.exhaustive) for size in LLM_COUNTS]
+)
+def test_full_llms_step_abstractly(size):
+    step_abstractly(full_llm(size))
 
 
 # A sparse model has dense blocks too, so only counted sizes are also built dense.
