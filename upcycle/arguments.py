@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(add)
     _add_plan(add)
     _add_evaluate(add)
+    _add_generate(add)
     _add_compile(add)
     _add_convert(add)
     _add_transfer(add)
@@ -117,6 +118,33 @@ def _add_evaluate(add: Add) -> None:
     evaluate.add_argument('--few_shot', action='store_true', help='short for --gin_file=runs/few_shot.gin')
     _add_json(evaluate, file=True)
     _add_hosts(evaluate)
+
+
+def _add_generate(add: Add) -> None:
+    generate = add('generate', handlers.generate, 'continue or answer prompts with a language model')
+    _add_source(generate, 'a run folder or any checkpoint')
+    prompt = 'repeatable; without prompts, standard input is one, without its last line break'
+    generate.add_argument('--prompt', dest='prompts', action='append', default=[], metavar='TEXT', help=prompt)
+    generate.add_argument('--prompts_file', metavar='FILE', help='text with a prompt on each line')
+    chat = "a prompt is a user's message, for the model's chat template"
+    generate.add_argument('--chat', action='store_true', help=chat)
+    tokenizer = "a model folder, a tokenizer.json or SentencePiece model, or bytes (default: the checkpoint's)"
+    generate.add_argument('--tokenizer', metavar='PATH', help=tokenizer)
+    most = 'the most tokens of a text (%(default)s)'
+    generate.add_argument('--max_new_tokens', type=int, default=128, metavar='N', help=most)
+    temperature = 'divides the logits; 0 chooses the most probable token (%(default)g)'
+    generate.add_argument('--temperature', type=float, default=0.0, metavar='T', help=temperature)
+    top_k = 'draw among this many most probable tokens (0: all)'
+    generate.add_argument('--top_k', type=int, default=0, metavar='K', help=top_k)
+    top_p = 'draw among the fewest most probable tokens that have this probability together (%(default)g)'
+    generate.add_argument('--top_p', type=float, default=1.0, metavar='P', help=top_p)
+    generate.add_argument('--seed', type=int, default=0, metavar='N', help='of the draws (%(default)s)')
+    dtype = 'of parameters and activations: float32, bfloat16 or float16 (%(default)s)'
+    generate.add_argument('--dtype', default='float32', help=dtype)
+    generate.add_argument(
+        '--batch_size', type=int, default=8, metavar='N', help='the most prompts at a time (%(default)s)'
+    )
+    _add_json(generate)
 
 
 def _add_compile(add: Add) -> None:

@@ -100,6 +100,12 @@ def evaluate(
     evaluate.run(files, bindings, source, as_json=as_json, out=out)
 
 
+def generate(**options: Any) -> None:
+    from upcycle.commands import generate
+
+    generate.run(**options)
+
+
 def compile(**options: Any) -> None:
     _compute_on_the_cpu()
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # the host need not be a TPU VM
