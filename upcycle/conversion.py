@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,7 +100,8 @@ def convert(
         'leaves': fingerprint(leaves),
     }
     alike = {row.target for row in plan.rows if _is_alike(plan, row)}
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
+    metadata = _metadata(run, reader)
+    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, metadata=metadata, alike=alike)
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):
@@ -110,17 +111,17 @@ def convert(
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
-        writer.finish(_metadata(run, reader, receipt), work.compare if verify else lambda reader: None)
+        writer.finish({**metadata, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
         print(line)
     return writer.path
 
 
-def _metadata(run: ModelRun, reader: Reader, receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata that a trainer would save, with the cost of the dense run as sunk cost."""
+def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
+    """Returns the metadata that a trainer would save, without the receipt, and with the cost of the dense run as sunk cost."""
     inherited = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
-    return {**inherited, 'family': run.model.family, 'model': model, 'receipt': dict(receipt)}
+    return {**inherited, 'family': run.model.family, 'model': model}
 
 
 def _is_alike(plan: Plan, row: Row) -> bool:

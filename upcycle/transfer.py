@@ -74,7 +74,8 @@ def transfer(
     if step is not None:
         leaves['step'] = jax.ShapeDtypeStruct((), np.int32)
     identity = {'from': reader.path, 'format': format, 'leaves': fingerprint(leaves)}
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity)
+    metadata = {'family': model.family, **metadata, 'facts': facts}
+    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, metadata=metadata)
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):
@@ -82,7 +83,7 @@ def transfer(
         steps = {} if step is None else {'step': np.asarray(step, np.int32)}
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
-        writer.finish({'family': model.family, **metadata, 'facts': facts, 'source': origin})
+        writer.finish({**metadata, 'source': origin})
     for line in left_out(writer.left_out):
         print(line)
     return writer.path

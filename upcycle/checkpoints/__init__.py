@@ -196,6 +196,7 @@ def create_checkpoint(
     *,
     step: int | None,
     identity: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     alike: Collection[str] = (),
 ) -> Writer:
     """Begins a checkpoint, or continues an interrupted write of the same checkpoint.
@@ -206,6 +207,7 @@ def create_checkpoint(
       leaves: all leaves that will be written, by our names.
       step: training steps taken; None if unknown.
       identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+      metadata: what `Writer.finish` will be given, as far as it describes the model: `facts` or `model`, and `model_type`.
       alike: leaves whose rows are all equal, such as experts that are copies.
 
     Raises:
@@ -218,7 +220,7 @@ def create_checkpoint(
     if format == 'vit_npz':
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':
-        return HuggingFaceWriter(target, leaves)
+        return HuggingFaceWriter(target, leaves, metadata)
     layout = next(kind for kind in (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout) if kind.format == format)
     return folder_writer.FolderWriter(layout(), target, leaves, step, identity, alike)
 

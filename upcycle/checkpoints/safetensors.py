@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -210,21 +210,24 @@ class FilesWriter:
         self._header_bytes = 8 + -(-longest // 8) * 8
         self._files = {name: file for file, entries in self._headers.items() for name in entries}
         self._streams: dict[str, BinaryIO] = {}
-        self._todo = set(self._files)
+        self._todo = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}  # bytes
 
-    def write(self, name: str, value: np.ndarray) -> None:
-        """Writes one array."""
+    def write(self, name: str, value: np.ndarray, region: views.Region = ()) -> None:
+        """Writes one array, or its `region`, which must be contiguous in the array; no region is written twice."""
         file = self._files[name]
         if file not in self._streams:
             self._streams[file] = (self._folder / file).open('wb')
-        self._streams[file].seek(self._header_bytes + self._headers[file][name]['data_offsets'][0])
-        self._streams[file].write(np.asarray(value, order='C').reshape(-1).view(np.uint8).data)
-        self._todo.discard(name)
+        entry = self._headers[file][name]
+        start = self._header_bytes + entry['data_offsets'][0]
+        data = np.asarray(value, order='C').reshape(-1).view(np.uint8).data
+        self._streams[file].seek(start + _offset(region, entry['shape']) * value.dtype.itemsize)
+        self._streams[file].write(data)
+        self._todo[name] -= len(data)
 
     def finish(self, notes: Mapping[str, str]) -> None:
         """Writes the headers, with `notes` in each, and the index."""
-        if self._todo:
-            raise ValueError(f'not written: {sorted(self._todo)[:3]}')
+        if todo := sorted(name for name, size in self._todo.items() if size):
+            raise ValueError(f'not written: {todo[:3]}')
         for file, entries in self._headers.items():
             header = json.dumps({'__metadata__': notes, **entries}).encode()
             stream = self._streams[file]
@@ -247,6 +250,12 @@ class FilesWriter:
         for stream in self._streams.values():
             with contextlib.suppress(OSError):
                 stream.close()
+
+
+def _offset(region: views.Region, shape: Sequence[int]) -> int:
+    """Returns the number of elements before the first one of a region."""
+    starts = [part.start for part in views.bounds(region, tuple(shape))]
+    return sum(start * math.prod(shape[axis + 1 :]) for axis, start in enumerate(starts))
 
 
 def _shards(arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int) -> dict[str, dict[str, Any]]:

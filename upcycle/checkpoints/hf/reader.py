@@ -43,7 +43,7 @@ class HuggingFaceReader(arrays.ArrayReader):
         self._left_out = self._architecture.left_out(stored)
         stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
         sources.require_depth(folder, self._architecture, self._config, stored)
-        ours, self._facts = self._architecture.read(folder, self._config, stored)
+        ours, self._described = self._architecture.read(folder, self._config, stored)
         sources.require_sizes(folder, self._architecture, self._config, ours)
         self._architecture.check_inputs(folder, self._config)
         named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in ours.items()}
@@ -54,11 +54,10 @@ class HuggingFaceReader(arrays.ArrayReader):
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The family, the facts from the configuration, and the tensors that are not read."""
+        """The family, what the configuration tells of the model, and the tensors that are not read."""
         return {
             'family': self._architecture.family,
-            'facts': self._facts,
             'model_type': self._config['model_type'],
-            **self._architecture.metadata(self._config),
+            **self._described,
             **({'not_read': self._left_out} if self._left_out else {}),
         }

@@ -12,7 +12,7 @@ from etils import epath
 
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
-from upcycle.checkpoints.hf.architecture import Architecture, Entry, Shapes
+from upcycle.checkpoints.hf.architecture import SAME, Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.checkpoints.hf.sources import CONFIG
 from upcycle.errors import UserError
@@ -23,26 +23,39 @@ _PARAMS = 'params/'
 class HuggingFaceWriter(staging.StagedWriter):
     """Writes a model as safetensors and `config.json`.
 
-    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor. Parts of other leaves are put
-    together first, because the tensor may be transposed.
+    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor, and a leaf that is not transposed,
+    such as an embedding, part by part. Parts of other leaves are put together first.
+
+    Args:
+      path: of the folder.
+      leaves: all leaves that will be written.
+      metadata: of our checkpoint, as far as it describes the model: `facts` or `model`, `model_type`.
+      shard_bytes: see `safetensors.FilesWriter`.
     """
 
-    def __init__(self, path: epath.Path, leaves: writing.Leaves, shard_bytes: int = safetensors.SHARD_BYTES):
+    def __init__(
+        self,
+        path: epath.Path,
+        leaves: writing.Leaves,
+        metadata: Mapping[str, Any],
+        shard_bytes: int = safetensors.SHARD_BYTES,
+    ):
         super().__init__(path, leaves)
         shapes = {
             name.removeprefix(_PARAMS): leaf.shape for name, leaf in self._leaves.items() if name.startswith(_PARAMS)
         }
-        architecture = hf.of_leaves(shapes)
+        architecture = hf.of_leaves(shapes, metadata)
         if architecture is None:
             raise UserError(f'these leaves cannot be stored as huggingface, which only holds {hf.TITLES} models.')
         self._architecture = architecture
-        self._sizes = architecture.config_sizes(shapes)
+        self._sizes = architecture.sizes_for(shapes, metadata)
         self._table = _entries(architecture, self._sizes, shapes, self._leaves)
         tensors = {
             theirs: tensor
             for name, entry in self._table.items()
             for theirs, tensor in _tensors(entry, self._leaves[name]).items()
         }
+        self._dtype = max(tensors.values(), key=lambda tensor: tensor.size).dtype.name
         self._step: int | None = None
         self._unfinished: dict[str, np.ndarray] = {}
         self._folder = self._stage(outputs.Kind.NEW_FOLDER)
@@ -55,11 +68,14 @@ class HuggingFaceWriter(staging.StagedWriter):
             return
         entry = self._table[name]
         if entry.is_stack:
-            names = entry.every_name[region[0]] if region else entry.every_name
-            for theirs, row in zip(names, value, strict=True):
-                self._write(name, theirs, entry.turn.to_theirs(row))
+            pieces = entry.pieces[region[0]] if region else entry.pieces
+            for piece, row in zip(pieces, value, strict=True):
+                self._write(name, piece, entry.turn.to_theirs(row))
+        elif entry.turn is SAME and not entry.parts:
+            with writing.not_refused(self._folder, name):
+                self._files.write(entry.every_name[0], value, region)
         elif (whole := self._put_together(name, region, value)) is not None:
-            self._write(name, entry.names, entry.turn.to_theirs(whole))
+            self._write(name, entry.pieces[0], entry.turn.to_theirs(whole))
 
     def _put_together(self, name: str, region: writing.Region, value: np.ndarray) -> np.ndarray | None:
         """Collects the parts of a leaf; returns the whole leaf after the last part, None before."""
@@ -71,15 +87,16 @@ class HuggingFaceWriter(staging.StagedWriter):
         self._unfinished[name][region] = value
         return self._unfinished.pop(name) if region[0].stop == leaf.shape[0] else None
 
-    def _write(self, name: str, theirs: str, value: np.ndarray) -> None:
+    def _write(self, name: str, piece: tuple[str, Part | None], value: np.ndarray) -> None:
+        theirs, part = piece
         with writing.not_refused(self._folder, name):
-            self._files.write(theirs, value)
+            self._files.write(theirs, value, writing.WHOLE if part is None else part.region)
 
     def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
         """See `writing.Writer`."""
         with writing.not_refused(self._folder):
             self._files.finish({'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)}))
-            config = self._architecture.config(self._sizes, metadata)
+            config = self._architecture.config(self._sizes, metadata) | {'torch_dtype': self._dtype}
             (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self._publish(check, HuggingFaceReader(self._folder), last=self._files.last)
 
@@ -115,4 +132,6 @@ def _tensors(entry: Entry, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDty
     shape = leaf.shape[1:] if entry.is_stack else leaf.shape
     # A broadcast array has the shape but takes no memory.
     theirs = entry.turn.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
-    return dict.fromkeys(entry.every_name, jax.ShapeDtypeStruct(theirs, leaf.dtype))
+    return {
+        name: jax.ShapeDtypeStruct(theirs if part is None else part.shape, leaf.dtype) for name, part in entry.pieces
+    }
