@@ -139,8 +139,8 @@ def _add_generate(add: Add) -> None:
     top_p = 'draw among the fewest most probable tokens that have this probability together (%(default)g)'
     generate.add_argument('--top_p', type=float, default=1.0, metavar='P', help=top_p)
     generate.add_argument('--seed', type=int, default=0, metavar='N', help='of the draws (%(default)s)')
-    dtype = 'of parameters and activations: float32, bfloat16 or float16 (%(default)s)'
-    generate.add_argument('--dtype', default='float32', help=dtype)
+    dtypes = ('float32', 'bfloat16', 'float16')
+    generate.add_argument('--dtype', default='float32', choices=dtypes, help='of the model (%(default)s)')
     generate.add_argument(
         '--batch_size', type=int, default=8, metavar='N', help='the most prompts at a time (%(default)s)'
     )
