@@ -119,9 +119,13 @@ def known_step(reader: Reader, step: int | str | None) -> int | None:
     return reader.step if step is None else step
 
 
+# Segments of the names of parameters that are used in float32.
+_FLOAT32 = {'router', 'router_state', 'shared_gate', 'mixing'}
+
+
 def with_dtype(name: str, leaf: jax.ShapeDtypeStruct, dtype: str | None) -> jax.ShapeDtypeStruct:
     """Returns a leaf with the given dtype if it is a parameter. Router parameters, used in float32, keep theirs."""
-    if dtype is None or not name.startswith('params/') or {'router', 'router_state', 'mixing'} & {*name.split('/')}:
+    if dtype is None or not name.startswith('params/') or _FLOAT32 & {*name.split('/')}:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype))
 

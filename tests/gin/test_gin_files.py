@@ -38,6 +38,7 @@ RECIPES = (
     'routers_first',
     'moe_layers_only',
     'shared_experts',
+    'gated_shared_expert',
     'merged',
 )
 RATES = ('restarted_rate', 'constant_minimum')
@@ -64,7 +65,7 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
-    covered |= {'models/llm.gin', 'models/llm_tiny.gin', 'tasks/synthetic_tokens.gin'}
+    covered |= {'models/llm.gin', 'models/llm_tiny.gin', 'tasks/synthetic_tokens.gin', 'moe/llm.gin'}
     covered |= {f'models/{size}.gin' for size in LLM_COUNTS}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin', 'moe/base.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}

@@ -239,6 +239,7 @@ class DecoderConfig:
             'activations': self.mlp_activations,
             'dropout_rate': self.dropout_rate,
             'dtype': self.dtype,
+            'use_bias': self.mlp_bias,
         }
 
     def moe_layer(self, moe: MoE, name: str | None = None) -> MoELayer:

@@ -1,7 +1,7 @@
 """The MoE layer as a Flax module.
 
 Parameters: `router/router_weights/w/kernel` (D, E), `expert/...` with a leading axis E, and with shared experts `shared/...`, one
-MLP of their joint width. For `router_state/...` see `moe.state`.
+MLP of their joint width, and perhaps `shared_gate/kernel` (D, 1). For `router_state/...` see `moe.state`.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ METRICS = 'moe_metrics'
 
 
 class RouterWeights(nn.Module):
-    """Logits of a linear router, in float32 and without bias; cosines instead of products with `cosine`. Named as in flaxformer.
+    """Logits of a linear router, in float32; cosines instead of products with `cosine`. Named as in flaxformer.
 
     `precision='highest'`, because a TPU multiplies float32 in bfloat16 by default.
     """
@@ -36,16 +36,18 @@ class RouterWeights(nn.Module):
     num_logits: int
     init_stddev: float
     cosine: bool = False
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_stddev), ('embed', 'unmodeled'))
         dense = nn.Dense(
             self.num_logits,
-            use_bias=False,
+            use_bias=self.use_bias,
             dtype=jnp.float32,
             precision='highest',
             kernel_init=init,
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('unmodeled',)),
             dot_general=_cosines if self.cosine else None,
             name='w',
         )
@@ -75,11 +77,26 @@ class Router(nn.Module):
             x_BxLxD *= jax.random.uniform(
                 self.make_rng('jitter'), x_BxLxD.shape, minval=1.0 - jitter, maxval=1.0 + jitter
             )
-        weights = RouterWeights(config.num_logits, config.router_init_stddev, config.cosine, name='router_weights')
+        weights = RouterWeights(
+            config.num_logits, config.router_init_stddev, config.cosine, config.logits_have_bias, name='router_weights'
+        )
         if config.cosine:
             scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ()), (), jnp.float32)
             return scale * weights(x_BxLxD)
         return weights(x_BxLxD)
+
+
+class _SharedGate(nn.Module):
+    """The weight of the shared experts for each token, a sigmoid in float32: (B, L, D) -> (B, L).
+
+    As `shared_expert_gate` of transformers' `Qwen2MoeSparseMoeBlock`. It starts at 0, with a weight of one half.
+    """
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'unmodeled'))
+        kernel_Dx1 = self.param('kernel', init, (x_BxLxD.shape[-1], 1), jnp.float32)
+        return jax.nn.sigmoid(jnp.dot(x_BxLxD.astype(jnp.float32), kernel_Dx1, precision='highest')[..., 0])
 
 
 class MoELayer(nn.Module):
@@ -129,9 +146,10 @@ class MoELayer(nn.Module):
             C = B * L // G
             mesh = mesh if B % shards == 0 else None
         else:
-            G = microbatch_groups(config, B * L)
+            G = microbatch_groups(config, B, L)
             C = config.capacity(B * L // G, training=training)
-            check_groups(G, shards)
+            if not config.dropless:
+                check_groups(G, shards)
         clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
         noisy = training and config.noise_stddev > 0
         if noisy:
@@ -142,7 +160,7 @@ class MoELayer(nn.Module):
             x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL)
         )
         balance = config.balance_loss_of(clean_GxSxE, noisy_GxSxE if noisy else None, real_GxS)
-        if config.dropless and not self.is_initializing():
+        if config.dropless:
             y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
@@ -209,6 +227,8 @@ class MoELayer(nn.Module):
         weight_BxL = weight_BxL.reshape(x_BxLxD.shape[:2])
         if self.shared_arguments is not None:
             shared_BxL = 1.0 - weight_BxL if self.config.leaves_the_rest else jnp.ones_like(weight_BxL)
+            if self.config.shared_gate:
+                shared_BxL = shared_BxL * _SharedGate(name='shared_gate')(x_BxLxD)
             shared_BxLxD = self.expert(**self.shared_arguments, name='shared')(x_BxLxD, training)
             y_BxLxD += shared_BxLxD * shared_BxL[..., None].astype(y_BxLxD.dtype)
             weight_BxL += shared_BxL
@@ -240,6 +260,9 @@ class MoELayer(nn.Module):
         self._log(metrics, choices, balance, state)
         K = self.config.num_selected_experts
         choices = Choices(*(x.reshape(B, L, K) for x in choices))
+        if self.is_initializing():
+            self._apply_experts(jnp.zeros((E, 1, 1, x_BxLxD.shape[-1]), x_BxLxD.dtype), training)
+            return x_BxLxD, choices
         rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
 
         def experts(params: Any, x_RxD: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -283,12 +306,12 @@ def replace_mlp(
       expert_arguments: arguments that differ for experts; a `dropout_rate` of None does not.
       name: of the module.
     """
-    width = moe.expert_width(arguments['mlp_dim'])
-    expert = {**arguments, **expert_arguments, 'mlp_dim': width, 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
+    narrow = {'mlp_dim': moe.expert_width(arguments['mlp_dim']), 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
+    expert = {**arguments, **expert_arguments, **narrow}
     if expert['dropout_rate'] is None:
         expert['dropout_rate'] = arguments['dropout_rate']
-    shared = {**arguments, 'mlp_dim': moe.num_shared_experts * width} if moe.num_shared_experts else None
-    return MoELayer(moe, mlp, expert, shared, name=name)
+    shared = moe.shared_width(arguments['mlp_dim'])
+    return MoELayer(moe, mlp, expert, {**arguments, 'mlp_dim': shared} if shared else None, name=name)
 
 
 def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
