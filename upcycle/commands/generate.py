@@ -165,7 +165,9 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
 
 def _folders(reader: Reader) -> list[epath.Path]:
     """Returns where files of a model lie: the folder of its weights, and that of its run."""
-    path = reader.path
+    path = files.absolute(reader.path)
+    if path.is_file():
+        return [path.parent]
     return [path, path.parent.parent] if path.parent.name == 'checkpoints' else [path]
 
 
