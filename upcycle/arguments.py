@@ -6,7 +6,7 @@ from typing import Any
 
 import upcycle
 from upcycle import handlers
-from upcycle.formats import FORMATS
+from upcycle.formats import ENGINES, FORMATS
 from upcycle.models.quickstart import JOBS
 from upcycle.models.registry import EXAMPLE
 
@@ -164,6 +164,7 @@ def _add_convert(add: Add) -> None:
     _add_source(convert, _SEVERAL, action='append')
     _add_target(convert)
     convert.add_argument('--format', default='upcycle', help=f'of the new checkpoint: {_FORMATS} (%(default)s)')
+    _add_folder(convert)
     convert.add_argument('--dtype', help='of the parameters; routers stay float32 (default: float32)')
     state = 'fresh, fresh_clock, tile (OPTIMIZER_STATE), or none to omit it'
     convert.add_argument('--optimizer_state', help=state)
@@ -178,6 +179,7 @@ def _add_transfer(add: Add) -> None:
     import_.add_argument('--format', help=f'refuse other formats: {_FORMATS}')
     export = add('export', handlers.export, 'rewrite a checkpoint of ours in another format')
     export.add_argument('--format', required=True, help=_FORMATS)
+    _add_folder(export)
     for command in (import_, export):
         _add_source(command, 'the checkpoint')
         _add_target(command)
@@ -234,6 +236,15 @@ def _add_source(command: argparse.ArgumentParser, text: str, **more: Any) -> Non
 
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument('--to', dest='target', required=True, metavar='PATH', help='path of the new checkpoint')
+
+
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    layout = "--format=huggingface: its model_type (default: the source's, else the first that can store the model)"
+    command.add_argument('--layout', metavar='NAME', help=layout)
+    engines = (
+        f'--format=huggingface: refuse what one of these cannot compute exactly: {", ".join(ENGINES)} (transformers)'
+    )
+    command.add_argument('--for', dest='engines', metavar='ENGINE,...', help=engines)
 
 
 def _add_json(command: argparse.ArgumentParser, *, file: bool = False) -> None:

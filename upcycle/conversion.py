@@ -22,6 +22,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import Region, Writer, parts
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
 from upcycle.surgery.fingerprint import sha256_of
@@ -49,6 +50,7 @@ def convert(
     optimizer_state: bool = True,
     verify: bool = False,
     check_functions: bool = True,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """Writes the checkpoint that a run would start from.
 
@@ -60,6 +62,7 @@ def convert(
       optimizer_state: False leaves the optimizer state out.
       verify: read everything back and compare hashes.
       check_functions: compare each MoE layer with its dense MLP.
+      request: see `checkpoints.create_checkpoint`.
 
     Returns:
       The path of the new checkpoint.
@@ -101,7 +104,9 @@ def convert(
     }
     alike = {row.target for row in plan.rows if _is_alike(plan, row)}
     metadata = _metadata(run, reader)
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, metadata=metadata, alike=alike)
+    writer = create_checkpoint(
+        target, format, leaves, step=step, identity=identity, metadata=metadata, alike=alike, request=request
+    )
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):

@@ -20,6 +20,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.cost import num_bytes
 from upcycle.errors import Unavailable, UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import identify
 from upcycle.progress import Progress
@@ -39,6 +40,7 @@ def transfer(
     optimizer_state: str = 'keep',
     dtype: str | None = None,
     step: int | str | None = None,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """Converts a checkpoint to another format.
 
@@ -50,6 +52,7 @@ def transfer(
       optimizer_state: 'keep', or 'none' to leave it out.
       dtype: of the new parameters; None: unchanged.
       step: training steps taken, if the source does not record them.
+      request: see `checkpoints.create_checkpoint`.
 
     Returns:
       The path of the new checkpoint.
@@ -75,7 +78,7 @@ def transfer(
         leaves['step'] = jax.ShapeDtypeStruct((), np.int32)
     identity = {'from': reader.path, 'format': format, 'leaves': fingerprint(leaves)}
     metadata = {'family': model.family, **metadata, 'facts': facts}
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, metadata=metadata)
+    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, metadata=metadata, request=request)
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):

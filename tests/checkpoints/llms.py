@@ -18,6 +18,10 @@ DENSE = (
     *('llama', 'llama_bias', 'llama_tied_rope_llama3', 'mistral_window', 'qwen2', 'qwen3', 'gemma', 'gemma2'),
     *('gemma3_text', 'smollm3', 'olmo2', 'phi3', 'phi3_partial', 'granite'),
 )
+MOE = (
+    *('mixtral', 'qwen2_moe', 'qwen2_moe_every_layer', 'qwen3_moe_norm', 'qwen3_moe_nonorm', 'olmoe', 'flex_olmo'),
+    'granitemoe',
+)
 PAIRS = ('granite_to_granitemoe', 'llama_to_jetmoe', 'llama_to_mixtral', 'olmo2_to_flex_olmo', 'qwen3_to_qwen3_moe')
 
 
@@ -91,7 +95,7 @@ def batch_of(ref):
 
 
 def outputs(model, params, batch):
-    """Returns the mean loss of the plain rows, the outputs of the embedding, each layer and the head, and gradients."""
+    """Returns the mean loss of the plain rows, the outputs of the embedding, each layer, router and the head, and gradients."""
 
     def loss(params):
         seen = {}
@@ -107,9 +111,28 @@ def outputs(model, params, batch):
         config = model.config
         states = [seen['token_embedder'] * config.embedding_multiplier]
         states += [seen[f'decoder/layers_{i}'] for i in range(config.num_layers)]
-        return sums['loss'] / sums['weight'], (seen[''], [*states[:-1], seen['decoder/decoder_norm']], aux)
+        routers = [seen[f'{path}/router'] for path in model.moe_layers()]
+        return sums['loss'] / sums['weight'], (seen[''], [*states[:-1], seen['decoder/decoder_norm']], routers, aux)
 
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     with jax.default_matmul_precision('highest'):
-        (value, (logits, states, aux)), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return {'loss': value, 'logits': logits, 'hidden_states': states, 'aux': aux, 'grads': grads}
+        (value, (logits, states, routers, aux)), grads = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    made = {'loss': value, 'logits': logits, 'hidden_states': states, 'routers': routers, 'aux': aux}
+    return {**made, 'grads': grads}
+
+
+def assert_routing(model, routers, ref):
+    """Asserts that the logits of routers, for the rows of a reference, choose its experts with its weights."""
+    rows, length = ref['input_ids'].shape
+    layers = [int(path.split('/')[1].removeprefix('layers_')) for path in model.moe_layers()]
+    np.testing.assert_array_equal(layers, ref['moe_layers'])
+    for i, (moe, logits) in enumerate(zip(model.moe_layers().values(), routers, strict=True)):
+        logits = logits[:rows]
+        flat = np.asarray(logits).reshape(-1, moe.num_experts)
+        np.testing.assert_allclose(flat, ref['router_logits'][i], rtol=0, atol=1e-4)
+        choices, _ = moe.route_dropless(logits, np.ones((rows, length), bool))
+        np.testing.assert_array_equal(
+            np.asarray(choices.expert_GxSxK).reshape(rows * length, -1), ref['router_experts'][i]
+        )
+        weights = np.asarray(choices.weight_GxSxK).reshape(rows * length, -1)
+        np.testing.assert_allclose(weights, ref['router_weights'][i], rtol=0, atol=1e-5)

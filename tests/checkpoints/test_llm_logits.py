@@ -1,4 +1,4 @@
-"""Dense decoder-only folders compute here what they compute in transformers: logits, loss, hidden states and gradients."""
+"""Decoder-only folders compute here what they compute in transformers: logits, loss, hidden states, routing and gradients."""
 
 import jax
 import numpy as np
@@ -19,8 +19,8 @@ def loss_per_token(logits, ids):
     return -np.take_along_axis(np.asarray(logp)[:, :-1], ids[:, 1:, None], axis=-1)[..., 0]
 
 
-@pytest.mark.parametrize('name', llms.DENSE)
-def test_a_dense_folder(name):
+@pytest.mark.parametrize('name', [*llms.DENSE, *llms.MOE])
+def test_a_folder(name):
     ref, batch = llms.reference(name), llms.batch_of(llms.reference(name))
     model, params = upcycle.load(llms.FOLDERS / name)
     out = llms.outputs(model, params, batch)
@@ -35,6 +35,8 @@ def test_a_dense_folder(name):
     np.testing.assert_allclose(loss, ref['loss_per_token'], rtol=0, atol=1e-4)
     for ours, theirs in zip(out['hidden_states'], ref['hidden_states_row0'], strict=True):
         np.testing.assert_allclose(ours[0], theirs, rtol=0, atol=1e-4)
+    if 'router_logits' in ref:
+        llms.assert_routing(model, out['routers'], ref)
     reader = open_checkpoint(llms.FOLDERS / name)
     grads = flatten_dict(out['grads'], sep='/')
     theirs = {key.removeprefix('grad/'): value for key, value in ref.items() if key.startswith('grad/')}
@@ -44,10 +46,11 @@ def test_a_dense_folder(name):
     table = architecture.table(architecture.sizes_for(shapes, reader.metadata), shapes)
     compared = set()
     for leaf, entry in table.items():
-        for tensor, part in entry.pieces:
+        ours = np.asarray(grads[leaf])
+        for row, (tensor, part) in zip(ours if entry.is_stack else [ours], entry.pieces, strict=True):
             if tensor in theirs:
-                expected = theirs[tensor] if part is None else theirs[tensor][part.region]
-                ours = entry.turn.to_theirs(np.asarray(grads[leaf]))
+                ours = entry.turn.to_theirs(row)
+                expected = theirs[tensor] if part is None else theirs[tensor][part.region].reshape(ours.shape)
                 np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3 * np.abs(expected).max(), err_msg=leaf)
                 compared.add(tensor)
     assert compared == theirs.keys()
@@ -61,3 +64,16 @@ def test_the_dense_model_of_a_pair(name):
         logits = np.asarray(jit(model.logits)(params, {'tokens': ref['input_ids'].astype(np.int32)}))
     np.testing.assert_allclose(logits, ref['logits'], rtol=0, atol=1e-4)
     np.testing.assert_allclose(loss_per_token(logits, ref['input_ids']), ref['loss_per_token'], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('pair', [pair for pair in llms.PAIRS if not pair.endswith('jetmoe')])
+def test_the_experts_of_a_pair(pair):
+    ref = llms.reference(f'upcycle_{pair}')
+    rows, mask = len(ref['input_ids']), ref['attention_mask'].astype(bool)
+    tokens = np.concatenate([ref['input_ids'], ref['input_ids']]).astype(np.int32)
+    model, params = upcycle.load(llms.FOLDERS / f'upcycle_{pair}' / 'moe')
+    with jax.default_matmul_precision('highest'):
+        logits = jit(model.logits)(params, {'tokens': tokens, 'mask': np.concatenate([np.ones_like(mask), mask])})
+    logits = np.asarray(logits)
+    np.testing.assert_allclose(logits[:rows], ref['moe_logits'], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits[rows:][mask], ref['padded_logits'][mask], rtol=0, atol=1e-4)

@@ -100,6 +100,16 @@ FIELDS = {
         {'rope_parameters': {'rope_theta': 1e6}},
         'rope_parameters must have only full_attention and sliding_attention',
     ),
+    'dynamic of gemma3': (
+        'gemma3_text',
+        {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
+        "rope_type of rope_scaling is 'dynamic': our gemma3_text supports default, linear, llama3, yarn only",
+    ),
+    'scaling of windows': (
+        'gemma3_text',
+        {'rope_scaling': None, 'rope_parameters': {'sliding_attention': LINEAR}},
+        "rope_type of sliding_attention of rope_parameters is 'linear': our gemma3_text supports default only",
+    ),
     'activations': ('gemma2', {'hidden_act': 'silu'}, 'hidden_act is silu and hidden_activation is gelu_pytorch_tanh'),
 }
 
@@ -139,8 +149,13 @@ def changed(name, change):
 TENSORS = {
     'missing': ('llama', without(DOWN), f'has no {DOWN}, which config.json asks for'),
     'several missing': ('llama', without(DOWN, EMBEDDING), f'has no {EMBEDDING} and 1 more'),
-    'no head': ('llama', without(HEAD), f'has no {HEAD}, and tie_word_embeddings of config.json is false'),
-    'extra': ('llama', lambda t: {**t, 'score.weight': t[HEAD]}, 'unknown arrays: model.score.weight'),
+    'no head': (
+        'llama',
+        without(HEAD),
+        f'has no {HEAD}, .* copy the checkpoint again, or set tie_word_embeddings to true',
+    ),
+    'extra': ('llama', lambda t: {**t, 'score.weight': t[HEAD]}, 'unknown arrays: score.weight'),
+    'part of another': ('llama', lambda t: {f'x.{key}': t[key] for key in t}, r"names of 30 arrays begin with 'x\.'"),
     'adapter': ('llama', lambda t: {**t, 'model.layers.0.mlp.up_proj.lora_A.weight': t[HEAD]}, 'adapter .*not merged'),
     'transposed': (
         'llama',
@@ -180,7 +195,7 @@ def test_an_index_that_lies_and_a_truncated_shard(tmp_path):
     (folder / safetensors.SINGLE).rename(shard)
     names = list(llms.tensors_of(llms.FOLDERS / 'llama'))
     index.write_text(json.dumps({'weight_map': {}}))
-    refused(folder, f'has no {HEAD}')
+    refused(folder, f'has no {EMBEDDING} and 29 more')
     index.write_text(json.dumps({'weight_map': dict.fromkeys(names[:-1], shard.name)}))
     refused(folder, f'holds {names[-1]}, which the index does not place there')
     index.write_text(json.dumps({'weight_map': dict.fromkeys([*names, 'x'], shard.name)}))
@@ -215,12 +230,17 @@ LAYOUTS = {
         'llama',
         {'window': 9, 'logits_divisor': 2.0},
         None,
-        'Mistral, .*no place for logits_divisor = 2.0',
+        'in mistral, logits_divisor = 2.0 would become 1.0 .granite would keep it.',
     ),
-    'biases': ('qwen2', {'mlp_bias': True}, None, 'Qwen2, the closest one, has no place for mlp_bias = True'),
-    'no gate': ('llama', {'mlp_activations': ['relu']}, None, r'Llama, .*no place for mlp_activations'),
-    'a scalar': ('gemma2', {'attention_scale': 0.3}, None, 'Gemma 2, .*no place for attention_scale = 0.3'),
-    'experts': ('llama', {'moe': {'num_experts': 4}}, None, 'Llama, .*no place for moe = '),
+    'zeros for a missing bias': ('qwen2', {'mlp_bias': True}, 'llama', None),
+    'no gate': ('llama', {'mlp_activations': ['relu']}, None, r'in llama, mlp_activations'),
+    'a scalar': ('gemma2', {'attention_scale': 0.3}, None, 'in gemma2, attention_scale = 0.3 would become'),
+    'no experts': (
+        'llama',
+        {'moe': {'num_experts': 4}},
+        None,
+        'mlp/wo/kernel cannot be stored as huggingface, which only',
+    ),
 }
 
 

@@ -62,15 +62,21 @@ class Tensor:
     offset: int  # in the file
 
     def read(self, region: views.Region) -> np.ndarray:
-        """See `views.Lazy`. Reads whole rows at once; for parts of rows, a few rows at a time."""
+        """See `views.Lazy`. Reads contiguous parts; where these are smaller than a row of a matrix, a few rows at a time."""
         shape = self.shape or (1,)
         rows, *inside = views.bounds(region, shape)
         row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
         out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
-        is_whole_rows = out.shape[1:] == shape[1:]
-        step = len(out) if is_whole_rows else max(1, views.READ_BYTES // max(row_bytes, 1))
         with self.file.open('rb') as file:
+            if len(shape) > 2 and out.shape[2:] == shape[2:] and out.shape[1] < shape[1]:
+                start = inside[0].start * (row_bytes // shape[1])
+                for i, row in enumerate(out, rows.start):
+                    file.seek(self.offset + i * row_bytes + start)
+                    views.read_into(file, row)
+                return out
             file.seek(self.offset + rows.start * row_bytes)
+            is_whole_rows = out.shape[1:] == shape[1:]
+            step = len(out) if is_whole_rows else max(1, views.READ_BYTES // max(row_bytes, 1))
             for start in range(0, len(out), max(step, 1)):
                 part = out[start : start + step]
                 read = part if is_whole_rows else np.empty((len(part), *shape[1:]), self.dtype)

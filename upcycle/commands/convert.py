@@ -8,6 +8,7 @@ import jax
 from upcycle import configuration, conversion, partitioning
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.training import start
 from upcycle.training.state import check_start
 
@@ -21,12 +22,13 @@ def run(
     dtype: str | None = None,
     optimizer_state: bool = True,
     verify: bool = False,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """`upcycle convert`: makes the checkpoint that a run would start from on the host, and streams it to disk.
 
     Args:
       gin_files, bindings: the configuration. Without a file of `runs/`, `runs/convert.gin` is included.
-      target, format, dtype, optimizer_state, verify: see `conversion.convert`.
+      target, format, dtype, optimizer_state, verify, request: see `conversion.convert`.
 
     Returns:
       See `conversion.convert`.
@@ -51,4 +53,6 @@ def run(
         step = open_checkpoints(run.initial_checkpoint_path).step if run.dense_step is None else run.dense_step
         if step is not None:
             check_start(run, step)
-    return conversion.convert(run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify)
+    return conversion.convert(
+        run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify, request=request
+    )

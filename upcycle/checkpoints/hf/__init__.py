@@ -12,6 +12,7 @@ from typing import Any
 
 from upcycle.checkpoints.hf import decoder_only, t5, vit
 from upcycle.checkpoints.hf.architecture import Architecture, Shapes
+from upcycle.errors import UserError
 
 ARCHITECTURES: tuple[Architecture, ...] = (t5.T5(), vit.ViT(), *decoder_only.LAYOUTS)
 BY_MODEL_TYPE = {name: architecture for architecture in ARCHITECTURES for name in architecture.model_types}
@@ -19,15 +20,21 @@ _TITLES = [architecture.title for architecture in ARCHITECTURES]
 TITLES = f'{", ".join(_TITLES[:-1])} and {_TITLES[-1]}'  # for messages
 
 
-def of_leaves(shapes: Shapes, metadata: Mapping[str, Any]) -> Architecture | None:
+def of_leaves(shapes: Shapes, metadata: Mapping[str, Any], layout: str | None = None) -> Architecture | None:
     """Returns the architecture in which to store a model; None if no architecture has such leaves.
 
     Args:
       shapes: of the leaves, by their names below `params/`.
       metadata: of our checkpoint, with `facts` or `model`.
+      layout: the `model_type` that the user asked for; None: any.
 
     Raises:
-      UserError: no architecture computes the function of the model.
+      UserError: no architecture computes the function of the model, or not the one that the user asked for.
     """
     alternatives = [architecture for architecture in ARCHITECTURES if architecture.holds(shapes)]
-    return alternatives[0].choose(alternatives, metadata) if alternatives else None
+    if not alternatives:
+        return None
+    names = [name for architecture in alternatives for name in architecture.model_types]
+    if layout not in (None, *names):
+        raise UserError(f'--layout={layout} is not one of {", ".join(names)}.')
+    return alternatives[0].choose(alternatives, metadata, layout)

@@ -170,12 +170,15 @@ class Architecture:
         """Whether our leaves belong to this architecture."""
         raise NotImplementedError
 
-    def choose(self, alternatives: Sequence[Architecture], metadata: Mapping[str, Any]) -> Architecture:
+    def choose(
+        self, alternatives: Sequence[Architecture], metadata: Mapping[str, Any], layout: str | None
+    ) -> Architecture:
         """Returns the one of the architectures that match our leaves, this is the first, in which to store the model.
 
         Args:
           alternatives: all that match, with this one.
           metadata: of our checkpoint, with `facts` or `model`.
+          layout: the `model_type` that the user asked for, of one of the alternatives; None: any.
 
         Raises:
           UserError: none of them computes the function of the model.
@@ -185,6 +188,13 @@ class Architecture:
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what `table` needs to know of a model; raises as `config_sizes`."""
         return self.config_sizes(shapes)
+
+    def constants(self, sizes: Config) -> dict[str, tuple[tuple[int, ...], float]]:
+        """Returns leaves that `table` has in addition to the model's, by their names below `params/`: shapes and values.
+
+        The architecture needs them although they do not change the function, such as biases of zeros.
+        """
+        return {}
 
     def config_sizes(self, shapes: Shapes) -> dict[str, Any]:
         """Returns the fields of config.json that follow from shapes, for writing.

@@ -59,10 +59,12 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
     if not isinstance(model_type, str) or model_type not in hf.BY_MODEL_TYPE:
         raise UserError(f'{file} has the model_type {model_type}: only {hf.TITLES} models can be read.')
     architecture = hf.BY_MODEL_TYPE[model_type]
-    config = {name: value for name, value in (architecture.defaults | content).items() if value is not None}
+    config = {name: value for name, value in content.items() if value is not None}
     if quantised := [name for name in _QUANTISED if name in config]:
         raise UserError(f'{file} has {quantised[0]}, so the model is quantised: use the original model.')
     _resolve_aliases(file, config, architecture.aliases)
+    given = {architecture.aliases.get(name, name) for name in content}
+    config |= {name: value for name, value in architecture.defaults.items() if name not in given}
     for name, kind in architecture.fields.items():
         if name in config and not schema.fits(config[name], kind):
             raise UserError(f'{file}: {name} is {schema.shown(config[name])}: it must be {schema.in_words(kind)}.')

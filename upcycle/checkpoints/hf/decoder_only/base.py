@@ -15,7 +15,7 @@ from upcycle import schema
 from upcycle.checkpoints import views
 from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors
 from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
-from upcycle.checkpoints.hf.decoder_only import rope, tensors
+from upcycle.checkpoints.hf.decoder_only import refusal, rope, tensors
 from upcycle.checkpoints.hf.decoder_only.facts import Facts
 from upcycle.checkpoints.hf.decoder_only.tensors import EMBEDDING, HEAD, NORMS, Leaf, linear
 from upcycle.checkpoints.hf.sources import CONFIG, required
@@ -29,7 +29,7 @@ _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
 KEPT = (
     *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
-    *('initializer_range', 'attention_dropout'),
+    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'router_jitter_noise'),
 )
 # Fields that do not change the logits: identifiers of tokens, other heads, training, lengths of tokenizers and files, kernels,
 # other programs.
@@ -152,8 +152,18 @@ class DecoderOnly(Architecture):
             **rope.spell(facts),
         }
 
+    def completed(self, facts: Facts) -> Facts:
+        """Returns the canonical facts with the parts that the layout always has, whose parameters are constants.
+
+        Without an effect are biases of zeros, because a layout has them for all projections of attention or for none.
+        """
+        if 'attention_bias' in self.fields and (facts['qkv_bias'] or facts['out_bias']):
+            return facts | {'qkv_bias': True, 'out_bias': True}
+        return facts
+
     def not_expressed(self, facts: Facts) -> dict[str, str]:
-        """Returns the canonical facts that the layout would change, each with the value that it would have."""
+        """Returns the names of the canonical facts that the layout would change, each with the value that it would have."""
+        facts = self.completed(facts)
         config = {'model_type': self.model_types[0], **self.spell(facts)}
         config = {name: value for name, value in (self.defaults | config).items() if value is not None}
         try:
@@ -161,7 +171,10 @@ class DecoderOnly(Architecture):
             back = facts_lib.canonical(self.facts(epath.Path(CONFIG), config))
         except UserError as error:
             return {'layout': str(error)}
-        different = {name: schema.shown(back[name]) for name, value in facts.items() if back[name] != value}
+        ours, theirs = facts_lib.compared(facts), facts_lib.compared(back)
+        different = {
+            name: schema.shown(theirs[name]) for name, value in ours.items() if name in theirs and theirs[name] != value
+        }
         if self.whole_heads and facts['emb_dim'] % facts['num_heads']:
             different['num_heads'] = f'a divisor of {facts["emb_dim"]}'
         return different
@@ -223,7 +236,7 @@ class DecoderOnly(Architecture):
 
     def rename(self, name: str) -> str:
         """Adds the prefix that bare models lack and that wrappers have; see `Architecture`."""
-        return name if name.startswith('lm_head.') else f'model.{name}'
+        return f'model.{name}' if name.startswith(('layers.', 'embed_tokens.', 'norm.')) else name
 
     def left_out(self, stored: Tensors) -> dict[str, str]:
         """See `Architecture`."""
@@ -247,33 +260,45 @@ class DecoderOnly(Architecture):
         """Returns no sizes: `read` compares each shape."""
         return {}
 
-    def choose(self, alternatives: Sequence[Architecture], metadata: Mapping[str, Any]) -> Architecture:
+    def choose(
+        self, alternatives: Sequence[Architecture], metadata: Mapping[str, Any], layout: str | None
+    ) -> Architecture:
         """Returns the layout of the source if it can store the model, and else the first that can; see `Architecture`."""
         facts = facts_lib.of_metadata(metadata)
-        layouts = sorted(alternatives, key=lambda layout: metadata.get('model_type') not in layout.model_types)
-        different = {layout.title: layout.not_expressed(facts) for layout in layouts}
-        for layout in layouts:
-            if not different[layout.title]:
-                return layout
-        closest = min(different, key=lambda title: len(different[title]))
-        listing = ', '.join(
-            f'{name} = {schema.shown(facts[name])}' if name in facts else value
-            for name, value in different[closest].items()
-        )
-        raise UserError(
-            f'no layout of Hugging Face can store this model: {closest}, the closest one, has no place for {listing}.'
-        )
+        wanted = metadata.get('model_type') if layout is None else layout
+        layouts = sorted(alternatives, key=lambda each: wanted not in each.model_types)
+        different = {each: each.not_expressed(facts) for each in layouts}
+        exact = [each for each in layouts if not different[each]]
+        if exact and (layout is None or exact[0] is layouts[0]):
+            return exact[0]
+        fewest = min(layouts, key=lambda each: ('moe' in different[each], len(different[each])))
+        closest = fewest if layout is None else layouts[0]
+        raise UserError(refusal.message(closest, layout, exact, facts, different))
 
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the canonical facts, with the size of the vocabulary before it was padded as `rows`; see `Architecture`."""
+        """Returns what writing needs; see `Architecture`.
+
+        It is `facts`, completed; `rows`, the size of the vocabulary before it was padded; `constants`, the leaves that completed
+        facts have in addition, with their shapes.
+        """
         facts = facts_lib.of_metadata(metadata)
-        return facts | {'rows': metadata.get('vocab_size_of_source') or facts['vocab_size']}
+        completed = self.completed(facts)
+        leaves, sizes = self.leaves(completed), self.dimensions(completed)
+        constants = {
+            name: tuple(sizes[size] for size in leaves[name].sizes)
+            for name in leaves.keys() - self.leaves(facts).keys()
+        }
+        rows = metadata.get('vocab_size_of_source') or facts['vocab_size']
+        return {'facts': completed, 'rows': rows, 'constants': constants}
+
+    def constants(self, sizes: Config) -> dict[str, tuple[tuple[int, ...], float]]:
+        """See `Architecture`."""
+        return {name: (shape, 0.0) for name, shape in sizes['constants'].items()}
 
     def table(self, sizes: Config, shapes: Shapes) -> Table:
         """See `Architecture`."""
-        facts = {name: value for name, value in sizes.items() if name != 'rows'}
-        table = {name: leaf.entry for name, leaf in self.leaves(facts).items()}
-        if sizes['rows'] != sizes['vocab_size']:
+        table = {name: leaf.entry for name, leaf in self.leaves(sizes['facts']).items()}
+        if sizes['rows'] != sizes['facts']['vocab_size']:
             table |= {
                 name: Entry(table[name].names, tensors.first_rows(table[name].turn, sizes['rows']))
                 for name in ('token_embedder/embedding', 'decoder/logits_dense/kernel')
@@ -283,10 +308,9 @@ class DecoderOnly(Architecture):
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`."""
-        facts = {name: value for name, value in sizes.items() if name != 'rows'}
         return {
             'architectures': [self.classes[0]],
             'model_type': self.model_types[0],
             **metadata.get('kept', {}),
-            **self.spell(facts | {'vocab_size': sizes['rows']}),
+            **self.spell(sizes['facts'] | {'vocab_size': sizes['rows']}),
         }

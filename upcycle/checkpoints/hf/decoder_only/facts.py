@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upcycle import schema
+from upcycle.checkpoints.hf.decoder_only import routing
 from upcycle.errors import UserError
 
 Facts = dict[str, Any]
@@ -93,9 +94,19 @@ def canonical(fields: Mapping[str, Any]) -> Facts:
     ):
         if facts[name] is not None and math.isclose(facts[name], implied, rel_tol=1e-12):
             facts[name] = None
-    if facts['moe'] is None:
-        facts['moe_layers'] = NEUTRAL['moe_layers']
+    facts |= routing.canonical(facts['moe'], facts['moe_layers'], facts['mlp_dim'], layers)
     return facts
+
+
+def compared(facts: Mapping[str, Any]) -> Facts:
+    """Returns canonical facts, with those of MoE layers by single names, in a form that is equal for equal functions."""
+    moe = facts['moe']
+    if moe is None:
+        return dict(facts)
+    single = {**facts, 'moe': 'experts', **routing.compared(moe, facts['mlp_dim'])}
+    if facts['moe_layers'] == 'all':
+        del single['mlp_dim']  # no layer has that width
+    return single
 
 
 def attention_factor(factor: float, scale: float = 1.0) -> float:

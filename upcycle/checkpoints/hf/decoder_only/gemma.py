@@ -130,24 +130,26 @@ class Gemma3(Gemma2):
     def rope(self, file: epath.Path, config: Config) -> Facts:
         """See `DecoderOnly`. `rope_parameters` has an entry for each type of layer."""
         parameters = config.get('rope_parameters', {})
+        kinds = (windows.FULL, windows.SLIDING)
+        if parameters.keys() - {*kinds} or not schema.fits(parameters, Mapping[str, Mapping[str, Any] | None]):
+            raise UserError(
+                f'{file}: rope_parameters must have only {" and ".join(kinds)}, each with its own parameters.'
+            )
+        if parameters and 'rope_scaling' in config:
+            raise UserError(f'{file} has both rope_scaling and rope_parameters: remove one of them.')
         local = {'rope_theta': config.get('rope_local_base_freq', 10_000.0)}
-        both = {windows.FULL: config.get('rope_scaling', {}), windows.SLIDING: local}
-        if parameters:
-            if parameters.keys() - both.keys() or not schema.fits(parameters, Mapping[str, Mapping[str, Any] | None]):
-                raise UserError(
-                    f'{file}: rope_parameters must have only {windows.FULL} and {windows.SLIDING}, each with its own parameters.'
-                )
-            if 'rope_scaling' in config:
-                raise UserError(f'{file} has both rope_scaling and rope_parameters: remove one of them.')
-            both |= {name: value for name, value in parameters.items() if value is not None}
-        facts = self._rope_of(file, {**config, 'rope_scaling': both[windows.FULL]}, self.rope_types)
-        inner = {name: value for name, value in config.items() if name != 'rope_theta'}
-        sliding = self._rope_of(file, {**inner, 'rope_scaling': {**local, **both[windows.SLIDING]}}, ('default',))
-        return facts | {'window_rope_theta': sliding['rope_theta']}
+        full, sliding = (parameters.get(kind) or {} for kind in kinds)
+        name = 'rope_parameters' if parameters else 'rope_scaling'
+        facts = self._rope_of(file, name, full or config.get('rope_scaling', {}), config, self.rope_types)
+        config = {field: value for field, value in config.items() if field != 'rope_theta'}
+        theta = self._rope_of(file, f'{windows.SLIDING} of {name}', local | sliding, config, ('default',))['rope_theta']
+        return facts | {'window_rope_theta': theta}
 
-    def _rope_of(self, file: epath.Path, config: dict[str, Any], types: Sequence[str]) -> Facts:
-        config.pop('rope_parameters', None)
-        return rope.read(file, config, types=types, theta=self.rope_theta, partial=False)
+    def _rope_of(
+        self, file: epath.Path, name: str, given: Mapping[str, Any], config: Config, types: Sequence[str]
+    ) -> Facts:
+        scaling = {'rope_theta': self.rope_theta, **rope.standard(file, name, given, config)}
+        return rope.of_standard(file, name, scaling, config, types=types, partial=False)
 
     def _windows(self, file: epath.Path, config: Config) -> list[int]:
         """See `Gemma2`. transformers reads `_sliding_window_pattern` nowhere."""

@@ -50,19 +50,8 @@ def linear(ours: str, theirs: str, sizes: tuple[str, str], *, bias: bool) -> dic
 
 
 def with_head(folder: epath.Path, tied: bool, stored: dict[str, Any]) -> tuple[Tensors, bool]:
-    """Returns the tensors without a head that equals the embedding, and whether the model is tied, as transformers 5 decides.
-
-    Raises:
-      UserError: a model that is not tied has no head.
-    """
-    if not tied:
-        if HEAD not in stored:
-            raise UserError(
-                f'{folder} has no {HEAD}, and tie_word_embeddings of {CONFIG} is false: copy the checkpoint again, or set the '
-                'field to true if the head is the embedding.'
-            )
-        return stored, False
-    if HEAD in stored:
+    """Returns the tensors without a head that equals the embedding, and whether the model is tied, as transformers 5 decides."""
+    if tied and HEAD in stored:
         head = stored.pop(HEAD)
         embedding = stored.setdefault(EMBEDDING, head)
         if not are_equal(embedding, head):
@@ -71,7 +60,7 @@ def with_head(folder: epath.Path, tied: bool, stored: dict[str, Any]) -> tuple[T
                 'transformers 5.'
             )
             return stored | {HEAD: head}, False
-    return stored, True
+    return stored, tied
 
 
 def read(
@@ -82,11 +71,12 @@ def read(
     Raises:
       UserError: a tensor is missing, unknown, not of floating-point numbers, or has another shape than config.json asks for.
     """
+    sources = by_table(folder, stored, {name: leaf.entry for name, leaf in leaves.items()})
     named = dict.fromkeys(theirs for leaf in leaves.values() for theirs in leaf.entry.every_name)
     if missing := [theirs for theirs in named if theirs not in stored]:
         more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
-        raise UserError(f'{folder} has no {missing[0]}{more}, which {CONFIG} asks for: copy the checkpoint again.')
-    sources = by_table(folder, stored, {name: leaf.entry for name, leaf in leaves.items()})
+        tie = ', or set tie_word_embeddings to true if it equals the embedding' if missing == [HEAD] else ''
+        raise UserError(f'{folder} has no {missing[0]}{more}, which {CONFIG} asks for: copy the checkpoint again{tie}.')
     for theirs in named:
         if not jax.dtypes.issubdtype(stored[theirs].dtype, np.floating):
             raise UserError(
