@@ -17,6 +17,7 @@ from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
 from upcycle.models.generation import Sampling
 
+_COMPANIONS = 'huggingface'  # folder with the files of the model that a run comes from
 _SHOWN = 60  # characters of a prompt, above its text
 
 
@@ -164,11 +165,12 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
 
 
 def _folders(reader: Reader) -> list[epath.Path]:
-    """Returns where files of a model lie: the folder of its weights, and that of its run."""
+    """Returns where files of a model may lie: next to its weights, or in the folder of its run."""
     path = files.absolute(reader.path)
-    if path.is_file():
-        return [path.parent]
-    return [path, path.parent.parent] if path.parent.name == 'checkpoints' else [path]
+    if reader.format != 'upcycle':
+        return [path.parent if path.is_file() else path]
+    run = path.parent.parent
+    return [path / 'metadata' / _COMPANIONS, run / _COMPANIONS, run]
 
 
 def _tokenizer(reader: Reader, given: str | None) -> str:
