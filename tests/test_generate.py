@@ -83,6 +83,8 @@ def test_draws_by_the_seed_and_stops_at_a_token(capsys, tmp_path):
         (LLAMA, (BYTES, '--prompts_file=a'), '--prompt and --prompts_file'),
         (LLAMA, (BYTES, '--prompt='), 'prompt 2 is empty'),
         (LLAMA, (BYTES, '--prompt=é'), 'prompt 2 has the token 195, and the model only 128'),
+        (LLAMA, (BYTES, '--prompt=\udcff'), 'prompt 2 is not UTF-8'),
+        (LLAMA, (BYTES, '--seed=-1'), '--seed=-1'),
         (LLAMA, (BYTES, '--chat'), 'bytes has no chat template'),
         (LLAMA, (BYTES, '--temperature=-1'), 'temperature = -1'),
         (LLAMA, (BYTES, '--max_new_tokens=0'), '--max_new_tokens'),

@@ -60,6 +60,8 @@ def run(
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise UserError('--max_new_tokens and --batch_size must be at least 1.')
+    if not 0 <= seed < 2**32:
+        raise UserError(f'--seed={seed} must be a whole number from 0 to 2**32 - 1.')
     Sampling(temperature, top_k, top_p)  # refuses before anything is read
     written = _written(prompts, prompts_file)
     reader = open_checkpoint(source)
@@ -126,7 +128,7 @@ def _written(prompts: Sequence[str], prompts_file: str | None) -> list[str]:
         return list(prompts)
     try:
         if prompts_file is not None:
-            lines = files.absolute(prompts_file).read_text().splitlines()
+            lines = files.absolute(prompts_file).read_text(encoding='utf-8').splitlines()
             found = [line for line in lines if line.strip()]
             if not found:
                 raise UserError(f'--prompts_file={prompts_file} is empty: write a prompt on each line.')
@@ -143,9 +145,12 @@ def _encoded(reads: Prompts, prompt: str, number: int, model: Model) -> list[int
     """Returns the tokens of a prompt.
 
     Raises:
-      UserError: it is empty, or not of the model's vocabulary.
+      UserError: it is empty, not text, or not of the model's vocabulary.
     """
-    tokens = reads.encode(prompt)
+    try:
+        tokens = reads.encode(prompt)
+    except UnicodeEncodeError as error:  # of bytes on the command line
+        raise UserError(f'prompt {number} is not UTF-8 ({one_line(error)}): write it again.') from error
     if not prompt or not tokens:
         raise UserError(f'prompt {number} is empty: write at least one character.')
     if max(tokens) >= model.config.vocab_size:
