@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+import upcycle
 from tests.checkpoints import llms, trees
 from tests.fixtures import requires_fixtures
 from upcycle import warning
@@ -16,6 +17,8 @@ from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
 from upcycle.checkpoints.hf.engines import engine_limits
 from upcycle.errors import UserError
 from upcycle.formats import FolderRequest, folder_request
+from upcycle.models.causal_lm import CausalLM
+from upcycle.models.decoder import DecoderConfig
 from upcycle.moe.config import MoEConfig
 
 SIZES = {'vocab_size': 64, 'emb_dim': 16, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4, 'mlp_dim': 24}
@@ -67,6 +70,11 @@ FIT = {
     'llama, all experts': (LLAMA, {'num_selected_experts': 4, **RAW}, 'mixtral'),
     'llama, some layers': (HALF, {}, 'qwen2_moe'),
     'llama with a gated shared expert': ({}, {'num_shared_experts': 1, 'shared_gate': True}, 'qwen2_moe'),
+    'a scale that the experts take': (
+        QWEN2,
+        {'num_shared_experts': 1, 'shared_gate': True, 'weight_scale': 0.5},
+        'qwen2_moe',
+    ),
     'attention biases': ({'qkv_bias': True, 'out_bias': True}, {}, 'granitemoe'),
     'qwen2': (QWEN2, {}, 'qwen2_moe'),
     'qwen2, some layers': (QWEN2 | HALF, {}, 'qwen2_moe'),
@@ -127,7 +135,7 @@ NO_FIT = {
     'a bias of the router': (LLAMA, {'router_bias': True}, 'moe.router_bias = True would become False'),
     'sigmoid': (LLAMA, {'scores': 'sigmoid'}, "moe.scores = 'sigmoid' would become 'softmax'"),
     'groups': (LLAMA, {'score_groups': 2, 'selected_groups': 1}, 'moe.score_groups = 2 would become 1'),
-    'scaled weights': (LLAMA, {'weight_scale': 2.5}, 'moe.weight_scale = 2.5 would become 1.0'),
+    'scaled weights': (LLAMA, {'weight_scale': 2.5}, 'moe.weight_scale = 2.5 would become 1.0 .only a power of 2'),
     'a bias of the choice': (LLAMA, {'balance_bias_rate': 0.01}, 'moe.correction_bias = True would become False'),
     'shared experts without a gate': (LLAMA, {'num_shared_experts': 1}, 'moe.shared_gate = False would become True'),
     'default outputs': (
@@ -221,6 +229,50 @@ def test_parts_that_a_layout_always_has_are_zeros(layout, fields, added, tmp_pat
     for name in more:
         value = reader.read(name)
         np.testing.assert_array_equal(value, np.full_like(value, 1e-6 if 'shared_gate' in name else 0))
+
+
+@pytest.mark.parametrize('fields, layout', [(LLAMA, 'mixtral'), (GRANITE, 'granitemoe')])
+def test_a_scale_of_weights_is_a_factor_of_the_experts(fields, layout, tmp_path):
+    metadata = described(fields, {'weight_scale': 0.5})
+    tree = tree_of(metadata)
+    path = _write(tmp_path / 'out', tree, metadata, FolderRequest(layout))
+    reader = open_checkpoint(path)
+    trees.assert_same(reader, tree)
+    assert reader.metadata['model']['config']['moe']['weight_scale'] == 0.5
+    # For transformers, and for us without the note.
+    stored = llms.tensors_of(epath.Path(path))
+    llms.write(epath.Path(path), stored)
+    plain = open_checkpoint(path)
+    assert 'weight_scale' not in plain.metadata['model']['config']['moe']
+    for name, value in tree.items():
+        np.testing.assert_array_equal(plain.read(name), value / 2 if name.endswith('expert/wo/kernel') else value)
+
+
+@requires_fixtures
+@pytest.mark.parametrize(
+    'name, layout',
+    [
+        *(
+            ('llama', 'mixtral'),
+            ('llama_tied_rope_llama3', 'mixtral'),
+            ('mistral_window', 'mixtral'),
+            ('phi3', 'mixtral'),
+        ),
+        *(('qwen2', 'qwen2_moe'), ('qwen3', 'qwen3_moe'), ('olmo2', 'flex_olmo'), ('granite', 'granitemoe')),
+        *(('llama_bias', 'mlp_bias'), ('phi3_partial', 'rope_dims'), ('smollm3', 'rope_layers')),
+        *(('gemma', 'norm_offset'), ('gemma2', 'norm_placement'), ('gemma3_text', 'norm_placement')),
+    ],
+)
+def test_the_recipe_of_a_dense_folder(name, layout):
+    """Each family has its layout, or a field that no layout has."""
+    stored = open_checkpoint(llms.FOLDERS / name).metadata
+    sparse = upcycle.sparse(CausalLM(DecoderConfig(**stored['model']['config'])), NUM_EXPERTS=4)
+    metadata = {**stored, 'model': json.loads(json.dumps(sparse.describe(), default=str))}
+    if layout in hf.BY_MODEL_TYPE:
+        assert chosen(metadata) == layout
+        return
+    with pytest.raises(UserError, match=f'{layout} = .* would become .*no layout has it'):
+        chosen(metadata)
 
 
 class _Only:

@@ -12,6 +12,7 @@ from etils import epath
 from upcycle.checkpoints import safetensors, views
 
 Config = Mapping[str, Any]  # the content of config.json
+NOTES = '_notes'  # key of the notes in the header of the files, next to the fields that are read
 Shapes = Mapping[str, tuple[int, ...]]  # of our leaves, by their names below `params/`
 Tensors = Mapping[str, safetensors.Tensor]  # by Hugging Face's names
 
@@ -194,6 +195,10 @@ class Architecture:
 
         The architecture needs them although they do not change the function, such as biases of zeros.
         """
+        return {}
+
+    def notes(self, sizes: Config) -> dict[str, str]:
+        """Returns entries for the headers of the files, which `read` finds in `config` under `NOTES`."""
         return {}
 
     def config_sizes(self, shapes: Shapes) -> dict[str, Any]:

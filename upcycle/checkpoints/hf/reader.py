@@ -12,6 +12,7 @@ from etils import epath
 
 from upcycle.checkpoints import arrays, safetensors
 from upcycle.checkpoints.hf import sources
+from upcycle.checkpoints.hf.architecture import NOTES
 from upcycle.checkpoints.hf.config import read_config
 from upcycle.checkpoints.hf.folder import refuse_adapter, which_file
 from upcycle.errors import UserError
@@ -43,7 +44,7 @@ class HuggingFaceReader(arrays.ArrayReader):
         self._left_out = self._architecture.left_out(stored)
         stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
         sources.require_depth(folder, self._architecture, self._config, stored)
-        ours, self._described = self._architecture.read(folder, self._config, stored)
+        ours, self._described = self._architecture.read(folder, self._config | {NOTES: notes}, stored)
         sources.require_sizes(folder, self._architecture, self._config, ours)
         self._architecture.check_inputs(folder, self._config)
         named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in ours.items()}

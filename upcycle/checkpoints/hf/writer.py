@@ -107,7 +107,8 @@ class HuggingFaceWriter(staging.StagedWriter):
         with writing.not_refused(self._folder):
             for name, value in self._constants.items():
                 self.write(name, writing.WHOLE, value)
-            self._files.finish({'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)}))
+            step = {} if self._step is None else {'step': str(self._step)}
+            self._files.finish({'format': 'pt', **self._architecture.notes(self._sizes), **step})
             config = self._architecture.config(self._sizes, metadata) | {'torch_dtype': self._dtype.name}
             (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self._publish(check, HuggingFaceReader(self._folder), last=self._files.last)

@@ -170,7 +170,7 @@ class DecoderOnly(Architecture):
             self.resolve(epath.Path(CONFIG), config)
             back = facts_lib.canonical(self.facts(epath.Path(CONFIG), config))
         except UserError as error:
-            return {'layout': str(error)}
+            return {'layout': str(error).rstrip('.')}
         ours, theirs = facts_lib.compared(facts), facts_lib.compared(back)
         different = {
             name: schema.shown(theirs[name]) for name, value in ours.items() if name in theirs and theirs[name] != value
@@ -271,7 +271,7 @@ class DecoderOnly(Architecture):
         exact = [each for each in layouts if not different[each]]
         if exact and (layout is None or exact[0] is layouts[0]):
             return exact[0]
-        fewest = min(layouts, key=lambda each: ('moe' in different[each], len(different[each])))
+        fewest = min(layouts, key=lambda each: (bool({'moe', 'layout'} & different[each].keys()), len(different[each])))
         closest = fewest if layout is None else layouts[0]
         raise UserError(refusal.message(closest, layout, exact, facts, different))
 

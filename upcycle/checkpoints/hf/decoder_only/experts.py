@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from upcycle import schema
 from upcycle.checkpoints import views
-from upcycle.checkpoints.hf.architecture import LINEAR, Config, Entry, Part, Tensors
+from upcycle.checkpoints.hf.architecture import LINEAR, NOTES, Config, Entry, Part, Tensors, Turn
 from upcycle.checkpoints.hf.decoder_only import routing
 from upcycle.checkpoints.hf.decoder_only.base import DecoderOnly
 from upcycle.checkpoints.hf.decoder_only.facts import Facts, indices
@@ -20,6 +22,7 @@ from upcycle.errors import UserError
 # Matrices of an MLP: ours, and the usual names there.
 MATRICES = {'wi_0': 'gate_proj', 'wi_1': 'up_proj', 'wo': 'down_proj'}
 _FUSED = re.compile(r'(model\.layers\.\d+\..+\.experts)\.(gate_up_proj|down_proj)')
+_SCALE = 'upcycle_weight_scale'  # note in a file
 # The width of a shared expert of zeros, for layouts that always have one: it divides among tensor-parallel devices, and is the
 # size of a block of llama.cpp's quantised types.
 ZERO_SHARED_WIDTH = 32
@@ -69,6 +72,7 @@ class WithExperts(DecoderOnly):
             'normalize_combine_weights': self.always_normalized or config['norm_topk_prob'],
             'dispatch': 'ragged',
             'expert_mlp_dim': config[self.width],
+            'weight_scale': _scale_in(config.get(NOTES, {})),
         }
         return {'moe': moe, 'moe_layers': 'all'}
 
@@ -90,7 +94,14 @@ class WithExperts(DecoderOnly):
             return {'moe': schema.shown('experts')}
         if facts['moe']['router'] != 'top_k':  # whose settings mean something else
             return {'moe.router': schema.shown('top_k')}
+        if _is_power_of_2(facts['moe'].get('weight_scale', 1.0)):  # multiplied into the experts
+            facts = facts | {'moe': {name: value for name, value in facts['moe'].items() if name != 'weight_scale'}}
         return super().not_expressed(facts)
+
+    def notes(self, sizes: Config) -> dict[str, str]:
+        """Returns the scale of the experts, so that we read the same numbers again; see `Architecture`."""
+        scale = sizes['facts']['moe'].get('weight_scale')
+        return {} if scale is None else {_SCALE: repr(scale)}
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`; the default weight of transformers' balance loss is written."""
@@ -126,7 +137,7 @@ class WithExperts(DecoderOnly):
         for matrix, name in self.matrices.items():
             names = tuple(f'{theirs}.experts.{e}.{name}.weight' for e in range(facts['moe']['num_experts']))
             sizes = (self.width, 'hidden_size') if matrix == 'wo' else ('hidden_size', self.width)
-            leaves[f'{ours}/{matrix}/kernel'] = Leaf(Entry(names, LINEAR), (self.count, *sizes))
+            leaves[f'{ours}/{matrix}/kernel'] = Leaf(Entry(names, _turn(matrix, facts)), (self.count, *sizes))
         return leaves
 
     def read(self, folder: epath.Path, config: Config, stored: Tensors) -> tuple[dict[str, views.Lazy], dict[str, Any]]:
@@ -171,7 +182,8 @@ class Fused(WithExperts):
 
         def leaf(name: str, shape: tuple[int, int], rows: tuple[int, int], sizes: tuple[str, str]) -> Leaf:
             parts = tuple(Part((count, *shape), rows, e) for e in range(count))
-            return Leaf(Entry((f'{theirs}.{name}.weight',) * count, LINEAR, parts), (self.count, *sizes))
+            turn = _turn('wo' if name == 'output_linear' else 'wi', facts)
+            return Leaf(Entry((f'{theirs}.{name}.weight',) * count, turn, parts), (self.count, *sizes))
 
         into, out = (2 * width, hidden), (hidden, width)
         return {
@@ -191,3 +203,28 @@ class Fused(WithExperts):
             if name.endswith(f'.{self.block}.{theirs}'):
                 return f'{name.removesuffix(theirs)}{stored}'
         return name
+
+
+def _turn(matrix: str, facts: Facts) -> Turn:
+    """Returns the change of layout of an expert's matrix. The scale of weights is a factor of `wo`."""
+    scale = facts['moe'].get('weight_scale', 1.0)
+    if matrix != 'wo' or scale == 1:
+        return LINEAR
+    return Turn(
+        lambda tensor: views.Scaled(LINEAR.to_ours(tensor), 1 / scale),
+        lambda x: LINEAR.to_theirs(x * np.asarray(scale, x.dtype)),
+    )
+
+
+def _scale_in(notes: Mapping[str, str]) -> float:
+    """Returns the scale in the notes of a file of ours; 1 for others."""
+    try:
+        scale = float(notes.get(_SCALE, 1.0))
+    except ValueError:
+        return 1.0
+    return scale if _is_power_of_2(scale) else 1.0
+
+
+def _is_power_of_2(scale: float) -> bool:
+    """Whether a multiplication is exact."""
+    return scale > 0 and math.frexp(scale)[0] == 0.5
