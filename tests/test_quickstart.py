@@ -31,7 +31,7 @@ ONE_LAYER = {
 }
 
 
-@pytest.mark.parametrize('family', ['llm', 'language', pytest.param('vision', marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize('family', ['llm', *(pytest.param(family, marks=pytest.mark.exhaustive) for family in ('language', 'vision'))])
 def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypatch):
     out, small, job = tmp_path / 'out', tmp_path / 'small.gin', quick.JOBS[family]
     bindings = ['EVAL_STEPS = 1', 'NUM_EXPERTS = 4', 'STEP_0_CAPACITY_FACTORS = (2.0,)', *ONE_LAYER[family]]

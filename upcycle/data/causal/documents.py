@@ -107,7 +107,8 @@ def read_chunks(file: str, fields: Fields, size: int, *, validation: bool) -> It
             if filled >= size:
                 yield Chunk(validation, kind == '.jsonl', records, raw.tell())
                 records, filled = [], 0
-        yield Chunk(validation, kind == '.jsonl', records, os.path.getsize(file))
+        if records:
+            yield Chunk(validation, kind == '.jsonl', records, os.path.getsize(file))
 
 
 def parse(record: Record, fields: Fields, *, is_json: bool) -> Any:

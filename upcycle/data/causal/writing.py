@@ -84,15 +84,21 @@ def write(inputs: Inputs, job: Job, target: str, *, workers: int = 1, max_bad_re
     """
     final = outputs.check('--to', target, outputs.Kind.NEW_FOLDER, local=True)
     tokenise = job.open()  # before anything is written
-    make_folders(final.parent)
+    made = make_folders(final.parent)
     place = final.parent / f'{final.name}{outputs.STAGING[1]}'
     with writing_to(final.parent, 'name another --to'):
         claim = Claim(place, final, outputs.Kind.NEW_FOLDER)
         try:
             folder = _Folder(pathlib.Path(place), _identity(inputs, tokenise), tokenise)
-            bad = BadRecords(max_bad_records, '--max_bad_records')
-            _fill(folder, inputs, tokenise, workers, bad)
-            index = folder.finish(hold_out=job.validation > 0 and not inputs.validation)
+            try:
+                _fill(folder, inputs, tokenise, workers, BadRecords(max_bad_records, '--max_bad_records'))
+                index = folder.finish(hold_out=job.validation > 0 and not inputs.validation)
+            except UserError:
+                if not folder.done:  # nothing to continue
+                    place.rmtree()
+                    for parent in made:
+                        parent.rmdir()
+                raise
             give_name(place, final, outputs.Kind.NEW_FOLDER)
         finally:
             claim.release()
