@@ -111,11 +111,9 @@ def _export(job: Job, source: Any, target: str) -> str:
     """
     if not os.path.exists(target):
         transfer.transfer(str(source), target, job.export, optimizer_state='none')
-    tokens = np.frombuffer(job.prompt.encode(), np.uint8)[None].astype(np.int32)
-    ours, theirs = (
-        np.asarray(jax.jit(model.logits)(params, dict.fromkeys(model.inputs, tokens)))
-        for model, params in (api.load(source), api.load(target))
-    )
+    models = api.load(source), api.load(target)
+    inputs = models[0][0].sample_inputs()
+    ours, theirs = (np.asarray(jax.jit(model.logits)(params, inputs)) for model, params in models)
     difference = float(np.abs(ours - theirs).max())
     if not difference <= _SAME * np.abs(ours).max():
         raise UserError(f'{target} computes other logits than {source}, by up to {difference:g}: report this as a bug.')

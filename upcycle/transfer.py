@@ -16,6 +16,7 @@ import numpy as np
 from upcycle import casts, schema
 from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
+from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.cost import num_bytes
@@ -86,7 +87,8 @@ def transfer(
         steps = {} if step is None else {'step': np.asarray(step, np.int32)}
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
-        writer.finish({**metadata, 'source': origin})
+        files = {companions.KEY: companions.of(reader.path, reader.format)}
+        writer.finish({**metadata, **files, 'source': origin})
     for line in left_out(writer.left_out):
         print(line)
     return writer.path

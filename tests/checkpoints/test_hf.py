@@ -35,7 +35,7 @@ def folder(tmp_path):
 def test_shards(tmp_path):
     tree = trees.t5(False, state=False)
     leaves = open_checkpoint(trees.write(tmp_path / 'x', 'upcycle', tree)).leaves()
-    writer = HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, {}, shard_bytes=20_000)
+    writer = HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, {}, {}, shard_bytes=20_000)
     for name in writer.todo():
         writer.write(name, (), tree[name])
     writer.finish({})

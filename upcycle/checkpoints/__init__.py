@@ -72,7 +72,8 @@ class Reader(Protocol):
     ) -> jax.Array | np.ndarray:
         """Reads one leaf: to the host, or, given a `sharding`, each shard directly onto its device.
 
-        Without a sharding, `region` selects a part of the leaf, such as one expert.
+        Without a sharding, `region` selects a part of the leaf, such as one expert, and the array may have any memory order: that
+        of the file, where a leaf is stored transposed.
 
         Raises:
           UserError: the leaf does not exist, or its stored bytes are missing or damaged.
@@ -224,7 +225,7 @@ def create_checkpoint(
     if format == 'vit_npz':
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':
-        return HuggingFaceWriter(target, leaves, metadata, request)
+        return HuggingFaceWriter(target, leaves, metadata, identity, request)
     layout = next(kind for kind in (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout) if kind.format == format)
     return folder_writer.FolderWriter(layout(), target, leaves, step, identity, alike)
 

@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -47,6 +47,8 @@ _DTYPES = {
     'U8': np.dtype('uint8'),
     'BOOL': np.dtype('bool'),
 }
+_NOTES_BYTES = 512  # room for the notes in each header
+_WRITE_BYTES = 64 << 20  # at a time, because an interruption waits for a write
 _MAX_HEADER = 100 << 20  # as in the library
 # Raised while parsing a damaged header.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -211,24 +213,34 @@ class FilesWriter:
         self._folder = folder
         self._headers = _shards(arrays, shard_bytes)
         self.last = SINGLE if len(self._headers) == 1 else INDEX
-        longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + 100
+        longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + _NOTES_BYTES
         # Arrays begin after room for the longest header.
         self._header_bytes = 8 + -(-longest // 8) * 8
         self._files = {name: file for file, entries in self._headers.items() for name in entries}
-        self._streams: dict[str, BinaryIO] = {}
+        self._descriptors: dict[str, int] = {}
         self._todo = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}  # bytes
 
     def write(self, name: str, value: np.ndarray, region: views.Region = ()) -> None:
         """Writes one array, or its `region`, which must be contiguous in the array; no region is written twice."""
         file = self._files[name]
-        if file not in self._streams:
-            self._streams[file] = (self._folder / file).open('wb')
         entry = self._headers[file][name]
         start = self._header_bytes + entry['data_offsets'][0]
         data = np.asarray(value, order='C').reshape(-1).view(np.uint8).data
-        self._streams[file].seek(start + _offset(region, entry['shape']) * value.dtype.itemsize)
-        self._streams[file].write(data)
+        self._pwrite(file, data, start + _offset(region, entry['shape']) * value.dtype.itemsize)
         self._todo[name] -= len(data)
+
+    def assume_written(self, name: str, size: int) -> None:
+        """Notes `size` bytes of an array that an earlier, interrupted writer has written."""
+        self._todo[name] -= size
+
+    def _pwrite(self, file: str, data: memoryview | bytes, offset: int) -> None:
+        if file not in self._descriptors:
+            # Never truncated: an interrupted write may have left arrays.
+            self._descriptors[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT, 0o666)
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptors[file], view[:_WRITE_BYTES], offset)
+            view, offset = view[written:], offset + written
 
     def finish(self, notes: Mapping[str, str]) -> None:
         """Writes the headers, with `notes` in each, and the index."""
@@ -236,13 +248,12 @@ class FilesWriter:
             raise ValueError(f'not written: {todo[:3]}')
         for file, entries in self._headers.items():
             header = json.dumps({'__metadata__': notes, **entries}).encode()
-            stream = self._streams[file]
-            stream.seek(0)
             # The format pads the header with spaces.
-            stream.write((self._header_bytes - 8).to_bytes(8, 'little') + header.ljust(self._header_bytes - 8))
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
+            start = (self._header_bytes - 8).to_bytes(8, 'little')
+            self._pwrite(file, start + header.ljust(self._header_bytes - 8), 0)
+            descriptor = self._descriptors.pop(file)
+            os.fsync(descriptor)
+            os.close(descriptor)
         if len(self._headers) > 1:
             # The arrays of a file have no gaps, so its size is the end of its last array.
             size = sum(
@@ -253,9 +264,10 @@ class FilesWriter:
 
     def close(self) -> None:
         """Closes the files, even if the disk is full."""
-        for stream in self._streams.values():
+        for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):
-                stream.close()
+                os.close(descriptor)
+        self._descriptors.clear()
 
 
 def _offset(region: views.Region, shape: Sequence[int]) -> int:

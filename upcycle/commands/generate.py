@@ -11,13 +11,13 @@ from etils import epath
 
 from upcycle import api, files, partitioning, platforms, warning
 from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.checkpoints.hf import companions
 from upcycle.data.causal.prompts import Prompts, Text, read_settings, stop_tokens
 from upcycle.data.causal.tokenizers import BYTES, TOKENIZERS
 from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
 from upcycle.models.generation import Sampling
 
-_COMPANIONS = 'huggingface'  # folder with the files of the model that a run comes from
 _SHOWN = 60  # characters of a prompt, above its text
 
 
@@ -170,12 +170,12 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
 
 
 def _folders(reader: Reader) -> list[epath.Path]:
-    """Returns where files of a model may lie: next to its weights, or in the folder of its run."""
+    """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
     path = files.absolute(reader.path)
     if reader.format != 'upcycle':
         return [path.parent if path.is_file() else path]
-    run = path.parent.parent
-    return [path / 'metadata' / _COMPANIONS, run / _COMPANIONS, run]
+    found = companions.of(str(path), reader.format)
+    return [*([] if found is None else [epath.Path(found)]), path.parent.parent]
 
 
 def _tokenizer(reader: Reader, given: str | None) -> str:

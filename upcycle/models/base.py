@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle import schema
 from upcycle.errors import UserError, refuse
@@ -25,6 +26,7 @@ class BaseModel:
     lacking: ClassVar[tuple[str, ...]] = ()
     grids: ClassVar[tuple[str, ...]] = ()
     prompts: ClassVar[str | None] = None
+    told: ClassVar[tuple[str, ...]] = ()
     moe_fields: ClassVar[tuple[str, ...]]
     network: ClassVar[type[nn.Module]]
 
@@ -74,6 +76,10 @@ class BaseModel:
     def describe(self) -> dict[str, Any]:
         """See `models.Model`."""
         return {'family': self.family, **dataclasses.asdict(self)}
+
+    def sample_inputs(self) -> dict[str, np.ndarray] | None:
+        """None; see `models.Model`."""
+        return None
 
     def module(self, num_microbatches: int = 1) -> nn.Module:
         """See `models.Model`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle import cost, schema
 from upcycle.errors import UserError
@@ -21,6 +22,7 @@ from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
+_SAMPLE = (2, 32)  # sequences and tokens of `sample_inputs`
 _OPTIONAL = ('positions', 'segment_ids', 'mask')
 # Fields of the configuration that shapes tell, and those that do not change the function.
 _SHAPES = {'vocab_size', 'emb_dim', 'mlp_dim', 'num_layers'}
@@ -58,6 +60,7 @@ class CausalLM(BaseModel):
     components = ('mlp', 'self_attention')
     prompts = 'continued'
     moe_fields = ('moe',)
+    settings = 'models/llm.gin'
     network = DecoderOnly
 
     def __post_init__(self):
@@ -91,6 +94,11 @@ class CausalLM(BaseModel):
     def init(self, rng: jax.Array, batch_spec: BatchSpec) -> Mapping[str, Any]:
         """See `models.Model`. Parameters do not depend on the sizes in `batch_spec`."""
         return self.module().init(rng, jnp.ones(batch_spec['tokens'][0], jnp.int32))['params']
+
+    def sample_inputs(self) -> dict[str, np.ndarray]:
+        """Returns two sequences of random tokens; see `models.Model`."""
+        tokens = np.random.default_rng(0).integers(self.config.vocab_size, size=_SAMPLE, dtype=np.int32)
+        return {'tokens': tokens}
 
     def loss_normalizer(self, batch: Batch) -> jax.Array:
         """See `models.Model`; the sum of the targets' weights."""

@@ -64,6 +64,8 @@ class EncoderDecoderModel(BaseModel):
     components = ('mlp', 'attention', 'self_attention', 'encoder_decoder_attention')
     prompts = 'answered'
     moe_fields = ('encoder_moe', 'decoder_moe')
+    told = ('position_biases',)
+    settings = 'models/t5_1_1.gin'
     network = Transformer
 
     def __post_init__(self):

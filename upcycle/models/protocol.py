@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     import flax.linen as nn
     import jax
+    import numpy as np
 
     from upcycle.models.generation import Cache, Generated
     from upcycle.moe.routers.base import MoE
@@ -29,6 +30,9 @@ class Model(Protocol):
       grids: last segments of the names of learned positions (1, L, D) on a square grid, which surgery may interpolate.
       facts: fields of the configuration that change the function but not the shapes of parameters. In capitals they are macros
         of gin/.
+      told: other optional fields of the configuration that a checkpoint's leaves tell.
+      moe_fields: fields of the configuration that hold a `MoE`; 'x' has its layers in the field 'x_layers'.
+      settings: gin file with the settings that a checkpoint does not tell, such as the optimizer.
       inputs: features of a batch that tell its size, for messages.
       blocks: names of the modules that are numbered by layer, without the number.
       components: names of the modules within a layer that `upcycle inspect` sums up.
@@ -43,6 +47,9 @@ class Model(Protocol):
     lacking: ClassVar[tuple[str, ...]]
     grids: ClassVar[tuple[str, ...]]
     facts: ClassVar[tuple[str, ...]]
+    told: ClassVar[tuple[str, ...]]
+    moe_fields: ClassVar[tuple[str, ...]]
+    settings: ClassVar[str]
     inputs: ClassVar[tuple[str, ...]]
     blocks: ClassVar[tuple[str, ...]]
     components: ClassVar[tuple[str, ...]]
@@ -165,6 +172,9 @@ class Model(Protocol):
 
     def decode(self, params: Params, tokens: 'jax.Array', cache: 'Cache') -> 'tuple[jax.Array, Cache]':
         """Returns the logits (B, V) after the tokens (B, 1), and the cache with these."""
+
+    def sample_inputs(self) -> 'dict[str, np.ndarray] | None':
+        """Returns a few seeded inputs of `logits`, to compare a model with its source; None if the family has none."""
 
     def loss_normalizer(self, batch: Mapping[str, 'jax.Array']) -> 'jax.Array':
         """Returns the divisor of the summed loss of the whole batch."""

@@ -166,8 +166,9 @@ class Maker:
         if name not in self._held:
             self._held = {held: leaf for held, leaf in self._held.items() if held in row.sources}
             leaf = self.source(name)
-            # A leaf that every expert needs is put on the device once.
-            self._held[name] = jnp.asarray(leaf) if start is Start.DENSE else np.asarray(leaf)
+            # A leaf that every expert is computed from is put on the device once.
+            computed = start is Start.DENSE and not self.plan.spec.operator.identical
+            self._held[name] = jnp.asarray(leaf) if computed else np.asarray(leaf)
         return self._held[name][index] if start is Start.MOE else self._held[name]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from upcycle.checkpoints import arrays, safetensors
-from upcycle.checkpoints.hf import sources
+from upcycle.checkpoints.hf import receipt, sources
 from upcycle.checkpoints.hf.architecture import NOTES
 from upcycle.checkpoints.hf.config import read_config
 from upcycle.checkpoints.hf.folder import refuse_adapter, which_file
@@ -51,14 +51,16 @@ class HuggingFaceReader(arrays.ArrayReader):
         step = notes.get('step', '')
         if re.fullmatch('[0-9]{1,10}', step) and int(step) < 2**31:
             named['step'] = np.asarray(int(step), np.int32)
+        self._notes = notes
         super().__init__(folder, named)
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The family, what the configuration tells of the model, and the tensors that are not read."""
+        """The family, what the configuration tells of the model, the tensors that are not read, and the receipt."""
         return {
             'family': self._architecture.family,
             'model_type': self._config['model_type'],
             **self._described,
             **({'not_read': self._left_out} if self._left_out else {}),
+            **receipt.read(epath.Path(self.path), self._notes),
         }

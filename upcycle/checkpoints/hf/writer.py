@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+import upcycle
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
-from upcycle.checkpoints.hf import engines
+from upcycle.checkpoints.hf import companions, engines, receipt
 from upcycle.checkpoints.hf.architecture import SAME, Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.checkpoints.hf.sources import CONFIG
@@ -25,13 +27,15 @@ _PARAMS = 'params/'
 class HuggingFaceWriter(staging.StagedWriter):
     """Writes a model as safetensors and `config.json`.
 
-    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor, and a leaf that is not transposed,
-    such as an embedding, part by part. Parts of other leaves are put together first.
+    A leaf that corresponds to several tensors, or parts of tensors, such as experts, is written one by one, and a leaf that is
+    not transposed, such as an embedding, part by part; other leaves are written whole. On a disk, the same command continues an
+    interrupted write.
 
     Args:
       path: of the folder.
       leaves: all leaves that will be written.
       metadata: of our checkpoint, as far as it describes the model: `facts` or `model`, `model_type`.
+      identity: see `checkpoints.create_checkpoint`.
       request: the layout, and the engines that must compute it.
       shard_bytes: see `safetensors.FilesWriter`.
     """
@@ -41,6 +45,7 @@ class HuggingFaceWriter(staging.StagedWriter):
         path: epath.Path,
         leaves: writing.Leaves,
         metadata: Mapping[str, Any],
+        identity: Mapping[str, Any],
         request: FolderRequest = ANY_FOLDER,
         shard_bytes: int = safetensors.SHARD_BYTES,
     ):
@@ -66,9 +71,22 @@ class HuggingFaceWriter(staging.StagedWriter):
         engines.report(engines.engine_limits(config['model_type'], config), request.engines, self.path)
         self._request = request
         self._step: int | None = None
-        self._unfinished: dict[str, np.ndarray] = {}
-        self._folder = self._stage(outputs.Kind.NEW_FOLDER)
+        places = json.dumps([(name, each.dtype.name, list(each.shape)) for name, each in tensors.items()])
+        identity = {**identity, 'tensors': hashlib.sha256(places.encode()).hexdigest(), 'layout': config['model_type']}
+        self._folder = self._stage(outputs.Kind.NEW_FOLDER, identity)
         self._files = safetensors.FilesWriter(self._folder, tensors, shard_bytes)
+        for name, start in self._staging.done:
+            entry, leaf = self._table[name], self._leaves[name]
+            size = leaf.size * leaf.dtype.itemsize // len(self.parts(name))
+            self._files.assume_written(entry.pieces[start if entry.is_stack else 0][0], size)
+
+    def parts(self, name: str) -> Sequence[writing.Region]:
+        """See `writing.Writer`."""
+        entry, leaf = self._table.get(name), self._leaves[name]
+        if entry is not None and entry.is_stack:
+            return [(slice(row, row + 1),) for row in range(leaf.shape[0])]
+        in_place = entry is not None and entry.turn is SAME and not entry.parts
+        return writing.parts(name, leaf) if in_place else [writing.WHOLE]
 
     def write(self, name: str, region: writing.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
@@ -76,26 +94,22 @@ class HuggingFaceWriter(staging.StagedWriter):
             self._step = int(value)
             return
         engines.check_value(name, value, self._request.engines, self.path)
-        entry = self._table[name]
+        entry, start = self._table[name], writing.start_of(region)
         if entry.is_stack:
-            pieces = entry.pieces[region[0]] if region else entry.pieces
-            for piece, row in zip(pieces, value, strict=True):
-                self._write(name, piece, entry.turn.to_theirs(row))
-        elif entry.turn is SAME and not entry.parts:
+            for index, row in enumerate(value, start):
+                self._write(name, entry.pieces[index], entry.turn.to_theirs(row))
+                self._note(name, index)
+        elif region == writing.WHOLE:
+            self._write(name, entry.pieces[0], entry.turn.to_theirs(value))
+            self._note(name, 0)
+        else:
             with writing.not_refused(self._folder, name):
                 self._files.write(entry.every_name[0], value, region)
-        elif (whole := self._put_together(name, region, value)) is not None:
-            self._write(name, entry.pieces[0], entry.turn.to_theirs(whole))
+            self._note(name, start)
 
-    def _put_together(self, name: str, region: writing.Region, value: np.ndarray) -> np.ndarray | None:
-        """Collects the parts of a leaf; returns the whole leaf after the last part, None before."""
-        if region == writing.WHOLE:
-            return value
-        leaf = self._leaves[name]
-        if name not in self._unfinished:
-            self._unfinished[name] = np.empty(leaf.shape, leaf.dtype)
-        self._unfinished[name][region] = value
-        return self._unfinished.pop(name) if region[0].stop == leaf.shape[0] else None
+    def _note(self, name: str, start: int) -> None:
+        if name in self._leaves:  # constants are written at the end
+            self._staging.add((name, start))
 
     def _write(self, name: str, piece: tuple[str, Part | None], value: np.ndarray) -> None:
         theirs, part = piece
@@ -107,11 +121,20 @@ class HuggingFaceWriter(staging.StagedWriter):
         with writing.not_refused(self._folder):
             for name, value in self._constants.items():
                 self.write(name, writing.WHOLE, value)
-            step = {} if self._step is None else {'step': str(self._step)}
-            self._files.finish({'format': 'pt', **self._architecture.notes(self._sizes), **step})
+            companions.copy(metadata.get(companions.KEY), self._folder)
+            self._files.finish(self._notes(metadata.get('receipt')))
             config = self._architecture.config(self._sizes, metadata) | {'torch_dtype': self._dtype.name}
             (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self._publish(check, HuggingFaceReader(self._folder), last=self._files.last)
+
+    def _notes(self, content: Mapping[str, Any] | None) -> dict[str, str]:
+        """Writes the receipt, if there is one; returns the notes in the headers."""
+        notes = {'format': 'pt', 'upcycle': upcycle.__version__, **self._architecture.notes(self._sizes)}
+        if self._step is not None:
+            notes['step'] = str(self._step)
+        if content is not None:
+            notes[receipt.NOTE] = receipt.write(self._folder, content, added=[*self._constants])
+        return notes
 
     def _close_files(self) -> None:
         self._files.close()
