@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.checkpoints.vits import ours
 from tests.fixtures import fixtures_dir, requires_fixtures
 from tests.moe.quick import jit
 from tests.test_cli import call
+from upcycle.commands import generate as command
 
 LLAMA = fixtures_dir() / 'llm' / 'llama'
 T5 = fixtures_dir() / 't5x_dense_legacy'
@@ -72,6 +74,27 @@ def test_draws_by_the_seed_and_stops_at_a_token(capsys, tmp_path):
     result = json.loads(generate(capsys, *options, '--seed=0', source=folder))
     until = drawn[0].index(stop)
     assert result['ended'] and result['tokens'] == drawn[0][:until]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'files', 'expected'),
+    [
+        ('upcycle', ['huggingface/tokenizer.json', 'tokenizer.json'], 'huggingface'),
+        ('upcycle', ['checkpoints/4/metadata/huggingface/tokenizer.model'], 'checkpoints/4/metadata/huggingface'),
+        ('upcycle', ['tokenizer.json'], '.'),
+        ('huggingface', ['checkpoints/4/tokenizer.json', 'tokenizer.json'], 'checkpoints/4'),
+        ('upcycle', [], 'bytes'),
+    ],
+)
+def test_where_a_tokenizer_lies(kind, files, expected, tmp_path):
+    step = tmp_path / 'checkpoints' / '4'
+    step.mkdir(parents=True)
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    data = {'fingerprint': {'tokenizer': {'kind': 'bytes'}}}
+    found = command._tokenizer(types.SimpleNamespace(path=str(step), format=kind, data=data), None)
+    assert found == (expected if expected == 'bytes' else str(tmp_path / expected))
 
 
 @requires_fixtures
