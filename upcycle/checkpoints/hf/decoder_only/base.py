@@ -307,10 +307,11 @@ class DecoderOnly(Architecture):
         return table
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Architecture`."""
+        """See `Architecture`. Some layouts' own `pad_token_id` is beyond a small vocabulary, which transformers refuses."""
         return {
             'architectures': [self.classes[0]],
             'model_type': self.model_types[0],
+            'pad_token_id': None,
             **metadata.get('kept', {}),
             **self.spell(sizes['facts'] | {'vocab_size': sizes['rows']}),
         }
