@@ -74,9 +74,9 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
     return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
-def _llm(moe: dict, **fields) -> CausalLM:
+def _llm(moe: dict, *, attention_experts: bool = False, **fields) -> CausalLM:
     moe = llm_moe(**{'num_experts': 8, 'groups_multiple_of': 8, 'group_size': 32, **moe})
-    config = small_llm(moe=moe, **fields)
+    config = small_llm(moe=moe, attention_moe=moe if attention_experts else None, **fields)
     return CausalLM(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
@@ -123,12 +123,27 @@ CASES = {
     ),
     'vit': (_vit({}), 1, False),
     'llm': (
-        _llm(SHARED_GATED, window=5, window_layers=(0,), qk_norm='projection', mlp_bias=True, moe_layers=(1,)),
+        _llm(
+            SHARED_GATED,
+            window=5,
+            window_layers=(0,),
+            qk_norm='projection',
+            qkv_bias=True,
+            mlp_bias=True,
+            moe_layers=(1,),
+        ),
         1,
         False,
     ),
     'llm, scanned over split parameters': (
-        _llm({'groups_multiple_of': 16}, tied_embeddings=True, qkv_bias=True, scan_layers=True, remat='full'),
+        _llm(
+            {'groups_multiple_of': 16},
+            tied_embeddings=True,
+            attention_experts=True,
+            moe_output_bias=True,
+            scan_layers=True,
+            remat='full',
+        ),
         2,
         True,
     ),

@@ -31,7 +31,7 @@ class Model(Protocol):
       facts: fields of the configuration that change the function but not the shapes of parameters. In capitals they are macros
         of gin/.
       told: other optional fields of the configuration that a checkpoint's leaves tell.
-      moe_fields: fields of the configuration that hold a `MoE`; 'x' has its layers in the field 'x_layers'.
+      moe_fields: fields of the configuration that hold a `MoE`; 'x' has its layers in the field 'x_layers', or has all layers.
       settings: gin file with the settings that a checkpoint does not tell, such as the optimizer.
       inputs: features of a batch that tell its size, for messages.
       blocks: names of the modules that are numbered by layer, without the number.
@@ -192,7 +192,10 @@ class Model(Protocol):
         """Returns the model of a checkpoint's metadata (from `describe`), with the losses of this one."""
 
     def moe_layers(self) -> 'dict[str, MoE]':
-        """Returns the MoE layers by the paths of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
+        """Returns the MoE layers by the paths of their parameters ('encoder/layers_1/mlp'); empty for a dense model.
+
+        Paths of attention experts end in 'attention', see `moe.groups.is_attention`.
+        """
 
     def num_tokens(self, batch_spec: BatchSpec) -> int:
         """Counts the tokens of a batch, padding included: inputs and targets, or patches of images."""
@@ -201,7 +204,7 @@ class Model(Protocol):
         """Counts the tokens of a batch that each MoE layer routes, by the paths of `moe_layers`."""
 
     def moe_module(self, path: str) -> 'nn.Module':
-        """Returns the module of one MoE layer."""
+        """Returns the module of one MoE layer, called as `MoELayer`; of attention experts their router only."""
 
     def real_tokens(self, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]) -> 'dict[str, jax.Array]':
         """Returns for each path of an MLP or MoE layer which of its tokens are real, bool (B, L)."""
