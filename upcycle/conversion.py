@@ -44,7 +44,6 @@ CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
 # Entries of the source's metadata that its conversion keeps.
 INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
-_CHECKS_WAITING = 1  # each holds a dense MLP
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
@@ -204,10 +203,10 @@ class _Conversion:
                 self._maker.lineage(row)
         return self._maker.lineages
 
-    def _wait_for_checks(self, left: int = 0) -> None:
-        while len(self._checking) > left:
-            path = next(iter(self._checking))
-            self.checks[path] = self._checking.pop(path).result()
+    def _wait_for_checks(self) -> None:
+        while self._checking:
+            path, check = self._checking.popitem()
+            self.checks[path] = check.result()
 
     def compare(self, written: Reader) -> None:
         """Raises UserError unless every part that was read back has the hash of the part that was made."""
@@ -256,7 +255,7 @@ class _Conversion:
                     yield region, whole[region]
         if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
             self._check = None
-            self._wait_for_checks(_CHECKS_WAITING)
+            self._wait_for_checks()  # one at a time, since each holds a layer in memory
             maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
             self._checking[check.path] = self._background.submit(check.result, maker)
             if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory

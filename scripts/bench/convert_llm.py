@@ -52,7 +52,11 @@ def make_folder(folder: pathlib.Path, layers: int, sizes: Mapping[str, int]) -> 
     keys = width // sizes['heads'] * sizes['kv_heads']
     shapes = {'model.embed_tokens.weight': (vocab, width)}
     for layer in range(layers):
-        inner = {'self_attn.q_proj': (width, width), 'self_attn.k_proj': (keys, width), 'self_attn.v_proj': (keys, width)}
+        inner = {
+            'self_attn.q_proj': (width, width),
+            'self_attn.k_proj': (keys, width),
+            'self_attn.v_proj': (keys, width),
+        }
         inner |= {'self_attn.o_proj': (width, width), 'mlp.gate_proj': (mlp, width), 'mlp.up_proj': (mlp, width)}
         inner |= {'mlp.down_proj': (width, mlp), 'input_layernorm': (width,), 'post_attention_layernorm': (width,)}
         shapes |= {f'model.layers.{layer}.{name}.weight': shape for name, shape in inner.items()}
@@ -124,7 +128,9 @@ def theirs(venv: pathlib.Path, source: pathlib.Path, target: pathlib.Path, exper
     """Returns mergekit's command, and writes its configuration next to the target."""
     config = target.with_suffix('.json')  # JSON is YAML
     each = [{'source_model': str(source), 'positive_prompts': ['']}] * experts
-    config.write_text(json.dumps({'base_model': str(source), 'gate_mode': 'random', 'dtype': 'bfloat16', 'experts': each}))
+    config.write_text(
+        json.dumps({'base_model': str(source), 'gate_mode': 'random', 'dtype': 'bfloat16', 'experts': each})
+    )
     flag = '--i-understand-this-is-not-useful-without-training'
     return [str(venv / 'bin' / 'mergekit-moe'), str(config), str(target), flag]
 
@@ -173,7 +179,10 @@ def main() -> None:
             command = theirs(options.mergekit, dense, moe, options.experts)
             print(json.dumps(measure('mergekit-moe', command, moe, options.repeat), indent=1))
             make_folder(tiny, 4, TINY)
-            for name, command in (('upcycle', ours(tiny, moe, 4)), ('mergekit-moe', theirs(options.mergekit, tiny, moe, 4))):
+            for name, command in (
+                ('upcycle', ours(tiny, moe, 4)),
+                ('mergekit-moe', theirs(options.mergekit, tiny, moe, 4)),
+            ):
                 run(command)
                 compare = [str(options.mergekit / 'bin' / 'python'), '-c', _DIFFERENCE, str(tiny), str(moe)]
                 difference, largest = subprocess.run(compare, check=True, capture_output=True, text=True).stdout.split()
