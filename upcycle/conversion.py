@@ -42,6 +42,7 @@ from upcycle.whole_model import compare_logits
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
+CHECKED_WITHOUT_CAPACITY = 64  # tokens, where they do not compete for slots
 # Entries of the source's metadata that its conversion keeps.
 INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
@@ -331,7 +332,8 @@ class _LayerCheck:
             source, made = self._dense.pop(row.target), self._stacks.pop(row.target)
             dense[within_mlp(row.target)] = jax.device_put(source)
             inside[self._name(row)] = dense[within_mlp(row.target)] if made is source else jax.device_put(made)
-        return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
+        tokens = CHECKED_TOKENS if self._count is None else CHECKED_WITHOUT_CAPACITY
+        return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, tokens))
 
     def _name(self, row: Row) -> str:
         return row.target.removeprefix(f'params/{self.path}/')

@@ -40,7 +40,8 @@ def run(
 
     Args:
       gin_files: the configuration. If empty, or only FEW_SHOT and TASK_METRICS, the config.gin of the run folder that contains
-        `checkpoint`. models/from_checkpoint.gin is the model in `checkpoint`. A config.gin that imports code is refused unless it is named explicitly.
+        `checkpoint`, which is refused if it imports code: name such a file explicitly. models/from_checkpoint.gin is the model in
+        `checkpoint`.
       bindings: bindings of the command line.
       checkpoint: any path that `open_checkpoint` reads.
       as_json: print JSON instead of a table.
