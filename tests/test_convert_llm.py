@@ -132,7 +132,7 @@ def test_an_interrupted_write_continues(source, tmp_path, convert, monkeypatch):
     code, _, error = convert(source, tmp_path / 'cut', '--dtype=float32')
     assert code == 2 and 'holds another interrupted write' in error
     assert convert(source, tmp_path / 'cut', '--verify')[0] == 0
-    assert not {*done} & {*again} and len(again) > 10
+    assert {*done} & {*again} <= {('step', '()')} and len(again) > 10
     whole, cut = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ('whole', 'cut'))
     assert whole == cut
 
