@@ -42,9 +42,9 @@ from upcycle.whole_model import compare_logits
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
+CHECKED_WITHOUT_CAPACITY = 64  # tokens, where they do not compete for slots
 # Entries of the source's metadata that its conversion keeps.
 INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
-_CHECKS_WAITING = 1  # each holds a dense MLP
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
@@ -204,10 +204,10 @@ class _Conversion:
                 self._maker.lineage(row)
         return self._maker.lineages
 
-    def _wait_for_checks(self, left: int = 0) -> None:
-        while len(self._checking) > left:
-            path = next(iter(self._checking))
-            self.checks[path] = self._checking.pop(path).result()
+    def _wait_for_checks(self) -> None:
+        while self._checking:
+            path, check = self._checking.popitem()
+            self.checks[path] = check.result()
 
     def compare(self, written: Reader) -> None:
         """Raises UserError unless every part that was read back has the hash of the part that was made."""
@@ -256,7 +256,7 @@ class _Conversion:
                     yield region, whole[region]
         if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
             self._check = None
-            self._wait_for_checks(_CHECKS_WAITING)
+            self._wait_for_checks()  # one at a time, since each holds a layer in memory
             maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
             self._checking[check.path] = self._background.submit(check.result, maker)
             if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory
@@ -332,7 +332,8 @@ class _LayerCheck:
             source, made = self._dense.pop(row.target), self._stacks.pop(row.target)
             dense[within_mlp(row.target)] = jax.device_put(source)
             inside[self._name(row)] = dense[within_mlp(row.target)] if made is source else jax.device_put(made)
-        return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
+        tokens = CHECKED_TOKENS if self._count is None else CHECKED_WITHOUT_CAPACITY
+        return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, tokens))
 
     def _name(self, row: Row) -> str:
         return row.target.removeprefix(f'params/{self.path}/')

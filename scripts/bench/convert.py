@@ -43,7 +43,7 @@ def make_dense(files: Sequence[str], path: str, format: str = 'upcycle', **bindi
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in identify.shapes(run.model.dense()).items()
     } | {'step': jax.ShapeDtypeStruct((), np.int32)}
     rng = np.random.default_rng(0)
-    writer = create_checkpoint(path, format, leaves, step=1000, identity={})
+    writer = create_checkpoint(path, format, leaves, step=1000, identity={}, metadata={})
     for name, regions in writer.todo().items():
         if name == 'step':
             writer.write(name, (), np.asarray(1000, np.int32))

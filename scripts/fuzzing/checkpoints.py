@@ -173,7 +173,7 @@ def random_tree(files: tuple[str, ...], **bindings: str) -> dict[str, np.ndarray
 
 def write_checkpoint(path: pathlib.Path, format: str, tree: Mapping[str, np.ndarray]) -> pathlib.Path:
     leaves = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tree.items()}
-    writer = create_checkpoint(path, format, leaves, step=100, identity={})
+    writer = create_checkpoint(path, format, leaves, step=100, identity={}, metadata={})
     for name, regions in writer.todo().items():
         for region in regions:
             writer.write(name, region, tree[name][region])

@@ -106,11 +106,10 @@ class Staging:
         outputs.check_space(self._final.parent, needed)
         self._made = make_folders(self._final.parent)
         self._claim = Claim(self.path, self._final, self._kind)
+        for left in self.path.iterdir() if self.path.is_dir() and not self.done else ():
+            left.rmtree()
         if self._journal is not None:
             self._journal.open()
-            return
-        for left in self.path.iterdir() if self.path.is_dir() else ():
-            left.rmtree()
 
     def add(self, part: Part) -> None:
         """Records a written part, from which the write can continue."""

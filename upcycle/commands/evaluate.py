@@ -16,6 +16,7 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
 from upcycle.gin_data import require_data
+from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.metrics import plain
 from upcycle.progress import counted
 from upcycle.training import start
@@ -39,7 +40,8 @@ def run(
 
     Args:
       gin_files: the configuration. If empty, or only FEW_SHOT and TASK_METRICS, the config.gin of the run folder that contains
-        `checkpoint`. A config.gin that imports code is refused unless it is named explicitly.
+        `checkpoint`, which is refused if it imports code: name such a file explicitly. models/from_checkpoint.gin is the model in
+        `checkpoint`.
       bindings: bindings of the command line.
       checkpoint: any path that `open_checkpoint` reads.
       as_json: print JSON instead of a table.
@@ -59,6 +61,8 @@ def run(
         with _config_of(checkpoint) as config:
             run = configuration.load_model([config, *gin_files], bindings)
     else:
+        if any(file.endswith(FROM_CHECKPOINT) for file in gin_files):
+            bindings = {'INITIAL_CHECKPOINT_PATH': checkpoint, **bindings}
         run = configuration.load_model(gin_files, bindings)
     if run.eval_data is None:
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')

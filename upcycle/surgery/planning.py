@@ -74,7 +74,9 @@ def plan_surgery(
             reason = f'EXPERT_OPERATOR = {operator.name!r} initialises experts randomly'
             dropped.update(dict.fromkeys(sources, reason))
             sources = ()
-        if several:
+        if several and action is Action.KEEP and not operator.averages and not is_clock(target):
+            sources = tuple(f'{source}@0' for source in sources)
+        elif several:
             action = Action.MEAN if action is Action.KEEP else action
             sources = tuple(f'{source}@{i}' for source in sources for i in range(several))
         leaf = sparse[target]
@@ -101,6 +103,8 @@ def plan_surgery(
         if source in used or name in unfit or name in dropped or name == 'step' or is_clock(name):
             continue
         reason = 'NEW_HEAD = True' if in_head(name) else _why_dropped(name, sparse, spec)
+        if reason is None and several and not operator.averages and f'{name}@0' in used:
+            reason = "BRANCHES_REST = 'first'"
         if reason is None and spec.dense_operator is not None:
             reason = spec.dense_operator.drops(source)
         if reason is None:

@@ -24,6 +24,7 @@ from upcycle.progress import Progress
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import EXPERT, Plan, Surgery
 from upcycle.surgery.planning import plan_surgery
+from upcycle.training.branches import require_one_base
 from upcycle.training.run import ModelRun, Run
 from upcycle.training.step import TrainState
 
@@ -208,6 +209,7 @@ def check_source(run: ModelRun, reader: Reader, surgery: Surgery) -> None:
     Raises:
       UserError: a checkpoint computes another function than the model, or was trained with other sentinels than the data's.
     """
+    require_one_base(readers_of(reader))
     for part in readers_of(reader):
         check_facts(run.model, part, surgery)
         for data in (run.train_data, run.eval_data):

@@ -7,7 +7,7 @@ folder is gone by then. A step of ours that was imported or converted holds them
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -31,6 +31,8 @@ _NAMES = (
     *('chat_template.jinja', 'chat_template.json', 'preprocessor_config.json', 'processor_config.json'),
     *('LICENSE*', 'LICENCE*', 'NOTICE*', 'USE_POLICY*'),
 )
+# Files that decide the ids of tokens.
+_TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.txt', 'merges.txt', 'added_tokens.json')
 _TEMPLATES = 'additional_chat_templates'
 _CODE = '*.py'
 _CODE_FIELD = 'auto_map'  # names classes in files of the folder
@@ -89,3 +91,29 @@ def _names_code(file: epath.Path) -> bool:
     except UserError:
         return False
     return bool(content.get(_CODE_FIELD))
+
+
+def tokenizer_differences(one: str, other: str) -> list[str]:
+    """Returns what differs between the tokenizers of two folders, such as 'model.vocab of tokenizer.json'.
+
+    A file that only one of them has is not compared, and neither are lengths of padding.
+    """
+    differing = []
+    for name in _TOKENIZERS:
+        files = [epath.Path(folder) / name for folder in (one, other)]
+        if not all(file.exists() for file in files):
+            continue
+        if name.endswith('.json'):
+            first, second = ({f'{key} of {name}': value for key, value in _fields(file)} for file in files)
+            differing += [key for key in first | second if first.get(key) != second.get(key)]
+        elif files[0].read_bytes() != files[1].read_bytes():
+            differing.append(name)
+    return differing
+
+
+def _fields(file: epath.Path) -> Iterator[tuple[str, Any]]:
+    for key, value in json_files.read_json(file).items():
+        if isinstance(value, dict) and key == 'model':
+            yield from ((f'{key}.{inner}', content) for inner, content in value.items())
+        elif key not in ('truncation', 'padding'):
+            yield key, value

@@ -83,6 +83,11 @@ class Operator:
     keeps_shape: ClassVar[bool] = True
 
     @property
+    def averages(self) -> bool:
+        """Whether parameters outside MLPs are means over several checkpoints; False: those of the first."""
+        return True
+
+    @property
     def reads(self) -> bool:
         """True if experts have parents; otherwise their sources are dropped on purpose."""
         return True

@@ -1,11 +1,19 @@
 """Operators that make experts from several dense checkpoints."""
 
 import dataclasses
+import enum
 
 import numpy as np
 
-from upcycle.errors import UserError
+from upcycle.errors import UserError, one_of
 from upcycle.surgery.operators.base import Lineage, Operator, Start
+
+
+class Rest(enum.StrEnum):
+    """The source of the parameters outside MoE layers."""
+
+    MEAN = 'mean'  # of all checkpoints, as in Branch-Train-MiX
+    FIRST = 'first'  # the first checkpoint, as the base model of mergekit-moe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +24,22 @@ class Branches(Operator):
     checkpoints of one run (the start of UpIT, arXiv 2410.01610). With more experts than checkpoints, expert e comes from
     checkpoint e mod N. The baseline in Drop-Upcycling's code uses e // 2, which differs only in the order of experts. N equal
     checkpoints give the same result as `copy`.
+
+    Attributes:
+      rest: see `Rest` [BRANCHES_REST].
     """
 
     name = 'branches'
     starts_from = Start.SEVERAL
+
+    rest: Rest = Rest.MEAN
+
+    def __post_init__(self):
+        object.__setattr__(self, 'rest', one_of(Rest, self.rest, 'BRANCHES_REST'))
+
+    @property
+    def averages(self) -> bool:
+        return self.rest is Rest.MEAN
 
     def check(self, num_experts: int, num_mlps: int) -> None:
         if num_mlps < 2:
