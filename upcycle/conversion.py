@@ -38,12 +38,13 @@ from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
 from upcycle.training.state import first_step, make_layout, make_plan
 from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
+from upcycle.whole_model import compare_logits
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
 # Entries of the source's metadata that its conversion keeps.
 INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
-_CHECKS_WAITING = 2  # each holds a dense MLP
+_CHECKS_WAITING = 1  # each holds a dense MLP
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
@@ -127,6 +128,10 @@ def convert(
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
+        if check_functions and (logits := compare_logits(run.model, plan, reader, layout.flat())) is not None:
+            receipt['function_check']['logits'] = logits
+            largest = f'{logits["max_abs_difference"]:.2g} (largest logit {logits["max_abs"]:.2g})'
+            print(f'on random inputs the logits differ from those of the dense model by at most {largest}')
         files = {companions.KEY: companions.of(readers_of(reader)[0].path, readers_of(reader)[0].format)}
         writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
@@ -178,8 +183,12 @@ class _Conversion:
         self._check: _LayerCheck | None = None
 
     def missing_parts(self) -> Iterator[Part]:
-        """Makes every leaf, in the plan's order, and yields the parts that the writer does not have."""
+        """Makes every leaf and yields the parts that the writer does not have.
+
+        Experts come after other leaves, so that a large embedding is not in memory while an MoE layer is checked.
+        """
         rows = [row for row in self._plan.in_order() if row.target not in self._writer.left_out]
+        rows.sort(key=lambda row: row.action is Action.EXPERTS)
         reads = (functools.partial(self._read_all, row.sources) for row in rows)
         for row, sources in zip(rows, ahead(reads), strict=True):
             self._sources = sources
@@ -316,12 +325,13 @@ class _LayerCheck:
         if self._count is not None:
             routers = {name: value[..., : self._count] for name, value in inside.items() if name.startswith('router')}
             inside |= routers
-        for row in self._experts:
+        dense: dict[str, jax.Array] = {}
+        while self._experts:
+            row = self._experts.pop()
             # Not jax.numpy.asarray, which copies.
-            stack = jax.device_put(self._stacks[row.target])
-            shape = (self._count or row.shape[0], *row.shape[1:])
-            inside[self._name(row)] = jax.numpy.broadcast_to(stack, shape) if self._alike else stack
-        dense = {within_mlp(name): jax.device_put(value) for name, value in self._dense.items()}
+            source, made = self._dense.pop(row.target), self._stacks.pop(row.target)
+            dense[within_mlp(row.target)] = jax.device_put(source)
+            inside[self._name(row)] = dense[within_mlp(row.target)] if made is source else jax.device_put(made)
         return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
 
     def _name(self, row: Row) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -240,9 +241,10 @@ def test_a_scale_of_weights_is_a_factor_of_the_experts(fields, layout, tmp_path)
     trees.assert_same(reader, tree)
     assert reader.metadata['model']['config']['moe']['weight_scale'] == 0.5
     # For transformers, and for us without the note.
-    stored = llms.tensors_of(epath.Path(path))
-    llms.write(epath.Path(path), stored)
-    plain = open_checkpoint(path)
+    (tmp_path / 'plain').mkdir()
+    shutil.copy(epath.Path(path) / 'config.json', tmp_path / 'plain')
+    llms.write(tmp_path / 'plain', llms.tensors_of(epath.Path(path)))
+    plain = open_checkpoint(tmp_path / 'plain')
     assert 'weight_scale' not in plain.metadata['model']['config']['moe']
     for name, value in tree.items():
         np.testing.assert_array_equal(plain.read(name), value / 2 if name.endswith('expert/wo/kernel') else value)
@@ -405,3 +407,16 @@ def test_a_dense_model_has_no_layout_with_experts():
     metadata = open_checkpoint(llms.FOLDERS / 'llama').metadata
     with pytest.raises(UserError, match='--layout=mixtral cannot store this model: .*Use --layout=llama'):
         chosen(metadata, 'mixtral')
+
+
+@pytest.mark.parametrize(
+    'layout, said',
+    [
+        ('mixtral', '--layout=mixtral is not one of t5, mt5, umt5'),
+        ('umt5', '--layout=umt5 cannot store this model, which is a t5'),
+    ],
+)
+def test_another_family_has_its_own_names(layout, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        _write(tmp_path / 'x', trees.t5(False, state=False), {}, FolderRequest(layout))
+    assert not list(tmp_path.iterdir())

@@ -91,6 +91,12 @@ DENSE = {
         'granite',
     ),
     'granite without multipliers': ('Granite', {'attention_multiplier': 8**-0.5}, 'llama'),
+    'jetmoe, 3 of 5': (
+        'JetMoe',
+        {'kv_channels': 6, 'num_local_experts': 5, 'num_experts_per_tok': 3, 'tie_word_embeddings': False}
+        | {'activation_function': 'gelu_pytorch_tanh', 'rms_norm_eps': 1e-3, 'rope_parameters': YARN},
+        'jetmoe',
+    ),
 }
 TOP_2 = {'num_experts_per_tok': 2}
 FOUR = TOP_2 | {'num_experts': 4}

@@ -83,6 +83,7 @@ def _llm(moe: dict, *, attention_experts: bool = False, **fields) -> CausalLM:
 NORMALIZED = {'normalize_combine_weights': True}
 BALANCED = {'balance_bias_rate': 0.01, 'adaptive_balance': AdaptiveBalance()}
 SHARED = {'num_shared_experts': 1}
+SHARED_GATED = SHARED | {'shared_gate': True, 'router_bias': True, 'weight_scale': 0.5}
 SHARED_XFT = {'num_shared_experts': 2, 'granularity': 2, 'shared_weights': 'xft'}
 # Name: model, microbatches, parameters split over data.
 CASES = {
@@ -121,7 +122,19 @@ CASES = {
         True,
     ),
     'vit': (_vit({}), 1, False),
-    'llm': (_llm({}, window=5, window_layers=(0,), qk_norm='projection', qkv_bias=True, moe_layers=(1,)), 1, False),
+    'llm': (
+        _llm(
+            SHARED_GATED,
+            window=5,
+            window_layers=(0,),
+            qk_norm='projection',
+            qkv_bias=True,
+            mlp_bias=True,
+            moe_layers=(1,),
+        ),
+        1,
+        False,
+    ),
     'llm, scanned over split parameters': (
         _llm(
             {'groups_multiple_of': 16},

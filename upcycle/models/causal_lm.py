@@ -9,12 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from upcycle import cost, schema
 from upcycle.errors import UserError
 from upcycle.models.attention_experts import RouterOnly
 from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.decoder import DecoderConfig, DecoderOnly
+from upcycle.models.generation import Cache
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
@@ -24,6 +26,7 @@ from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural, Rate
 
 Batch = Mapping[str, jax.Array]
+_SAMPLE = (2, 32)  # sequences and tokens of `sample_inputs`
 _OPTIONAL = ('positions', 'segment_ids', 'mask')
 # Fields of the configuration that shapes tell, and those that do not change the function.
 _SHAPES = {'vocab_size', 'emb_dim', 'mlp_dim', 'num_layers'}
@@ -60,6 +63,7 @@ class CausalLM(BaseModel):
     inputs = ('tokens',)
     blocks = ('layers',)
     components = ('mlp', 'self_attention')
+    prompts = 'continued'
     moe_fields = ('moe', 'attention_moe')
     told = ('moe_output_bias',)
     settings = 'models/llm.gin'
@@ -98,6 +102,11 @@ class CausalLM(BaseModel):
     def init(self, rng: jax.Array, batch_spec: BatchSpec) -> Mapping[str, Any]:
         """See `models.Model`. Parameters do not depend on the sizes in `batch_spec`."""
         return self.module().init(rng, jnp.ones(batch_spec['tokens'][0], jnp.int32))['params']
+
+    def sample_inputs(self) -> dict[str, np.ndarray]:
+        """Returns two sequences of random tokens; see `models.Model`."""
+        tokens = np.random.default_rng(0).integers(self.config.vocab_size, size=_SAMPLE, dtype=np.int32)
+        return {'tokens': tokens}
 
     def loss_normalizer(self, batch: Batch) -> jax.Array:
         """See `models.Model`; the sum of the targets' weights."""
@@ -152,6 +161,27 @@ class CausalLM(BaseModel):
         if 'mask' in features:
             features['mask'] = features['mask'] != 0
         return self.module().apply({'params': params}, **features, training=False)
+
+    def prefill(self, params: Any, tokens: jax.Array, mask: jax.Array, max_new_tokens: int) -> tuple[jax.Array, Cache]:
+        """See `models.Model`. All tokens but the last of a prompt are read at once."""
+        if tokens.shape[1] == 1:  # nothing to read makes no cache
+            tokens, mask = (jnp.pad(x, ((0, 0), (1, 0))) for x in (tokens, mask))
+        _, cache = self._append(params, tokens[:, :-1], mask[:, :-1], tokens.shape[1] - 1 + max_new_tokens, {})
+        return tokens[:, -1], cache
+
+    def decode(self, params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """See `models.Model`."""
+        logits_Bx1xV, cache = self._append(params, tokens, None, cache['real'].shape[1], cache)
+        return logits_Bx1xV[:, 0], cache
+
+    def _append(
+        self, params: Any, tokens: jax.Array, mask: jax.Array | None, max_length: int, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        variables = {'params': params} | ({'cache': cache} if cache else {})
+        logits_BxLxV, written = self.module().apply(
+            variables, tokens, mask=mask, max_length=max_length, mutable=['cache']
+        )
+        return logits_BxLxV, written['cache']
 
     def forward_flops(self, batch_spec: BatchSpec, *, training: bool) -> dict[str, float]:
         """See `models.Model`. Attention counts all pairs of positions, also those that the mask hides."""

@@ -49,7 +49,8 @@ class JetMoe(Fused):
     def facts(self, file: epath.Path, config: Config) -> Facts:
         """See `DecoderOnly`."""
         facts = super().facts(file, config)
-        experts = {name: value for name, value in facts['moe'].items() if name != 'expert_mlp_dim'}
+        of_mlps = ('expert_mlp_dim', 'weight_scale')
+        experts = {name: value for name, value in facts['moe'].items() if name not in of_mlps}
         return facts | {
             'attention_moe': experts,
             'moe_output_bias': True,
