@@ -160,6 +160,7 @@ def test_here_and_there(case, tmp_path):
     name, fields, layout = CASES[case]
     model = torch_models.make_with_margin(name, **fields)
     model.save_pretrained(tmp_path / 'theirs')
+    model = torch_models.load(tmp_path / 'theirs')
     tokens = torch_models.tokens_of(model)
     expected = torch_models.theirs(model, tokens)
     torch_models.assert_equal_logits(torch_models.ours(tmp_path / 'theirs', tokens), expected)
