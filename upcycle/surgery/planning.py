@@ -117,8 +117,8 @@ def _refuse_attention(target: str, operator: Operator) -> None:
     layer = mlp_of(target).removeprefix(PARAMS)
     if is_attention(layer):
         raise UserError(
-            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {layer}, but only copying a checkpoint that '
-            'has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
+            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {layer}, but only copying a checkpoint '
+            'that has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
         )
 
 
