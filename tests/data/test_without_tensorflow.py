@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from upcycle.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -17,6 +19,7 @@ def test_tokenize_train_eval_and_plan_import_none_of_them(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == 'imported: []'
-    assert [line['split'] for line in read_metrics(tmp_path / 'run' / 'metrics.jsonl')] == ['train', 'validation']
-    (metrics,) = (json.loads((tmp_path / 'eval.json').read_text())['metrics'],)
-    assert 4 < metrics['loss'] < 7
+    lines = read_metrics(tmp_path / 'run' / 'metrics.jsonl')
+    assert [(line['split'], line['step']) for line in lines] == [('validation', 0), ('train', 2), ('validation', 2)]
+    metrics = json.loads((tmp_path / 'eval.json').read_text())['metrics']['validation']
+    assert metrics['loss'] == pytest.approx(lines[-1]['loss'], abs=1e-5) and 4 < metrics['loss'] < 7
