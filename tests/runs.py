@@ -36,6 +36,7 @@ FILES = {
     'text upcycle': (TINY, 'moe/t5.gin', TEXT, 'runs/upcycle.gin'),
     'llm dense': (LLM, LLM_TASK, 'runs/pretrain.gin'),
     'llm continue': (LLM, LLM_TASK, 'runs/continue_dense.gin'),
+    'llm upcycle': (LLM, 'moe/llm.gin', LLM_TASK, 'runs/upcycle.gin'),
     'vit dense': (vision.MODEL, vision.TASK, 'runs/pretrain.gin'),
     'vit scratch': (vision.MODEL, vision.MOE, vision.TASK, 'runs/scratch.gin'),
     'vit continue': (vision.MODEL, vision.TASK, 'runs/continue_dense.gin'),

@@ -170,7 +170,12 @@ REFUSED = {
         [],
         ['does not route to 4 experts'],
     ),
-    'no model at all': ({'params/token_embedder/embedding': None}, [], ['neither a T5', 'nor a ViT']),
+    'no embedding': ({'params/token_embedder/embedding': None}, [], ['token_embedder/embedding is missing']),
+    'no model at all': (
+        dict.fromkeys(('params/encoder/encoder_norm/scale', 'params/decoder/layers_0/self_attention/query/kernel')),
+        [],
+        ['neither a T5', 'nor a ViT', 'nor a decoder-only model'],
+    ),
 }
 
 
@@ -348,7 +353,7 @@ def test_what_is_discarded_stays_away(tmp_path):
     """Repeated, because arrays that are created in the background may race."""
     leaves = {f'params/layers_{i}/kernel': jax.ShapeDtypeStruct((4, 4), np.float32) for i in range(64)}
     for _ in range(20):
-        writer = create_checkpoint(tmp_path / 'new', 'upcycle', leaves, step=1, identity={})
+        writer = create_checkpoint(tmp_path / 'new', 'upcycle', leaves, step=1, identity={}, metadata={})
         writer.write('params/layers_0/kernel', (), np.zeros((4, 4), np.float32))
         writer.discard()
         writer.close()

@@ -6,7 +6,7 @@ from typing import Any
 
 import upcycle
 from upcycle import handlers
-from upcycle.formats import FORMATS
+from upcycle.formats import ENGINES, FORMATS
 from upcycle.models.quickstart import JOBS
 from upcycle.models.registry import EXAMPLE
 
@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(add)
     _add_plan(add)
     _add_evaluate(add)
+    _add_generate(add)
     _add_compile(add)
     _add_convert(add)
     _add_transfer(add)
@@ -119,6 +120,33 @@ def _add_evaluate(add: Add) -> None:
     _add_hosts(evaluate)
 
 
+def _add_generate(add: Add) -> None:
+    generate = add('generate', handlers.generate, 'continue or answer prompts with a language model')
+    _add_source(generate, 'a run folder or any checkpoint')
+    prompt = 'repeatable; without prompts, standard input is one, without its last line break'
+    generate.add_argument('--prompt', dest='prompts', action='append', default=[], metavar='TEXT', help=prompt)
+    generate.add_argument('--prompts_file', metavar='FILE', help='text with a prompt on each line')
+    chat = "a prompt is a user's message, for the model's chat template"
+    generate.add_argument('--chat', action='store_true', help=chat)
+    tokenizer = "a model folder, a tokenizer.json or SentencePiece model, or bytes (default: the checkpoint's)"
+    generate.add_argument('--tokenizer', metavar='PATH', help=tokenizer)
+    most = 'the most tokens of a text (%(default)s)'
+    generate.add_argument('--max_new_tokens', type=int, default=128, metavar='N', help=most)
+    temperature = 'divides the logits; 0 chooses the most probable token (%(default)g)'
+    generate.add_argument('--temperature', type=float, default=0.0, metavar='T', help=temperature)
+    top_k = 'draw among this many most probable tokens (0: all)'
+    generate.add_argument('--top_k', type=int, default=0, metavar='K', help=top_k)
+    top_p = 'draw among the fewest most probable tokens that have this probability together (%(default)g)'
+    generate.add_argument('--top_p', type=float, default=1.0, metavar='P', help=top_p)
+    generate.add_argument('--seed', type=int, default=0, metavar='N', help='of the draws (%(default)s)')
+    dtypes = ('float32', 'bfloat16', 'float16')
+    generate.add_argument('--dtype', default='float32', choices=dtypes, help='of the model (%(default)s)')
+    generate.add_argument(
+        '--batch_size', type=int, default=8, metavar='N', help='the most prompts at a time (%(default)s)'
+    )
+    _add_json(generate)
+
+
 def _add_compile(add: Add) -> None:
     text = 'compile a run ahead of time for a TPU topology, without a TPU'
     compile_ = add('compile', handlers.compile, text, gin=True)
@@ -136,6 +164,7 @@ def _add_convert(add: Add) -> None:
     _add_source(convert, _SEVERAL, action='append')
     _add_target(convert)
     convert.add_argument('--format', default='upcycle', help=f'of the new checkpoint: {_FORMATS} (%(default)s)')
+    _add_folder(convert)
     convert.add_argument('--dtype', help='of the parameters; routers stay float32 (default: float32)')
     state = 'fresh, fresh_clock, tile (OPTIMIZER_STATE), or none to omit it'
     convert.add_argument('--optimizer_state', help=state)
@@ -150,6 +179,7 @@ def _add_transfer(add: Add) -> None:
     import_.add_argument('--format', help=f'refuse other formats: {_FORMATS}')
     export = add('export', handlers.export, 'rewrite a checkpoint of ours in another format')
     export.add_argument('--format', required=True, help=_FORMATS)
+    _add_folder(export)
     for command in (import_, export):
         _add_source(command, 'the checkpoint')
         _add_target(command)
@@ -206,6 +236,15 @@ def _add_source(command: argparse.ArgumentParser, text: str, **more: Any) -> Non
 
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument('--to', dest='target', required=True, metavar='PATH', help='path of the new checkpoint')
+
+
+def _add_folder(command: argparse.ArgumentParser) -> None:
+    layout = "--format=huggingface: its model_type (default: the source's, else the first that can store the model)"
+    command.add_argument('--layout', metavar='NAME', help=layout)
+    engines = (
+        f'--format=huggingface: refuse what one of these cannot compute exactly: {", ".join(ENGINES)} (transformers)'
+    )
+    command.add_argument('--for', dest='engines', metavar='ENGINE,...', help=engines)
 
 
 def _add_json(command: argparse.ArgumentParser, *, file: bool = False) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
-from upcycle import aliases, gin_files, schema
+from upcycle import aliases, from_checkpoint, gin_files, schema
 from upcycle.building import Builder
 from upcycle.errors import MissingData, UserError, refuse
 from upcycle.gin_files import nearest
@@ -43,7 +43,7 @@ def load_model(names: Sequence[str], bindings: Mapping[str, str]) -> ModelRun:
 def _load(names: Sequence[str], bindings: Mapping[str, str], kind: type[ModelRun]) -> Any:
     if not names:
         raise UserError(f'No configuration: name one with --gin_file, such as --gin_file={EXAMPLE[0]}.')
-    parsed = gin_files.read(names, bindings)
+    parsed = _read(names, bindings)
     for sentence in parsed.warnings:
         warn(sentence)
     if not bindings_of((), Run):
@@ -65,6 +65,14 @@ def _load(names: Sequence[str], bindings: Mapping[str, str], kind: type[ModelRun
         raise MissingData(mistakes[0])
     refuse(mistakes)
     return run
+
+
+def _read(names: Sequence[str], bindings: Mapping[str, str]) -> gin_files.Parsed:
+    """Reads files and bindings; twice if the model is that of a checkpoint, which only they name."""
+    parsed = gin_files.read(names, bindings)
+    if not parsed.needs_model or parsed.mistakes or not bindings_of((), Run):
+        return parsed
+    return gin_files.read(names, bindings, from_checkpoint.model_as_gin())
 
 
 def resolved() -> dict[str, str]:

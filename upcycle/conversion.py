@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,13 +18,17 @@ import numpy as np
 from upcycle import partitioning
 from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoints
 from upcycle.checkpoints.arrays import require_finite
+from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
-from upcycle.checkpoints.writing import Region, Writer, parts
+from upcycle.checkpoints.writing import Region, Writer
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
-from upcycle.surgery.fingerprint import sha256_of
+from upcycle.moe.conventions import Dispatch
+from upcycle.moe.routers.top_k import TopK
+from upcycle.surgery.fingerprint import in_c_order, sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Maker
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
@@ -32,11 +36,15 @@ from upcycle.surgery.receipt import check_layer, make_receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
-from upcycle.training.state import make_layout, make_plan
+from upcycle.training.state import first_step, make_layout, make_plan
 from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
+from upcycle.whole_model import compare_logits
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
 CHECKED_TOKENS = 256
+# Entries of the source's metadata that its conversion keeps.
+INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
+_CHECKS_WAITING = 1  # each holds a dense MLP
 _ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
@@ -49,6 +57,7 @@ def convert(
     optimizer_state: bool = True,
     verify: bool = False,
     check_functions: bool = True,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """Writes the checkpoint that a run would start from.
 
@@ -56,10 +65,12 @@ def convert(
       run: names the source and the surgery; its data and schedule are ignored.
       target: path of the new checkpoint.
       format: of the new checkpoint.
-      dtype: of the parameters; None: float32, as in the trainer.
+      dtype: of the parameters; None: float32, as in the trainer, or in a format that other programs read (huggingface), that of
+        each leaf's source.
       optimizer_state: False leaves the optimizer state out.
       verify: read everything back and compare hashes.
       check_functions: compare each MoE layer with its dense MLP.
+      request: see `checkpoints.create_checkpoint`.
 
     Returns:
       The path of the new checkpoint.
@@ -68,6 +79,8 @@ def convert(
       UserError: before any write, if plan, format or disk space do not fit; later, if a source is damaged. No files are left.
     """
     check_dtype(dtype)
+    if format == 'huggingface' and run.surgery is not None and run.surgery.optimizer_state is OptimizerState.FRESH:
+        optimizer_state = False  # zeros, for which the format has no place
     target = check_target(target, format, below_runs=False)
     if run.surgery is None or run.surgery.made_by is None:
         raise UserError(
@@ -88,7 +101,9 @@ def convert(
         if name != 'rng' and (optimizer_state or not name.startswith('opt_state/'))
     }
     plan = make_plan(run, layout, reader, wanted)
-    step = reader.step if run.dense_step is None else run.dense_step
+    if dtype is None and format == 'huggingface':
+        plan = dataclasses.replace(plan, rows=tuple(_with_dtype_of_source(row, reader) for row in plan.rows))
+    step = first_step(run, reader)
     leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in plan.rows}
     identity = {
         'from': reader.path,
@@ -100,7 +115,10 @@ def convert(
         'leaves': fingerprint(leaves),
     }
     alike = {row.target for row in plan.rows if _is_alike(plan, row)}
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, alike=alike)
+    metadata = _metadata(run, reader)
+    writer = create_checkpoint(
+        target, format, leaves, step=step, identity=identity, metadata=metadata, alike=alike, request=request
+    )
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):
@@ -110,17 +128,29 @@ def convert(
         started_from = source_of(reader, step)
         receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
-        writer.finish(_metadata(run, reader, receipt), work.compare if verify else lambda reader: None)
+        if check_functions and (logits := compare_logits(run.model, plan, reader, layout.flat())) is not None:
+            receipt['function_check']['logits'] = logits
+            largest = f'{logits["max_abs_difference"]:.2g} (largest logit {logits["max_abs"]:.2g})'
+            print(f'on random inputs the logits differ from those of the dense model by at most {largest}')
+        files = {companions.KEY: companions.of(readers_of(reader)[0].path, readers_of(reader)[0].format)}
+        writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
         print(line)
     return writer.path
 
 
-def _metadata(run: ModelRun, reader: Reader, receipt: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata that a trainer would save, with the cost of the dense run as sunk cost."""
-    inherited = {name: reader.metadata[name] for name in ('cost', 'optimizer', 'sentinels') if name in reader.metadata}
+def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
+    """Returns the metadata that a trainer would save, without the receipt, and with the cost of the dense run as sunk cost."""
+    inherited = {name: reader.metadata[name] for name in INHERITED if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
-    return {**inherited, 'family': run.model.family, 'model': model, 'receipt': dict(receipt)}
+    return {**inherited, 'family': run.model.family, 'model': model}
+
+
+def _with_dtype_of_source(row: Row, reader: Reader) -> Row:
+    """Returns the row with the dtype that its source has in the checkpoint, if it is a parameter with a source."""
+    if not row.sources or not row.target.startswith('params/'):
+        return row
+    return dataclasses.replace(row, dtype=reader.leaves()[row.sources[0]].dtype)
 
 
 def _is_alike(plan: Plan, row: Row) -> bool:
@@ -153,8 +183,12 @@ class _Conversion:
         self._check: _LayerCheck | None = None
 
     def missing_parts(self) -> Iterator[Part]:
-        """Makes every leaf, in the plan's order, and yields the parts that the writer does not have."""
-        rows = [row for row in self._plan.in_order() if row.target in self._leaves]
+        """Makes every leaf and yields the parts that the writer does not have.
+
+        Experts come after other leaves, so that a large embedding is not in memory while an MoE layer is checked.
+        """
+        rows = [row for row in self._plan.in_order() if row.target not in self._writer.left_out]
+        rows.sort(key=lambda row: row.action is Action.EXPERTS)
         reads = (functools.partial(self._read_all, row.sources) for row in rows)
         for row, sources in zip(rows, ahead(reads), strict=True):
             self._sources = sources
@@ -170,17 +204,17 @@ class _Conversion:
                 self._maker.lineage(row)
         return self._maker.lineages
 
-    def _wait_for_checks(self) -> None:
-        while self._checking:
-            path, check = self._checking.popitem()
-            self.checks[path] = check.result()
+    def _wait_for_checks(self, left: int = 0) -> None:
+        while len(self._checking) > left:
+            path = next(iter(self._checking))
+            self.checks[path] = self._checking.pop(path).result()
 
     def compare(self, written: Reader) -> None:
         """Raises UserError unless every part that was read back has the hash of the part that was made."""
-        for name, leaf in self._leaves.items():
+        for name in self._leaves:
             if name in self._writer.left_out:
                 continue
-            for region in parts(name, leaf):
+            for region in self._writer.parts(name):
                 start = region[0].start if region else 0
                 if _sha256(written.read(name, region=region)) != self._made_hashes[name, start]:
                     part = f'expert {start} of {name}' if region else name
@@ -203,7 +237,7 @@ class _Conversion:
     def _parts(self, row: Row) -> Iterator[tuple[Region, np.ndarray]]:
         """Makes the parts of a leaf."""
         check = self._check_of(row)
-        regions = parts(row.target, self._leaves[row.target])
+        regions = self._writer.parts(row.target)
         small: list[np.ndarray] = []
         for index, value in self._maker.pieces(row):
             value = np.asarray(value)
@@ -222,7 +256,7 @@ class _Conversion:
                     yield region, whole[region]
         if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
             self._check = None
-            self._wait_for_checks()
+            self._wait_for_checks(_CHECKS_WAITING)
             maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
             self._checking[check.path] = self._background.submit(check.result, maker)
             if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory
@@ -251,6 +285,8 @@ class _Conversion:
 class _LayerCheck:
     """Collects one MoE layer while its experts are made, and compares it with its dense MLP.
 
+    If all experts are equal and none can be full, as many are compared as a token takes, so that memory does not hold the others.
+
     Args:
       model: the sparse model.
       mlp: name of the MLP, 'params/...'.
@@ -260,7 +296,11 @@ class _LayerCheck:
 
     def __init__(self, model: Model, mlp: str, rows: list[Row], *, alike: bool):
         self.path = mlp.removeprefix('params/')
-        self._model, self._alike = model, alike
+        self._model, self._alike, self._count = model, alike, None
+        moe = model.moe_layers()[self.path]
+        if alike and isinstance(moe, TopK) and moe.dispatch is Dispatch.RAGGED and moe.score_groups == 1:
+            self._count = moe.num_selected_experts
+            self._model = model.with_moe(num_experts=self._count)
         self._experts = [row for row in rows if row.action is Action.EXPERTS]
         self._others = [row for row in rows if row.action is not Action.EXPERTS]
         self._stacks = {} if alike else {row.target: _aligned(row.shape, row.dtype) for row in self._experts}
@@ -281,14 +321,21 @@ class _LayerCheck:
 
     def result(self, maker: Maker) -> dict[str, float]:
         """Computes the numbers of `surgery.receipt.LayerCheck`."""
-        params = {row.target: maker.leaf(row) for row in self._others}
-        for row in self._experts:
+        inside = {self._name(row): jax.device_put(maker.leaf(row)) for row in self._others}
+        if self._count is not None:
+            routers = {name: value[..., : self._count] for name, value in inside.items() if name.startswith('router')}
+            inside |= routers
+        dense: dict[str, jax.Array] = {}
+        while self._experts:
+            row = self._experts.pop()
             # Not jax.numpy.asarray, which copies.
-            stack = jax.device_put(self._stacks[row.target])
-            params[row.target] = jax.numpy.broadcast_to(stack, row.shape) if self._alike else stack
-        inside = {name.removeprefix(f'params/{self.path}/'): jax.device_put(value) for name, value in params.items()}
-        dense = {within_mlp(name): jax.device_put(value) for name, value in self._dense.items()}
+            source, made = self._dense.pop(row.target), self._stacks.pop(row.target)
+            dense[within_mlp(row.target)] = jax.device_put(source)
+            inside[self._name(row)] = dense[within_mlp(row.target)] if made is source else jax.device_put(made)
         return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, CHECKED_TOKENS))
+
+    def _name(self, row: Row) -> str:
+        return row.target.removeprefix(f'params/{self.path}/')
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -300,4 +347,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _sha256(value: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(value, order='C').reshape(-1).view(np.uint8).data).hexdigest()
+    digest = hashlib.sha256()
+    for block in in_c_order(value):
+        digest.update(block)
+    return digest.hexdigest()

@@ -32,6 +32,8 @@ FOLLOWS = {
     'recipes': ('models', 'moe', 'tasks', 'runs'),
     'surgery': ('models', 'moe', 'tasks', 'runs'),
 }
+# The file that stands for the model of a checkpoint: `from_checkpoint.model_as_gin` writes its content.
+FROM_CHECKPOINT = 'models/from_checkpoint.gin'
 # Files of this name are only included by others of their folder.
 BASE = 'base.gin'
 # Stands for a reference that could not be resolved; a mistake already tells of it.
@@ -54,6 +56,8 @@ class Parsed:
       bound: names on the command line that were bound.
       macros: for each macro in a file, the file and line that set it last.
       used: macros that something refers to, even if that was overridden later.
+      model: content of `FROM_CHECKPOINT`; None: not known yet.
+      needs_model: whether that file was read.
     """
 
     mistakes: list[str] = dataclasses.field(default_factory=list)
@@ -62,6 +66,8 @@ class Parsed:
     bound: list[str] = dataclasses.field(default_factory=list)
     macros: dict[str, str] = dataclasses.field(default_factory=dict)
     used: set[str] = dataclasses.field(default_factory=set)
+    model: str | None = None
+    needs_model: bool = False
 
 
 def search_paths() -> list[str]:
@@ -69,15 +75,16 @@ def search_paths() -> list[str]:
     return [os.getcwd(), str(_gin_folder().parent), str(_gin_folder())]
 
 
-def read(files: Sequence[str], bindings: Mapping[str, str]) -> Parsed:
+def read(files: Sequence[str], bindings: Mapping[str, str], model: str | None = None) -> Parsed:
     """Replaces gin's configuration by that of files and then bindings, as far as they are valid.
 
     Args:
       files: a later one overrides an earlier one.
       bindings: of the command line, as text. A value that is neither a Python literal nor a gin reference is a string.
+      model: content of `FROM_CHECKPOINT`.
     """
     gin.clear_config(clear_constants=True)
-    parsed, order = Parsed(), _Order()
+    parsed, order = Parsed(model=model), _Order()
     for file in files:
         order.begin(file)
         _read_file(parsed, order, file, f'--gin_file={file}', ())
@@ -202,6 +209,11 @@ def _read_file(parsed: Parsed, order: '_Order', name: str, label: str, within: t
         parsed.mistakes.append(f'{label} includes itself.')
         return
     parsed.files.append(name)
+    if os.path.samefile(path, _gin_folder() / FROM_CHECKPOINT):
+        parsed.needs_model = True
+        if parsed.model is not None:
+            _Source(parsed, order, name, (*within, path)).read(parsed.model)
+            return
     try:
         text = pathlib.Path(path).read_text('utf-8')
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle import warning
 from upcycle.errors import UserError
-from upcycle.formats import FORMATS
+from upcycle.formats import FORMATS, folder_request
 
 
 def _join_hosts(
@@ -100,6 +100,12 @@ def evaluate(
     evaluate.run(files, bindings, source, as_json=as_json, out=out)
 
 
+def generate(**options: Any) -> None:
+    from upcycle.commands import generate
+
+    generate.run(**options)
+
+
 def compile(**options: Any) -> None:
     _compute_on_the_cpu()
     os.environ['TPU_SKIP_MDS_QUERY'] = '1'  # the host need not be a TPU VM
@@ -123,10 +129,13 @@ def convert(
     operator: str | None,
     seed: str | None,
     step: str | None,
+    layout: str | None,
+    engines: str | None,
     **options: Any,
 ) -> None:
     _compute_on_the_cpu()
     _check_formats(format)
+    options['request'] = folder_request(format, layout, engines)
     named = {
         'INITIAL_CHECKPOINT_PATH': _one_or_several(source),
         'EXPERT_OPERATOR': operator,
@@ -151,8 +160,9 @@ def import_(format: str | None, **options: Any) -> None:
     _transfer('upcycle', source_format=format, **options)
 
 
-def export(format: str, **options: Any) -> None:
-    _transfer(format, source_format=None, **options)
+def export(format: str, layout: str | None, engines: str | None, **options: Any) -> None:
+    _check_formats(format)
+    _transfer(format, source_format=None, request=folder_request(format, layout, engines), **options)
 
 
 def _transfer(format: str, source_format: str | None, **options: Any) -> None:

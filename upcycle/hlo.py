@@ -18,7 +18,8 @@ COLLECTIVES = ('all-to-all', 'all-gather', 'all-reduce', 'reduce-scatter', 'coll
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
-_CALLED = re.compile(r'(?:calls|body|condition|to_apply)=%?([\w.\-]+)')
+_CALLED = re.compile(r'(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +126,16 @@ class Program:
         )
 
     def _executions(self) -> dict[str, int]:
-        """Counts the runs of each computation in one step."""
+        """Counts the runs of each computation in one step, as if a conditional ran all of its branches."""
         times: dict[str, int] = collections.defaultdict(int)
 
         def visit(name: str, count: int) -> None:
             times[name] += count
             for operation in self._computations[name]:
                 inner = count * (self._trips(operation) if operation.kind == 'while' else 1)
-                for called in _CALLED.findall(operation.rest):
+                branches = _BRANCHES.search(operation.rest)
+                named = re.findall(r'[\w.\-]+', branches[1]) if branches else []
+                for called in (*_CALLED.findall(operation.rest), *named):
                     if called in self._computations:
                         visit(called, inner)
 

@@ -21,7 +21,7 @@ _DEEPEST = 512  # bytes of path that a run or a checkpoint adds below its folder
 # Files and folders of a run.
 _OF_A_RUN = (
     *('config.gin', 'metrics.jsonl', 'metrics.set_aside.jsonl', 'receipt.json', 'saved.json', 'lock.json'),
-    *('checkpoints', 'train', 'validation'),
+    *('checkpoints', 'train', 'validation', 'huggingface'),
 )
 _KINDS = {
     stat.S_ISDIR: 'a folder',

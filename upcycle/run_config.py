@@ -56,12 +56,12 @@ def as_it_began(run: Run) -> Run:
       UserError: the folder's `config.gin` cannot be read, or its defaults are invalid.
     """
     path = files.absolute(run.model_dir) / CONFIG
-    stored, now, bound = _read_config(path).defaults, defaults_of_now(), resolved()
-    if all(name in bound or schema.same(value, now.get(name, value)) for name, value in stored.items()):
+    began_with, now, bound = _read_config(path).defaults, defaults_of_now(), resolved()
+    if all(name in bound or schema.same(value, now.get(name, value)) for name, value in began_with.items()):
         return run
     taken: dict[str, str] = {}
     # The new bindings may refer to configurables with parameters of their own.
-    while new := {name: stored[name] for name in not_bound() if name in stored and name not in taken}:
+    while new := {name: began_with[name] for name in not_bound() if name in began_with and name not in taken}:
         gin_data.bind(as_gin(new), f'{path}')
         taken |= new
     builder = Builder(Run)
@@ -172,6 +172,11 @@ class _Stored:
     def all(self) -> dict[str, str]:
         """Bindings and defaults."""
         return {**self.defaults, **self.bound}
+
+
+def stored(path: epath.Path) -> dict[str, str]:
+    """Returns the bindings and defaults in a `config.gin`; {} if the file is missing or does not describe a run."""
+    return _read_config(path).all
 
 
 def _read_config(path: epath.Path) -> _Stored:

@@ -16,10 +16,12 @@ import numpy as np
 from upcycle import casts, schema
 from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoint
 from upcycle.checkpoints.arrays import WEIGHT_DTYPES, require_finite
+from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.writing import EXPERT, WHOLE, Region, WriteError, Writer
 from upcycle.cost import num_bytes
 from upcycle.errors import Unavailable, UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import identify
 from upcycle.progress import Progress
@@ -39,6 +41,7 @@ def transfer(
     optimizer_state: str = 'keep',
     dtype: str | None = None,
     step: int | str | None = None,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """Converts a checkpoint to another format.
 
@@ -50,6 +53,7 @@ def transfer(
       optimizer_state: 'keep', or 'none' to leave it out.
       dtype: of the new parameters; None: unchanged.
       step: training steps taken, if the source does not record them.
+      request: see `checkpoints.create_checkpoint`.
 
     Returns:
       The path of the new checkpoint.
@@ -74,7 +78,8 @@ def transfer(
     if step is not None:
         leaves['step'] = jax.ShapeDtypeStruct((), np.int32)
     identity = {'from': reader.path, 'format': format, 'leaves': fingerprint(leaves)}
-    writer = create_checkpoint(target, format, leaves, step=step, identity=identity)
+    metadata = {'family': model.family, **metadata, 'facts': facts}
+    writer = create_checkpoint(target, format, leaves, step=step, identity=identity, metadata=metadata, request=request)
     for line in not_read(reader.metadata):
         print(line)
     with discarded_if_refused(writer):
@@ -82,7 +87,8 @@ def transfer(
         steps = {} if step is None else {'step': np.asarray(step, np.int32)}
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
-        writer.finish({'family': model.family, **metadata, 'facts': facts, 'source': origin})
+        files = {companions.KEY: companions.of(reader.path, reader.format)}
+        writer.finish({**metadata, **files, 'source': origin})
     for line in left_out(writer.left_out):
         print(line)
     return writer.path
@@ -118,9 +124,13 @@ def known_step(reader: Reader, step: int | str | None) -> int | None:
     return reader.step if step is None else step
 
 
+# Segments of the names of parameters that are used in float32.
+_FLOAT32 = {'router', 'router_state', 'shared_gate', 'mixing'}
+
+
 def with_dtype(name: str, leaf: jax.ShapeDtypeStruct, dtype: str | None) -> jax.ShapeDtypeStruct:
     """Returns a leaf with the given dtype if it is a parameter. Router parameters, used in float32, keep theirs."""
-    if dtype is None or not name.startswith('params/') or {'router', 'router_state', 'mixing'} & {*name.split('/')}:
+    if dtype is None or not name.startswith('params/') or _FLOAT32 & {*name.split('/')}:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype))
 

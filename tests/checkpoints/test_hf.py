@@ -35,7 +35,7 @@ def folder(tmp_path):
 def test_shards(tmp_path):
     tree = trees.t5(False, state=False)
     leaves = open_checkpoint(trees.write(tmp_path / 'x', 'upcycle', tree)).leaves()
-    writer = HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, shard_bytes=20_000)
+    writer = HuggingFaceWriter(epath.Path(tmp_path / 'y'), leaves, {}, {}, shard_bytes=20_000)
     for name in writer.todo():
         writer.write(name, (), tree[name])
     writer.finish({})
@@ -299,7 +299,7 @@ DAMAGE = {
         lambda f: (f / 'config.json').unlink(),
         'has no config.json: copy',
     ),
-    'another model': (change_config(model_type='bert'), 'model_type bert: only T5 and ViT'),
+    'another model': (change_config(model_type='bert'), 'model_type bert: only T5, ViT, Llama'),
     'another activation': (change_config(feed_forward_proj='gated-tanh'), 'gated-tanh'),
     'another norm': (change_config(layer_norm_epsilon=1e-5), 'layer_norm_epsilon is 1e-05'),
     'fewer layers': (change_config(num_layers=1), 'num_layers is 1, but the arrays have 2'),

@@ -63,7 +63,9 @@ def written(tree, tmp_path, monkeypatch):
     given = []
     write = safetensors.FilesWriter.write
     monkeypatch.setattr(
-        safetensors.FilesWriter, 'write', lambda self, name, x: given.append((name, x.shape)) or write(self, name, x)
+        safetensors.FilesWriter,
+        'write',
+        lambda self, name, x, region: given.append((name, x.shape)) or write(self, name, x, region),
     )
     writing.parts.cache_clear()
     trees.write(tmp_path / 'model', 'huggingface', tree)

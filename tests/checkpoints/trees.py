@@ -64,7 +64,7 @@ def write(path, format, tree, metadata=None):
     """Writes a tree without checks. Returns the new checkpoint's path."""
     leaves = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tree.items()}
     step = int(tree['step']) if 'step' in tree else None
-    writer = create_checkpoint(path, format, leaves, step=step, identity={})
+    writer = create_checkpoint(path, format, leaves, step=step, identity={}, metadata=metadata or {})
     for name, regions in writer.todo().items():
         for region in regions:
             writer.write(name, region, tree[name][region])

@@ -120,6 +120,7 @@ class TestSparseLayers:
             ('every_other', 1, ()),
             ('last_half', 12, (6, 7, 8, 9, 10, 11)),
             ('last_half', 5, (3, 4)),
+            ('all', 3, (0, 1, 2)),
             ('none', 4, ()),
             ([3, 0], 4, (0, 3)),
             ((), 4, ()),
@@ -131,7 +132,7 @@ class TestSparseLayers:
     @pytest.mark.parametrize(
         ('spec', 'message'),
         [
-            ('every_third', "MOE_LAYERS = 'every_third' is not one of every_other, last_half, none"),
+            ('every_third', "MOE_LAYERS = 'every_third' is not one of every_other, last_half, all, none"),
             ([4], 'MOE_LAYERS names layer 4, but the stack has 4 layers'),
             ([-1], 'MOE_LAYERS names layer -1'),
             ([1.0], 'MOE_LAYERS names layer 1.0'),
@@ -196,6 +197,32 @@ class TestSparseLayers:
             {'router': 'top_k', 'num_selected_experts': 1, 'normalize_combine_weights': True},
             'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1',
         ),
+        ({'expert_mlp_dim': 64, 'granularity': 2}, 'EXPERT_MLP_DIM = 64 and EXPERT_GRANULARITY = 2 both'),
+        ({'expert_mlp_dim': 0}, 'EXPERT_MLP_DIM = 0 must be a whole number of at least 1 or None'),
+        ({'shared_mlp_dim': 64}, 'SHARED_MLP_DIM = 64 needs a shared expert: set NUM_SHARED_EXPERTS'),
+        ({'shared_gate': True}, 'SHARED_GATE = True needs a shared expert'),
+        ({'shared_gate': True, 'num_shared_experts': 1, 'shared_weights': 'xft'}, 'and SHARED_GATE both weigh'),
+        ({'shared_gate': True, 'num_shared_experts': 1, 'router': 'merged'}, 'SHARED_GATE weighs shared experts'),
+        ({'router': 'top_k', 'scores': 'relu'}, "ROUTER_SCORES = 'relu' must be one of softmax, sigmoid"),
+        ({'router': 'top_k', 'score_groups': 3}, 'SCORE_GROUPS = 3 does not divide NUM_EXPERTS = 8'),
+        ({'router': 'top_k', 'score_groups': 2}, 'set SELECTED_SCORE_GROUPS'),
+        ({'router': 'top_k', 'score_groups': 2, 'selected_groups': 3}, 'SELECTED_SCORE_GROUPS = 3 must lie'),
+        (
+            {'router': 'top_k', 'selected_groups': 2},
+            'SELECTED_SCORE_GROUPS = 2 must lie between 1 and SCORE_GROUPS = 1',
+        ),
+        (
+            {'router': 'top_k', 'score_groups': 4, 'selected_groups': 1, 'num_selected_experts': 3},
+            'SELECTED_SCORE_GROUPS = 1 groups hold 2 experts, fewer than NUM_SELECTED_EXPERTS = 3',
+        ),
+        ({'router': 'top_k', 'score_groups': 8, 'selected_groups': 2}, "no best two: set GROUP_SCORE = 'max'"),
+        ({'router': 'top_k', 'weight_scale': 0.0}, 'ROUTED_WEIGHT_SCALE = 0.0 must be a number above 0'),
+        (
+            {'router': 'top_k', 'weight_scale': 2.0, 'shared_weights': 'xft', 'num_shared_experts': 1},
+            "SHARED_WEIGHTS = 'xft' makes a token's weights sum to 1",
+        ),
+        ({'router': 'top_k', 'scores': 'sigmoid', 'balance_loss': 'importance_load'}, "do not choose by: use 'switch'"),
+        ({'router': 'top_k', 'scores': 'sigmoid', 'default_output_decay': 0.9}, 'unset ROUTER_SCORES'),
         ({'router': 'top_k', 'causal': True, 'fill_order': 'priority'}, "FILL_ORDER = 'priority' .* use 'token_major'"),
     ],
 )
@@ -216,6 +243,14 @@ def test_an_expert_is_so_many_times_narrower():
     assert MoEConfig(8, granularity=4).expert_width(2048) == 512
     with pytest.raises(UserError, match='EXPERT_GRANULARITY = 3 does not divide MLP_DIM = 2048'):
         MoEConfig(8, granularity=3).expert_width(2048)
+
+
+def test_widths_of_experts_and_shared_experts():
+    assert MoEConfig(8, expert_mlp_dim=700).expert_width(2048) == 700
+    assert MoEConfig(8, granularity=4, num_shared_experts=3).shared_width(2048) == 1536
+    assert MoEConfig(8, num_shared_experts=1, shared_mlp_dim=5632).shared_width(2048) == 5632
+    with pytest.raises(UserError, match="'merged' averages the shared experts, 4096 wide, with the others, 2048 wide"):
+        MoEConfig(8, router='merged', num_shared_experts=2).shared_width(2048)
 
 
 def test_words_may_be_plain_strings():

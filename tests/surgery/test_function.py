@@ -119,6 +119,11 @@ def test_drop_says_how_much_it_changed():
         ({'operator': Granular(shards=2)}, {'granularity': 4}, 'needs a source of shape'),
         ({'operator': Granular(shards=4)}, {'granularity': 4, 'num_experts': 6}, 'NUM_EXPERTS = 6 is not a multiple'),
         (
+            {'operator': 'copy'},
+            {'expert_mlp_dim': 24},
+            "with another EXPERT_MLP_DIM than the dense MLP's width use 'random'",
+        ),
+        (
             {'operator': Granular(shards=2)},
             {'granularity': 2, 'num_shared_experts': 1},
             'set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY',

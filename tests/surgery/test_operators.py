@@ -1,4 +1,4 @@
-"""Operators on one MLP: a gated one without biases, as in T5, and a plain one with biases, as in ViT."""
+"""Operators on one MLP: a gated one without biases, as in T5, a plain one with biases, as in ViT, and a gated one with biases."""
 
 import dataclasses
 
@@ -14,14 +14,23 @@ from upcycle.surgery.plan import Action, Plan, Row, Surgery
 
 D, F, E = 6, 40, 4
 IN, OUT = ('expert', 'mlp_embed', 'expert_mlp'), ('expert', 'expert_mlp', 'mlp_embed')
+INNER_BIAS, OUTER_BIAS = ('expert', 'expert_mlp'), ('expert', 'mlp_embed')
 # Leaves of an MLP: shape, and logical axes with the expert axis first.
 MLPS = {
     't5': {'wi_0/kernel': ((D, F), IN), 'wi_1/kernel': ((D, F), IN), 'wo/kernel': ((F, D), OUT)},
     'vit': {
         'Dense_0/kernel': ((D, F), IN),
-        'Dense_0/bias': ((F,), ('expert', 'expert_mlp')),
+        'Dense_0/bias': ((F,), INNER_BIAS),
         'Dense_1/kernel': ((F, D), OUT),
-        'Dense_1/bias': ((D,), ('expert', 'mlp_embed')),
+        'Dense_1/bias': ((D,), OUTER_BIAS),
+    },
+    'gated with biases': {
+        'wi_0/kernel': ((D, F), IN),
+        'wi_0/bias': ((F,), INNER_BIAS),
+        'wi_1/kernel': ((D, F), IN),
+        'wi_1/bias': ((F,), INNER_BIAS),
+        'wo/kernel': ((F, D), OUT),
+        'wo/bias': ((D,), OUTER_BIAS),
     },
 }
 
@@ -76,6 +85,7 @@ def equal(expert, dense):
     [
         *(('vit', operator) for operator in (Copy(), Noise(stddev=0.0), Noise(fraction=0.0))),
         *(('vit', operator) for operator in (Drop(ratio=0.0), Random(copied=E))),
+        ('gated with biases', Copy()),
         ('t5', Copy()),
         ('t5', Noise(stddev=0.0)),
         # T5 kernels are treated like ViT kernels.

@@ -118,6 +118,27 @@ def test_a_routers_state_starts_at_zero_and_goes_on():
     assert 'router state' in plan_surgery(balanced, SPARSE, go_on).dropped[bias]
 
 
+def test_experts_of_another_width_are_drawn():
+    sparse = leaves_of(with_moe(small_t5(), num_experts=4, expert_mlp_dim=24))
+    result = plan_surgery(DENSE, sparse, Surgery('random'))
+    wo = next(row for row in result.rows if row.target == 'params/decoder/layers_1/mlp/expert/wo/kernel')
+    assert (wo.action, wo.sources, wo.shape[1]) == (Action.EXPERTS, (), 24)
+
+
+def test_the_gate_of_shared_experts_starts_at_one_half():
+    gated = leaves_of(with_moe(small_t5(), num_experts=4, num_shared_experts=1, shared_gate=True))
+    kernel = 'params/decoder/layers_1/mlp/shared_gate/kernel'
+    state = [name for name in gated if 'shared_gate' in name and name.startswith('opt_state')]
+    rows = {row.target: row for row in plan_surgery(DENSE, gated, Surgery(optimizer_state='fresh')).rows}
+    assert {rows[name].action for name in (kernel, *state)} == {Action.ZEROS}
+    assert rows['params/decoder/layers_1/mlp/shared/wo/kernel'].action is Action.KEEP
+    grown = leaves_of(with_moe(small_t5(), num_experts=8, num_shared_experts=1, shared_gate=True))
+    rows = {row.target: row for row in plan_surgery(gated, grown, Surgery('grow', router_init='copied')).rows}
+    assert (rows[kernel].action, rows[kernel].sources) == (Action.KEEP, (kernel,))
+    average = Surgery(operator=None, dense_operator='average', optimizer_state='fresh')
+    assert plan_surgery(gated, DENSE, average).dropped[kernel] == 'a dense model has no routers'
+
+
 def without(leaves, *names):
     return {name: leaf for name, leaf in leaves.items() if name not in names}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from upcycle import files, outputs, warning
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.formats import FORMATS as FORMATS
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class Reader(Protocol):
       format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
       path: the step's folder, or the file.
       step: training steps taken at the save; None if the checkpoint does not record them.
-      metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` and
-        `facts`: what the format records and shapes do not tell (activation, norm epsilon, ...). {} if nothing is recorded.
+      metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` with
+        `facts`, what the format records and shapes do not tell (activation, norm epsilon, ...), or with `model`, which describes
+        the whole model. {} if nothing is recorded.
     """
 
     format: str
@@ -70,7 +72,8 @@ class Reader(Protocol):
     ) -> jax.Array | np.ndarray:
         """Reads one leaf: to the host, or, given a `sharding`, each shard directly onto its device.
 
-        Without a sharding, `region` selects a part of the leaf, such as one expert.
+        Without a sharding, `region` selects a part of the leaf, such as one expert, and the array may have any memory order: that
+        of the file, where a leaf is stored transposed.
 
         Raises:
           UserError: the leaf does not exist, or its stored bytes are missing or damaged.
@@ -196,7 +199,9 @@ def create_checkpoint(
     *,
     step: int | None,
     identity: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     alike: Collection[str] = (),
+    request: FolderRequest = ANY_FOLDER,
 ) -> Writer:
     """Begins a checkpoint, or continues an interrupted write of the same checkpoint.
 
@@ -206,7 +211,9 @@ def create_checkpoint(
       leaves: all leaves that will be written, by our names.
       step: training steps taken; None if unknown.
       identity: JSON that identifies source and result; an interrupted write continues only if it is equal.
+      metadata: what `Writer.finish` will be given, as far as it describes the model: `facts` or `model`, and `model_type`.
       alike: leaves whose rows are all equal, such as experts that are copies.
+      request: for a folder of Hugging Face, its layout and the engines that must compute it.
 
     Raises:
       UserError: the path exists, the format has no place for a leaf, or the disk is too full.
@@ -218,7 +225,7 @@ def create_checkpoint(
     if format == 'vit_npz':
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':
-        return HuggingFaceWriter(target, leaves)
+        return HuggingFaceWriter(target, leaves, metadata, identity, request)
     layout = next(kind for kind in (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout) if kind.format == format)
     return folder_writer.FolderWriter(layout(), target, leaves, step, identity, alike)
 

@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -118,11 +118,15 @@ class FolderWriter:
         self._claim: staging.Claim | None = None
         self._journal = None if remote else self._begin(identity)
 
+    def parts(self, name: str) -> Sequence[writing.Region]:
+        """See `writing.Writer`."""
+        return writing.parts(name, self.leaves[name])
+
     def todo(self) -> dict[str, list[writing.Region]]:
         """See `writing.Writer`."""
         left = {
-            name: [region for region in writing.parts(name, leaf) if (name, _start(region)) not in self._done]
-            for name, leaf in self.leaves.items()
+            name: [region for region in self.parts(name) if (name, writing.start_of(region)) not in self._done]
+            for name in self.leaves
         }
         return {name: regions for name, regions in left.items() if regions}
 
@@ -139,7 +143,7 @@ class FolderWriter:
             self._settle_one()
         if self._journal is not None and self._is_like_first(name, region):
             first = writing.parts(name, leaf)[0]
-            while (name, _start(first)) not in self._done:
+            while (name, writing.start_of(first)) not in self._done:
                 self._settle_one()
             future: Any = self._copies.submit(_link_or_copy, self._chunk(name, first), self._chunk(name, region))
         else:
@@ -215,7 +219,7 @@ class FolderWriter:
         return journal
 
     def _is_like_first(self, name: str, region: writing.Region) -> bool:
-        return name in self._alike and _start(region) > 0
+        return name in self._alike and writing.start_of(region) > 0
 
     def _open(self, name: str) -> ts.TensorStore:
         # The next arrays are created in the background, because creating a file waits for other work of the disk.
@@ -237,7 +241,7 @@ class FolderWriter:
     def _chunk(self, name: str, region: writing.Region) -> str:
         """Returns the file of a part on a local disk."""
         leaf = self.leaves[name]
-        index = [_start(region) // writing.chunk_shape(name, leaf)[0]] + [0] * (len(leaf.shape) - 1)
+        index = [writing.start_of(region) // writing.chunk_shape(name, leaf)[0]] + [0] * (len(leaf.shape) - 1)
         return os.fspath(self._array(self.keys[name]) / '.'.join(map(str, index)))
 
     def _array(self, keys: tuple[str, ...]) -> epath.Path:
@@ -257,9 +261,9 @@ class FolderWriter:
                 raise refusal from error
             reason = ' '.join(str(error).partition(' [')[0].split())
             raise writing.WriteError(f'{name} cannot be written to {self.folder} ({reason}).') from error
-        self._done.add((name, _start(region)))
+        self._done.add((name, writing.start_of(region)))
         if self._journal is not None:
-            self._journal.add((name, _start(region)))
+            self._journal.add((name, writing.start_of(region)))
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -283,7 +287,3 @@ def _has_links(folder: epath.Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _start(region: writing.Region) -> int:
-    return region[0].start if region else 0

@@ -20,6 +20,8 @@ _METADATA = {
     'not_read': Mapping[str, str],
     'receipt': Mapping[str, Any] | None,
     'unfinished': Sequence[str],
+    'kept': Mapping[str, Any],
+    'model_type': str,
 }
 
 

@@ -26,6 +26,7 @@ from etils import epath
 
 from upcycle import casts, files
 from upcycle.checkpoints import arrays, folder_writer, hashing, integrity, json_files, orbax_item, writing
+from upcycle.checkpoints.hf import companions
 from upcycle.errors import DifferentLeaves, Unavailable, UserError, writing_to
 
 _LEAVES_IN_FLIGHT = 8  # hides the latency of object stores; each takes the host memory of a leaf
@@ -92,9 +93,11 @@ class NativeLayout(folder_writer.Layout):
         """The index and the JSON items."""
         shapes = {keys: writer.leaves[name].shape for name, keys in writer.keys.items()}
         (writer.folder / self.state / orbax_item.ORBAX_INDEX).write_text(orbax_item.orbax_index(shapes, zarr3=True))
-        for item, content in (('data', {}), ('metadata', dict(metadata))):
+        kept = {name: value for name, value in metadata.items() if name != companions.KEY}
+        for item, content in (('data', {}), ('metadata', kept)):
             (writer.folder / item).mkdir(exist_ok=True)
             (writer.folder / item / 'metadata').write_text(json.dumps(content))
+        companions.copy(metadata.get(companions.KEY), writer.folder / 'metadata' / companions.FOLDER)
         orbax_item.mark_finished(writer.folder, (self.state, 'data', 'metadata'))
 
 

@@ -20,8 +20,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -47,6 +47,8 @@ _DTYPES = {
     'U8': np.dtype('uint8'),
     'BOOL': np.dtype('bool'),
 }
+_NOTES_BYTES = 512  # room for the notes in each header
+_WRITE_BYTES = 64 << 20  # at a time, because an interruption waits for a write
 _MAX_HEADER = 100 << 20  # as in the library
 # Raised while parsing a damaged header.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -62,15 +64,21 @@ class Tensor:
     offset: int  # in the file
 
     def read(self, region: views.Region) -> np.ndarray:
-        """See `views.Lazy`. Reads whole rows at once; for parts of rows, a few rows at a time."""
+        """See `views.Lazy`. Reads contiguous parts; where these are smaller than a row of a matrix, a few rows at a time."""
         shape = self.shape or (1,)
         rows, *inside = views.bounds(region, shape)
         row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
         out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
-        is_whole_rows = out.shape[1:] == shape[1:]
-        step = len(out) if is_whole_rows else max(1, views.READ_BYTES // max(row_bytes, 1))
         with self.file.open('rb') as file:
+            if len(shape) > 2 and out.shape[2:] == shape[2:] and out.shape[1] < shape[1]:
+                start = inside[0].start * (row_bytes // shape[1])
+                for i, row in enumerate(out, rows.start):
+                    file.seek(self.offset + i * row_bytes + start)
+                    views.read_into(file, row)
+                return out
             file.seek(self.offset + rows.start * row_bytes)
+            is_whole_rows = out.shape[1:] == shape[1:]
+            step = len(out) if is_whole_rows else max(1, views.READ_BYTES // max(row_bytes, 1))
             for start in range(0, len(out), max(step, 1)):
                 part = out[start : start + step]
                 read = part if is_whole_rows else np.empty((len(part), *shape[1:]), self.dtype)
@@ -205,35 +213,47 @@ class FilesWriter:
         self._folder = folder
         self._headers = _shards(arrays, shard_bytes)
         self.last = SINGLE if len(self._headers) == 1 else INDEX
-        longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + 100
+        longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + _NOTES_BYTES
         # Arrays begin after room for the longest header.
         self._header_bytes = 8 + -(-longest // 8) * 8
         self._files = {name: file for file, entries in self._headers.items() for name in entries}
-        self._streams: dict[str, BinaryIO] = {}
-        self._todo = set(self._files)
+        self._descriptors: dict[str, int] = {}
+        self._todo = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}  # bytes
 
-    def write(self, name: str, value: np.ndarray) -> None:
-        """Writes one array."""
+    def write(self, name: str, value: np.ndarray, region: views.Region = ()) -> None:
+        """Writes one array, or its `region`, which must be contiguous in the array; no region is written twice."""
         file = self._files[name]
-        if file not in self._streams:
-            self._streams[file] = (self._folder / file).open('wb')
-        self._streams[file].seek(self._header_bytes + self._headers[file][name]['data_offsets'][0])
-        self._streams[file].write(np.asarray(value, order='C').reshape(-1).view(np.uint8).data)
-        self._todo.discard(name)
+        entry = self._headers[file][name]
+        start = self._header_bytes + entry['data_offsets'][0]
+        data = np.asarray(value, order='C').reshape(-1).view(np.uint8).data
+        self._pwrite(file, data, start + _offset(region, entry['shape']) * value.dtype.itemsize)
+        self._todo[name] -= len(data)
+
+    def assume_written(self, name: str, size: int) -> None:
+        """Notes `size` bytes of an array that an earlier, interrupted writer has written."""
+        self._todo[name] -= size
+
+    def _pwrite(self, file: str, data: memoryview | bytes, offset: int) -> None:
+        if file not in self._descriptors:
+            # Never truncated: an interrupted write may have left arrays.
+            self._descriptors[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT, 0o666)
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptors[file], view[:_WRITE_BYTES], offset)
+            view, offset = view[written:], offset + written
 
     def finish(self, notes: Mapping[str, str]) -> None:
         """Writes the headers, with `notes` in each, and the index."""
-        if self._todo:
-            raise ValueError(f'not written: {sorted(self._todo)[:3]}')
+        if todo := sorted(name for name, size in self._todo.items() if size):
+            raise ValueError(f'not written: {todo[:3]}')
         for file, entries in self._headers.items():
             header = json.dumps({'__metadata__': notes, **entries}).encode()
-            stream = self._streams[file]
-            stream.seek(0)
             # The format pads the header with spaces.
-            stream.write((self._header_bytes - 8).to_bytes(8, 'little') + header.ljust(self._header_bytes - 8))
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
+            start = (self._header_bytes - 8).to_bytes(8, 'little')
+            self._pwrite(file, start + header.ljust(self._header_bytes - 8), 0)
+            descriptor = self._descriptors.pop(file)
+            os.fsync(descriptor)
+            os.close(descriptor)
         if len(self._headers) > 1:
             # The arrays of a file have no gaps, so its size is the end of its last array.
             size = sum(
@@ -244,9 +264,16 @@ class FilesWriter:
 
     def close(self) -> None:
         """Closes the files, even if the disk is full."""
-        for stream in self._streams.values():
+        for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):
-                stream.close()
+                os.close(descriptor)
+        self._descriptors.clear()
+
+
+def _offset(region: views.Region, shape: Sequence[int]) -> int:
+    """Returns the number of elements before the first one of a region."""
+    starts = [part.start for part in views.bounds(region, tuple(shape))]
+    return sum(start * math.prod(shape[axis + 1 :]) for axis, start in enumerate(starts))
 
 
 def _shards(arrays: Mapping[str, jax.ShapeDtypeStruct], shard_bytes: int) -> dict[str, dict[str, Any]]:

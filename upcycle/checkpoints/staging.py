@@ -8,12 +8,14 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from upcycle import files, outputs, warning
 from upcycle.checkpoints import arrays, writing
+from upcycle.checkpoints.journal import Journal, Part
 from upcycle.errors import UserError
 
 
@@ -62,41 +64,66 @@ class Claim:
 
 
 class Staging:
-    """The temporary file or folder of a writer that cannot continue an interrupted write.
+    """The temporary file or folder of a writer.
 
     It lies next to the final path on a disk, and in the folder for temporary files if the final path is in a bucket.
 
     Args:
       final: the path that the user named.
       kind: whether it is a file or a folder.
-      needed: bytes.
+      identity: of a write to a folder on a disk that the same command continues after an interruption; see `Journal`. None: the
+        write cannot continue, and remains of an interrupted one are removed.
 
     Attributes:
-      path: the file or folder to write; remains of an interrupted write are removed.
+      path: the file or folder to write, after `begin`.
+      done: the parts that an interrupted write has left.
 
     Raises:
-      UserError: the final path exists, or the disk is too full.
+      UserError: the final path exists, or another interrupted write has left a folder.
     """
 
-    def __init__(self, final: epath.Path, kind: outputs.Kind, needed: int):
+    def __init__(self, final: epath.Path, kind: outputs.Kind, identity: Mapping[str, Any] | None = None):
         outputs.refuse_existing(final, kind)
         self._final, self._kind = final, kind
         self._temporary: str | None = None
         self._claim: Claim | None = None
         self._made: list[epath.Path] = []
-        if files.is_remote(final):
+        self._journal: Journal | None = None
+        self.path = final.parent / f'{final.name}{outputs.STAGING[1]}'
+        if identity is not None and not files.is_remote(final):
+            self._journal = Journal(self.path, identity)
+        self.done: set[Part] = set() if self._journal is None else set(self._journal.done)
+
+    def begin(self, needed: int) -> None:
+        """Claims the file or folder for `needed` more bytes; raises UserError if the disk is too full."""
+        if files.is_remote(self._final):
             outputs.check_space(tempfile.gettempdir(), needed, 'set TMPDIR to a folder on a larger disk')
             self._temporary = tempfile.mkdtemp(prefix='upcycle_')
-            self.path = epath.Path(self._temporary) / final.name
-            if kind is outputs.Kind.NEW_FOLDER:
+            self.path = epath.Path(self._temporary) / self._final.name
+            if self._kind is outputs.Kind.NEW_FOLDER:
                 self.path.mkdir()
-        else:
-            outputs.check_space(final.parent, needed)
-            self._made = make_folders(final.parent)
-            self.path = final.parent / f'{final.name}{outputs.STAGING[1]}'
-            self._claim = Claim(self.path, final, kind)
-            for left in self.path.iterdir() if self.path.is_dir() else ():
-                left.rmtree()
+            return
+        outputs.check_space(self._final.parent, needed)
+        self._made = make_folders(self._final.parent)
+        self._claim = Claim(self.path, self._final, self._kind)
+        if self._journal is not None:
+            self._journal.open()
+            return
+        for left in self.path.iterdir() if self.path.is_dir() else ():
+            left.rmtree()
+
+    def add(self, part: Part) -> None:
+        """Records a written part, from which the write can continue."""
+        if self._journal is not None:
+            self._journal.add(part)
+
+    def leave(self) -> None:
+        """Ends the write; what is recorded stays if the same command can continue, and everything is removed otherwise."""
+        if self._journal is None:
+            self.discard()
+            return
+        self._journal.close()
+        self._claim.release()
 
     def publish(self, last: str = '') -> None:
         """Renames or uploads the result to its final path.
@@ -108,6 +135,9 @@ class Staging:
           UserError: the final path exists by now, or the bucket refuses the upload, of which nothing remains.
         """
         if self._temporary is None:
+            if self._journal is not None:
+                self._journal.close()
+                self._journal.remove()
             give_name(self.path, self._final, self._kind)
             self._claim.release()
             return
@@ -130,6 +160,9 @@ class Staging:
 
     def discard(self) -> None:
         """Removes everything written, and the folders made for it."""
+        if self._journal is not None:
+            self._journal.forget()
+            self._journal.close()
         self.path.rmtree(missing_ok=True)
         if self._claim is not None:
             self._claim.release()
@@ -170,7 +203,7 @@ def give_name(written: epath.Path, final: epath.Path, kind: outputs.Kind) -> Non
 
 
 class StagedWriter:
-    """Base of the writers that use `Staging`; see `writing.Writer`. An interrupted write starts over.
+    """Base of the writers that use `Staging`; see `writing.Writer`.
 
     Args:
       path: of the checkpoint.
@@ -183,15 +216,25 @@ class StagedWriter:
         self._leaves = {name: leaf for name, leaf in leaves.items() if name != 'rng'}
         self._finished = False
 
-    def _stage(self, kind: outputs.Kind) -> epath.Path:
-        """Begins the staging; returns the file or folder to write."""
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in self._leaves.values())
-        self._staging = Staging(epath.Path(self.path), kind, size)
+    def _stage(self, kind: outputs.Kind, identity: Mapping[str, Any] | None = None) -> epath.Path:
+        """Begins the staging; returns the file or folder to write. For the arguments see `Staging`."""
+        self._staging = Staging(epath.Path(self.path), kind, identity)
+        sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in self._leaves.items()}
+        self._staging.begin(sum(len(left) * sizes[name] // len(self.parts(name)) for name, left in self.todo().items()))
         return self._staging.path
+
+    def parts(self, name: str) -> Sequence[writing.Region]:
+        """See `writing.Writer`."""
+        return writing.parts(name, self._leaves[name])
 
     def todo(self) -> dict[str, Sequence[writing.Region]]:
         """See `writing.Writer`; parts must be written in this order."""
-        return {name: writing.parts(name, leaf) for name, leaf in self._leaves.items()}
+        done = self._staging.done
+        left = {
+            name: [region for region in self.parts(name) if (name, writing.start_of(region)) not in done]
+            for name in self._leaves
+        }
+        return {name: regions for name, regions in left.items() if regions}
 
     def _publish(self, check: writing.Check, reader: arrays.ArrayReader, last: str = '') -> None:
         check(reader)
@@ -205,7 +248,9 @@ class StagedWriter:
     def close(self) -> None:
         """See `writing.Writer`."""
         if not self._finished:
-            self.discard()
+            self._close_files()
+            self._staging.leave()
+            self._finished = True
 
     def discard(self) -> None:
         """See `writing.Writer`."""

@@ -161,6 +161,21 @@ class Layer(_View):
 
 
 @dataclasses.dataclass(frozen=True)
+class Scaled(_View):
+    """The source times a number, in the source's type."""
+
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def read(self, region: Region) -> np.ndarray:
+        """See `Lazy`."""
+        return self.source.read(region) * np.asarray(self.scale, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Window(_View):
     """A region of the source."""
 

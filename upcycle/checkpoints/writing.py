@@ -50,6 +50,11 @@ def chunk_shape(name: str, leaf: jax.ShapeDtypeStruct) -> list[int]:
     return list(leaf.shape) if region == WHOLE else [region[0].stop, *leaf.shape[1:]]
 
 
+def start_of(region: Region) -> int:
+    """Returns the first row of a part."""
+    return region[0].start if region else 0
+
+
 class WriteError(UserError):
     """The target cannot be written, for example because the disk is full or a permission is missing."""
 
@@ -70,6 +75,9 @@ class Writer(Protocol):
 
     path: str
     left_out: Mapping[str, str]
+
+    def parts(self, name: str) -> Sequence[Region]:
+        """Returns the parts that a leaf is written in."""
 
     def todo(self) -> dict[str, Sequence[Region]]:
         """Returns the missing parts of each leaf, in the order of `parts`; leaves are in the order preferred by the format."""

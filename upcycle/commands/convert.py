@@ -8,8 +8,10 @@ import jax
 from upcycle import configuration, conversion, partitioning
 from upcycle.checkpoints import open_checkpoints
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
+from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.training import start
-from upcycle.training.state import check_start
+from upcycle.training.state import check_start, first_step
 
 
 def run(
@@ -21,12 +23,14 @@ def run(
     dtype: str | None = None,
     optimizer_state: bool = True,
     verify: bool = False,
+    request: FolderRequest = ANY_FOLDER,
 ) -> str:
     """`upcycle convert`: makes the checkpoint that a run would start from on the host, and streams it to disk.
 
     Args:
-      gin_files, bindings: the configuration. Without a file of `runs/`, `runs/convert.gin` is included.
-      target, format, dtype, optimizer_state, verify: see `conversion.convert`.
+      gin_files, bindings: the configuration. Without a file of `models/`, the model is that of the checkpoint; without a file of
+        `runs/`, `runs/convert.gin` is included.
+      target, format, dtype, optimizer_state, verify, request: see `conversion.convert`.
 
     Returns:
       See `conversion.convert`.
@@ -37,6 +41,9 @@ def run(
     files = list(gin_files)
     # Surgery is configured as part of a run, but a conversion may name only a model and its MoE layers.
     folders = [os.path.basename(os.path.dirname(file)) for file in files]
+    if 'models' not in folders:
+        files.insert(0, FROM_CHECKPOINT)
+        folders.insert(0, 'models')
     if 'runs' not in folders:
         # Operators and recipes override bindings of a run, so they come after it.
         later = [i for i, folder in enumerate(folders) if folder in ('surgery', 'recipes')]
@@ -48,7 +55,7 @@ def run(
     if run.train_data is not None:
         start.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
     if run.total_steps is not None:
-        step = open_checkpoints(run.initial_checkpoint_path).step if run.dense_step is None else run.dense_step
-        if step is not None:
-            check_start(run, step)
-    return conversion.convert(run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify)
+        check_start(run, first_step(run, open_checkpoints(run.initial_checkpoint_path)))
+    return conversion.convert(
+        run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify, request=request
+    )

@@ -14,7 +14,7 @@ from upcycle.models import Model, registry
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
-_IN_MOE_LAYER = re.compile(r'(params(?:/.+?)?)/(?:expert|router|shared|router_state|mixing)(?:/|$)')
+_IN_MOE_LAYER = re.compile(r'(params(?:/.+?)?)/(?:expert|router|shared|shared_gate|router_state|mixing)(?:/|$)')
 
 
 def facts_of(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class ImageClassifier(BaseModel):
     blocks = ('encoderblock',)
     components = ('MlpBlock_0', 'MultiHeadDotProductAttention_0')
     moe_fields = ('moe',)
+    told = ('image_channels', 'representation_size')
+    settings = 'models/vit.gin'
     network = VisionTransformer
 
     def __post_init__(self):
@@ -104,7 +106,7 @@ class ImageClassifier(BaseModel):
     def sizes(cls, names: Collection[str], problems: Sequence[str]) -> tuple[str, ...]:
         """See `models.Model`. A backbone has no number of classes; only positions depend on the size of images."""
         told_only_by = {'image_size': 'pos_embedding', 'num_classes': 'head/'}
-        fields = (*super().sizes(names, problems), 'image_channels', 'representation_size')
+        fields = (*super().sizes(names, problems), *cls.told)
         return tuple(
             field
             for field in fields

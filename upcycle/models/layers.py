@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from upcycle.models import memory
+from upcycle.moe.grouped_matmul import grouped_matmul
 
 DType = Any
 
@@ -93,8 +94,12 @@ class Dense(nn.Module):
 def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
     kernel, bias, group_sizes = rest
     if group_sizes is not None:
-        y = checkpoint_name(jax.lax.ragged_dot(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
-        return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
+        y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
+        if bias is not None:
+            # In float32, so that the gradient of an expert's bias is a sum in float32.
+            rows = jnp.repeat(bias.astype(jnp.float32), group_sizes, axis=0, total_repeat_length=len(x))
+            y += rows.astype(dtype)
+        return y
     # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     y = checkpoint_name(rows @ kernel.astype(dtype), PRODUCT)
@@ -165,6 +170,7 @@ class MlpBlock(nn.Module):
       dtype: type of the products.
       embed_axis, mlp_axis: logical axes of the kernels.
       dropout_broadcast_axis: axis that shares one mask.
+      use_bias: add biases after the products (Llama's `mlp_bias`).
     """
 
     mlp_dim: int
@@ -174,19 +180,22 @@ class MlpBlock(nn.Module):
     embed_axis: str = 'embed'
     mlp_axis: str = 'mlp'
     dropout_broadcast_axis: int | None = -2
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, training: bool, group_sizes: jax.Array | None = None) -> jax.Array:
         """Applies the MLP; with `group_sizes`, the number of rows of each expert, all experts at once."""
         names = ['wi'] if len(self.activations) == 1 else [f'wi_{i}' for i in range(len(self.activations))]
-        wi = functools.partial(Dense, self.mlp_dim, (self.embed_axis, self.mlp_axis), dtype=self.dtype)
+        bias_init = nn.initializers.zeros if self.use_bias else None
+        linear = functools.partial(Dense, dtype=self.dtype, bias_init=bias_init)
+        wi = functools.partial(linear, self.mlp_dim, (self.embed_axis, self.mlp_axis))
         parts = [wi(name=name)(x, group_sizes) for name in names]
 
         def activate(*parts: jax.Array, key: jax.Array | None) -> jax.Array:
             activated = (ACTIVATION_FUNCTIONS[name](part) for name, part in zip(self.activations, parts, strict=True))
             return drop(functools.reduce(operator.mul, activated), key, self.dropout_rate, self.dropout_broadcast_axis)
 
-        wo = Dense(x.shape[-1], (self.mlp_axis, self.embed_axis), dtype=self.dtype, name='wo')
+        wo = linear(x.shape[-1], (self.mlp_axis, self.embed_axis), name='wo')
         return wo(parts, group_sizes, activate, drop_key(self, self.dropout_rate, training))
 
 

@@ -53,7 +53,7 @@ class T5Config:
       zero_padded_activations: multiply activations at padding by 0 before attention and MLP: flaxformer does, T5X does not
         [ZERO_PADDED_ACTIVATIONS].
       encoder_moe, decoder_moe: MoE layers of the stacks; None for a dense stack.
-      encoder_moe_layers, decoder_moe_layers: which layers: 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or
+      encoder_moe_layers, decoder_moe_layers: which layers: 'none', 'all', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or
         a list of indices [ENCODER_MOE_LAYERS, DECODER_MOE_LAYERS].
     """
 

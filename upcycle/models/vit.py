@@ -75,7 +75,8 @@ class ViTConfig:
       remat: what the backward pass recomputes, see `models.stack.Remat` [REMAT].
       scan_layers: compile one block and loop over it, for deep models [SCAN_LAYERS].
       moe: the MoE layers; None for a dense model.
-      moe_layers: which blocks: 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or a list of indices [MOE_LAYERS].
+      moe_layers: which blocks: 'none', 'all', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or a list of indices
+        [MOE_LAYERS].
       group_images: the most images whose tokens compete for the same slots; overrides the MoE's group size [GROUP_IMAGES].
     """
 

@@ -43,7 +43,7 @@ def dispatch_tokens(
       groups: G, a multiple of the devices along `data` and `expert`.
       capacity: C.
       mesh: in use, or None for one device.
-      bias_E: added to probabilities for Top-K's choice only; None for no bias.
+      bias_E: added to scores for Top-K's choice only; None for no bias.
 
     Returns:
       (E, G, C, D) slots, split over `expert`, `data` and `model`; the routing; the layer's metrics.

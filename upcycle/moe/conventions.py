@@ -49,6 +49,20 @@ class BalanceLoss(enum.StrEnum):
     MUTUAL_INFORMATION = 'mutual_information'  # DS-MoE's: low entropy for each token, high entropy of the mean
 
 
+class Scores(enum.StrEnum):
+    """A token's scores of experts, which choose and weigh them."""
+
+    SOFTMAX = 'softmax'  # probabilities
+    SIGMOID = 'sigmoid'  # each expert's by itself; losses see them divided by their sum (DeepSeek-V3)
+
+
+class GroupScore(enum.StrEnum):
+    """Score of a group of experts."""
+
+    MAX = 'max'  # of its best expert (DeepSeek-V2)
+    TOP_2 = 'top_2'  # the sum of its best two experts (DeepSeek-V3)
+
+
 class SharedWeights(enum.StrEnum):
     """Weights of shared and routed experts."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from upcycle.errors import UserError
 
 if TYPE_CHECKING:
-    from upcycle.moe.routers.base import MoE
+    from upcycle.moe.routers.base import MoE, Routed
 
 
 def sparse_layers(spec: str | Sequence[int], num_layers: int, binding: str) -> tuple[int, ...]:
@@ -59,7 +59,17 @@ def moe_of_layers(
     return tuple(moe if i in sparse else None for i in range(num_layers))
 
 
-def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
+def layer_name(path: str) -> str:
+    """Returns the name of an MoE layer in metrics: its path without the MLP ('layers_1'); of attention experts the whole path."""
+    return path if is_attention(path) else path.rpartition('/')[0]
+
+
+def is_attention(path: str) -> bool:
+    """Whether the MoE layer at this path is attention experts, whose module's name ends in `attention`."""
+    return path.endswith('attention')
+
+
+def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1, unit: str = 'tokens') -> int:
     """Returns G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
 
     As flaxformer's `_num_groups`, except that the multiple is a binding instead of a property of the mesh.
@@ -69,8 +79,8 @@ def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
     """
     if num_tokens % multiple_of:
         raise UserError(
-            f'GROUPS_MULTIPLE_OF = {multiple_of} does not divide the {num_tokens} tokens of a batch (BATCH_SIZE x sequence '
-            'length): change one of them.'
+            f'GROUPS_MULTIPLE_OF = {multiple_of} does not divide the {num_tokens} {unit} of a batch '
+            f'(BATCH_SIZE{" x sequence length" if unit == "tokens" else ""}): change one of them.'
         )
     per_multiple = num_tokens // multiple_of
     at_least = -(-num_tokens // (group_size * multiple_of))
@@ -78,18 +88,25 @@ def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1) -> int:
     return multiple_of * min(n for n in (*small, *(per_multiple // n for n in small)) if n >= at_least)
 
 
-def microbatch_groups(config: 'MoE', num_tokens: int) -> int:
-    """Returns the number of groups in a microbatch of `num_tokens`. Groups are those of the whole batch.
+def microbatch_groups(config: 'Routed', rows: int, length: int) -> int:
+    """Returns the number of groups in a microbatch of `rows` examples of `length` tokens. Groups are those of the whole batch.
+
+    Groups of a dropless layer are only those over which the balance loss is a mean. They are whole examples, at least one of
+    them, so that every length of an example and every mesh has groups.
 
     Raises:
       UserError: a microbatch would split a group.
     """
     microbatches = config.num_microbatches
-    whole = num_groups(num_tokens * microbatches, config.group_size, config.groups_multiple_of)
+    if config.dropless:
+        examples = max(config.group_size // length, 1)
+        whole = num_groups(rows * microbatches, examples, config.groups_multiple_of, 'examples')
+    else:
+        whole = num_groups(rows * length * microbatches, config.group_size, config.groups_multiple_of)
     if whole % microbatches:
         raise UserError(
             f'NUM_MICROBATCHES = {microbatches} would split a routing group, since the batch has {whole} groups of '
-            f'{num_tokens * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
+            f'{rows * length * microbatches // whole} tokens: set GROUPS_MULTIPLE_OF to a multiple of {microbatches}.'
         )
     return whole // microbatches
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from upcycle.moe.conventions import RoutePadding
+from upcycle.moe.conventions import RoutePadding, Scores
 
 if TYPE_CHECKING:
-    from upcycle.moe.routers.base import Assigning
+    from upcycle.moe.routers.assigning import Assigning
 
 
 class Routing(NamedTuple):
@@ -64,24 +64,38 @@ def here(x: jax.Array) -> jax.Array:
 
 
 class Tokens(NamedTuple):
-    """Input of routers: logits, probabilities, which tokens may take a slot, and which count in the means of losses."""
+    """Input of routers.
+
+    Attributes:
+      logits_GxSxE: float32.
+      scores_GxSxE: what experts are chosen by and weighted with: probabilities, or sigmoids.
+      probs_GxSxE: scores divided by their sum over experts, for losses and metrics.
+      may_route_GxS: which tokens may take a slot.
+      in_loss_GxS: which tokens count in the means of losses.
+    """
 
     logits_GxSxE: jax.Array
+    scores_GxSxE: jax.Array
     probs_GxSxE: jax.Array
     may_route_GxS: jax.Array
     in_loss_GxS: jax.Array
 
 
 def prepare(logits_GxSxE: jax.Array, real_GxS: jax.Array, config: 'Assigning') -> Tokens:
-    """Computes probabilities in float32, and applies `config.route_padding`."""
+    """Computes scores in float32, and applies `config.route_padding`."""
     logits_GxSxE = normalized_logits(logits_GxSxE.astype(jnp.float32), config)
-    probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
+    if config.score_function is Scores.SOFTMAX:
+        scores_GxSxE = probs_GxSxE = jax.nn.softmax(logits_GxSxE, axis=-1)
+    else:
+        scores_GxSxE = jax.nn.sigmoid(logits_GxSxE)
+        probs_GxSxE = scores_GxSxE / jnp.maximum(scores_GxSxE.sum(axis=-1, keepdims=True), 1e-18)
     everything_GxS = jnp.ones_like(real_GxS)
     if config.route_padding is RoutePadding.DOWN_WEIGHT:
-        probs_GxSxE = probs_GxSxE * real_GxS[..., None]
+        scores_GxSxE, probs_GxSxE = scores_GxSxE * real_GxS[..., None], probs_GxSxE * real_GxS[..., None]
         logits_GxSxE = logits_GxSxE * real_GxS[..., None]
     return Tokens(
         logits_GxSxE,
+        scores_GxSxE,
         probs_GxSxE,
         may_route_GxS=everything_GxS if config.route_padding is RoutePadding.ROUTE else real_GxS,
         in_loss_GxS=real_GxS if config.route_padding is RoutePadding.SKIP else everything_GxS,
@@ -123,22 +137,25 @@ def covered_tokens(routing: Routing | Choices | Mixing, num_tokens: int) -> jax.
     return jax.vmap(lambda token: jnp.zeros(num_tokens, bool).at[token].set(True, mode='drop'))(routing.token_GxExC)
 
 
-def weighed(token_GxExC: jax.Array, probs_GxSxE: jax.Array) -> Routing:
-    """Returns the routing of the tokens in the slots, weighted by their probabilities; empty slots have weight 0."""
+def weighed(token_GxExC: jax.Array, scores_GxSxE: jax.Array) -> Routing:
+    """Returns the routing of the tokens in the slots, weighted by their scores; empty slots have weight 0."""
 
-    def one(token_ExC: jax.Array, probs_SxE: jax.Array) -> jax.Array:
-        expert_Ex1 = jnp.arange(probs_SxE.shape[-1])[:, None]
-        return probs_SxE.at[token_ExC, expert_Ex1].get(mode='fill', fill_value=0.0)
+    def one(token_ExC: jax.Array, scores_SxE: jax.Array) -> jax.Array:
+        expert_Ex1 = jnp.arange(scores_SxE.shape[-1])[:, None]
+        return scores_SxE.at[token_ExC, expert_Ex1].get(mode='fill', fill_value=0.0)
 
-    return Routing(token_GxExC, jax.vmap(one)(token_GxExC, probs_GxSxE))
+    return Routing(token_GxExC, jax.vmap(one)(token_GxExC, scores_GxSxE))
 
 
 def combine_weights(routing: Routing | Choices, num_tokens: int, config: 'Assigning') -> Routing | Choices:
-    """Turns the weights of a routing, probabilities so far, into combine weights."""
+    """Turns the weights of a routing, scores so far, into combine weights."""
     if config.normalize_combine_weights:
         routing = _normalize(routing, num_tokens)
     if config.leaves_the_rest:
         routing = _leave_the_rest(routing, num_tokens)
+    if config.scale_of_weights != 1:
+        token, weight = routing
+        routing = type(routing)(token, config.scale_of_weights * weight)
     return routing
 
 

@@ -117,6 +117,8 @@ class Maker:
         if not row.shape:  # the scale of Soft MoE's cosine similarities
             return jnp.ones((), row.dtype)
         spec, key, lineage = self.plan.spec, key_for(self._key, row.target), self.lineage(row)
+        if len(row.shape) == 1:
+            return self._router_bias(row, lineage, key)
         # Soft MoE has several adjacent columns per expert, one per slot.
         slots = row.shape[1] // len(lineage)
         columns = [slots * e + c for e in spec.operator.router_columns(len(lineage)) for c in range(slots)]
@@ -135,6 +137,15 @@ class Maker:
         else:
             kernel = DRAWN[spec.router_init](shape, spec.router_stddev, key)
         return casts.cast(row.target, kernel[:, jnp.asarray(columns)], row.dtype)
+
+    def _router_bias(self, row: Row, lineage: Lineage, key: jax.Array) -> jax.Array:
+        """Makes a router's bias (E,): 0, or inherited as the columns are, with new experts of 'extended' at 0."""
+        spec = self.plan.spec
+        if spec.router_init not in INHERITED:
+            return jnp.zeros(row.shape, row.dtype)
+        old = jnp.asarray(self.source(row.sources[0]), jnp.float32)[None]
+        bias = inherited(old, lineage, spec.router_init, stddev=0.0, noise=spec.router_noise, key=key)
+        return casts.cast(row.target, bias[0], row.dtype)
 
     def lineage(self, row: Row) -> Lineage:
         """Returns the parents of each expert of a row."""
@@ -155,8 +166,9 @@ class Maker:
         if name not in self._held:
             self._held = {held: leaf for held, leaf in self._held.items() if held in row.sources}
             leaf = self.source(name)
-            # A leaf that every expert needs is put on the device once.
-            self._held[name] = jnp.asarray(leaf) if start is Start.DENSE else np.asarray(leaf)
+            # A leaf that every expert is computed from is put on the device once.
+            computed = start is Start.DENSE and not self.plan.spec.operator.identical
+            self._held[name] = jnp.asarray(leaf) if computed else np.asarray(leaf)
         return self._held[name][index] if start is Start.MOE else self._held[name]
 
 

@@ -27,6 +27,7 @@ from upcycle.surgery.router_init import RouterInit
 Abstract = Mapping[str, jax.ShapeDtypeStruct]
 Axes = Mapping[str, tuple[str | None, ...]]
 EXPERT, ROUTER, SHARED, ROUTER_STATE, MIXING = 'expert', 'router', 'shared', 'router_state', 'mixing'
+SHARED_GATE = 'shared_gate'
 COUNT = 'opt_state/count'
 PARAMS, STATES = 'params/', 'opt_state/param_states/'
 # Second moments whose mean over all entries equals the mean of the parameter's squared gradients.

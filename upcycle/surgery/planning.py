@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from upcycle.errors import DifferentLeaves, UserError
-from upcycle.surgery.operators import Leaf, Start
+from upcycle.moe.groups import is_attention
+from upcycle.surgery.operators import Leaf, Operator, Start
 from upcycle.surgery.plan import (
     COUNT,
     EXPERT,
@@ -17,6 +18,7 @@ from upcycle.surgery.plan import (
     ROUTER,
     ROUTER_STATE,
     SHARED,
+    SHARED_GATE,
     STATES,
     Abstract,
     Action,
@@ -80,6 +82,7 @@ def plan_surgery(
 
     for target, leaf in sparse.items():
         if operator is not None and EXPERT in target.split('/') and target.startswith(PARAMS):
+            _refuse_attention(target, operator)
             operator.check(leaf.shape[0], num_mlps)
         result = _without_source(target, base, spec, is_new=in_head(target))
         if result is None and sources_of is not None and target.startswith((PARAMS, STATES)):
@@ -109,6 +112,15 @@ def plan_surgery(
     return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
 
 
+def _refuse_attention(target: str, operator: Operator) -> None:
+    """Raises UserError if a leaf of experts is one of attention experts."""
+    if is_attention(mlp_of(target)):
+        raise UserError(
+            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {target.removeprefix(PARAMS)}, but only '
+            'copying a checkpoint that has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
+        )
+
+
 def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool) -> tuple[Action | str, ...] | None:
     """Returns the action and sources of a leaf that is not made from the checkpoint's leaf of that name, or None.
 
@@ -120,6 +132,7 @@ def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool)
     """
     segments = target.split('/')
     is_router = spec.operator is not None and ROUTER in segments
+    is_gate = spec.operator is not None and spec.operator.starts_from is not Start.MOE and SHARED_GATE in segments
     keeps_state = spec.optimizer_state is OptimizerState.TILE
     if target == 'rng':
         return (Action.NEW,)
@@ -128,6 +141,8 @@ def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool)
         return Action.KEEP, target if target in base and (keeps_state or target != COUNT) else 'step'
     if target.startswith('opt_state/') and (is_router or is_new or not keeps_state):
         return (Action.ZEROS,)
+    if is_gate:
+        return (Action.ZEROS,)  # the shared experts' weight is then one half
     if is_new:
         return (Action.NEW,)
     if {ROUTER_STATE, MIXING} & {*segments} and (spec.made_by is not None or target not in base):
@@ -254,7 +269,7 @@ def _source(
     is_new_expert = EXPERT in segments and (source != target or from_moe)
     want = tuple(leaf.shape[1:]) if is_new_expert else tuple(leaf.shape)
     if is_new_expert and target.startswith(PARAMS):
-        want = spec.operator.source_shape(Leaf(tuple(leaf.shape), axes))
+        want = spec.operator.source_shape(Leaf(tuple(leaf.shape), axes)) if spec.operator.reads else old
     if is_new_expert and from_moe:
         want = (*old[:1], *want)
     is_grid = target.startswith(PARAMS) and target.rpartition('/')[2] in grids
@@ -323,7 +338,13 @@ def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surge
     elif wants_experts and not has_experts and spec.operator is None:
         heading += ' (the model has experts and it has none: use runs/upcycle.gin, or remove the moe/ file)'
     elif inside and any(EXPERT in segments for segments in wrong_shape):
-        heading += " (EXPERT_GRANULARITY makes experts narrower: use EXPERT_OPERATOR = 'granular' or 'partial')"
+        heading += (
+            " (EXPERT_GRANULARITY makes experts narrower: use EXPERT_OPERATOR = 'granular' or 'partial'; with another "
+            "EXPERT_MLP_DIM than the dense MLP's width use 'random')"
+        )
     elif inside:
-        heading += ' (the shared experts together must be as wide as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY)'
+        heading += (
+            ' (the shared experts together must be as wide as the dense MLP: set NUM_SHARED_EXPERTS = EXPERT_GRANULARITY, '
+            'or SHARED_MLP_DIM to its width)'
+        )
     return DifferentLeaves(heading, problems)

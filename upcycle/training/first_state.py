@@ -24,7 +24,7 @@ from upcycle.training.receipt_of_start import ReceiptOfStart, source_of
 from upcycle.training.run import Run
 from upcycle.training.source_model import SourceModel
 from upcycle.training.start import Start
-from upcycle.training.state import Layout
+from upcycle.training.state import Layout, first_step
 from upcycle.training.step import TrainState
 
 
@@ -43,21 +43,20 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         require_whole(part.path)
     receipt_of_start = ReceiptOfStart.of(reader)
     upcycles = run.surgery.made_by is not None
-    leaves = start.layout.flat()
+    leaves, stored = start.layout.flat(), reader.leaves()
     source = SourceModel(run.model, plan, reader, leaves)
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
-        if name.partition('@')[0] != 'step' or run.dense_step is None:
+        if name.partition('@')[0] != 'step' or (run.dense_step is None and name in stored):
             return reader.read(name, sharding)
-        step = np.asarray(run.dense_step, np.int32)
+        step = np.asarray(first_step(run, reader), np.int32)
         return step if sharding is None else partitioning.put_whole(step, sharding)
 
     def read_whole(name: str) -> np.ndarray:
         leaf = read(name, None)
         return casts.cast(name, leaf, jax.dtypes.canonicalize_dtype(leaf.dtype))  # as on a device
 
-    # A checkpoint without a step has DENSE_STEP.
-    stored, step = reader.leaves(), jax.ShapeDtypeStruct((), jnp.int32)
+    step = jax.ShapeDtypeStruct((), jnp.int32)  # of a checkpoint without one
     sources = {name: stored.get(name, step) for row in plan.rows for name in row.sources}
     whole, examine = sources.keys(), sha256_of
     if not upcycles and receipt_of_start is None:

@@ -13,7 +13,9 @@ import numpy as np
 
 from upcycle import cost, files, partitioning
 from upcycle.checkpoints import integrity
+from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.native import CheckpointManager
+from upcycle.checkpoints.several import readers_of
 from upcycle.data import of_run
 from upcycle.errors import Preempted, UserError, writing_to
 from upcycle.evaluate.protocol import Subject
@@ -37,6 +39,8 @@ from upcycle.training.window import Window
 from upcycle.warning import warn
 
 NO_STEPS = range(0)
+# Entries of the metadata of a checkpoint of another program that a run keeps, to store its model in that format again.
+KEPT = ('kept', 'model_type')
 # Evaluators, by their names in checkpoints of earlier versions.
 FORMER_NAMES = {'evaluate': 'validation', 'probe': 'few_shot', 'measure': 'tasks', 'look': 'diversity'}
 
@@ -72,6 +76,10 @@ def train(
                 trainer.roll_back(rollback)
 
 
+def _kept(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metadata[name] for name in KEPT if name in metadata}
+
+
 class _Trainer:
     """The state of one call of `train`."""
 
@@ -91,6 +99,8 @@ class _Trainer:
         self.state: TrainState | None = None
         self.receipt: dict[str, Any] | None = None
         self.sentinels = states.sentinels_of(run, {})
+        # Entries of the first checkpoint's metadata that `KEPT` names.
+        self.of_source: dict[str, Any] = {}
         # Evaluators that were due at the newest checkpoint's step when the run was asked to stop.
         self.unfinished: list[str] = []
         self.data_identity = run.train_data.fingerprint()
@@ -127,6 +137,9 @@ class _Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             if self.receipt is not None and jax.process_index() == 0:
                 files.replace_text(folder / 'receipt.json', json.dumps(self.receipt, indent=1))
+            if run.initial_checkpoint_path is not None and jax.process_index() == 0:
+                source = readers_of(self.start.reader)[0]
+                companions.copy(companions.of(source.path, source.format), folder / companions.FOLDER)
         self.health.step = int(state.step)
         if self.before is not None:
             self._skip_batches(int(state.step))
@@ -156,6 +169,7 @@ class _Trainer:
         self.ledger.start_from(int(state.step), metadata, run.dense_flops)
         _, self.first_step = of_run(run.train_data, self.ledger.start_step)
         self.sentinels = states.sentinels_of(run, metadata)
+        self.of_source = _kept(metadata)
         states.check_start(run, self.ledger.start_step)
         # A model that was trained after its surgery keeps its step-0 metrics.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
@@ -182,6 +196,7 @@ class _Trainer:
         self._observe(metadata.get('health'), metadata['window'])
         self.receipt = metadata.get('receipt')
         self.sentinels = states.sentinels_of(self.run, metadata)
+        self.of_source = _kept(metadata)
         self.unfinished = [FORMER_NAMES.get(name, name) for name in metadata.get('unfinished', [])]
         if self.receipt is not None:
             require_match(path, self.receipt, self.layout.flat())
@@ -279,6 +294,7 @@ class _Trainer:
             'health': self.health.values,
             'receipt': self.receipt,
             **({'sentinels': self.sentinels} if self.sentinels else {}),
+            **self.of_source,
             **({'unfinished': unfinished} if unfinished else {}),
         }
         data = {

@@ -10,7 +10,7 @@ from upcycle.errors import UserError
 from upcycle.training import folder
 from upcycle.training.run import Run
 from upcycle.training.start import Start
-from upcycle.training.state import check_start
+from upcycle.training.state import check_start, first_step
 
 
 def preflight(run: Run, identity: Mapping[str, str]) -> Start:
@@ -36,7 +36,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             check_start(run, 0)
         else:
             _ = start.plan
-            check_start(run, start.reader.step if run.dense_step is None else run.dense_step)
+            check_start(run, first_step(run, start.reader))
     run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data reports its errors.
     data = run.train_data.fingerprint()

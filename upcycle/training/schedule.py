@@ -83,6 +83,17 @@ class LearningRate:
             return self.policy is Policy.RESTART
         return 'cosine_decay' in self.names or self.cooldown_steps > 0
 
+    @property
+    def can_begin_at_0(self) -> bool:
+        """Whether a run from a checkpoint of unknown step can count from 0.
+
+        Either the schedule has ended with the dense run, or what the run uses of it does not depend on the first step.
+        """
+        if self.policy is Policy.CONTINUE:
+            return 'cosine_decay' in self.names
+        given = self.min_learning_rate is not None
+        return given and (self.policy is Policy.MINIMUM or self.peak_learning_rate is not None)
+
     def schedule(self, start_step: int, total_steps: int) -> Schedule:
         """Builds the schedule of a run.
 

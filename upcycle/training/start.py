@@ -74,4 +74,6 @@ def check_batches(run: ModelRun, mesh: jax.sharding.Mesh, *, training: bool = Tr
         for path, tokens in run.model.moe_tokens(data.batch_spec()).items():
             moe = dataclasses.replace(layers[path], num_microbatches=microbatches)
             if moe.routes:
-                check_groups(microbatch_groups(moe, tokens // microbatches), partitioning.batch_shards(mesh))
+                groups = microbatch_groups(moe, data.batch_size // microbatches, tokens // data.batch_size)
+                if not moe.dropless:
+                    check_groups(groups, partitioning.batch_shards(mesh))

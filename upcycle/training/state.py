@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from upcycle import partitioning, schema
+from upcycle import partitioning, schema, warning
 from upcycle.checkpoints import Reader
 from upcycle.checkpoints.several import readers_of
 from upcycle.data import DataSource
@@ -131,11 +131,7 @@ def make_plan(run: ModelRun, layout: Layout, reader: Reader, wanted: Mapping[str
     # Each of several checkpoints has its own step.
     steps = dict.fromkeys('step' + name[name.index('@') :] if '@' in name else 'step' for name in leaves)
     if missing := [step for step in steps if step not in leaves]:
-        if run.dense_step is None:
-            raise UserError(
-                f'{reader.path} does not hold the number of steps that the dense model was trained for: set DENSE_STEP, which '
-                'the learning-rate schedule needs.'
-            )
+        first_step(run, reader)
         leaves |= dict.fromkeys(missing, jax.ShapeDtypeStruct((), jnp.int32))
     check_source(run, reader, run.surgery)
     if run.surgery.operator is not None and not run.model.moe_layers():
@@ -152,6 +148,25 @@ def make_plan(run: ModelRun, layout: Layout, reader: Reader, wanted: Mapping[str
             head=run.model.head,
             grids=run.model.grids,
         )
+
+
+def first_step(run: ModelRun, reader: Reader) -> int:
+    """Returns the step at which a run starts: DENSE_STEP, else the checkpoint's, else 0 if the schedule allows that.
+
+    Raises:
+      UserError: the step is unknown, and the schedule needs it.
+    """
+    if run.dense_step is not None:
+        return run.dense_step
+    if reader.step is not None:
+        return reader.step
+    if not run.learning_rate.can_begin_at_0:
+        raise UserError(
+            f'{reader.path} does not hold the number of steps that the dense model was trained for: set DENSE_STEP, which the '
+            'learning-rate schedule needs.'
+        )
+    warning.once(f'{reader.path} does not tell its step: the run, and its learning-rate schedule, start at step 0.')
+    return 0
 
 
 @contextlib.contextmanager

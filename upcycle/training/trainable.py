@@ -21,8 +21,8 @@ class Trainable:
     """Which parameters are trained. Gin macros in brackets.
 
     Attributes:
-      names: 'all'; 'routers'; 'moe_layers' (routers and experts); or a regular expression, searched in each parameter's path
-        [TRAINABLE].
+      names: 'all'; 'routers', with the gates of shared experts; 'moe_layers' (routers and experts); or a regular expression,
+        searched in each parameter's path [TRAINABLE].
       steps: number of steps after which all parameters are trained; None: never [TRAINABLE_STEPS].
     """
 
@@ -56,7 +56,7 @@ class Trainable:
             layers = tuple(f'{layer}/' for layer in moe_layers)
             trained = [path for path in paths if path.startswith(layers)]
         else:
-            pattern = r'(^|/)router/' if self.names == ROUTERS else self.names
+            pattern = r'(^|/)(router|shared_gate)/' if self.names == ROUTERS else self.names
             trained = [path for path in paths if re.search(pattern, path)]
         if not trained:
             raise UserError(f'TRAINABLE = {self.names!r} matches no parameter of the model: nothing would be trained.')

@@ -7,14 +7,34 @@ modeling_vit.py, conversion_mapping.py, configuration_utils.py and `_get_resolve
 
 from __future__ import annotations
 
-from upcycle.checkpoints.hf import t5, vit
+from collections.abc import Mapping
+from typing import Any
+
+from upcycle.checkpoints.hf import decoder_only, t5, vit
 from upcycle.checkpoints.hf.architecture import Architecture, Shapes
+from upcycle.errors import UserError
 
-ARCHITECTURES: tuple[Architecture, ...] = (t5.T5(), vit.ViT())
+ARCHITECTURES: tuple[Architecture, ...] = (t5.T5(), vit.ViT(), *decoder_only.LAYOUTS)
 BY_MODEL_TYPE = {name: architecture for architecture in ARCHITECTURES for name in architecture.model_types}
-TITLES = ' and '.join(architecture.title for architecture in ARCHITECTURES)  # for messages
+_TITLES = [architecture.title for architecture in ARCHITECTURES]
+TITLES = f'{", ".join(_TITLES[:-1])} and {_TITLES[-1]}'  # for messages
 
 
-def of_leaves(shapes: Shapes) -> Architecture | None:
-    """Returns the first architecture that matches our leaves; their names start below `params/`."""
-    return next((architecture for architecture in ARCHITECTURES if architecture.holds(shapes)), None)
+def of_leaves(shapes: Shapes, metadata: Mapping[str, Any], layout: str | None = None) -> Architecture | None:
+    """Returns the architecture in which to store a model; None if no architecture has such leaves.
+
+    Args:
+      shapes: of the leaves, by their names below `params/`.
+      metadata: of our checkpoint, with `facts` or `model`.
+      layout: the `model_type` that the user asked for; None: any.
+
+    Raises:
+      UserError: no architecture computes the function of the model, or not the one that the user asked for.
+    """
+    alternatives = [architecture for architecture in ARCHITECTURES if architecture.holds(shapes)]
+    if not alternatives:
+        return None
+    names = [name for architecture in alternatives for name in architecture.model_types]
+    if layout not in (None, *names):
+        raise UserError(f'--layout={layout} is not one of {", ".join(names)}.')
+    return alternatives[0].choose(alternatives, metadata, layout)

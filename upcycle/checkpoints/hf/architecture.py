@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from etils import epath
 from upcycle.checkpoints import safetensors, views
 
 Config = Mapping[str, Any]  # the content of config.json
+NOTES = '_notes'  # key of the notes in the header of the files, next to the fields that are read
 Shapes = Mapping[str, tuple[int, ...]]  # of our leaves, by their names below `params/`
 Tensors = Mapping[str, safetensors.Tensor]  # by Hugging Face's names
 
@@ -35,16 +36,45 @@ LINEAR = Turn(views.reversed_axes, np.transpose)
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A contiguous part of a tensor that several of our leaves share, such as the queries of a fused projection.
+
+    Attributes:
+      shape: of the whole tensor.
+      rows: start and stop of the part on the first axis, or on the second axis if `index` is given.
+      index: on the first axis, such as an expert; None: the first axis is that of `rows`.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[int, int]
+    index: int | None = None
+
+    @property
+    def region(self) -> views.Region:
+        """The part as a region of the tensor."""
+        rows = (slice(*self.rows),)
+        return rows if self.index is None else (slice(self.index, self.index + 1), *rows)
+
+    def of(self, source: views.Lazy) -> views.Lazy:
+        """Returns a view of the part; raises ValueError if the tensor has another shape."""
+        if source.shape != self.shape:
+            raise ValueError(f'it must be {list(self.shape)}')
+        return views.Window(source if self.index is None else views.Layer(source, 0, self.index), (slice(*self.rows),))
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """The tensor or tensors of one of our leaves.
 
     Attributes:
       names: the name of the tensor, or a tuple of names if each row of our leaf is a tensor, such as the experts of (E, ...).
-      turn: the change of layout of each tensor.
+      turn: the change of layout of each tensor, or of each part.
+      parts: the part of each tensor that belongs to the leaf; (): the whole tensors.
     """
 
     names: str | tuple[str, ...]
     turn: Turn = SAME
+    parts: tuple[Part, ...] = ()
 
     @property
     def is_stack(self) -> bool:
@@ -55,6 +85,11 @@ class Entry:
     def every_name(self) -> tuple[str, ...]:
         """The names of all tensors of the leaf."""
         return self.names if isinstance(self.names, tuple) else (self.names,)
+
+    @property
+    def pieces(self) -> tuple[tuple[str, Part | None], ...]:
+        """The names of all tensors of the leaf, each with its part."""
+        return tuple(zip(self.every_name, self.parts or (None,) * len(self.every_name), strict=True))
 
 
 Table = dict[str, Entry]  # by our names below `params/`
@@ -78,6 +113,8 @@ class Architecture:
       aliases: other names of fields (`attribute_map`).
       depths: fields that count layers, with a pattern of the names of a layer's tensors.
       not_read: tensors that are ignored, and why; transformers ignores them, too.
+      defaults: values of fields that the file does not have; a null in the file is a value.
+      refuses_unknown_fields: whether a field that is not listed is an error; False: a warning.
     """
 
     title: str
@@ -92,6 +129,8 @@ class Architecture:
     aliases: Mapping[str, str] = {}
     depths: Mapping[str, str]
     not_read: Mapping[str, str] = {}
+    defaults: Mapping[str, Any] = {}
+    refuses_unknown_fields: bool = False
 
     def resolve(self, file: epath.Path, config: dict[str, Any]) -> None:
         """Normalises fields that can be written in several ways, and checks what types cannot express.
@@ -119,20 +158,48 @@ class Architecture:
         return {name: self.not_read[name] for name in stored if name in self.not_read}
 
     def read(self, folder: epath.Path, config: Config, stored: Tensors) -> tuple[dict[str, views.Lazy], dict[str, Any]]:
-        """Returns our arrays by their names below `params/`, mostly with `sources.by_table`, and the facts.
+        """Returns our arrays by their names below `params/`, mostly with `sources.by_table`, and entries of the metadata.
+
+        The entries are `facts`, or `model`, the description of the whole model, and others that writing needs.
 
         Raises:
           UserError: configuration and tensors contradict each other, or our models do not support them.
         """
         raise NotImplementedError
 
-    def metadata(self, config: Config) -> dict[str, Any]:
-        """Returns additional entries of the reader's metadata."""
-        return {}
-
     def holds(self, shapes: Shapes) -> bool:
         """Whether our leaves belong to this architecture."""
         raise NotImplementedError
+
+    def choose(
+        self, alternatives: Sequence[Architecture], metadata: Mapping[str, Any], layout: str | None
+    ) -> Architecture:
+        """Returns the one of the architectures that match our leaves, this is the first, in which to store the model.
+
+        Args:
+          alternatives: all that match, with this one.
+          metadata: of our checkpoint, with `facts` or `model`.
+          layout: the `model_type` that the user asked for, of one of the alternatives; None: any.
+
+        Raises:
+          UserError: none of them computes the function of the model.
+        """
+        return self
+
+    def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what `table` needs to know of a model; raises as `config_sizes`."""
+        return self.config_sizes(shapes)
+
+    def constants(self, sizes: Config) -> dict[str, tuple[tuple[int, ...], float]]:
+        """Returns leaves that `table` has in addition to the model's, by their names below `params/`: shapes and values.
+
+        The architecture needs them although they do not change the function, such as biases of zeros.
+        """
+        return {}
+
+    def notes(self, sizes: Config) -> dict[str, str]:
+        """Returns entries for the headers of the files, which `read` finds in `config` under `NOTES`."""
+        return {}
 
     def config_sizes(self, shapes: Shapes) -> dict[str, Any]:
         """Returns the fields of config.json that follow from shapes, for writing.

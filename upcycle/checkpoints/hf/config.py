@@ -1,7 +1,8 @@
 """Reads `config.json` of a Hugging Face folder: every field that changes the function is read, compared or refused.
 
 A field is read, compared with a shape, restricted to our value, a description of the inputs, or harmless; see
-`architecture.Architecture`. Unknown fields cause a warning. Matched: configuration_utils.py of transformers 4.57 and 5.24.
+`architecture.Architecture`. Unknown fields cause a warning, or an error if the architecture says so. Matched:
+configuration_utils.py of transformers 4.57 and 5.24.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from upcycle.checkpoints import hf, json_files
 from upcycle.checkpoints.hf.architecture import Architecture
 from upcycle.errors import UserError
 
-# Fields of any architecture that our models do not support.
-_NO_VALUE = {'quantization_config': None, 'per_layer_config': None}
+# Fields of any architecture that our models do not support, and those of quantised models.
+_NO_VALUE = {'per_layer_config': None}
+_QUANTISED = ('quantization_config', 'quantization', 'compression_config')
 # Fields that do not change the logits at evaluation: origin, storage and execution of weights, and outputs; training, fine-tuning
 # and other heads; generation and tasks.
 _HARMLESS = """
@@ -48,16 +50,21 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
     Raises:
       UserError: the file is damaged, or the architecture or the value of a field is not supported.
     """
-    config = {name: value for name, value in json_files.read_json(file).items() if value is not None}
-    if 'model_type' not in config:
+    content = json_files.read_json(file)
+    if content.get('model_type') is None:
         raise UserError(
             f'{file} has no model_type, which transformers writes: only its {hf.TITLES} models can be read.'
         )
-    model_type = config['model_type']
+    model_type = content['model_type']
     if not isinstance(model_type, str) or model_type not in hf.BY_MODEL_TYPE:
         raise UserError(f'{file} has the model_type {model_type}: only {hf.TITLES} models can be read.')
     architecture = hf.BY_MODEL_TYPE[model_type]
+    config = {name: value for name, value in content.items() if value is not None}
+    if quantised := [name for name in _QUANTISED if name in config]:
+        raise UserError(f'{file} has {quantised[0]}, so the model is quantised: use the original model.')
     _resolve_aliases(file, config, architecture.aliases)
+    given = {architecture.aliases.get(name, name) for name in content}
+    config |= {name: value for name, value in architecture.defaults.items() if name not in given}
     for name, kind in architecture.fields.items():
         if name in config and not schema.fits(config[name], kind):
             raise UserError(f'{file}: {name} is {schema.shown(config[name])}: it must be {schema.in_words(kind)}.')
@@ -68,7 +75,7 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
             )
             raise UserError(f'{file}: {name} is {schema.shown(config[name])}: {supported}.')
     architecture.resolve(file, config)
-    _warn(file, config, architecture)
+    _refuse_or_warn(file, config, architecture)
     return config, architecture
 
 
@@ -78,13 +85,17 @@ def _resolve_aliases(file: epath.Path, config: dict[str, Any], aliases: Mapping[
             raise UserError(f'{file}: {alias} and {name} are names of the same field and must be equal.')
 
 
-def _warn(file: epath.Path, config: Mapping[str, Any], architecture: Architecture) -> None:
+def _refuse_or_warn(file: epath.Path, config: Mapping[str, Any], architecture: Architecture) -> None:
     known = {*_HARMLESS.split(), 'architectures'} | architecture.harmless | _NO_VALUE.keys()
     known |= architecture.fields.keys() | architecture.values.keys() | architecture.inputs.keys()
     if unknown := {name: schema.shown(value) for name, value in config.items() if name not in known}:
         shown = ', '.join(
             f'{name if name.isidentifier() else schema.shown(name)} = {value}' for name, value in unknown.items()
         )
+        if architecture.refuses_unknown_fields:
+            raise UserError(
+                f'{file} has unknown fields that may change what the model computes: {shown}: remove those that do not.'
+            )
         warning.once(f'{file} has unknown fields that may change what the model computes: {shown}.')
     for name, ours in architecture.inputs.items():
         if config.get(name, ours) not in (ours, [ours]):

@@ -11,7 +11,8 @@ import numpy as np
 from etils import epath
 
 from upcycle.checkpoints import arrays, safetensors
-from upcycle.checkpoints.hf import sources
+from upcycle.checkpoints.hf import receipt, sources
+from upcycle.checkpoints.hf.architecture import NOTES
 from upcycle.checkpoints.hf.config import read_config
 from upcycle.checkpoints.hf.folder import refuse_adapter, which_file
 from upcycle.errors import UserError
@@ -43,22 +44,23 @@ class HuggingFaceReader(arrays.ArrayReader):
         self._left_out = self._architecture.left_out(stored)
         stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}
         sources.require_depth(folder, self._architecture, self._config, stored)
-        ours, self._facts = self._architecture.read(folder, self._config, stored)
+        ours, self._described = self._architecture.read(folder, self._config | {NOTES: notes}, stored)
         sources.require_sizes(folder, self._architecture, self._config, ours)
         self._architecture.check_inputs(folder, self._config)
         named: dict[str, arrays.Source] = {f'params/{name}': source for name, source in ours.items()}
         step = notes.get('step', '')
         if re.fullmatch('[0-9]{1,10}', step) and int(step) < 2**31:
             named['step'] = np.asarray(int(step), np.int32)
+        self._notes = notes
         super().__init__(folder, named)
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Any]:
-        """The family, the facts from the configuration, and the tensors that are not read."""
+        """The family, what the configuration tells of the model, the tensors that are not read, and the receipt."""
         return {
             'family': self._architecture.family,
-            'facts': self._facts,
             'model_type': self._config['model_type'],
-            **self._architecture.metadata(self._config),
+            **self._described,
             **({'not_read': self._left_out} if self._left_out else {}),
+            **receipt.read(epath.Path(self.path), self._notes),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -53,9 +54,13 @@ def by_table(folder: epath.Path, stored: Tensors, table: Table) -> dict[str, vie
     Raises:
       UserError: a tensor is unknown, a stack is incomplete, or a shape does not fit.
     """
-    ours = {theirs: name for name, entry in table.items() for theirs in entry.every_name}
+    ours: dict[str, list[str]] = {}  # several leaves may share a tensor
+    for name, entry in table.items():
+        for theirs in entry.every_name:
+            ours.setdefault(theirs, []).append(name)
     _refuse_unknown(folder, [name for name in stored if name not in ours], ours)
-    return {name: _source(folder, stored, name, table[name]) for name in dict.fromkeys(ours[name] for name in stored)}
+    named = dict.fromkeys(name for theirs in stored for name in ours[theirs])
+    return {name: _source(folder, stored, name, table[name]) for name in named}
 
 
 def _source(folder: epath.Path, stored: Tensors, name: str, entry: Entry) -> views.Lazy:
@@ -64,9 +69,10 @@ def _source(folder: epath.Path, stored: Tensors, name: str, entry: Entry) -> vie
             f'{folder} has no {missing[0]}, one of {len(entry.every_name)} arrays of {name}: copy the checkpoint again.'
         )
     converted = []
-    for theirs in entry.every_name:
+    for theirs, part in entry.pieces:
         try:
-            converted.append(entry.turn.to_ours(stored[theirs]))
+            tensor = stored[theirs] if part is None else part.of(stored[theirs])
+            converted.append(entry.turn.to_ours(tensor))
         except ValueError as error:
             shape = list(stored[theirs].shape)
             raise UserError(f'{theirs} of {folder} has the wrong shape {shape} ({error}).') from error
@@ -78,7 +84,7 @@ def _source(folder: epath.Path, stored: Tensors, name: str, entry: Entry) -> vie
         raise UserError(f'the arrays of {name} in {folder} cannot be stacked ({error}).') from error
 
 
-def _refuse_unknown(folder: epath.Path, unknown: list[str], known: Mapping[str, str]) -> None:
+def _refuse_unknown(folder: epath.Path, unknown: list[str], known: Mapping[str, Any]) -> None:
     if not unknown:
         return
     listing = ', '.join(grouped(unknown, 5))
@@ -124,3 +130,12 @@ def required(folder: epath.Path, config: Mapping[str, Any], *fields: str) -> lis
         if field not in config:
             raise UserError(f'{folder / CONFIG} lacks the field {field!r}: copy the file from the original model.')
     return [config[field] for field in fields]
+
+
+def are_equal(one: views.Lazy, other: views.Lazy) -> bool:
+    """Whether two arrays are equal bit by bit. Reads some rows at a time."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype) or not one.shape:
+        return one.shape == other.shape and one.read(()).tobytes() == other.read(()).tobytes()
+    rows = max(1, views.READ_BYTES * one.shape[0] // max(1, math.prod(one.shape) * one.dtype.itemsize))
+    regions = [(slice(start, start + rows),) for start in range(0, one.shape[0], rows)]
+    return all(one.read(region).tobytes() == other.read(region).tobytes() for region in regions)

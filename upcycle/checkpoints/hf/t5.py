@@ -11,7 +11,7 @@ from etils import epath
 from upcycle import schema, warning
 from upcycle.checkpoints import views
 from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors
-from upcycle.checkpoints.hf.sources import CONFIG, by_table, required
+from upcycle.checkpoints.hf.sources import CONFIG, are_equal, by_table, required
 from upcycle.errors import UserError
 
 # Activations by `feed_forward_proj`. `gated-gelu` is the tanh approximation in transformers (gelu_new), as in T5X.
@@ -109,14 +109,10 @@ class T5(Architecture):
         table = _table(layers, config.get('num_decoder_layers') or layers, biases_in_every_layer=is_umt5)
         facts = {'num_heads': heads, 'head_dim': head_dim}
         facts |= {'mlp_activations': list(activations), 'logits_via_embedding': scaled}
-        return by_table(folder, stored, table), facts
-
-    def metadata(self, config: Config) -> dict[str, Any]:
-        """Returns the kind of sentinels if they are not T5's."""
         # ByT5's configuration differs from T5's only in the tokenizer.
         is_byt5 = config.get('tokenizer_class') == 'ByT5Tokenizer'
         kind = 'byt5' if is_byt5 else _OWN_VOCABULARIES.get((config['model_type'], config.get('vocab_size')))
-        return {'sentinels': kind} if kind else {}
+        return by_table(folder, stored, table), {'facts': facts, **({'sentinels': kind} if kind else {})}
 
     def holds(self, shapes: Shapes) -> bool:
         """See `Architecture`."""
@@ -257,14 +253,10 @@ def _with_shared(folder: epath.Path, config: Config, stored: dict[str, Any], sca
         if copy in stored:
             tensor = stored.pop(copy)
             shared = stored.setdefault('shared.weight', tensor)
-            if shared is not tensor and not _are_equal(shared, tensor):
+            if shared is not tensor and not are_equal(shared, tensor):
                 raise UserError(f'shared.weight and {copy} of {folder} differ, but are names of one array.')
     if not scaled and 'shared.weight' in stored and 'lm_head.weight' not in stored:
         if config.get('tie_word_embeddings') is False:
             warning.once(f'{folder} has no head (lm_head.weight): the embedding is used, as in transformers 5.')
         stored['lm_head.weight'] = stored['shared.weight']
     return stored
-
-
-def _are_equal(one: views.Lazy, other: views.Lazy) -> bool:
-    return one.shape == other.shape and one.read(()).tobytes() == other.read(()).tobytes()

@@ -134,7 +134,7 @@ class ViT(Architecture):
             # They add a position to the class token; we store the sum as the token.
             sources['pos_embedding'], sources['cls'] = class_token.without_own_position(cls, table)
         epsilon = config.get('layer_norm_eps', 1e-12)
-        return sources, {'gelu': gelu, 'norm_epsilon': epsilon, 'num_heads': heads}
+        return sources, {'facts': {'gelu': gelu, 'norm_epsilon': epsilon, 'num_heads': heads}}
 
     def holds(self, shapes: Shapes) -> bool:
         """See `Architecture`."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
+import upcycle
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
-from upcycle.checkpoints.hf.architecture import Architecture, Entry, Shapes
+from upcycle.checkpoints.hf import companions, engines, receipt
+from upcycle.checkpoints.hf.architecture import SAME, Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.checkpoints.hf.sources import CONFIG
 from upcycle.errors import UserError
+from upcycle.formats import ANY_FOLDER, FolderRequest
 
 _PARAMS = 'params/'
 
@@ -23,65 +27,114 @@ _PARAMS = 'params/'
 class HuggingFaceWriter(staging.StagedWriter):
     """Writes a model as safetensors and `config.json`.
 
-    A leaf that corresponds to several tensors, such as experts, is written tensor by tensor. Parts of other leaves are put
-    together first, because the tensor may be transposed.
+    A leaf that corresponds to several tensors, or parts of tensors, such as experts, is written one by one, and a leaf that is
+    not transposed, such as an embedding, part by part; other leaves are written whole. On a disk, the same command continues an
+    interrupted write.
+
+    Args:
+      path: of the folder.
+      leaves: all leaves that will be written.
+      metadata: of our checkpoint, as far as it describes the model: `facts` or `model`, `model_type`.
+      identity: see `checkpoints.create_checkpoint`.
+      request: the layout, and the engines that must compute it.
+      shard_bytes: see `safetensors.FilesWriter`.
     """
 
-    def __init__(self, path: epath.Path, leaves: writing.Leaves, shard_bytes: int = safetensors.SHARD_BYTES):
+    def __init__(
+        self,
+        path: epath.Path,
+        leaves: writing.Leaves,
+        metadata: Mapping[str, Any],
+        identity: Mapping[str, Any],
+        request: FolderRequest = ANY_FOLDER,
+        shard_bytes: int = safetensors.SHARD_BYTES,
+    ):
         super().__init__(path, leaves)
         shapes = {
             name.removeprefix(_PARAMS): leaf.shape for name, leaf in self._leaves.items() if name.startswith(_PARAMS)
         }
-        architecture = hf.of_leaves(shapes)
+        architecture = hf.of_leaves(shapes, metadata, request.layout)
         if architecture is None:
             raise UserError(f'these leaves cannot be stored as huggingface, which only holds {hf.TITLES} models.')
         self._architecture = architecture
-        self._sizes = architecture.config_sizes(shapes)
+        self._sizes = architecture.sizes_for(shapes, metadata)
         self._table = _entries(architecture, self._sizes, shapes, self._leaves)
-        tensors = {
-            theirs: tensor
-            for name, entry in self._table.items()
-            for theirs, tensor in _tensors(entry, self._leaves[name]).items()
+        self._dtype = max(self._leaves.values(), key=lambda leaf: leaf.size).dtype
+        self._constants = {
+            f'{_PARAMS}{name}': np.broadcast_to(np.asarray(value, self._dtype), shape)
+            for name, (shape, value) in architecture.constants(self._sizes).items()
         }
+        tensors = _tensors(self._table, self._leaves | self._constants)
+        config = architecture.config(self._sizes, metadata)
+        if request.layout not in (None, config['model_type']):
+            raise UserError(f'--layout={request.layout} cannot store this model, which is a {config["model_type"]}.')
+        engines.report(engines.engine_limits(config['model_type'], config), request.engines, self.path)
+        self._request = request
         self._step: int | None = None
-        self._unfinished: dict[str, np.ndarray] = {}
-        self._folder = self._stage(outputs.Kind.NEW_FOLDER)
+        places = json.dumps([(name, each.dtype.name, list(each.shape)) for name, each in tensors.items()])
+        identity = {**identity, 'tensors': hashlib.sha256(places.encode()).hexdigest(), 'layout': config['model_type']}
+        self._folder = self._stage(outputs.Kind.NEW_FOLDER, identity)
         self._files = safetensors.FilesWriter(self._folder, tensors, shard_bytes)
+        for name, start in self._staging.done:
+            entry, leaf = self._table[name], self._leaves[name]
+            size = leaf.size * leaf.dtype.itemsize // len(self.parts(name))
+            self._files.assume_written(entry.pieces[start if entry.is_stack else 0][0], size)
+
+    def parts(self, name: str) -> Sequence[writing.Region]:
+        """See `writing.Writer`."""
+        entry, leaf = self._table.get(name), self._leaves[name]
+        if entry is not None and entry.is_stack:
+            return [(slice(row, row + 1),) for row in range(leaf.shape[0])]
+        in_place = entry is not None and entry.turn is SAME and not entry.parts
+        return writing.parts(name, leaf) if in_place else [writing.WHOLE]
 
     def write(self, name: str, region: writing.Region, value: np.ndarray) -> None:
         """See `writing.Writer`."""
         if name == 'step':
             self._step = int(value)
             return
-        entry = self._table[name]
+        engines.check_value(name, value, self._request.engines, self.path)
+        entry, start = self._table[name], writing.start_of(region)
         if entry.is_stack:
-            names = entry.every_name[region[0]] if region else entry.every_name
-            for theirs, row in zip(names, value, strict=True):
-                self._write(name, theirs, entry.turn.to_theirs(row))
-        elif (whole := self._put_together(name, region, value)) is not None:
-            self._write(name, entry.names, entry.turn.to_theirs(whole))
+            for index, row in enumerate(value, start):
+                self._write(name, entry.pieces[index], entry.turn.to_theirs(row))
+                self._note(name, index)
+        elif region == writing.WHOLE:
+            self._write(name, entry.pieces[0], entry.turn.to_theirs(value))
+            self._note(name, 0)
+        else:
+            with writing.not_refused(self._folder, name):
+                self._files.write(entry.every_name[0], value, region)
+            self._note(name, start)
 
-    def _put_together(self, name: str, region: writing.Region, value: np.ndarray) -> np.ndarray | None:
-        """Collects the parts of a leaf; returns the whole leaf after the last part, None before."""
-        if region == writing.WHOLE:
-            return value
-        leaf = self._leaves[name]
-        if name not in self._unfinished:
-            self._unfinished[name] = np.empty(leaf.shape, leaf.dtype)
-        self._unfinished[name][region] = value
-        return self._unfinished.pop(name) if region[0].stop == leaf.shape[0] else None
+    def _note(self, name: str, start: int) -> None:
+        if name in self._leaves:  # constants are written at the end
+            self._staging.add((name, start))
 
-    def _write(self, name: str, theirs: str, value: np.ndarray) -> None:
+    def _write(self, name: str, piece: tuple[str, Part | None], value: np.ndarray) -> None:
+        theirs, part = piece
         with writing.not_refused(self._folder, name):
-            self._files.write(theirs, value)
+            self._files.write(theirs, value, writing.WHOLE if part is None else part.region)
 
     def finish(self, metadata: Mapping[str, Any], check: writing.Check = lambda reader: None) -> None:
         """See `writing.Writer`."""
         with writing.not_refused(self._folder):
-            self._files.finish({'format': 'pt'} | ({} if self._step is None else {'step': str(self._step)}))
-            config = self._architecture.config(self._sizes, metadata)
+            for name, value in self._constants.items():
+                self.write(name, writing.WHOLE, value)
+            companions.copy(metadata.get(companions.KEY), self._folder)
+            self._files.finish(self._notes(metadata.get('receipt')))
+            config = self._architecture.config(self._sizes, metadata) | {'torch_dtype': self._dtype.name}
             (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
         self._publish(check, HuggingFaceReader(self._folder), last=self._files.last)
+
+    def _notes(self, content: Mapping[str, Any] | None) -> dict[str, str]:
+        """Writes the receipt, if there is one; returns the notes in the headers."""
+        notes = {'format': 'pt', 'upcycle': upcycle.__version__, **self._architecture.notes(self._sizes)}
+        if self._step is not None:
+            notes['step'] = str(self._step)
+        if content is not None:
+            notes[receipt.NOTE] = receipt.write(self._folder, content, added=[*self._constants])
+        return notes
 
     def _close_files(self) -> None:
         self._files.close()
@@ -90,12 +143,13 @@ class HuggingFaceWriter(staging.StagedWriter):
 def _entries(
     architecture: Architecture, sizes: Mapping[str, Any], shapes: Shapes, leaves: writing.Leaves
 ) -> dict[str, Entry]:
-    """Returns the table entry of each leaf except the step.
+    """Returns the table entry of each leaf except the step, and of the constants.
 
     Raises:
       UserError: the format has no place for a leaf.
     """
     ours = {f'{_PARAMS}{name}': entry for name, entry in architecture.table(sizes, shapes).items()}
+    added = [f'{_PARAMS}{name}' for name in architecture.constants(sizes)]
     # Parameters first: an option leaves the optimizer state out.
     for name in sorted(leaves, key=lambda name: name.startswith('opt_state/')):
         if name == 'step' or name in ours:
@@ -105,14 +159,28 @@ def _entries(
                 f'{name} cannot be stored as huggingface, which has no MoE of {architecture.title}: export the MoE as '
                 "upcycle, t5x_legacy or t5x_orbax, or make it dense first with DENSE_OPERATOR = 'average'."
             )
-        raise writing.no_counterpart(name, 'huggingface', f'dense {hf.TITLES} models')
+        raise writing.no_counterpart(name, 'huggingface', f'{hf.TITLES} models')
     architecture.validate(shapes)
-    return {name: ours[name] for name in leaves if name != 'step'}
+    return {name: ours[name] for name in (*leaves, *added) if name != 'step'}
 
 
-def _tensors(entry: Entry, leaf: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of each tensor of a leaf."""
-    shape = leaf.shape[1:] if entry.is_stack else leaf.shape
-    # A broadcast array has the shape but takes no memory.
-    theirs = entry.turn.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
-    return dict.fromkeys(entry.every_name, jax.ShapeDtypeStruct(theirs, leaf.dtype))
+def _tensors(table: Mapping[str, Entry], leaves: writing.Leaves) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each tensor.
+
+    Raises:
+      UserError: leaves that are parts of one tensor differ in dtype.
+    """
+    tensors: dict[str, jax.ShapeDtypeStruct] = {}
+    for name, entry in table.items():
+        leaf = leaves[name]
+        shape = leaf.shape[1:] if entry.is_stack else leaf.shape
+        # A broadcast array has the shape but takes no memory.
+        theirs = entry.turn.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
+        for each, part in entry.pieces:
+            tensor = jax.ShapeDtypeStruct(theirs if part is None else part.shape, leaf.dtype)
+            if tensors.setdefault(each, tensor) != tensor:
+                raise UserError(
+                    f'{name} is {leaf.dtype}, and other leaves that huggingface stores in {each} are '
+                    f'{tensors[each].dtype}: give them one type with --dtype.'
+                )
+    return tensors

@@ -18,9 +18,9 @@ from upcycle.errors import MissingData, UserError, one_line
 
 BYTES = 'bytes'
 """The name of the tokenizer without a file."""
-_FILES = ('tokenizer.json', 'tokenizer.model')
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 # Files of a folder that belong to its tokenizer.
-COPIED = (*_FILES, 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
+COPIED = (*TOKENIZERS, 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +94,10 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return ByteTokenizer()
     place = pathlib.Path(path).expanduser()
     if place.is_dir():
-        files = [place / name for name in _FILES if (place / name).is_file()]
+        files = [place / name for name in TOKENIZERS if (place / name).is_file()]
         if not files:
             raise UserError(
-                f'--tokenizer={path} has neither {" nor ".join(_FILES)}: name a folder with one of them, or bytes.'
+                f'--tokenizer={path} has neither {" nor ".join(TOKENIZERS)}: name a folder with one of them, or bytes.'
             )
         place = files[0]
     if not place.is_file():

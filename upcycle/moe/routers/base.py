@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 
 from upcycle import schema
 from upcycle.errors import UserError, refuse
-from upcycle.moe.conventions import CapacityRule, Dispatch, RoutePadding, RouterType, SharedWeights
-from upcycle.moe.dispatch import combine, dispatch
+from upcycle.moe.conventions import RoutePadding, RouterType, SharedWeights
 from upcycle.moe.groups import num_groups
-from upcycle.moe.losses import routing_metrics
-from upcycle.moe.routing import Across, Mixing, Routing, Tokens, combine_weights, covered_tokens, here, prepare
-from upcycle.schema import Count, FloatType, Natural, Positive, Rate, Whole
+from upcycle.moe.routing import Across, Mixing, Routing, here
+from upcycle.schema import Count, FloatType, Natural, Rate, Whole
 
 # Fields whose macros have other names.
 _MACROS = {
@@ -22,28 +20,15 @@ _MACROS = {
     'granularity': 'EXPERT_GRANULARITY',
     'logit_normalization': 'ROUTER_LOGIT_NORMALIZATION',
     'merged_shared_weight': 'AVERAGE_SHARED_WEIGHT',
+    'scores': 'ROUTER_SCORES',
+    'selected_groups': 'SELECTED_SCORE_GROUPS',
+    'weight_scale': 'ROUTED_WEIGHT_SCALE',
 }
 
 
 def macro_of_field(field: str) -> str:
     """Returns the macro of a field, without the prefix of a stack."""
     return _MACROS.get(field, field.upper())
-
-
-class Assigned(NamedTuple):
-    """A router's assignment of tokens to slots.
-
-    Attributes:
-      routing: the token in each slot.
-      auxiliary_loss: balance loss, a scalar.
-      dropped: share of choices without a slot, a scalar.
-      followed: further metrics, which only update `moe.state`.
-    """
-
-    routing: Routing
-    auxiliary_loss: jax.Array
-    dropped: jax.Array
-    followed: Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +38,17 @@ class MoE:
     Attributes:
       num_experts: E, experts in every MoE layer [NUM_EXPERTS].
       router: the name of the class [ROUTER].
-      group_size: the most tokens in a group, which compete for the same slots [GROUP_SIZE].
+      group_size: the most tokens in a group, which compete for the same slots; for dropless layers see
+        `groups.microbatch_groups` [GROUP_SIZE].
       groups_multiple_of: the number of groups in a batch is a multiple of this [GROUPS_MULTIPLE_OF], which must be a multiple of
         the mesh's data x expert shards. It is not read from the mesh, so that the mesh does not change results.
       granularity: width of a dense MLP over that of an expert [EXPERT_GRANULARITY].
+      expert_mlp_dim: F of an expert; None for that of a dense MLP divided by the granularity [EXPERT_MLP_DIM].
       num_shared_experts: experts that every token goes to in addition to routed ones; one MLP of their joint width
         [NUM_SHARED_EXPERTS].
+      shared_mlp_dim: F of that MLP; None for the sum of its experts' widths [SHARED_MLP_DIM].
+      shared_gate: multiply the output of the shared experts by sigmoid(x . g), with a learned vector g (Qwen2-MoE)
+        [SHARED_GATE].
       causal: whether the layer is in an autoregressive stack, where routers may not look at later tokens.
       num_microbatches: set by the trainer, so that groups are those of the whole batch.
     """
@@ -77,7 +67,10 @@ class MoE:
     group_size: Count = 4096
     groups_multiple_of: Count = 1
     granularity: Count = 1
+    expert_mlp_dim: Count | None = None
     num_shared_experts: Whole = 0
+    shared_mlp_dim: Count | None = None
+    shared_gate: bool = False
     causal: bool = False
     num_microbatches: Count = 1
 
@@ -87,6 +80,15 @@ class MoE:
 
     def _invalid(self) -> Iterator[str]:
         """Yields a sentence for each contradiction between fields."""
+        if self.expert_mlp_dim is not None and self.granularity > 1:
+            yield (
+                f'EXPERT_MLP_DIM = {self.expert_mlp_dim} and EXPERT_GRANULARITY = {self.granularity} both set the width of an '
+                'expert: set only one of them.'
+            )
+        if not self.num_shared_experts:
+            for field, value in (('shared_mlp_dim', self.shared_mlp_dim), ('shared_gate', self.shared_gate)):
+                if value:
+                    yield f'{macro_of_field(field)} = {value} needs a shared expert: set NUM_SHARED_EXPERTS.'
         if self.causal:
             yield from self.looks_ahead()
 
@@ -140,11 +142,19 @@ class MoE:
         Raises:
           UserError: it is not a whole number.
         """
+        if self.expert_mlp_dim is not None:
+            return self.expert_mlp_dim
         if mlp_dim % self.granularity:
             raise UserError(
                 f'EXPERT_GRANULARITY = {self.granularity} does not divide MLP_DIM = {mlp_dim}: change one of them.'
             )
         return mlp_dim // self.granularity
+
+    def shared_width(self, mlp_dim: int) -> int:
+        """Returns F of the MLP that is all shared experts, given that of a dense MLP; 0 without shared experts."""
+        if self.shared_mlp_dim is not None:
+            return self.shared_mlp_dim
+        return self.num_shared_experts * self.expert_width(mlp_dim)
 
     def capacity(self, tokens_per_group: int, *, training: bool) -> int:
         """Returns C, the number of slots of one expert for one group."""
@@ -194,11 +204,18 @@ class Routed(MoE):
         yield from super()._invalid()
         if self.leaves_the_rest and not self.num_shared_experts:
             yield "SHARED_WEIGHTS = 'xft' needs a shared expert: set NUM_SHARED_EXPERTS."
+        if self.leaves_the_rest and self.shared_gate:
+            yield "SHARED_WEIGHTS = 'xft' and SHARED_GATE both weigh the shared experts: set only one of them."
 
     @property
     def leaves_the_rest(self) -> bool:
         """Whether shared experts get what the routed ones' weights leave of 1."""
         return self.shared_weights is SharedWeights.XFT
+
+    @property
+    def logits_have_bias(self) -> bool:
+        """Whether the linear router has a bias."""
+        return False
 
     @property
     def dropless(self) -> bool:
@@ -237,7 +254,7 @@ class Routed(MoE):
           real_GxS: bool, False at padding.
           capacity: C.
           across: sums an array over the devices that hold the other groups; only losses and metrics need it.
-          bias_E: added to probabilities for Top-K's choice only, not for its weights; None for no bias.
+          bias_E: added to scores for Top-K's choice only, not for its weights; None for no bias.
 
         Returns:
           The routing, and the layer's metrics (scalars, and `load` of shape (E,)), under flaxformer's names where it has them.
@@ -251,119 +268,3 @@ class Routed(MoE):
     def from_slots(self, y_ExGxCxD: jax.Array, routing: Any, num_tokens: int) -> jax.Array:
         """Sums each token's slots, weighted, in float32: (E, G, C, D) to (G, S, D) with S = `num_tokens`."""
         raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Assigning(Routed):
-    """Routers that assign tokens to slots of experts, by a softmax over experts.
-
-    Attributes:
-      train_capacity_factor: slots of an expert in training, as a multiple of an even share of the tokens
-        [TRAIN_EXPERT_CAPACITY_FACTOR].
-      eval_capacity_factor: slots of an expert at evaluation, as such a multiple [EVAL_EXPERT_CAPACITY_FACTOR].
-      capacity_rule: see `CapacityRule` [CAPACITY_RULE].
-      min_capacity: the floor of the flaxformer rule; flaxformer's `min_expert_capacity`.
-      normalize_combine_weights: divide a token's weights by their sum [NORMALIZE_COMBINE_WEIGHTS].
-      dispatch: see `Dispatch` [DISPATCH].
-      logit_normalization: standardises a token's logits and multiplies them by this number before the softmax; None for no
-        normalization (Skywork-MoE: 1) [ROUTER_LOGIT_NORMALIZATION].
-    """
-
-    assigns = True
-    # Why the router refuses DISPATCH = 'ragged', for the message; None if it has `TopK.route_dropless`.
-    not_ragged: ClassVar[str | None] = 'this router puts tokens into slots'
-
-    train_capacity_factor: Positive = 2.0
-    eval_capacity_factor: Positive = 2.0
-    capacity_rule: CapacityRule = CapacityRule.FLAXFORMER
-    min_capacity: Count = 4
-    normalize_combine_weights: bool = False
-    dispatch: Dispatch = Dispatch.GATHER
-    logit_normalization: Positive | None = None
-
-    def _invalid(self) -> Iterator[str]:
-        yield from super()._invalid()
-        if self.leaves_the_rest and self.normalize_combine_weights:
-            yield (
-                "SHARED_WEIGHTS = 'xft' leaves the shared experts what the routed ones do not take, and "
-                'NORMALIZE_COMBINE_WEIGHTS gives the routed ones all: turn it off.'
-            )
-        if self.dispatch is Dispatch.RAGGED and self.not_ragged is not None:
-            yield f"DISPATCH = 'ragged' is dropless Top-K, and {self.not_ragged}: use 'gather', or the router 'top_k'."
-
-    def in_words(self) -> str:
-        weights = 'normalised' if self.normalize_combine_weights else 'raw'
-        return (
-            f'{self.num_experts} experts, {self._choice_in_words()}, cf={self.train_capacity_factor:g} ({self.capacity_rule} '
-            f'rule), groups of at most {self.group_size} tokens, {weights} weights, {self.dispatch} dispatch'
-        )
-
-    @property
-    def meets_every_slot(self) -> bool:
-        return self.dispatch is Dispatch.EINSUM
-
-    @property
-    def can_normalize(self) -> bool:
-        return not self.leaves_the_rest
-
-    @property
-    def dropless(self) -> bool:
-        return self.dispatch is Dispatch.RAGGED
-
-    @property
-    def choices_in_capacity(self) -> int:
-        """Factor of a token in V-MoE's capacity rule."""
-        return 1
-
-    def capacity(self, tokens_per_group: int, *, training: bool) -> int:
-        """Returns C, the number of slots of one expert for one group, at most S.
-
-        Rules of flaxformer's `moe_layers.py` (without a factor of K) and of vmoe's `nn/routing.py`.
-        """
-        factor = self.train_capacity_factor if training else self.eval_capacity_factor
-        if self.capacity_rule is CapacityRule.FLAXFORMER:
-            slots = max(round(factor * tokens_per_group / self.num_experts), self.min_capacity)
-        else:
-            exact = factor * self.choices_in_capacity * tokens_per_group / self.num_experts
-            # A product such as 1.1 * 40 is slightly above the integer, which must not cost a slot.
-            slots = -(-round(exact * 1e6) // 1_000_000)
-            slots = -(-slots // 4) * 4
-        return min(slots, tokens_per_group)
-
-    def assign(self, tokens: Tokens, capacity: int, across: Across, bias_E: jax.Array | None) -> Assigned:
-        """Puts tokens into slots; arguments as for `route`, except probabilities instead of logits."""
-        raise NotImplementedError
-
-    def route(
-        self,
-        logits_GxSxN: jax.Array,
-        real_GxS: jax.Array,
-        capacity: int,
-        across: Across = here,
-        bias_E: jax.Array | None = None,
-    ) -> tuple[Routing, dict[str, jax.Array]]:
-        tokens = prepare(logits_GxSxN, real_GxS, self)
-        routing, auxiliary_loss, dropped, followed = self.assign(tokens, capacity, across, bias_E)
-        S = logits_GxSxN.shape[1]
-        routing = combine_weights(routing, S, self)
-        used_GxExC = routing.token_GxExC < S
-        metrics = routing_metrics(
-            tokens,
-            across,
-            used_E=used_GxExC.sum(axis=(0, 2)),
-            slots=used_GxExC.size,
-            covered=covered_tokens(routing, S).sum(),
-            weight=routing.weight_GxExC.sum(),
-        )
-        return routing, {**followed, **metrics, 'auxiliary_loss': auxiliary_loss, 'fraction_dropped': dropped}
-
-    def to_slots(self, x_GxSxD: jax.Array, routing: Routing) -> jax.Array:
-        return dispatch(x_GxSxD, routing, self.dispatch, self.experts_of_a_token)
-
-    def from_slots(self, y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int) -> jax.Array:
-        return combine(y_ExGxCxD, routing, num_tokens, self.dispatch, self.experts_of_a_token)
-
-    def probabilities(self, logits_BxLxE: jax.Array, real_BxL: jax.Array) -> jax.Array:
-        """Returns each token's probabilities of all experts; 0 for a token that may not be routed."""
-        tokens = prepare(logits_BxLxE, real_BxL, self)
-        return tokens.probs_GxSxE * tokens.may_route_GxS[..., None]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from upcycle.moe.conventions import BalanceLoss, RouterType
 from upcycle.moe.losses import mutual_information_loss
-from upcycle.moe.routers.base import Assigned, MoE
+from upcycle.moe.routers.assigning import Assigned
+from upcycle.moe.routers.base import MoE
 from upcycle.moe.routers.top_k import TokenChoice, TopK
 from upcycle.moe.routing import Across, Routing, Tokens, decided
 
@@ -60,7 +61,7 @@ class Dense(TokenChoice):
 
 def everybody(tokens: Tokens, threshold: float | None) -> Routing:
     """Routes every token to all experts, or to those with a probability above the threshold (DS-MoE inference)."""
-    _, probs_GxSxE, may_route_GxS, _ = tokens
+    probs_GxSxE, may_route_GxS = tokens.probs_GxSxE, tokens.may_route_GxS
     G, S, E = probs_GxSxE.shape
     takes_GxSxE = jnp.broadcast_to(may_route_GxS[..., None], probs_GxSxE.shape)
     if threshold is not None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle.moe.conventions import RoutePadding, RouterType
-from upcycle.moe.routers.base import Assigned, Assigning
+from upcycle.moe.routers.assigning import Assigned, Assigning
 from upcycle.moe.routing import Across, Routing, Tokens, decided, weighed
 
 
@@ -36,7 +36,7 @@ class ExpertChoice(Assigning):
         takes_all = self.route_padding is not RoutePadding.SKIP
         takeable_GxS = jnp.ones_like(tokens.may_route_GxS) if takes_all else tokens.may_route_GxS
         zero = jnp.zeros(())
-        return Assigned(best_tokens(tokens.probs_GxSxE, takeable_GxS, capacity), zero, zero, {})
+        return Assigned(best_tokens(tokens.scores_GxSxE, takeable_GxS, capacity), zero, zero, {})
 
 
 def best_tokens(probs_GxSxE: jax.Array, takeable_GxS: jax.Array, capacity: int) -> Routing:

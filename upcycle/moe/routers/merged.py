@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+from upcycle.errors import UserError
 from upcycle.moe.conventions import RouterType
 from upcycle.moe.routers.base import MoE, Routed
 from upcycle.schema import Share
@@ -29,6 +30,22 @@ class Merged(MoE):
                 f'EXPERT_GRANULARITY = {self.granularity} makes experts parts of an MLP, and their mean is not an MLP: the '
                 "router 'merged' needs EXPERT_GRANULARITY = 1."
             )
+        if self.shared_gate:
+            yield "SHARED_GATE weighs shared experts by token, and the router 'merged' makes one MLP for all: turn it off."
+
+    def shared_width(self, mlp_dim: int) -> int:
+        """See `MoE.shared_width`.
+
+        Raises:
+          UserError: the shared experts are not as wide as a routed one.
+        """
+        shared, expert = super().shared_width(mlp_dim), self.expert_width(mlp_dim)
+        if shared not in (0, expert):
+            raise UserError(
+                f"the router 'merged' averages the shared experts, {shared} wide, with the others, {expert} wide: set "
+                'NUM_SHARED_EXPERTS and SHARED_MLP_DIM for equal widths.'
+            )
+        return shared
 
     def in_words(self) -> str:
         return f'{self.num_experts} experts, merged into one MLP'

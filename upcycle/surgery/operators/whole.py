@@ -215,7 +215,7 @@ class Average(DenseOperator):
         segments = source.split('/')
         if source.startswith(_STATE) and 'mixing' in segments:
             return 'a dense model has no mixing coefficients'
-        return 'a dense model has no routers' if 'router' in segments else None
+        return 'a dense model has no routers' if {'router', 'shared_gate'} & {*segments} else None
 
     def make(self, sources: Sequence[jax.Array], shape: Shape, axes: Axes, name: str, key: jax.Array) -> jax.Array:
         first, *others = (jnp.asarray(leaf) for leaf in sources)

@@ -1,0 +1,91 @@
+"""Files that belong to a Hugging Face model besides weights and `config.json`: tokenizer, chat template, generation, licence.
+
+They follow a model through our formats: a folder that we write has those of the folder that the model comes from, even if that
+folder is gone by then. A step of ours that was imported or converted holds them in its item `metadata`, a run in its folder.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from upcycle import warning
+from upcycle.checkpoints import json_files
+from upcycle.errors import UserError
+
+# The folder with copies, in a run's folder or in the item `metadata` of a step.
+FOLDER = 'huggingface'
+KEY = 'companions'  # of the metadata for a writer: the folder to copy from
+_NAMES = (
+    *(
+        'generation_config.json',
+        'tokenizer.json',
+        'tokenizer_config.json',
+        'special_tokens_map.json',
+        'added_tokens.json',
+    ),
+    *('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model', 'vocab.json', 'vocab.txt', 'merges.txt'),
+    *('chat_template.jinja', 'chat_template.json', 'preprocessor_config.json', 'processor_config.json'),
+    *('LICENSE*', 'LICENCE*', 'NOTICE*', 'USE_POLICY*'),
+)
+_TEMPLATES = 'additional_chat_templates'
+_CODE = '*.py'
+_CODE_FIELD = 'auto_map'  # names classes in files of the folder
+
+
+def names(folder: epath.Path) -> list[str]:
+    """Returns the files of a folder that belong to its model, by their names in the folder."""
+    found = [file.name for file in folder.iterdir() if any(fnmatch.fnmatchcase(file.name, name) for name in _NAMES)]
+    templates = folder / _TEMPLATES
+    inner = [f'{_TEMPLATES}/{file.name}' for file in (templates.iterdir() if templates.is_dir() else ())]
+    return sorted(found) + sorted(name for name in inner if name.endswith('.jinja'))
+
+
+def of(path: str, format: str) -> str | None:
+    """Returns the folder that holds the companions of a checkpoint; None if there is none.
+
+    Args:
+      path: of the folder, or of a step of ours.
+      format: of the checkpoint.
+    """
+    step = epath.Path(path)
+    places = [step] if format == 'huggingface' else [step / 'metadata' / FOLDER, step.parent.parent / FOLDER]
+    return next((str(place) for place in places if place.is_dir() and names(place)), None)
+
+
+def copy(source: str | None, target: epath.Path) -> None:
+    """Copies companions into a folder, which is made if there are any. Says which code is not copied.
+
+    Args:
+      source: folder to copy from; None: nothing is copied.
+      target: local folder, or one in a bucket.
+    """
+    if source is None:
+        return
+    folder = epath.Path(source)
+    for name in names(folder):
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((folder / name).read_bytes())
+    for line in _code(folder):
+        warning.once(line)
+
+
+def _code(folder: epath.Path) -> list[str]:
+    """Returns a sentence about the code of a folder, if it has any."""
+    code = sorted(file.name for file in folder.iterdir() if fnmatch.fnmatchcase(file.name, _CODE))
+    code += [
+        f'{name} ({_CODE_FIELD})' for name in ('config.json', 'tokenizer_config.json') if _names_code(folder / name)
+    ]
+    return [f'code of {folder} is not copied, since a model of ours needs none: {", ".join(code)}.'] if code else []
+
+
+def _names_code(file: epath.Path) -> bool:
+    try:
+        content: Mapping[str, Any] = json_files.read_json(file) if file.exists() else {}
+    except UserError:
+        return False
+    return bool(content.get(_CODE_FIELD))
