@@ -21,6 +21,7 @@ from upcycle.formats import FolderRequest, folder_request
 from upcycle.models.causal_lm import CausalLM
 from upcycle.models.decoder import DecoderConfig
 from upcycle.moe.config import MoEConfig
+from upcycle.transfer import discarded_if_refused
 
 SIZES = {'vocab_size': 64, 'emb_dim': 16, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4, 'mlp_dim': 24}
 SIZES['num_layers'] = 3
@@ -293,13 +294,11 @@ class _Only:
 def _write(path, tree, metadata, request):
     leaves = {name: trees.jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tree.items()}
     writer = create_checkpoint(path, 'huggingface', leaves, step=None, identity={}, metadata=metadata, request=request)
-    try:
+    with discarded_if_refused(writer):
         for name, regions in writer.todo().items():
             for region in regions:
                 writer.write(name, region, tree[name][region])
         writer.finish(metadata)
-    finally:
-        writer.close()
     return writer.path
 
 
