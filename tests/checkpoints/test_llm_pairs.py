@@ -17,7 +17,7 @@ from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
 _WHY = 'needs `pip install upcycle[hf]`: no pair of a dense layout and one with experts is compared with transformers'
-pytest.importorskip('torch', reason=_WHY)
+torch = pytest.importorskip('torch', reason=_WHY)
 transformers = pytest.importorskip('transformers', minversion='5', reason=_WHY)
 tokenizers = pytest.importorskip('tokenizers', reason=_WHY)
 
@@ -105,6 +105,17 @@ def test_is_the_dense_function(pair, tmp_path):
     model = make_folder(name, fields, tmp_path / 'dense')
     convert(tmp_path / 'dense', tmp_path / 'moe', bindings, layout if is_named else None)
     check(model, tmp_path / 'moe', layout)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_keeps_the_type_of_the_source(dtype, tmp_path):
+    torch_models.make('Llama', dtype=getattr(torch, dtype)).save_pretrained(tmp_path / 'dense')
+    model = torch_models.load(tmp_path / 'dense')
+    convert(tmp_path / 'dense', tmp_path / 'moe', {})
+    check(model, tmp_path / 'moe', 'mixtral')
+    assert json.loads((tmp_path / 'moe' / 'config.json').read_text())['torch_dtype'] == dtype
+    leaves = open_checkpoint(tmp_path / 'moe').leaves()
+    assert {leaf.dtype.name for name, leaf in leaves.items() if name.endswith('wo/kernel')} == {dtype}
 
 
 @pytest.mark.parametrize('bindings', [{}, SOME])
