@@ -1,4 +1,4 @@
-"""Trains, resumes and evaluates a tiny decoder-only model in a process that refuses TensorFlow, seqio and TFDS.
+"""Trains, resumes and evaluates a tiny decoder-only model, and generates, in a process that refuses TensorFlow, seqio and TFDS.
 
 python -m tests.data.without_tensorflow FOLDER
 """
@@ -44,6 +44,7 @@ def main(folder):
     shutil.rmtree(f'{folder}/run/checkpoints/4')
     cli.run(train)  # continues from step 2
     cli.run(['eval', f'--from={folder}/run', f'--out={folder}/eval.json'])
+    cli.run(['generate', f'--from={folder}/run', '--prompt=Document', '--max_new_tokens=4'])
     settings |= {'MODEL_DIR': f'{folder}/other', 'TRAIN_STEPS': '6'}
     files[-1] = '--gin_file=runs/continue_dense.gin'
     cli.run(['plan', f'--from={folder}/run', *files, *(f'--gin.{name}={value}' for name, value in settings.items())])
