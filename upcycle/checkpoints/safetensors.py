@@ -252,13 +252,12 @@ class FilesWriter:
             start = (self._header_bytes - 8).to_bytes(8, 'little')
             self._pwrite(file, start + header.ljust(self._header_bytes - 8), 0)
             descriptor = self._descriptors.pop(file)
+            os.ftruncate(descriptor, self._header_bytes + max(end for _, end in _offsets(entries)))
             os.fsync(descriptor)
             os.close(descriptor)
         if len(self._headers) > 1:
             # The arrays of a file have no gaps, so its size is the end of its last array.
-            size = sum(
-                max(entry['data_offsets'][1] for entry in entries.values()) for entries in self._headers.values()
-            )
+            size = sum(max(end for _, end in _offsets(entries)) for entries in self._headers.values())
             index = {'metadata': {'total_size': size}, 'weight_map': self._files}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
 
@@ -268,6 +267,11 @@ class FilesWriter:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self._descriptors.clear()
+
+
+def _offsets(entries: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Returns the first byte of each array of a file, and the byte after its last one."""
+    return [tuple(entry['data_offsets']) for entry in entries.values()]
 
 
 def _offset(region: views.Region, shape: Sequence[int]) -> int:
