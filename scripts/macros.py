@@ -27,7 +27,8 @@ FOLDERS = {
     'another size bind `EMBED_DIM`, `MLP_DIM`, `NUM_HEADS`, and for T5 `HEAD_DIM`, `NUM_ENCODER_LAYERS`, '
     '`NUM_DECODER_LAYERS`, for ViT `NUM_LAYERS`, `PATCH_SIZE`, with any file of the family: for a checkpoint of another size '
     '`upcycle plan` names the values that fit.',
-    'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`. Omit it for a dense model.",
+    'moe': "The paper's recipe, `moe/t5.gin` and `moe/vit.gin`, and that of decoder-only models, `moe/llm.gin`. Omit it for a "
+    'dense model.',
     'optimizers': "Optimizers that replace the models' Adafactor. Their macros are among those of [models](#models).",
     'tasks': 'The data. A task also sets the size of the vocabulary or of the images.',
     'runs': 'The kind of run. All of them include `runs/pretrain.gin`.',

@@ -1,11 +1,14 @@
 """models/from_checkpoint.gin takes the model from the checkpoint, and a resumed run from its own config.gin."""
 
+import dataclasses
 import os
 import shutil
 
 import pytest
 
+import upcycle
 from tests import runs
+from tests.fixtures import fixtures_dir, requires_fixtures
 from tests.test_cli import call
 from upcycle import configuration, run_config
 from upcycle.checkpoints import open_checkpoint
@@ -50,6 +53,19 @@ def test_an_moe_checkpoint_tells_its_layers(upcycled, tmp_path):
     grown = (*files_of('upcycle'), 'surgery/grow.gin')
     model = configuration.load(grown, bindings_of('upcycle', tmp_path / 'run', 8, upcycled, **more)).model
     assert {moe.num_experts for moe in model.moe_layers().values()} == {8}
+
+
+@requires_fixtures
+def test_attention_experts_are_told_by_the_checkpoint_and_by_the_run(tmp_path):
+    source, folder, kind = fixtures_dir() / 'llm' / 'jetmoe', tmp_path / 'run', 'llm continue'
+    bindings = bindings_of(kind, folder, 6, source, NUM_EMBEDDINGS=128)
+    taken = configuration.load(files_of(kind), bindings)
+    model, _ = upcycle.load(source)
+    form = {'dtype': 'float32', 'expert_dropout_rate': None}
+    assert dataclasses.replace(taken.model.config, **form) == model.config
+    run_config.claim(taken, configuration.resolved())
+    bindings['INITIAL_CHECKPOINT_PATH'] = repr('/nowhere')
+    assert configuration.load(files_of(kind), bindings).model == taken.model
 
 
 def test_a_run_resumes_without_the_checkpoint_that_it_started_from(dense, tmp_path, capsys):

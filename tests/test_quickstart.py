@@ -27,18 +27,23 @@ ONE_LAYER = {
         *(f'{stack}_MOE_LAYERS = (0,)' for stack in ('ENCODER', 'DECODER')),
     ),
     'vision': ('NUM_LAYERS = 1', "MOE_LAYERS = 'last_1'"),
+    'llm': ('NUM_LAYERS = 1', 'SEQUENCE_LENGTH = 32', 'EVAL_BATCH_SIZE = 4'),
 }
+REPEATED = [pytest.param(family, marks=pytest.mark.exhaustive) for family in ('language', 'vision')]
 
 
-@pytest.mark.parametrize('family', ['language', pytest.param('vision', marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize('family', ['llm', *REPEATED])
 def test_quickstart_runs_resumes_and_reports(family, tmp_path, capsys, monkeypatch):
     out, small, job = tmp_path / 'out', tmp_path / 'small.gin', quick.JOBS[family]
     bindings = ['EVAL_STEPS = 1', 'NUM_EXPERTS = 4', 'STEP_0_CAPACITY_FACTORS = (2.0,)', *ONE_LAYER[family]]
     small.write_text('\n'.join([f"include '{job.settings}'", *bindings, '']))
     monkeypatch.setitem(quick.JOBS, family, dataclasses.replace(job, settings=str(small)))
     page = quick.quickstart(str(out), family=family, budget=0.002)
-    assert 'validation loss' in capsys.readouterr().out
-    html = page.read_text()
+    printed, html = capsys.readouterr().out, page.read_text()
+    assert 'validation loss' in printed
+    if job.prompt:
+        assert printed.count(f'continues {job.prompt!r}') == 4 and html.count(job.prompt) == 4
+        assert 'largest difference of logits 0.0e+00' in printed and (out / f'upcycled_{job.export}').is_dir()
     pictures = set(re.findall(r'<img [^>]*src="([^"]*)"', html))
     assert len(pictures) > 8 and all((page.parent / name).is_file() for name in pictures)
     assert 'upcycle train' in html

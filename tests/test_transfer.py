@@ -170,7 +170,12 @@ REFUSED = {
         [],
         ['does not route to 4 experts'],
     ),
-    'no model at all': ({'params/token_embedder/embedding': None}, [], ['neither a T5', 'nor a ViT']),
+    'no embedding': ({'params/token_embedder/embedding': None}, [], ['token_embedder/embedding is missing']),
+    'no model at all': (
+        dict.fromkeys(('params/encoder/encoder_norm/scale', 'params/decoder/layers_0/self_attention/query/kernel')),
+        [],
+        ['neither a T5', 'nor a ViT', 'nor a decoder-only model'],
+    ),
 }
 
 

@@ -48,9 +48,11 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     _add_quickstart(add)
+    _add_tokenize(add)
     _add_train(add)
     _add_plan(add)
     _add_evaluate(add)
+    _add_generate(add)
     _add_compile(add)
     _add_convert(add)
     _add_transfer(add)
@@ -68,6 +70,31 @@ def _add_quickstart(add: Add) -> None:
     quickstart.add_argument('--out', help='folder of the runs and the report (runs/quickstart_FAMILY)')
     quickstart.add_argument('--budget', type=float, default=1.0, help='multiplies the number of steps (%(default)s)')
     quickstart.add_argument('--seeds', default='0', help='comma-separated; several give error bars (%(default)s)')
+
+
+def _add_tokenize(add: Add) -> None:
+    tokenize = add('tokenize', handlers.tokenize, 'tokenise text or conversations into shards for language models')
+    files = 'repeatable: a file, folder or glob of text, JSON lines (also .gz, .zst) or Parquet'
+    tokenize.add_argument('--from', dest='source', action='append', required=True, metavar='PATH', help=files)
+    kinds = 'a model folder, a tokenizer.json or SentencePiece model, or bytes'
+    tokenize.add_argument('--tokenizer', required=True, metavar='PATH', help=kinds)
+    tokenize.add_argument('--to', dest='target', required=True, metavar='FOLDER', help='the new folder of shards')
+    field = 'of JSON objects, or the column of Parquet files (%(default)s)'
+    tokenize.add_argument('--text_field', default='text', metavar='NAME', help=field)
+    separator = "what separates the documents of a text file, such as '\\n\\n' (default: a document per file)"
+    tokenize.add_argument('--separator', metavar='TEXT', help=separator)
+    chat = "conversations, in the field messages: learn the assistant's tokens only"
+    tokenize.add_argument('--chat', action='store_true', help=chat)
+    tokenize.add_argument('--chat_template', metavar='FILE', help="default: the tokenizer folder's")
+    share = 'share of the documents to hold out, by their hashes (%(default)g)'
+    tokenize.add_argument('--validation', type=float, default=0.01, metavar='SHARE', help=share)
+    tokenize.add_argument(
+        '--validation_from', action='append', default=[], metavar='PATH', help='repeatable: files to hold out instead'
+    )
+    tokenize.add_argument('--workers', type=int, metavar='N', help='processes (default: one per core)')
+    bad = 'records that may be left out (%(default)s)'
+    tokenize.add_argument('--max_bad_records', type=int, default=0, metavar='N', help=bad)
+    _add_json(tokenize)
 
 
 def _add_train(add: Add) -> None:
@@ -91,6 +118,33 @@ def _add_evaluate(add: Add) -> None:
     evaluate.add_argument('--few_shot', action='store_true', help='short for --gin_file=runs/few_shot.gin')
     _add_json(evaluate, file=True)
     _add_hosts(evaluate)
+
+
+def _add_generate(add: Add) -> None:
+    generate = add('generate', handlers.generate, 'continue or answer prompts with a language model')
+    _add_source(generate, 'a run folder or any checkpoint')
+    prompt = 'repeatable; without prompts, standard input is one, without its last line break'
+    generate.add_argument('--prompt', dest='prompts', action='append', default=[], metavar='TEXT', help=prompt)
+    generate.add_argument('--prompts_file', metavar='FILE', help='text with a prompt on each line')
+    chat = "a prompt is a user's message, for the model's chat template"
+    generate.add_argument('--chat', action='store_true', help=chat)
+    tokenizer = "a model folder, a tokenizer.json or SentencePiece model, or bytes (default: the checkpoint's)"
+    generate.add_argument('--tokenizer', metavar='PATH', help=tokenizer)
+    most = 'the most tokens of a text (%(default)s)'
+    generate.add_argument('--max_new_tokens', type=int, default=128, metavar='N', help=most)
+    temperature = 'divides the logits; 0 chooses the most probable token (%(default)g)'
+    generate.add_argument('--temperature', type=float, default=0.0, metavar='T', help=temperature)
+    top_k = 'draw among this many most probable tokens (0: all)'
+    generate.add_argument('--top_k', type=int, default=0, metavar='K', help=top_k)
+    top_p = 'draw among the fewest most probable tokens that have this probability together (%(default)g)'
+    generate.add_argument('--top_p', type=float, default=1.0, metavar='P', help=top_p)
+    generate.add_argument('--seed', type=int, default=0, metavar='N', help='of the draws (%(default)s)')
+    dtypes = ('float32', 'bfloat16', 'float16')
+    generate.add_argument('--dtype', default='float32', choices=dtypes, help='of the model (%(default)s)')
+    generate.add_argument(
+        '--batch_size', type=int, default=8, metavar='N', help='the most prompts at a time (%(default)s)'
+    )
+    _add_json(generate)
 
 
 def _add_compile(add: Add) -> None:

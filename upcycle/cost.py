@@ -52,11 +52,8 @@ def moe(config: MoE, tokens: int, width: int, mlp_width: int, matrices: int, *, 
     if not config.routes:
         return {'experts': mlp(tokens, width, config.expert_width(mlp_width), matrices)}
     rows = config.slots(tokens, training=training)
-    parts = {
-        'router': matmul(tokens, width, config.num_logits),
-        'experts': mlp(rows, width, config.expert_width(mlp_width), matrices),
-        'combine': 2.0 * rows * width,
-    }
+    parts = routing(config, tokens, width, training=training)
+    parts['experts'] = mlp(rows, width, config.expert_width(mlp_width), matrices)
     if config.num_shared_experts:
         parts['shared_experts'] = mlp(tokens, width, config.shared_width(mlp_width), matrices)
         if config.shared_gate:
@@ -66,6 +63,14 @@ def moe(config: MoE, tokens: int, width: int, mlp_width: int, matrices: int, *, 
         # Dispatch and combine multiply every token with every slot of its group.
         parts['combine'] = 2 * matmul(tokens, width, rows // groups)
     return parts
+
+
+def routing(config: MoE, tokens: int, width: int, *, training: bool) -> dict[str, float]:
+    """Returns the FLOPs of a router and of weighing experts' outputs; arguments as for `moe`."""
+    return {
+        'router': matmul(tokens, width, config.num_logits),
+        'combine': 2.0 * config.slots(tokens, training=training) * width,
+    }
 
 
 def mlps(

@@ -80,7 +80,9 @@ def _of_checkpoint(path: str | os.PathLike[str]) -> str:
                 f'{scope}.{name}': schema.written(getattr(moe, name))
                 for name in ('router', *sorted(settings(type(moe))))
             }
-            bindings[f'{field}_layers'.upper()] = schema.written(getattr(model.config, f'{field}_layers'))
+            layers = f'{field}_layers'
+            if hasattr(model.config, layers):
+                bindings[layers.upper()] = schema.written(getattr(model.config, layers))
             factor = (description or {}).get('aux_loss_factor', type(model).aux_loss_factor)
             bindings['AUX_LOSS_FACTOR'] = schema.written(factor)
     return _source(type(model), bindings)
@@ -99,7 +101,9 @@ def _of_run(kind: type[Model], stored: Mapping[str, str]) -> dict[str, str]:
         scope = f'{_SCOPE}{field}/{_MOE}.'
         if moe := {name: value for name, value in stored.items() if name.startswith(scope)}:
             layers = f'{field}_layers'
-            bindings |= moe | {layers.upper(): stored[f'{config}.{layers}']}
+            bindings |= moe
+            if f'{config}.{layers}' in stored:
+                bindings[layers.upper()] = stored[f'{config}.{layers}']
             bindings['AUX_LOSS_FACTOR'] = stored[f'{full_name((), kind)}.aux_loss_factor']
     return bindings
 
@@ -115,7 +119,8 @@ def _told(kind: type[Model]) -> tuple[str, ...]:
 
 def _source(kind: type[Model], bindings: Mapping[str, str]) -> str:
     """Returns gin source of a model: the settings that checkpoints do not tell, then these bindings."""
-    moe = {field: f'@{_SCOPE}{field}/{_MOE}()' for field in kind.moe_fields if f'{field}_layers'.upper() in bindings}
+    scopes = {field: f'{_SCOPE}{field}/{_MOE}' for field in kind.moe_fields}
+    moe = {field: f'@{scope}()' for field, scope in scopes.items() if f'{scope}.router' in bindings}
     modules = {name.split('/')[-1].rsplit('.', 2)[0] for name in bindings if '.' in name}
     lines = ['from __gin__ import dynamic_registration', *(f'import {module}' for module in sorted(modules))]
     lines += ['', f"include '{kind.settings}'", '']

@@ -48,6 +48,13 @@ def quickstart(family: str, out: str | None, budget: float, seeds: str) -> None:
     quickstart.quickstart(out, family=family, budget=budget, seeds=numbers)
 
 
+def tokenize(**options: Any) -> None:
+    _compute_on_the_cpu()
+    from upcycle.commands import tokenize
+
+    tokenize.run(**options)
+
+
 def train(
     gin_files: Sequence[str],
     bindings: Mapping[str, str],
@@ -91,6 +98,12 @@ def evaluate(
 
     files = [*gin_files, *([evaluate.FEW_SHOT] if few_shot else [])]
     evaluate.run(files, bindings, source, as_json=as_json, out=out)
+
+
+def generate(**options: Any) -> None:
+    from upcycle.commands import generate
+
+    generate.run(**options)
 
 
 def compile(**options: Any) -> None:

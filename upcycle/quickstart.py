@@ -7,19 +7,25 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upcycle import outputs, platforms
-from upcycle.commands import train
+import jax
+import numpy as np
+
+from upcycle import api, outputs, platforms, transfer
+from upcycle.commands import generate, train
 from upcycle.errors import UserError
 from upcycle.models.quickstart import JOBS, Job
 from upcycle.report.compare import compare_seeds
 from upcycle.report.html import write_report
-from upcycle.report.runs import Role, load_run
+from upcycle.report.runs import Role, Run, load_run
 from upcycle.report.tables import print_table
 from upcycle.sweep.paper.steps import flops_of
 from upcycle.sweep.points import Point
+
+_SAMPLE = 200  # tokens of a generated text
+_SAME = 1e-5  # difference of equal logits, relative to the largest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,11 +79,45 @@ def quickstart(out: str, *, family: str = 'language', budget: float = 1.0, seeds
         'again': f'upcycle quickstart --family={family} --budget={budget:g} --seeds={",".join(map(str, seeds))}',
         **commands,
     }
-    page = write_report(groups, os.path.join(out, 'report'), job.title, notes)
+    texts = _texts(job, groups[0])
+    if job.export:
+        notes['export'] = _export(job, groups[0]['upcycled'].path, os.path.join(out, f'upcycled_{job.export}'))
+        print(f'\nexport: {notes["export"]}')
+    page = write_report(groups, os.path.join(out, 'report'), job.title, notes, texts=texts)
     print()
     print_table(compare_seeds(groups))
     print(f'\nreport: {page}')
     return page
+
+
+def _texts(job: Job, runs: Mapping[str, Run]) -> dict[str, str]:
+    """Prints and returns how the model of each branch continues the prompt; {} if there is none."""
+    texts = {}
+    for name, run in runs.items() if job.prompt else ():
+        print(f'\n{name} continues {job.prompt!r}:', flush=True)
+        (result,) = generate.run(str(run.path), [job.prompt], temperature=0.7, max_new_tokens=_SAMPLE)
+        texts[name] = job.prompt + result['text']
+    return texts
+
+
+def _export(job: Job, source: Any, target: str) -> str:
+    """Writes a model in another format unless that was done, reads it back, and compares logits.
+
+    Returns:
+      What was written, and the difference.
+
+    Raises:
+      UserError: the two models compute different logits.
+    """
+    if not os.path.exists(target):
+        transfer.transfer(str(source), target, job.export, optimizer_state='none')
+    models = api.load(source), api.load(target)
+    inputs = models[0][0].sample_inputs()
+    ours, theirs = (np.asarray(jax.jit(model.logits)(params, inputs)) for model, params in models)
+    difference = float(np.abs(ours - theirs).max())
+    if not difference <= _SAME * np.abs(ours).max():
+        raise UserError(f'{target} computes other logits than {source}, by up to {difference:g}: report this as a bug.')
+    return f'{target}, read back: largest difference of logits {difference:.1e}'
 
 
 def branches(job: Job, folder: str, budget: float, seed: int) -> list[Branch]:

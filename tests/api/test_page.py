@@ -25,13 +25,14 @@ def test_the_code_of_the_page(untrained, tmp_path, monkeypatch, capsys):
     lines = [f'{name} = {gin_files.literal(value)}' for name, value in settings.items()]
     (tmp_path / 'small.gin').write_text('\n'.join([*lines, '']))
     fences = _FENCE.findall((DOCS / 'api.md').read_text(encoding='utf-8'))
-    assert len(fences) == 6
+    assert len(fences) == 7
     names = {}
     for fence in fences:
         for written, here in SMALL.items():
             fence = fence.replace(written, here)
         exec(compile(fence.replace('/path/to/dense', untrained), 'docs/api.md', 'exec'), names)
     assert names['state'].step == 1000
+    assert all(len(text) <= 8 and set(text[:-1]).isdisjoint({1}) for text in names['texts']) and names['texts'][0]
     assert names['receipt']['function_check']['whole_model']['max_abs_difference'] < 1e-5
     np.testing.assert_allclose(names['logits'], names['dense'].apply(names['params'], names['image']), atol=1e-5)
     assert 'params/decoder/layers_0/mlp/expert/wi_0/kernel experts' in capsys.readouterr().out

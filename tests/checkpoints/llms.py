@@ -20,7 +20,7 @@ DENSE = (
 )
 MOE = (
     *('mixtral', 'qwen2_moe', 'qwen2_moe_every_layer', 'qwen3_moe_norm', 'qwen3_moe_nonorm', 'olmoe', 'flex_olmo'),
-    'granitemoe',
+    *('granitemoe', 'jetmoe'),
 )
 PAIRS = ('granite_to_granitemoe', 'llama_to_jetmoe', 'llama_to_mixtral', 'olmo2_to_flex_olmo', 'qwen3_to_qwen3_moe')
 
@@ -124,15 +124,16 @@ def outputs(model, params, batch):
 def assert_routing(model, routers, ref):
     """Asserts that the logits of routers, for the rows of a reference, choose its experts with its weights."""
     rows, length = ref['input_ids'].shape
-    layers = [int(path.split('/')[1].removeprefix('layers_')) for path in model.moe_layers()]
-    np.testing.assert_array_equal(layers, ref['moe_layers'])
-    for i, (moe, logits) in enumerate(zip(model.moe_layers().values(), routers, strict=True)):
-        logits = logits[:rows]
-        flat = np.asarray(logits).reshape(-1, moe.num_experts)
-        np.testing.assert_allclose(flat, ref['router_logits'][i], rtol=0, atol=1e-4)
-        choices, _ = moe.route_dropless(logits, np.ones((rows, length), bool))
-        np.testing.assert_array_equal(
-            np.asarray(choices.expert_GxSxK).reshape(rows * length, -1), ref['router_experts'][i]
-        )
-        weights = np.asarray(choices.weight_GxSxK).reshape(rows * length, -1)
-        np.testing.assert_allclose(weights, ref['router_weights'][i], rtol=0, atol=1e-5)
+    routers = {path: logits[:rows] for path, logits in zip(model.moe_layers(), routers, strict=True)}
+    for kind, prefix in (('mlp', 'router'), ('self_attention', 'attention_router')):
+        paths = [path for path in routers if path.endswith(kind)]
+        layers = [int(path.split('/')[1].removeprefix('layers_')) for path in paths]
+        np.testing.assert_array_equal(layers, ref['moe_layers'] if f'{prefix}_logits' in ref else [])
+        for i, path in enumerate(paths):
+            moe = model.moe_layers()[path]
+            flat = np.asarray(routers[path]).reshape(-1, moe.num_experts)
+            np.testing.assert_allclose(flat, ref[f'{prefix}_logits'][i], rtol=0, atol=1e-4)
+            choices, _ = moe.route_dropless(routers[path], np.ones((rows, length), bool))
+            experts, weights = (np.asarray(x).reshape(rows * length, -1) for x in choices)
+            np.testing.assert_array_equal(experts, ref[f'{prefix}_experts'][i])
+            np.testing.assert_allclose(weights, ref[f'{prefix}_weights'][i], rtol=0, atol=1e-5)

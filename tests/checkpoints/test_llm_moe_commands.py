@@ -18,9 +18,8 @@ def export(capsys):
     return run
 
 
-@pytest.mark.parametrize('name', ['qwen2_moe', 'granitemoe'])
-def test_through_a_checkpoint_of_ours(name, tmp_path, export, capsys):
-    ours, theirs = tmp_path / 'ours', tmp_path / 'theirs'
+def test_through_a_checkpoint_of_ours(tmp_path, export, capsys):
+    name, ours, theirs = 'qwen2_moe', tmp_path / 'ours', tmp_path / 'theirs'
     assert call(['import', f'--from={llms.FOLDERS / name}', f'--to={ours}'], capsys)[0] == 0
     assert export(ours, theirs)[0] == 0
     before, after = llms.tensors_of(llms.FOLDERS / name), llms.tensors_of(theirs)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.checkpoints import trees
+from tests.checkpoints import llms, trees
 from tests.fixtures import fixtures_dir, requires_fixtures
 from upcycle.checkpoints import safetensors
 from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
 from upcycle.errors import UserError
-from upcycle.formats import FolderRequest
 
 pytestmark = requires_fixtures
 
@@ -38,12 +37,14 @@ MOE = {
     'olmoe': ({'num_experts': 4, 'normalize_combine_weights': False}, 'all'),
     'flex_olmo': ({'num_experts': 4, 'normalize_combine_weights': False}, 'all'),
     'granitemoe': ({'num_experts': 4, 'normalize_combine_weights': True}, 'all'),
+    'jetmoe': ({'num_experts': 4, 'normalize_combine_weights': True}, 'all'),
 }
 PAIRS = {
     'upcycle_llama_to_mixtral': 'llama',
     'upcycle_qwen3_to_qwen3_moe': 'qwen3',
     'upcycle_olmo2_to_flex_olmo': 'olmo2',
     'upcycle_granite_to_granitemoe': 'granite',
+    'upcycle_llama_to_jetmoe': 'llama',
 }
 FOLDERS = [*MOE, *(f'{pair}/moe' for pair in PAIRS)]
 # Fields of transformers that say nothing about the function, and fields whose default is what the folder says.
@@ -147,14 +148,6 @@ MIXTRAL = {'w1': 'gate', 'w3': 'up', 'w2': 'down'}
 USUAL = {'gate_proj': 'gate', 'up_proj': 'up', 'down_proj': 'down'}
 
 
-def write_tensors(folder, tensors):
-    shapes = {name: trees.jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tensors.items()}
-    files = safetensors.FilesWriter(epath.Path(folder), shapes)
-    for name, value in tensors.items():
-        files.write(name, value)
-    files.finish({})
-
-
 @pytest.mark.parametrize('name', ['mixtral', 'qwen2_moe', 'qwen3_moe_nonorm', 'olmoe', 'flex_olmo', 'granitemoe'])
 def test_fused_tensors_are_read_to_the_same_leaves(name, tmp_path):
     source = folder_of(name)
@@ -170,7 +163,7 @@ def test_fused_tensors_are_read_to_the_same_leaves(name, tmp_path):
         block, matrices = ('block_sparse_moe', MIXTRAL) if name == 'mixtral' else ('mlp', USUAL)
         tensors = fused(stored, block, matrices)
     assert any(key.endswith('experts.gate_up_proj') for key in tensors)
-    write_tensors(tmp_path, tensors)
+    llms.write(tmp_path, tensors)
     shutil.copy(source / 'config.json', tmp_path)
     trees.assert_same(HuggingFaceReader(epath.Path(tmp_path)), tree_of(HuggingFaceReader(source)))
 
@@ -179,16 +172,20 @@ def test_a_fused_tensor_of_another_shape(tmp_path):
     source = folder_of('olmoe')
     stored, _ = safetensors.read_files(source / safetensors.SINGLE)
     tensors = fused(stored, 'mlp', USUAL)
-    shutil.copy(source / 'config.json', tmp_path)
     name = 'model.layers.1.mlp.experts.gate_up_proj'
-    for changed, said in (
-        (tensors[name][:, 1:], 'has the wrong shape .4, 87, 40.: it must hold all experts'),
-        (tensors[name][:3], r'has no model.layers.1.mlp.experts.3.gate_proj.weight, one of 4 arrays'),
-        (tensors[name][:, 2:], r'experts.0.gate_proj.weight.* asks for .44, 40.'),
+    for case, (changed, said) in enumerate(
+        (
+            (tensors[name][:, 1:], 'has the wrong shape .4, 87, 40.: it must hold all experts'),
+            (tensors[name][:3], r'has no model.layers.1.mlp.experts.3.gate_proj.weight, one of 4 arrays'),
+            (tensors[name][:, 2:], r'experts.0.gate_proj.weight.* asks for .44, 40.'),
+        )
     ):
-        write_tensors(tmp_path, tensors | {name: np.ascontiguousarray(changed)})
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        shutil.copy(source / 'config.json', folder)
+        llms.write(folder, tensors | {name: np.ascontiguousarray(changed)})
         with pytest.raises(UserError, match=said):
-            HuggingFaceReader(epath.Path(tmp_path))
+            HuggingFaceReader(epath.Path(folder))
 
 
 def test_a_config_that_contradicts_the_tensors(tmp_path):
@@ -220,8 +217,3 @@ def test_norm_topk_prob_is_false_where_it_is_absent(tmp_path):
         del config['norm_topk_prob']
         (folder / 'copy' / 'config.json').write_text(json.dumps(config))
         assert HuggingFaceReader(source).metadata['model']['config']['moe']['normalize_combine_weights'] is False
-
-
-def test_a_request_by_name(tmp_path):
-    reader = HuggingFaceReader(folder_of('mixtral'))
-    assert FolderRequest('mixtral').layout == 'mixtral' and reader.metadata['model_type'] == 'mixtral'

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from upcycle.formats import FolderRequest, folder_request
 from upcycle.models.causal_lm import CausalLM
 from upcycle.models.decoder import DecoderConfig
 from upcycle.moe.config import MoEConfig
+from upcycle.transfer import discarded_if_refused
 
 SIZES = {'vocab_size': 64, 'emb_dim': 16, 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 4, 'mlp_dim': 24}
 SIZES['num_layers'] = 3
@@ -240,9 +242,10 @@ def test_a_scale_of_weights_is_a_factor_of_the_experts(fields, layout, tmp_path)
     trees.assert_same(reader, tree)
     assert reader.metadata['model']['config']['moe']['weight_scale'] == 0.5
     # For transformers, and for us without the note.
-    stored = llms.tensors_of(epath.Path(path))
-    llms.write(epath.Path(path), stored)
-    plain = open_checkpoint(path)
+    (tmp_path / 'plain').mkdir()
+    shutil.copy(epath.Path(path) / 'config.json', tmp_path / 'plain')
+    llms.write(tmp_path / 'plain', llms.tensors_of(epath.Path(path)))
+    plain = open_checkpoint(tmp_path / 'plain')
     assert 'weight_scale' not in plain.metadata['model']['config']['moe']
     for name, value in tree.items():
         np.testing.assert_array_equal(plain.read(name), value / 2 if name.endswith('expert/wo/kernel') else value)
@@ -291,13 +294,11 @@ class _Only:
 def _write(path, tree, metadata, request):
     leaves = {name: trees.jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in tree.items()}
     writer = create_checkpoint(path, 'huggingface', leaves, step=None, identity={}, metadata=metadata, request=request)
-    try:
+    with discarded_if_refused(writer):
         for name, regions in writer.todo().items():
             for region in regions:
                 writer.write(name, region, tree[name][region])
         writer.finish(metadata)
-    finally:
-        writer.close()
     return writer.path
 
 
@@ -405,3 +406,16 @@ def test_a_dense_model_has_no_layout_with_experts():
     metadata = open_checkpoint(llms.FOLDERS / 'llama').metadata
     with pytest.raises(UserError, match='--layout=mixtral cannot store this model: .*Use --layout=llama'):
         chosen(metadata, 'mixtral')
+
+
+@pytest.mark.parametrize(
+    'layout, said',
+    [
+        ('mixtral', '--layout=mixtral is not one of t5, mt5, umt5'),
+        ('umt5', '--layout=umt5 cannot store this model, which is a t5'),
+    ],
+)
+def test_another_family_has_its_own_names(layout, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        _write(tmp_path / 'x', trees.t5(False, state=False), {}, FolderRequest(layout))
+    assert not list(tmp_path.iterdir())

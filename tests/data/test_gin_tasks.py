@@ -7,6 +7,7 @@ from PIL import Image
 
 import gin
 import upcycle
+from upcycle.commands import tokenize
 from upcycle.data import images
 from upcycle.data.text import DatasetConfig
 from upcycle.errors import UserError
@@ -18,7 +19,8 @@ TASKS = sorted((ROOT / 'gin' / 'tasks').glob('*_span_corruption.gin'))
 # photographs.gin is not a task; others include it.
 SYNTHETIC = sorted((ROOT / 'gin' / 'tasks').glob('synthetic_*.gin'))
 OTHERS = [ROOT / 'gin' / 'tasks' / f'{name}.gin' for name in ('photographs', 'superglue', 'stdlib_keyword')]
-NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, *OTHERS}
+CAUSAL = [ROOT / 'gin' / 'tasks' / f'{name}.gin' for name in ('stdlib_bytes', 'tokens')]
+NO_IMAGE_TASKS = {*TASKS, *SYNTHETIC, *OTHERS, *CAUSAL}
 IMAGE_TASKS = sorted({*(ROOT / 'gin' / 'tasks').glob('*.gin')} - NO_IMAGE_TASKS)
 SCANS = ('mnist5k', 'optdigits')
 gin.add_config_file_search_path(str(ROOT / 'gin'))
@@ -120,6 +122,23 @@ def test_a_synthetic_task_file_builds_and_its_operative_config_too(path):
     assert (train.batch_size, train.seed, train.num_batches) == (batch_size, 3, None)
     assert (evaluation.batch_size, evaluation.num_batches, evaluation.seed) == (8, 2, 42)
     assert build(operative, 'BATCH_SIZE')[0] == (train, evaluation)
+
+
+@pytest.mark.parametrize('path', CAUSAL, ids=lambda path: path.stem)
+def test_a_causal_task_file_builds_and_its_operative_config_too(path, tmp_path):
+    more = ''
+    if path.stem == 'tokens':
+        (tmp_path / 'a.txt').write_text('word ' * 2000 + '<sep>' + 'other ' * 400)
+        tokenize.run([str(tmp_path / 'a.txt')], 'bytes', str(tmp_path / 'a'), separator='<sep>', workers=1)
+        more = f"TOKENS_DIR = ['{tmp_path}/a', '{tmp_path}/a']\nTOKENS_MIXTURE = [1.0, 2.0]\nSEQUENCE_LENGTH = 128"
+    (train, evaluation), operative, length = build(f"include '{path}'\n{RUN}\n{more}", 'SEQUENCE_LENGTH')
+    assert build(operative, 'BATCH_SIZE')[0] == (train, evaluation)
+    assert (train.split, train.batch_size, train.seed, train.shuffle, train.repeat) == ('train', 4, 3, True, True)
+    assert (evaluation.split, evaluation.batch_size, evaluation.num_batches) == ('validation', 8, 2)
+    assert (evaluation.shuffle, evaluation.seed, evaluation.repeat) == (True, 42, False)
+    assert next(train.batches())['tokens'].shape == (4, length) and 0 < len(list(evaluation.batches())) <= 2
+    if path.stem != 'tokens':
+        assert f'NUM_EMBEDDINGS = {-(-train.vocabulary_size // 128) * 128}\n' in path.read_text()
 
 
 def image_folder(folder):

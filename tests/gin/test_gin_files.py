@@ -65,12 +65,16 @@ def test_no_gin_file_is_left_out():
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
-    covered |= {'models/llm.gin', 'models/llm_tiny.gin', 'tasks/synthetic_tokens.gin', 'moe/llm.gin'}
+    covered |= {f'models/llm{size}.gin' for size in ('', '_tiny', '_mini')} | {
+        'tasks/synthetic_tokens.gin',
+        'moe/llm.gin',
+    }
+    covered |= {'tasks/stdlib_bytes.gin', 'tasks/tokens.gin'}  # stepped in tests/data/test_without_tensorflow.py
     covered |= {f'models/{size}.gin' for size in LLM_COUNTS}
     covered |= {'models/vit.gin', 'models/vit_mini.gin', 'moe/vit.gin', 'moe/base.gin'}
     covered |= {f'models/vit_{size}.gin' for size in VIT_SIZES}
     covered |= {f'runs/{run}.gin' for run in ('pretrain', 'continue_dense', 'upcycle', 'scratch', 'convert')}
-    covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin'}
+    covered |= {'runs/quickstart.gin', 'runs/quickstart_vision.gin', 'runs/quickstart_llm.gin'}
     covered |= {f'surgery/{name}.gin' for name in (*EXPERT_OPERATORS, *DENSE_OPERATORS)} | {'runs/warm_start.gin'}
     covered |= {f'recipes/{name}.gin' for name in (*RECIPES, *RATES)}
     covered |= {'t5x/continue_upcycled.gin'}  # for T5X

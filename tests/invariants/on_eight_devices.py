@@ -74,15 +74,16 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
     return ImageClassifier(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
-def _llm(moe: dict, **fields) -> CausalLM:
+def _llm(moe: dict, *, attention_experts: bool = False, **fields) -> CausalLM:
     moe = llm_moe(**{'num_experts': 8, 'groups_multiple_of': 8, 'group_size': 32, **moe})
-    config = small_llm(moe=moe, **fields)
+    config = small_llm(moe=moe, attention_moe=moe if attention_experts else None, **fields)
     return CausalLM(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
 
 
 NORMALIZED = {'normalize_combine_weights': True}
 BALANCED = {'balance_bias_rate': 0.01, 'adaptive_balance': AdaptiveBalance()}
 SHARED = {'num_shared_experts': 1}
+SHARED_GATED = SHARED | {'shared_gate': True, 'router_bias': True, 'weight_scale': 0.5}
 SHARED_XFT = {'num_shared_experts': 2, 'granularity': 2, 'shared_weights': 'xft'}
 # Name: model, microbatches, parameters split over data.
 CASES = {
@@ -121,9 +122,28 @@ CASES = {
         True,
     ),
     'vit': (_vit({}), 1, False),
-    'llm': (_llm({}, window=5, window_layers=(0,), qk_norm='projection', moe_layers=(1,)), 1, False),
+    'llm': (
+        _llm(
+            SHARED_GATED,
+            window=5,
+            window_layers=(0,),
+            qk_norm='projection',
+            qkv_bias=True,
+            mlp_bias=True,
+            moe_layers=(1,),
+        ),
+        1,
+        False,
+    ),
     'llm, scanned over split parameters': (
-        _llm({'groups_multiple_of': 16}, tied_embeddings=True, qkv_bias=True, scan_layers=True, remat='full'),
+        _llm(
+            {'groups_multiple_of': 16},
+            tied_embeddings=True,
+            attention_experts=True,
+            moe_output_bias=True,
+            scan_layers=True,
+            remat='full',
+        ),
         2,
         True,
     ),

@@ -8,6 +8,7 @@ import pytest
 from tests.invariants import optimizers_on_eight_devices as optimizers
 from tests.invariants import types_on_eight_devices as types
 from tests.invariants.devices import on_devices, processes
+from tests.invariants.generation_on_eight_devices import generate
 from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
 
 # All on the mesh that splits everything, but for two that repeat what others show.
@@ -46,6 +47,14 @@ def test_a_mesh_equals_one_device(case, mesh):
 @pytest.mark.parametrize(('case', 'mesh'), often_and_exhaustive(OF_PROCESSES, OFTEN_OF_PROCESSES))
 def test_two_processes_equal_one_device(case, mesh):
     assert_same(on_eight(case, 'one device'), processes(2, 4).call(step, case, mesh)[0])
+
+
+# Rows that divide among the devices, and rows that do not, as `upcycle generate` has them.
+@pytest.mark.parametrize(('shape', 'rows'), [((2, 2, 2), 4), ((1, 1, 8), 3)])
+def test_a_mesh_generates_what_one_device_does(shape, rows):
+    (tokens, scores), (expected, expected_scores) = (on_devices(8, generate, s, rows) for s in (shape, (1, 1, 1)))
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
 
 
 def assert_same(whole, split):

@@ -45,6 +45,8 @@ MOES = {
 }
 CONFIGS = {name: small_llm(**fields) for name, fields in (DENSE | MOES).items()}
 CONFIGS['gemma, ragged'] = small_llm(**GEMMA, **MOES['ragged'])
+ATTENTION = {'attention_moe': llm_moe(balance_bias_rate=0.01), 'moe_output_bias': True} | MOES['ragged']
+CONFIGS['attention experts'] = small_llm(**ATTENTION, qk_norm='head', clip_qkv=2.0)
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def test_no_token_id_means_padding():
     assert (logits(CONFIGS['ragged'], tokens)[:, 4:] != logits(CONFIGS['ragged'], changed)[:, 4:]).any(axis=2).all()
 
 
-@pytest.mark.parametrize('name', [*DENSE, 'ragged', 'gemma, ragged'])
+@pytest.mark.parametrize('name', [*DENSE, 'ragged', 'gemma, ragged', 'attention experts'])
 def test_the_cache_gives_the_logits_of_the_whole_text(name):
     """A prefill of prompts of two lengths, padded on the left, then three tokens, then single ones."""
     config, tokens = CONFIGS[name], random_tokens()
@@ -138,6 +140,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text(name):
     [
         (GEMMA | MOES['ragged'] | {'window_layers': (0, 2)}, 'minimal'),
         (MOES['gather'] | {'moe_layers': (1, 3)}, 'full'),
+        (ATTENTION, 'full'),
         pytest.param(SMOLLM | {'rope_layers': (0, 1, 3)}, 'exchange', marks=pytest.mark.exhaustive),
     ],
 )

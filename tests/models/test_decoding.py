@@ -11,7 +11,8 @@ import pytest
 
 from tests.moe.quick import jit, random_params
 from upcycle.errors import UserError
-from upcycle.models.decoding import beam_search, brevity_penalty, generate, sample, t5_step
+from upcycle.models.decoding import beam_search, brevity_penalty, generate, t5_step
+from upcycle.models.generation import Sampling, sample
 from upcycle.models.t5 import T5Config, Transformer
 from upcycle.moe.config import MoEConfig
 
@@ -92,9 +93,12 @@ def search(step, cache, **options):
     return jit(lambda cache: beam_search(step, cache, **options))(cache)
 
 
-def draw(step, cache, **options):
-    """`sample`, jitted."""
-    return jit(lambda cache: sample(step, cache, **options))(cache)
+def draw(step, cache, *, batch_size, max_length, rng=None, eos_id=EOS, **options):
+    """Tokens and scores of `sample`, jitted."""
+    sampling, first_B = Sampling(**options, eos_ids=(eos_id,)), jnp.zeros(batch_size, jnp.int32)
+    run = jit(lambda cache: sample(step, cache, sampling, first_B=first_B, max_length=max_length, key=rng))
+    tokens, _, scores = run(cache)
+    return tokens, scores
 
 
 class TestCache:
@@ -329,16 +333,29 @@ class TestSampling:
         np.testing.assert_array_equal(drawn[0], greedy[0])
         np.testing.assert_allclose(drawn[1], greedy[1], atol=1e-5)
 
-    @pytest.mark.parametrize(('temperature', 'top_k', 'expected'), [(1.0, 0, [1, 2, 3, 4]), (0.5, 3, [0, 4, 9, 16])])
-    def test_draws_from_the_tempered_distribution(self, temperature, top_k, expected):
+    @pytest.mark.parametrize(
+        ('temperature', 'top_k', 'top_p', 'expected'),
+        [
+            (1.0, 0, 1.0, [1, 2, 3, 4]),
+            (0.5, 3, 1.0, [0, 4, 9, 16]),
+            # 4 and 3 have 0.7 of the probability; at temperature 0.5 they have 25/30.
+            (1.0, 0, 0.7, [0, 0, 3, 4]),
+            (1.0, 0, 0.71, [0, 2, 3, 4]),
+            (0.5, 0, 0.8, [0, 0, 9, 16]),
+            # Of the two that top_k leaves, 4 alone has 4/7.
+            (1.0, 2, 0.55, [0, 0, 0, 1]),
+        ],
+    )
+    def test_draws_from_the_tempered_distribution(self, temperature, top_k, top_p, expected):
         logits = jnp.log(jnp.array([1.0, 2.0, 3.0, 4.0]))
-        tokens, scores = sample(
+        tokens, scores = draw(
             lambda tokens, cache: (jnp.broadcast_to(logits, (4000, 4)), cache),
             None,
             batch_size=4000,
             max_length=1,
             temperature=temperature,
             top_k=top_k,
+            top_p=top_p,
             rng=jax.random.key(2),
             eos_id=9,
         )
@@ -356,8 +373,8 @@ class TestSampling:
         assert len(np.unique(np.asarray(tokens)[0], axis=0)) > 1
 
     def test_needs_a_key(self):
-        with pytest.raises(UserError, match='TEMPERATURE = 0.5'):
-            sample(None, None, batch_size=1, max_length=1, temperature=0.5)
+        with pytest.raises(UserError, match='temperature = 0.5'):
+            sample(None, None, Sampling(0.5), first_B=jnp.zeros(1), max_length=1)
 
 
 class TestGenerate:

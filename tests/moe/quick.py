@@ -28,7 +28,7 @@ def random_params(module, *args, seed=0, **kwargs):
         normal = rng.normal(size=shape)
         if path[-1] == 'scale' or not shape:  # one number that routing keeps
             return 1 + 0.1 * normal
-        if path[-1] in ('rel_embedding', 'bias', 'mixing'):
+        if path[-1] in ('rel_embedding', 'bias', 'output_bias', 'mixing'):
             return 0.3 * normal
         if path[-1] == 'embedding':
             return normal

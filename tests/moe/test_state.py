@@ -60,6 +60,16 @@ def test_most_layers_have_none():
 
 
 class TestBias:
+    @pytest.mark.parametrize(('rate', 'moves'), [(0.0, False), (0.5, True)])
+    def test_a_correction_bias_only_moves_with_a_rate(self, rate, moves):
+        """It starts at its stored value, which chooses experts; sigmoid scores weigh them."""
+        model = model_of(correction_bias=True, balance_bias_rate=rate, scores='sigmoid', dispatch='ragged')
+        stored_E = jnp.asarray([0.0, 10.0, 0.0, -10.0])
+        before, after, metrics, _ = stepped(model, change=lambda flat: flat | {BIAS: stored_E})
+        np.testing.assert_array_equal(before[BIAS], stored_E)
+        assert (after[BIAS] != stored_E).any() == moves
+        np.testing.assert_allclose(np.asarray(metrics[f'{SEEN}/load'])[[1, 3]], [0.5, 0.0])
+
     def test_it_chooses_and_does_not_weigh(self):
         rng = np.random.default_rng(0)
         logits_GxSxE = jnp.asarray(rng.normal(size=(2, 16, E)), jnp.float32)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from upcycle.errors import UserError
+from upcycle.surgery.make import Maker
+from upcycle.surgery.plan import Action, Plan, Row, Surgery
 from upcycle.surgery.router_init import DRAWN, clusters, inherited, orthogonal
 
 
@@ -45,6 +47,28 @@ class TestInherited:
         new_DxN = self.make('extended')
         assert np.std(new_DxN) == pytest.approx(0.02, rel=0.1)
         assert abs(np.corrcoef(new_DxN[:, 0], self.old_DxO[:, 1])[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize(
+    ('operator', 'init', 'expected'),
+    [
+        ('copy', 'normal', [0, 0, 0, 0]),
+        ('grow', 'copied', [1, 5, 1, 5]),
+        ('grow', 'extended', [1, 5, 0, 0]),
+        ('grow', 'normal', [0, 0, 0, 0]),
+    ],
+)
+def test_biases_of_a_router(operator, init, expected):
+    """A drawn router has no bias; new experts inherit that of their parents."""
+    bias = 'params/decoder/layers_0/mlp/router/router_weights/w/bias'
+    experts = Row(
+        'params/decoder/layers_0/mlp/expert/wo/kernel', ('wo',), Action.EXPERTS, (4, 2, 2), jnp.float32, (None,) * 3
+    )
+    row = Row(bias, (bias,), Action.ROUTER, (4,), jnp.float32)
+    spec = Surgery(operator, router_init=init, router_noise=0.0)
+    plan = Plan((experts, row), {}, spec, num_mlps=2)
+    made = Maker(plan, lambda name, sharding: np.asarray([1, 5], np.float32), new={}).leaf(row)
+    np.testing.assert_array_equal(made, expected)
 
 
 class TestClusters:

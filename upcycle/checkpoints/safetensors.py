@@ -246,19 +246,19 @@ class FilesWriter:
         """Writes the headers, with `notes` in each, and the index."""
         if todo := sorted(name for name, size in self._todo.items() if size):
             raise ValueError(f'not written: {todo[:3]}')
+        # The arrays of a file have no gaps, so their size is the end of the last one.
+        sizes = {file: max(e['data_offsets'][1] for e in entries.values()) for file, entries in self._headers.items()}
         for file, entries in self._headers.items():
             header = json.dumps({'__metadata__': notes, **entries}).encode()
             # The format pads the header with spaces.
             start = (self._header_bytes - 8).to_bytes(8, 'little')
             self._pwrite(file, start + header.ljust(self._header_bytes - 8), 0)
             descriptor = self._descriptors.pop(file)
-            os.ftruncate(descriptor, self._header_bytes + max(end for _, end in _offsets(entries)))
+            os.ftruncate(descriptor, self._header_bytes + sizes[file])  # there may have been a longer file
             os.fsync(descriptor)
             os.close(descriptor)
         if len(self._headers) > 1:
-            # The arrays of a file have no gaps, so its size is the end of its last array.
-            size = sum(max(end for _, end in _offsets(entries)) for entries in self._headers.values())
-            index = {'metadata': {'total_size': size}, 'weight_map': self._files}
+            index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': self._files}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
 
     def close(self) -> None:
@@ -267,11 +267,6 @@ class FilesWriter:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self._descriptors.clear()
-
-
-def _offsets(entries: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Returns the first byte of each array of a file, and the byte after its last one."""
-    return [tuple(entry['data_offsets']) for entry in entries.values()]
 
 
 def _offset(region: views.Region, shape: Sequence[int]) -> int:

@@ -19,10 +19,11 @@ class BadRecords:
 
     Args:
       most: number of records that may be skipped [MAX_BAD_RECORDS].
+      setting: name of that number, for messages.
     """
 
-    def __init__(self, most: int):
-        self._most = most
+    def __init__(self, most: int, setting: str = 'MAX_BAD_RECORDS'):
+        self._most, self._setting = most, setting
         self._seen: set[str] = set()
 
     def leave_out(self, record: BadRecordError) -> None:
@@ -39,6 +40,6 @@ class BadRecords:
             raise record
         if len(self._seen) > self._most:
             raise UserError(
-                f'{len(self._seen)} bad records are more than MAX_BAD_RECORDS = {self._most}; the last one: {text}'
+                f'{len(self._seen)} bad records are more than {self._setting} = {self._most}; the last one: {text}'
             )
         warn(f'bad record {len(self._seen)} of at most {self._most} is skipped: {text}')

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 # Purposes make different uses of one seed independent.
-ORDER, AUGMENT, NOISE = 1, 2, 3
+ORDER, AUGMENT, NOISE, PHASE = 1, 2, 3, 4
 
 
 def words(seed: int, purpose: int, first: int, count: int, each: int) -> np.ndarray:

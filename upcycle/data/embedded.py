@@ -1,4 +1,4 @@
-"""Text that needs no download: the source code of the running Python's standard library, about 13 MB.
+"""Tasks on text that needs no download, the source code of the running Python's standard library.
 
 Importing this module registers the seqio tasks `stdlib_span_corruption` (pretraining) and `stdlib_keyword` (fine-tuning). Files
 are read at first use. Each Python version is a different corpus with a different fingerprint.
@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import collections
 import functools
-import pathlib
 import re
-import sysconfig
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from upcycle.data import corpus, random_access, tensorflow_quiet
+from upcycle.data.stdlib_source import stdlib_documents
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 seqio = tensorflow_quiet.seqio()
-
-# Tests are repetitive and contain other encodings on purpose; installed packages differ between machines.
-_LEFT_OUT = {'test', 'tests', 'idle_test', 'idlelib', 'site-packages', 'dist-packages', '__pycache__'}
-
-
-def stdlib_documents() -> list[corpus.Document]:
-    """The standard library's .py files; about 5%, chosen by the hashes of their paths, are the validation split."""
-    root = pathlib.Path(sysconfig.get_path('stdlib'))
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob('*.py')}
-    names = [name for name in paths if not _LEFT_OUT & set(name.split('/')) and not name.startswith('_sysconfigdata')]
-    splits = corpus.split_by_hash(names)
-    return [corpus.Document(name, splits[name], paths[name].read_bytes()) for name in names]
-
 
 _VOCABULARY = seqio.ByteVocabulary(extra_ids=100)
 

@@ -13,6 +13,7 @@ from upcycle.errors import UserError
 from upcycle.evaluate import token_statistics
 from upcycle.evaluate.protocol import Evaluator, Subject
 from upcycle.models import Model, Params
+from upcycle.moe.groups import layer_name
 from upcycle.schema import Count
 
 
@@ -72,7 +73,7 @@ def diversity(params: Any, paths: Sequence[str]) -> dict[str, jax.Array]:
         # Leaf by leaf, so that the devices gather at most one leaf of all experts at a time.
         gram_ExE = sum(_gram(leaf_ExN) for leaf_ExN in jax.tree.leaves(layer['expert']))
         mean, largest = _pairs(gram_ExE)
-        values = by_layer[path.rpartition('/')[0]] = {'expert_cosine': mean, 'expert_cosine_largest': largest}
+        values = by_layer[layer_name(path)] = {'expert_cosine': mean, 'expert_cosine_largest': largest}
         if 'router' in layer:
             kernel_DxN = layer['router']['router_weights']['w']['kernel']
             # Soft MoE has several columns per expert: they form one vector.

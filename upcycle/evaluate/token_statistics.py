@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from upcycle.models import Model, Params
 from upcycle.models.activations import forward_and_activations
+from upcycle.moe.groups import layer_name
 from upcycle.moe.routing import Choices, Routing
 
 Batch = Mapping[str, jax.Array]
@@ -55,7 +56,7 @@ def token_statistics(params: Params, batch: Batch, *, model: Model) -> dict[str,
         count_ExV = counts(
             routing, jnp.where(real_BxL, kind_BxL, num_kinds), num_kinds, model.moe_layers()[path].num_experts
         )
-        name = f'experts/{path.rpartition("/")[0]}'
+        name = f'experts/{layer_name(path)}'
         metrics[f'{name}/token_information'] = information(count_ExV)
         metrics[f'{name}/token_kinds'] = jnp.exp(_entropy(_shares(count_ExV, axis=1), axis=1))
         metrics[f'{name}/typical_tokens'] = typical(count_ExV)

@@ -11,6 +11,7 @@ import numpy as np
 
 from upcycle import schema
 from upcycle.errors import UserError, refuse
+from upcycle.models.generation import Generated, Sampling, generate
 from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.layer import METRICS, moe_metrics
 
@@ -24,6 +25,7 @@ class BaseModel:
 
     lacking: ClassVar[tuple[str, ...]] = ()
     grids: ClassVar[tuple[str, ...]] = ()
+    prompts: ClassVar[str | None] = None
     told: ClassVar[tuple[str, ...]] = ()
     moe_fields: ClassVar[tuple[str, ...]]
     network: ClassVar[type[nn.Module]]
@@ -86,6 +88,23 @@ class BaseModel:
     def moe_module(self, path: str) -> nn.Module:
         """See `models.Model`."""
         return self.config.moe_layer(self.moe_layers()[path])
+
+    def generate(
+        self,
+        params: Any,
+        tokens: Any,
+        mask: Any = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_ids: Iterable[int] = (),
+        key: jax.Array | int = 0,
+    ) -> Generated:
+        """See `models.Model`."""
+        sampling = Sampling(temperature, top_k, top_p, tuple(eos_ids))
+        return generate(self, params, tokens, mask, sampling, max_new_tokens, key)
 
     def moe_loss(self, written: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the auxiliary loss of the MoE layers and their metrics, from the variables that a forward pass wrote."""

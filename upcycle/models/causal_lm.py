@@ -1,21 +1,26 @@
 """Decoder-only language models for the trainer: next-token loss, cost and MoE layers."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from upcycle import cost, schema
 from upcycle.errors import UserError
+from upcycle.models.attention_experts import RouterOnly
 from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.decoder import DecoderConfig, DecoderOnly
+from upcycle.models.generation import Cache
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
+from upcycle.moe.groups import is_attention
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
 from upcycle.schema import Natural, Rate
@@ -25,7 +30,8 @@ _SAMPLE = (2, 32)  # sequences and tokens of `sample_inputs`
 _OPTIONAL = ('positions', 'segment_ids', 'mask')
 # Fields of the configuration that shapes tell, and those that do not change the function.
 _SHAPES = {'vocab_size', 'emb_dim', 'mlp_dim', 'num_layers'}
-_FORM = {'dtype', 'dropout_rate', 'expert_dropout_rate', 'remat', 'scan_layers', 'moe', 'moe_layers'}
+_FORM = {'dtype', 'dropout_rate', 'expert_dropout_rate', 'remat', 'scan_layers'}
+_EXPERTS = {'moe', 'moe_layers', 'moe_output_bias', 'attention_moe'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +57,15 @@ class CausalLM(BaseModel):
 
     family = 'llm'
     title = 'decoder-only model'
-    telltale = 'decoder/layers_0/self_attention/query/kernel'
+    telltale = 'decoder/layers_0/self_attention/key/kernel'
     head = ('decoder/logits_dense',)
-    facts = tuple(f.name for f in dataclasses.fields(DecoderConfig) if f.name not in _SHAPES | _FORM)
+    facts = tuple(f.name for f in dataclasses.fields(DecoderConfig) if f.name not in _SHAPES | _FORM | _EXPERTS)
     inputs = ('tokens',)
     blocks = ('layers',)
     components = ('mlp', 'self_attention')
-    moe_fields = ('moe',)
+    prompts = 'continued'
+    moe_fields = ('moe', 'attention_moe')
+    told = ('moe_output_bias',)
     settings = 'models/llm.gin'
     network = DecoderOnly
 
@@ -73,10 +81,12 @@ class CausalLM(BaseModel):
             )
         vocab_size, emb_dim = shapes['token_embedder/embedding']
         attention = 'decoder/layers_0/self_attention'
+        queries = [f'{attention}/query/kernel', f'{attention}/expert/query/kernel']
+        query = next((name for name in queries if name in shapes), queries[0])
         config = known_facts(path, DecoderConfig, facts, cls.facts) | {
             'vocab_size': vocab_size,
             'emb_dim': emb_dim,
-            'num_heads': shapes[f'{attention}/query/kernel'][1] // facts['head_dim'],
+            'num_heads': shapes[query][-1] // facts['head_dim'],
             'num_kv_heads': shapes[f'{attention}/key/kernel'][1] // facts['head_dim'],
             'mlp_dim': mlp_width(shapes, r'/mlp/(expert/)?wo/kernel$'),
             'num_layers': count_layers(shapes, r'decoder/layers_(\d+)/'),
@@ -86,8 +96,8 @@ class CausalLM(BaseModel):
 
     def smallest_batch(self) -> BatchSpec:
         """See `models.Model`."""
-        moe = self.config.moe
-        return {'tokens': ((1 if moe is None else moe.groups_multiple_of, 1), 'int32')}
+        multiples = (moe.groups_multiple_of for moe in (self.config.moe, self.config.attention_moe) if moe is not None)
+        return {'tokens': ((math.lcm(*multiples), 1), 'int32')}
 
     def init(self, rng: jax.Array, batch_spec: BatchSpec) -> Mapping[str, Any]:
         """See `models.Model`. Parameters do not depend on the sizes in `batch_spec`."""
@@ -152,6 +162,27 @@ class CausalLM(BaseModel):
             features['mask'] = features['mask'] != 0
         return self.module().apply({'params': params}, **features, training=False)
 
+    def prefill(self, params: Any, tokens: jax.Array, mask: jax.Array, max_new_tokens: int) -> tuple[jax.Array, Cache]:
+        """See `models.Model`. All tokens but the last of a prompt are read at once."""
+        if tokens.shape[1] == 1:  # nothing to read makes no cache
+            tokens, mask = (jnp.pad(x, ((0, 0), (1, 0))) for x in (tokens, mask))
+        _, cache = self._append(params, tokens[:, :-1], mask[:, :-1], tokens.shape[1] - 1 + max_new_tokens, {})
+        return tokens[:, -1], cache
+
+    def decode(self, params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """See `models.Model`."""
+        logits_Bx1xV, cache = self._append(params, tokens, None, cache['real'].shape[1], cache)
+        return logits_Bx1xV[:, 0], cache
+
+    def _append(
+        self, params: Any, tokens: jax.Array, mask: jax.Array | None, max_length: int, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        variables = {'params': params} | ({'cache': cache} if cache else {})
+        logits_BxLxV, written = self.module().apply(
+            variables, tokens, mask=mask, max_length=max_length, mutable=['cache']
+        )
+        return logits_BxLxV, written['cache']
+
     def forward_flops(self, batch_spec: BatchSpec, *, training: bool) -> dict[str, float]:
         """See `models.Model`. Attention counts all pairs of positions, also those that the mask hides."""
         c = self.config
@@ -160,15 +191,24 @@ class CausalLM(BaseModel):
         projections = 2 * cost.matmul(batch * length, c.emb_dim, heads + kv_heads)
         scores = 2 * batch * cost.matmul(length, heads, length)
         layers, matrices = c.layer_moe(), len(c.mlp_activations) + 1
-        return {
-            'attention': c.num_layers * (projections + scores),
-            **cost.mlps(layers, batch * length, c.emb_dim, c.mlp_dim, matrices, training=training),
-            'logits': cost.matmul(batch * length, c.emb_dim, c.vocab_size),
-        }
+        parts = collections.Counter(attention=c.num_layers * (projections + scores))
+        parts.update(cost.mlps(layers, batch * length, c.emb_dim, c.mlp_dim, matrices, training=training))
+        if c.attention_moe is not None:
+            routing = cost.routing(c.attention_moe, batch * length, c.emb_dim, training=training)
+            parts.update({name: c.num_layers * flops for name, flops in routing.items()})
+        return {**parts, 'logits': cost.matmul(batch * length, c.emb_dim, c.vocab_size)}
 
     def moe_layers(self) -> dict[str, MoE]:
         """See `models.Model`."""
-        return {f'decoder/layers_{i}/mlp': moe for i, moe in enumerate(self.config.layer_moe()) if moe is not None}
+        layers: dict[str, MoE] = {}
+        for i, kind in enumerate(self.config.kinds()):
+            both = (('self_attention', kind.attention_moe), ('mlp', kind.moe))
+            layers |= {f'decoder/layers_{i}/{name}': moe for name, moe in both if moe is not None}
+        return layers
+
+    def moe_module(self, path: str) -> nn.Module:
+        """See `models.Model`. Of attention experts only the router, since their output depends on other tokens."""
+        return RouterOnly(self.config.attention_moe) if is_attention(path) else super().moe_module(path)
 
     def num_tokens(self, batch_spec: BatchSpec) -> int:
         """See `models.Model`."""

@@ -1,7 +1,7 @@
-"""A decoder-only Transformer for the layouts of Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi-3 and Granite.
+"""A decoder-only Transformer for the layouts of Llama, Mistral, Qwen, Gemma, SmolLM, OLMo, Phi-3, Granite and JetMoE.
 
 Parameter names are T5X's. Any MLP can be an MoE layer; a dense model and its upcycled one differ only in `mlp/expert/*` and
-`mlp/router/*`.
+`mlp/router/*`. Attention can have experts, too.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from upcycle import schema
 from upcycle.errors import refuse
+from upcycle.models.attention_experts import AttentionExperts, refusals
 from upcycle.models.grouped_attention import SelfAttention
 from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
 from upcycle.models.rope import Rope, RopeType
@@ -52,11 +53,13 @@ class LayerKind(NamedTuple):
       moe: the MoE layer; None for a dense MLP.
       window: of attention; None for full attention.
       rope: whether queries and keys are rotated.
+      attention_moe: the attention experts; None for dense attention.
     """
 
     moe: MoE | None
     window: int | None
     rope: bool
+    attention_moe: MoE | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,9 @@ class DecoderConfig:
       moe: MoE layers; None for a dense model [MOE].
       moe_layers: which layers: 'all', 'none', 'every_other' (1, 3, 5, ...), 'last_half', 'last_N' or a list of indices
         [MOE_LAYERS].
+      moe_output_bias: a bias of the output of every MoE layer, attention experts included [MOE_OUTPUT_BIAS].
+      attention_moe: attention experts in every layer, see `attention_experts.AttentionExperts`; None for dense attention. Then
+        num_heads is num_selected_experts * num_kv_heads, the query heads of a token [ATTENTION_MOE].
     """
 
     vocab_size: Count
@@ -160,6 +166,8 @@ class DecoderConfig:
     scan_layers: bool = False
     moe: MoE | None = None
     moe_layers: str | Sequence[int] = 'all'
+    moe_output_bias: bool = False
+    attention_moe: MoE | None = None
 
     def __post_init__(self):
         schema.validate(self, _MACROS)
@@ -182,9 +190,11 @@ class DecoderConfig:
                 object.__setattr__(self, layers, 'all')
         for moe in filter(None, self.layer_moe()):
             moe.expert_width(self.mlp_dim)
-        if self.moe is not None and not self.moe.causal:
-            refuse(self.moe.looks_ahead())
-            object.__setattr__(self, 'moe', dataclasses.replace(self.moe, causal=True))
+        for name in ('moe', 'attention_moe'):
+            moe = getattr(self, name)
+            if moe is not None and not moe.causal:
+                refuse(moe.looks_ahead())
+                object.__setattr__(self, name, dataclasses.replace(moe, causal=True))
 
     def _invalid(self) -> Iterator[str]:
         """Yields a sentence for each contradiction between fields."""
@@ -207,6 +217,10 @@ class DecoderConfig:
             )
         if self.window_rope_theta is not None and self.window is None:
             yield f'WINDOW_ROPE_THETA = {self.window_rope_theta} belongs to layers with a window: set WINDOW.'
+        if self.attention_moe is not None:
+            yield from refusals(self)
+        elif self.moe_output_bias and self.moe is None:
+            yield 'MOE_OUTPUT_BIAS = True needs MoE layers: set MOE, or turn it off.'
 
     def layer_moe(self) -> tuple[MoE | None, ...]:
         """Returns the MoE of each layer; None where the MLP is dense."""
@@ -217,7 +231,7 @@ class DecoderConfig:
         windowed = () if self.window is None else sparse_layers(self.window_layers, self.num_layers, 'WINDOW_LAYERS')
         rotated = sparse_layers(self.rope_layers, self.num_layers, 'ROPE_LAYERS')
         return tuple(
-            LayerKind(moe, self.window if i in windowed else None, i in rotated)
+            LayerKind(moe, self.window if i in windowed else None, i in rotated, self.attention_moe)
             for i, moe in enumerate(self.layer_moe())
         )
 
@@ -246,11 +260,12 @@ class DecoderConfig:
         """Returns the module of an MoE layer."""
         # Slots have no order: a dropout mask for all of them would drop a neuron for the whole batch.
         expert = {'dropout_rate': self.expert_dropout_rate, 'dropout_broadcast_axis': None}
-        return replace_mlp(moe, MlpBlock, self.mlp_arguments, expert, name)
+        return replace_mlp(moe, MlpBlock, self.mlp_arguments, expert, name, output_bias=self.moe_output_bias)
 
     def dense(self) -> 'DecoderConfig':
-        """Returns the same model with dense MLPs only."""
-        return dataclasses.replace(self, moe=None)
+        """Returns the same model with dense attention and MLPs only, each as wide as an expert's."""
+        heads = self.num_heads if self.attention_moe is None else self.num_kv_heads
+        return dataclasses.replace(self, num_heads=heads, moe=None, attention_moe=None, moe_output_bias=False)
 
 
 class DecoderLayer(nn.Module):
@@ -272,7 +287,13 @@ class DecoderLayer(nn.Module):
     ) -> jax.Array:
         """Applies the layer; see `SelfAttention` for the arguments."""
         config, moe = self.config, self.kind.moe
-        attention = SelfAttention(config, self.kind, name='self_attention')
+
+        def attention(y_BxLxD: jax.Array) -> jax.Array:
+            if self.kind.attention_moe is None:
+                dense = SelfAttention(config, self.kind, name='self_attention')
+                return dense(y_BxLxD, position_BxL, mask_BxLxK, index, max_length)
+            experts = AttentionExperts(config, self.kind, name='self_attention')
+            return experts(y_BxLxD, real_BxL, position_BxL, mask_BxLxK, index, training, max_length)
 
         def mlp(y_BxLxD: jax.Array) -> jax.Array:
             if moe is None:
@@ -280,9 +301,7 @@ class DecoderLayer(nn.Module):
             layer = config.moe_layer(moe, name='mlp')
             return layer(y_BxLxD, real_BxL, training=training, decoding=max_length is not None)
 
-        x_BxLxD = self._add(
-            'self_attention', x_BxLxD, lambda y: attention(y, position_BxL, mask_BxLxK, index, max_length), training
-        )
+        x_BxLxD = self._add('self_attention', x_BxLxD, attention, training)
         return self._add('mlp', x_BxLxD, mlp, training)
 
     def _add(

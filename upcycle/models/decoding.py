@@ -1,10 +1,10 @@
-"""Generation with a key/value cache: greedy, sampling and T5X's beam search for any model; the decoding step of T5.
+"""T5X's beam search for any model with a key/value cache; the decoding step of T5.
 
 Shape suffixes: `B` rows of a batch, `N` decodes (beams) of a row, `L` length, `V` vocabulary. A model sees a batch of `B * N`
 sequences, the decodes of a row adjacent.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,13 +13,9 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from upcycle.errors import UserError
+from upcycle.models.generation import PAD_ID, Cache, Sampling, TokensToLogits, sample
 
-# Arrays with a leading axis of B * N, and scalars, which all decodes share.
-Cache = Any
-# (tokens (B * N, 1), cache) -> (logits (B * N, V) of the next token, cache with this position added).
-TokensToLogits = Callable[[jax.Array, Cache], tuple[jax.Array, Cache]]
-
-PAD_ID = 0  # also the decoder's first input
+FIRST_ID = PAD_ID  # the decoder's first input
 EOS_ID = 1
 
 
@@ -28,75 +24,9 @@ def brevity_penalty(alpha: float, length: jax.Array | int) -> jax.Array:
     return jnp.power((5.0 + length) / 6.0, alpha)
 
 
-class _Samples(NamedTuple):
-    step: jax.Array
-    tokens_BxL: jax.Array  # starts with the decoder's first input, so L is one more than is returned
-    score_B: jax.Array
-    ended_B: jax.Array
-    cache: Cache
-
-
-def sample(
-    tokens_to_logits: TokensToLogits,
-    cache: Cache,
-    *,
-    batch_size: int,
-    max_length: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    rng: jax.Array | None = None,
-    eos_id: int = EOS_ID,
-) -> tuple[jax.Array, jax.Array]:
-    """Generates sequences, greedily or by sampling.
-
-    Args:
-      tokens_to_logits: one step of the model.
-      cache: empty, for B sequences.
-      batch_size: B; every sequence is a row.
-      max_length: L, the most tokens to generate, end token included.
-      temperature: divides logits before sampling; 0 for greedy decoding.
-      top_k: sample among this many most probable tokens; 0 for all.
-      rng: key, required for sampling.
-      eos_id: the end token.
-
-    Returns:
-      Tokens (B, L) with padding after the end, and their log-probability (B,) under the model (at temperature 1).
-
-    Raises:
-      UserError: sampling without a key.
-    """
-    if temperature > 0 and rng is None:
-        raise UserError(f'TEMPERATURE = {temperature} samples tokens: pass a key as `rng`, or set it to 0.')
-
-    def unfinished(s: _Samples) -> jax.Array:
-        return (s.step < max_length) & ~s.ended_B.all()
-
-    def advance(s: _Samples) -> _Samples:
-        token_Bx1 = jax.lax.dynamic_slice_in_dim(s.tokens_BxL, s.step, 1, axis=1)
-        logits_BxV, cache = tokens_to_logits(token_Bx1, s.cache)
-        log_prob_BxV = jax.nn.log_softmax(logits_BxV.astype(jnp.float32))
-        if temperature == 0:
-            token_B = jnp.argmax(log_prob_BxV, axis=-1)
-        else:
-            least_Bx1 = jax.lax.top_k(log_prob_BxV, top_k)[0][:, -1:] if top_k else -jnp.inf
-            open_BxV = jnp.where(log_prob_BxV >= least_Bx1, log_prob_BxV / temperature, -jnp.inf)
-            token_B = jax.random.categorical(jax.random.fold_in(rng, s.step), open_BxV)
-        token_B = jnp.where(s.ended_B, PAD_ID, token_B)
-        log_prob_B = jnp.take_along_axis(log_prob_BxV, token_B[:, None], axis=1)[:, 0]
-        tokens_BxL = s.tokens_BxL.at[:, s.step + 1].set(token_B)
-        score_B = s.score_B + jnp.where(s.ended_B, 0.0, log_prob_B)
-        return _Samples(s.step + 1, tokens_BxL, score_B, s.ended_B | (token_B == eos_id), cache)
-
-    B = batch_size
-    empty_BxL = jnp.full((B, max_length + 1), PAD_ID, jnp.int32)
-    start = _Samples(jnp.zeros((), jnp.int32), empty_BxL, jnp.zeros(B), jnp.zeros(B, bool), cache)
-    end = jax.lax.while_loop(unfinished, advance, start)
-    return end.tokens_BxL[:, 1:], end.score_B
-
-
 class _Beams(NamedTuple):
     step: jax.Array
-    live_BxNxL: jax.Array  # L as in `_Samples`; undefined for missing beams
+    live_BxNxL: jax.Array  # starts with the first input, so L is one more than is returned; undefined for missing beams
     live_score_BxN: jax.Array  # log-probability; -inf for missing beams
     ended_BxNxL: jax.Array
     ended_score_BxN: jax.Array  # log-probability over brevity penalty; -inf for missing sequences
@@ -122,10 +52,13 @@ def beam_search(
     live ones, truncated at `max_length`, follow them.
 
     Args:
-      tokens_to_logits, batch_size, max_length, eos_id: as for `sample`.
+      tokens_to_logits: one step of the model, for B * N sequences.
       cache: empty, for B * N sequences.
+      batch_size: B.
       num_decodes: N.
+      max_length: L, the most tokens to generate, end token included.
       alpha: strength of the brevity penalty; 0 compares plain log-probabilities.
+      eos_id: the end token.
 
     Returns:
       Tokens (B, N, L), best first, with padding after the end, and scores (B, N), -inf for missing sequences.
@@ -186,20 +119,14 @@ def _take(x_BxN: jax.Array, index_BxM: jax.Array) -> jax.Array:
     return jax.vmap(lambda x, index: x[index])(x_BxN, index_BxM)
 
 
-def t5_step(
-    transformer: nn.Module, params: Any, encoder_input_tokens: jax.Array, *, max_length: int, num_decodes: int
-) -> tuple[TokensToLogits, Cache]:
-    """Runs the encoder on B rows; returns the decoding step of a T5 and its empty cache for B * N sequences.
+def t5_start(
+    transformer: nn.Module, params: Any, encoder_input_tokens: jax.Array, *, max_length: int, num_decodes: int = 1
+) -> tuple[Any, Cache]:
+    """Runs the encoder of a T5 on B rows; returns what does not change in decoding, and the empty cache, for B * N sequences.
 
-    Keys and values of the encoder's output do not change. They are repeated for a row's decodes once, here, and are not part of
-    the cache that a search reorders.
+    Keys and values of the encoder's output are repeated for a row's decodes once, here, and are not part of the cache that a
+    search reorders.
     """
-
-    def decode(cache: Cache, *tokens: jax.Array) -> tuple[jax.Array, Cache]:
-        variables = {'params': params} | ({'cache': unflatten_dict(cache)} if cache else {})
-        options = {'decoding': True, 'max_length': max_length, 'mutable': ['cache'], 'method': 'decode'}
-        logits, written = transformer.apply(variables, *tokens, **options)
-        return logits, flatten_dict(written['cache'])
 
     def repeat(leaf: jax.Array) -> jax.Array:
         return jnp.repeat(leaf, num_decodes, axis=0) if leaf.ndim else leaf
@@ -207,15 +134,39 @@ def t5_step(
     encoded = transformer.apply({'params': params}, encoder_input_tokens, method='encode')
     empty_BxL = jnp.full((encoder_input_tokens.shape[0], max_length), PAD_ID, jnp.int32)
     # Jitted, so that of this call over the full length only the cache is computed, not the logits.
-    cache = jax.jit(lambda *tokens: decode({}, *tokens)[1])(encoded, encoder_input_tokens, empty_BxL)
+    apply = functools.partial(_decode, transformer, params, {}, max_length=max_length)
+    cache = jax.jit(lambda *tokens: apply(*tokens)[1])(encoded, encoder_input_tokens, empty_BxL)
     cache, encoder = jax.tree.map(repeat, (cache, (encoded, encoder_input_tokens)))
-    fixed = {path: leaf for path, leaf in cache.items() if 'encoder_decoder_attention' in path}
+    keys = {path: leaf for path, leaf in cache.items() if 'encoder_decoder_attention' in path}
+    return (encoder, keys), {path: leaf for path, leaf in cache.items() if path not in keys}
 
-    def tokens_to_logits(tokens_BNx1: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        logits_BNx1xV, written = decode(cache | fixed, *encoder, tokens_BNx1)
-        return logits_BNx1xV[:, 0], {path: leaf for path, leaf in written.items() if path not in fixed}
 
-    return tokens_to_logits, {path: leaf for path, leaf in cache.items() if path not in fixed}
+def t5_decode(
+    transformer: nn.Module, params: Any, fixed: Any, tokens_BNx1: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Computes the logits (B * N, V) of the next tokens of a T5; `fixed` and `cache` are those of `t5_start`."""
+    encoder, keys = fixed
+    max_length = next(leaf.shape[1] for leaf in cache.values() if leaf.ndim)
+    logits_BNx1xV, written = _decode(transformer, params, cache | keys, *encoder, tokens_BNx1, max_length=max_length)
+    return logits_BNx1xV[:, 0], {path: leaf for path, leaf in written.items() if path not in keys}
+
+
+def _decode(
+    transformer: nn.Module, params: Any, cache: Cache, *tokens: jax.Array, max_length: int
+) -> tuple[jax.Array, Cache]:
+    variables = {'params': params} | ({'cache': unflatten_dict(cache)} if cache else {})
+    options = {'decoding': True, 'max_length': max_length, 'mutable': ['cache'], 'method': 'decode'}
+    logits, written = transformer.apply(variables, *tokens, **options)
+    return logits, flatten_dict(written['cache'])
+
+
+def t5_step(
+    transformer: nn.Module, params: Any, encoder_input_tokens: jax.Array, *, max_length: int, num_decodes: int
+) -> tuple[TokensToLogits, Cache]:
+    """Runs the encoder on B rows; returns the decoding step of a T5 and its empty cache for B * N sequences."""
+    sizes = {'max_length': max_length, 'num_decodes': num_decodes}
+    fixed, cache = t5_start(transformer, params, encoder_input_tokens, **sizes)
+    return functools.partial(t5_decode, transformer, params, fixed), cache
 
 
 def generate(
@@ -237,13 +188,14 @@ def generate(
 
     Returns:
       Tokens (B, N, L), best first, with padding after the end, and scores (B, N): log-probabilities, for beam search over the
-      brevity penalty. For arguments and errors see `sample` and `beam_search`.
+      brevity penalty. For arguments and errors see `Sampling`, `sample` and `beam_search`.
     """
     B, N, L = encoder_input_tokens.shape[0], num_decodes, max_length
     step = t5_step(transformer, params, encoder_input_tokens, max_length=L, num_decodes=N)
     if N > 1 and temperature == 0:
         return beam_search(*step, batch_size=B, num_decodes=N, max_length=L, alpha=alpha, eos_id=eos_id)
-    drawing = {'temperature': temperature, 'top_k': top_k, 'rng': rng}
-    tokens_BNxL, score_BN = sample(*step, batch_size=B * N, max_length=L, eos_id=eos_id, **drawing)
+    sampling = Sampling(temperature, top_k, eos_ids=(eos_id,))
+    first_BN = jnp.full(B * N, FIRST_ID, jnp.int32)
+    tokens_BNxL, _, score_BN = sample(*step, sampling, first_B=first_BN, max_length=L, key=rng)
     score_BxN, order_BxN = jax.lax.top_k(score_BN.reshape(B, N), N)
     return _take(tokens_BNxL.reshape(B, N, L), order_BxN), score_BxN

@@ -37,7 +37,7 @@ def differences(
         there = identify.dense_model(path, leaves, facts).config
     except UserError:
         return []
-    here = model.config
+    here = model.dense().config
     if type(here) is not type(there):
         return []
     differing = [
@@ -62,15 +62,15 @@ def _of_experts(model: Model, leaves: identify.Leaves) -> list[Difference]:
     moe = next(iter(here.values()))
     if len(counts) == 1 and counts != {moe.num_experts}:
         differing.append(Difference(MoEConfig, 'num_experts', moe.num_experts, *counts))
-    places: dict[str, tuple[list[int], list[int]]] = {}
+    places: dict[str, tuple[set[int], set[int]]] = {}
     for side, paths in enumerate((here, (path.removeprefix('params/') for path in there))):
         for layer in paths:
             number = re.search(r'_(\d+)/', layer)
             names = (f'{layer.split("/")[0]}_moe_layers', 'moe_layers')
             field = next((name for name in names if hasattr(model.config, name)), None)
             if number is not None and field is not None:
-                places.setdefault(field, ([], []))[side].append(int(number[1]))
+                places.setdefault(field, (set(), set()))[side].add(int(number[1]))
     for field, (ours, theirs) in places.items():
-        if sorted(ours) != sorted(theirs):
+        if ours != theirs:
             differing.append(Difference(type(model.config), field, sorted(ours), sorted(theirs)))
     return differing

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from upcycle import cost, schema
 from upcycle.errors import UserError
 from upcycle.models.base import BaseModel, known_facts, read_features
+from upcycle.models.decoding import FIRST_ID, t5_decode, t5_start
+from upcycle.models.generation import Cache
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy
 from upcycle.models.protocol import BatchSpec
@@ -60,6 +62,7 @@ class EncoderDecoderModel(BaseModel):
     inputs = ('encoder_input_tokens', 'decoder_input_tokens')
     blocks = ('layers',)
     components = ('mlp', 'attention', 'self_attention', 'encoder_decoder_attention')
+    prompts = 'answered'
     moe_fields = ('encoder_moe', 'decoder_moe')
     told = ('position_biases',)
     settings = 'models/t5_1_1.gin'
@@ -172,6 +175,17 @@ class EncoderDecoderModel(BaseModel):
                     f'{name} has type {array.dtype.name} and shape {array.shape}, but must hold whole numbers (batch, length).'
                 )
         return self.module().apply({'params': params}, **tokens, training=False)
+
+    def prefill(self, params: Any, tokens: jax.Array, mask: jax.Array, max_new_tokens: int) -> tuple[jax.Array, Cache]:
+        """See `models.Model`. Prompts are the encoder's inputs."""
+        inputs = jnp.where(mask, tokens, 0)
+        return jnp.full(len(tokens), FIRST_ID), t5_start(self.module(), params, inputs, max_length=max_new_tokens)
+
+    def decode(self, params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """See `models.Model`."""
+        fixed, cache = cache
+        logits_BxV, cache = t5_decode(self.module(), params, fixed, tokens, cache)
+        return logits_BxV, (fixed, cache)
 
     def forward_flops(self, batch_spec: Mapping[str, Any], *, training: bool) -> dict[str, float]:
         """See `models.Model`."""

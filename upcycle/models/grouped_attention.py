@@ -13,7 +13,7 @@ from upcycle.models.layers import Dense, LayerNorm
 if TYPE_CHECKING:
     from upcycle.models.decoder import DecoderConfig, LayerKind
 
-_kernel_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+kernel_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
 
 def grouped_attention(
@@ -82,27 +82,49 @@ class SelfAttention(nn.Module):
           index: of the first query among the keys; 0 without a cache.
           max_length: of the cache; None for no cache.
         """
+        c = self.config
+        query_BxQxHxN = self._heads(self._project('query', x_BxQxD, c.num_heads, 'joined_kv'), 'query_norm')
+        y_BxQxHxN = self._attend(query_BxQxHxN, x_BxQxD, position_BxQ, mask_BxQxK, index, max_length)
+        out = Dense(
+            x_BxQxD.shape[-1],
+            ('joined_kv', 'embed'),
+            dtype=c.dtype,
+            kernel_init=kernel_init,
+            bias_init=nn.initializers.zeros if c.out_bias else None,
+            name='out',
+        )
+        return out(y_BxQxHxN.reshape(*x_BxQxD.shape[:-1], -1))
+
+    def _project(self, name: str, x_BxQxD: jax.Array, heads: int, axis: str) -> jax.Array:
+        c = self.config
+        bias = nn.initializers.zeros if c.qkv_bias else None
+        axes = ('embed', axis)
+        dense = Dense(heads * c.head_dim, axes, dtype=c.dtype, kernel_init=kernel_init, bias_init=bias, name=name)
+        return dense(x_BxQxD)
+
+    def _heads(self, x: jax.Array, norm: str | None) -> jax.Array:
+        """Splits a projection into heads (B, L, heads, N), normed under that name and clipped."""
+        c = self.config
+        if norm and c.qk_norm == 'projection':
+            x = LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, 'joined_kv', name=norm)(x)
+        x = x.reshape(*x.shape[:-1], -1, c.head_dim)
+        if norm and c.qk_norm == 'head':
+            x = LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, 'kv', name=norm)(x)
+        return x if c.clip_qkv is None else jnp.clip(x, -c.clip_qkv, c.clip_qkv)
+
+    def _attend(
+        self,
+        query_BxQxHxN: jax.Array,
+        x_BxQxD: jax.Array,
+        position_BxQ: jax.Array,
+        mask_BxQxK: jax.Array,
+        index: jax.Array,
+        max_length: int | None,
+    ) -> jax.Array:
+        """Projects keys and values, and returns their averages (B, Q, H, N) under the queries, which have no positions yet."""
         c, kind = self.config, self.kind
-        N = c.head_dim
-
-        def project(name: str, heads: int, axis: str) -> jax.Array:
-            bias = nn.initializers.zeros if c.qkv_bias else None
-            dense = Dense(
-                heads * N, ('embed', axis), dtype=c.dtype, kernel_init=_kernel_init, bias_init=bias, name=name
-            )
-            return dense(x_BxQxD)
-
-        def heads(x: jax.Array, norm: str | None) -> jax.Array:
-            if norm and c.qk_norm == 'projection':
-                x = LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, 'joined_kv', name=norm)(x)
-            x = x.reshape(*x.shape[:-1], -1, N)
-            if norm and c.qk_norm == 'head':
-                x = LayerNorm(c.dtype, c.norm_epsilon, c.norm_offset, 'kv', name=norm)(x)
-            return x if c.clip_qkv is None else jnp.clip(x, -c.clip_qkv, c.clip_qkv)
-
-        query_BxQxHxN = heads(project('query', c.num_heads, 'joined_kv'), 'query_norm')
-        key_BxQxMxN = heads(project('key', c.num_kv_heads, 'kv_heads'), 'key_norm')
-        value_BxQxMxN = heads(project('value', c.num_kv_heads, 'kv_heads'), None)
+        key_BxQxMxN = self._heads(self._project('key', x_BxQxD, c.num_kv_heads, 'kv_heads'), 'key_norm')
+        value_BxQxMxN = self._heads(self._project('value', x_BxQxD, c.num_kv_heads, 'kv_heads'), None)
         if (rope := c.rope(kind)) is not None:
             query_BxQxHxN, key_BxQxMxN = (rope.rotate(x, position_BxQ) for x in (query_BxQxHxN, key_BxQxMxN))
         key_BxKxMxN, value_BxKxMxN = key_BxQxMxN, value_BxQxMxN
@@ -113,24 +135,15 @@ class SelfAttention(nn.Module):
         if kind.window is not None:
             query_Qx1 = index + jnp.arange(x_BxQxD.shape[1])[:, None]
             mask_BxQxK &= query_Qx1 - jnp.arange(key_BxKxMxN.shape[1]) < kind.window
-        y_BxQxHxN = grouped_attention(
+        return grouped_attention(
             query_BxQxHxN,
             key_BxKxMxN,
             value_BxKxMxN,
             mask_BxQxK,
-            scale=N**-0.5 if c.attention_scale is None else c.attention_scale,
+            scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             soft_cap=c.attention_soft_cap,
             keep_weights=c.remat.keeps_attention_weights,
         )
-        out = Dense(
-            x_BxQxD.shape[-1],
-            ('joined_kv', 'embed'),
-            dtype=c.dtype,
-            kernel_init=_kernel_init,
-            bias_init=nn.initializers.zeros if c.out_bias else None,
-            name='out',
-        )
-        return out(y_BxQxHxN.reshape(*x_BxQxD.shape[:-1], -1))
 
     def _cached(self, name: str, new_BxQxMxN: jax.Array, index: jax.Array, max_length: int) -> jax.Array:
         """Writes new keys or values into the cache, and returns all of it."""

@@ -95,7 +95,11 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
     kernel, bias, group_sizes = rest
     if group_sizes is not None:
         y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
-        return y if bias is None else y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=x.shape[0])
+        if bias is not None:
+            # In float32, so that the gradient of an expert's bias is a sum in float32.
+            rows = jnp.repeat(bias.astype(jnp.float32), group_sizes, axis=0, total_repeat_length=len(x))
+            y += rows.astype(dtype)
+        return y
     # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
     y = checkpoint_name(rows @ kernel.astype(dtype), PRODUCT)

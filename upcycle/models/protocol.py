@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
+    from upcycle.models.generation import Cache, Generated
     from upcycle.moe.routers.base import MoE
 
 Params = Mapping[str, Any]
@@ -30,11 +31,13 @@ class Model(Protocol):
       facts: fields of the configuration that change the function but not the shapes of parameters. In capitals they are macros
         of gin/.
       told: other optional fields of the configuration that a checkpoint's leaves tell.
-      moe_fields: fields of the configuration that hold a `MoE`; 'x' has its layers in the field 'x_layers'.
+      moe_fields: fields of the configuration that hold a `MoE`; 'x' has its layers in the field 'x_layers', or has all layers.
       settings: gin file with the settings that a checkpoint does not tell, such as the optimizer.
       inputs: features of a batch that tell its size, for messages.
       blocks: names of the modules that are numbered by layer, without the number.
       components: names of the modules within a layer that `upcycle inspect` sums up.
+      prompts: how `generate` reads a prompt: 'continued'; 'answered', which ends it with the end token; None if the family does
+        not generate text, and has neither `prefill` nor `decode`.
     """
 
     family: ClassVar[str]
@@ -50,6 +53,7 @@ class Model(Protocol):
     inputs: ClassVar[tuple[str, ...]]
     blocks: ClassVar[tuple[str, ...]]
     components: ClassVar[tuple[str, ...]]
+    prompts: ClassVar[str | None]
 
     config: Any
     """Sizes and program form, a dataclass."""
@@ -128,6 +132,47 @@ class Model(Protocol):
           UserError: a feature is missing or has the wrong shape.
         """
 
+    def generate(
+        self,
+        params: Params,
+        tokens: Any,
+        mask: Any = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        eos_ids: Iterable[int] = (),
+        key: 'jax.Array | int' = 0,
+    ) -> 'Generated':
+        """Continues prompts, or answers them, with a key/value cache. Compiled; traceable by `jax.jit`.
+
+        Args:
+          params: of this model, nested dicts of arrays.
+          tokens: prompts, whole numbers (B, L).
+          mask: (B, L), False at padding, on either side; None without padding.
+          max_new_tokens: the most tokens to generate, end token included.
+          temperature: divides the logits; 0 chooses the most probable token.
+          top_k: draws among this many most probable tokens; 0 for all.
+          top_p: draws among the fewest most probable tokens whose probabilities sum to at least this; 1 for all.
+          eos_ids: tokens that end a text.
+          key: random key of `jax.random`, or a seed.
+
+        Returns:
+          The new tokens (B, max_new_tokens), their number in each row, and their log-probability.
+
+        Raises:
+          UserError: the family does not generate text, or an argument is wrong.
+        """
+
+    def prefill(
+        self, params: Params, tokens: 'jax.Array', mask: 'jax.Array', max_new_tokens: int
+    ) -> 'tuple[jax.Array, Cache]':
+        """Reads prompts (B, L), padded in front; returns the token (B,) that `decode` reads first, and its cache."""
+
+    def decode(self, params: Params, tokens: 'jax.Array', cache: 'Cache') -> 'tuple[jax.Array, Cache]':
+        """Returns the logits (B, V) after the tokens (B, 1), and the cache with these."""
+
     def sample_inputs(self) -> 'dict[str, np.ndarray] | None':
         """Returns a few seeded inputs of `logits`, to compare a model with its source; None if the family has none."""
 
@@ -147,7 +192,10 @@ class Model(Protocol):
         """Returns the model of a checkpoint's metadata (from `describe`), with the losses of this one."""
 
     def moe_layers(self) -> 'dict[str, MoE]':
-        """Returns the MoE layers by the paths of their parameters ('encoder/layers_1/mlp'); empty for a dense model."""
+        """Returns the MoE layers by the paths of their parameters ('encoder/layers_1/mlp'); empty for a dense model.
+
+        Paths of attention experts end in 'attention', see `moe.groups.is_attention`.
+        """
 
     def num_tokens(self, batch_spec: BatchSpec) -> int:
         """Counts the tokens of a batch, padding included: inputs and targets, or patches of images."""
@@ -156,7 +204,7 @@ class Model(Protocol):
         """Counts the tokens of a batch that each MoE layer routes, by the paths of `moe_layers`."""
 
     def moe_module(self, path: str) -> 'nn.Module':
-        """Returns the module of one MoE layer."""
+        """Returns the module of one MoE layer, called as `MoELayer`; of attention experts their router only."""
 
     def real_tokens(self, batch: Mapping[str, 'jax.Array'], paths: tuple[str, ...]) -> 'dict[str, jax.Array]':
         """Returns for each path of an MLP or MoE layer which of its tokens are real, bool (B, L)."""

@@ -15,6 +15,8 @@ class Job:
       model, moe, data, settings: gin files in the order of inclusion; the run's own comes before `settings`.
       dense_steps, upcycle_steps: at --budget=1. Steps of the other two branches follow from equal FLOPs.
       cooldown_steps: at --budget=1: last steps of each branch (not the dense run), over which the learning rate falls to 0.
+      prompt: a text that the model of each branch continues; '' for families that generate none.
+      export: format in which the upcycled model is also written, and read back; '' for none.
     """
 
     summary: str
@@ -28,6 +30,8 @@ class Job:
     dense_steps: int
     upcycle_steps: int
     cooldown_steps: int = 0
+    prompt: str = ''
+    export: str = ''
 
 
 JOBS = {
@@ -55,5 +59,20 @@ JOBS = {
         dense_steps=10000,
         upcycle_steps=4000,
         cooldown_steps=1000,
+    ),
+    'llm': Job(
+        summary='a decoder-only model on text',
+        title='Sparse upcycling of a language model on embedded text',
+        task='stdlib_bytes: next tokens of the source code of the running Python, tokens are bytes',
+        counts='tokens',
+        model='models/llm_mini.gin',
+        moe='moe/llm.gin',
+        data='tasks/stdlib_bytes.gin',
+        settings='runs/quickstart_llm.gin',
+        dense_steps=2000,
+        upcycle_steps=2000,
+        cooldown_steps=500,
+        prompt='import os\n\n\ndef ',
+        export='huggingface',
     ),
 }

@@ -109,7 +109,8 @@ def _over_blocks(step: _Step, start: jax.Array, sizes_E: jax.Array, num_rows: in
     last_E, start_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
     # As many blocks as there can be: each expert may have a block that is not full.
     number_N = jnp.arange(min((num_rows + E * (block - 1)) // block, num_rows))
-    expert_N = jnp.minimum(jnp.searchsorted(last_E, number_N, side='right'), E - 1)
+    # `jnp.searchsorted` would do, but fails under `shard_map` (JAX 0.10).
+    expert_N = jnp.minimum((last_E <= number_N[:, None]).sum(axis=1, dtype=jnp.int32), E - 1)
     before_N = (number_N - (last_E - blocks_E)[expert_N]) * block
     count_N = jnp.clip(sizes_E[expert_N] - before_N, 0, block)
 

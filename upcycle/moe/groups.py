@@ -59,6 +59,16 @@ def moe_of_layers(
     return tuple(moe if i in sparse else None for i in range(num_layers))
 
 
+def layer_name(path: str) -> str:
+    """Returns the name of an MoE layer in metrics: its path without the MLP ('layers_1'); of attention experts the whole path."""
+    return path if is_attention(path) else path.rpartition('/')[0]
+
+
+def is_attention(path: str) -> bool:
+    """Whether the MoE layer at this path is attention experts, whose module's name ends in `attention`."""
+    return path.endswith('attention')
+
+
 def num_groups(num_tokens: int, group_size: int, multiple_of: int = 1, unit: str = 'tokens') -> int:
     """Returns G: the smallest divisor of `num_tokens` that is >= num_tokens / group_size and a multiple of `multiple_of`.
 

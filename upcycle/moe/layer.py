@@ -1,11 +1,12 @@
 """The MoE layer as a Flax module.
 
 Parameters: `router/router_weights/w/kernel` (D, E), `expert/...` with a leading axis E, and with shared experts `shared/...`, one
-MLP of their joint width, and perhaps `shared_gate/kernel` (D, 1). For `router_state/...` see `moe.state`.
+MLP of their joint width, and perhaps `shared_gate/kernel` (D, 1); perhaps `output_bias` (D,). For `router_state/...` see
+`moe.state`.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,10 @@ from jax.sharding import AbstractMesh
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import all_to_all, ragged
-from upcycle.moe.groups import check_groups, microbatch_groups
+from upcycle.moe.groups import check_groups, layer_name, microbatch_groups
 from upcycle.moe.routers.base import MoE, Routed
 from upcycle.moe.routers.merged import Merged
+from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import CHOSEN, Choices, Mixing, Routing, token_sums
 from upcycle.moe.state import NAME as STATE
 from upcycle.moe.state import OUTPUT_COUNT, OUTPUT_SUM, RouterState
@@ -108,12 +110,14 @@ class MoELayer(nn.Module):
         for all experts, with `group_sizes`.
       expert_arguments: its constructor's arguments.
       shared_arguments: arguments of the one MLP that is all shared experts; None without shared experts.
+      output_bias: add a bias to the layer's output, whatever experts took a token.
     """
 
     config: MoE
     expert: type[nn.Module]
     expert_arguments: Mapping[str, Any]
     shared_arguments: Mapping[str, Any] | None = None
+    output_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, *, training: bool, decoding: bool = False) -> jax.Array:
@@ -127,7 +131,7 @@ class MoELayer(nn.Module):
             the load over.
 
         Returns:
-          (B, L, D) in the dtype of the input; without shared experts 0 for a token that no expert took.
+          (B, L, D) in the dtype of the input; without shared experts and bias 0 for a token that no expert took.
 
         Raises:
           UserError: the tokens do not divide into the groups asked for, or the groups not among the devices of the mesh.
@@ -136,48 +140,36 @@ class MoELayer(nn.Module):
         if config.num_shared_experts and self.shared_arguments is None:
             raise ValueError('num_shared_experts is set, but the layer has no shared_arguments.')
         if isinstance(config, Merged):
-            return self._merged(x_BxLxD, real_BxL, training)
-        B, L, D = x_BxLxD.shape
-        mesh = partitioning.current_mesh()
-        shards = partitioning.batch_shards(mesh)
-        if decoding:
-            # Nothing is dropped, so groups do not matter. The compiler partitions a batch that does not divide.
-            G = shards if B % shards == 0 else 1
-            C = B * L // G
-            mesh = mesh if B % shards == 0 else None
+            y_BxLxD = self._merged(x_BxLxD, real_BxL, training)
         else:
-            G = microbatch_groups(config, B, L)
-            C = config.capacity(B * L // G, training=training)
-            if not config.dropless:
-                check_groups(G, shards)
-        clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
-        noisy = training and config.noise_stddev > 0
-        if noisy:
-            noise_BxLxE = jax.random.normal(self.make_rng('jitter'), logits_BxLxE.shape)
-            logits_BxLxE = logits_BxLxE + config.noise_stddev * noise_BxLxE
-        state = RouterState(config, name=STATE)(D)
-        clean_GxSxE, noisy_GxSxE, real_GxS = (
-            x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL)
-        )
-        balance = config.balance_loss_of(clean_GxSxE, noisy_GxSxE if noisy else None, real_GxS)
+            y_BxLxD = self._routed(config, x_BxLxD, real_BxL, training, decoding)
+        return with_output_bias(self, y_BxLxD) if self.output_bias else y_BxLxD
+
+    def _routed(
+        self, config: Routed, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool, decoding: bool
+    ) -> jax.Array:
+        B, L, D = x_BxLxD.shape
+        scores = scores_of(self, config, x_BxLxD, real_BxL, training=training, decoding=decoding)
         if config.dropless:
-            y_BxLxD, choices = self._dropless(x_BxLxD, logits_BxLxE, real_BxL, G, training, mesh, balance, state)
+            y_BxLxD, choices = self._dropless(x_BxLxD, scores, real_BxL, training)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
+        G, mesh, state = scores.groups, scores.mesh, scores.state
+        C = B * L // G if decoding else config.capacity(B * L // G, training=training)
         x_ExGxCxD, routing, metrics = all_to_all.dispatch_tokens(
-            x_BxLxD, logits_BxLxE, real_BxL, config, G, C, mesh, state.get('bias')
+            x_BxLxD, scores.logits_BxLxE, real_BxL, config, G, C, mesh, state.get('bias')
         )
-        self._log(metrics, routing, balance, state)
+        _log(self, metrics, routing, scores)
         y_ExGxCxD = self._apply_experts(x_ExGxCxD, training)
         default_ExD = state.get('default_output')
         if default_ExD is not None:
             # Every expert answers every token with its default; one that took the token adds its output's difference to it.
             if training:
-                self._record(_outputs(y_ExGxCxD, routing, B * L // G))
+                _record(self, _outputs(y_ExGxCxD, routing, B * L // G))
             y_ExGxCxD -= default_ExD[:, None, None].astype(y_ExGxCxD.dtype)
         y_BxLxD = all_to_all.combine_outputs(y_ExGxCxD, routing, (B, L, D), config, mesh)
         if default_ExD is not None:
-            y_BxLxD += (config.probabilities(logits_BxLxE, real_BxL) @ default_ExD).astype(y_BxLxD.dtype)
+            y_BxLxD += (config.probabilities(scores.logits_BxLxE, real_BxL) @ default_ExD).astype(y_BxLxD.dtype)
         return self._with_shared(y_BxLxD, x_BxLxD, routing, training)
 
     def _merged(self, x_BxLxD: jax.Array, real_BxL: jax.Array, training: bool) -> jax.Array:
@@ -236,32 +228,16 @@ class MoELayer(nn.Module):
         return y_BxLxD
 
     def _dropless(
-        self,
-        x_BxLxD: jax.Array,
-        logits_BxLxE: jax.Array,
-        real_BxL: jax.Array,
-        groups: int,
-        training: bool,
-        mesh: AbstractMesh | None,
-        balance: jax.Array | None,
-        state: Mapping[str, jax.Array],
+        self, x_BxLxD: jax.Array, scores: 'Scores', real_BxL: jax.Array, training: bool
     ) -> tuple[jax.Array, Choices]:
-        B, L, _ = x_BxLxD.shape
-        E = self.config.num_experts
-        if training and mesh is not None and self.expert_arguments.get('dropout_rate', 0.0) > 0:
+        if training and scores.mesh is not None and self.expert_arguments.get('dropout_rate', 0.0) > 0:
             raise UserError(
                 "DISPATCH = 'ragged' on several devices would draw an expert dropout that depends on the mesh: set "
                 "EXPERT_DROPOUT_RATE = 0, or use 'gather'."
             )
-        # Groups only matter to the balance loss, which is a mean over them; routing is token by token.
-        choices, metrics = self.config.route_dropless(
-            logits_BxLxE.reshape(groups, -1, E), real_BxL.reshape(groups, -1), state.get('bias')
-        )
-        self._log(metrics, choices, balance, state)
-        K = self.config.num_selected_experts
-        choices = Choices(*(x.reshape(B, L, K) for x in choices))
+        choices = choices_of(self, self.config, scores, real_BxL)
         if self.is_initializing():
-            self._apply_experts(jnp.zeros((E, 1, 1, x_BxLxD.shape[-1]), x_BxLxD.dtype), training)
+            self._apply_experts(jnp.zeros((self.config.num_experts, 1, 1, x_BxLxD.shape[-1]), x_BxLxD.dtype), training)
             return x_BxLxD, choices
         rngs = {'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {}
 
@@ -270,17 +246,82 @@ class MoELayer(nn.Module):
             return module.apply({'params': params}, x_RxD, training, group_sizes=sizes_E, rngs=rngs)
 
         params = self.get_variable('params', 'expert')
-        return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, mesh), choices
+        return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, scores.mesh), choices
 
-    def _log(self, metrics: dict[str, jax.Array], routing: Any, balance: jax.Array | None, state: Any) -> None:
-        loss = metrics['auxiliary_loss'] if balance is None else balance
-        self._record(metrics | {'auxiliary_loss': loss * state.get('loss_weight', 1.0)})
-        self.sow('intermediates', 'routing', routing)
 
-    def _record(self, metrics: dict[str, jax.Array]) -> None:
-        if self.is_mutable_collection(METRICS):
-            for name, value in metrics.items():
-                self.put_variable(METRICS, name, value)
+def with_output_bias(module: nn.Module, y_BxLxD: jax.Array) -> jax.Array:
+    """Adds the parameter `output_bias` (D,) of `module` to its output."""
+    init = nn.with_logical_partitioning(nn.initializers.zeros, ('embed',))
+    return y_BxLxD + module.param('output_bias', init, y_BxLxD.shape[-1:], jnp.float32).astype(y_BxLxD.dtype)
+
+
+class Scores(NamedTuple):
+    """What a layer routes by.
+
+    Attributes:
+      logits_BxLxE: of the router, with noise.
+      groups: G, the number of routing groups.
+      mesh: in use; None if the compiler partitions the layer, or for one device.
+      balance: see `Routed.balance_loss_of`.
+      state: see `moe.state`.
+    """
+
+    logits_BxLxE: jax.Array
+    groups: int
+    mesh: AbstractMesh | None
+    balance: jax.Array | None
+    state: Mapping[str, jax.Array]
+
+
+def scores_of(
+    module: nn.Module, config: Routed, x_BxLxD: jax.Array, real_BxL: jax.Array, *, training: bool, decoding: bool
+) -> Scores:
+    """Applies the router of a layer, which is called in the compact method of `module`; see `MoELayer.__call__`."""
+    B, L, D = x_BxLxD.shape
+    mesh = partitioning.current_mesh()
+    shards = partitioning.batch_shards(mesh)
+    if decoding:
+        # Nothing is dropped, so groups do not matter. The compiler partitions a batch that does not divide.
+        G = shards if B % shards == 0 else 1
+        mesh = mesh if B % shards == 0 else None
+    else:
+        G = microbatch_groups(config, B, L)
+        if not config.dropless:
+            check_groups(G, shards)
+    clean_BxLxE = logits_BxLxE = Router(config, name='router')(x_BxLxD, training=training)
+    noisy = training and config.noise_stddev > 0
+    if noisy:
+        noise_BxLxE = jax.random.normal(module.make_rng('jitter'), logits_BxLxE.shape)
+        logits_BxLxE = logits_BxLxE + config.noise_stddev * noise_BxLxE
+    state = RouterState(config, name=STATE)(D)
+    clean_GxSxE, noisy_GxSxE, real_GxS = (x.reshape(G, -1, *x.shape[2:]) for x in (clean_BxLxE, logits_BxLxE, real_BxL))
+    balance = config.balance_loss_of(clean_GxSxE, noisy_GxSxE if noisy else None, real_GxS)
+    return Scores(logits_BxLxE, G, mesh, balance, state)
+
+
+def choices_of(module: nn.Module, config: TopK, scores: Scores, real_BxL: jax.Array) -> Choices:
+    """Chooses the experts of a dropless layer, (B, L, K), and logs them in the variables of `module`."""
+    B, L, E = scores.logits_BxLxE.shape
+    # Groups only matter to the balance loss, which is a mean over them; routing is token by token.
+    choices, metrics = config.route_dropless(
+        scores.logits_BxLxE.reshape(scores.groups, -1, E),
+        real_BxL.reshape(scores.groups, -1),
+        scores.state.get('bias'),
+    )
+    _log(module, metrics, choices, scores)
+    return Choices(*(x.reshape(B, L, config.num_selected_experts) for x in choices))
+
+
+def _log(module: nn.Module, metrics: dict[str, jax.Array], routing: Any, scores: Scores) -> None:
+    loss = metrics['auxiliary_loss'] if scores.balance is None else scores.balance
+    _record(module, metrics | {'auxiliary_loss': loss * scores.state.get('loss_weight', 1.0)})
+    module.sow('intermediates', 'routing', routing)
+
+
+def _record(module: nn.Module, metrics: dict[str, jax.Array]) -> None:
+    if module.is_mutable_collection(METRICS):
+        for name, value in metrics.items():
+            module.put_variable(METRICS, name, value)
 
 
 def _outputs(y_ExGxCxD: jax.Array, routing: Routing, num_tokens: int) -> dict[str, jax.Array]:
@@ -296,6 +337,8 @@ def replace_mlp(
     arguments: Mapping[str, Any],
     expert_arguments: Mapping[str, Any],
     name: str | None = None,
+    *,
+    output_bias: bool = False,
 ) -> MoELayer:
     """Returns the MoE layer that replaces an MLP.
 
@@ -305,13 +348,15 @@ def replace_mlp(
       arguments: of the dense MLP.
       expert_arguments: arguments that differ for experts; a `dropout_rate` of None does not.
       name: of the module.
+      output_bias: see `MoELayer`.
     """
     narrow = {'mlp_dim': moe.expert_width(arguments['mlp_dim']), 'embed_axis': 'mlp_embed', 'mlp_axis': 'expert_mlp'}
     expert = {**arguments, **expert_arguments, **narrow}
     if expert['dropout_rate'] is None:
         expert['dropout_rate'] = arguments['dropout_rate']
     shared = moe.shared_width(arguments['mlp_dim'])
-    return MoELayer(moe, mlp, expert, {**arguments, 'mlp_dim': shared} if shared else None, name=name)
+    shared_arguments = {**arguments, 'mlp_dim': shared} if shared else None
+    return MoELayer(moe, mlp, expert, shared_arguments, output_bias, name=name)
 
 
 def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -323,8 +368,8 @@ def moe_metrics(written: Mapping[str, Any]) -> dict[str, jax.Array]:
       written: the collection `METRICS` of a model.
     """
     by_layer: dict[str, dict[str, jax.Array]] = {}
-    for (*layer, _, name), value in flatten_dict(dict(written)).items():
-        by_layer.setdefault(name, {})['/'.join(layer)] = value
+    for (*path, name), value in flatten_dict(dict(written)).items():
+        by_layer.setdefault(name, {})[layer_name('/'.join(path))] = value
     metrics = {}
     for name, layers in by_layer.items():
         if name not in ('load', OUTPUT_SUM, OUTPUT_COUNT, CHOSEN):

@@ -21,7 +21,13 @@ Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def apply_experts(
-    experts: Experts, params: Any, x_BxLxD: jax.Array, choices: Choices, config: TopK, mesh: AbstractMesh | None
+    experts: Experts,
+    params: Any,
+    x_BxLxD: jax.Array,
+    choices: Choices,
+    config: TopK,
+    mesh: AbstractMesh | None,
+    width: int | None = None,
 ) -> jax.Array:
     """Computes the weighted sum of each token's experts.
 
@@ -32,10 +38,12 @@ def apply_experts(
       choices: experts and weights of the tokens, (B, L, K).
       config: of the layer.
       mesh: in use, or None for one device.
+      width: of the experts' outputs; None for D.
 
     Returns:
-      (B, L, D); 0 for a token without experts.
+      (B, L, D), or (B, L, `width`); 0 for a token without experts.
     """
+    width = width or x_BxLxD.shape[-1]
 
     def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
         if mesh is not None:
@@ -43,10 +51,10 @@ def apply_experts(
             params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, DATA, to='varying'), params)
         tokens = [a.reshape(-1, a.shape[-1]) for a in (x_BxLxD, expert_BxLxK, weight_BxLxK)]
         if mesh is None or mesh.shape[EXPERT] == 1:
-            y_NxD = _part(experts, params, *tokens, config.num_experts, 0)
+            y_NxD = _part(experts, params, *tokens, config.num_experts, 0, width)
         else:
-            y_NxD = _ring(experts, params, *tokens, config, mesh.shape[EXPERT])
-        return y_NxD.reshape(x_BxLxD.shape).astype(x_BxLxD.dtype)
+            y_NxD = _ring(experts, params, *tokens, config, mesh.shape[EXPERT], width)
+        return y_NxD.reshape(*x_BxLxD.shape[:-1], width).astype(x_BxLxD.dtype)
 
     if mesh is None:
         return local(params, x_BxLxD, *choices)
@@ -65,6 +73,7 @@ def _part(
     weight_NxK: jax.Array,
     num_experts: int,
     first: jax.Array | int,
+    width: int,
 ) -> jax.Array:
     """Computes the part of experts `first` to `first + num_experts` in each token's sum, in float32."""
     K = expert_NxK.shape[1]
@@ -77,7 +86,7 @@ def _part(
     mine_R = jnp.arange(index_R.size) < sizes_E.sum()
     y_RxD = experts(params, jnp.where(mine_R[:, None], x_NxD[token_R], 0), sizes_E).astype(jnp.float32)
     y_RxD = jnp.where(mine_R[:, None], y_RxD, 0) * weight_NxK.reshape(-1)[order_R][:, None]
-    return jnp.zeros(x_NxD.shape, jnp.float32).at[token_R].add(y_RxD)
+    return jnp.zeros((x_NxD.shape[0], width), jnp.float32).at[token_R].add(y_RxD)
 
 
 def _ring(
@@ -88,6 +97,7 @@ def _ring(
     weight_NxK: jax.Array,
     config: TopK,
     shards: int,
+    width: int,
 ) -> jax.Array:
     num_experts = config.num_experts // shards
     first = jax.lax.axis_index(EXPERT) * num_experts
@@ -103,11 +113,11 @@ def _ring(
     @jax.checkpoint
     def stop(travelling, _):
         x_NxD, expert_NxK, weight_NxK, sum_NxD = travelling
-        sum_NxD += _part(experts, params, x_NxD, expert_NxK, weight_NxK, num_experts, first)
+        sum_NxD += _part(experts, params, x_NxD, expert_NxK, weight_NxK, num_experts, first, width)
         # Weights travel in float32: rounding them would round the router.
         weight_NxK = jax.lax.ppermute(weight_NxK, EXPERT, to_next)
         return (pass_on(x_NxD), pass_on(expert_NxK), weight_NxK, pass_on(sum_NxD)), None
 
-    zeros_NxD = jax.lax.pcast(jnp.zeros(x_NxD.shape, jnp.float32), BATCH, to='varying')
+    zeros_NxD = jax.lax.pcast(jnp.zeros((x_NxD.shape[0], width), jnp.float32), BATCH, to='varying')
     (_, _, _, sum_NxD), _ = jax.lax.scan(stop, (x_NxD, expert_NxK, weight_NxK, zeros_NxD), None, length=shards)
     return sum_NxD

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from upcycle.moe.groups import layer_name
 from upcycle.moe.routers.base import MoE
 from upcycle.moe.routing import CHOSEN
 
@@ -59,8 +60,8 @@ def follow(
     flat = flatten_dict(params)
     for path, old in state.items():
         *layer, _, name = path
-        config = layers['/'.join(layer)]
-        seen = '/'.join(['experts', *layer[:-1]])
+        layer = '/'.join(layer)
+        config, seen = layers[layer], f'experts/{layer_name(layer)}'
         if name == 'bias':
             # Loss-free balancing (Wang et al. 2024, arXiv 2408.15664) counts all choices of an expert, dropped ones too. The
             # threshold makes an even share even despite rounding.

@@ -47,6 +47,7 @@ def write_report(
     verdicts: Sequence[Verdict] = (),
     first: Sequence[Plot] = (),
     tables: Mapping[str, Table] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
     """Writes `report.html`, `report.csv` and the figures of the page, one PNG each.
 
@@ -58,6 +59,7 @@ def write_report(
       verdicts: verdicts on the paper's claims.
       first: plots shown before the standard ones.
       tables: more tables, by title, shown after the verdicts.
+      texts: what the models have generated, by the names of their branches.
 
     Returns:
       The path of `report.html`.
@@ -84,6 +86,7 @@ def write_report(
         _NUMBERS,
         *_figures(others),
         *_typical_tokens(reports),
+        *_generated(texts or {}),
         *_receipts(reports),
         *_reproduction(reports, notes),
     ]
@@ -133,6 +136,15 @@ def _claims(verdicts: Sequence[Verdict]) -> Iterator[str]:
 def _tables(tables: Mapping[str, Table]) -> Iterator[str]:
     for name, table in tables.items():
         yield f'<h2>{html.escape(name)}</h2>{_html_table(table)}'
+
+
+def _generated(texts: Mapping[str, str]) -> Iterator[str]:
+    if not texts:
+        return
+    yield '<h2>What the models write</h2><dl>'
+    for name, text in texts.items():
+        yield f'<dt>{html.escape(name)}</dt><dd><pre>{html.escape(text)}</pre></dd>'
+    yield '</dl>'
 
 
 def _reproduction(reports: Sequence[Report], notes: Mapping[str, str]) -> Iterator[str]:

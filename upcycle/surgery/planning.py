@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from upcycle.errors import DifferentLeaves, UserError
-from upcycle.surgery.operators import Leaf, Start
+from upcycle.moe.groups import is_attention
+from upcycle.surgery.operators import Leaf, Operator, Start
 from upcycle.surgery.plan import (
     COUNT,
     EXPERT,
@@ -83,6 +84,7 @@ def plan_surgery(
 
     for target, leaf in sparse.items():
         if operator is not None and EXPERT in target.split('/') and target.startswith(PARAMS):
+            _refuse_attention(target, operator)
             operator.check(leaf.shape[0], num_mlps)
         result = _without_source(target, base, spec, is_new=in_head(target))
         if result is None and sources_of is not None and target.startswith((PARAMS, STATES)):
@@ -112,6 +114,15 @@ def plan_surgery(
     if problems:
         raise _explain(problems, base, sparse, spec, head)
     return Plan(tuple(rows), dropped, spec, num_mlps, _measured(rows, base, spec))
+
+
+def _refuse_attention(target: str, operator: Operator) -> None:
+    """Raises UserError if a leaf of experts is one of attention experts."""
+    if is_attention(mlp_of(target)):
+        raise UserError(
+            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {target.removeprefix(PARAMS)}, but only '
+            'copying a checkpoint that has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
+        )
 
 
 def _without_source(target: str, base: Abstract, spec: Surgery, *, is_new: bool) -> tuple[Action | str, ...] | None:

@@ -1,6 +1,7 @@
 """A summary of a run, printed before anything is allocated."""
 
 from upcycle import cost
+from upcycle.moe.groups import layer_name
 from upcycle.moe.routers.base import MoE
 from upcycle.training.start import Start
 
@@ -21,7 +22,7 @@ def describe(start: Start) -> str:
     ]
     stacks: dict[MoE, list[str]] = {}
     for path, moe in layers.items():
-        stacks.setdefault(moe, []).append(path.rpartition('/')[0])
+        stacks.setdefault(moe, []).append(layer_name(path))
     lines += [f'MoE     {", ".join(paths)}: {moe.in_words()}' for moe, paths in stacks.items()]
     shapes = ', '.join(f'{name} {shape}' for name, (shape, _) in spec.items() if name in run.model.inputs)
     lines.append(f'data    {shapes}; {run.train_data.promise()}')

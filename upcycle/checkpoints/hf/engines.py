@@ -107,6 +107,8 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(VLLM, ('olmoe',), _is_true('tie_word_embeddings'), _TIED),
     Limit(VLLM, ('olmoe',), _is_not('clip_qkv', None), 'ignores clip_qkv = {clip_qkv}'),
+    Limit(VLLM, ('jetmoe',), _always, 'has jetmoe through its backend for transformers at best, which was not tried'),
+    Limit(LLAMA_CPP, ('jetmoe',), _always, 'does not have the architecture jetmoe'),
     Limit(LLAMA_CPP, ('flex_olmo',), _always, 'does not have the architecture flex_olmo'),
     Limit(
         LLAMA_CPP,

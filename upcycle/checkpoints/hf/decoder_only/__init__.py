@@ -4,6 +4,7 @@ from upcycle.checkpoints.hf.decoder_only.base import DecoderOnly
 from upcycle.checkpoints.hf.decoder_only.gemma import Gemma, Gemma2, Gemma3
 from upcycle.checkpoints.hf.decoder_only.granite import Granite
 from upcycle.checkpoints.hf.decoder_only.granite_moe import GraniteMoe
+from upcycle.checkpoints.hf.decoder_only.jetmoe import JetMoe
 from upcycle.checkpoints.hf.decoder_only.llama import Llama
 from upcycle.checkpoints.hf.decoder_only.mistral import Mistral
 from upcycle.checkpoints.hf.decoder_only.mixtral import Mixtral
@@ -17,4 +18,5 @@ from upcycle.checkpoints.hf.decoder_only.smollm3 import SmolLM3
 LAYOUTS: tuple[DecoderOnly, ...] = (
     *(Llama(), Mistral(), Qwen2(), Qwen3(), OLMo2(), Granite(), SmolLM3(), Gemma(), Gemma2(), Gemma3(), Phi3()),
     *(Mixtral(), Qwen3Moe(), Qwen2Moe(), FlexOlmo(), GraniteMoe(), Olmoe()),
+    JetMoe(),
 )

@@ -29,7 +29,7 @@ _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
 KEPT = (
     *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
-    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'router_jitter_noise'),
+    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'aux_loss_coef', 'router_jitter_noise'),
 )
 # Fields that do not change the logits: identifiers of tokens, other heads, training, lengths of tokenizers and files, kernels,
 # other programs.
@@ -307,10 +307,11 @@ class DecoderOnly(Architecture):
         return table
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Architecture`."""
+        """See `Architecture`. Some layouts' own `pad_token_id` is beyond a small vocabulary, which transformers refuses."""
         return {
             'architectures': [self.classes[0]],
             'model_type': self.model_types[0],
+            'pad_token_id': None,
             **metadata.get('kept', {}),
             **self.spell(sizes['facts'] | {'vocab_size': sizes['rows']}),
         }

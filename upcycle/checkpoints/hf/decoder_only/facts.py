@@ -53,6 +53,8 @@ NEUTRAL: Mapping[str, Any] = {
     'window_rope_theta': None,
     'moe': None,
     'moe_layers': 'all',
+    'moe_output_bias': False,
+    'attention_moe': None,
 }
 # The fields of each type of scaling.
 ROPE_FIELDS = {
@@ -94,7 +96,11 @@ def canonical(fields: Mapping[str, Any]) -> Facts:
     ):
         if facts[name] is not None and math.isclose(facts[name], implied, rel_tol=1e-12):
             facts[name] = None
+    attention = routing.canonical(facts['attention_moe'], 'all', facts['mlp_dim'], layers)
     facts |= routing.canonical(facts['moe'], facts['moe_layers'], facts['mlp_dim'], layers)
+    facts['attention_moe'] = attention['moe']
+    if facts['moe'] is None and facts['attention_moe'] is None:
+        facts['moe_output_bias'] = False
     return facts
 
 

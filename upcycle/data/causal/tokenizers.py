@@ -1,0 +1,257 @@
+"""Tokenizers of decoder-only models: `tokenizer.json`, SentencePiece models and bytes, behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+
+from upcycle.errors import MissingData, UserError, one_line
+
+BYTES = 'bytes'
+"""The name of the tokenizer without a file."""
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
+# Files of a folder that belong to its tokenizer.
+COPIED = (*TOKENIZERS, 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What tells one tokenizer from another.
+
+    Attributes:
+      kind: 'tokenizer.json', 'tokenizer.model' or 'bytes'.
+      sha256: of its file; None for bytes.
+      vocabulary_size: ids are below it.
+      bos_id: id that begins a document, if there is one.
+      eos_id: id that ends a document, if there is one.
+      adds_bos: whether the tokenizer begins each text with `bos_id`.
+    """
+
+    kind: str
+    sha256: str | None
+    vocabulary_size: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+    adds_bos: bool = False
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint16 and uint32 that holds all ids."""
+        return np.dtype('<u2' if self.vocabulary_size <= 2**16 else '<u4')
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. No method adds BOS or EOS."""
+
+    identity: Identity
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text, of the type `identity.dtype`."""
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids [n] of a text and the range of characters [n, 2] of each."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, special tokens included."""
+
+
+def require(module: str, what: str, extra: str) -> ModuleType:
+    """Imports an optional library.
+
+    Args:
+      module: its name.
+      what: the reader that needs it, for the message.
+      extra: the extra of this package that installs it.
+
+    Raises:
+      MissingData: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingData(f'{what} needs {module.split(".")[0]}: pip install upcycle[{extra}].') from error
+
+
+def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Opens a tokenizer.
+
+    Args:
+      path: 'bytes'; a folder with `tokenizer.json` or `tokenizer.model`, such as a model's; or one of these files.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    if os.fspath(path) == BYTES:
+        return ByteTokenizer()
+    place = pathlib.Path(path).expanduser()
+    if place.is_dir():
+        files = [place / name for name in TOKENIZERS if (place / name).is_file()]
+        if not files:
+            raise UserError(
+                f'--tokenizer={path} has neither {" nor ".join(TOKENIZERS)}: name a folder with one of them, or bytes.'
+            )
+        place = files[0]
+    if not place.is_file():
+        raise UserError(
+            f'--tokenizer={path} does not exist: name a model folder, a tokenizer.json or .model, or bytes.'
+        )
+    try:
+        return (JsonTokenizer if place.suffix == '.json' else SentencePieceTokenizer)(place)
+    except UserError:
+        raise
+    except Exception as error:  # both libraries raise plain exceptions
+        raise UserError(
+            f'{place} cannot be read as a tokenizer ({one_line(error)}): name another --tokenizer.'
+        ) from error
+
+
+class ByteTokenizer:
+    """The UTF-8 bytes of a text as ids 0 to 255, and 256 for EOS."""
+
+    identity = Identity(BYTES, None, 257, eos_id=256)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(self.identity.dtype) for text in texts]
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """See `Tokenizer`."""
+        lengths = [len(character.encode()) for character in text]
+        starts = np.repeat(np.arange(len(text)), lengths)
+        return self.encode([text])[0], np.stack([starts, starts + 1], axis=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`; broken characters are replaced, and other ids left out."""
+        return bytes(i for i in map(int, ids) if i < 256).decode(errors='replace')
+
+
+class JsonTokenizer:
+    """A `tokenizer.json`, by the library `tokenizers`, as transformers' fast tokenizers use it.
+
+    Args:
+      file: its path. The special ids are those of the files next to it.
+    """
+
+    def __init__(self, file: pathlib.Path):
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        bos, eos = (
+            _special(file.parent, name, lambda token: vocabulary.get(token)) for name in ('bos_token', 'eos_token')
+        )
+        plain, whole = (self._tokenizer.encode('a', add_special_tokens=special).ids for special in (False, True))
+        adds_bos = bos is not None and whole[:1] == [bos] and plain[:1] != [bos]
+        size = max(vocabulary.values(), default=-1) + 1
+        self.identity = Identity('tokenizer.json', _sha256(file), size, bos, eos, adds_bos)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, self.identity.dtype) for one in encoded]
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """See `Tokenizer`."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(encoded.ids, self.identity.dtype), np.array(encoded.offsets, np.int64).reshape(-1, 2)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, by the library `sentencepiece`.
+
+    Args:
+      file: its path. The special ids are the model's.
+    """
+
+    def __init__(self, file: pathlib.Path):
+        library = require('sentencepiece', file.name, 'data')
+        self._model = library.SentencePieceProcessor(model_file=os.fspath(file))
+        bos, eos = (None if i < 0 else i for i in (self._model.bos_id(), self._model.eos_id()))
+        adds_bos = bos is not None and bool(
+            _read_json(file.with_name('tokenizer_config.json')).get('add_bos_token', True)
+        )
+        self.identity = Identity('tokenizer.model', _sha256(file), self._model.vocab_size(), bos, eos, adds_bos)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """See `Tokenizer`."""
+        return [np.array(ids, self.identity.dtype) for ids in self._model.encode(list(texts))]
+
+    def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Refused: a SentencePiece model does not read the special tokens in a text, which chat templates write.
+
+        Raises:
+          UserError: always.
+        """
+        raise UserError(
+            'a chat template needs a tokenizer.json, which knows its special tokens: name another --tokenizer.'
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer`."""
+        return self._model.decode([int(i) for i in ids])
+
+
+def _sha256(file: pathlib.Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no file.
+
+    Raises:
+      UserError: it does not parse.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise UserError(f'{file} is not JSON ({one_line(error)}): copy the folder again.') from error
+    return content if isinstance(content, dict) else {}
+
+
+def special_tokens(folder: pathlib.Path) -> dict[str, str]:
+    """The special tokens of a model folder by their names, such as 'eos_token'."""
+    found: dict[str, str] = {}
+    for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+        for key, value in _read_json(folder / name).items():
+            text = value.get('content') if isinstance(value, dict) else value
+            if key.endswith('_token') and isinstance(text, str):
+                found[key] = text
+    return found
+
+
+def chat_template_of(folder: pathlib.Path) -> str | None:
+    """The chat template of a model folder, if it has one; of several named ones, the default."""
+    file = folder / 'chat_template.jinja'
+    if file.is_file():
+        return file.read_text(encoding='utf-8')
+    template = _read_json(folder / 'tokenizer_config.json').get('chat_template')
+    if isinstance(template, list):
+        template = {named.get('name'): named.get('template') for named in template}.get('default')
+    return template if isinstance(template, str) else None
+
+
+def _special(folder: pathlib.Path, name: str, id_of: Any) -> int | None:
+    """The id of a special token by the files of a folder; a model's config.json is asked last."""
+    token = special_tokens(folder).get(name)
+    number = None if token is None else id_of(token)
+    if number is None:
+        number = _read_json(folder / 'config.json').get(f'{name}_id')
+        number = number[0] if isinstance(number, list) and number else number
+    return number if isinstance(number, int) else None
