@@ -165,7 +165,8 @@ def _add_convert(add: Add) -> None:
     _add_target(convert)
     convert.add_argument('--format', default='upcycle', help=f'of the new checkpoint: {_FORMATS} (%(default)s)')
     _add_folder(convert)
-    convert.add_argument('--dtype', help='of the parameters; routers stay float32 (default: float32)')
+    types = 'of the parameters; routers stay float32 (default: float32, with --format=huggingface unchanged)'
+    convert.add_argument('--dtype', help=types)
     state = 'fresh, fresh_clock, tile (OPTIMIZER_STATE), or none to omit it'
     convert.add_argument('--optimizer_state', help=state)
     convert.add_argument('--operator', help='how experts are made (EXPERT_OPERATOR)')

@@ -153,6 +153,10 @@ class TestBatch:
         with pytest.raises(UserError, match=message):
             upcycle.upcycle(weights(), moe(), key=0, batch=batch)
 
+    def test_arrays_without_names(self):
+        with pytest.raises(UserError, match="not .*: name the arrays 'encoder_input_tokens', 'decoder_input_tokens'"):
+            moe().logits(weights(), TOKENS['encoder_input_tokens'])
+
 
 def shapes(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

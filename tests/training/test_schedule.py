@@ -2,14 +2,17 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from tests import runs, vision
+from upcycle import warning
 from upcycle.commands import train
 from upcycle.errors import UserError
 from upcycle.metrics import read_metrics
 from upcycle.training.schedule import LearningRate
+from upcycle.training.state import check_start
 
 VISION = 'constant * linear_warmup * rsqrt * linear_cooldown'
 
@@ -105,6 +108,22 @@ def test_a_run_too_short(rate, words):
     with pytest.raises(UserError) as error:
         rate.schedule(10, 20)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ('rate', 'warns'),
+    [
+        (LearningRate(VISION, warmup_steps=20), True),
+        (LearningRate(VISION, warmup_steps=19), False),
+        (LearningRate(warmup_steps=20), False),  # constant until then
+        (LearningRate(VISION, warmup_steps=20, policy='restart'), False),
+    ],
+)
+def test_a_run_that_ends_in_its_warmup_warns(rate, warns, capsys):
+    warning.forget()
+    check_start(SimpleNamespace(learning_rate=rate, total_steps=20, initial_checkpoint_path='dense'), 10)
+    error = capsys.readouterr().err
+    assert ('WARMUP_STEPS = 20' in error and 'TRAIN_STEPS = 20' in error and 'lower WARMUP_STEPS' in error) == warns
 
 
 def test_a_run_from_scratch_has_no_dense_schedule_to_leave(tmp_path):

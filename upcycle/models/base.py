@@ -127,13 +127,18 @@ class BaseModel:
 
 
 def read_features(
-    batch: Mapping[str, Any], required: Iterable[str], optional: Iterable[str] = ()
+    batch: Mapping[str, Any], required: Sequence[str], optional: Iterable[str] = ()
 ) -> dict[str, jax.Array]:
     """Returns features of a batch as JAX arrays, optional ones if the batch has them.
 
     Raises:
-      UserError: a required feature is missing.
+      UserError: the batch is not a dict, or a required feature is missing.
     """
+    if not isinstance(batch, Mapping):
+        names = ', '.join(map(repr, required))
+        raise UserError(
+            f'batch must be a dict of arrays by feature, not {type(batch).__name__}: name the arrays {names}.'
+        )
     if missing := [name for name in required if name not in batch]:
         raise UserError(f'the batch has no {missing[0]!r}, only {", ".join(sorted(batch)) or "nothing"}: add it.')
     return {name: jnp.asarray(batch[name]) for name in (*required, *optional) if name in batch}

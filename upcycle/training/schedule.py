@@ -83,6 +83,10 @@ class LearningRate:
             return self.policy is Policy.RESTART
         return 'cosine_decay' in self.names or self.cooldown_steps > 0
 
+    def ends_in_warmup(self, total_steps: int) -> bool:
+        """Whether a run that ends at this step never reaches the peak of a schedule with a linear warm-up."""
+        return self.policy is Policy.CONTINUE and 'linear_warmup' in self.names and self.warmup_steps >= total_steps
+
     @property
     def can_begin_at_0(self) -> bool:
         """Whether a run from a checkpoint of unknown step can count from 0.

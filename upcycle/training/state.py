@@ -247,13 +247,21 @@ def check_facts(model: Model, reader: Reader, surgery: Surgery) -> None:
 
 
 def check_start(run: ModelRun, step: int) -> None:
-    """Raises UserError if a run that starts at `step` has no steps left, or fewer than its schedule needs."""
+    """Raises UserError if a run that starts at `step` has no steps left, or fewer than its schedule needs.
+
+    Prints a warning if the run ends before its warm-up does.
+    """
     if step >= run.total_steps:
         raise UserError(
             f"TRAIN_STEPS = {run.total_steps} counts from the dense run's first step, and the checkpoint "
             f'{run.initial_checkpoint_path} is at step {step}: raise TRAIN_STEPS.'
         )
     run.learning_rate.schedule(step, run.total_steps)
+    if run.learning_rate.ends_in_warmup(run.total_steps):
+        warning.once(
+            f'the warm-up of WARMUP_STEPS = {run.learning_rate.warmup_steps} steps is not shorter than TRAIN_STEPS = '
+            f'{run.total_steps}, so the learning rate never reaches its peak: lower WARMUP_STEPS.'
+        )
 
 
 def params_from(run: ModelRun, layout: Layout, reader: Reader) -> tuple[Any, str | None]:
