@@ -76,6 +76,21 @@ def test_draws_by_the_seed_and_stops_at_a_token(capsys, tmp_path):
     assert result['ended'] and result['tokens'] == drawn[0][:until]
 
 
+@requires_fixtures
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', ['gemma2', 'gemma3_text', 'smollm3', 'mixtral', 'qwen2_moe', 'jetmoe', 'flex_olmo'])
+def test_folders_of_all_kinds_equal_teacher_forcing(name):
+    """The first prompt is longer than the windows."""
+    model, params = upcycle.load(LLAMA.with_name(name))
+    tokens = np.random.default_rng(0).integers(3, 100, (2, 12))
+    mask = np.ones((2, 12), bool)
+    mask[1, :9] = False
+    made = np.asarray(model.generate(params, tokens, mask, max_new_tokens=6).tokens)
+    text, real = np.concatenate([tokens, made], axis=1), np.concatenate([mask, np.ones_like(made, bool)], axis=1)
+    best = jit(model.logits)(params, {'tokens': text, 'mask': real}).argmax(axis=-1)
+    np.testing.assert_array_equal(made, best[:, 11:-1])
+
+
 @pytest.mark.parametrize(
     ('kind', 'files', 'expected'),
     [

@@ -47,7 +47,8 @@ def test_a_bar_on_a_terminal(text, monkeypatch):
             print('warning: above the bar', file=sys.stderr)
         assert sys.stderr is terminal
         terminal.flush()
-        screen = os.read(ours, 1 << 16).decode()
+        screen = ''
+        while not screen.endswith('\x1b[?25h'):  # shows the cursor again
+            screen += os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert 'loading  leaf 2/2  ' + text[:10] in screen and 'warning: above the bar\r\n' in screen
-    assert screen.endswith('\x1b[?25h')  # shows the cursor again

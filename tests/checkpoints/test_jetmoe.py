@@ -27,7 +27,7 @@ def stored(reader, **changes):
             "attention_moe = .*'num_experts': 8.* would",
         ),
         ({'attention_moe': None}, 'attention_moe = None would become'),
-        ({'moe': None}, 'moe = None would become experts'),
+        ({'moe': None}, "moe = None would become 'experts'"),
         ({'qk_norm': 'head'}, "qk_norm = 'head' would become 'none'"),
         ({'moe_layers': [0, 1]}, r'moe_layers = \[0, 1\] would become .all.'),
     ],

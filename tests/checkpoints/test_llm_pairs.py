@@ -17,7 +17,7 @@ from upcycle.errors import UserError
 from upcycle.transfer import transfer
 
 _WHY = 'needs `pip install upcycle[hf]`: no pair of a dense layout and one with experts is compared with transformers'
-pytest.importorskip('torch', reason=_WHY)
+torch = pytest.importorskip('torch', reason=_WHY)
 transformers = pytest.importorskip('transformers', minversion='5', reason=_WHY)
 tokenizers = pytest.importorskip('tokenizers', reason=_WHY)
 
@@ -107,6 +107,17 @@ def test_is_the_dense_function(pair, tmp_path):
     check(model, tmp_path / 'moe', layout)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_keeps_the_type_of_the_source(dtype, tmp_path):
+    torch_models.make('Llama', dtype=getattr(torch, dtype)).save_pretrained(tmp_path / 'dense')
+    model = torch_models.load(tmp_path / 'dense')
+    convert(tmp_path / 'dense', tmp_path / 'moe', {})
+    check(model, tmp_path / 'moe', 'mixtral')
+    assert json.loads((tmp_path / 'moe' / 'config.json').read_text())['torch_dtype'] == dtype
+    leaves = open_checkpoint(tmp_path / 'moe').leaves()
+    assert {leaf.dtype.name for name, leaf in leaves.items() if name.endswith('wo/kernel')} == {dtype}
+
+
 @pytest.mark.parametrize('bindings', [{}, SOME])
 def test_a_gated_shared_expert(bindings, tmp_path):
     model = make_folder('Qwen2', {}, tmp_path / 'dense')
@@ -119,7 +130,7 @@ WRONG = {
     'partial rotary': ('Phi3', PARTIAL, {}, 'mixtral', 'rope_dims = 4 would become None'),
     'a window': ('Mistral', WINDOW, {}, 'granitemoe', 'window = 5 would become None'),
     'a window for qwen2_moe': ('Mistral', WINDOW, {}, 'qwen2_moe', 'window = 5 would become None'),
-    'windows of qwen2': ('Qwen2', QWEN_WINDOW, {}, None, 'window = 5 would become None'),
+    'windows of qwen2': ('Qwen2', QWEN_WINDOW, {}, 'qwen2_moe', 'window = 5 would become None'),
     'biases of MLPs': ('Llama', {'mlp_bias': True}, {}, 'mixtral', 'mlp_bias = True would become False'),
     'biases of attention': ('Qwen2', {}, {}, 'mixtral', 'qkv_bias = True would become False'),
     'norms of heads': ('Qwen3', {}, {}, 'mixtral', "qk_norm = 'head' would become 'none'"),
@@ -127,7 +138,13 @@ WRONG = {
     'norms on outputs': ('Olmo2', {}, {}, 'olmoe', "norm_placement = 'post' would become 'pre'"),
     'multipliers': ('Granite', GRANITE, {}, 'mixtral', 'embedding_multiplier = 3.0 would become 1.0'),
     'raw weights to mixtral': ('Llama', {}, RAW, 'mixtral', 'normalize_combine_weights = False would become True'),
-    'raw weights to granitemoe': ('Granite', {}, RAW, None, 'normalize_combine_weights = False would become True'),
+    'raw weights to granitemoe': (
+        'Granite',
+        {},
+        RAW,
+        'granitemoe',
+        'normalize_combine_weights = False would become True',
+    ),
     'dense layers': ('Llama', {}, SOME, 'mixtral', r'moe_layers = \[0, 2\] would become .all.'),
     'dense layers of olmo2': ('Olmo2', {}, SOME, None, r'moe_layers = \[0, 2\] would become .all.'),
     'layers without RoPE': ('SmolLM3', {'no_rope_layers': [1, 0, 1]}, {}, None, 'rope_layers'),

@@ -7,6 +7,7 @@ import pytest
 
 from tests.checkpoints import llms, trees
 from tests.fixtures import requires_fixtures
+from upcycle import cli
 from upcycle.checkpoints import create_checkpoint, hf, open_checkpoint, safetensors
 from upcycle.checkpoints.hf.decoder_only import facts
 from upcycle.errors import UserError
@@ -206,6 +207,19 @@ def test_an_index_that_lies_and_a_truncated_shard(tmp_path):
     shard.unlink()
     shard.write_bytes(data[:-9])
     refused(folder, 'ends at byte .* copy the checkpoint again')
+
+
+@pytest.mark.parametrize('name', [EMBEDDING, DOWN])
+def test_nan(name, tmp_path):
+    def damaged(tensor):
+        return np.where(np.arange(tensor.size).reshape(tensor.shape) == 7, np.float32('nan'), tensor)
+
+    folder = llms.copy('llama', tmp_path / 'x', change=changed(name, damaged))
+    ours = 'token_embedder/embedding' if name == EMBEDDING else 'decoder/layers_1/mlp/wo/kernel'
+    options = ['--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=2', '--format=huggingface']
+    with pytest.raises(UserError, match=f'{ours} .*not finite|{ours} .*NaN'):
+        cli.run(['convert', f'--from={folder}', f'--to={tmp_path / "out"}', *options])
+    assert [path.name for path in tmp_path.iterdir()] == ['x']
 
 
 def test_an_adapter_without_its_model(tmp_path):

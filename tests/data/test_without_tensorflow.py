@@ -1,10 +1,12 @@
-"""A decoder-only run needs neither TensorFlow, seqio nor TFDS."""
+"""A decoder-only run needs neither TensorFlow, seqio nor TFDS, and resumes with the same losses."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 from upcycle.metrics import read_metrics
 
@@ -17,6 +19,9 @@ def test_tokenize_train_eval_and_plan_import_none_of_them(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == 'imported: []'
-    assert [line['split'] for line in read_metrics(tmp_path / 'run' / 'metrics.jsonl')] == ['train', 'validation']
-    (metrics,) = (json.loads((tmp_path / 'eval.json').read_text())['metrics'],)
-    assert 4 < metrics['loss'] < 7
+    first, lines = (read_metrics(folder / 'metrics.jsonl') for folder in (tmp_path, tmp_path / 'run'))
+    losses = [[(line['split'], line['step'], line['loss']) for line in log] for log in (first, lines)]
+    assert [loss[:2] for loss in losses[0] if loss[0] == 'train'] == [('train', step) for step in (1, 2, 3, 4)]
+    assert losses[0] == losses[1]  # of the resumed run
+    metrics = json.loads((tmp_path / 'eval.json').read_text())['metrics']['validation']
+    assert metrics['loss'] == pytest.approx(lines[-1]['loss'], abs=1e-5) and 4 < metrics['loss'] < 7

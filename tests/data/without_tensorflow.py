@@ -1,4 +1,4 @@
-"""Trains and evaluates a tiny decoder-only model in a process that refuses TensorFlow, seqio and TFDS.
+"""Trains, resumes and evaluates a tiny decoder-only model, and generates, in a process that refuses TensorFlow, seqio and TFDS.
 
 python -m tests.data.without_tensorflow FOLDER
 """
@@ -6,6 +6,7 @@ python -m tests.data.without_tensorflow FOLDER
 import importlib.abc
 import importlib.util
 import json
+import shutil
 import sys
 
 REFUSED = {'tensorflow', 'seqio', 'tensorflow_datasets', 't5', 'keras'}
@@ -34,11 +35,17 @@ def main(folder):
         file.writelines(json.dumps({'text': f'Document {i}, and more of it.'}) + '\n' for i in range(200))
     shards = ['--tokenizer=bytes', f'--to={folder}/shards', '--workers=1', '--validation=0.2']
     cli.run(['tokenize', f'--from={folder}/a.jsonl', *shards])
-    settings = runs.bindings('llm dense', f'{folder}/run', 2, TOKENS_DIR=f'{folder}/shards', NUM_LAYERS=1)
+    sizes = {'NUM_LAYERS': 1, 'LOG_PERIOD': 1, 'CHECKPOINT_KEEP': 2}
+    settings = runs.bindings('llm dense', f'{folder}/run', 4, TOKENS_DIR=f'{folder}/shards', **sizes)
     files = [f'--gin_file={file}' for file in (runs.LLM, 'tasks/tokens.gin', 'runs/pretrain.gin')]
-    cli.run(['train', *files, *(f'--gin.{name}={value}' for name, value in settings.items())])
+    train = ['train', *files, *(f'--gin.{name}={value}' for name, value in settings.items())]
+    cli.run(train)
+    shutil.copy(f'{folder}/run/metrics.jsonl', folder)
+    shutil.rmtree(f'{folder}/run/checkpoints/4')
+    cli.run(train)  # continues from step 2
     cli.run(['eval', f'--from={folder}/run', f'--out={folder}/eval.json'])
-    settings |= {'MODEL_DIR': f'{folder}/other', 'TRAIN_STEPS': '4'}
+    cli.run(['generate', f'--from={folder}/run', '--prompt=Document', '--max_new_tokens=4'])
+    settings |= {'MODEL_DIR': f'{folder}/other', 'TRAIN_STEPS': '6'}
     files[-1] = '--gin_file=runs/continue_dense.gin'
     cli.run(['plan', f'--from={folder}/run', *files, *(f'--gin.{name}={value}' for name, value in settings.items())])
     print('imported:', imported)

@@ -1,5 +1,6 @@
 """Every command of the docs runs as it is written, in a folder that holds what it names; only sizes and steps are small."""
 
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from tests import runs, vision
+from tests import runs, tokens, vision
 from tests.checkpoints import trees
 from tests.docs.pages import ROOT, commands, languages, pages
 from tests.test_cli import call
@@ -43,6 +44,7 @@ THEIRS = {
     '/path/to/sparse_vit': 'sparse_vit',
     '/path/to/sparse': 'sparse',
     '/path/to/dense': 'dense',
+    '/path/to/llm': 'llm',
 }
 # What cannot be had here: by its shapes, and by something small that can be trained on.
 TASKS = {
@@ -105,6 +107,10 @@ def inputs(dense, dense_vit, upcycled, tmp_path_factory):
         unk_id=2,
         bos_id=-1,
     )
+    (folder / 'llm').mkdir()
+    tokens.write_tokenizer(folder / 'llm', tokens.CHATML)
+    (folder / 'articles.jsonl').write_text(''.join(json.dumps({'body': text}) + '\n' for text in tokens.TEXTS))
+    (folder / 'chat.jsonl').write_text((json.dumps({'messages': tokens.MESSAGES}) + '\n') * 4)
     for name in ('cat', 'dog', 'bird'):
         (folder / 'photos' / name).mkdir(parents=True)
         for i in range(30):

@@ -131,7 +131,8 @@ def test_surgery_copies_them_and_makes_none():
         (MODEL, MODEL.with_moe(num_experts=6), 'grow'),
     ):
         with pytest.raises(
-            UserError, match='would make the attention experts of decoder/layers_0/.*ATTENTION_MOE = None'
+            UserError,
+            match='would make the attention experts of decoder/layers_0/self_attention, .*ATTENTION_MOE = None',
         ):
             plan_surgery(leaves_of(source), leaves_of(target), Surgery(operator=operator))
 

@@ -115,6 +115,15 @@ def test_draws_depend_on_the_seed_and_not_on_other_rows():
     np.testing.assert_array_equal(draw(tokens[:1], mask[:1]).tokens, first[:1])
 
 
+def test_is_traceable():
+    made = jax.eval_shape(
+        functools.partial(MODELS['dropless'].generate, max_new_tokens=NEW),
+        params_of('dropless'),
+        *map(jnp.asarray, batch()),
+    )
+    assert made.tokens.shape == (3, NEW) and made.lengths.shape == made.scores.shape == (3,)
+
+
 def test_reads_prompts_in_the_encoder():
     model = EncoderDecoderModel(small_t5(emb_dim=32, mlp_dim=64, num_encoder_layers=1, num_decoder_layers=1))
     ones = jnp.ones((2, 8), jnp.int32)

@@ -91,6 +91,10 @@ def test_the_gate_weighs_the_shared_expert():
     np.testing.assert_allclose(output(GATED, params), routed + gate_BxLx1 * shared, atol=1e-5)
 
 
+def test_words_say_nothing_about_slots():
+    assert TOP_2.in_words() == '8 experts, Top-2, dropless, normalised weights'
+
+
 def test_widths_may_be_absolute():
     config = changed(GATED, expert_mlp_dim=10, shared_mlp_dim=36)
     shapes = jax.tree.map(jnp.shape, params_of(config))

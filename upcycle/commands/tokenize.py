@@ -1,4 +1,4 @@
-"""`upcycle tokenize`: writes the token shards that decoder-only models train on."""
+"""`upcycle tokenize`: writes the token shards that language models train on."""
 
 import json
 import os

@@ -15,7 +15,7 @@ import numpy as np
 from upcycle.errors import UserError
 
 if TYPE_CHECKING:
-    from upcycle.models.protocol import Model, Params
+    from upcycle.models.protocol import Generative, Model, Params
 
 # Arrays with a leading axis of B, and scalars, which all sequences share.
 Cache = Any
@@ -156,7 +156,7 @@ def sample(
 
 
 def generate(
-    model: 'Model', params: 'Params', tokens: Any, mask: Any, sampling: Sampling, max_new_tokens: int, key: Any
+    model: 'Generative', params: 'Params', tokens: Any, mask: Any, sampling: Sampling, max_new_tokens: int, key: Any
 ) -> Generated:
     """Generates continuations of prompts; see `models.Model.generate`."""
     tokens, mask, key = _prepared(model, tokens, mask, max_new_tokens, key)
@@ -170,7 +170,7 @@ def _generate(
     mask: jax.Array,
     key: jax.Array,
     *,
-    model: 'Model',
+    model: 'Generative',
     sampling: Sampling,
     max_new_tokens: int,
 ) -> Generated:
@@ -180,7 +180,7 @@ def _generate(
 
 
 def stream(
-    model: 'Model', params: 'Params', tokens: Any, mask: Any, sampling: Sampling, max_new_tokens: int, key: Any
+    model: 'Generative', params: 'Params', tokens: Any, mask: Any, sampling: Sampling, max_new_tokens: int, key: Any
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Generates what `generate` does, step by step.
 
@@ -201,18 +201,18 @@ def stream(
 
 @functools.partial(jax.jit, static_argnames=('model', 'max_new_tokens'))
 def _first_state(
-    params: 'Params', tokens: jax.Array, mask: jax.Array, *, model: 'Model', max_new_tokens: int
+    params: 'Params', tokens: jax.Array, mask: jax.Array, *, model: 'Generative', max_new_tokens: int
 ) -> _State:
     return _start(*_prefilled(model, params, tokens, mask, max_new_tokens), max_new_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames='state')
-def _next_state(params: 'Params', state: _State, key: jax.Array, *, model: 'Model', sampling: Sampling) -> _State:
+def _next_state(params: 'Params', state: _State, key: jax.Array, *, model: 'Generative', sampling: Sampling) -> _State:
     return _advance(functools.partial(model.decode, params), sampling, key, state)
 
 
 def _prefilled(
-    model: 'Model', params: 'Params', tokens_BxL: jax.Array, mask_BxL: jax.Array, max_new_tokens: int
+    model: 'Generative', params: 'Params', tokens_BxL: jax.Array, mask_BxL: jax.Array, max_new_tokens: int
 ) -> tuple[jax.Array, Cache]:
     """Moves padding to the front, and reads the prompts."""
     order_BxL = jnp.argsort(mask_BxL, axis=1, stable=True)
@@ -227,7 +227,7 @@ def require_text(model: 'Model | type[Model]') -> None:
 
 
 def _prepared(
-    model: 'Model', tokens: Any, mask: Any, max_new_tokens: int, key: Any
+    model: 'Generative', tokens: Any, mask: Any, max_new_tokens: int, key: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Checks the arguments of `generate`.
 

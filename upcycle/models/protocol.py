@@ -37,7 +37,7 @@ class Model(Protocol):
       blocks: names of the modules that are numbered by layer, without the number.
       components: names of the modules within a layer that `upcycle inspect` sums up.
       prompts: how `generate` reads a prompt: 'continued'; 'answered', which ends it with the end token; None if the family does
-        not generate text, and has neither `prefill` nor `decode`.
+        not generate text and is not `Generative`.
     """
 
     family: ClassVar[str]
@@ -165,14 +165,6 @@ class Model(Protocol):
           UserError: the family does not generate text, or an argument is wrong.
         """
 
-    def prefill(
-        self, params: Params, tokens: 'jax.Array', mask: 'jax.Array', max_new_tokens: int
-    ) -> 'tuple[jax.Array, Cache]':
-        """Reads prompts (B, L), padded in front; returns the token (B,) that `decode` reads first, and its cache."""
-
-    def decode(self, params: Params, tokens: 'jax.Array', cache: 'Cache') -> 'tuple[jax.Array, Cache]':
-        """Returns the logits (B, V) after the tokens (B, 1), and the cache with these."""
-
     def sample_inputs(self) -> 'dict[str, np.ndarray] | None':
         """Returns a few seeded inputs of `logits`, to compare a model with its source; None if the family has none."""
 
@@ -217,3 +209,15 @@ class Model(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Returns the configuration as JSON, for checkpoints."""
+
+
+class Generative(Model, Protocol):
+    """A model of a family whose `prompts` is not None."""
+
+    def prefill(
+        self, params: Params, tokens: 'jax.Array', mask: 'jax.Array', max_new_tokens: int
+    ) -> 'tuple[jax.Array, Cache]':
+        """Reads prompts (B, L), padded in front; returns the token (B,) that `decode` reads first, and its cache."""
+
+    def decode(self, params: Params, tokens: 'jax.Array', cache: 'Cache') -> 'tuple[jax.Array, Cache]':
+        """Returns the logits (B, V) after the tokens (B, 1), and the cache with these."""

@@ -118,10 +118,11 @@ def plan_surgery(
 
 def _refuse_attention(target: str, operator: Operator) -> None:
     """Raises UserError if a leaf of experts is one of attention experts."""
-    if is_attention(mlp_of(target)):
+    layer = mlp_of(target).removeprefix(PARAMS)
+    if is_attention(layer):
         raise UserError(
-            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {target.removeprefix(PARAMS)}, but only '
-            'copying a checkpoint that has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
+            f'EXPERT_OPERATOR = {operator.name!r} would make the attention experts of {layer}, but only copying a checkpoint '
+            'that has them is implemented: set EXPERT_OPERATOR = None, or ATTENTION_MOE = None.'
         )
 
 

@@ -70,6 +70,8 @@ class Assigning(Routed):
 
     def in_words(self) -> str:
         weights = 'normalised' if self.normalize_combine_weights else 'raw'
+        if self.dropless:
+            return f'{self.num_experts} experts, {self._choice_in_words()}, dropless, {weights} weights'
         return (
             f'{self.num_experts} experts, {self._choice_in_words()}, cf={self.train_capacity_factor:g} ({self.capacity_rule} '
             f'rule), groups of at most {self.group_size} tokens, {weights} weights, {self.dispatch} dispatch'

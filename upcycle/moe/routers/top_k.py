@@ -169,7 +169,8 @@ class TopK(TokenChoice):
             yield f"SCORE_GROUPS = {groups} are groups of one expert, which have no best two: set GROUP_SCORE = 'max'."
 
     def _choice_in_words(self) -> str:
-        return f'Top-{self.num_selected_experts}, {self.fill_order}'
+        order = '' if self.dropless else f', {self.fill_order}'
+        return f'Top-{self.num_selected_experts}{order}'
 
     @property
     def logits_have_bias(self) -> bool:

@@ -76,7 +76,7 @@ def canonical(fields: Mapping[str, Any]) -> Facts:
     facts = {name: fields[name] for name in SIZES}
     facts |= {name: fields.get(name, value) for name, value in NEUTRAL.items()}
     facts = {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
-    heads, layers = facts['head_dim'], facts['num_layers']
+    head_dim, layers = facts['head_dim'], facts['num_layers']
     facts['window_layers'] = chosen(facts['window_layers'], layers)
     if facts['window'] is None or facts['window_layers'] == 'none':
         facts |= {name: NEUTRAL[name] for name in ('window', 'window_layers', 'window_rope_theta')}
@@ -89,8 +89,8 @@ def canonical(fields: Mapping[str, Any]) -> Facts:
     if facts['rope_type'] == 'default' and facts['window_rope_theta'] == facts['rope_theta']:
         facts['window_rope_theta'] = None
     for name, implied in (
-        ('rope_dims', heads),
-        ('attention_scale', heads**-0.5),
+        ('rope_dims', head_dim),
+        ('attention_scale', head_dim**-0.5),
         ('final_norm_epsilon', facts['norm_epsilon']),
         ('rope_attention_factor', attention_factor(facts['rope_factor'])),
     ):
