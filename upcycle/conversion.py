@@ -126,7 +126,9 @@ def convert(
         work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify)
         write(writer, work.missing_parts(), leaves)
         started_from = source_of(reader, step)
-        receipt = make_receipt(plan, source=started_from, hashes=dict(sorted(work.source_hashes.items())), lineages=work.lineages())
+        receipt = make_receipt(
+            plan, source=started_from, hashes=dict(sorted(work.source_hashes.items())), lineages=work.lineages()
+        )
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         if check_functions and (logits := compare_logits(run.model, plan, reader, layout.flat())) is not None:
             receipt['function_check']['logits'] = logits
