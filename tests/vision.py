@@ -10,11 +10,8 @@ from upcycle.commands import train
 from upcycle.data import tensorflow_quiet
 
 MODEL, MOE, TASK = 'models/vit_mini.gin', 'moe/vit.gin', 'tasks/mnist5k.gin'
-TINY = {
-    'EMBED_DIM': '16',
-    'MLP_DIM': '32',
-    'NUM_HEADS': '2',
-    'NUM_LAYERS': '2',
+SIZES = {'EMBED_DIM': '16', 'MLP_DIM': '32', 'NUM_HEADS': '2', 'NUM_LAYERS': '2'}
+TINY = SIZES | {
     'BATCH_SIZE': '8',
     'EVAL_BATCH_SIZE': '64',
     'EVAL_STEPS': '2',

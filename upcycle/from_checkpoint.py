@@ -126,4 +126,6 @@ def _source(kind: type[Model], bindings: Mapping[str, str]) -> str:
     lines += ['', f"include '{kind.settings}'", '']
     lines += [f'{field.upper()} = {reference}' for field, reference in moe.items()]
     lines += [f'{name} = {value}' for name, value in bindings.items()]
+    # Tasks may read the size of the vocabulary.
+    lines += [f'NUM_EMBEDDINGS = {value}' for name, value in bindings.items() if name.endswith('.vocab_size')]
     return '\n'.join([*lines, ''])
