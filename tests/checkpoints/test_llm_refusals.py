@@ -35,6 +35,10 @@ FIELDS = {
     'activation': ('llama', {'hidden_act': 'gelu'}, "hidden_act is 'gelu': it must be one of silu"),
     'heads': ('llama', {'num_key_value_heads': 3}, 'num_attention_heads is 4: it must be a multiple'),
     'type': ('llama', {'rms_norm_eps': 0}, 'rms_norm_eps is 0: it must be a number above 0'),
+    'null': ('llama', {'rms_norm_eps': None}, 'rms_norm_eps is null: set it, or remove it if it is 1e-06, the default'),
+    'null multiplier': ('granite', {'attention_multiplier': None}, 'attention_multiplier is null: set it, or remove'),
+    'null of experts': ('granitemoe', {'num_local_experts': None}, 'num_local_experts is null: set it, or remove it'),
+    'null heads': ('jetmoe', {'num_key_value_heads': None}, 'num_key_value_heads is null: set it'),
     'layers': ('llama', {'num_hidden_layers': 4}, 'num_hidden_layers is 4, but the arrays have 3'),
     'width': (
         'llama',
