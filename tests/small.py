@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from tests.fixtures import fixtures_dir
 from upcycle import partitioning
-from upcycle.models.decoder import DecoderConfig
+from upcycle.models.decoder_config import DecoderConfig
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.t5 import T5Config
 from upcycle.models.vit import ViTConfig

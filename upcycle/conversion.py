@@ -37,7 +37,7 @@ from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
 from upcycle.training.state import first_step, make_layout, make_plan
-from upcycle.transfer import Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
+from upcycle.transfer import Leaves, Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
 from upcycle.whole_model import compare_logits
 
 CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
@@ -126,12 +126,12 @@ def convert(
         work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify)
         write(writer, work.missing_parts(), leaves)
         started_from = source_of(reader, step)
-        receipt = make_receipt(plan, source=started_from, hashes=work.source_hashes, lineages=work.lineages())
+        receipt = make_receipt(
+            plan, source=started_from, hashes=dict(sorted(work.source_hashes.items())), lineages=work.lineages()
+        )
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
-        if check_functions and (logits := compare_logits(run.model, plan, reader, layout.flat())) is not None:
-            receipt['function_check']['logits'] = logits
-            largest = f'{logits["max_abs_difference"]:.2g} (largest logit {logits["max_abs"]:.2g})'
-            print(f'on random inputs the logits differ from those of the dense model by at most {largest}')
+        if check_functions:
+            _compare_logits(receipt, run, plan, reader, layout.flat())
         files = {companions.KEY: companions.of(readers_of(reader)[0].path, readers_of(reader)[0].format)}
         writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
@@ -144,6 +144,15 @@ def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
     inherited = {name: reader.metadata[name] for name in INHERITED if name in reader.metadata}
     model = json.loads(json.dumps(run.model.describe(), default=str))
     return {**inherited, 'family': run.model.family, 'model': model}
+
+
+def _compare_logits(receipt: dict[str, Any], run: ModelRun, plan: Plan, reader: Reader, leaves: Leaves) -> None:
+    """Adds the comparison of the logits of small models to the receipt, and prints the largest difference."""
+    logits = compare_logits(run.model, plan, reader, leaves)
+    if logits is not None:
+        receipt['function_check']['logits'] = logits
+        largest = f'{logits["max_abs_difference"]:.2g} (largest logit {logits["max_abs"]:.2g})'
+        print(f'on random inputs the logits differ from those of the dense model by at most {largest}')
 
 
 def _with_dtype_of_source(row: Row, reader: Reader) -> Row:

@@ -34,10 +34,8 @@ FOLLOWS = {
 }
 # The file that stands for the model of a checkpoint: `from_checkpoint.model_as_gin` writes its content.
 FROM_CHECKPOINT = 'models/from_checkpoint.gin'
-# Files of this name are only included by others of their folder.
-BASE = 'base.gin'
-# Stands for a reference that could not be resolved; a mistake already tells of it.
-UNKNOWN = object()
+BASE = 'base.gin'  # files of this name are only included by others of their folder
+UNKNOWN = object()  # a reference that could not be resolved; a mistake already tells of it
 _DEFINITION = re.compile(r'^([A-Za-z_]\w*) = ', re.MULTILINE)
 _VALUE = re.compile(r'^([A-Za-z_]\w*) = (.+?)(?:  #.*)?$', re.MULTILINE)
 _MACRO = re.compile(r'%([A-Za-z_]\w*)')

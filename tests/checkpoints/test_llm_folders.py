@@ -13,7 +13,7 @@ from upcycle.checkpoints import open_checkpoint, safetensors, writing
 from upcycle.checkpoints.hf.decoder_only import facts
 from upcycle.errors import UserError
 from upcycle.models import identify
-from upcycle.models.decoder import DecoderConfig
+from upcycle.models.decoder_config import DecoderConfig
 from upcycle.models.registry import family
 from upcycle.transfer import transfer
 

@@ -19,7 +19,7 @@ from upcycle.checkpoints.hf.engines import engine_limits
 from upcycle.errors import UserError
 from upcycle.formats import FolderRequest, folder_request
 from upcycle.models.causal_lm import CausalLM
-from upcycle.models.decoder import DecoderConfig
+from upcycle.models.decoder_config import DecoderConfig
 from upcycle.moe.config import MoEConfig
 from upcycle.transfer import discarded_if_refused
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_cli import call
 from tests.tokens import TEXTS, write_tokenizer
-from upcycle.data.causal import shards, writing
+from upcycle.data.causal import shards, workers, writing
 from upcycle.data.causal.documents import Fields
 from upcycle.data.causal.tokenizers import open_tokenizer
 from upcycle.data.causal.workers import Job
@@ -204,8 +204,8 @@ def test_mistakes_are_one_sentence(options, tmp_path, capsys):
     (tmp_path / 'bad.json').write_text('{}')
     (tmp_path / 'empty.txt').write_text('')
     options = [option.replace('{}', str(tmp_path)) for option in options]
-    workers = [] if any('--workers' in option for option in options) else ['--workers=1']
-    code, _, err = call(['tokenize', *options, f'--to={tmp_path}/out', *workers], capsys)
+    more = [] if any('--workers' in option for option in options) else ['--workers=1']
+    code, _, err = call(['tokenize', *options, f'--to={tmp_path}/out', *more], capsys)
     expected = MISTAKES[tuple(option.replace(str(tmp_path), '{}') for option in options)]
     assert code == 2 and expected.replace('{}', str(tmp_path)) in err.splitlines()[-1], err
     assert not (tmp_path / 'out').exists()
@@ -264,6 +264,19 @@ def test_an_interrupted_write_continues(at, tmp_path, monkeypatch):
     assert content_of(tmp_path / 'out') == content_of(tmp_path / 'whole')
     assert at != 'end' or not again
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.jsonl', 'out', 'whole']
+
+
+def kill_itself(chunk):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.exhaustive
+def test_a_killed_process_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / 'a.jsonl').write_bytes(LINES)
+    monkeypatch.setattr(workers, '_work', kill_itself)
+    inputs = writing.Inputs.find([str(tmp_path / 'a.jsonl')], [])
+    with pytest.raises(UserError, match='a process of `upcycle tokenize` was killed.* fewer --workers'):
+        writing.write(inputs, Job('bytes', Fields(), 0.1), str(tmp_path / 'out'), workers=2)
 
 
 @pytest.mark.exhaustive

@@ -84,13 +84,13 @@ def test_equals_teacher_forcing_whatever_the_padding(name, side):
 
 def test_a_prompt_of_one_token_needs_no_others():
     tokens = np.array([prompts()[1]])
-    made = MODELS['dropless'].generate(params_of('dropless'), tokens, max_new_tokens=NEW)
-    np.testing.assert_array_equal(made.tokens[0], greedy('dropless', prompts()[1])[0])
+    made = MODELS['dense'].generate(params_of('dense'), tokens, max_new_tokens=NEW)
+    np.testing.assert_array_equal(made.tokens[0], greedy('dense', prompts()[1])[0])
 
 
-@pytest.mark.parametrize('temperature', [0.0, 1.5])
-def test_a_stream_gives_the_same_and_ends_early(temperature):
-    model, params, (tokens, mask) = MODELS['dropless'], params_of('dropless'), batch()
+def test_a_stream_gives_the_same_and_ends_early():
+    temperature = 1.5
+    model, params, (tokens, mask) = MODELS['dense'], params_of('dense'), batch()
     free = model.generate(params, tokens, mask, max_new_tokens=NEW, temperature=temperature, key=7)
     # Every row ends at one of these, at the latest with its fourth token.
     eos_ids = tuple(np.asarray(free.tokens)[[0, 1, 2], [1, 3, 2]].tolist())

@@ -20,7 +20,7 @@ from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
 
 if TYPE_CHECKING:
-    from upcycle.models.decoder import DecoderConfig
+    from upcycle.models.decoder_config import DecoderConfig
 
 
 class AttentionExperts(SelfAttention):

@@ -11,7 +11,7 @@ import numpy as np
 
 from upcycle import schema
 from upcycle.errors import UserError, refuse
-from upcycle.models.generation import Cache, Generated, Sampling, generate
+from upcycle.models.generation import Generated, Sampling, generate
 from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.layer import METRICS, moe_metrics
 
@@ -105,14 +105,6 @@ class BaseModel:
         """See `models.Model`."""
         sampling = Sampling(temperature, top_k, top_p, tuple(eos_ids))
         return generate(self, params, tokens, mask, sampling, max_new_tokens, key)
-
-    def prefill(self, params: Any, tokens: jax.Array, mask: jax.Array, max_new_tokens: int) -> tuple[jax.Array, Cache]:
-        """Of families with `prompts` only; see `models.Model`."""
-        raise NotImplementedError
-
-    def decode(self, params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Of families with `prompts` only; see `models.Model`."""
-        raise NotImplementedError
 
     def moe_loss(self, written: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the auxiliary loss of the MoE layers and their metrics, from the variables that a forward pass wrote."""

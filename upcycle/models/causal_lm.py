@@ -15,7 +15,8 @@ from upcycle import cost, schema
 from upcycle.errors import UserError
 from upcycle.models.attention_experts import RouterOnly
 from upcycle.models.base import BaseModel, known_facts, read_features
-from upcycle.models.decoder import DecoderConfig, DecoderOnly
+from upcycle.models.decoder import DecoderOnly
+from upcycle.models.decoder_config import DecoderConfig
 from upcycle.models.generation import Cache
 from upcycle.models.leaves import count_layers, mlp_width
 from upcycle.models.losses import cross_entropy

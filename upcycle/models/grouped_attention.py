@@ -11,7 +11,7 @@ from upcycle.models.attention import mask_value
 from upcycle.models.layers import Dense, LayerNorm
 
 if TYPE_CHECKING:
-    from upcycle.models.decoder import DecoderConfig, LayerKind
+    from upcycle.models.decoder_config import DecoderConfig, LayerKind
 
 kernel_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
@@ -56,7 +56,7 @@ def grouped_attention(
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention of one layer; see `decoder.DecoderConfig` for its options.
+    """Causal self-attention of one layer; see `decoder_config.DecoderConfig` for its options.
 
     With `max_length` keys and values are kept in the collection `cache` for that many positions; calls append to it.
     """

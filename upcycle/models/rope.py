@@ -23,7 +23,7 @@ class RopeType(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of an attention layer; fields as in `decoder.DecoderConfig`, without `rope_`."""
+    """Rotary position embedding of an attention layer; fields as in `decoder_config.DecoderConfig`, without `rope_`."""
 
     dims: int
     theta: float = 10000.0

@@ -1,9 +1,9 @@
 """What serving engines refuse or compute wrongly in a folder that transformers loads correctly.
 
 The engines are vLLM 0.32 and llama.cpp of October 2026 with its `convert_hf_to_gguf.py`. Limits are from their sources (vLLM's
-`model_executor/models/`, llama.cpp's `src/models/`); those of llama.cpp for mixtral, qwen2_moe, qwen3_moe and granitemoe were also
-measured. vLLM was not run. Not read in 0.32: vLLM's OLMoE beyond its router (an older version was read), and that experts compute
-silu whatever `hidden_act` is, except in its qwen2_moe and granitemoe.
+`model_executor/models/`, llama.cpp's `src/models/`); those of llama.cpp for mixtral, qwen2_moe, qwen3_moe and granitemoe were
+also measured. vLLM was not run. Not read in 0.32: vLLM's OLMoE beyond its router (an older version was read), and that experts
+compute silu whatever `hidden_act` is, except in its qwen2_moe and granitemoe.
 """
 
 from __future__ import annotations

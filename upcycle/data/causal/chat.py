@@ -72,7 +72,7 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self._tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise RefusedChat(f'the chat template of {self._name} refuses it ({one_line(error)})') from error
 
     def with_spans(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[Span]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import hashlib
@@ -180,6 +180,11 @@ def tokenising(tokenise: Tokenise, workers: int) -> Iterator[Callable[[Iterable[
 
     try:
         yield in_order
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise UserError(
+            'a process of `upcycle tokenize` was killed, as when memory is short: repeat the command, which continues, with '
+            'fewer --workers.'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
