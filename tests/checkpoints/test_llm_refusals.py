@@ -39,6 +39,22 @@ FIELDS = {
     'null multiplier': ('granite', {'attention_multiplier': None}, 'attention_multiplier is null: set it, or remove'),
     'null of experts': ('granitemoe', {'num_local_experts': None}, 'num_local_experts is null: set it, or remove it'),
     'null heads': ('jetmoe', {'num_key_value_heads': None}, 'num_key_value_heads is null: set it'),
+    'odd heads': ('llama', {'head_dim': 7}, 'head_dim, is 7: RoPE needs an even number'),
+    'dictionary': (
+        'llama',
+        {'rope_scaling': [1]},
+        r'rope_scaling is .*: it must be a dictionary .a string: any value.\.$',
+    ),
+    'frequencies': (
+        'llama',
+        {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}},
+        'high_freq_factor of rope_scaling is 4.0: it must be above low_freq_factor, 4.0',
+    ),
+    'type of gemma3': (
+        'gemma3_text',
+        {'rope_scaling': {'type': 'linear', 'factor': 3.0}},
+        'type of rope_scaling is ignored for Gemma 3 by transformers 5: name it rope_type',
+    ),
     'layers': ('llama', {'num_hidden_layers': 4}, 'num_hidden_layers is 4, but the arrays have 3'),
     'width': (
         'llama',
@@ -107,7 +123,7 @@ FIELDS = {
     ),
     'dynamic of gemma3': (
         'gemma3_text',
-        {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
+        {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}},
         "rope_type of rope_scaling is 'dynamic': our gemma3_text supports default, linear, llama3, yarn only",
     ),
     'scaling of windows': (
