@@ -242,6 +242,19 @@ def test_nan(name, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['x']
 
 
+@pytest.mark.parametrize('name', ['generation_config.json', 'tokenizer.json', 'LICENSE'])
+def test_a_damaged_companion(name, tmp_path):
+    folder = llms.copy('llama', tmp_path / 'x')
+    if name == 'LICENSE':
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text('{"a')
+    options = ['--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=2', '--format=huggingface']
+    with pytest.raises(UserError, match=f'{name} is (damaged|not a file)'):
+        cli.run(['convert', f'--from={folder}', f'--to={tmp_path / "out"}', *options])
+    assert [path.name for path in tmp_path.iterdir()] == ['x']
+
+
 def test_an_adapter_without_its_model(tmp_path):
     (tmp_path / 'adapter_config.json').write_text('{}')
     llms.write(tmp_path, {'base_model.model.x.lora_A.weight': np.ones((2, 2), np.float32)})
