@@ -92,6 +92,8 @@ def convert(
     for part in readers_of(reader):
         require_whole(part.path)
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
+    first = readers_of(reader)[0]
+    files = {companions.KEY: companions.of(first.path, first.format)}
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
     layout = make_layout(run, mesh, run.model.smallest_batch())
     run.trainable.frozen(layout.abstract.params, run.model.moe_layers(), 0)
@@ -132,7 +134,6 @@ def convert(
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         if check_functions:
             _compare_logits(receipt, run, plan, reader, layout.flat())
-        files = {companions.KEY: companions.of(readers_of(reader)[0].path, readers_of(reader)[0].format)}
         writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
         print(line)

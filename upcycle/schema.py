@@ -137,7 +137,14 @@ def validate(instance: Any, macros: Mapping[str, str]) -> None:
 def in_words(hint: Any) -> str:
     """Describes a type, to follow 'must be'."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    simple = {int: 'a whole number', float: 'a number', str: 'a string', bool: 'True or False', type(None): 'None'}
+    simple = {
+        Any: 'any value',
+        int: 'a whole number',
+        float: 'a number',
+        str: 'a string',
+        bool: 'True or False',
+        type(None): 'None',
+    }
     if origin is Annotated:
         return ' '.join([in_words(arguments[0]), *(bound.words for bound in arguments[1:])])
     if origin is typing.Literal:

@@ -66,6 +66,7 @@ def transfer(
     require_whole(reader.path)
     if source_format is not None and reader.format != source_format:
         raise UserError(f'{reader.path} has the format {reader.format}, not {source_format}.')
+    files = {companions.KEY: companions.of(reader.path, reader.format)}
     metadata = {name: value for name, value in reader.metadata.items() if name not in ('not_read', 'window')}
     stored = reader.leaves()
     if optimizer_state == 'none':
@@ -87,7 +88,6 @@ def transfer(
         steps = {} if step is None else {'step': np.asarray(step, np.int32)}
         write(writer, _copies(reader, writer, leaves, steps), leaves)
         origin = {'path': reader.path, 'format': reader.format, 'step': step}
-        files = {companions.KEY: companions.of(reader.path, reader.format)}
         writer.finish({**metadata, **files, 'source': origin})
     for line in left_out(writer.left_out):
         print(line)

@@ -35,6 +35,26 @@ FIELDS = {
     'activation': ('llama', {'hidden_act': 'gelu'}, "hidden_act is 'gelu': it must be one of silu"),
     'heads': ('llama', {'num_key_value_heads': 3}, 'num_attention_heads is 4: it must be a multiple'),
     'type': ('llama', {'rms_norm_eps': 0}, 'rms_norm_eps is 0: it must be a number above 0'),
+    'null': ('llama', {'rms_norm_eps': None}, 'rms_norm_eps is null: set it, or remove it if it is 1e-06, the default'),
+    'null multiplier': ('granite', {'attention_multiplier': None}, 'attention_multiplier is null: set it, or remove'),
+    'null of experts': ('granitemoe', {'num_local_experts': None}, 'num_local_experts is null: set it, or remove it'),
+    'null heads': ('jetmoe', {'num_key_value_heads': None}, 'num_key_value_heads is null: set it'),
+    'odd heads': ('llama', {'head_dim': 7}, 'head_dim, is 7: RoPE needs an even number'),
+    'dictionary': (
+        'llama',
+        {'rope_scaling': [1]},
+        r'rope_scaling is .*: it must be a dictionary .a string: any value.\.$',
+    ),
+    'frequencies': (
+        'llama',
+        {'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}},
+        'high_freq_factor of rope_scaling is 4.0: it must be above low_freq_factor, 4.0',
+    ),
+    'type of gemma3': (
+        'gemma3_text',
+        {'rope_scaling': {'type': 'linear', 'factor': 3.0}},
+        'type of rope_scaling is ignored for Gemma 3 by transformers 5: name it rope_type',
+    ),
     'layers': ('llama', {'num_hidden_layers': 4}, 'num_hidden_layers is 4, but the arrays have 3'),
     'width': (
         'llama',
@@ -103,7 +123,7 @@ FIELDS = {
     ),
     'dynamic of gemma3': (
         'gemma3_text',
-        {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
+        {'rope_scaling': {'rope_type': 'dynamic', 'factor': 2.0}},
         "rope_type of rope_scaling is 'dynamic': our gemma3_text supports default, linear, llama3, yarn only",
     ),
     'scaling of windows': (
@@ -218,6 +238,19 @@ def test_nan(name, tmp_path):
     ours = 'token_embedder/embedding' if name == EMBEDDING else 'decoder/layers_1/mlp/wo/kernel'
     options = ['--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=2', '--format=huggingface']
     with pytest.raises(UserError, match=f'{ours} .*not finite|{ours} .*NaN'):
+        cli.run(['convert', f'--from={folder}', f'--to={tmp_path / "out"}', *options])
+    assert [path.name for path in tmp_path.iterdir()] == ['x']
+
+
+@pytest.mark.parametrize('name', ['generation_config.json', 'tokenizer.json', 'LICENSE'])
+def test_a_damaged_companion(name, tmp_path):
+    folder = llms.copy('llama', tmp_path / 'x')
+    if name == 'LICENSE':
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text('{"a')
+    options = ['--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=2', '--format=huggingface']
+    with pytest.raises(UserError, match=f'{name} is (damaged|not a file)'):
         cli.run(['convert', f'--from={folder}', f'--to={tmp_path / "out"}', *options])
     assert [path.name for path in tmp_path.iterdir()] == ['x']
 

@@ -133,13 +133,14 @@ class _Trainer:
                 rest = f': TRAIN_STEPS = {run.total_steps} is already reached' if newest >= run.total_steps else ''
                 print(f'{self.name}  resumes from step {newest}{rest}', file=sys.stderr, flush=True)
         else:
+            source = None if run.initial_checkpoint_path is None else readers_of(self.start.reader)[0]
+            companion_files = None if source is None else companions.of(source.path, source.format)
             state = self._first_state()
             folder.mkdir(parents=True, exist_ok=True)
             if self.receipt is not None and jax.process_index() == 0:
                 files.replace_text(folder / 'receipt.json', json.dumps(self.receipt, indent=1))
-            if run.initial_checkpoint_path is not None and jax.process_index() == 0:
-                source = readers_of(self.start.reader)[0]
-                companions.copy(companions.of(source.path, source.format), folder / companions.FOLDER)
+            if jax.process_index() == 0:
+                companions.copy(companion_files, folder / companions.FOLDER)
         self.health.step = int(state.step)
         if self.before is not None:
             self._skip_batches(int(state.step))

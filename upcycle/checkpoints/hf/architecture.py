@@ -114,6 +114,7 @@ class Architecture:
       depths: fields that count layers, with a pattern of the names of a layer's tensors.
       not_read: tensors that are ignored, and why; transformers ignores them, too.
       defaults: values of fields that the file does not have; a null in the file is a value.
+      nullable: the fields with defaults that may be null.
       refuses_unknown_fields: whether a field that is not listed is an error; False: a warning.
     """
 
@@ -130,6 +131,7 @@ class Architecture:
     depths: Mapping[str, str]
     not_read: Mapping[str, str] = {}
     defaults: Mapping[str, Any] = {}
+    nullable: frozenset[str] = frozenset()
     refuses_unknown_fields: bool = False
 
     def resolve(self, file: epath.Path, config: dict[str, Any]) -> None:

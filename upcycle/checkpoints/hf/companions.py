@@ -52,10 +52,21 @@ def of(path: str, format: str) -> str | None:
     Args:
       path: of the folder, or of a step of ours.
       format: of the checkpoint.
+
+    Raises:
+      UserError: one of them is not a file, or is damaged.
     """
     step = epath.Path(path)
     places = [step] if format == 'huggingface' else [step / 'metadata' / FOLDER, step.parent.parent / FOLDER]
-    return next((str(place) for place in places if place.is_dir() and names(place)), None)
+    found = next((place for place in places if place.is_dir() and names(place)), None)
+    if found is None:
+        return None
+    for name in names(found):
+        if not (found / name).is_file():
+            raise UserError(f'{found / name} is not a file, or a dangling link: copy it again, or remove it.')
+        if name.endswith('.json'):
+            json_files.read_json(found / name)
+    return str(found)
 
 
 def copy(source: str | None, target: epath.Path) -> None:

@@ -65,6 +65,9 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
     _resolve_aliases(file, config, architecture.aliases)
     given = {architecture.aliases.get(name, name) for name in content}
     config |= {name: value for name, value in architecture.defaults.items() if name not in given}
+    if nulls := [name for name in architecture.defaults if name not in config and name not in architecture.nullable]:
+        default = schema.shown(architecture.defaults[nulls[0]])
+        raise UserError(f'{file}: {nulls[0]} is null: set it, or remove it if it is {default}, the default.')
     for name, kind in architecture.fields.items():
         if name in config and not schema.fits(config[name], kind):
             raise UserError(f'{file}: {name} is {schema.shown(config[name])}: it must be {schema.in_words(kind)}.')

@@ -77,6 +77,9 @@ class DecoderOnly(Architecture):
     harmless = frozenset(_HARMLESS.split())
     depths = {'num_hidden_layers': r'model\.layers\.(\d+)\.'}
     defaults = {'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, 'hidden_act': 'silu'}
+    nullable = frozenset(
+        ('head_dim', 'num_key_value_heads', 'sliding_window', 'attn_logit_softcapping', 'final_logit_softcapping')
+    )
     refuses_unknown_fields = True
     rope_types: Sequence[str] = ('default', 'linear', 'llama3', 'yarn')
     rope_theta: float = 10000.0

@@ -137,6 +137,10 @@ class Gemma3(Gemma2):
             )
         if parameters and 'rope_scaling' in config:
             raise UserError(f'{file} has both rope_scaling and rope_parameters: remove one of them.')
+        if config.get('rope_scaling', {}).keys() & {'type', 'rope_type'} == {'type'}:
+            raise UserError(
+                f'{file}: type of rope_scaling is ignored for Gemma 3 by transformers 5: name it rope_type if it is in use.'
+            )
         local = {'rope_theta': config.get('rope_local_base_freq', 10_000.0)}
         full, sliding = (parameters.get(kind) or {} for kind in kinds)
         name = 'rope_parameters' if parameters else 'rope_scaling'

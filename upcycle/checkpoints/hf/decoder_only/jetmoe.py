@@ -36,6 +36,7 @@ class JetMoe(Fused):
         'num_local_experts': 8,
         'tie_word_embeddings': True,
     }
+    nullable = Fused.nullable - {'num_key_value_heads'}
     activation_field = 'activation_function'
     block = 'mlp'
     always_normalized = True

@@ -97,6 +97,11 @@ def of_standard(
     facts = {ours: scaling[theirs] for theirs, ours in _NAMES.items() if theirs in scaling}
     if lacking := [key for key in _REQUIRED.get(rope_type, ()) if key not in scaling]:
         raise UserError(f'{file}: {name} has the rope_type {rope_type} but no {lacking[0]}.')
+    if rope_type == 'llama3' and scaling['high_freq_factor'] <= scaling['low_freq_factor']:
+        raise UserError(
+            f'{file}: high_freq_factor of {name} is {scaling["high_freq_factor"]}: it must be above low_freq_factor, '
+            f'{scaling["low_freq_factor"]}.'
+        )
     if 'rope_original_length' in ROPE_FIELDS[rope_type]:
         length = config.get('max_position_embeddings')
         if facts.setdefault('rope_original_length', length) is None:
@@ -134,6 +139,8 @@ def _dims(file: epath.Path, config: Config, share: float) -> int:
     """Returns the number of rotated dimensions of a head."""
     head_dim = config['head_dim']
     dims = int(head_dim * share)
+    if share == 1 and head_dim % 2:
+        raise UserError(f'{file}: the width of a head, head_dim, is {head_dim}: RoPE needs an even number.')
     if not 0 < dims <= head_dim or dims % 2:
         raise UserError(
             f'{file}: partial_rotary_factor is {share}, so that RoPE turns {dims} of the {head_dim} dimensions of a head: their '
