@@ -35,6 +35,7 @@ TRAINED = {
     ('getting_started.md', 'runs/upcycled'),
     ('getting_started.md', 'runs/continued'),
     ('your_checkpoint.md', 'runs/photos'),
+    ('llm.md', 'run'),
 }
 # What the reader has, and where a small one of the kind lies in the folder.
 THEIRS = {
@@ -61,6 +62,7 @@ SMALL_VALUES = {
     'IMAGE_SIZE=384': '32',
 }
 SMALL_TEXT = {**runs.SMALL_STEPS, 'EVAL_BATCH_SIZE': '4', 'NUM_EMBEDDINGS': '384'}
+SMALL_TOKENS = {**runs.LLM_STEPS, 'EVAL_BATCH_SIZE': '4'}
 SMALL_IMAGES = {
     **vision.TINY,
     'IMAGE_SIZE': '28',
@@ -71,7 +73,7 @@ SMALL_IMAGES = {
 
 
 @pytest.fixture(scope='module')
-def inputs(dense, dense_vit, upcycled, tmp_path_factory):
+def inputs(dense, dense_vit, dense_llm, upcycled, tmp_path_factory):
     """A folder with what the commands start from, under the names that they use."""
     import sentencepiece
 
@@ -107,7 +109,7 @@ def inputs(dense, dense_vit, upcycled, tmp_path_factory):
         unk_id=2,
         bos_id=-1,
     )
-    (folder / 'llm').mkdir()
+    transfer(dense_llm, str(folder / 'llm'), 'huggingface', optimizer_state='none')
     tokens.write_tokenizer(folder / 'llm', tokens.CHATML)
     (folder / 'articles.jsonl').write_text(''.join(json.dumps({'body': text}) + '\n' for text in tokens.TEXTS))
     (folder / 'chat.jsonl').write_text((json.dumps({'messages': tokens.MESSAGES}) + '\n') * 4)
@@ -126,7 +128,7 @@ def small(inputs, tmp_path, monkeypatch):
     """
     for entry in os.listdir(inputs):
         os.symlink(inputs / entry, tmp_path / entry)
-    settings = {'t5': SMALL_TEXT, 'vit': SMALL_IMAGES}
+    settings = {'t5': SMALL_TEXT, 'vit': SMALL_IMAGES, 'llm': SMALL_TOKENS}
     for family, macros in settings.items():
         lines = [f'{name} = {gin_files.literal(value)}' for name, value in {**macros, 'NUM_EXPERTS': '4'}.items()]
         (tmp_path / f'small_{family}.gin').write_text('\n'.join([*lines, '']))
@@ -139,12 +141,14 @@ def small(inputs, tmp_path, monkeypatch):
         def load_small(files, bindings):
             run = as_written(load)(files, bindings)
             family = next(
-                (name for name in settings if any(file.startswith(f'models/{name}_') for file in files)), None
+                (name for name in settings if any(file.startswith(f'models/{name}_') for file in files)),
+                'llm' if gin_files.FROM_CHECKPOINT in files else None,
             )
             if family is None:
                 return run
-            model = {'t5': runs.TINY, 'vit': vision.MODEL}[family]
-            files = [model if f.startswith('models/') else TASKS[f][1] if f in TASKS else f for f in files]
+            # That of the checkpoint of a decoder-only model is small.
+            model = {'t5': runs.TINY, 'vit': vision.MODEL}.get(family)
+            files = [model if model and f.startswith('models/') else TASKS[f][1] if f in TASKS else f for f in files]
             steps = {'TRAIN_STEPS': '6' if 'INITIAL_CHECKPOINT_PATH' in bindings else '4'}
             dropped = {*settings[family], 'NUM_EXPERTS', 'TRAIN_STEPS'}
             kept = {
