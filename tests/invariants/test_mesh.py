@@ -11,8 +11,8 @@ from tests.invariants.devices import on_devices, processes
 from tests.invariants.generation_on_eight_devices import generate
 from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
 
-# All on the mesh that splits everything, but for two that repeat what others show.
-WIDELY = {'gather': ('8x1x1', ALL_AXES), 'scanned and rematerialised': (), 'vit, top 2': ()}
+# All on the mesh that splits everything, except those that repeat what others show.
+WIDELY = dict.fromkeys(('scanned and rematerialised', 'scanned, all computed again', 'vit, top 2'), ())
 # Of two processes: experts over both, and all that splits.
 OF_PROCESSES = [(case, mesh) for case in ('gather', 'einsum', 'ragged') for mesh in ('1x8x1', ALL_AXES)]
 OFTEN_OF_PROCESSES = [('ragged', ALL_AXES)]  # others: `test_many_hosts.py`

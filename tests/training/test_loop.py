@@ -202,6 +202,7 @@ def test_tiled_state_trains(tmp_path, dense):
     assert leaves['opt_state/count'] == 5
 
 
+@pytest.mark.exhaustive  # decoder-only runs are dropless
 def test_a_dropless_decoder_upcycles_and_trains(tmp_path, dense):
     settings = {'DECODER_DISPATCH': 'ragged', 'NORMALIZE_COMBINE_WEIGHTS': True, 'SCAN_LAYERS': True, 'REMAT': 'full'}
     runs.train('upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=dense, **settings)
