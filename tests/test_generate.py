@@ -139,6 +139,13 @@ def test_refusals(source, options, message, capsys, tmp_path, monkeypatch):
 
 
 @requires_fixtures
+def test_a_prompt_that_is_not_utf_8(capsys, monkeypatch):
+    monkeypatch.setattr('sys.stdin', io.StringIO('\udcff'))
+    code, _, err = call(['generate', f'--from={LLAMA}', BYTES], capsys)
+    assert code == 2 and 'standard input cannot be read' in err
+
+
+@requires_fixtures
 @pytest.mark.parametrize('name', ['', 'missing', 'empty'])
 def test_prompts_that_are_not_there(name, capsys, tmp_path, monkeypatch):
     (tmp_path / 'empty').write_text('\n')

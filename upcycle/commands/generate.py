@@ -135,7 +135,9 @@ def _written(prompts: Sequence[str], prompts_file: str | None) -> list[str]:
             return found
         if sys.stdin.isatty():
             raise UserError('there is no prompt: name one with --prompt, or pipe it in.')
-        return [sys.stdin.read().removesuffix('\n')]
+        text = sys.stdin.read().removesuffix('\n')
+        text.encode()  # fails if the bytes were not UTF-8
+        return [text]
     except (OSError, ValueError) as error:
         place = 'standard input' if prompts_file is None else f'--prompts_file={prompts_file}'
         raise UserError(f'{place} cannot be read ({one_line(error)}): give it UTF-8 text.') from error
