@@ -64,6 +64,7 @@ def test_the_bytes_of_convert(operator, dense_model, sparse_model, untrained, tm
     assert receipt['source']['step'] == 4
 
 
+@pytest.mark.exhaustive  # the trainer's and the page's whole-model checks are the same function
 def test_a_batch_compares_the_whole_model(dense_model, sparse_model):
     model, params = dense_model
     roomy = sparse_model.with_moe(eval_capacity_factor=4.0, normalize_combine_weights=True)

@@ -118,7 +118,7 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
 
 
 # Other kinds step their gin files too.
-SELDOM = ('text dense', 'text upcycle', 'vit dense')
+SELDOM = ('text dense', 'text upcycle', 'vit dense', 'vit upcycle')
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,11 @@ def test_growing_with_k_as_it_was_says_by_how_much_the_function_changes(trained,
 
 @pytest.mark.parametrize(
     ('name', 'sizes'),
-    [('depth', {'NUM_ENCODER_LAYERS': 4}), ('width', {'EMBED_DIM': 128, 'NUM_HEADS': 4}), ('average', {})],
+    [
+        ('depth', {'NUM_ENCODER_LAYERS': 4}),
+        pytest.param('width', {'EMBED_DIM': 128, 'NUM_HEADS': 4}, marks=pytest.mark.exhaustive),
+        ('average', {}),
+    ],
 )
 def test_dense_surgeries_step(name, sizes, tmp_path, dense, sparse):
     assert name in DENSE_OPERATORS
