@@ -106,7 +106,7 @@ def test_where_a_tokenizer_lies(kind, files, expected, tmp_path):
     step.mkdir(parents=True)
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).touch()
+        (tmp_path / file).write_text('{}')
     data = {'fingerprint': {'tokenizer': {'kind': 'bytes'}}}
     found = command._tokenizer(types.SimpleNamespace(path=str(step), format=kind, data=data), None)
     assert found == (expected if expected == 'bytes' else str(tmp_path / expected))

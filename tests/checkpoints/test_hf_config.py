@@ -315,6 +315,8 @@ def test_every_command_warns_once(folders, tmp_path, capfd, command):
     ]
     if command in ('plan', 'convert'):
         arguments += [f'--gin.{name}={value!r}' for name, value in VIT.items()]
+    if command == 'plan':
+        arguments.append('--gin.WARMUP_STEPS=1')
     capfd.readouterr()
     assert cli.run(arguments) == 0
     out, said = capfd.readouterr()
