@@ -246,7 +246,7 @@ MISTAKES = {
     'index': (lambda f: damage(f / 'a', 'index.json', b'{'), {}, lambda f: f / 'a', 'index.json is damaged'),
     'short': (lambda f: None, {'sequence_length': 10**6}, lambda f: f / 'a', 'fewer than SEQUENCE_LENGTH = 1000000'),
     'bos': (lambda f: None, {'add_bos': True}, lambda f: f / 'a', 'ADD_BOS = True, but the tokenizer has no BOS'),
-    'split': (lambda f: None, {'split': 'test'}, lambda f: f / 'a', "There is no split 'test'"),
+    'split': (lambda f: None, {'split': 'test'}, lambda f: f / 'a', "Tokens.split = 'test' is unknown"),
 }
 
 

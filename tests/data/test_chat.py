@@ -122,7 +122,7 @@ def test_shards_of_conversations_train_on_the_assistant_only(conversations, bpe,
 
 
 BAD = {
-    '{"text": "a"}': 'line 1 is no list of messages',
+    '{"text": "a"}': 'line 1 is not a list of messages',
     '{"messages": [{"content": "a"}]}': 'line 1 has a message 1 without a role',
     '{"messages": [{"role": "user"}]}': 'line 1 has a message 1 without content',
     '{"messages": [{"role": "user", "content": "a"}]}': 'line 1 has no message of the assistant',

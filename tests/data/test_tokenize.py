@@ -153,7 +153,7 @@ def test_bytes_beyond_uint16_are_uint32():
 
 BAD = {
     'not json\n': 'a.jsonl, line 1 is not JSON',
-    '{"text": "a"}\n[1]\n': 'a.jsonl, line 2 is no JSON object',
+    '{"text": "a"}\n[1]\n': 'a.jsonl, line 2 is not a JSON object',
     '{"txt": "a"}\n': "a.jsonl, line 1 has no text 'text'",
     '{"text": null}\n': "a.jsonl, line 1 has no text 'text'",
     '{"text": "\\ud800"}\n': 'a.jsonl, line 1 has half of a surrogate pair',

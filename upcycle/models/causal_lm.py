@@ -19,7 +19,7 @@ from upcycle.models.decoder import DecoderOnly
 from upcycle.models.decoder_config import DecoderConfig
 from upcycle.models.generation import Cache
 from upcycle.models.leaves import count_layers, mlp_width
-from upcycle.models.losses import cross_entropy
+from upcycle.models.losses import target_sums
 from upcycle.models.protocol import BatchSpec
 from upcycle.moe.groups import is_attention
 from upcycle.moe.layer import METRICS
@@ -122,20 +122,13 @@ class CausalLM(BaseModel):
         logits_BxLxV, written = self.module(num_microbatches).apply(
             {'params': params}, **inputs, training=training, rngs=rngs, mutable=[METRICS]
         )
-        targets_BxL, weights_BxL = batch['targets'], batch['loss_weights'].astype(jnp.float32)
-        loss_BxL, z_loss_BxL = cross_entropy(
+        sums = target_sums(
             logits_BxLxV,
-            targets_BxL,
+            batch['targets'],
+            batch['loss_weights'],
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing if training else 0.0,
         )
-        correct_BxL = jnp.argmax(logits_BxLxV, axis=-1) == targets_BxL
-        sums = {
-            'loss': (loss_BxL * weights_BxL).sum(),
-            'z_loss': (z_loss_BxL * weights_BxL).sum(),
-            'correct': (correct_BxL * weights_BxL).sum(),
-            'weight': weights_BxL.sum(),
-        }
         return sums, *self.moe_loss(written)
 
     def logits(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:

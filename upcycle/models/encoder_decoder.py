@@ -15,7 +15,7 @@ from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.decoding import FIRST_ID, t5_decode, t5_start
 from upcycle.models.generation import Cache
 from upcycle.models.leaves import count_layers, mlp_width
-from upcycle.models.losses import cross_entropy
+from upcycle.models.losses import target_sums
 from upcycle.models.protocol import BatchSpec
 from upcycle.models.t5 import T5Config, Transformer
 from upcycle.moe.layer import METRICS
@@ -141,18 +141,13 @@ class EncoderDecoderModel(BaseModel):
         logits_BxLxV, written = self.module(num_microbatches).apply(
             {'params': params}, **inputs, training=training, rngs=rngs, mutable=[METRICS]
         )
-        targets_BxL = batch['decoder_target_tokens']
-        weights_BxL = batch['decoder_loss_weights'].astype(jnp.float32)
-        loss_BxL, z_loss_BxL = cross_entropy(
-            logits_BxLxV, targets_BxL, z_loss=self.z_loss, label_smoothing=self.label_smoothing
+        sums = target_sums(
+            logits_BxLxV,
+            batch['decoder_target_tokens'],
+            batch['decoder_loss_weights'],
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
         )
-        correct_BxL = jnp.argmax(logits_BxLxV, axis=-1) == targets_BxL
-        sums = {
-            'loss': (loss_BxL * weights_BxL).sum(),
-            'z_loss': (z_loss_BxL * weights_BxL).sum(),
-            'correct': (correct_BxL * weights_BxL).sum(),
-            'weight': weights_BxL.sum(),
-        }
         return sums, *self.moe_loss(written)
 
     def logits(self, params: Any, batch: Mapping[str, Any]) -> jax.Array:

@@ -59,9 +59,10 @@ class Sampling:
         if self.temperature == 0:
             return jnp.argmax(logits_BxV, axis=-1)
         logits_BxV = self.filtered(logits_BxV)
-        draw = lambda row, logits_V: jax.random.categorical(  # noqa: E731
-            jax.random.fold_in(jax.random.fold_in(key, row), step), logits_V
-        )
+
+        def draw(row: jax.Array, logits_V: jax.Array) -> jax.Array:
+            return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), step), logits_V)
+
         return jax.vmap(draw)(jnp.arange(len(logits_BxV)), logits_BxV)
 
     def filtered(self, logits_BxV: jax.Array) -> jax.Array:

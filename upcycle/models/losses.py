@@ -22,6 +22,26 @@ def cross_entropy(
     return _cross_entropy(logits_BxLxV, targets_BxL, z_loss, label_smoothing)
 
 
+def target_sums(
+    logits_BxLxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    *,
+    z_loss: float,
+    label_smoothing: float,
+) -> dict[str, jax.Array]:
+    """Returns weighted sums over target tokens, float32 scalars: `loss`, `z_loss`, `correct`, `weight`; see `cross_entropy`."""
+    loss_BxL, z_loss_BxL = cross_entropy(logits_BxLxV, targets_BxL, z_loss=z_loss, label_smoothing=label_smoothing)
+    correct_BxL = jnp.argmax(logits_BxLxV, axis=-1) == targets_BxL
+    weights_BxL = weights_BxL.astype(jnp.float32)
+    return {
+        'loss': (loss_BxL * weights_BxL).sum(),
+        'z_loss': (z_loss_BxL * weights_BxL).sum(),
+        'correct': (correct_BxL * weights_BxL).sum(),
+        'weight': weights_BxL.sum(),
+    }
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _cross_entropy(
     logits_BxLxV: jax.Array, targets_BxL: jax.Array, z_loss: float, label_smoothing: float

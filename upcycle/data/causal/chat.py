@@ -152,7 +152,7 @@ def encode_chat(
 def check_messages(messages: Any) -> str | None:
     """Returns what is wrong with the messages of a conversation; None if they can be learned from."""
     if not isinstance(messages, list) or not messages:
-        return 'is no list of messages'
+        return 'is not a list of messages'
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get('role'), str):
             return f'has a message {number} without a role'

@@ -124,7 +124,7 @@ def parse(record: Record, fields: Fields, *, is_json: bool) -> Any:
         except ValueError as error:  # of which UnicodeDecodeError is one
             raise BadRecordError(f'{record} is not JSON ({one_line(error)}): {_ADVICE}.') from None
         if not isinstance(content, dict):
-            raise BadRecordError(f'{record} is no JSON object: {_ADVICE}.')
+            raise BadRecordError(f'{record} is not a JSON object: {_ADVICE}.')
     elif isinstance(content, bytes):
         return content.decode()
     if fields.chat:
@@ -136,7 +136,7 @@ def parse(record: Record, fields: Fields, *, is_json: bool) -> Any:
     try:
         content.encode()
     except UnicodeEncodeError:
-        raise BadRecordError(f'{record} has half of a surrogate pair, which is no character: {_ADVICE}.') from None
+        raise BadRecordError(f'{record} has half of a surrogate pair, which is not a character: {_ADVICE}.') from None
     return content
 
 
@@ -194,7 +194,7 @@ def _records(file: str, kind: str, raw: BinaryIO, fields: Fields) -> Iterator[Re
                 yield Record((file, 'line', number), line)
         return
     if fields.chat:
-        raise UserError(f'{file} is no file of conversations: --chat reads JSON lines and Parquet.')
+        raise UserError(f'{file} is not a file of conversations: --chat reads JSON lines and Parquet.')
     if fields.separator is None:
         yield Record((file, 'line', 1), stream.read())
         return

@@ -92,7 +92,7 @@ def open_folder(path: str) -> Folder:
     """Opens a folder that `upcycle tokenize` has written. Nothing is read but the index.
 
     Raises:
-      UserError: it is no such folder, or a file in it is damaged.
+      UserError: it is not such a folder, or a file in it is damaged.
     """
     if files.is_remote(path):
         raise UserError(

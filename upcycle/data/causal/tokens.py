@@ -108,8 +108,8 @@ class Tokens:
       split: 'train' or 'validation'.
       batch_size: rows of a global batch.
       seed: seed of the order of rows.
-      packing: 'split' cuts the documents, joined, into full rows; a document that is cut continues in another row as a document
-        of its own. 'whole' cuts only documents longer than a row, and pads rows; for conversations [PACKING].
+      packing: 'split' cuts the documents, joined, into full rows; a document that is cut continues in another row as a separate
+        document. 'whole' cuts only documents longer than a row, and pads rows; for conversations [PACKING].
       add_bos: whether BOS begins a document. None: as the tokenizer does, and not for conversations [ADD_BOS].
       add_eos: whether EOS is the target after the last token of a document. None: if the tokenizer has one, and not for
         conversations [ADD_EOS].
@@ -214,7 +214,7 @@ class Tokens:
     @functools.cached_property
     def _rows(self) -> Sequence[Rows]:
         if self.split not in SPLITS:
-            raise UserError(f"There is no split {self.split!r}: set Tokens.split to 'train' or 'validation'.")
+            raise UserError(f"Tokens.split = {self.split!r} is unknown: set it to 'train' or 'validation'.")
         whole = self.packing == 'whole'
         found = []
         for name, corpus in zip(self.source.names, self.source.corpora(self.split), strict=True):

@@ -74,7 +74,7 @@ class TopK(TokenChoice):
       scores: see `Scores` [ROUTER_SCORES].
       correction_bias: experts are chosen by score plus a stored bias, which has no gradient and does not count in weights
         (DeepSeek-V3); it only changes with a `balance_bias_rate` [CORRECTION_BIAS].
-      score_groups: experts are divided into so many groups of neighbours, and a token chooses among those of its best groups; 1
+      score_groups: experts are divided into this many groups of neighbours, and a token chooses among those of its best groups; 1
         for no groups [SCORE_GROUPS].
       selected_groups: number of those best groups [SELECTED_SCORE_GROUPS].
       group_score: see `GroupScore` [GROUP_SCORE].

@@ -36,7 +36,7 @@ class Olmoe(WithExperts):
         return super().facts(file, config) | {'qk_norm': 'projection', 'clip_qkv': clip}
 
     def spell(self, facts: Facts) -> dict[str, Any]:
-        """See `DecoderOnly`. The norms have the width of the model, so a head has no width of its own."""
+        """See `DecoderOnly`. The norms have the width of the model, so the width of a head follows from it."""
         fields = super().spell(facts) | {'clip_qkv': facts['clip_qkv']}
         return {name: value for name, value in fields.items() if name != 'head_dim'}
 

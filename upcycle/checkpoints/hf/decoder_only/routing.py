@@ -36,11 +36,11 @@ def canonical(moe: Mapping[str, Any] | None, spec: str | Sequence[int], mlp_dim:
 
     Args:
       moe: settings of a router; None for a dense model.
-      spec: which layers have experts, see `groups.sparse_layers`, or 'all'.
+      spec: which layers have experts, see `groups.sparse_layers`.
       mlp_dim: width of a dense MLP.
       depth: number of layers.
     """
-    layers = range(depth) if spec == 'all' else sparse_layers(spec, depth, 'MOE_LAYERS')
+    layers = sparse_layers(spec, depth, 'MOE_LAYERS')
     if moe is None or not layers:
         return {'moe': None, 'moe_layers': 'all'}
     return {'moe': _router(moe, mlp_dim), 'moe_layers': 'all' if len(layers) == depth else list(layers)}
