@@ -117,7 +117,7 @@ def test_every_format_is_written(exported, bucket, capsys):
     assert written.leaves().keys() - {'step', 'rng'} == params
     for name in params:
         np.testing.assert_array_equal(written.read(name), read.read(name), err_msg=name)
-    assert [path.name for path in bucket.iterdir()] == [target.name], 'nothing beside it'
+    assert [path.name for path in bucket.iterdir()] == [target.name], 'no other file'
     code, _, error = call(command, capsys)
     assert code == 2 and 'exists already' in error
 

@@ -75,7 +75,7 @@ def serve(candidates: Mapping[str, Callable[[], Any]]) -> None:
         print(line.strip(), flush=True)
 
 
-def beside(
+def side_by_side(
     builders: Mapping[str, Callable[[str], Mapping[str, Callable[[], Any]]]],
     variants: Sequence[str],
     parts: Sequence[str],

@@ -46,11 +46,11 @@ def start(path: str, files: list[str], bindings: dict[str, str]) -> None:
     seconds = time.monotonic() - begin
     # Unsharded leaves lie on every device.
     size = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
-    beside = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - size
+    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - size
     found = {
         'seconds': round(seconds, 1),
         'state GB': round(size / 1e9, 2),
-        'peak beside it GB': round(beside / 1e9, 2),
+        'peak besides the state, GB': round(extra / 1e9, 2),
     }
     print(json.dumps({'online': found}))
 

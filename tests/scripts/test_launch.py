@@ -54,7 +54,7 @@ def calls(path):
 
 @pytest.mark.parametrize('name', sorted(path.name for path in LAUNCH.glob('*.sh')))
 def test_they_are_clean_and_say_how_they_are_called(name, tmp_path):
-    # Beside this Python, whose environment need not be active.
+    # In this Python's environment, which need not be active.
     shellcheck = shutil.which('shellcheck', path=f'{sysconfig.get_path("scripts")}{os.pathsep}{os.environ["PATH"]}')
     if shellcheck is None:
         pytest.skip('shellcheck is not installed (pip install upcycle[test])')

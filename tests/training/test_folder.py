@@ -100,7 +100,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(left, run, dense,
     folder.record(str(run), saved=False)
     before = (run / 'metrics.jsonl').read_bytes()
     runs.train('dense', run, 4)
-    assert 'goes on' not in capsys.readouterr().err
+    assert 'resumes from step' not in capsys.readouterr().err
     assert (run / SET_ASIDE).read_bytes() == before
     assert [line['loss'] for line in read_metrics(run / 'metrics.jsonl')] == [
         line['loss'] for line in read_metrics(f'{dense}/metrics.jsonl')

@@ -127,7 +127,7 @@ def _claims(verdicts: Sequence[Verdict]) -> Iterator[str]:
     head = ['claim', 'metric', 'difference', 'seeds', 'verdict', 'paper']
     yield f'<h2>Claims of the paper</h2>{_html_table((head, claim_rows(verdicts)))}'
     yield (
-        '<p>Branches are compared where each has spent the same FLOPs of its own, over the last twentieth before it. A claim '
+        '<p>Branches are compared where each has spent the same extra FLOPs, over the last twentieth before that point. A claim '
         'holds, or does not, where the 95% t-interval of the mean difference, paired by seed, excludes zero; a claim of no '
         'difference where that interval lies within the bounds it names, or outside.</p>'
     )

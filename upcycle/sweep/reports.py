@@ -73,7 +73,7 @@ def write_comparison(report: Mapping[str, Any], commands: Mapping[str, str], out
         paper = numbers.Numbers(**report['numbers'])
         ends = numbers.ends(paper, seeds)
         texts['numbers'] = numbers.as_markdown(paper, ends)
-        tables["Beside the paper's numbers"] = numbers.as_table(paper, ends)
+        tables["Compared with the paper's numbers"] = numbers.as_table(paper, ends)
         numbers.write_csv(ends, folder / 'numbers.csv')
     if base := report.get('base'):
         rows = budgets.at_budgets(compare_seeds(groups), base)

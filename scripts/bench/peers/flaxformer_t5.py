@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from step import Step, batch_of
 from t5x.models import EncoderDecoderModel
-from timing import SERVE, beside, table, updating
+from timing import SERVE, side_by_side, table, updating
 
 import gin
 from upcycle.models.t5 import T5Config
@@ -130,7 +130,7 @@ def main() -> None:
         'ours': lambda name: ours(VARIANTS[name], batch),
     }
     parts = ('forward', 'gradient', 'step')
-    rows = beside(builders, arguments.only, parts, arguments.rounds, one_process=arguments.one_process)
+    rows = side_by_side(builders, arguments.only, parts, arguments.rounds, one_process=arguments.one_process)
     print(f'{arguments.rows} x {arguments.length} tokens, median of {arguments.rounds}, {os.cpu_count()} cores\n')
     print(table(['model', 'part', 't5x + flaxformer, ms', 'ours, ms', 'theirs / ours'], rows))
 

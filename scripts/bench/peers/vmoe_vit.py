@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import SERVE, beside, table, updating
+from timing import SERVE, side_by_side, table, updating
 from vmoe.nn.vit_moe import VisionTransformerMoe
 
 from upcycle import partitioning
@@ -134,7 +134,7 @@ def main() -> None:
         'ours': lambda name: ours(VARIANTS[name], image, labels).parts,
     }
     parts = ('forward', 'gradient', 'step')
-    rows = beside(builders, arguments.only, parts, arguments.rounds, one_process=arguments.one_process)
+    rows = side_by_side(builders, arguments.only, parts, arguments.rounds, one_process=arguments.one_process)
     print(f'{arguments.images} images, median of {arguments.rounds}, {os.cpu_count()} cores\n')
     print(table(['model', 'part', 'vmoe, ms', 'ours, ms', 'vmoe / ours'], rows))
 
