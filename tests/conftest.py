@@ -1,6 +1,5 @@
 """Setup of all tests: the CPU, quick compilation, shared programs, and tiny checkpoints."""
 
-import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -88,8 +87,10 @@ def shared_programs() -> Iterator[None]:
 @pytest.fixture(scope='module', autouse=True)
 def nothing_left_over() -> Iterator[None]:
     """Frees reference cycles after each module, compiled programs among them."""
+    from tests import programs
+
     yield
-    gc.collect()
+    programs.collect()
 
 
 @pytest.fixture(scope='session')

@@ -23,7 +23,8 @@ KEPT = 12
 
 def share() -> None:
     """From now on, runs share compiled programs if everything that the program depends on is equal."""
-    _leave_alone_what_is_imported()
+    collect()
+    gc.set_threshold(20_000, 20, 20)
     for module in (validation, few_shot, token_statistics):
         module.compiled = functools.lru_cache(maxsize=KEPT)(module.compiled)
     diversity.compiled = _shared(diversity.compiled, lambda layers: repr(layers))
@@ -33,11 +34,10 @@ def share() -> None:
     loop.lower_step = _shared(_lower_step(loop.lower_step), _step)
 
 
-def _leave_alone_what_is_imported() -> None:
-    """Excludes imported libraries from garbage collection, which would take a fifth of the tracing time."""
+def collect() -> None:
+    """Frees reference cycles, and excludes the rest (libraries, programs) from later collections, which would take long."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def trim(limit: int) -> None:
@@ -45,7 +45,8 @@ def trim(limit: int) -> None:
     statm = pathlib.Path('/proc/self/statm')
     if statm.exists() and int(statm.read_text().split()[1]) * resource.getpagesize() > limit:
         jax.clear_caches()
-        gc.collect()
+        gc.unfreeze()
+        collect()
 
 
 def _shared(make: Callable[..., Any], key: Callable[..., Hashable]) -> Callable[..., Any]:

@@ -177,7 +177,17 @@ def arguments_of(command):
     return [*found, '--where=print'] if found[0] == 'sweep' else found
 
 
-@pytest.mark.parametrize('page', dict.fromkeys(command.page for command in OURS))
+# Pages whose commands other pages have too, with other values.
+SELDOM = ('operators.md', 'your_checkpoint.md')
+
+
+@pytest.mark.parametrize(
+    'page',
+    [
+        pytest.param(page, marks=[pytest.mark.exhaustive] if page in SELDOM else [])
+        for page in dict.fromkeys(command.page for command in OURS)
+    ],
+)
 def test_commands_of_a_page(page, small, capsys, monkeypatch):
     train_loop = loop.train
     monkeypatch.setattr(

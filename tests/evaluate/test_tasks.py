@@ -46,7 +46,9 @@ def examples(name):
     )
 
 
-@pytest.mark.parametrize('files', [FILES, SPARSE], ids=['dense', 'sparse'])
+@pytest.mark.parametrize(
+    'files', [pytest.param(FILES, id='dense', marks=pytest.mark.exhaustive), pytest.param(SPARSE, id='sparse')]
+)
 def test_metrics_are_given_the_models_answers_in_order(files):
     """Six questions and three choices in batches of four: the last batch of each is padded."""
     more = {'NUM_EXPERTS': 4} if files is SPARSE else {}
