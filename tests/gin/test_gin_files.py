@@ -80,7 +80,9 @@ def test_no_gin_file_is_left_out():
     covered |= {f'recipes/{name}.gin' for name in (*RECIPES, *RATES)}
     covered |= {'t5x/continue_upcycled.gin'}  # for T5X
     # Stepped in other tests.
-    covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'task_metrics', 'finetune', 'finetune_vit')}
+    covered |= {
+        f'runs/{run}.gin' for run in ('eval', 'few_shot', 'task_metrics', 'finetune', 'finetune_vit', 'finetune_llm')
+    }
     covered |= {'tasks/superglue.gin', 'models/from_checkpoint.gin'}
     assert here == covered
 

@@ -1,21 +1,24 @@
 """Training of decoder-only models: decay, accumulation, optimizers, frozen parameters, and fine-tuning."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests import runs
+from tests import runs, tokens
 from tests.moe.quick import jit
 from tests.small import close_to_largest, llm_batch, llm_moe, small_llm, spec_of
 from upcycle import configuration, partitioning
 from upcycle.checkpoints import open_checkpoint
-from upcycle.commands import train
+from upcycle.commands import tokenize, train
 from upcycle.metrics import read_metrics
 from upcycle.models.causal_lm import CausalLM
 from upcycle.training.state import boxed_shapes
 from upcycle.training.step import TrainState, gradient
+from upcycle.transfer import transfer
 
 ADAFACTOR = 'optimizers/adafactor.gin'
 
@@ -115,3 +118,27 @@ def test_an_upcycled_model_is_fine_tuned(tmp_path, dense_llm):
     assert (first['step'], first['start_step'], first['split']) == (0, 0, 'validation')
     assert first['loss'] == pytest.approx(before['loss'], rel=1e-6)
     assert [line['learning_rate'] for line in rest if line['split'] == 'train'] == pytest.approx([1e-4, 1e-4])
+
+
+@pytest.mark.exhaustive
+def test_fine_tuning_on_conversations_leads_from_a_folder_to_a_folder(tmp_path, dense_llm):
+    runs.train('llm upcycle', tmp_path / 'up', 6, INITIAL_CHECKPOINT_PATH=dense_llm)
+    transfer(str(tmp_path / 'up'), str(tmp_path / 'moe'), 'huggingface', optimizer_state='none')
+    tokens.write_tokenizer(tmp_path / 'moe', tokens.CHATML)
+    (tmp_path / 'chat.jsonl').write_text((json.dumps({'messages': tokens.MESSAGES}) + '\n') * 20)
+    tokenize.run(
+        [str(tmp_path / 'chat.jsonl')], str(tmp_path / 'moe'), str(tmp_path / 'conversations'), chat=True, workers=1
+    )
+    files = ('models/from_checkpoint.gin', 'tasks/tokens.gin', 'runs/finetune_llm.gin')
+    more = {'INITIAL_CHECKPOINT_PATH': tmp_path / 'moe', 'TOKENS_DIR': tmp_path / 'conversations', 'LOG_PERIOD': 10}
+    more |= {'SEQUENCE_LENGTH': 64, 'BASE_LEARNING_RATE': 3e-3, 'WARMUP_STEPS': 2, 'EVAL_PERIOD': 100}
+    train.run(files, runs.bindings('llm dense', tmp_path / 'run', 40, **more))
+    losses = [line['loss'] for line in read_metrics(tmp_path / 'run' / 'metrics.jsonl') if line['split'] == 'train']
+    assert losses[-1] < 0.5 * losses[0]
+    transfer(str(tmp_path / 'run'), str(tmp_path / 'out'), 'huggingface', optimizer_state='none')
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        assert (tmp_path / 'out' / name).read_bytes() == (tmp_path / 'moe' / name).read_bytes()
+    run, out = leaves_of(tmp_path / 'run'), leaves_of(tmp_path / 'out')
+    assert {name for name in run if name.startswith('params/')} == out.keys() - {'step'}
+    for name in out.keys() - {'step'}:
+        np.testing.assert_array_equal(out[name], run[name], err_msg=name)
