@@ -4,13 +4,14 @@ import json
 import struct
 import subprocess
 import sys
+import types
 
 import pytest
 
 from tests import runs
 from upcycle import metric_writers
 from upcycle.commands import plan, train
-from upcycle.errors import UserError
+from upcycle.errors import Unavailable, UserError
 from upcycle.metrics import MetricsLog, read_metrics
 from upcycle.training import loop
 
@@ -60,6 +61,61 @@ def test_mistakes_name_the_writer(tmp_path, monkeypatch):
             f"METRIC_WRITERS names 'wandb', and {library} is not installed: pip install upcycle[wandb], or remove it."
         )
         assert refusal(train.run, ('wandb',)) == said
+
+
+class Errors:
+    """The errors of the library."""
+
+    class Error(Exception):
+        pass
+
+    class CommError(Error):
+        pass
+
+
+def pretend(monkeypatch, init):
+    """Puts something in the place of the library."""
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init, errors=Errors))
+
+
+@pytest.mark.parametrize(
+    ('error', 'kind', 'words'),
+    [
+        (
+            Errors.Error('no\nAPI key'),
+            UserError,
+            'wandb cannot start (no API key): correct it, or set WANDB_MODE=offline.',
+        ),
+        (Errors.CommError('timeout'), Unavailable, 'Weights & Biases does not answer (timeout).'),
+    ],
+)
+def test_a_start_that_fails_is_one_sentence(error, kind, words, tmp_path, monkeypatch):
+    def init(**settings):
+        raise error
+
+    pretend(monkeypatch, init)
+    with pytest.raises(kind) as caught:
+        MetricsLog(str(tmp_path), None, ('wandb',))
+    assert str(caught.value) == f'METRIC_WRITERS: {words}'
+
+
+def test_a_library_that_fails_later_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    class Gone:
+        def define_metric(self, *names, **settings):
+            pass
+
+        def log(self, *line):
+            raise ConnectionResetError('reset by peer')
+
+        finish = log
+
+    pretend(monkeypatch, lambda **settings: Gone())
+    with MetricsLog(str(tmp_path), None, ('wandb',)) as log:
+        for step in (1, 2):
+            log.write(step, 'train', {'loss': 1.0})
+    assert [line['step'] for line in read_metrics(tmp_path / 'metrics.jsonl')] == [1, 2]
+    said = capsys.readouterr().err
+    assert said == 'warning: Weights & Biases gets no more lines (reset by peer); metrics.jsonl has them all.\n'
 
 
 @pytest.fixture

@@ -6,13 +6,14 @@ import pathlib
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from etils import epath
 
 from upcycle import files
 from upcycle.errors import Unavailable, UserError, one_line
+from upcycle.warning import warn
 
 TENSORBOARD = ('tensorboard',)
 
@@ -111,14 +112,25 @@ class WandB(MetricWriter):
                 f'METRIC_WRITERS: wandb cannot start ({one_line(error)}): correct it, or set WANDB_MODE=offline.'
             ) from error
         self._run.define_metric('*', step_metric='step')
+        self._lost = False
 
     def write(self, step: int, split: str, scalars: Mapping[str, float]) -> None:
         """See `MetricWriter`. Names are `SPLIT/METRIC`."""
-        self._run.log({'step': step} | {f'{split}/{name}': value for name, value in scalars.items()})
+        self._ask(self._run.log, {'step': step} | {f'{split}/{name}': value for name, value in scalars.items()})
 
     def close(self) -> None:
         """See `MetricWriter`. Waits until everything is sent, unless the run is offline."""
-        self._run.finish()
+        self._ask(self._run.finish)
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Calls the library, until it fails, as when its process was killed: the run continues without it."""
+        if self._lost:
+            return
+        try:
+            call(*arguments)
+        except Exception as error:
+            self._lost = True
+            warn(f'Weights & Biases gets no more lines ({one_line(error)}); metrics.jsonl has them all.')
 
 
 # By their names in METRIC_WRITERS. A module that a gin file imports may add its own.
