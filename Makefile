@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-# Includes the tests that repeat an invariant at another size or layout, and those against PyTorch; prints what is skipped.
+# Includes the tests that repeat an invariant at another size or layout, those against PyTorch, and Weights & Biases; prints what is skipped.
 test-all: override ARGS += -m "" -rs
 test-all: $(VENV)/.installed-hf test
 
@@ -43,7 +43,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-hf: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[hf]'
+	$(BIN)/python -m pip install --quiet --editable '.[hf,wandb]'
 	touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

@@ -74,6 +74,8 @@ setuptools.setup(
         ],
         # `upcycle tokenize` of Parquet and .zst files, and by SentencePiece models.
         'data': ['pyarrow>=15', 'sentencepiece>=0.2'],
+        # METRIC_WRITERS = ('wandb',).
+        'wandb': ['wandb>=0.19'],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.

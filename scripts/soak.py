@@ -1,6 +1,6 @@
 """Kills training runs repeatedly until they finish, and compares the results with those of undisturbed runs.
 
-  python scripts/soak.py --kills 100 --out soak.json        # shared among language and vision, one and two processes
+  python scripts/soak.py --kills 100 --out soak.json        # shared among all families, one and two processes
 
 A run upcycles a tiny dense model, or loads the output of `upcycle convert`, and trains. It gets SIGKILL or SIGTERM at a moment
 drawn from the seed: anywhere, in the first three seconds, after a second start in its folder, or while it upcycles, saves or

@@ -14,6 +14,7 @@ TEXT = 'tasks/stdlib_span_corruption.gin'
 TINY = 'models/t5_1_1_tiny.gin'
 LLM = 'models/llm_tiny.gin'
 LLM_TASK = 'tasks/synthetic_tokens.gin'
+LLM_TEXT = 'tasks/stdlib_bytes.gin'
 SMALL_STEPS = {
     'ACTIVATION_DTYPE': 'float32',
     'BATCH_SIZE': '4',
@@ -36,7 +37,9 @@ FILES = {
     'text upcycle': (TINY, 'moe/t5.gin', TEXT, 'runs/upcycle.gin'),
     'llm dense': (LLM, LLM_TASK, 'runs/pretrain.gin'),
     'llm continue': (LLM, LLM_TASK, 'runs/continue_dense.gin'),
+    'llm scratch': (LLM, 'moe/llm.gin', LLM_TASK, 'runs/scratch.gin'),
     'llm upcycle': (LLM, 'moe/llm.gin', LLM_TASK, 'runs/upcycle.gin'),
+    'llm text upcycle': (LLM, 'moe/llm.gin', LLM_TEXT, 'runs/upcycle.gin'),
     'vit dense': (vision.MODEL, vision.TASK, 'runs/pretrain.gin'),
     'vit scratch': (vision.MODEL, vision.MOE, vision.TASK, 'runs/scratch.gin'),
     'vit continue': (vision.MODEL, vision.TASK, 'runs/continue_dense.gin'),

@@ -126,7 +126,7 @@ def test_all_files_are_closed_even_if_one_cannot_be_written(tmp_path, monkeypatc
     log.write(1, 'train', {'loss': 1.0})
     closed = []
     monkeypatch.setattr(log._mirror, 'close', lambda: closed.append('mirror'))
-    monkeypatch.setattr(log._events['train'], 'close', lambda: closed.append('events'))
+    monkeypatch.setattr(log._writers[0], 'close', lambda: closed.append('events'))
 
     class Full:
         def close(self):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from upcycle.errors import UserError
-from upcycle.metrics import warn
+from upcycle.warning import warn
 
 Array = TypeVar('Array', np.ndarray, jax.Array)
 

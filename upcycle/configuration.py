@@ -9,12 +9,12 @@ from upcycle.building import Builder
 from upcycle.errors import MissingData, UserError, refuse
 from upcycle.gin_files import nearest
 from upcycle.gin_values import bindings_of, full_name, innermost, macro_of, reachable, references, show
-from upcycle.metrics import warn
 from upcycle.models.registry import EXAMPLE
 from upcycle.moe.config import MoEConfig, settings
 from upcycle.moe.routers import ROUTERS
 from upcycle.moe.routers.base import MoE, macro_of_field
 from upcycle.training.run import ModelRun, Run
+from upcycle.warning import warn
 
 
 def load(names: Sequence[str], bindings: Mapping[str, str]) -> Run:

@@ -1,10 +1,8 @@
-"""The log of a run: `metrics.jsonl` and TensorBoard events."""
+"""The log of a run: `metrics.jsonl`, whose lines its metric writers get, too."""
 
 import contextlib
 import json
 import os
-import pathlib
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from upcycle import files
+from upcycle import files, metric_writers
 from upcycle.errors import UserError
 from upcycle.log_lines import PADDING, lines_of, parse_line, what_is_wrong
 from upcycle.warning import warn
@@ -26,7 +24,7 @@ SET_ASIDE = 'metrics.set_aside.jsonl'
 
 
 class MetricsLog:
-    """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and to TensorBoard event files in the same folder.
+    """Appends to `MODEL_DIR/metrics.jsonl`, one object a line, and passes each line to metric writers.
 
     No line is lost: earlier lines that are removed from the log are appended to `SET_ASIDE`, byte for byte.
 
@@ -34,13 +32,21 @@ class MetricsLog:
       model_dir: the run's folder.
       last_step: the step that the run resumes at: lines after it are removed, because the run repeats those steps. None: all
         lines are removed, because the run begins.
+      writers: names of the metric writers.
       only_training_at_it: of the lines at `last_step`, keep only those of training; the others are written again.
 
     Raises:
-      UserError: the log exists and is not a file.
+      UserError: the log exists and is not a file, or a writer cannot be opened.
     """
 
-    def __init__(self, model_dir: str, last_step: int | None, *, only_training_at_it: bool = False):
+    def __init__(
+        self,
+        model_dir: str,
+        last_step: int | None,
+        writers: Sequence[str] = metric_writers.TENSORBOARD,
+        *,
+        only_training_at_it: bool = False,
+    ):
         def is_kept(record: Mapping[str, Any]) -> bool:
             if last_step is None or record['step'] > last_step:
                 return False
@@ -69,7 +75,8 @@ class MetricsLog:
             warn(f'{earlier} is missing: the log begins after step {last_step}.')
         files.replace_text(path, ''.join(line.decode('utf-8-sig').strip(PADDING) + '\n' for line in kept))
         self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115  open as long as the run
-        self._events: dict[str, EventFile] = {}
+        place = metric_writers.Place(self._mirror.path, self._mirror.target)
+        self._writers = [metric_writers.WRITERS[name](place) for name in writers]
         self._copied = time.monotonic()
         self._period = COPY_PERIOD
 
@@ -89,15 +96,14 @@ class MetricsLog:
     def write(self, step: int, split: str, metrics: Mapping[str, Any]) -> None:
         """Appends one line, which is on disk when this returns (in a bucket: within a minute).
 
-        Lists, such as the load of each expert, are not written to the event files.
+        Lists, such as the load of each expert, are not passed to the metric writers.
         """
         line = {'step': step, 'split': split} | {name: plain(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line) + '\n')
         self._file.flush()
-        if split not in self._events:
-            self._events[split] = EventFile(self._mirror.path / split)
         scalars = {name: value for name, value in line.items() if isinstance(value, int | float) and name != 'step'}
-        self._events[split].write(step, scalars)
+        for writer in self._writers:
+            writer.write(step, split, scalars)
         if time.monotonic() - self._copied > self._period:
             self.copy()
 
@@ -127,8 +133,8 @@ class MetricsLog:
         # The stack closes all of them, in reverse order, even if one cannot write its buffer.
         with contextlib.ExitStack() as closing:
             closing.callback(self._mirror.close)
-            for events in self._events.values():
-                closing.callback(events.close)
+            for writer in self._writers:
+                closing.callback(writer.close)
             closing.callback(self._file.close)
 
     def __enter__(self) -> 'MetricsLog':
@@ -142,39 +148,6 @@ class MetricsLog:
                 raise
             # The error that ended the run decides the exit status.
             warn(str(refusal))
-
-
-class EventFile:
-    """Writes scalars for TensorBoard with its own library; TensorFlow's writers would take seconds to import.
-
-    Args:
-      folder: folder of the new event file.
-    """
-
-    def __init__(self, folder: pathlib.Path):
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        now = time.time()
-        # TensorBoard's pattern of names; unique to this writer.
-        name = f'events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}'
-        self._records = RecordWriter(open(folder / name, 'wb'))  # noqa: SIM115  open as long as the run
-        self._write(self._event(wall_time=now, file_version='brain.Event:2'))
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes one event with all scalars of a step, which is on disk when this returns."""
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._records.close()
-
-    def _write(self, event: Any) -> None:
-        self._records.write(event.SerializeToString())
-        self._records.flush()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     'checkpoint_period',
     'checkpoint_keep',
     'log_period',
+    'metric_writers',
     'limits',
     'leaf_gradient_norms',
     'mesh_shape',

@@ -35,6 +35,12 @@ FAMILIES = {
         {'EMBED_DIM': 16, 'MLP_DIM': 32, 'NUM_HEADS': 2, 'NUM_LAYERS': 2},
         {'BATCH_SIZE': 8, 'EVAL_BATCH_SIZE': 64},
     ),
+    'llm': (
+        ('models/llm_tiny.gin', 'tasks/stdlib_bytes.gin'),
+        'moe/llm.gin',
+        {'ACTIVATION_DTYPE': 'float32'},
+        {'BATCH_SIZE': 4, 'SEQUENCE_LENGTH': 32},
+    ),
 }
 POLL_SECONDS = 0.002
 LINE_BYTES = 20_000  # more than two lines of the metrics

@@ -218,6 +218,16 @@ def test_shards_and_their_identity(folder, tmp_path):
     assert without.bytes_per_target == train / (train - without._rows[0].stream.corpus.num_documents)
 
 
+def test_shards_on_disk_resume_in_mid_epoch_on_other_hosts(folder):
+    data = Tokens(Shards(str(folder / 'a')), 32, 'train', 8, seed=3)
+    whole = list(itertools.islice(data.batches(), 14))
+    epoch = len(data._rows[0]) / 8
+    assert 3 < epoch < 11 and epoch % 1
+    for start, hosts in ((0, 4), (3, 2), (11, 4)):
+        again = Tokens(Shards(str(folder / 'a')), 32, 'train', 8, seed=3)
+        equal(global_batches(again, start, 14 - start, hosts), whole[start:])
+
+
 def test_the_standard_library_as_bytes():
     data = Tokens(StdlibBytes(), 64, 'train', 4, seed=1)
     held_out = Tokens(StdlibBytes(), 64, 'validation', 4)

@@ -1,4 +1,4 @@
-"""Trains, resumes and evaluates a tiny decoder-only model, and generates, in a process that refuses TensorFlow, seqio and TFDS.
+"""Every command for a tiny decoder-only model, and a resumed run, in a process that refuses TensorFlow, seqio and TFDS.
 
 python -m tests.data.without_tensorflow FOLDER
 """
@@ -40,7 +40,7 @@ def main(folder):
     files = [f'--gin_file={file}' for file in (runs.LLM, 'tasks/tokens.gin', 'runs/pretrain.gin')]
     train = ['train', *files, *(f'--gin.{name}={value}' for name, value in settings.items())]
     cli.run(train)
-    shutil.copy(f'{folder}/run/metrics.jsonl', folder)
+    shutil.copy(f'{folder}/run/metrics.jsonl', f'{folder}/first.jsonl')
     shutil.rmtree(f'{folder}/run/checkpoints/4')
     cli.run(train)  # continues from step 2
     cli.run(['eval', f'--from={folder}/run', f'--out={folder}/eval.json'])
@@ -48,6 +48,8 @@ def main(folder):
     settings |= {'MODEL_DIR': f'{folder}/other', 'TRAIN_STEPS': '6'}
     files[-1] = '--gin_file=runs/continue_dense.gin'
     cli.run(['plan', f'--from={folder}/run', *files, *(f'--gin.{name}={value}' for name, value in settings.items())])
+    moe = ['--format=huggingface', '--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=2']
+    cli.run(['convert', f'--from={folder}/run', f'--to={folder}/moe', *moe])
     print('imported:', imported)
 
 

@@ -32,6 +32,8 @@ OTHER_NAMES = {
     'UPCYCLE_TEST_CACHE',
     'UPCYCLE_TRACEBACK',
     'XLA_FLAGS',
+    'WANDB_MODE',
+    'WANDB_PROJECT',
     'XPK_ARGS',
     'TMPDIR',
 }

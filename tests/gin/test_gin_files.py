@@ -61,7 +61,8 @@ VIT_SIZES = ('ti32', 'ti16', 's32', 's16', 'b32', 'b16', 'l32', 'l16', 'h14')
 def test_no_gin_file_is_left_out():
     here = {str(path.relative_to(GIN)) for path in GIN.rglob('*.gin')}
     covered = {f'models/{size}.gin' for size in (*FULL_SIZES, 't5_1_1_tiny', 't5_1_1_mini', 't5_1_1', 't5_1_0')}
-    covered |= {'models/umt5_base.gin', 'moe/t5.gin', 'optimizers/adamw.gin', 'optimizers/sgd.gin'}
+    covered |= {'models/umt5_base.gin', 'moe/t5.gin'}
+    covered |= {f'optimizers/{name}.gin' for name in ('adafactor', 'adamw', 'sgd')}
     covered |= {f'tasks/{task}_span_corruption.gin' for task in ('stdlib', 'text_files', 'c4')}
     images = ('mnist5k', 'optdigits', 'image_folder', 'imagenet2012', 'imagenet21k', 'cifar10', 'photographs')
     covered |= {f'tasks/{task}.gin' for task in (*images, 'synthetic_text', 'synthetic_images', 'stdlib_keyword')}
@@ -79,7 +80,9 @@ def test_no_gin_file_is_left_out():
     covered |= {f'recipes/{name}.gin' for name in (*RECIPES, *RATES)}
     covered |= {'t5x/continue_upcycled.gin'}  # for T5X
     # Stepped in other tests.
-    covered |= {f'runs/{run}.gin' for run in ('eval', 'few_shot', 'task_metrics', 'finetune', 'finetune_vit')}
+    covered |= {
+        f'runs/{run}.gin' for run in ('eval', 'few_shot', 'task_metrics', 'finetune', 'finetune_vit', 'finetune_llm')
+    }
     covered |= {'tasks/superglue.gin', 'models/from_checkpoint.gin'}
     assert here == covered
 
@@ -100,6 +103,7 @@ def test_what_t5x_goes_on_with_is_our_recipe():
     assert theirs['NUM_EXPERT_PARTITIONS'] == '1'
 
 
+# Decoder-only runs step AdamW, and tests/training/test_decoder_only.py Adafactor.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize('name', ['adamw', 'sgd'])
 def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
@@ -118,7 +122,7 @@ def test_optimizers_step_and_carry_their_state_over(name, tmp_path):
 
 
 # Other kinds step their gin files too.
-SELDOM = ('text dense', 'text upcycle', 'scratch', 'vit dense', 'vit upcycle')
+SELDOM = ('text dense', 'text upcycle', 'scratch', 'vit dense', 'vit upcycle', 'llm scratch', 'llm text upcycle')
 
 
 @pytest.mark.parametrize(

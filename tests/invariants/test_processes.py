@@ -24,10 +24,17 @@ SETTINGS = {
     'EVAL_PERIOD': 2,
 }
 
+# The dense checkpoint and more bindings of each kind: of random tokens, one layer a stack; of text, with dense layers; and of a
+# decoder-only model, packed text through grain, at a rate that lets a run be made longer.
+OF_KIND = {
+    'upcycle': ('shallow', runs.ONE_SPARSE_LAYER),
+    'text upcycle': ('dense', {}),
+    'llm text upcycle': ('dense_llm', {'LEARNING_RATE_FACTORS': 'constant * linear_warmup'}),
+}
+
 
 def more(kind, start):
-    layers = runs.ONE_SPARSE_LAYER if kind == 'upcycle' else {}
-    return {'INITIAL_CHECKPOINT_PATH': start, **layers, **SETTINGS}
+    return {'INITIAL_CHECKPOINT_PATH': start, **OF_KIND[kind][1], **SETTINGS}
 
 
 def train(kind, model_dir, steps, start):
@@ -44,16 +51,22 @@ def two_commands(kind, model_dir, steps, start, **bindings):
     return [[*run, *hosts, f'--process_index={i}'] for i in range(2)]
 
 
-@pytest.fixture(scope='module', params=['upcycle', pytest.param('text upcycle', marks=pytest.mark.exhaustive)])
+@pytest.fixture(
+    scope='module',
+    params=[
+        'upcycle',
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ('text upcycle', 'llm text upcycle')),
+    ],
+)
 def kind(request):
-    """Of random tokens, one layer a stack; and of text, with dense layers, too, which takes longer to start."""
+    """Those of text take longer to start."""
     return request.param
 
 
 @pytest.fixture(scope='module')
 def start(kind, request):
     """The dense checkpoint."""
-    return request.getfixturevalue('shallow' if kind == 'upcycle' else 'dense')
+    return request.getfixturevalue(OF_KIND[kind][0])
 
 
 @pytest.fixture(scope='module')

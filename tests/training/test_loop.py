@@ -46,7 +46,11 @@ def killed_at(monkeypatch, step):
 
 
 @pytest.mark.parametrize(
-    'kind', ['text upcycle', *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ('dense', 'vit upcycle'))]
+    'kind',
+    [
+        'text upcycle',
+        *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ('dense', 'vit upcycle', 'llm text upcycle')),
+    ],
 )
 def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
     """A run killed between two checkpoints and within a log window gives the same lines and the same state, bit for bit."""
@@ -55,6 +59,8 @@ def test_resume_is_exact(kind, tmp_path, monkeypatch, request):
         first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue('shallow'), **runs.ONE_SPARSE_LAYER}
     elif kind == 'vit upcycle':
         first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue('dense_vit')}
+    elif kind == 'llm text upcycle':
+        first, more = 4, more | {'INITIAL_CHECKPOINT_PATH': request.getfixturevalue('dense_llm'), 'WARMUP_STEPS': 2}
     runs.train(kind, tmp_path / 'whole', first + 7, **more)
     with monkeypatch.context() as patch:
         killed_at(patch, 6)

@@ -38,6 +38,12 @@ def test_rsqrt_with_cooldown_is_big_visions():
         assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
+def test_warmup_stable_decay():
+    rate = LearningRate('constant * linear_warmup * linear_cooldown', 4e-3, 100, cooldown_steps=200).schedule(0, 1000)
+    expected = {0: 0, 50: 2e-3, 100: 4e-3, 500: 4e-3, 800: 4e-3, 900: 2e-3, 1000: 0}
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected)
+
+
 def test_cosine_goes_from_the_end_of_the_warmup_to_the_last_step():
     rate = LearningRate('constant * linear_warmup * cosine_decay', 0.03, 200).schedule(0, 5000)
     assert [float(rate(step)) for step in (0, 100, 200)] == pytest.approx([0, 0.015, 0.03], rel=1e-3)

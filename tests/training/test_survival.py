@@ -79,15 +79,23 @@ def test_a_run_that_cannot_write_says_so_and_loses_nothing(run, tmp_path, capsys
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize('kills', [1, pytest.param(5, marks=pytest.mark.exhaustive)])
-def test_killed_and_nothing_is_lost(kills, tmp_path):
+@pytest.mark.parametrize(
+    ('family', 'processes', 'kills'),
+    [
+        ('vision', 1, 1),
+        pytest.param('vision', 1, 5, marks=pytest.mark.exhaustive),
+        pytest.param('llm', 1, 2, marks=pytest.mark.exhaustive),
+        pytest.param('llm', 2, 2, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_killed_and_nothing_is_lost(family, processes, kills, tmp_path):
     """More kills with the same script: docs/reliability.md."""
     spec = importlib.util.spec_from_file_location('soak', SOAK)
     soak = sys.modules['soak'] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
-    case = soak.Case('vision', 1)
-    account = soak.soak(case, kills=kills, steps=24, seed=0, folder=tmp_path, converted=kills > 1)
+    case = soak.Case(family, processes)
+    account = soak.soak(case, kills=kills, steps=24, seed=0, folder=tmp_path, converted=kills > 2)
     assert account.kills >= kills and account.runs >= 1
     assert account.most <= 2 * soak.PERIODS['CHECKPOINT_PERIOD']
-    if kills > 1:
+    if kills > 2:
         assert account.phases['upcycling'] >= 1

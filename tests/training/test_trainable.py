@@ -46,6 +46,7 @@ def everything():
     ('names', 'pattern'),
     [
         ('routers', lambda name: '/router/' in name),
+        ('experts', lambda name: '/expert/' in name),
         ('moe_layers', lambda name: '/mlp/' in name),
         ('norm', lambda name: 'norm' in name),
     ],

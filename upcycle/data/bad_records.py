@@ -7,7 +7,7 @@ different records train on different data.
 from __future__ import annotations
 
 from upcycle.errors import UserError
-from upcycle.metrics import warn
+from upcycle.warning import warn
 
 
 class BadRecordError(UserError):

@@ -148,7 +148,7 @@ class _Trainer:
             log = None
             if jax.process_index() == 0:
                 run_folder.record(run.model_dir, saved=newest is not None)
-                log = MetricsLog(run.model_dir, newest, only_training_at_it=bool(self.unfinished))
+                log = MetricsLog(run.model_dir, newest, run.metric_writers, only_training_at_it=bool(self.unfinished))
                 closing.enter_context(log)
             closing.callback(self.profile.close)
             try:

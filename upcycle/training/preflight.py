@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 
-from upcycle import cost, files, outputs, partitioning, run_config
+from upcycle import cost, files, metric_writers, outputs, partitioning, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
@@ -25,6 +25,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
     """
     arrays.kvstore(outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER))
     folder.require_files(run.model_dir)
+    metric_writers.require(run.metric_writers)
     run_config.claim(run, identity, write=False)
     start = Start.of(run)
     outputs.check('MODEL_DIR', run.model_dir, outputs.Kind.FOLDER, needed=cost.num_bytes(start.layout.abstract))

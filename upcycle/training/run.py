@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from upcycle import metric_writers
 from upcycle.data import DataSource
 from upcycle.errors import UserError, refuse
 from upcycle.evaluate.diversity import Diversity
@@ -111,6 +112,8 @@ class Run(ModelRun):
       checkpoint_period: steps between checkpoints [CHECKPOINT_PERIOD].
       checkpoint_keep: newest checkpoints to keep; None: all [CHECKPOINT_KEEP].
       log_period: steps between lines of the log [LOG_PERIOD].
+      metric_writers: what gets these lines besides `metrics.jsonl`: 'tensorboard', 'wandb' (Weights & Biases)
+        [METRIC_WRITERS].
       limits: when the run stops or rolls back.
     """
 
@@ -123,12 +126,14 @@ class Run(ModelRun):
     checkpoint_period: Count = 1000
     checkpoint_keep: Count | None = 1
     log_period: Count = 100
+    metric_writers: Sequence[str] = metric_writers.TENSORBOARD
     limits: Limits = Limits()
 
     def _invalid(self) -> Iterator[str]:
         yield from super()._invalid()
         if not self.model_dir:
             yield f'MODEL_DIR = {self.model_dir!r} must be the path of a folder.'
+        yield from metric_writers.unknown(self.metric_writers)
         if self.surgery is not None and self.initial_checkpoint_path is None:
             yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so set it.'
         if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:

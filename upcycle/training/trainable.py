@@ -1,4 +1,4 @@
-"""Training a subset of the parameters: routers, MoE layers, or those that a pattern matches."""
+"""Training a subset of the parameters: routers, experts, MoE layers, or those that a pattern matches."""
 
 import dataclasses
 import re
@@ -13,7 +13,9 @@ from upcycle import schema
 from upcycle.errors import UserError
 from upcycle.schema import Count
 
-ALL, ROUTERS, MOE = 'all', 'routers', 'moe_layers'
+ALL, MOE = 'all', 'moe_layers'
+# Names of patterns.
+PATTERNS = {'routers': r'(^|/)(router|shared_gate)/', 'experts': r'(^|/)(expert|shared)/'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Trainable:
     """Which parameters are trained. Gin macros in brackets.
 
     Attributes:
-      names: 'all'; 'routers', with the gates of shared experts; 'moe_layers' (routers and experts); or a regular expression,
-        searched in each parameter's path [TRAINABLE].
+      names: 'all'; 'routers', with the gates of shared experts; 'experts', with shared ones; 'moe_layers' (both); or a regular
+        expression, searched in each parameter's path [TRAINABLE].
       steps: number of steps after which all parameters are trained; None: never [TRAINABLE_STEPS].
     """
 
@@ -56,7 +58,7 @@ class Trainable:
             layers = tuple(f'{layer}/' for layer in moe_layers)
             trained = [path for path in paths if path.startswith(layers)]
         else:
-            pattern = r'(^|/)(router|shared_gate)/' if self.names == ROUTERS else self.names
+            pattern = PATTERNS.get(self.names, self.names)
             trained = [path for path in paths if re.search(pattern, path)]
         if not trained:
             raise UserError(f'TRAINABLE = {self.names!r} matches no parameter of the model: nothing would be trained.')
