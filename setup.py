@@ -76,12 +76,15 @@ setuptools.setup(
         'data': ['pyarrow>=15', 'sentencepiece>=0.2'],
         # METRIC_WRITERS = ('wandb',).
         'wandb': ['wandb>=0.19'],
+        # `upcycle eval --lm_eval`.
+        'lm_eval': ['lm-eval>=0.4.13,<0.5'],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
-        # Tests against the transformers library's own models; the CPU build of torch is enough. `make test-all` installs it.
-        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25'],
+        # Tests against the transformers library's own models, and lm-eval's class for them; the CPU build of torch is enough.
+        # `make test-all` installs it.
+        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25', 'lm-eval[hf]>=0.4.13,<0.5'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         # `upcycle sweep --where=slurm`.

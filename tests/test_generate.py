@@ -108,7 +108,7 @@ def test_where_a_tokenizer_lies(kind, files, expected, tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text('{}')
     data = {'fingerprint': {'tokenizer': {'kind': 'bytes'}}}
-    found = command._tokenizer(types.SimpleNamespace(path=str(step), format=kind, data=data), None)
+    found = command.tokenizer_of(types.SimpleNamespace(path=str(step), format=kind, data=data), None)
     assert found == (expected if expected == 'bytes' else str(tmp_path / expected))
 
 

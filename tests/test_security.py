@@ -124,14 +124,14 @@ def test_a_copy_of_a_configuration_in_a_bucket_is_removed(tmp_path, monkeypatch)
     (tmp_path / 'config.gin').write_text('from __gin__ import dynamic_registration\n')
     monkeypatch.setattr(files, 'is_remote', lambda path: True)
     monkeypatch.setattr(files, 'absolute', epath.Path)
-    with evaluate._config_of(str(tmp_path)) as copy:
+    with evaluate.config_of(str(tmp_path)) as copy:
         assert pathlib.Path(copy).read_text() == (tmp_path / 'config.gin').read_text()
     assert not os.path.exists(copy)
     (tmp_path / 'config.gin').write_text('import os\n')
     with pytest.raises(
         UserError, match=f'{tmp_path}/config.gin does more than describe a run .* name a local copy with --gin_file.'
     ):
-        evaluate._config_of(str(tmp_path)).__enter__()
+        evaluate.config_of(str(tmp_path)).__enter__()
 
 
 def test_passwords_are_neither_shown_nor_kept(capsys, tmp_path):

@@ -113,11 +113,29 @@ def _add_plan(add: Add) -> None:
 
 
 def _add_evaluate(add: Add) -> None:
-    evaluate = add('eval', handlers.evaluate, 'evaluate a checkpoint: loss, accuracy, few-shot probes', gin=True)
+    evaluate = add(
+        'eval', handlers.evaluate, 'evaluate a checkpoint: metrics, few-shot probes, tasks of lm-eval', gin=True
+    )
     _add_source(evaluate, 'a run folder or any checkpoint')
     evaluate.add_argument('--few_shot', action='store_true', help='short for --gin_file=runs/few_shot.gin')
     _add_json(evaluate, file=True)
+    _add_harness(evaluate)
     _add_hosts(evaluate)
+
+
+def _add_harness(command: argparse.ArgumentParser) -> None:
+    harness = command.add_argument_group('tasks of lm-eval instead, for language models (pip install upcycle[lm_eval])')
+    tasks = 'names of tasks, groups or tags, separated by commas'
+    harness.add_argument('--lm_eval', metavar='TASKS', help=tasks)
+    harness.add_argument('--include_path', metavar='FOLDER', help="of further tasks, in lm-eval's YAML")
+    shots = "solved examples in front of each question (default: the tasks' own)"
+    harness.add_argument('--num_fewshot', type=int, metavar='N', help=shots)
+    limit = 'examples per task, or a share of them below 1 (default: all)'
+    harness.add_argument('--limit', type=float, metavar='N', help=limit)
+    harness.add_argument('--batch_size', type=int, metavar='N', help='rows at a time (8)')
+    longest = "the most tokens that the model reads at once (default: config.json's, or that of the run's data)"
+    harness.add_argument('--max_length', type=int, metavar='N', help=longest)
+    harness.add_argument('--tokenizer', metavar='PATH', help="as for generate (default: the checkpoint's)")
 
 
 def _add_generate(add: Add) -> None:

@@ -9,6 +9,9 @@ from upcycle import warning
 from upcycle.errors import UserError
 from upcycle.formats import FORMATS, folder_request
 
+# Options of `arguments._add_harness`.
+_HARNESS = ('include_path', 'num_fewshot', 'limit', 'batch_size', 'max_length', 'tokenizer')
+
 
 def _join_hosts(
     distributed: bool,
@@ -91,9 +94,21 @@ def evaluate(
     few_shot: bool,
     as_json: bool,
     out: str | None,
-    **hosts: Any,
+    lm_eval: str | None,
+    **options: Any,
 ) -> None:
-    _join_hosts(**hosts)
+    of_harness = {name: options.pop(name) for name in _HARNESS}
+    given = {name: value for name, value in of_harness.items() if value is not None}
+    if lm_eval is None and given:
+        raise UserError(f'--{next(iter(given))} is an option of --lm_eval: name its tasks, or remove it.')
+    if lm_eval is not None and few_shot:
+        raise UserError('--few_shot and --lm_eval are separate evaluations: remove one of them.')
+    _join_hosts(**options)
+    if lm_eval is not None:
+        from upcycle.commands import harness
+
+        harness.run(gin_files, bindings, source, lm_eval, as_json=as_json, out=out, **given)
+        return
     from upcycle.commands import evaluate
 
     files = [*gin_files, *([evaluate.FEW_SHOT] if few_shot else [])]

@@ -1,6 +1,7 @@
 """A decoder-only run needs neither TensorFlow, seqio nor TFDS, and resumes with the same losses."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -26,3 +27,8 @@ def test_no_command_imports_any_of_them(tmp_path):
     assert losses[0] == losses[1]  # of the resumed run
     metrics = json.loads((tmp_path / 'eval.json').read_text())['metrics']['validation']
     assert metrics['loss'] == pytest.approx(lines[-1]['loss'], abs=1e-5) and 4 < metrics['loss'] < 7
+    assert metrics['perplexity'] == pytest.approx(math.exp(metrics['loss']), rel=1e-5)
+    # A document of 28 or so bytes has as many targets, of which EOS has no text.
+    assert metrics['loss'] < math.log(2) * metrics['bits_per_byte'] < 1.1 * metrics['loss']
+    for name in ('perplexity', 'bits_per_byte'):
+        assert metrics[name] == pytest.approx(lines[-1][name], rel=1e-5)

@@ -1,5 +1,6 @@
 """Every command of the docs runs as it is written, in a folder that holds what it names; only sizes and steps are small."""
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 from tests import runs, tokens, vision
 from tests.checkpoints import trees
 from tests.docs.pages import ROOT, commands, languages, pages
+from tests.evaluate import own_tasks
 from tests.test_cli import call
 from upcycle import configuration, gin_files
 from upcycle.api import convert
@@ -22,6 +24,8 @@ from upcycle.training import loop
 from upcycle.transfer import transfer
 
 OURS = [command for command in commands() if command.words[0] == 'upcycle']
+# Libraries that only `make test-all` installs, by an option that needs them.
+OPTIONAL = {'--lm_eval': 'lm_eval'}
 # Commands of others: they install, or need the internet.
 OTHERS = {'pip', 'python3', '.', 'hf', 'curl', 'tfds', '$T5X/t5x/train.py'}
 # These are only built: what they would run takes too long, and is run at a small size elsewhere.
@@ -113,6 +117,7 @@ def inputs(dense, dense_vit, dense_llm, upcycled, tmp_path_factory):
     tokens.write_tokenizer(folder / 'llm', tokens.CHATML)
     (folder / 'articles.jsonl').write_text(''.join(json.dumps({'body': text}) + '\n' for text in tokens.TEXTS))
     (folder / 'chat.jsonl').write_text((json.dumps({'messages': tokens.MESSAGES}) + '\n') * 4)
+    own_tasks.write(folder / 'own_tasks')
     for name in ('cat', 'dog', 'bird'):
         (folder / 'photos' / name).mkdir(parents=True)
         for i in range(30):
@@ -209,7 +214,11 @@ def test_commands_of_a_page(page, small, capsys, monkeypatch):
         return stop
 
     for command in OURS:
-        if command.page != page:
+        options = {word.partition('=')[0] for word in command.words}
+        missing = [
+            name for option, name in OPTIONAL.items() if option in options and not importlib.util.find_spec(name)
+        ]
+        if command.page != page or missing:
             continue
         arguments = arguments_of(command)
         with monkeypatch.context() as patch:

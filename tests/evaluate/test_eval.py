@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -131,6 +132,8 @@ def test_probes_of_the_trainer_and_of_the_command_are_one(tmp_path, capsys):
 MISTAKES = {
     'no such checkpoint': (['--from=/nowhere/at/all'], ['/nowhere/at/all', 'does not exist']),
     'probe of a language model': (['--few_shot'], ['FEW_SHOT', 't5']),
+    'an option of lm-eval alone': (['--limit=3'], ['--limit is an option of --lm_eval']),
+    'no lm-eval': (['--lm_eval=a'], ['--lm_eval needs lm_eval: pip install upcycle[lm_eval].']),
     'a sparse model': (
         options((runs.TINY, 'moe/t5.gin', runs.TASK, 'runs/eval.gin'), {'BATCH_SIZE': 4}),
         ['is dense and the model is sparse', 'runs/upcycle.gin'],
@@ -151,7 +154,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize('mistake', MISTAKES)
-def test_a_mistake_is_one_sentence(mistake, dense, tmp_path, capsys):
+def test_a_mistake_is_one_sentence(mistake, dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'lm_eval', None)  # as if it were not installed
     more, words = MISTAKES[mistake]
     source = [] if any(text.startswith('--from') for text in more) else [f'--from={dense}']
     code, out, error = call(['eval', *source, *more, f'--out={tmp_path}/result.json'], capsys)

@@ -67,11 +67,11 @@ def run(
     reader = open_checkpoint(source)
     kind = identify.dense_model(str(reader.path), reader.leaves(), identify.facts_of(reader.metadata))
     generation.require_text(kind)
-    reads = Prompts(_tokenizer(reader, tokenizer), chat=chat, ended=kind.prompts == 'answered')
+    reads = Prompts(tokenizer_of(reader, tokenizer), chat=chat, ended=kind.prompts == 'answered')
     tokens = [_encoded(reads, prompt, number, kind) for number, prompt in enumerate(written, 1)]
     length = max(map(len, tokens))
     _check_length(reader, length + max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p, stop_tokens(_folders(reader), reads.tokenizer))
+    sampling = Sampling(temperature, top_k, top_p, stop_tokens(folders_of(reader), reads.tokenizer))
     # Parameters are split over `model`, whose size need not divide the number of prompts.
     mesh = partitioning.make_mesh((1, 1, len(platforms.devices())), None)
     model, params = api.load(source, mesh=mesh, dtype=dtype)
@@ -171,7 +171,7 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
     return tokens, mask
 
 
-def _folders(reader: Reader) -> list[epath.Path]:
+def folders_of(reader: Reader) -> list[epath.Path]:
     """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
     path = files.absolute(reader.path)
     if reader.format != 'upcycle':
@@ -180,7 +180,7 @@ def _folders(reader: Reader) -> list[epath.Path]:
     return [*([] if found is None else [epath.Path(found)]), path.parent.parent]
 
 
-def _tokenizer(reader: Reader, given: str | None) -> str:
+def tokenizer_of(reader: Reader, given: str | None) -> str:
     """Returns the path of the tokenizer, or 'bytes'.
 
     Raises:
@@ -188,7 +188,7 @@ def _tokenizer(reader: Reader, given: str | None) -> str:
     """
     if given is not None:
         return given
-    for folder in _folders(reader):
+    for folder in folders_of(reader):
         if not files.is_remote(folder) and any((folder / name).is_file() for name in TOKENIZERS):
             return str(folder)
     data = getattr(reader, 'data', {}).get('fingerprint', {})
@@ -199,7 +199,7 @@ def _tokenizer(reader: Reader, given: str | None) -> str:
 
 def _check_length(reader: Reader, length: int) -> None:
     """Warns if texts get longer than those that the model has seen."""
-    for folder in _folders(reader):
+    for folder in folders_of(reader):
         most = read_settings(folder / 'config.json').get('max_position_embeddings')
         if isinstance(most, int) and length > most:
             warning.once(

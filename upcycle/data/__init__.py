@@ -72,7 +72,10 @@ def require_lengths(task_feature_lengths: Mapping[str, int]) -> None:
 
 @runtime_checkable
 class DataSource(Protocol):
-    """An endless or finite sequence of batches that any number of hosts can read from any position."""
+    """An endless or finite sequence of batches that any number of hosts can read from any position.
+
+    A source may also have `target_bytes(batch)`, for bits per byte; see `causal.Tokens`.
+    """
 
     batch_size: int
     """Rows of a global batch, summed over all hosts."""

@@ -168,6 +168,10 @@ class CausalLM(BaseModel):
         logits_Bx1xV, cache = self._append(params, tokens, None, cache['real'].shape[1], cache)
         return logits_Bx1xV[:, 0], cache
 
+    def teacher_forced(self, params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """See `models.protocol.Continuing`."""
+        return self._append(params, tokens, mask, tokens.shape[1], {})[0]
+
     def _append(
         self, params: Any, tokens: jax.Array, mask: jax.Array | None, max_length: int, cache: Cache
     ) -> tuple[jax.Array, Cache]:

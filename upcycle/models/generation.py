@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,9 +193,9 @@ def stream(
     state = _first_state(params, tokens, mask, model=model, max_new_tokens=max_new_tokens)
     ended_B = np.zeros(len(tokens), bool)
     for _ in range(max_new_tokens):
-        state = _next_state(params, state, key, model=model, sampling=sampling)
+        state, shown = _next_state(params, state, key, model=model, sampling=sampling)
         real_B = ~ended_B
-        token_B, ended_B = jax.device_get((state.input_B, state.ended_B))
+        token_B, ended_B = jax.device_get(shown)
         yield token_B, real_B
         if ended_B.all():
             return
@@ -208,8 +209,16 @@ def _first_state(
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'sampling'), donate_argnames='state')
-def _next_state(params: 'Params', state: _State, key: jax.Array, *, model: 'Generative', sampling: Sampling) -> _State:
-    return _advance(functools.partial(model.decode, params), sampling, key, state)
+def _next_state(
+    params: 'Params', state: _State, key: jax.Array, *, model: 'Generative', sampling: Sampling
+) -> tuple[_State, tuple[jax.Array, jax.Array]]:
+    state = _advance(functools.partial(model.decode, params), sampling, key, state)
+    return state, on_every_host((state.input_B, state.ended_B))
+
+
+def on_every_host(tree: Any) -> Any:
+    """Replicates arrays within a program, so that every process can read all of them."""
+    return jax.tree.map(lambda leaf: nn.with_logical_constraint(leaf, (None,) * leaf.ndim), tree)
 
 
 def _prefilled(

@@ -221,3 +221,13 @@ class Generative(Model, Protocol):
 
     def decode(self, params: Params, tokens: 'jax.Array', cache: 'Cache') -> 'tuple[jax.Array, Cache]':
         """Returns the logits (B, V) after the tokens (B, 1), and the cache with these."""
+
+
+class Continuing(Generative, Protocol):
+    """A model of a family whose `prompts` is 'continued'."""
+
+    def teacher_forced(self, params: Params, tokens: 'jax.Array', mask: 'jax.Array') -> 'jax.Array':
+        """Returns the logits after each token of texts (B, L), padded on either side, float32 (B, L, V).
+
+        They are those of `decode`: no expert drops a token, whatever its capacity, so that a row does not depend on others.
+        """

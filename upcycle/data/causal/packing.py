@@ -50,11 +50,6 @@ class Stream:
         """The number of positions."""
         return self._starts[-1]
 
-    @property
-    def num_targets(self) -> int:
-        """The number of positions with a target."""
-        return len(self) - self.corpus.num_documents * (self.specials.eos_id is None)
-
     def ends(self) -> np.ndarray:
         """int64 [documents]: the position after each document. In memory: 8 bytes per document."""
         parts = [

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ BYTES = 'bytes'
 TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 # Files of a folder that belong to its tokenizer.
 COPIED = (*TOKENIZERS, 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
+_SPACE = '\u2581'  # SentencePiece's
+_BYTE = re.compile('<0x[0-9A-F]{2}>')  # a token of a tokenizer that falls back to bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,11 @@ class Tokenizer(Protocol):
     def encode_with_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids [n] of a text and the range of characters [n, 2] of each."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, special tokens included."""
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """Returns the text of ids, with or without special tokens."""
+
+    def token_bytes(self) -> np.ndarray:
+        """Returns how many bytes of text each id stands for, int32 [vocabulary]; 0 for special tokens."""
 
 
 def require(module: str, what: str, extra: str) -> ModuleType:
@@ -129,9 +135,13 @@ class ByteTokenizer:
         starts = np.repeat(np.arange(len(text)), lengths)
         return self.encode([text])[0], np.stack([starts, starts + 1], axis=1)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """See `Tokenizer`; broken characters are replaced, and other ids left out."""
         return bytes(i for i in map(int, ids) if i < 256).decode(errors='replace')
+
+    def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer`."""
+        return (np.arange(self.identity.vocabulary_size) < 256).astype(np.int32)
 
 
 class JsonTokenizer:
@@ -166,9 +176,28 @@ class JsonTokenizer:
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
         return np.array(encoded.ids, self.identity.dtype), np.array(encoded.offsets, np.int64).reshape(-1, 2)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer`. A byte-level token has a character per byte; any other, what it adds to the text of another token."""
+        decoders = _types(json.loads(self._tokenizer.to_str())['decoder'])
+        added = self._tokenizer.get_added_tokens_decoder()
+        known = {i: text for text, i in self._tokenizer.get_vocab(with_added_tokens=True).items() if i not in added}
+        sizes = {i: 0 if token.special else len(token.content.encode()) for i, token in added.items()}
+        if 'ByteLevel' in decoders:
+            sizes |= {i: len(text) for i, text in known.items()}
+        else:
+            bytes_ = {i for i, text in known.items() if 'ByteFallback' in decoders and _BYTE.fullmatch(text)}
+            rest = [i for i in known if i not in bytes_]
+            first = next((i for i in rest if self.decode([i]).strip()), None)
+            before = [] if first is None else [first]
+            texts = self._tokenizer.decode_batch([[*before, i] for i in rest])
+            start = len(self.decode(before).encode())
+            sizes |= dict.fromkeys(bytes_, 1)
+            sizes |= {i: max(len(text.encode()) - start, 0) for i, text in zip(rest, texts, strict=True)}
+        return np.array([sizes.get(i, 0) for i in range(self.identity.vocabulary_size)], np.int32)
 
 
 class SentencePieceTokenizer:
@@ -201,9 +230,27 @@ class SentencePieceTokenizer:
             'a chat template needs a tokenizer.json, which knows its special tokens: name another --tokenizer.'
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer`."""
+    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """See `Tokenizer`; special tokens have no text."""
         return self._model.decode([int(i) for i in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        """See `Tokenizer`."""
+        model = self._model
+
+        def size(i: int) -> int:
+            if model.is_control(i) or model.is_unknown(i):
+                return 0
+            return 1 if model.is_byte(i) else len(model.id_to_piece(i).replace(_SPACE, ' ').encode())
+
+        return np.array([size(i) for i in range(self.identity.vocabulary_size)], np.int32)
+
+
+def _types(decoder: Any) -> set[str]:
+    """The types of a tokenizer.json's decoder, and of those that it is a sequence of."""
+    if not isinstance(decoder, dict):
+        return set()
+    return {decoder.get('type', '')}.union(*map(_types, decoder.get('decoders', ())))
 
 
 def _sha256(file: pathlib.Path) -> str:

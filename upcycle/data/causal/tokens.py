@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from upcycle import warning
 from upcycle.data import JSON, WHOLE, Share
 from upcycle.data.causal.packing import Rows, Specials, Stream
 from upcycle.data.causal.shards import SPLITS, TOKENIZER, Corpus, Folder, open_folder
@@ -20,6 +21,7 @@ from upcycle.schema import Count, Positive, Whole
 
 if TYPE_CHECKING:
     import grain
+    import jax
 
 Batch = dict[str, np.ndarray]
 _HASHED_ROWS = 8
@@ -135,15 +137,6 @@ class Tokens:
         """Number of ids: the minimum size of the embedding."""
         return self.source.identity().vocabulary_size
 
-    @property
-    def bytes_per_target(self) -> float | None:
-        """Mean bytes of text per target, for bits per byte; None for conversations, of which only parts are targets."""
-        streams = [rows.stream for rows in self._rows]
-        if any(stream.corpus.chat for stream in streams):
-            return None
-        ratios = [stream.corpus.num_bytes / max(stream.num_targets, 1) for stream in streams]
-        return float(np.average(ratios, weights=self.source.weights))
-
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the documents."""
@@ -152,6 +145,33 @@ class Tokens:
     def token_text(self, token: int) -> str:
         """Formats a token for display."""
         return self.tokenizer.decode([token]) or f'<{token}>'
+
+    def target_bytes(self, batch: Mapping[str, jax.Array]) -> jax.Array | None:
+        """Counts the bytes of text of a batch's targets; special tokens have none. Traceable by `jax.jit`.
+
+        Returns:
+          A float32 scalar; None if the tokenizer cannot be read.
+        """
+        import jax.numpy as jnp
+
+        if self._token_bytes is None:
+            return None
+        bytes_V = jnp.asarray(self._token_bytes, jnp.float32)
+        bytes_BxL = bytes_V[batch['targets']]
+        bos_id = self._rows[0].stream.specials.bos_id
+        if bos_id is not None:
+            # The tokenizer may put a space in front of a document, which the text does not have.
+            space = max(float(self._token_bytes[self.tokenizer.encode(['a'])[0]].sum()) - 1.0, 0.0)
+            bytes_BxL -= jnp.where(batch['tokens'] == bos_id, space, 0.0)
+        return (bytes_BxL * batch['loss_weights']).sum()
+
+    @functools.cached_property
+    def _token_bytes(self) -> np.ndarray | None:
+        try:
+            return self.tokenizer.token_bytes()
+        except UserError as error:  # rows do not need the tokenizer
+            warning.once(f'bits_per_byte is not computed: {error}')
+            return None
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes [B, L] of a global batch. `mask` is False at padding, and there only if there can be some."""
