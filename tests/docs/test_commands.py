@@ -23,7 +23,7 @@ from upcycle.transfer import transfer
 
 OURS = [command for command in commands() if command.words[0] == 'upcycle']
 # Commands of others: they install, or need the internet.
-OTHERS = {'pip', 'python3', '.', 'hf', 'curl', 'tfds', '$T5X/t5x/train.py'}
+OTHERS = {'pip', 'python3', '.', 'hf', 'curl', 'tfds', '$T5X/t5x/train.py', 'docker', 'export', 'gcloud', 'xpk'}
 # These are only built: what they would run takes too long, and is run at a small size elsewhere.
 BUILT_ONLY = {
     'compile': 'a program for 64 chips takes minutes: tests/test_compile.py compiles for 8',
