@@ -75,6 +75,9 @@ HloModule step, is_scheduled=true, num_partitions=8
   %x = bf16[8,32,16]{2,1,0} get-tuple-element(%t), index=1
   %a2a = bf16[8,32,16]{2,1,0} all-to-all(%x), replica_groups=[2,4]<=[8], dimensions={1}
   %w = bf16[8,16,48]{2,1,0} constant({...})
+  %kernel = bf16[32,48]{1,0} custom-call(%x), backend_config={"cost_estimate":{"flops":"98304"}}
+  %metadata = s32[9]{0} custom-call(%x), backend_config={"estimated_cycles":"9223372036854775807"}
+  %fast = s32[9]{0} fusion(%x), kind=kLoop, calls=%none, backend_config={"estimated_cycles":"7"}
   %conv = bf16[8,32,48]{2,1,0} convolution(%a2a, %w), window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf
   ROOT %out = (s32[], bf16[8,32,16]) tuple(%t)
 }
@@ -96,9 +99,11 @@ ENTRY %main (a: f32[64,128]) -> f32[16,128] {
 
 
 def test_reads_a_tpu_program():
-    """Loops multiply; a batched product, written as a dilated window, counts its real overlaps only."""
+    """Loops multiply; a batched product, written as a dilated window, counts its real overlaps only; kernels say what they do."""
     program = Program(TPU)
-    assert program.matmul_flops() == 12 * 2 * 8 * 32 * 16 * 48
+    assert program.matmul_flops() == 12 * (2 * 8 * 32 * 16 * 48 + 98304)
+    # The compiler gives its largest number for what it does not estimate.
+    assert program.estimated_cycles() == 12 * 7
     found = program.collectives()
     assert found['all-to-all'].count == 12
     assert found['all-to-all'].operand_bytes == 12 * 8 * 32 * 16 * 2

@@ -19,6 +19,8 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
+_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_UNKNOWN = 2**63 - 1  # cycles of an operation that the compiler does not estimate
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
 
@@ -108,9 +110,14 @@ class Program:
         return total
 
     def matmul_flops(self) -> float:
-        """Counts the FLOPs of all matrix products; a multiply-add counts as 2."""
+        """Counts the FLOPs of all matrix products; a multiply-add counts as 2.
+
+        Kernels, such as the TPU compiler's `ragged_dot`, count by their own estimate: that of all rows, with an expert or not.
+        """
         total = 0.0
         for operation, times in self.operations():
+            if operation.kind == 'custom-call' and (match := _KERNEL.search(operation.rest)):
+                total += times * int(match[1])
             if times and operation.kind in ('convolution', 'dot'):
                 left, right = (_dimensions(self._shapes[name]) for name in _operands(operation)[:2])
                 count = _dot_flops if operation.kind == 'dot' else _convolution_flops
@@ -118,11 +125,11 @@ class Program:
         return total
 
     def estimated_cycles(self) -> int:
-        """Returns the TPU compiler's estimate of a step's cycles outside collectives; 0 if it has none."""
+        """Returns the TPU compiler's estimate of a step's cycles outside collectives and kernels; 0 if it has none."""
         return sum(
             times * int(match[1])
             for operation, times in self.operations()
-            if (match := re.search(r'"estimated_cycles":"(\d+)"', operation.rest))
+            if (match := re.search(r'"estimated_cycles":"(\d+)"', operation.rest)) and int(match[1]) != _UNKNOWN
         )
 
     def _executions(self) -> dict[str, int]:

@@ -7,8 +7,10 @@
 #
 # Needs the gcloud command, logged in, with a project set. A run that ends early is restarted and resumes from its last checkpoint; a
 # mistake (status 2) is not retried. Environment:
-#   PACKAGE  the package that pip installs on the hosts (default: a wheel of this checkout, which is built and copied)
-#   VERSION  the runtime image (tpu-ubuntu2204-base)
+#   PACKAGE  the package that the hosts install (default: a wheel of this checkout, which is built and copied)
+#   PYTHON   its version of Python (3.12), which uv installs: that of Ubuntu 22.04, 3.10, is too old
+#   PREPARE  a command that each host runs first, such as 'gcloud storage cp --recursive gs://BUCKET/shards .'
+#   VERSION  the runtime image (by TYPE: v2-alpha-tpuv5 of v5p, v2-alpha-tpuv5-lite of v5e, v2-alpha-tpuv6e, tpu-ubuntu2204-base)
 #   SPOT     1 requests spot capacity
 #   TRIES    largest number of starts (100)
 #   PERIOD   seconds before the first restart (30); doubled each time, up to 16 minutes
@@ -43,8 +45,14 @@ exists() { ! $dry_run && gcloud compute tpus queued-resources describe "$name" "
 
 state() { gcloud compute tpus queued-resources describe "$name" "--zone=$zone" '--format=value(state.state)'; }
 
+case "$type" in
+  v5p-*) version=v2-alpha-tpuv5 ;;
+  v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+  v6e-*) version=v2-alpha-tpuv6e ;;
+  *) version=tpu-ubuntu2204-base ;;
+esac
 if ! exists; then
-  options=("--node-id=$name" "--zone=$zone" "--accelerator-type=$type" "--runtime-version=${VERSION:-tpu-ubuntu2204-base}")
+  options=("--node-id=$name" "--zone=$zone" "--accelerator-type=$type" "--runtime-version=${VERSION:-$version}")
   [[ "${SPOT:-0}" == 1 ]] && options+=(--spot)
   run gcloud compute tpus queued-resources create "$name" "${options[@]}"
 fi
@@ -71,12 +79,15 @@ if [[ -z "$package" ]]; then
   run python3 -m pip wheel --quiet --no-deps "--wheel-dir=$wheels" "$here"
   run gcloud compute tpus tpu-vm scp "$wheels/$package" "$name:" "--zone=$zone" --worker=all
 fi
-on_all_hosts "python3 -m pip install --quiet '${package}[tpu]'"
+uv='python3 -m uv'
+environment="$uv venv --quiet --allow-existing --python ${PYTHON:-3.12} upcycle_env"
+on_all_hosts "python3 -m pip install --quiet uv && $environment && $uv pip install --quiet --python upcycle_env '${package}[tpu]'"
+[[ -z "${PREPARE:-}" ]] || on_all_hosts "$PREPARE"
 
 pause=${PERIOD:-30}
 for ((try = 1; try <= ${TRIES:-100}; try++)); do
   code=0
-  on_all_hosts "python3 -m upcycle $arguments--distributed" || code=$?
+  on_all_hosts "upcycle_env/bin/python -m upcycle $arguments--distributed" || code=$?
   [[ $code -eq 0 ]] && exit 0
   [[ $code -eq 2 ]] && exit 2
   echo "status $code after try $try: restarting from the last checkpoint" >&2

@@ -27,7 +27,7 @@ OURS = [command for command in commands() if command.words[0] == 'upcycle']
 # Libraries that only `make test-all` installs, by an option that needs them.
 OPTIONAL = {'--lm_eval': 'lm_eval'}
 # Commands of others: they install, or need the internet.
-OTHERS = {'pip', 'python3', '.', 'hf', 'curl', 'tfds', '$T5X/t5x/train.py'}
+OTHERS = {'pip', 'python3', '.', 'hf', 'curl', 'tfds', '$T5X/t5x/train.py', 'docker', 'export', 'gcloud', 'xpk'}
 # These are only built: what they would run takes too long, and is run at a small size elsewhere.
 BUILT_ONLY = {
     'compile': 'a program for 64 chips takes minutes: tests/test_compile.py compiles for 8',

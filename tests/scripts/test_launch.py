@@ -67,24 +67,37 @@ GCLOUD = """
 case "$*" in
   *queued-resources\\ describe*--format*) echo ACTIVE ;;
   *queued-resources\\ describe*) exit 1 ;;
-  *--command=python3\\ -m\\ upcycle*) [[ $(grep -c 'm upcycle' {log}) -ge {good} ]] || exit {status} ;;
+  *--command=upcycle_env/bin/python\\ -m\\ upcycle*) [[ $(grep -c 'm upcycle' {log}) -ge {good} ]] || exit {status} ;;
 esac"""
 
 
 @pytest.mark.parametrize('status', [1, UNAVAILABLE, PREEMPTED])
 def test_a_tpu_slice_is_asked_for_and_the_run_tried_until_it_ends(status, stand_in, tmp_path):
     log = stand_in('gcloud', GCLOUD.format(log=tmp_path / 'gcloud.txt', good=3, status=status))
-    result = launch('tpu_pod.sh', 'mine', 'v4-128', 'here', *TRAIN, folder=tmp_path, PACKAGE='upcycle==0.1', SPOT='1')
+    copy = 'gcloud storage cp --recursive gs://mine/shards .'
+    settings = {'PACKAGE': 'upcycle==0.1', 'SPOT': '1', 'PREPARE': copy}
+    result = launch('tpu_pod.sh', 'mine', 'v5p-8', 'here', *TRAIN, folder=tmp_path, **settings)
     assert result.returncode == 0, result.stderr
     made = calls(log)
     create = next(call for call in made if 'create' in call)
-    assert {'--node-id=mine', '--accelerator-type=v4-128', '--zone=here', '--spot'} <= set(create)
+    options = {
+        '--node-id=mine',
+        '--accelerator-type=v5p-8',
+        '--zone=here',
+        '--spot',
+        '--runtime-version=v2-alpha-tpuv5',
+    }
+    assert options <= set(create)
     commands = [argument for call in made for argument in call if argument.startswith('--command=')]
-    assert commands[0] == "--command=python3 -m pip install --quiet 'upcycle==0.1[tpu]'"
-    assert len(commands) == 4 and len(set(commands[1:])) == 1
+    # Ubuntu 22.04 has Python 3.10.
+    assert '--python 3.12 upcycle_env && ' in commands[0]
+    assert commands[0].endswith("uv pip install --quiet --python upcycle_env 'upcycle==0.1[tpu]'")
+    assert commands[1] == f'--command={copy}'
+    assert len(commands) == 5 and len(set(commands[2:])) == 1
     # What the hosts' shells make of it are the arguments as they were given.
+    python = 'upcycle_env/bin/python -m upcycle'
     words = subprocess.run(
-        ['bash', '-c', commands[1].removeprefix('--command=').replace('python3 -m upcycle', "printf '%s\\n'")],
+        ['bash', '-c', commands[2].removeprefix('--command=').replace(python, "printf '%s\\n'")],
         capture_output=True,
         text=True,
         check=True,
