@@ -253,11 +253,13 @@ def _dequantises(kind: str) -> bool:
 
 
 def _check_places(tensors: Mapping[str, Tensor], start: int, size: int, alignment: int) -> None:
-    """Raises ValueError unless the tensors lie after the header, aligned, apart and within the file."""
+    """Raises ValueError unless the tensors fill the file after the header, each padded to the alignment."""
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
-        if tensor.offset < end or (tensor.offset - start) % alignment:
-            raise ValueError(f'{name} begins at byte {tensor.offset}, and other bytes end at {end}')
-        end = tensor.offset + tensor.nbytes
-        if end > size:
-            raise ValueError(f'{name} ends at byte {end}, but the file has {size} bytes')
+        if tensor.offset != end:
+            raise ValueError(f'{name} begins at byte {tensor.offset} instead of {end}')
+        if end + tensor.nbytes > size:
+            raise ValueError(f'{name} ends at byte {end + tensor.nbytes}, but the file has {size} bytes')
+        end += -(-tensor.nbytes // alignment) * alignment
+    if size > end:
+        raise ValueError(f'{size - end} bytes belong to no tensor')

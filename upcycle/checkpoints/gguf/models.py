@@ -65,7 +65,7 @@ class Model:
       names: the hub's names of the tensors of a layer.
       fields: fields of `config.json` by their keys in the metadata, with the value that llama.cpp takes if the key is missing;
         None: the key is required.
-      config: other fields, as llama.cpp computes them.
+      config: other fields, as llama.cpp computes them; activations are the defaults.
       permuted: whether the rows of queries and keys are in the order of interleaved rotary positions.
       norm_offset: what is added to the scales of norms.
     """
@@ -86,7 +86,6 @@ _CAPS = {
     'attn_logit_softcapping': ('attn_logit_softcapping', 50.0),
     'final_logit_softcapping': ('final_logit_softcapping', 30.0),
 }
-_GELU = {'hidden_act': 'gelu_pytorch_tanh', 'hidden_activation': 'gelu_pytorch_tanh'}
 MODELS = {
     'llama': Model('llama', {**_PRE_NORM, **_MLP}, permuted=True),
     'qwen2': Model('qwen2', {**_PRE_NORM, **_MLP}, config={'use_sliding_window': False}),
@@ -98,12 +97,11 @@ MODELS = {
         {'norm_topk_prob': False},
     ),
     'qwen3moe': Model('qwen3_moe', _QWEN_MOE, _EXPERTS, {'norm_topk_prob': True}),
-    'gemma': Model('gemma', {**_PRE_NORM, **_MLP}, config=_GELU, norm_offset=1.0),
+    'gemma': Model('gemma', {**_PRE_NORM, **_MLP}, norm_offset=1.0),
     'gemma2': Model(
         'gemma2',
         _BOTH_NORMS,
         {'attention.sliding_window': ('sliding_window', 4096), **_CAPS},
-        {'hidden_activation': _GELU['hidden_activation']},
         norm_offset=1.0,
     ),
     'gemma3': Model(
@@ -114,7 +112,6 @@ MODELS = {
             'rope.freq_base_swa': ('rope_local_base_freq', 10000.0),
             'final_logit_softcapping': _CAPS['final_logit_softcapping'][:1] + (0.0,),
         },
-        {'hidden_activation': _GELU['hidden_activation']},
         norm_offset=1.0,
     ),
 }
@@ -233,7 +230,6 @@ def _config(model: Model, values: _Values, tensors: Mapping[str, views.Lazy]) ->
         'rms_norm_eps': values.get('attention.layer_norm_rms_epsilon'),
         'max_position_embeddings': values.get('context_length'),
         'tie_word_embeddings': 'output.weight' not in tensors,
-        'hidden_act': 'silu',
         **model.config,
         **{
             field: values.get(key, _REQUIRED if value is None else value)

@@ -107,6 +107,8 @@ class _Vocabulary:
 def rebuild(file: epath.Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     """Returns the contents of `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` by their names.
 
+    A file may have no tokenizer.
+
     Args:
       file: for messages.
       metadata: see `container.read_file`.
@@ -114,7 +116,10 @@ def rebuild(file: epath.Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     Raises:
       UserError: the kind of tokenizer or its pre-tokenizer is not known, or its tokens are damaged.
     """
-    kind, vocabulary = metadata.get('tokenizer.ggml.model'), _Vocabulary(file, metadata)
+    kind = metadata.get('tokenizer.ggml.model', 'none')
+    if kind in ('none', 'no_vocab'):
+        return {}
+    vocabulary = _Vocabulary(file, metadata)
     try:
         if kind == 'gpt2':
             tokenizer, adds_bos = _byte_level(vocabulary)
