@@ -82,7 +82,8 @@ setuptools.setup(
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
         # Tests against the transformers library's own models; the CPU build of torch is enough. `make test-all` installs it.
-        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25'],
+        # xllamacpp is llama.cpp, for tests of tokens and exported folders.
+        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25', 'xllamacpp>=2026.10'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         # `upcycle sweep --where=slurm`.

@@ -41,6 +41,7 @@ EXPRESSIBLE = {
 # Keys of the metadata and fields of config.json.
 FIELDS = {
     'block_count': 'num_hidden_layers',
+    'vocab_size': 'vocab_size',
     'context_length': 'max_position_embeddings',
     'embedding_length': 'hidden_size',
     'feed_forward_length': 'intermediate_size',

@@ -307,3 +307,24 @@ def test_a_missing_library(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'gguf', None)
     with pytest.raises(MissingData, match=r'x.gguf needs gguf: pip install upcycle\[gguf\]'):
         open_checkpoint(file)
+
+
+@requires_fixtures
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', ['llama', 'qwen2'])
+def test_the_loader_of_transformers(name, tmp_path):
+    """Which has defaults for head_dim of Qwen3, query_pre_attn_scalar of Gemma and the scaling of Llama 3, so these differ."""
+    torch = pytest.importorskip('torch')
+    import transformers
+
+    folder = llms.copy(name, tmp_path / 'hub', **ggufs.EXPRESSIBLE[name])
+    file = ggufs.from_folder(folder, tmp_path / 'x.gguf')
+    transfer(str(file), str(tmp_path / 'ours'), 'huggingface')
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    theirs, ours = (
+        load(path, dtype=torch.float32, **more).eval()
+        for path, more in ((tmp_path, {'gguf_file': file.name}), (tmp_path / 'ours', {}))
+    )
+    ids = torch.from_numpy(llms.reference(name)['input_ids'])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=2e-4)
