@@ -1,30 +1,30 @@
 """llama.cpp as the reference: its converter, its tokens and its probabilities.
 
 The converter is that of the source distribution of `llama-cpp-python`, which pip fetches when it is first needed. llama.cpp
-itself is the wheel `xllamacpp`, in this Python environment or another, and runs in another process.
+itself is the wheel `xllamacpp`, and runs in another process.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
-import subprocess
+import shutil
 import sys
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
+
+if __name__ == '__main__':  # asked in another process
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from serving.programs import CheckError, download, run
 
 PACKAGE, VERSION = 'llama-cpp-python', '0.3.36'
 SHA256 = '832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e'
 CACHE = pathlib.Path('~/.cache/upcycle').expanduser() / f'{PACKAGE}-{VERSION}'
 _PARTS = ('convert_hf_to_gguf.py', 'conversion/', 'gguf-py/')
 TOP = 10  # probabilities of a prompt
-
-
-class CheckError(Exception):
-    """A check cannot run, or fails."""
 
 
 def source(cache: pathlib.Path = CACHE) -> pathlib.Path:
@@ -35,31 +35,16 @@ def source(cache: pathlib.Path = CACHE) -> pathlib.Path:
     """
     if (cache / _PARTS[0]).exists():
         return cache
+    place = cache.with_name(f'{cache.name}.tmp')
+    shutil.rmtree(place, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            '-m',
-            'pip',
-            'download',
-            '--quiet',
-            '--no-deps',
-            '--no-binary=:all:',
-            '--dest',
-            folder,
-        ]
-        print(f'fetching {PACKAGE} {VERSION} ...', file=sys.stderr, flush=True)
-        _run([*command, f'{PACKAGE}=={VERSION}'])
-        (archive,) = pathlib.Path(folder).glob('*.tar.gz')
-        if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256:
-            raise CheckError(f'{archive.name} has another SHA-256 than {SHA256}: it is not unpacked.')
-        place = cache.with_name(f'{cache.name}.tmp')
+        archive = download(PACKAGE, VERSION, SHA256, folder, f'--no-binary={PACKAGE}')
         with tarfile.open(archive) as files:
             for member in files:
                 _, _, name = member.name.partition('/vendor/llama.cpp/')
                 if member.isfile() and name.startswith(_PARTS):
-                    member.name = name
-                    files.extract(member, place, filter='data')
-        os.replace(place, cache)
+                    files.extract(member.replace(name=name), place, filter='data')
+    os.replace(place, cache)
     return cache
 
 
@@ -70,24 +55,12 @@ def convert(folder: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
       CheckError: the converter refuses the folder.
     """
     script = source() / _PARTS[0]
-    _run([sys.executable, str(script), str(folder), '--outfile', str(target), '--outtype=f32'])
+    run([sys.executable, str(script), str(folder), '--outfile', str(target), '--outtype=f32'])
     return target
 
 
-def _run(command: Sequence[str], text: str | None = None) -> str:
-    result = subprocess.run(command, input=text, capture_output=True, text=True)
-    if result.returncode:
-        last = (result.stderr.strip() or 'no message').splitlines()[-1]
-        raise CheckError(f'{" ".join(command[:3])} failed: {last}')
-    return result.stdout
-
-
 def ask(
-    model: pathlib.Path,
-    *,
-    texts: Sequence[str] = (),
-    prompts: Sequence[Sequence[int]] = (),
-    python: str = sys.executable,
+    model: pathlib.Path, *, texts: Sequence[str] = (), prompts: Sequence[Sequence[int]] = ()
 ) -> tuple[list[list[int]], list[dict[int, float]]]:
     """Asks llama.cpp, in float32.
 
@@ -95,7 +68,6 @@ def ask(
       model: a GGUF file.
       texts: to be tokenised, special tokens included, without BOS.
       prompts: of tokens.
-      python: interpreter of an environment with xllamacpp.
 
     Returns:
       The tokens of each text; the log-probabilities of the most probable tokens after each prompt.
@@ -104,8 +76,10 @@ def ask(
       CheckError: llama.cpp refuses the model.
     """
     request = {'model': str(model), 'texts': list(texts), 'prompts': [list(map(int, prompt)) for prompt in prompts]}
-    answer = _run([python, __file__], json.dumps(request))
+    answer = run([sys.executable, __file__], json.dumps(request))
     content = json.loads(answer.splitlines()[-1])
+    if 'error' in content:
+        raise CheckError(f'llama.cpp: {content["error"]}')
     return content['tokens'], [{int(token): value for token, value in top.items()} for top in content['log_probs']]
 
 
@@ -142,9 +116,14 @@ def _serve(request: Mapping) -> dict:
         with opener.open(post) as answer:
             return json.load(answer)['tokens']
 
+    # The answer has no probabilities for a token that ends the text or is a part of a character. They are those before this bias.
+    forced = [[tokenize('a')[-1], 1e6]] if request['prompts'] else []
+
     def top(prompt: list[int]) -> dict[int, float]:
-        settings = {'n_predict': 1, 'n_probs': TOP, 'temperature': 0, 'cache_prompt': False}
+        settings = {'n_predict': 1, 'n_probs': TOP, 'temperature': 0, 'cache_prompt': False, 'logit_bias': forced}
         answer = server.handle_completions({'prompt': prompt, **settings})
+        if 'choices' not in answer:
+            raise RuntimeError(answer)
         (token,) = answer['choices'][0]['logprobs']['content']
         return {each['id']: each['logprob'] for each in token['top_logprobs']}
 
@@ -155,4 +134,8 @@ def _serve(request: Mapping) -> dict:
 
 
 if __name__ == '__main__':
-    print(json.dumps(_serve(json.load(sys.stdin))), flush=True)
+    try:
+        content = _serve(json.load(sys.stdin))
+    except Exception as error:  # xllamacpp raises plain exceptions
+        content = {'error': f'{type(error).__name__}: {error}'}
+    print(json.dumps(content), flush=True)
