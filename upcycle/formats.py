@@ -5,6 +5,7 @@ import dataclasses
 from upcycle.errors import UserError
 
 FORMATS = ('upcycle', 't5x_legacy', 't5x_orbax', 'huggingface', 'vit_npz')  # read and written
+READ = (*FORMATS, 'gguf')
 # Programs that load folders of Hugging Face.
 ENGINES = ('transformers', 'vllm', 'llama.cpp')
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from upcycle import warning
 from upcycle.errors import UserError
-from upcycle.formats import FORMATS, folder_request
+from upcycle.formats import FORMATS, READ, folder_request
 
 # Options of `arguments._add_harness`.
 _HARNESS = ('include_path', 'num_fewshot', 'limit', 'batch_size', 'max_length', 'tokenizer')
@@ -149,7 +149,7 @@ def convert(
     **options: Any,
 ) -> None:
     _compute_on_the_cpu()
-    _check_formats(format)
+    _check_format(format)
     options['request'] = folder_request(format, layout, engines)
     named = {
         'INITIAL_CHECKPOINT_PATH': _one_or_several(source),
@@ -165,10 +165,9 @@ def convert(
     print(f'wrote {path}')
 
 
-def _check_formats(*formats: str | None) -> None:
-    for name in formats:
-        if name is not None and name not in FORMATS:
-            raise UserError(f'--format={name} is not one of {", ".join(FORMATS)}.')
+def _check_format(name: str | None, known: Sequence[str] = FORMATS) -> None:
+    if name is not None and name not in known:
+        raise UserError(f'--format={name} is not one of {", ".join(known)}.')
 
 
 def import_(format: str | None, **options: Any) -> None:
@@ -176,12 +175,12 @@ def import_(format: str | None, **options: Any) -> None:
 
 
 def export(format: str, layout: str | None, engines: str | None, **options: Any) -> None:
-    _check_formats(format)
+    _check_format(format)
     _transfer(format, source_format=None, request=folder_request(format, layout, engines), **options)
 
 
 def _transfer(format: str, source_format: str | None, **options: Any) -> None:
-    _check_formats(source_format, format)
+    _check_format(source_format, READ)
     _compute_on_the_cpu()
     from upcycle import transfer
 

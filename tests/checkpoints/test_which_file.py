@@ -99,7 +99,6 @@ ALONE = {
     'pytorch_model.fp16.bin': 'a pickle, which is never opened',
     'tf_model.h5': 'tf_model.h5, which cannot be read: save the model again',
     'flax_model.msgpack': 'flax_model.msgpack, which cannot be read',
-    'model-q4.gguf': 'gguf, which cannot be read',
     'adapter_config.json': 'is an adapter and not a model: .*merge_and_unload',
     'adapter_model.safetensors': 'is an adapter and not a model: .*merge_and_unload',
 }

@@ -34,7 +34,7 @@ _DAMAGED = re.compile(r'(\d+)\.damaged.*')  # as renamed by checkpoints.integrit
 _LOOKED_FOR = (
     '`state/_METADATA` (Orbax: ours or T5X), `checkpoint` (T5X legacy), '
     'step folders `checkpoints/STEP`, `STEP`, `checkpoint_STEP`, `model.safetensors` with `config.json` (Hugging Face), '
-    'or an `.npz` file (ViT)'
+    'an `.npz` file (ViT), or a `.gguf` file (llama.cpp)'
 )
 _MAX_SEARCHED = 100  # entries of a folder that are searched for a checkpoint to suggest
 _PART = re.compile(r'(.+\.npz):([\w/]+)')  # a subtree of an archive, in big_vision's notation: `siglip.npz:img`
@@ -45,7 +45,7 @@ class Reader(Protocol):
     """One step of a checkpoint. Opening it reads the index; arrays are only read by `read`.
 
     Attributes:
-      format: 'upcycle', 't5x_legacy', 't5x_orbax', 'vit_npz', ...
+      format: one of `formats.READ`.
       path: the step's folder, or the file.
       step: training steps taken at the save; None if the checkpoint does not record them.
       metadata: the JSON saved with our checkpoints (family, configuration, sunk cost, receipt). For other formats, `family` with
@@ -165,7 +165,7 @@ def _suggest(folder: epath.Path) -> str | None:
     if not folder.is_dir():
         return None
     children = newest_first(folder)
-    if archives := [child for child in children if child.name.endswith('.npz')]:
+    if archives := [child for child in children if child.name.endswith(('.npz', '.gguf'))]:
         return f'the file, {archives[0]}'
     folders = [child for child in children if child.is_dir()]
     with contextlib.suppress(OSError):  # a folder without read permission
@@ -265,11 +265,14 @@ def open_checkpoints(paths: str | os.PathLike[str] | Sequence[str]) -> Reader:
 def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
     """Opens a checkpoint that is a file (`part`: a subtree of an `.npz`); None if the path is not one."""
     from upcycle.checkpoints import flax_npz
+    from upcycle.checkpoints.gguf import reader as gguf
     from upcycle.checkpoints.hf.folder import NAMES
     from upcycle.checkpoints.hf.reader import HuggingFaceReader
 
     if file.name.endswith('.npz') and file.is_file():
         return flax_npz.NpzReader(file, part)
+    if file.name.endswith(gguf.SUFFIX) and file.is_file():
+        return gguf.GgufReader(file)
     if NAMES.fullmatch(file.name) and file.is_file():
         return HuggingFaceReader(file)
     return None

@@ -174,6 +174,8 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
 def folders_of(reader: Reader) -> list[epath.Path]:
     """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
     path = files.absolute(reader.path)
+    if reader.format == 'gguf':
+        return [epath.Path(companions.of(str(path), reader.format))]
     if reader.format != 'upcycle':
         return [path.parent if path.is_file() else path]
     found = companions.of(str(path), reader.format)

@@ -13,8 +13,9 @@ from upcycle.checkpoints.integrity import require_whole
 from upcycle.commands import evaluate
 from upcycle.commands.generate import folders_of, tokenizer_of
 from upcycle.data.causal.prompts import read_settings, stop_tokens
-from upcycle.data.causal.tokenizers import open_tokenizer, require
+from upcycle.data.causal.tokenizers import open_tokenizer
 from upcycle.errors import UserError
+from upcycle.extras import require
 from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.models import Model
 

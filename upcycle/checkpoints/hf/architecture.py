@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from upcycle.checkpoints import safetensors, views
+from upcycle.checkpoints import views
 
 Config = Mapping[str, Any]  # the content of config.json
 NOTES = '_notes'  # key of the notes in the header of the files, next to the fields that are read
 Shapes = Mapping[str, tuple[int, ...]]  # of our leaves, by their names below `params/`
-Tensors = Mapping[str, safetensors.Tensor]  # by Hugging Face's names
+Tensors = Mapping[str, views.Lazy]  # by Hugging Face's names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,12 +50,16 @@ def of(path: str, format: str) -> str | None:
     """Returns the folder that holds the companions of a checkpoint; None if there is none.
 
     Args:
-      path: of the folder, or of a step of ours.
+      path: of the folder, of a step of ours, or of a GGUF file, whose companions are made.
       format: of the checkpoint.
 
     Raises:
-      UserError: one of them is not a file, or is damaged.
+      UserError: one of them is not a file, or is damaged; the tokenizer of a GGUF file is not known.
     """
+    if format == 'gguf':
+        from upcycle.checkpoints.gguf import reader
+
+        return str(reader.unpacked(path))
     step = epath.Path(path)
     places = [step] if format == 'huggingface' else [step / 'metadata' / FOLDER, step.parent.parent / FOLDER]
     found = next((place for place in places if place.is_dir() and names(place)), None)

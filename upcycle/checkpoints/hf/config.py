@@ -50,7 +50,11 @@ def read_config(file: epath.Path) -> tuple[dict[str, Any], Architecture]:
     Raises:
       UserError: the file is damaged, or the architecture or the value of a field is not supported.
     """
-    content = json_files.read_json(file)
+    return checked_config(file, json_files.read_json(file))
+
+
+def checked_config(file: epath.Path, content: dict[str, Any]) -> tuple[dict[str, Any], Architecture]:
+    """Returns the checked fields of a configuration; see `read_config`. `file`: for messages."""
     if content.get('model_type') is None:
         raise UserError(
             f'{file} has no model_type, which transformers writes: only its {hf.TITLES} models can be read.'

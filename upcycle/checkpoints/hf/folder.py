@@ -18,7 +18,7 @@ from upcycle.errors import UserError
 _ADAPTER = 'adapter_config.json'
 _PICKLES = re.compile(r'pytorch_model.*\.bin(\.index\.json)?|.*\.(pt|pth|ckpt|pkl)')
 _OTHER_PROGRAMS = re.compile(
-    r'(tf_model.*\.h5|flax_model.*\.msgpack|.*\.gguf|model.*\.onnx|.*\.ckpt-\d+\.index'
+    r'(tf_model.*\.h5|flax_model.*\.msgpack|model.*\.onnx|.*\.ckpt-\d+\.index'
     r'|global_step\d+|zero_to_fp32\.py|pytorch_model_fsdp_\d+|.*\.distcp)'  # DeepSpeed, FSDP
 )
 NAMES = re.compile(r'.*\.safetensors(\.index(\.\w+)?\.json)?')  # arrays or an index, perhaps of a variant

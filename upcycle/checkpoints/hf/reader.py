@@ -12,7 +12,7 @@ from etils import epath
 
 from upcycle.checkpoints import arrays, safetensors
 from upcycle.checkpoints.hf import receipt, sources
-from upcycle.checkpoints.hf.architecture import NOTES
+from upcycle.checkpoints.hf.architecture import NOTES, Architecture, Config, Tensors
 from upcycle.checkpoints.hf.config import read_config
 from upcycle.checkpoints.hf.folder import refuse_adapter, which_file
 from upcycle.errors import UserError
@@ -37,9 +37,23 @@ class HuggingFaceReader(arrays.ArrayReader):
             raise UserError(
                 f"{folder} has no {sources.CONFIG}: copy the model's there; transformers' save_pretrained writes one."
             )
-        self._config, self._architecture = read_config(folder / sources.CONFIG)
-        file = which_file(folder, None if path == folder else path.name, self._config.get('transformers_weights'))
+        config, architecture = read_config(folder / sources.CONFIG)
+        file = which_file(folder, None if path == folder else path.name, config.get('transformers_weights'))
         stored, notes = safetensors.read_files(file)
+        self._open(folder, config, architecture, stored, notes)
+
+    def _open(
+        self, folder: epath.Path, config: Config, architecture: Architecture, stored: Tensors, notes: Mapping[str, str]
+    ) -> None:
+        """Maps tensors to our leaves.
+
+        Args:
+          folder: of the model, or its file.
+          config, architecture: see `config.checked_config`.
+          stored: the tensors by their names on the hub.
+          notes: of the headers of the files.
+        """
+        self._config, self._architecture = config, architecture
         stored = sources.renamed(folder, stored, self._architecture)
         self._left_out = self._architecture.left_out(stored)
         stored = {name: tensor for name, tensor in stored.items() if name not in self._left_out}

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from upcycle.data.bad_records import BadRecordError
-from upcycle.data.causal.tokenizers import require
 from upcycle.errors import UserError, one_line
+from upcycle.extras import require
 
 _JSON = ('.jsonl', '.ndjson', '.json')
 _PACKED = ('.gz', '.zst')

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 
 from etils import epath
 
 from upcycle.checkpoints.json_files import read_json
 from upcycle.data.causal.chat import ChatTemplate
-from upcycle.data.causal.tokenizers import BYTES, Tokenizer, chat_template_of, open_tokenizer, special_tokens
+from upcycle.data.causal.tokenizers import BYTES, Tokenizer, chat_template_of, open_tokenizer, place_of, special_tokens
 from upcycle.errors import UserError
 
 _CONTEXT = 8  # tokens of a prompt that its text is decoded with, since a token's text depends on those before it
@@ -55,7 +54,7 @@ class Prompts:
 
 
 def _template(tokenizer: str) -> ChatTemplate:
-    place = pathlib.Path(tokenizer).expanduser()
+    place = place_of(tokenizer)
     folder = place if place.is_dir() else place.parent
     source = None if tokenizer == BYTES else chat_template_of(folder)
     if source is None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import pathlib
 import re
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
-from upcycle.errors import MissingData, UserError, one_line
+from upcycle.errors import UserError, one_line
+from upcycle.extras import require
 
 BYTES = 'bytes'
 """The name of the tokenizer without a file."""
@@ -70,35 +69,32 @@ class Tokenizer(Protocol):
         """Returns how many bytes of text each id stands for, int32 [vocabulary]; 0 for special tokens."""
 
 
-def require(module: str, what: str, extra: str) -> ModuleType:
-    """Imports an optional library.
-
-    Args:
-      module: its name.
-      what: the reader that needs it, for the message.
-      extra: the extra of this package that installs it.
+def place_of(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the file or folder of a tokenizer: for a GGUF file, a folder of this process with its tokenizer.
 
     Raises:
-      MissingData: it is not installed.
+      UserError: the GGUF file cannot be read, or its tokenizer is not known.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingData(f'{what} needs {module.split(".")[0]}: pip install upcycle[{extra}].') from error
+    place = pathlib.Path(path).expanduser()
+    if place.suffix != '.gguf' or not place.is_file():
+        return place
+    from upcycle.checkpoints.gguf import reader
+
+    return reader.unpacked(os.path.abspath(place))
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Opens a tokenizer.
 
     Args:
-      path: 'bytes'; a folder with `tokenizer.json` or `tokenizer.model`, such as a model's; or one of these files.
+      path: 'bytes'; a folder with `tokenizer.json` or `tokenizer.model`, such as a model's; one of these files, or a GGUF file.
 
     Raises:
       UserError: there is none, or it cannot be read.
     """
     if os.fspath(path) == BYTES:
         return ByteTokenizer()
-    place = pathlib.Path(path).expanduser()
+    place = place_of(path)
     if place.is_dir():
         files = [place / name for name in TOKENIZERS if (place / name).is_file()]
         if not files:

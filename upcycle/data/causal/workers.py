@@ -22,7 +22,7 @@ from upcycle.data.bad_records import BadRecordError
 from upcycle.data.causal import chat, documents
 from upcycle.data.causal.documents import Chunk, Fields, Record
 from upcycle.data.causal.shards import SPLITS, Written
-from upcycle.data.causal.tokenizers import BYTES, COPIED, chat_template_of, open_tokenizer, special_tokens
+from upcycle.data.causal.tokenizers import BYTES, COPIED, chat_template_of, open_tokenizer, place_of, special_tokens
 from upcycle.errors import UserError
 
 
@@ -71,7 +71,7 @@ class Tokenise:
     def __init__(self, job: Job):
         self.job = job
         self.tokenizer = open_tokenizer(job.tokenizer)
-        path = pathlib.Path(job.tokenizer).expanduser()
+        path = place_of(job.tokenizer)
         self._folder = path if path.is_dir() else path.parent
         self.template_source: str | None = None
         self._template = self._open_template() if job.fields.chat else None
@@ -167,7 +167,8 @@ def tokenising(tokenise: Tokenise, workers: int) -> Iterator[Callable[[Iterable[
         return
     # Processes share nothing: a forked one would inherit locks of threads.
     context = multiprocessing.get_context('spawn')
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (tokenise.job,))
+    job = dataclasses.replace(tokenise.job, tokenizer=str(place_of(tokenise.job.tokenizer)))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (job,))
 
     def in_order(chunks: Iterable[Chunk]) -> Iterator[Tokenised]:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()

@@ -1,0 +1,1 @@
+"""Parts of the checks against serving engines; see scripts/serve_check.py and scripts/real_llm.py."""
