@@ -24,6 +24,8 @@ for _flag, _value in _FLAGS.items():
         os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --{_flag}={_value}'
 _TEMPORARY = compilation_cache.open_cache()
 
+LARGEST = 3 << 30  # bytes of memory of a worker, above which it forgets programs
+
 # The slowest files, slowest first: started last, a slow file would leave the other worker idle.
 LONGEST = (
     'on several devices',
@@ -91,6 +93,7 @@ def nothing_left_over() -> Iterator[None]:
 
     yield
     programs.collect()
+    programs.trim(LARGEST)
 
 
 @pytest.fixture(scope='session')
