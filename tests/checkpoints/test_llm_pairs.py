@@ -55,6 +55,7 @@ PAIRS = {
     'llama, yarn': ('Llama', {'rope_parameters': YARN}, {}, 'mixtral', False),
     'llama, 3 of 5': ('Llama', {}, k_of(5, 3), 'mixtral', False),
     'llama, all of 4': ('Llama', {}, k_of(4, 4), 'mixtral', False),
+    'llama, 1 of 3': ('Llama', {}, k_of(3, 1), 'mixtral', False),
     'mistral, window': ('Mistral', WINDOW, {}, 'mixtral', False),
     'phi3': ('Phi3', NO_WINDOW, {}, 'mixtral', False),
     'phi3, window': ('Phi3', WINDOW, {}, 'mixtral', False),
@@ -150,7 +151,6 @@ WRONG = {
     'layers without RoPE': ('SmolLM3', {'no_rope_layers': [1, 0, 1]}, {}, None, 'rope_layers'),
     'gemma': ('Gemma', {'head_dim': 8}, {}, None, 'norm_offset = 1.0 would become 0.0'),
     'gemma 2': ('Gemma2', {'head_dim': 8}, {}, None, "norm_placement = 'both' would become"),
-    'one expert': ('Llama', {}, k_of(3, 1), None, 'makes every weight 1, so the router gets no gradient'),
     'attention without experts': ('Llama', {'rms_norm_eps': 1e-6}, {}, 'jetmoe', 'attention_moe'),
     'a dense layout': ('Llama', {}, {}, 'llama', 'layout=llama cannot store this model'),
 }
