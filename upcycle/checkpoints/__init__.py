@@ -269,6 +269,7 @@ def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
     from upcycle.checkpoints.hf.reader import HuggingFaceReader
 
     if file.name.endswith('.npz') and file.is_file():
+        files.require_file(file)
         return flax_npz.NpzReader(file, part)
     if NAMES.fullmatch(file.name) and file.is_file():
         return HuggingFaceReader(file)

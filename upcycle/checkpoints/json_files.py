@@ -31,15 +31,45 @@ def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | 
     Raises:
       UserError: the file is missing or damaged, or does not hold a JSON object.
     """
+    files.require_file(file)
     try:
-        content = json.loads(file.read_text(), object_pairs_hook=pairs)
+        content = parse(file.read_bytes(), pairs=pairs)
     except OSError as error:
         raise UserError(f'{file} cannot be read ({error.strerror or error}): copy the checkpoint again.') from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise files.damaged(file, error) from error
     if not isinstance(content, dict):
         raise files.damaged(file, f'{schema.shown(content)} is not a JSON object')
     return content
+
+
+class Twice(ValueError):  # noqa: N818  named after the mistake
+    """A JSON object has a name twice."""
+
+
+def parse(encoded: bytes, subject: str = 'it', pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parses JSON.
+
+    Args:
+      encoded: in UTF-8.
+      subject: what is parsed, for the message.
+      pairs: `object_pairs_hook` of `json.loads`, which may raise `Twice`.
+
+    Raises:
+      ValueError: it is not JSON; the message says why, without a period.
+    """
+    try:
+        return json.loads(encoded.decode(), object_pairs_hook=pairs)
+    except Twice:
+        raise
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{subject} is not JSON from line {error.lineno}, column {error.colno} on') from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{subject} is not UTF-8 text') from error
+    except RecursionError as error:
+        raise ValueError(f'{subject} is nested too deeply') from error
+    except ValueError as error:  # Python limits the digits of a whole number
+        raise ValueError(f'{subject} holds a number of too many digits') from error
 
 
 def checked_metadata(file: str, metadata: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import warning
+from upcycle import files, warning
 from upcycle.checkpoints import json_files
 from upcycle.errors import UserError
 
@@ -62,8 +62,9 @@ def of(path: str, format: str) -> str | None:
     if found is None:
         return None
     for name in names(found):
+        files.require_file(found / name)
         if not (found / name).is_file():
-            raise UserError(f'{found / name} is not a file, or a dangling link: copy it again, or remove it.')
+            raise UserError(f'{found / name} is a dangling link: copy it again, or remove it.')
         if name.endswith('.json'):
             json_files.read_json(found / name)
     return str(found)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upcycle import files
 from upcycle.errors import MissingData, UserError, one_line
 
 BYTES = 'bytes'
@@ -94,12 +95,13 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return ByteTokenizer()
     place = pathlib.Path(path).expanduser()
     if place.is_dir():
-        files = [place / name for name in TOKENIZERS if (place / name).is_file()]
-        if not files:
+        found = [place / name for name in TOKENIZERS if (place / name).exists()]
+        if not found:
             raise UserError(
                 f'--tokenizer={path} has neither {" nor ".join(TOKENIZERS)}: name a folder with one of them, or bytes.'
             )
-        place = files[0]
+        place = found[0]
+    files.require_file(place)
     if not place.is_file():
         raise UserError(
             f'--tokenizer={path} does not exist: name a model folder, a tokenizer.json or .model, or bytes.'
@@ -216,7 +218,8 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: it does not parse.
     """
-    if not file.is_file():
+    files.require_file(file)
+    if not file.exists():
         return {}
     try:
         content = json.loads(file.read_text(encoding='utf-8'))
@@ -239,6 +242,7 @@ def special_tokens(folder: pathlib.Path) -> dict[str, str]:
 def chat_template_of(folder: pathlib.Path) -> str | None:
     """The chat template of a model folder, if it has one; of several named ones, the default."""
     file = folder / 'chat_template.jinja'
+    files.require_file(file)
     if file.is_file():
         return file.read_text(encoding='utf-8')
     template = _read_json(folder / 'tokenizer_config.json').get('chat_template')
