@@ -12,7 +12,7 @@ from etils import epath
 from upcycle import api, files, partitioning, platforms, warning
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.checkpoints.hf import companions
-from upcycle.data.causal.prompts import Prompts, Text, read_settings, stop_tokens
+from upcycle.data.causal.prompts import Prompts, Text, stop_tokens
 from upcycle.data.causal.tokenizers import BYTES, TOKENIZERS
 from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
@@ -200,7 +200,7 @@ def _tokenizer(reader: Reader, given: str | None) -> str:
 def _check_length(reader: Reader, length: int) -> None:
     """Warns if texts get longer than those that the model has seen."""
     for folder in _folders(reader):
-        most = read_settings(folder / 'config.json').get('max_position_embeddings')
+        most = companions.read_settings(folder / 'config.json').get('max_position_embeddings')
         if isinstance(most, int) and length > most:
             warning.once(
                 f'a prompt and --max_new_tokens are together {length} tokens, and the model was made for {most}.'

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from upcycle.checkpoints.json_files import read_json
+from upcycle.checkpoints.hf.companions import read_settings
 from upcycle.data.causal.chat import ChatTemplate
 from upcycle.data.causal.tokenizers import BYTES, Tokenizer, chat_template_of, open_tokenizer, special_tokens
 from upcycle.errors import UserError
@@ -103,17 +103,12 @@ class Text:
         return after[len(before) :]
 
 
-def read_settings(file: epath.Path) -> dict:
-    """Returns the content of a JSON file of a model; {} if there is none.
+def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's.
 
     Raises:
-      UserError: it is damaged.
+      UserError: a file is damaged.
     """
-    return read_json(file) if file.is_file() else {}
-
-
-def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's."""
     found = {tokenizer.identity.eos_id}
     for folder in folders:
         for name in ('generation_config.json', 'config.json'):
@@ -121,4 +116,4 @@ def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[in
             if ids is not None:
                 found |= set(ids) if isinstance(ids, list) else {ids}
                 break
-    return tuple(sorted(i for i in found if isinstance(i, int)))
+    return tuple(sorted(found - {None}))

@@ -44,7 +44,7 @@ class WithExperts(DecoderOnly):
         **DecoderOnly.fields,
         **dict.fromkeys(('num_experts', 'num_local_experts', 'num_experts_per_tok'), schema.Count),
     }
-    harmless = DecoderOnly.harmless | {'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'}
+    harmless = DecoderOnly.harmless | {'output_router_logits'}
     block: str = 'mlp'
     router: str = 'gate'
     matrices: Mapping[str, str] = MATRICES

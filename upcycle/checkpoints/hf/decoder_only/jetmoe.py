@@ -25,7 +25,6 @@ class JetMoe(Fused):
     model_types = ('jetmoe',)
     classes = ('JetMoeForCausalLM', 'JetMoeModel')
     fields = {**Fused.fields, 'kv_channels': schema.Count, 'activation_function': str}
-    harmless = Fused.harmless | {'aux_loss_coef'}
     aliases = {'head_dim': 'kv_channels'}
     defaults = {
         **Fused.defaults,
