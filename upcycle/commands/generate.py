@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from upcycle import api, files, partitioning, platforms, warning
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.checkpoints.hf import companions
-from upcycle.data.causal.prompts import Prompts, Text, stop_tokens
-from upcycle.data.causal.tokenizers import BYTES, TOKENIZERS
+from upcycle.data.causal.prompts import Prompts, Text, folders_of, stop_tokens, tokenizer_of
 from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
 from upcycle.models.generation import Sampling
@@ -71,7 +69,7 @@ def run(
     tokens = [_encoded(reads, prompt, number, kind) for number, prompt in enumerate(written, 1)]
     length = max(map(len, tokens))
     _check_length(reader, length + max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p, stop_tokens(_folders(reader), reads.tokenizer))
+    sampling = Sampling(temperature, top_k, top_p, stop_tokens(folders_of(reader), reads.tokenizer))
     # Parameters are split over `model`, whose size need not divide the number of prompts.
     mesh = partitioning.make_mesh((1, 1, len(platforms.devices())), None)
     model, params = api.load(source, mesh=mesh, dtype=dtype)
@@ -171,35 +169,21 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
     return tokens, mask
 
 
-def _folders(reader: Reader) -> list[epath.Path]:
-    """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
-    path = files.absolute(reader.path)
-    if reader.format != 'upcycle':
-        return [path.parent if path.is_file() else path]
-    found = companions.of(str(path), reader.format)
-    return [*([] if found is None else [epath.Path(found)]), path.parent.parent]
-
-
 def _tokenizer(reader: Reader, given: str | None) -> str:
     """Returns the path of the tokenizer, or 'bytes'.
 
     Raises:
       UserError: neither the options nor the checkpoint name one.
     """
-    if given is not None:
-        return given
-    for folder in _folders(reader):
-        if not files.is_remote(folder) and any((folder / name).is_file() for name in TOKENIZERS):
-            return str(folder)
-    data = getattr(reader, 'data', {}).get('fingerprint', {})
-    if data.get('tokenizer', {}).get('kind') == BYTES:
-        return BYTES
-    raise UserError(f'{reader.path} has no tokenizer: name one with --tokenizer.')
+    found = tokenizer_of(reader) if given is None else given
+    if found is None:
+        raise UserError(f'{reader.path} has no tokenizer: name one with --tokenizer.')
+    return found
 
 
 def _check_length(reader: Reader, length: int) -> None:
     """Warns if texts get longer than those that the model has seen."""
-    for folder in _folders(reader):
+    for folder in folders_of(reader):
         most = companions.read_settings(folder / 'config.json').get('max_position_embeddings')
         if isinstance(most, int) and length > most:
             warning.once(

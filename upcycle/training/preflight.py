@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 
-from upcycle import cost, files, outputs, partitioning, run_config
+from upcycle import cost, files, outputs, partitioning, router_prompts, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
@@ -36,6 +36,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             check_start(run, 0)
         else:
             _ = start.plan
+            router_prompts.read(run.surgery, run.model, start.reader)
             check_start(run, first_step(run, start.reader))
     warn_without_gradient(run.model)
     run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)

@@ -8,9 +8,18 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from upcycle.checkpoints.hf.companions import read_settings
+from upcycle import files
+from upcycle.checkpoints import Reader
+from upcycle.checkpoints.hf import companions
 from upcycle.data.causal.chat import ChatTemplate
-from upcycle.data.causal.tokenizers import BYTES, Tokenizer, chat_template_of, open_tokenizer, special_tokens
+from upcycle.data.causal.tokenizers import (
+    BYTES,
+    TOKENIZERS,
+    Tokenizer,
+    chat_template_of,
+    open_tokenizer,
+    special_tokens,
+)
 from upcycle.errors import UserError
 
 _CONTEXT = 8  # tokens of a prompt that its text is decoded with, since a token's text depends on those before it
@@ -103,6 +112,24 @@ class Text:
         return after[len(before) :]
 
 
+def folders_of(reader: Reader) -> list[epath.Path]:
+    """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
+    path = files.absolute(reader.path)
+    if reader.format != 'upcycle':
+        return [path.parent if path.is_file() else path]
+    found = companions.of(str(path), reader.format)
+    return [*([] if found is None else [epath.Path(found)]), path.parent.parent]
+
+
+def tokenizer_of(reader: Reader) -> str | None:
+    """Returns the path of a checkpoint's tokenizer, or 'bytes'; None if it has none."""
+    for folder in folders_of(reader):
+        if not files.is_remote(folder) and any((folder / name).is_file() for name in TOKENIZERS):
+            return str(folder)
+    data = getattr(reader, 'data', {}).get('fingerprint', {})
+    return BYTES if data.get('tokenizer', {}).get('kind') == BYTES else None
+
+
 def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's.
 
@@ -112,7 +139,7 @@ def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[in
     found = {tokenizer.identity.eos_id}
     for folder in folders:
         for name in ('generation_config.json', 'config.json'):
-            ids = read_settings(folder / name).get('eos_token_id')
+            ids = companions.read_settings(folder / name).get('eos_token_id')
             if ids is not None:
                 found |= set(ids) if isinstance(ids, list) else {ids}
                 break
