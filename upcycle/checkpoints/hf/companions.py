@@ -142,6 +142,23 @@ def tokenizer_differences(one: str, other: str) -> list[str]:
     return differing
 
 
+def other_differences(one: str | None, other: str | None) -> list[str]:
+    """Returns the settings, such as the chat template, that differ between two folders; None for no folder."""
+    if one is None or other is None:
+        return []
+    both = {*names(epath.Path(one))} & {*names(epath.Path(other))}
+    return [
+        name
+        for name in sorted(both - {*_TOKENIZERS})
+        if name.endswith(('.json', '.jinja')) and _content(one, name) != _content(other, name)
+    ]
+
+
+def _content(folder: str, name: str) -> Any:
+    file = epath.Path(folder) / name
+    return json_files.read_json(file) if name.endswith('.json') else file.read_bytes()
+
+
 def _fields(file: epath.Path) -> Iterator[tuple[str, Any]]:
     for key, value in json_files.read_json(file).items():
         if isinstance(value, dict) and key == 'model':
