@@ -23,6 +23,8 @@ _METADATA = {
     'kept': Mapping[str, Any],
     'model_type': str,
 }
+# Fields of config.json and generation_config.json that programs read as tokens.
+TOKEN_IDS = {'bos_token_id': int, 'eos_token_id': int | Sequence[int], 'pad_token_id': int}
 
 
 def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
@@ -40,6 +42,19 @@ def read_json(file: epath.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | 
         raise files.damaged(file, error) from error
     if not isinstance(content, dict):
         raise files.damaged(file, f'{schema.shown(content)} is not a JSON object')
+    return content
+
+
+def read_settings(file: epath.Path) -> dict[str, Any]:
+    """Returns the content of a generation_config.json or config.json; {} if there is none.
+
+    Raises:
+      UserError: it is damaged, or ids of tokens are not whole numbers.
+    """
+    content = read_json(file) if file.exists() else {}
+    for name, kind in TOKEN_IDS.items():
+        if (ids := content.get(name)) is not None and not schema.fits(ids, kind):
+            raise UserError(f'{file}: {name} is {schema.shown(ids)}: it must be {schema.in_words(kind)}.')
     return content
 
 

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from upcycle import api, files, partitioning, platforms, warning
-from upcycle.checkpoints import Reader, open_checkpoint
-from upcycle.checkpoints.hf import companions
+from upcycle.checkpoints import Reader, json_files, open_checkpoint
 from upcycle.data.causal.prompts import Prompts, Text, folders_of, stop_tokens, tokenizer_of
 from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
@@ -184,7 +183,7 @@ def _tokenizer(reader: Reader, given: str | None) -> str:
 def _check_length(reader: Reader, length: int) -> None:
     """Warns if texts get longer than those that the model has seen."""
     for folder in folders_of(reader):
-        most = companions.read_settings(folder / 'config.json').get('max_position_embeddings')
+        most = json_files.read_settings(folder / 'config.json').get('max_position_embeddings')
         if isinstance(most, int) and length > most:
             warning.once(
                 f'a prompt and --max_new_tokens are together {length} tokens, and the model was made for {most}.'

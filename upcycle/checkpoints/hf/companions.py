@@ -7,12 +7,12 @@ folder is gone by then. A step of ours that was imported or converted holds them
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
-from upcycle import files, schema, warning
+from upcycle import files, warning
 from upcycle.checkpoints import json_files
 from upcycle.errors import UserError
 
@@ -33,8 +33,6 @@ _NAMES = (
 )
 # Files that decide the ids of tokens.
 _TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.txt', 'merges.txt', 'added_tokens.json')
-# Fields of config.json and generation_config.json that programs read as tokens.
-TOKEN_IDS = {'bos_token_id': int, 'eos_token_id': int | Sequence[int], 'pad_token_id': int}
 _SETTINGS = 'generation_config.json'
 _TEMPLATES = 'additional_chat_templates'
 _CODE = '*.py'
@@ -69,24 +67,10 @@ def of(path: str, format: str) -> str | None:
         if not (found / name).is_file():
             raise UserError(f'{found / name} is a dangling link: copy it again, or remove it.')
         if name == _SETTINGS:
-            read_settings(found / name)
+            json_files.read_settings(found / name)
         elif name.endswith('.json'):
             json_files.read_json(found / name)
     return str(found)
-
-
-def read_settings(file: epath.Path) -> dict[str, Any]:
-    """Returns the content of a generation_config.json or config.json; {} if there is none.
-
-    Raises:
-      UserError: it is damaged, or ids of tokens are not whole numbers.
-    """
-    files.require_file(file)
-    content = json_files.read_json(file) if file.exists() else {}
-    for name, kind in TOKEN_IDS.items():
-        if (ids := content.get(name)) is not None and not schema.fits(ids, kind):
-            raise UserError(f'{file}: {name} is {schema.shown(ids)}: it must be {schema.in_words(kind)}.')
-    return content
 
 
 def copy(source: str | None, target: epath.Path) -> None:

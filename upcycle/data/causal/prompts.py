@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from upcycle import files
-from upcycle.checkpoints import Reader
+from upcycle.checkpoints import Reader, json_files
 from upcycle.checkpoints.hf import companions
 from upcycle.data.causal.chat import ChatTemplate
 from upcycle.data.causal.tokenizers import (
@@ -139,7 +139,7 @@ def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[in
     found = {tokenizer.identity.eos_id}
     for folder in folders:
         for name in ('generation_config.json', 'config.json'):
-            ids = companions.read_settings(folder / name).get('eos_token_id')
+            ids = json_files.read_settings(folder / name).get('eos_token_id')
             if ids is not None:
                 found |= set(ids) if isinstance(ids, list) else {ids}
                 break

@@ -12,9 +12,8 @@ from typing import Any
 from etils import epath
 
 from upcycle import schema
-from upcycle.checkpoints import views
+from upcycle.checkpoints import json_files, views
 from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors
-from upcycle.checkpoints.hf.companions import TOKEN_IDS
 from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
 from upcycle.checkpoints.hf.decoder_only import refusal, rope, tensors
 from upcycle.checkpoints.hf.decoder_only.facts import Facts
@@ -30,7 +29,7 @@ _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq'
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
 KEPT: Mapping[str, Any] = {
     'max_position_embeddings': schema.Count,
-    **TOKEN_IDS,
+    **json_files.TOKEN_IDS,
     **dict.fromkeys(('initializer_range', 'attention_dropout'), float),
     **dict.fromkeys(('router_aux_loss_coef', 'aux_loss_coef', 'router_jitter_noise'), float),
 }
