@@ -192,7 +192,7 @@ def test_large_leaves_reach_hugging_face_in_parts(converted, tmp_path, capsys, m
 
 def test_what_needs_data_is_refused_before_anything_is_written(dense, tmp_path, capsys):
     code, _, error = call(arguments(dense, tmp_path / 'out', '--gin.ROUTER_INIT=hidden'), capsys)
-    assert code == 2 and 'only `upcycle train` has' in error
+    assert code == 2 and 'which `upcycle train` computes on a batch' in error
     assert os.listdir(tmp_path) == []
 
 

@@ -212,6 +212,30 @@ def test_branches_of_other_models_are_refused(change, message, source, tmp_path,
     assert not (tmp_path / 'moe').exists()
 
 
+def test_a_branch_of_another_size_is_named(source, tmp_path, convert):
+    def fewer(tensors):
+        rows = ('lm_head.weight', 'model.embed_tokens.weight')
+        return {name: x[:120] if name in rows else x for name, x in tensors.items() if '.layers.2.' not in name}
+
+    other = llms.copy(DENSE, tmp_path / 'other', change=fewer, vocab_size=120, num_hidden_layers=2)
+    code, _, error = convert([source, other], tmp_path / 'moe', '--gin_file=surgery/branches.gin')
+    assert code == 2 and error.count('\n') == 1 + error.count('warning')
+    assert (
+        f'{other} is not of the same base model (vocab_size is 120 there and 128 in {source}; num_layers is 2' in error
+    )
+
+
+def test_what_the_first_branch_decides_is_said(source, tmp_path, convert):
+    other = tmp_path / 'other'
+    shutil.copytree(source, other)
+    config = json.loads((other / 'config.json').read_text())
+    (other / 'config.json').write_text(json.dumps(config | {'eos_token_id': [2, 5]}))
+    (other / 'chat_template.jinja').write_text('{{ other }}')
+    code, _, error = convert([source, other], tmp_path / 'moe', '--gin_file=surgery/branches.gin')
+    assert code == 0
+    assert f'{other} differs from {source} in eos_token_id, chat_template.jinja: those of {source} are written' in error
+
+
 @pytest.mark.parametrize('rest', ['mean', 'first'])
 def test_branches(rest, source, tmp_path, convert):
     other = llms.copy(DENSE, tmp_path / 'other', change=lambda tensors: {n: 2 * x for n, x in tensors.items()})

@@ -38,6 +38,7 @@ from upcycle.surgery.place import execute
 from upcycle.surgery.plan import PARAMS, Axes, Plan, Surgery
 from upcycle.surgery.planning import plan_surgery
 from upcycle.surgery.receipt import check_function, reported
+from upcycle.training.run import warn_without_gradient
 from upcycle.training.source_model import SourceModel
 from upcycle.training.state import boxed_shapes, check_facts
 from upcycle.training.step import TrainState
@@ -204,6 +205,7 @@ def upcycle(
     leaves, axes = _leaves_of(sparse, mesh)
     if batch is not None:
         check_batch(sparse, leaves, batch)
+    warn_without_gradient(sparse)
     reader = _reader(params)
     surgery_plan = _plan(reader, sparse, surgery, leaves, axes)
     source = SourceModel(sparse, surgery_plan, reader, leaves)

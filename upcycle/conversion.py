@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from upcycle import partitioning
+from upcycle import partitioning, router_prompts
 from upcycle.checkpoints import Reader, check_target, create_checkpoint, open_checkpoints
 from upcycle.checkpoints.arrays import require_finite
 from upcycle.checkpoints.hf import companions
@@ -29,7 +29,7 @@ from upcycle.models import Model, identify
 from upcycle.moe.conventions import Dispatch
 from upcycle.moe.routers.top_k import TopK
 from upcycle.surgery.fingerprint import in_c_order, sha256_of
-from upcycle.surgery.make import NEEDS_DATA, Maker
+from upcycle.surgery.make import NEEDS_DATA, Hidden, Maker
 from upcycle.surgery.operators import Lineage, Start
 from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.receipt import check_layer, make_receipt
@@ -86,7 +86,7 @@ def convert(
         raise UserError(
             "EXPERT_OPERATOR is None: set it, such as to 'copy', or use `upcycle import`, which only copies."
         )
-    if run.surgery.router_init is RouterInit.HIDDEN:
+    if run.surgery.router_init is RouterInit.HIDDEN and not run.surgery.router_prompts:
         raise UserError(NEEDS_DATA)
     reader = open_checkpoints(run.initial_checkpoint_path)
     for part in readers_of(reader):
@@ -103,6 +103,8 @@ def convert(
         if name != 'rng' and (optimizer_state or not name.startswith('opt_state/'))
     }
     plan = make_plan(run, layout, reader, wanted)
+    prompts = router_prompts.read(run.surgery, run.model, reader)
+    hidden = router_prompts.MeanStates(prompts, run.model, run.surgery, reader, layout.flat()) if prompts else None
     if dtype is None and format == 'huggingface':
         plan = dataclasses.replace(plan, rows=tuple(_with_dtype_of_source(row, reader) for row in plan.rows))
     step = first_step(run, reader)
@@ -115,6 +117,7 @@ def convert(
         'surgery': str(plan.spec),
         'optimizer_state': optimizer_state,
         'leaves': fingerprint(leaves),
+        **({'prompts': router_prompts.described(prompts)} if prompts else {}),
     }
     alike = {row.target for row in plan.rows if _is_alike(plan, row)}
     metadata = _metadata(run, reader)
@@ -125,15 +128,19 @@ def convert(
         print(line)
     with discarded_if_refused(writer):
         _check_clock(plan, writer, format)
-        work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify)
+        work = _Conversion(run.model if check_functions else None, plan, reader, writer, step, verify, hidden)
         write(writer, work.missing_parts(), leaves)
         started_from = source_of(reader, step)
         receipt = make_receipt(
-            plan, source=started_from, hashes=dict(sorted(work.source_hashes.items())), lineages=work.lineages()
+            plan,
+            source=started_from,
+            hashes=dict(sorted(work.source_hashes.items())),
+            lineages=work.lineages(),
+            prompts=router_prompts.described(prompts),
         )
         receipt['function_check'] = {'whole_model': 'pending', 'layers': work.checks, 'activations': 'seeded normal'}
         if check_functions:
-            _compare_logits(receipt, run, plan, reader, layout.flat())
+            _compare_logits(receipt, run, plan, reader, layout.flat(), hidden)
         writer.finish({**metadata, **files, 'receipt': receipt}, work.compare if verify else lambda reader: None)
     for line in left_out(writer.left_out):
         print(line)
@@ -147,9 +154,11 @@ def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:
     return {**inherited, 'family': run.model.family, 'model': model}
 
 
-def _compare_logits(receipt: dict[str, Any], run: ModelRun, plan: Plan, reader: Reader, leaves: Leaves) -> None:
+def _compare_logits(
+    receipt: dict[str, Any], run: ModelRun, plan: Plan, reader: Reader, leaves: Leaves, hidden: Hidden | None
+) -> None:
     """Adds the comparison of the logits of small models to the receipt, and prints the largest difference."""
-    logits = compare_logits(run.model, plan, reader, leaves)
+    logits = compare_logits(run.model, plan, reader, leaves, hidden)
     if logits is not None:
         receipt['function_check']['logits'] = logits
         largest = f'{logits["max_abs_difference"]:.2g} (largest logit {logits["max_abs"]:.2g})'
@@ -178,9 +187,18 @@ def _check_clock(plan: Plan, writer: Writer, format: str) -> None:
 class _Conversion:
     """One conversion in progress."""
 
-    def __init__(self, model: Model | None, plan: Plan, reader: Reader, writer: Writer, step: int, verify: bool):
+    def __init__(
+        self,
+        model: Model | None,
+        plan: Plan,
+        reader: Reader,
+        writer: Writer,
+        step: int,
+        verify: bool,
+        hidden: Hidden | None,
+    ):
         self._model, self._plan, self._reader, self._writer = model, plan, reader, writer
-        self._step, self._verify = step, verify
+        self._step, self._verify, self._hidden = step, verify, hidden
         self._todo = writer.todo()
         self._leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in plan.rows}
         self.source_hashes: dict[str, str] = {}
@@ -188,7 +206,7 @@ class _Conversion:
         self._checking: dict[str, concurrent.futures.Future] = {}
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
-        self._maker = Maker(plan, self._read, new={})
+        self._maker = Maker(plan, self._read, new={}, hidden=hidden)
         self._sources: dict[str, np.ndarray] = {}
         self._check: _LayerCheck | None = None
 
@@ -267,7 +285,7 @@ class _Conversion:
         if check is not None and check.is_whole(row, self._sources[row.sources[0]]):
             self._check = None
             self._wait_for_checks()  # one at a time, since each holds a layer in memory
-            maker = Maker(self._plan, lambda name, sharding: self._source(name), new={})
+            maker = Maker(self._plan, lambda name, sharding: self._source(name), new={}, hidden=self._hidden)
             self._checking[check.path] = self._background.submit(check.result, maker)
             if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory
                 self._wait_for_checks()

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -65,6 +66,15 @@ def absolute(path: str | os.PathLike[str]) -> epath.Path:
 def damaged(file: str | os.PathLike[str], reason: str | Exception) -> UserError:
     """Returns the error for a file of a checkpoint, or a leaf in it, that cannot be trusted."""
     return UserError(f'{file} is damaged ({reason}): copy the checkpoint again.')
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Raises UserError if something else than a file, or a link to one, is at a path: reading a pipe or device may never end."""
+    if is_remote(path) or not os.path.exists(path) or os.path.isfile(path):
+        return
+    kinds = {stat.S_IFDIR: 'a folder', stat.S_IFIFO: 'a named pipe', stat.S_IFSOCK: 'a socket'}
+    kind = kinds.get(stat.S_IFMT(os.stat(path).st_mode), 'a device')
+    raise UserError(f'{os.fspath(path)} is not a file, but {kind}: copy the file again, or remove it.')
 
 
 @functools.cache

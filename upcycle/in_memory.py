@@ -104,6 +104,10 @@ def check_surgery(surgery: Surgery, *, has_state: bool, has_hidden: bool, way_ou
             "optimizer_state='tile' repeats the dense run's optimizer state, and none is given: use 'fresh', or pass it "
             '(in a `State` with path rules; our models need `upcycle.convert` or `upcycle.train`).'
         )
+    if surgery.router_prompts:
+        raise UserError(
+            'router_prompts needs the tokenizer of a checkpoint: use `upcycle.convert` or `upcycle.train` with ROUTER_PROMPTS.'
+        )
     if surgery.router_init is RouterInit.HIDDEN and not has_hidden:
         raise UserError(f"router_init='hidden' needs hidden states on data: {way_out}, or use another router_init.")
 

@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from upcycle.checkpoints import Reader
 from upcycle.models import Model
 from upcycle.streamed import Unread
+from upcycle.surgery.make import Hidden
 from upcycle.surgery.operators import Start
 from upcycle.surgery.place import execute
 from upcycle.surgery.plan import PARAMS, Plan
@@ -20,7 +21,9 @@ from upcycle.training.source_model import SourceModel
 _LARGEST = 32 << 20  # parameters of both models together
 
 
-def compare_logits(model: Model, plan: Plan, reader: Reader, leaves: Mapping[str, Any]) -> dict[str, float] | None:
+def compare_logits(
+    model: Model, plan: Plan, reader: Reader, leaves: Mapping[str, Any], hidden: Hidden | None = None
+) -> dict[str, float] | None:
     """Makes the model in memory, in float32, and compares it with its source on the family's sample of inputs.
 
     Args:
@@ -28,6 +31,7 @@ def compare_logits(model: Model, plan: Plan, reader: Reader, leaves: Mapping[str
       plan: of the surgery.
       reader: of one dense checkpoint.
       leaves: of the sparse model, with shardings.
+      hidden: see `surgery.make.Maker`.
 
     Returns:
       The largest difference of logits and the largest logit of the source; None if the models are large, the family has no
@@ -40,7 +44,8 @@ def compare_logits(model: Model, plan: Plan, reader: Reader, leaves: Mapping[str
     if inputs is None or operator is None or operator.starts_from is not Start.DENSE or size > _LARGEST:
         return None
     shardings = {row.target: leaves[row.target].sharding for row in rows}
-    flat = execute(dataclasses.replace(plan, rows=rows), reader.read, shardings, new={})
+    states = None if hidden is None else lambda target, mlp: hidden(mlp)
+    flat = execute(dataclasses.replace(plan, rows=rows), reader.read, shardings, new={}, hidden=states)
     source = SourceModel(model, plan, reader, leaves)
     params = jax.tree.map(lambda leaf: leaf.read() if isinstance(leaf, Unread) else leaf, source.params(flat))
     sparse = np.asarray(_logits(model, unflatten_dict(flat, sep='/')['params'], inputs))

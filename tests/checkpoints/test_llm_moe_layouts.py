@@ -11,6 +11,7 @@ from etils import epath
 import upcycle
 from tests.checkpoints import llms, trees
 from tests.fixtures import requires_fixtures
+from tests.moe.quick import jit
 from upcycle import warning
 from upcycle.checkpoints import create_checkpoint, hf, open_checkpoint
 from upcycle.checkpoints.hf.decoder_only import LAYOUTS
@@ -319,6 +320,35 @@ def test_fields_that_engines_and_versions_need_are_spelled_out():
         assert config[count] == router.get('num_experts', 4)
     assert spelled(LLAMA, {'granularity': 2, 'num_experts': 8})['intermediate_size'] == 12
     assert spelled(QWEN3)['moe_intermediate_size'] == 24
+
+
+@pytest.mark.parametrize(
+    ('run', 'kept', 'router', 'written'),
+    [
+        ({}, {}, {}, 0.001),
+        ({}, {'router_aux_loss_coef': 0.02}, {}, 0.02),  # a folder without a run
+        ({'aux_loss_factor': 0.01}, {'router_aux_loss_coef': 0.02}, {}, 0.01),
+        ({'aux_loss_factor': 0.0}, {}, {'balance_loss': 'switch'}, 0.0),
+        ({'aux_loss_factor': 0.01}, {'router_aux_loss_coef': 0.02}, {'balance_loss': 'mutual_information'}, None),
+    ],
+)
+def test_the_weight_of_the_balance_loss_is_that_of_the_run(run, kept, router, written):
+    metadata = described(LLAMA, router)
+    metadata = {**metadata, 'kept': kept, 'model': metadata['model'] | run}
+    architecture = hf.of_leaves({'decoder/decoder_norm/scale': (16,)}, metadata)
+    config = architecture.config(architecture.sizes_for({}, metadata), metadata)
+    assert config.get('router_aux_loss_coef') == written and config['output_router_logits'] is False
+
+
+def test_the_balance_loss_is_that_of_transformers():
+    """`load_balancing_loss_func` of one layer; of several, it pools their tokens."""
+    moe = MoEConfig(6, router='top_k', num_selected_experts=2, dispatch='ragged', normalize_combine_weights=True)
+    logits_GxSxE = np.random.default_rng(0).normal(size=(1, 40, 6)).astype(np.float32)
+    _, metrics = jit(moe.route_dropless)(logits_GxSxE, np.ones((1, 40), bool))
+    weight_SxE = np.exp(logits_GxSxE[0]) / np.exp(logits_GxSxE[0]).sum(axis=-1, keepdims=True)
+    chosen_E = np.bincount(np.argsort(-weight_SxE, axis=-1)[:, :2].reshape(-1), minlength=6)
+    expected = 6 * (chosen_E / 40 * weight_SxE.mean(axis=0)).sum()
+    assert float(metrics['auxiliary_loss']) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ PAIRS = {
     'llama, yarn': ('Llama', {'rope_parameters': YARN}, {}, 'mixtral', False),
     'llama, 3 of 5': ('Llama', {}, k_of(5, 3), 'mixtral', False),
     'llama, all of 4': ('Llama', {}, k_of(4, 4), 'mixtral', False),
+    'llama, 1 of 3': ('Llama', {}, k_of(3, 1), 'mixtral', False),
     'mistral, window': ('Mistral', WINDOW, {}, 'mixtral', False),
     'phi3': ('Phi3', NO_WINDOW, {}, 'mixtral', False),
     'phi3, window': ('Phi3', WINDOW, {}, 'mixtral', False),
@@ -150,7 +151,6 @@ WRONG = {
     'layers without RoPE': ('SmolLM3', {'no_rope_layers': [1, 0, 1]}, {}, None, 'rope_layers'),
     'gemma': ('Gemma', {'head_dim': 8}, {}, None, 'norm_offset = 1.0 would become 0.0'),
     'gemma 2': ('Gemma2', {'head_dim': 8}, {}, None, "norm_placement = 'both' would become"),
-    'one expert': ('Llama', {}, k_of(3, 1), None, 'makes every weight 1, so the router gets no gradient'),
     'attention without experts': ('Llama', {'rms_norm_eps': 1e-6}, {}, 'jetmoe', 'attention_moe'),
     'a dense layout': ('Llama', {}, {}, 'llama', 'layout=llama cannot store this model'),
 }
@@ -216,6 +216,40 @@ def test_a_trained_model(layout, tmp_path):
     assert not added
     for leaf in leaves:
         np.testing.assert_array_equal(again.read(leaf), run.read(leaf), err_msg=leaf)
+
+
+def test_router_columns_from_prompts(tmp_path):
+    """They point to the means of what transformers' MLPs read on the prompts of each expert."""
+    model = make_folder('Mistral', {}, tmp_path / 'dense')
+    words = {f'w{i}': i for i in range(model.config.vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='w0'))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / 'dense' / 'tokenizer.json'))
+    prompts = [[[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21]], [[3, 30, 13, 31]]]
+    for e, each in enumerate(prompts):
+        lines = (' '.join(f'w{token}' for token in prompt) for prompt in each)
+        (tmp_path / str(e)).write_text('\n'.join(lines))
+    seen = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda _, given, i=i: seen.__setitem__(i, given[0][0].mean(dim=0)))
+    means = {i: [] for i in range(model.config.num_hidden_layers)}
+    for each in prompts:
+        of_prompts = []
+        for prompt in each:
+            with torch.no_grad():
+                model(torch.tensor([prompt]))
+            of_prompts.append(dict(seen))
+        for i in means:
+            means[i].append(torch.stack([states[i] for states in of_prompts]).mean(dim=0))
+    files = repr(tuple(str(tmp_path / str(e)) for e in range(3)))
+    bindings = {'ROUTER_INIT': 'hidden', 'ROUTER_PROMPTS': files, 'ROUTER_INIT_STDDEV': 1.0}
+    convert(tmp_path / 'dense', tmp_path / 'moe', {'NUM_EXPERTS': 3} | bindings)
+    reader = open_checkpoint(tmp_path / 'moe')
+    for i, rows in means.items():
+        mean_ExD = torch.stack(rows).numpy()
+        unit_ExD = mean_ExD / np.linalg.norm(mean_ExD, axis=-1, keepdims=True)
+        router_DxE = reader.read(f'params/decoder/layers_{i}/mlp/router/router_weights/w/kernel')
+        np.testing.assert_allclose(router_DxE.T, unit_ExD * unit_ExD.shape[1] ** 0.5, atol=1e-4)
 
 
 def greedy(folder, prompt, count):

@@ -131,6 +131,18 @@ FIELDS = {
         {'rope_scaling': None, 'rope_parameters': {'sliding_attention': LINEAR}},
         "rope_type of sliding_attention of rope_parameters is 'linear': our gemma3_text supports default only",
     ),
+    'id of an end': (
+        'llama',
+        {'eos_token_id': '2'},
+        "eos_token_id is '2': it must be a whole number or a list, each item",
+    ),
+    'ids of ends': ('llama', {'eos_token_id': [2, [3]]}, r'eos_token_id is \[2, \[3\]\]: it must be a whole number or'),
+    'id of a beginning': ('mixtral', {'bos_token_id': {}}, 'bos_token_id is {}: it must be a whole number'),
+    'id of padding': ('llama', {'pad_token_id': 0.5}, 'pad_token_id is 0.5: it must be a whole number'),
+    'range': ('llama', {'initializer_range': 'x'}, "initializer_range is 'x': it must be a number"),
+    'dropout': ('qwen3', {'attention_dropout': [0]}, r'attention_dropout is \[0\]: it must be a number'),
+    'balance': ('mixtral', {'router_aux_loss_coef': 'x'}, "router_aux_loss_coef is 'x': it must be a number"),
+    'jitter': ('mixtral', {'router_jitter_noise': True}, 'router_jitter_noise is True: it must be a number'),
     'activations': ('gemma2', {'hidden_act': 'silu'}, 'hidden_act is silu and hidden_activation is gelu_pytorch_tanh'),
 }
 
@@ -252,6 +264,19 @@ def test_a_damaged_companion(name, tmp_path):
     options = ['--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=2', '--format=huggingface']
     with pytest.raises(UserError, match=f'{name} is (damaged|not a file)'):
         cli.run(['convert', f'--from={folder}', f'--to={tmp_path / "out"}', *options])
+    assert [path.name for path in tmp_path.iterdir()] == ['x']
+
+
+@pytest.mark.parametrize('ids', ['2', [2, None], {'a': 1}, True])
+def test_ids_of_generation(ids, tmp_path):
+    folder = llms.copy('llama', tmp_path / 'x')
+    (folder / 'generation_config.json').write_text(json.dumps({'eos_token_id': ids}))
+    for command in (
+        ['export', f'--to={tmp_path / "out"}', '--format=huggingface'],
+        ['generate', '--tokenizer=bytes', '--prompt=a'],
+    ):
+        with pytest.raises(UserError, match='generation_config.json: eos_token_id is .*: it must be a whole number or'):
+            cli.run([command[0], f'--from={folder}', *command[1:]])
     assert [path.name for path in tmp_path.iterdir()] == ['x']
 
 

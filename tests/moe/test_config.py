@@ -193,10 +193,6 @@ class TestSparseLayers:
             'NUM_SELECTED_EXPERTS = 0 must be a whole number of at least 1',
         ),
         ({'router': 'top_k', 'num_selected_experts': 9}, 'NUM_SELECTED_EXPERTS = 9 must lie'),
-        (
-            {'router': 'top_k', 'num_selected_experts': 1, 'normalize_combine_weights': True},
-            'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1',
-        ),
         ({'expert_mlp_dim': 64, 'granularity': 2}, 'EXPERT_MLP_DIM = 64 and EXPERT_GRANULARITY = 2 both'),
         ({'expert_mlp_dim': 0}, 'EXPERT_MLP_DIM = 0 must be a whole number of at least 1 or None'),
         ({'shared_mlp_dim': 64}, 'SHARED_MLP_DIM = 64 needs a shared expert: set NUM_SHARED_EXPERTS'),

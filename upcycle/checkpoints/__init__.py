@@ -270,6 +270,7 @@ def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
     from upcycle.checkpoints.hf.reader import HuggingFaceReader
 
     if file.name.endswith('.npz') and file.is_file():
+        files.require_file(file)
         return flax_npz.NpzReader(file, part)
     if file.name.endswith(gguf.SUFFIX) and file.is_file():
         return gguf.GgufReader(file)

@@ -50,8 +50,6 @@ _DTYPES = {
 _NOTES_BYTES = 512  # room for the notes in each header
 _WRITE_BYTES = 64 << 20  # at a time, because an interruption waits for a write
 _MAX_HEADER = 100 << 20  # as in the library
-# Raised while parsing a damaged header.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +115,10 @@ def read_files(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_index(index: epath.Path) -> dict[str, str]:
     """Returns the file name of each array."""
-    try:
-        locations = json_files.read_json(index, _refuse_duplicates)['weight_map']
-        names = sorted(set(locations.values()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise files.damaged(index, error) from error
+    locations = json_files.read_json(index, _refuse_duplicates).get('weight_map')
+    if not schema.fits(locations, dict[str, str]):
+        raise files.damaged(index, 'it has no weight_map of names and files')
+    names = sorted(set(locations.values()))
     if not all(map(json_files.is_plain_name, names)):
         raise UserError(f'{index} names files outside its folder, which are never read.')
     if missing := [name for name in names if not (index.parent / name).exists()]:
@@ -146,42 +143,55 @@ def indexed_files(index: epath.Path) -> set[str]:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts = collections.Counter(name for name, _ in pairs)
     if duplicates := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f'{min(duplicates)} is there twice')
+        raise json_files.Twice(f'{min(duplicates)} is there twice')
     return dict(pairs)
 
 
 def _read_header(file: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    files.require_file(file)
     try:
         size = file.stat().length
         with file.open('rb') as stream:
-            length = int.from_bytes(start := stream.read(8), 'little')
+            start = stream.read(8)
             if start == b'version ':
                 raise UserError(f'{file} is a pointer of Git LFS instead of the file: run git lfs pull.')
+            if len(start) < 8:
+                raise ValueError(f'it has {size} bytes, too few for a header')
+            length = int.from_bytes(start, 'little')
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f'its header would be {length} bytes long')
-            header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
+            header = json_files.parse(stream.read(length), 'its header', _refuse_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError('its header is not a JSON object')
         notes = header.pop('__metadata__', {})
         if not schema.fits(notes, dict[str, str]):
             raise ValueError('its metadata is not a dictionary of strings')
         tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        raise UserError(f'{file} is not a safetensors file, or is damaged ({error}): copy it again.') from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{file} is not a safetensors file, or is damaged ({reason}): copy it again.') from error
     _validate_offsets(file, size, 8 + length, tensors)
     return tensors, notes
 
 
-def _tensor(file: epath.Path, name: str, entry: Mapping[str, Any], start: int) -> Tensor:
+def _tensor(file: epath.Path, name: str, entry: Any, start: int) -> Tensor:
+    if not _describes_a_tensor(entry):
+        raise ValueError(f'its header does not describe {name} by dtype, shape and data_offsets')
     dtype = _DTYPES.get(entry['dtype'])
     if dtype is None:
         raise UserError(f'{name} of {file} has the unsupported type {entry["dtype"]}.')
     shape, (begin, end) = tuple(entry['shape']), entry['data_offsets']
-    if not all(type(number) is int for number in (*shape, begin, end)):
-        raise ValueError(f'{name} has a shape or offsets that are not whole numbers')
     if min((*shape, begin), default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise files.damaged(f'{name} of {file}', f'{dtype}{list(shape)} does not fit into its {end - begin} bytes')
     return Tensor(file, shape, dtype, start + begin)
+
+
+def _describes_a_tensor(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get('dtype'), str):
+        return False
+    shape, offsets = entry.get('shape'), entry.get('data_offsets')
+    numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    return numbers and all(type(number) is int for number in (*shape, *offsets))
 
 
 def _validate_offsets(file: epath.Path, size: int, start: int, tensors: Mapping[str, Tensor]) -> None:

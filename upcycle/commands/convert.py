@@ -11,6 +11,7 @@ from upcycle.errors import UserError
 from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.training import start
+from upcycle.training.run import warn_without_gradient
 from upcycle.training.state import check_start, first_step
 
 
@@ -56,6 +57,7 @@ def run(
         start.check_batches(run, partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1]))
     if run.total_steps is not None:
         check_start(run, first_step(run, open_checkpoints(run.initial_checkpoint_path)))
+    warn_without_gradient(run.model)
     return conversion.convert(
         run, target, format, dtype=dtype, optimizer_state=optimizer_state, verify=verify, request=request
     )

@@ -7,13 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from upcycle import api, files, partitioning, platforms, warning
-from upcycle.checkpoints import Reader, open_checkpoint
-from upcycle.checkpoints.hf import companions
-from upcycle.data.causal.prompts import Prompts, Text, read_settings, stop_tokens
-from upcycle.data.causal.tokenizers import BYTES, TOKENIZERS
+from upcycle.checkpoints import Reader, json_files, open_checkpoint
+from upcycle.data.causal.prompts import Prompts, Text, folders_of, require_tokenizer, stop_tokens
 from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
 from upcycle.models.generation import Sampling
@@ -67,7 +64,7 @@ def run(
     reader = open_checkpoint(source)
     kind = identify.dense_model(str(reader.path), reader.leaves(), identify.facts_of(reader.metadata))
     generation.require_text(kind)
-    reads = Prompts(tokenizer_of(reader, tokenizer), chat=chat, ended=kind.prompts == 'answered')
+    reads = Prompts(require_tokenizer(reader, tokenizer), chat=chat, ended=kind.prompts == 'answered')
     tokens = [_encoded(reads, prompt, number, kind) for number, prompt in enumerate(written, 1)]
     length = max(map(len, tokens))
     _check_length(reader, length + max_new_tokens)
@@ -171,38 +168,10 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
     return tokens, mask
 
 
-def folders_of(reader: Reader) -> list[epath.Path]:
-    """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
-    path = files.absolute(reader.path)
-    if reader.format == 'gguf':
-        return [epath.Path(companions.of(str(path), reader.format))]
-    if reader.format != 'upcycle':
-        return [path.parent if path.is_file() else path]
-    found = companions.of(str(path), reader.format)
-    return [*([] if found is None else [epath.Path(found)]), path.parent.parent]
-
-
-def tokenizer_of(reader: Reader, given: str | None) -> str:
-    """Returns the path of the tokenizer, or 'bytes'.
-
-    Raises:
-      UserError: neither the options nor the checkpoint name one.
-    """
-    if given is not None:
-        return given
-    for folder in folders_of(reader):
-        if not files.is_remote(folder) and any((folder / name).is_file() for name in TOKENIZERS):
-            return str(folder)
-    data = getattr(reader, 'data', {}).get('fingerprint', {})
-    if data.get('tokenizer', {}).get('kind') == BYTES:
-        return BYTES
-    raise UserError(f'{reader.path} has no tokenizer: name one with --tokenizer.')
-
-
 def _check_length(reader: Reader, length: int) -> None:
     """Warns if texts get longer than those that the model has seen."""
     for folder in folders_of(reader):
-        most = read_settings(folder / 'config.json').get('max_position_embeddings')
+        most = json_files.read_settings(folder / 'config.json').get('max_position_embeddings')
         if isinstance(most, int) and length > most:
             warning.once(
                 f'a prompt and --max_new_tokens are together {length} tokens, and the model was made for {most}.'

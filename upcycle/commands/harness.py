@@ -8,11 +8,10 @@ import jax
 from etils import epath
 
 from upcycle import configuration, outputs, partitioning
-from upcycle.checkpoints import Reader, open_checkpoint
+from upcycle.checkpoints import Reader, json_files, open_checkpoint
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.commands import evaluate
-from upcycle.commands.generate import folders_of, tokenizer_of
-from upcycle.data.causal.prompts import read_settings, stop_tokens
+from upcycle.data.causal.prompts import folders_of, require_tokenizer, stop_tokens
 from upcycle.data.causal.tokenizers import open_tokenizer
 from upcycle.errors import UserError
 from upcycle.extras import require
@@ -74,7 +73,7 @@ def run(
     with _configured(gin_files, bindings, checkpoint) as (files, values):
         model_run = configuration.load_model(files, values)
     _require_continuing(model_run.model)
-    reads = open_tokenizer(tokenizer_of(reader, tokenizer))
+    reads = open_tokenizer(require_tokenizer(reader, tokenizer))
     length = _longest(reader) if max_length is None else max_length
     loaded = harness.load_tasks(tasks, include_path, num_fewshot)
     mesh = partitioning.make_mesh(model_run.mesh_shape, model_run.num_experts)
@@ -138,5 +137,5 @@ def _longest(reader: Reader) -> int:
 
 
 def _settings(folder: epath.Path) -> Mapping[str, Any]:
-    settings = read_settings(folder / 'config.json')
+    settings = json_files.read_settings(folder / 'config.json')
     return settings.get('text_config') or settings

@@ -1,7 +1,8 @@
 """Inputs and outputs of the MLPs of a model of any family."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,10 +28,42 @@ def forward_and_activations(
     Returns:
       The sums over targets of `models.Model.forward`, and the activations of each path.
     """
-    # Unrolled, since a loop's layers have no names.
+    unrolled = _unrolled(model)
+    with _recording(paths) as seen:
+        sums, _, _ = unrolled.forward(params, batch, None, training=False, num_microbatches=1)
+    real = model.real_tokens(batch, paths)
+    return sums, {path: (*seen[path], real[path]) for path in paths}
+
+
+def prompt_activations(
+    model: Model, params: Params, tokens_BxL: jax.Array, mask_BxL: jax.Array, paths: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """Returns the inputs (B, L, D) of MLPs or MoE layers on prompts.
+
+    Args:
+      model: of a family whose `prompts` are continued.
+      params: of the model.
+      tokens_BxL: prompts.
+      mask_BxL: False at padding.
+      paths: see `forward_and_activations`.
+    """
+    unrolled = _unrolled(model)
+    with _recording(paths) as seen:
+        unrolled.logits(params, {'tokens': tokens_BxL, 'mask': mask_BxL})
+    return {path: seen[path][0] for path in paths}
+
+
+def _unrolled(model: Model) -> Model:
+    """Returns the model without loops over layers, whose layers have no names."""
     compiled = {'scan_layers': False, 'remat': 'none'}
     fields = {field.name for field in dataclasses.fields(model.config)}
-    unrolled = dataclasses.replace(model.config, **{name: compiled[name] for name in compiled.keys() & fields})
+    config = dataclasses.replace(model.config, **{name: compiled[name] for name in compiled.keys() & fields})
+    return dataclasses.replace(model, config=config)
+
+
+@contextlib.contextmanager
+def _recording(paths: tuple[str, ...]) -> Iterator[dict[str, tuple[jax.Array, jax.Array]]]:
+    """Yields a dictionary that is filled with the first input and the output of the modules at some paths."""
     seen: dict[str, tuple[jax.Array, jax.Array]] = {}
 
     def record(call: Any, arguments: Any, named: Any, context: Any) -> Any:
@@ -41,8 +74,4 @@ def forward_and_activations(
         return y
 
     with nn.intercept_methods(record):
-        sums, _, _ = dataclasses.replace(model, config=unrolled).forward(
-            params, batch, None, training=False, num_microbatches=1
-        )
-    real = model.real_tokens(batch, paths)
-    return sums, {path: (*seen[path], real[path]) for path in paths}
+        yield seen

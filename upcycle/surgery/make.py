@@ -13,16 +13,16 @@ from upcycle.errors import UserError
 from upcycle.surgery.operators import DenseOperator, Leaf, Lineage, Operator, Start, key_for
 from upcycle.surgery.plan import Action, Plan, Row, mlp_of, within_mlp
 from upcycle.surgery.positions import resize_positions
-from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, inherited
+from upcycle.surgery.router_init import DRAWN, INHERITED, RouterInit, clusters, inherited, of_means
 
 Read = Callable[[str, jax.sharding.Sharding | None], jax.Array | np.ndarray]
 OnSource = Callable[[str, jax.Array | np.ndarray], None]
-# (path of an MLP) -> its inputs, hidden states (N, D) of real tokens on the host.
+# (path of an MLP) -> its inputs on the host: hidden states (N, D) of real tokens, or with ROUTER_PROMPTS means (E, D) of prompts.
 Hidden = Callable[[str], np.ndarray]
 
 NEEDS_DATA = (
-    "ROUTER_INIT = 'hidden' needs hidden states on data, which only `upcycle train` has: use that command, or another "
-    'ROUTER_INIT.'
+    "ROUTER_INIT = 'hidden' needs hidden states, which `upcycle train` computes on a batch, and with ROUTER_PROMPTS `upcycle "
+    'convert` too: use one of them, or another ROUTER_INIT.'
 )
 
 
@@ -133,7 +133,10 @@ class Maker:
             if self.hidden is None:
                 raise UserError(NEEDS_DATA)
             states_NxD = jnp.asarray(self.hidden(mlp_of(row.target)))
-            kernel = clusters(states_NxD, shape[1], spec.router_stddev, key)
+            if spec.router_prompts:
+                kernel = of_means(states_NxD, spec.router_stddev)
+            else:
+                kernel = clusters(states_NxD, shape[1], spec.router_stddev, key)
         else:
             kernel = DRAWN[spec.router_init](shape, spec.router_stddev, key)
         return casts.cast(row.target, kernel[:, jnp.asarray(columns)], row.dtype)

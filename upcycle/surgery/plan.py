@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +59,8 @@ class Surgery:
       dense_operator: operator that makes the leaves of a dense model, or its name, see `surgery.operators.DENSE_OPERATORS`
         [DENSE_OPERATOR]; None: leaves are kept.
       router_init: see `surgery.router_init.RouterInit` [ROUTER_INIT].
+      router_prompts: for ROUTER_INIT = 'hidden', a file for each expert, with a prompt on each line [ROUTER_PROMPTS]; () for the
+        first batch instead.
       router_stddev: standard deviation of the router initialisation [ROUTER_INIT_STDDEV].
       router_noise: noise on the router columns that new experts copy, relative to the router's standard deviation
         [ROUTER_NOISE].
@@ -70,6 +72,7 @@ class Surgery:
     operator: Operator | str | None = 'copy'
     dense_operator: DenseOperator | str | None = None
     router_init: RouterInit = RouterInit.NORMAL
+    router_prompts: Sequence[str] = ()
     router_stddev: Natural = 0.02
     router_noise: Natural = 0.01
     optimizer_state: OptimizerState = OptimizerState.FRESH
@@ -91,6 +94,10 @@ class Surgery:
             raise UserError(
                 'EXPERT_OPERATOR and DENSE_OPERATOR are both set: the first makes experts, the second a dense model; set one to '
                 'None.'
+            )
+        if self.router_prompts and self.router_init is not RouterInit.HIDDEN:
+            raise UserError(
+                f"ROUTER_PROMPTS is read by ROUTER_INIT = 'hidden', not '{self.router_init}': set that, or remove it."
             )
         if self.new_head and self.operator is not None:
             raise UserError(

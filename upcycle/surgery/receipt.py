@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,12 @@ from upcycle.surgery.router_init import INHERITED
 
 
 def make_receipt(
-    plan: Plan, *, source: Mapping[str, Any], hashes: Mapping[str, str], lineages: Mapping[str, Lineage]
+    plan: Plan,
+    *,
+    source: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    lineages: Mapping[str, Lineage],
+    prompts: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     """Makes the receipt, with the function check pending.
 
@@ -31,11 +36,14 @@ def make_receipt(
       source: path, format and step of the dense checkpoint.
       hashes: sha256 of each leaf that was read.
       lineages: the lineage of each MLP; recorded if there is more than one source MLP.
+      prompts: path and sha256 of the experts' files of prompts.
     """
     spec = plan.spec
     optional: dict[str, Any] = {}
     if spec.router_init in INHERITED:
         optional['router_noise'] = spec.router_noise
+    if prompts:
+        optional['router_prompts'] = [dict(file) for file in prompts]
     if spec.operator is not None and spec.operator.starts_from is not Start.DENSE:
         optional['lineage'] = {mlp: [list(parents) for parents in lineage] for mlp, lineage in lineages.items()}
     return {

@@ -14,7 +14,7 @@ class RouterInit(enum.StrEnum):
 
     NORMAL = 'normal'
     ORTHOGONAL = 'orthogonal'
-    HIDDEN = 'hidden'  # cluster centres of the hidden states that the layer reads
+    HIDDEN = 'hidden'  # cluster centres of the hidden states that the layer reads, or means of those of each expert's prompts
     COPIED = 'copied'  # the checkpoint's router; new experts copy their parents' columns with a little noise
     EXTENDED = 'extended'  # the checkpoint's router; columns of new experts are drawn
 
@@ -74,6 +74,19 @@ def inherited(
     return jnp.concatenate([old_DxO, new_DxN], axis=1)
 
 
+def of_means(mean_ExD: jax.Array, stddev: float) -> jax.Array:
+    """Returns the directions of mean hidden states as router columns (D, E), with the scale of `normal`.
+
+    As mergekit's `hidden` gate, whose vectors have length 1: `stddev` = D ** -0.5.
+    """
+    mean_ExD = mean_ExD.astype(jnp.float32)
+    return stddev * jnp.sqrt(mean_ExD.shape[1]) * _unit(mean_ExD).T
+
+
+def _unit(v_NxD: jax.Array) -> jax.Array:
+    return v_NxD / jnp.maximum(jnp.linalg.norm(v_NxD, axis=-1, keepdims=True), 1e-30)
+
+
 def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array) -> jax.Array:
     """Clusters hidden states and returns the centres as router columns, with the scale of `normal`.
 
@@ -87,23 +100,19 @@ def clusters(x_NxD: jax.Array, num_columns: int, stddev: float, key: jax.Array) 
       stddev: root mean square of a column's entries.
       key: key for choosing the initial centres among the states.
     """
-
-    def unit(v_NxD: jax.Array) -> jax.Array:
-        return v_NxD / jnp.maximum(jnp.linalg.norm(v_NxD, axis=-1, keepdims=True), 1e-30)
-
     if x_NxD.shape[0] < num_columns:
         raise UserError(
             f"ROUTER_INIT = 'hidden' makes {num_columns} clusters, and a batch has {x_NxD.shape[0]} real tokens: raise "
             'BATCH_SIZE.'
         )
     x_NxD = x_NxD.astype(jnp.float32)
-    x_NxD = unit(x_NxD - x_NxD.mean(axis=0))
+    x_NxD = _unit(x_NxD - x_NxD.mean(axis=0))
     first = jax.random.choice(key, x_NxD.shape[0], (num_columns,), replace=False)
 
     def step(centre_CxD: jax.Array, _: None) -> tuple[jax.Array, None]:
         nearest_NxC = jax.nn.one_hot((x_NxD @ centre_CxD.T).argmax(axis=-1), num_columns)
         sum_CxD = nearest_NxC.T @ x_NxD
-        return jnp.where(nearest_NxC.sum(axis=0)[:, None] > 0, unit(sum_CxD), centre_CxD), None
+        return jnp.where(nearest_NxC.sum(axis=0)[:, None] > 0, _unit(sum_CxD), centre_CxD), None
 
     centre_CxD, _ = jax.lax.scan(step, x_NxD[first], None, length=20)
     return stddev * jnp.sqrt(x_NxD.shape[1]) * centre_CxD.T

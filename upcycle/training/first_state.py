@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from upcycle import casts, hosts, partitioning
+from upcycle import casts, hosts, partitioning, router_prompts
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.progress import Progress
@@ -45,6 +45,11 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     upcycles = run.surgery.made_by is not None
     leaves, stored = start.layout.flat(), reader.leaves()
     source = SourceModel(run.model, plan, reader, leaves)
+    prompts = router_prompts.read(run.surgery, run.model, reader)
+    hidden = functools.partial(source.hidden_states, batch)
+    if prompts:
+        of_prompts = router_prompts.MeanStates(prompts, run.model, run.surgery, reader, leaves)
+        hidden = lambda target, mlp: of_prompts(mlp)  # noqa: E731
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
         if name.partition('@')[0] != 'step' or (run.dense_step is None and name in stored):
@@ -85,7 +90,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
                 reading,
                 shardings,
                 new=new,
-                hidden=functools.partial(source.hidden_states, batch),
+                hidden=hidden,
                 progress=progress.show,
                 lineages=lineages,
             )
@@ -97,7 +102,13 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
             return state, None
         receipt = receipt_of_start.complete(run.model, state.params, batch, leaves, new_head=run.surgery.new_head)
         return state, carried_on(receipt, plan)
-    receipt = make_receipt(plan, source=source_of(reader, int(state.step)), hashes=hashes, lineages=lineages)
+    receipt = make_receipt(
+        plan,
+        source=source_of(reader, int(state.step)),
+        hashes=hashes,
+        lineages=lineages,
+        prompts=router_prompts.described(prompts),
+    )
     receipt['function_check'] = reported(
         lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
     )

@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Mapping
 
-from upcycle import cost, files, metric_writers, outputs, partitioning, run_config
+from upcycle import cost, files, metric_writers, outputs, partitioning, router_prompts, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
 from upcycle.training import folder
-from upcycle.training.run import Run
+from upcycle.training.run import Run, warn_without_gradient
 from upcycle.training.start import Start
 from upcycle.training.state import check_start, first_step
 
@@ -37,7 +37,9 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             check_start(run, 0)
         else:
             _ = start.plan
+            router_prompts.read(run.surgery, run.model, start.reader)
             check_start(run, first_step(run, start.reader))
+    warn_without_gradient(run.model)
     run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data reports its errors.
     data = run.train_data.fingerprint()

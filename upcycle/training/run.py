@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from upcycle import metric_writers
+from upcycle import metric_writers, warning
 from upcycle.data import DataSource
 from upcycle.errors import UserError, refuse
 from upcycle.evaluate.diversity import Diversity
@@ -13,6 +13,7 @@ from upcycle.evaluate.tasks import TaskMetrics
 from upcycle.evaluate.validation import Validation
 from upcycle.models import Model
 from upcycle.schema import Count, Natural, Positive, Whole
+from upcycle.surgery.operators import Start
 from upcycle.surgery.plan import Surgery
 from upcycle.training.health import Limits
 from upcycle.training.optimizer import Optimizer
@@ -97,9 +98,27 @@ class ModelRun:
         return next(iter(experts), None)
 
 
+def without_gradient(model: Model) -> list[str]:
+    """Returns the paths of the MoE layers whose router the loss of the task does not train."""
+    return [path for path, moe in model.moe_layers().items() if moe.weights_are_constant]
+
+
+def warn_without_gradient(model: Model) -> None:
+    """Warns of such routers, where they are not refused: the model computes."""
+    if paths := without_gradient(model):
+        more = f' and {len(paths) - 1} more' if len(paths) > 1 else ''
+        warning.once(
+            f'tokens take one expert with weight 1 (NUM_SELECTED_EXPERTS = 1, NORMALIZE_COMBINE_WEIGHTS) in {paths[0]}{more}: '
+            'the model computes, but the loss of the task does not train these routers.'
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(ModelRun):
     """A training run: pretraining, dense continuation, upcycling, MoE from scratch or fine-tuning, all by bindings.
+
+    Top-1 with weights that sum to 1 computes, but the loss of the task does not train its router. A run that makes such routers,
+    from scratch or from a dense checkpoint, is refused. If its checkpoint has them, `preflight` warns.
 
     Attributes:
       model_dir: the folder that the run writes to [MODEL_DIR].
@@ -136,6 +155,13 @@ class Run(ModelRun):
         yield from metric_writers.unknown(self.metric_writers)
         if self.surgery is not None and self.initial_checkpoint_path is None:
             yield 'INITIAL_CHECKPOINT_PATH is not set: this run starts from a checkpoint, so set it.'
+        operator = None if self.surgery is None else self.surgery.operator
+        makes_routers = self.surgery is None or (operator is not None and operator.starts_from is not Start.MOE)
+        if makes_routers and without_gradient(self.model):
+            yield (
+                'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so the router gets no gradient: '
+                'turn it off, or select at least 2 experts.'
+            )
         if self.learning_rate.policy is not Policy.CONTINUE and self.initial_checkpoint_path is None:
             yield (
                 f"LEARNING_RATE_POLICY = '{self.learning_rate.policy}' needs a dense run, and this run starts from scratch: "

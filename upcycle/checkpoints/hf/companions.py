@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import warning
+from upcycle import files, warning
 from upcycle.checkpoints import json_files
 from upcycle.errors import UserError
 
@@ -33,6 +33,7 @@ _NAMES = (
 )
 # Files that decide the ids of tokens.
 _TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.txt', 'merges.txt', 'added_tokens.json')
+_SETTINGS = 'generation_config.json'
 _TEMPLATES = 'additional_chat_templates'
 _CODE = '*.py'
 _CODE_FIELD = 'auto_map'  # names classes in files of the folder
@@ -66,9 +67,12 @@ def of(path: str, format: str) -> str | None:
     if found is None:
         return None
     for name in names(found):
+        files.require_file(found / name)
         if not (found / name).is_file():
-            raise UserError(f'{found / name} is not a file, or a dangling link: copy it again, or remove it.')
-        if name.endswith('.json'):
+            raise UserError(f'{found / name} is a dangling link: copy it again, or remove it.')
+        if name == _SETTINGS:
+            json_files.read_settings(found / name)
+        elif name.endswith('.json'):
             json_files.read_json(found / name)
     return str(found)
 
@@ -124,6 +128,23 @@ def tokenizer_differences(one: str, other: str) -> list[str]:
         elif files[0].read_bytes() != files[1].read_bytes():
             differing.append(name)
     return differing
+
+
+def other_differences(one: str | None, other: str | None) -> list[str]:
+    """Returns the settings, such as the chat template, that differ between two folders; None for no folder."""
+    if one is None or other is None:
+        return []
+    both = {*names(epath.Path(one))} & {*names(epath.Path(other))}
+    return [
+        name
+        for name in sorted(both - {*_TOKENIZERS})
+        if name.endswith(('.json', '.jinja')) and _content(one, name) != _content(other, name)
+    ]
+
+
+def _content(folder: str, name: str) -> Any:
+    file = epath.Path(folder) / name
+    return json_files.read_json(file) if name.endswith('.json') else file.read_bytes()
 
 
 def _fields(file: epath.Path) -> Iterator[tuple[str, Any]]:

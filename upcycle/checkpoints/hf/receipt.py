@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from upcycle import warning
+from upcycle import files, warning
 from upcycle.checkpoints import json_files
 
 FILE = 'upcycle_receipt.json'
@@ -36,6 +36,7 @@ def read(folder: epath.Path, notes: Mapping[str, str]) -> dict[str, Any]:
     A receipt that does not know all leaves is not returned, because it cannot be compared with them.
     """
     file = folder / FILE
+    files.require_file(file)
     if NOTE not in notes or not file.exists():
         return {}
     if hashlib.sha256(file.read_bytes()).hexdigest() != notes[NOTE]:

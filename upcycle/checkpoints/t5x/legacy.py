@@ -44,6 +44,7 @@ class LegacyReader(T5XReader):
 def _legacy_arrays(folder: epath.Path) -> dict[tuple[str, ...], arrays.Source]:
     """Returns the arrays of a legacy msgpack index, with absolute specs. Never unpickles."""
     index = folder / 'checkpoint'
+    files.require_file(index)
     try:
         encoded = index.read_bytes()
         if encoded.startswith(b'model_checkpoint_path'):

@@ -7,9 +7,19 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
-from upcycle.checkpoints.json_files import read_json
+from upcycle import files
+from upcycle.checkpoints import Reader, json_files
+from upcycle.checkpoints.hf import companions
 from upcycle.data.causal.chat import ChatTemplate
-from upcycle.data.causal.tokenizers import BYTES, Tokenizer, chat_template_of, open_tokenizer, place_of, special_tokens
+from upcycle.data.causal.tokenizers import (
+    BYTES,
+    TOKENIZERS,
+    Tokenizer,
+    chat_template_of,
+    open_tokenizer,
+    place_of,
+    special_tokens,
+)
 from upcycle.errors import UserError
 
 _CONTEXT = 8  # tokens of a prompt that its text is decoded with, since a token's text depends on those before it
@@ -102,22 +112,49 @@ class Text:
         return after[len(before) :]
 
 
-def read_settings(file: epath.Path) -> dict:
-    """Returns the content of a JSON file of a model; {} if there is none.
+def folders_of(reader: Reader) -> list[epath.Path]:
+    """Returns where files of a model may lie: next to its weights; of a run, also what it has from its source."""
+    path = files.absolute(reader.path)
+    if reader.format == 'gguf':
+        return [epath.Path(companions.of(str(path), reader.format))]
+    if reader.format != 'upcycle':
+        return [path.parent if path.is_file() else path]
+    found = companions.of(str(path), reader.format)
+    return [*([] if found is None else [epath.Path(found)]), path.parent.parent]
+
+
+def tokenizer_of(reader: Reader) -> str | None:
+    """Returns the path of a checkpoint's tokenizer, or 'bytes'; None if it has none."""
+    for folder in folders_of(reader):
+        if not files.is_remote(folder) and any((folder / name).is_file() for name in TOKENIZERS):
+            return str(folder)
+    data = getattr(reader, 'data', {}).get('fingerprint', {})
+    return BYTES if data.get('tokenizer', {}).get('kind') == BYTES else None
+
+
+def require_tokenizer(reader: Reader, given: str | None) -> str:
+    """Returns the path of the tokenizer, or 'bytes'.
 
     Raises:
-      UserError: it is damaged.
+      UserError: neither the options nor the checkpoint name one.
     """
-    return read_json(file) if file.is_file() else {}
+    found = tokenizer_of(reader) if given is None else given
+    if found is None:
+        raise UserError(f'{reader.path} has no tokenizer: name one with --tokenizer.')
+    return found
 
 
 def stop_tokens(folders: Iterable[epath.Path], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's."""
+    """Returns the tokens that end a text: those of generation_config.json, else of config.json, and the tokenizer's.
+
+    Raises:
+      UserError: a file is damaged.
+    """
     found = {tokenizer.identity.eos_id}
     for folder in folders:
         for name in ('generation_config.json', 'config.json'):
-            ids = read_settings(folder / name).get('eos_token_id')
+            ids = json_files.read_settings(folder / name).get('eos_token_id')
             if ids is not None:
                 found |= set(ids) if isinstance(ids, list) else {ids}
                 break
-    return tuple(sorted(i for i in found if isinstance(i, int)))
+    return tuple(sorted(found - {None}))

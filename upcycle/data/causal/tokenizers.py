@@ -8,11 +8,14 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
+from upcycle import files, schema
+from upcycle.checkpoints import json_files
 from upcycle.errors import UserError, one_line
 from upcycle.extras import require
 
@@ -96,12 +99,13 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         return ByteTokenizer()
     place = place_of(path)
     if place.is_dir():
-        files = [place / name for name in TOKENIZERS if (place / name).is_file()]
-        if not files:
+        found = [place / name for name in TOKENIZERS if (place / name).exists()]
+        if not found:
             raise UserError(
                 f'--tokenizer={path} has neither {" nor ".join(TOKENIZERS)}: name a folder with one of them, or bytes.'
             )
-        place = files[0]
+        place = found[0]
+    files.require_file(place)
     if not place.is_file():
         raise UserError(
             f'--tokenizer={path} does not exist: name a model folder, a tokenizer.json or .model, or bytes.'
@@ -154,12 +158,10 @@ class JsonTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        bos, eos = (
-            _special(file.parent, name, lambda token: vocabulary.get(token)) for name in ('bos_token', 'eos_token')
-        )
+        size = max(vocabulary.values(), default=-1) + 1
+        bos, eos = (_special(file.parent, name, vocabulary, size) for name in ('bos_token', 'eos_token'))
         plain, whole = (self._tokenizer.encode('a', add_special_tokens=special).ids for special in (False, True))
         adds_bos = bos is not None and whole[:1] == [bos] and plain[:1] != [bos]
-        size = max(vocabulary.values(), default=-1) + 1
         self.identity = Identity('tokenizer.json', _sha256(file), size, bos, eos, adds_bos)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -254,47 +256,70 @@ def _sha256(file: pathlib.Path) -> str:
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no file.
-
-    Raises:
-      UserError: it does not parse.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise UserError(f'{file} is not JSON ({one_line(error)}): copy the folder again.') from error
-    return content if isinstance(content, dict) else {}
+    """The object in a JSON file; {} if there is no file."""
+    files.require_file(file)
+    return json_files.read_json(epath.Path(file)) if file.exists() else {}
 
 
 def special_tokens(folder: pathlib.Path) -> dict[str, str]:
-    """The special tokens of a model folder by their names, such as 'eos_token'."""
+    """The special tokens of a model folder by their names, such as 'eos_token'.
+
+    Raises:
+      UserError: a file is damaged.
+    """
     found: dict[str, str] = {}
     for name in ('special_tokens_map.json', 'tokenizer_config.json'):
         for key, value in _read_json(folder / name).items():
             text = value.get('content') if isinstance(value, dict) else value
             if key.endswith('_token') and isinstance(text, str):
                 found[key] = text
+            elif key in ('bos_token', 'eos_token') and value is not None:
+                raise UserError(f'{folder / name}: {key} is {schema.shown(value)}: it must be a token.')
     return found
 
 
 def chat_template_of(folder: pathlib.Path) -> str | None:
-    """The chat template of a model folder, if it has one; of several named ones, the default."""
+    """The chat template of a model folder, if it has one; of several named ones, the default.
+
+    Raises:
+      UserError: it is not a text, or there is no template where one is named.
+    """
     file = folder / 'chat_template.jinja'
+    files.require_file(file)
     if file.is_file():
-        return file.read_text(encoding='utf-8')
+        try:
+            return file.read_text(encoding='utf-8')
+        except (OSError, ValueError) as error:
+            raise UserError(f'{file} cannot be read ({one_line(error)}): copy it again.') from error
     template = _read_json(folder / 'tokenizer_config.json').get('chat_template')
-    if isinstance(template, list):
-        template = {named.get('name'): named.get('template') for named in template}.get('default')
-    return template if isinstance(template, str) else None
+    if isinstance(template, list) and all(schema.fits(each, Mapping[str, str]) for each in template):
+        named = {each.get('name'): each.get('template') for each in template}
+        if None not in {*named, *named.values()}:
+            return named.get('default')
+    elif template is None or isinstance(template, str):
+        return template
+    raise UserError(
+        f'{folder / "tokenizer_config.json"}: chat_template is {schema.shown(template)}: it must be a string, or a list of named '
+        'templates.'
+    )
 
 
-def _special(folder: pathlib.Path, name: str, id_of: Any) -> int | None:
-    """The id of a special token by the files of a folder; a model's config.json is asked last."""
+def _special(folder: pathlib.Path, name: str, vocabulary: Mapping[str, int], size: int) -> int | None:
+    """The id of a special token by the files of a folder; a model's config.json is asked last.
+
+    Raises:
+      UserError: a file is damaged, or the tokenizer does not have the token.
+    """
     token = special_tokens(folder).get(name)
-    number = None if token is None else id_of(token)
+    number = None if token is None else vocabulary.get(token)
     if number is None:
-        number = _read_json(folder / 'config.json').get(f'{name}_id')
+        number = json_files.read_settings(epath.Path(folder / 'config.json')).get(f'{name}_id')
         number = number[0] if isinstance(number, list) and number else number
-    return number if isinstance(number, int) else None
+        token = token if number is None else number
+        number = number if isinstance(number, int) and number >= 0 else None
+    if (number is None and isinstance(token, str)) or (number is not None and number >= size):
+        raise UserError(
+            f'{folder} has the {name} {schema.shown(token)}, which is not one of its {size} tokens: copy the tokenizer and '
+            'config.json of one model.'
+        )
+    return number

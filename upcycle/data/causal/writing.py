@@ -94,7 +94,7 @@ def write(inputs: Inputs, job: Job, target: str, *, workers: int = 1, max_bad_re
                 _fill(folder, inputs, tokenise, workers, BadRecords(max_bad_records, '--max_bad_records'))
                 index = folder.finish(hold_out=job.validation > 0 and not inputs.validation)
             except UserError:
-                if not folder.done:  # nothing to continue
+                if not folder.num_tokens:  # nothing to continue
                     place.rmtree()
                     for parent in made:
                         parent.rmdir()

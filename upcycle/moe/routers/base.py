@@ -132,6 +132,11 @@ class MoE:
         """Whether the router has a gradient when combine weights are divided by their sum."""
         return True
 
+    @property
+    def weights_are_constant(self) -> bool:
+        """Whether combine weights do not depend on the logits, so that the loss of the task has no gradient for the router."""
+        return False
+
     def when(self, *, training: bool) -> 'MoE':
         """Returns the router of training or inference; they differ only for 'dense'."""
         return self

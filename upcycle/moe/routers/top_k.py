@@ -43,11 +43,6 @@ class TokenChoice(Assigning):
             yield (
                 f'NUM_SELECTED_EXPERTS = {self.num_selected_experts} must lie between 1 and NUM_EXPERTS = {self.num_experts}.'
             )
-        if self.num_selected_experts == 1 and self.normalize_combine_weights:
-            yield (
-                'NORMALIZE_COMBINE_WEIGHTS with NUM_SELECTED_EXPERTS = 1 makes every weight 1, so the router gets no gradient: '
-                'turn it off, or select at least 2 experts.'
-            )
 
     def looks_ahead(self, prefix: str = '') -> Iterator[str]:
         if self.fill_order is FillOrder.PRIORITY:
@@ -63,6 +58,10 @@ class TokenChoice(Assigning):
     @property
     def can_normalize(self) -> bool:
         return super().can_normalize and self.num_selected_experts > 1
+
+    @property
+    def weights_are_constant(self) -> bool:
+        return self.num_selected_experts == 1 and self.normalize_combine_weights
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from upcycle import schema
-from upcycle.checkpoints import views
+from upcycle.checkpoints import json_files, views
 from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors
 from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
 from upcycle.checkpoints.hf.decoder_only import refusal, rope, tensors
@@ -27,15 +27,17 @@ _SPELLED = {'silu': 'silu', 'relu': 'relu', 'gelu': 'gelu_pytorch_tanh'}
 # Buffers of RoPE, in files of transformers before 4.32.
 _FREQUENCIES = re.compile(r'model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq')
 # Fields that a folder's next user needs and that do not change the logits: kept for writing.
-KEPT = (
-    *('max_position_embeddings', 'bos_token_id', 'eos_token_id', 'pad_token_id'),
-    *('initializer_range', 'attention_dropout', 'router_aux_loss_coef', 'aux_loss_coef', 'router_jitter_noise'),
-)
+KEPT: Mapping[str, Any] = {
+    'max_position_embeddings': schema.Count,
+    **json_files.TOKEN_IDS,
+    **dict.fromkeys(('initializer_range', 'attention_dropout'), float),
+    **dict.fromkeys(('router_aux_loss_coef', 'aux_loss_coef', 'router_jitter_noise'), float),
+}
 # Fields that do not change the logits: identifiers of tokens, other heads, training, lengths of tokenizers and files, kernels,
 # other programs.
 _HARMLESS = """
-    pad_token_id eos_token_id unk_token_id decoder_start_token_id id2label num_labels is_decoder tie_encoder_decoder
-    attention_dropout resid_pdrop embd_pdrop neftune_noise_alpha max_sequence_length model_max_length pretraining_tp
+    unk_token_id decoder_start_token_id id2label num_labels is_decoder tie_encoder_decoder
+    resid_pdrop embd_pdrop neftune_noise_alpha max_sequence_length model_max_length pretraining_tp
     _flash_attn_2_enabled use_flash_attention_2 auto_map trust_remote_code is_llama_config transformers.js_config
     unsloth_fixed unsloth_version
 """
@@ -55,10 +57,10 @@ class DecoderOnly(Architecture):
 
     family = facts_lib.FAMILY
     fields = {
+        **KEPT,
         **dict.fromkeys(('vocab_size', 'hidden_size', 'intermediate_size'), schema.Count),
         **dict.fromkeys(('num_attention_heads', 'num_key_value_heads', 'head_dim'), schema.Count),
         'num_hidden_layers': schema.Depth,
-        'max_position_embeddings': schema.Count,
         'original_max_position_embeddings': schema.Count,
         **dict.fromkeys(('rms_norm_eps', 'rope_theta', 'partial_rotary_factor'), schema.Positive),
         **dict.fromkeys(('rope_scaling', 'rope_parameters'), Mapping[str, Any]),

@@ -18,6 +18,7 @@ from upcycle.checkpoints.hf.decoder_only.base import DecoderOnly
 from upcycle.checkpoints.hf.decoder_only.facts import Facts, indices
 from upcycle.checkpoints.hf.decoder_only.tensors import Leaf
 from upcycle.errors import UserError
+from upcycle.moe.conventions import BalanceLoss
 
 # Matrices of an MLP: ours, and the usual names there.
 MATRICES = {'wi_0': 'gate_proj', 'wi_1': 'up_proj', 'wo': 'down_proj'}
@@ -38,19 +39,21 @@ class WithExperts(DecoderOnly):
       count: the field with the number of experts.
       width: the field with the width of an expert.
       always_normalized: whether the weights of the chosen experts sum to 1 without a field that says so.
+      balance: the field with the weight of the balance loss, and its default.
     """
 
     fields = {
         **DecoderOnly.fields,
         **dict.fromkeys(('num_experts', 'num_local_experts', 'num_experts_per_tok'), schema.Count),
     }
-    harmless = DecoderOnly.harmless | {'router_aux_loss_coef', 'output_router_logits', 'router_jitter_noise'}
+    harmless = DecoderOnly.harmless | {'output_router_logits'}
     block: str = 'mlp'
     router: str = 'gate'
     matrices: Mapping[str, str] = MATRICES
     count: str = 'num_experts'
     width: str = 'intermediate_size'
     always_normalized: bool = False
+    balance: tuple[str, float] = ('router_aux_loss_coef', 0.001)
 
     def facts(self, file: epath.Path, config: Config) -> Facts:
         """See `DecoderOnly`."""
@@ -104,8 +107,20 @@ class WithExperts(DecoderOnly):
         return {} if scale is None else {_SCALE: repr(scale)}
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Architecture`; the default weight of transformers' balance loss is written."""
-        return {'router_aux_loss_coef': 0.001, **super().config(sizes, metadata)}
+        """See `Architecture`. The weight of the balance loss is that of the run.
+
+        `BalanceLoss.SWITCH` is transformers' loss, E * sum of shares * mean probabilities, in the same unit; but ours is the mean
+        over layers and groups, whose tokens transformers pools. A weight of another loss is not written.
+        """
+        field, default = self.balance
+        config = {field: default, **super().config(sizes, metadata)}
+        run = metadata.get('model', {})
+        if 'aux_loss_factor' not in run:
+            return config
+        moe = run['config']['moe']
+        is_theirs = moe.get('balance_loss') in (None, BalanceLoss.SWITCH) and moe.get('adaptive_balance') is None
+        del config[field]
+        return config | ({field: run['aux_loss_factor']} if is_theirs else {})
 
     def dimensions(self, facts: Facts) -> dict[str, int]:
         """See `DecoderOnly`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -25,7 +24,6 @@ class JetMoe(Fused):
     model_types = ('jetmoe',)
     classes = ('JetMoeForCausalLM', 'JetMoeModel')
     fields = {**Fused.fields, 'kv_channels': schema.Count, 'activation_function': str}
-    harmless = Fused.harmless | {'aux_loss_coef'}
     aliases = {'head_dim': 'kv_channels'}
     defaults = {
         **Fused.defaults,
@@ -40,6 +38,7 @@ class JetMoe(Fused):
     activation_field = 'activation_function'
     block = 'mlp'
     always_normalized = True
+    balance = ('aux_loss_coef', 0.01)
 
     def resolve(self, file: epath.Path, config: dict[str, Any]) -> None:
         """Replaces `num_attention_heads`, which transformers computes; see `Architecture`."""
@@ -68,12 +67,6 @@ class JetMoe(Fused):
         fields = super().spell(facts) | {'kv_channels': facts['head_dim']}
         del fields['head_dim']
         return fields | {'rms_norm_eps': facts['final_norm_epsilon'] or facts['norm_epsilon']}
-
-    def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """See `Architecture`; the weight of the balance loss has another name than elsewhere."""
-        config = {'aux_loss_coef': 0.01, **super().config(sizes, metadata)}
-        del config['router_aux_loss_coef']
-        return config
 
     def dimensions(self, facts: Facts) -> dict[str, int]:
         """See `DecoderOnly`."""
