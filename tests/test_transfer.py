@@ -26,7 +26,6 @@ from upcycle.checkpoints import (
     journal,
     native,
     open_checkpoint,
-    safetensors,
     staging,
     t5x,
     writing,
@@ -75,7 +74,7 @@ def test_a_disk_that_is_full_at_the_end(format, tmp_path, monkeypatch):
         'vit_npz': (zipfile.ZipFile, 'writestr'),
         't5x_legacy': (t5x.LegacyLayout, 'commit'),
         'upcycle': (native.NativeLayout, 'commit'),
-        'huggingface': (safetensors.os, 'fsync'),
+        'huggingface': (os, 'fsync'),
     }
     with monkeypatch.context() as patch:
         patch.setattr(*last[format], full)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import io
 import logging
 import os
@@ -168,6 +169,7 @@ def _close_quietly(code: int) -> None:
             stream.flush()
         except (OSError, ValueError):
             _discard(stream)
+    gc.freeze()  # Python collects everything when it ends, which takes as long as the imports
     if code == INTERRUPTED:
         os._exit(code)  # working threads of JAX and Orbax would crash an interpreter that ends
     if code and not _is_traced():

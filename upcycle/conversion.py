@@ -22,17 +22,16 @@ from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
 from upcycle.checkpoints.writing import Region, Writer
+from upcycle.collected_layer import CHECKED_BYTES, CollectedLayer
 from upcycle.errors import UserError
 from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.leaf_names import left_out, not_read
 from upcycle.models import Model, identify
-from upcycle.moe.conventions import Dispatch
-from upcycle.moe.routers.top_k import TopK
 from upcycle.surgery.fingerprint import in_c_order, sha256_of
 from upcycle.surgery.make import NEEDS_DATA, Hidden, Maker
 from upcycle.surgery.operators import Lineage, Start
-from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of, within_mlp
-from upcycle.surgery.receipt import check_layer, make_receipt
+from upcycle.surgery.plan import Action, OptimizerState, Plan, Row, mlp_of
+from upcycle.surgery.receipt import make_receipt
 from upcycle.surgery.router_init import RouterInit
 from upcycle.training.receipt_of_start import source_of
 from upcycle.training.run import ModelRun
@@ -40,12 +39,8 @@ from upcycle.training.state import first_step, make_layout, make_plan
 from upcycle.transfer import Leaves, Part, ahead, check_dtype, discarded_if_refused, fingerprint, with_dtype, write
 from upcycle.whole_model import compare_logits
 
-CHECKED_BYTES = 2 << 30  # larger MoE layers are only checked at the first load
-CHECKED_TOKENS = 256
-CHECKED_WITHOUT_CAPACITY = 64  # tokens, where they do not compete for slots
 # Entries of the source's metadata that its conversion keeps.
 INHERITED = ('cost', 'optimizer', 'sentinels', 'kept', 'model_type')
-_ALIGNMENT = 64  # of memory that XLA uses without a copy
 
 
 def convert(
@@ -204,11 +199,12 @@ class _Conversion:
         self.source_hashes: dict[str, str] = {}
         self.checks: dict[str, Any] = {}
         self._checking: dict[str, concurrent.futures.Future] = {}
+        self._memory: dict[str, jax.Array] = {}
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._made_hashes: dict[tuple[str, int], str] = {}
         self._maker = Maker(plan, self._read, new={}, hidden=hidden)
         self._sources: dict[str, np.ndarray] = {}
-        self._check: _LayerCheck | None = None
+        self._check: CollectedLayer | None = None
 
     def missing_parts(self) -> Iterator[Part]:
         """Makes every leaf and yields the parts that the writer does not have.
@@ -217,6 +213,9 @@ class _Conversion:
         """
         rows = [row for row in self._plan.in_order() if row.target not in self._writer.left_out]
         rows.sort(key=lambda row: row.action is Action.EXPERTS)
+        alike = (row for row in rows if self._is_checked(row) and self._plan.alike(row))
+        if (check := next(filter(None, map(self._new_check, alike)), None)) is not None:
+            self._background.submit(check.compile)  # while leaves that are not of experts are converted
         reads = (functools.partial(self._read_all, row.sources) for row in rows)
         for row, sources in zip(rows, ahead(reads), strict=True):
             self._sources = sources
@@ -286,93 +285,38 @@ class _Conversion:
             self._check = None
             self._wait_for_checks()  # one at a time, since each holds a layer in memory
             maker = Maker(self._plan, lambda name, sharding: self._source(name), new={}, hidden=self._hidden)
-            self._checking[check.path] = self._background.submit(check.result, maker)
+            self._checking[check.path] = self._background.submit(check.result, maker, self._memory)
             if not self._plan.alike(row):  # a check of different experts holds the whole layer in memory
                 self._wait_for_checks()
 
-    def _check_of(self, row: Row) -> '_LayerCheck | None':
+    def _is_checked(self, row: Row) -> bool:
+        """Whether the row is of experts that start from a dense MLP, and functions are to be compared."""
+        if self._model is None or row.action is not Action.EXPERTS or not row.sources:
+            return False
+        return mlp_of(row.target) is not None and self._plan.spec.operator.starts_from is Start.DENSE
+
+    def _check_of(self, row: Row) -> CollectedLayer | None:
         """Returns the check of the MoE layer of a row; None if the row needs no check, or the layer is too large."""
-        spec, mlp = self._plan.spec, None if row.action is not Action.EXPERTS else mlp_of(row.target)
-        if self._model is None or mlp is None or not row.sources or spec.operator.starts_from is not Start.DENSE:
+        if not self._is_checked(row):
             return None
         if self._check is None:
-            rows = [row for row in self._plan.rows if row.target.startswith(f'{mlp}/')]
-            size = sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows)
-            routed = any(row.action is Action.ROUTER for row in rows)
-            if routed and size <= CHECKED_BYTES:
-                self._check = _LayerCheck(self._model, mlp, rows, alike=self._plan.alike(row))
+            self._check = self._new_check(row)
         return self._check
+
+    def _new_check(self, row: Row) -> CollectedLayer | None:
+        mlp = mlp_of(row.target)
+        rows = [row for row in self._plan.rows if row.target.startswith(f'{mlp}/')]
+        size = sum(math.prod(row.shape) * np.dtype(row.dtype).itemsize for row in rows)
+        routed = any(row.action is Action.ROUTER for row in rows)
+        if not routed or size > CHECKED_BYTES:
+            return None
+        return CollectedLayer(self._model, mlp, rows, alike=self._plan.alike(row))
 
     def _hash(self, row: Row, region: Region, value: np.ndarray) -> None:
         if self._verify:
             start = region[0].start if region else 0
             copied = start > 0 and _is_alike(self._plan, row)
             self._made_hashes[row.target, start] = self._made_hashes[row.target, 0] if copied else _sha256(value)
-
-
-class _LayerCheck:
-    """Collects one MoE layer while its experts are made, and compares it with its dense MLP.
-
-    If all experts are equal and none can be full, as many are compared as a token takes, so that memory does not hold the others.
-
-    Args:
-      model: the sparse model.
-      mlp: name of the MLP, 'params/...'.
-      rows: the plan's rows of the MLP.
-      alike: whether its experts are all equal, so that one is kept.
-    """
-
-    def __init__(self, model: Model, mlp: str, rows: list[Row], *, alike: bool):
-        self.path = mlp.removeprefix('params/')
-        self._model, self._alike, self._count = model, alike, None
-        moe = model.moe_layers()[self.path]
-        if alike and isinstance(moe, TopK) and moe.dispatch is Dispatch.RAGGED and moe.score_groups == 1:
-            self._count = moe.num_selected_experts
-            self._model = model.with_moe(num_experts=self._count)
-        self._experts = [row for row in rows if row.action is Action.EXPERTS]
-        self._others = [row for row in rows if row.action is not Action.EXPERTS]
-        self._stacks = {} if alike else {row.target: _aligned(row.shape, row.dtype) for row in self._experts}
-        self._dense: dict[str, np.ndarray] = {}
-
-    def keep(self, row: Row, index: int, value: np.ndarray) -> np.ndarray:
-        """Stores an expert's leaf and returns the stored one."""
-        if self._alike:
-            self._stacks[row.target] = value
-            return value
-        self._stacks[row.target][index] = value
-        return self._stacks[row.target][index]
-
-    def is_whole(self, row: Row, dense: np.ndarray) -> bool:
-        """Adds the dense leaf of a row whose experts are complete; returns whether all rows are."""
-        self._dense[row.target] = dense
-        return len(self._dense) == len(self._experts)
-
-    def result(self, maker: Maker) -> dict[str, float]:
-        """Computes the numbers of `surgery.receipt.LayerCheck`."""
-        inside = {self._name(row): jax.device_put(maker.leaf(row)) for row in self._others}
-        if self._count is not None:
-            routers = {name: value[..., : self._count] for name, value in inside.items() if name.startswith('router')}
-            inside |= routers
-        dense: dict[str, jax.Array] = {}
-        while self._experts:
-            row = self._experts.pop()
-            # Not jax.numpy.asarray, which copies.
-            source, made = self._dense.pop(row.target), self._stacks.pop(row.target)
-            dense[within_mlp(row.target)] = jax.device_put(source)
-            inside[self._name(row)] = dense[within_mlp(row.target)] if made is source else jax.device_put(made)
-        tokens = CHECKED_TOKENS if self._count is None else CHECKED_WITHOUT_CAPACITY
-        return dataclasses.asdict(check_layer(self._model, self.path, dense, inside, tokens))
-
-    def _name(self, row: Row) -> str:
-        return row.target.removeprefix(f'params/{self.path}/')
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns uninitialised memory that XLA can use without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _sha256(value: np.ndarray) -> str:

@@ -14,7 +14,7 @@ from upcycle import partitioning
 from upcycle.checkpoints import Reader
 from upcycle.checkpoints.arrays import count_not_finite, require_finite
 from upcycle.checkpoints.memory import MemoryReader
-from upcycle.conversion import CHECKED_BYTES, CHECKED_TOKENS
+from upcycle.collected_layer import CHECKED_BYTES, CHECKED_TOKENS
 from upcycle.cost import num_bytes
 from upcycle.errors import UserError
 from upcycle.models import Model

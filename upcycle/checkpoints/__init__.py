@@ -218,7 +218,7 @@ def create_checkpoint(
     Raises:
       UserError: the path exists, the format has no place for a leaf, or the disk is too full.
     """
-    from upcycle.checkpoints import flax_npz, folder_writer, native, t5x
+    from upcycle.checkpoints import flax_npz
     from upcycle.checkpoints.hf.writer import HuggingFaceWriter
 
     target = files.absolute(path)
@@ -226,6 +226,8 @@ def create_checkpoint(
         return flax_npz.NpzWriter(target, leaves)
     if format == 'huggingface':
         return HuggingFaceWriter(target, leaves, metadata, identity, request)
+    from upcycle.checkpoints import folder_writer, native, t5x
+
     layout = next(kind for kind in (native.NativeLayout, t5x.LegacyLayout, t5x.OrbaxLayout) if kind.format == format)
     return folder_writer.FolderWriter(layout(), target, leaves, step, identity, alike)
 
@@ -281,12 +283,13 @@ def _open_file(file: epath.Path, part: str) -> ArrayReader | None:
 
 def _open_step(folder: epath.Path) -> ArrayReader | None:
     """Opens one step's folder; None if it does not directly contain a finished checkpoint of a known format."""
-    from upcycle.checkpoints import native, orbax_item, t5x
     from upcycle.checkpoints.hf.folder import has_safetensors
     from upcycle.checkpoints.hf.reader import HuggingFaceReader
 
     if has_safetensors(folder):
         return HuggingFaceReader(folder)
+    from upcycle.checkpoints import native, orbax_item, t5x
+
     if (folder / 'checkpoint').is_file():
         return t5x.LegacyReader(folder)
     if not orbax_item.is_finished(folder) or not (folder / 'state' / orbax_item.ORBAX_INDEX).exists():

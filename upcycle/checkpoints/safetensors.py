@@ -15,11 +15,9 @@ The tests compare the two: we refuse whatever the library refuses, and the libra
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +28,7 @@ from etils import epath
 
 from upcycle import files, schema
 from upcycle.checkpoints import json_files, views
+from upcycle.checkpoints.direct import BLOCK, BUFFER, DirectFile, aligned_empty
 from upcycle.errors import UserError
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -48,7 +47,6 @@ _DTYPES = {
     'BOOL': np.dtype('bool'),
 }
 _NOTES_BYTES = 512  # room for the notes in each header
-_WRITE_BYTES = 64 << 20  # at a time, because an interruption waits for a write
 _MAX_HEADER = 100 << 20  # as in the library
 
 
@@ -66,7 +64,7 @@ class Tensor:
         shape = self.shape or (1,)
         rows, *inside = views.bounds(region, shape)
         row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
-        out = np.empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
+        out = aligned_empty((rows.stop - rows.start, *(part.stop - part.start for part in inside)), self.dtype)
         with self.file.open('rb') as file:
             if len(shape) > 2 and out.shape[2:] == shape[2:] and out.shape[1] < shape[1]:
                 start = inside[0].start * (row_bytes // shape[1])
@@ -225,9 +223,10 @@ class FilesWriter:
         self.last = SINGLE if len(self._headers) == 1 else INDEX
         longest = max(len(json.dumps(entries)) for entries in self._headers.values()) + _NOTES_BYTES
         # Arrays begin after room for the longest header.
-        self._header_bytes = 8 + -(-longest // 8) * 8
+        self._header_bytes = -(-(8 + longest) // BLOCK) * BLOCK
         self._files = {name: file for file, entries in self._headers.items() for name in entries}
-        self._descriptors: dict[str, int] = {}
+        self._open: dict[str, DirectFile] = {}
+        self._buffer = aligned_empty((BUFFER,), np.uint8)
         self._todo = {name: array.size * array.dtype.itemsize for name, array in arrays.items()}  # bytes
 
     def write(self, name: str, value: np.ndarray, region: views.Region = ()) -> None:
@@ -244,13 +243,9 @@ class FilesWriter:
         self._todo[name] -= size
 
     def _pwrite(self, file: str, data: memoryview | bytes, offset: int) -> None:
-        if file not in self._descriptors:
-            # Never truncated: an interrupted write may have left arrays.
-            self._descriptors[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT, 0o666)
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._descriptors[file], view[:_WRITE_BYTES], offset)
-            view, offset = view[written:], offset + written
+        if file not in self._open:
+            self._open[file] = DirectFile(self._folder / file, self._buffer)
+        self._open[file].write(data, offset)
 
     def finish(self, notes: Mapping[str, str]) -> None:
         """Writes the headers, with `notes` in each, and the index."""
@@ -263,20 +258,16 @@ class FilesWriter:
             # The format pads the header with spaces.
             start = (self._header_bytes - 8).to_bytes(8, 'little')
             self._pwrite(file, start + header.ljust(self._header_bytes - 8), 0)
-            descriptor = self._descriptors.pop(file)
-            os.ftruncate(descriptor, self._header_bytes + sizes[file])  # there may have been a longer file
-            os.fsync(descriptor)
-            os.close(descriptor)
+            self._open.pop(file).finish(self._header_bytes + sizes[file])
         if len(self._headers) > 1:
             index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': self._files}
             (self._folder / INDEX).write_text(json.dumps(index, indent=1))
 
     def close(self) -> None:
         """Closes the files, even if the disk is full."""
-        for descriptor in self._descriptors.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._descriptors.clear()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
 
 def _offset(region: views.Region, shape: Sequence[int]) -> int:

@@ -34,11 +34,15 @@ def read_into(file: BinaryIO, out: np.ndarray) -> None:
     """Fills a contiguous array from a file. Raises ValueError if the file is too short."""
     view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
     while done < len(view):
-        data = file.read(min(len(view) - done, READ_BYTES))
-        if not data:
+        part = view[done : done + READ_BYTES]
+        if hasattr(file, 'readinto'):
+            count = file.readinto(part)
+        else:  # TensorFlow's files in buckets
+            count = len(data := file.read(len(part)))
+            part[:count] = data
+        if not count:
             raise ValueError(f'{len(view) - done} bytes are missing')
-        view[done : done + len(data)] = data
-        done += len(data)
+        done += count
 
 
 def bounds(region: Region, shape: tuple[int, ...]) -> Region:

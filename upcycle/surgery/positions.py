@@ -4,7 +4,6 @@ import math
 
 import jax
 import numpy as np
-from scipy import ndimage
 
 
 def resize_positions(pos_1xLxD: jax.Array | np.ndarray, num_positions: int) -> np.ndarray:
@@ -19,6 +18,8 @@ def resize_positions(pos_1xLxD: jax.Array | np.ndarray, num_positions: int) -> n
     Returns:
       (1, num_positions, D).
     """
+    from scipy import ndimage  # not at every start
+
     old, new = math.isqrt(pos_1xLxD.shape[1]), math.isqrt(num_positions)
     grid_OxOxD = np.asarray(pos_1xLxD, np.float32).reshape(old, old, -1)
     grid_NxNxD = ndimage.zoom(grid_OxOxD, (new / old, new / old, 1), order=1)

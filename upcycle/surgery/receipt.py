@@ -17,7 +17,7 @@ from upcycle.models.activations import forward_and_activations
 from upcycle.moe.routing import covered_tokens
 from upcycle.streamed import streamed
 from upcycle.surgery.operators import Lineage, Start
-from upcycle.surgery.plan import EXPERT, Action, Plan, Row, within_mlp
+from upcycle.surgery.plan import Action, Plan, Row
 from upcycle.surgery.router_init import INHERITED
 
 
@@ -219,17 +219,31 @@ def check_layer(
       model: the sparse model.
       path: path of the layer.
       dense: leaves of the dense MLP by name within it, such as 'wi_0/kernel'.
-      sparse: leaves of the layer by name within it: 'expert/wi_0/kernel', 'router/router_weights/w/kernel'. A leaf of experts
-        without an expert axis is that of all experts.
+      sparse: leaves of the layer by name within it: 'expert/wi_0/kernel', 'router/router_weights/w/kernel'.
       num_tokens: number of tokens, all in one group.
     """
-    width = next(leaf.shape[0] for name, leaf in sparse.items() if name.startswith('router/') and leaf.ndim == 2)
-    kernel = next(leaf.shape for leaf in dense.values() if leaf.ndim == 2)
-    mlp_dim = kernel[1] if kernel[0] == width else kernel[0]
-    sizes = (num_tokens, width, mlp_dim)
-    kind = _first_alike(model, path)
-    values = _check_layer(model, kind, sizes, dict(dense), dict(sparse))
+    values = _check_layer(*_arguments(model, path, dense, sparse, num_tokens))
     return LayerCheck(*(float(value) for value in values))
+
+
+def compile_check(
+    model: Model,
+    path: str,
+    dense: Mapping[str, jax.ShapeDtypeStruct],
+    sparse: Mapping[str, jax.ShapeDtypeStruct],
+    num_tokens: int,
+) -> None:
+    """Compiles `check_layer` for leaves of these shapes, so that the first call is as quick as later ones."""
+    _check_layer.lower(*_arguments(model, path, dense, sparse, num_tokens)).compile()
+
+
+def _arguments(
+    model: Model, path: str, dense: Mapping[str, Any], sparse: Mapping[str, Any], num_tokens: int
+) -> tuple[Any, ...]:
+    width = next(leaf.shape[0] for name, leaf in sparse.items() if name.startswith('router/') and len(leaf.shape) == 2)
+    kernel = next(leaf.shape for leaf in dense.values() if len(leaf.shape) == 2)
+    mlp_dim = kernel[1] if kernel[0] == width else kernel[0]
+    return model, _first_alike(model, path), (num_tokens, width, mlp_dim), dict(dense), dict(sparse)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -244,12 +258,7 @@ def _check_layer(
     layer = model.with_dtype('float32').moe_module(path)
     layer = layer.clone(config=dataclasses.replace(layer.config, group_size=num_tokens, groups_multiple_of=1))
     mlp = layer.expert(**{**layer.expert_arguments, 'mlp_dim': mlp_dim})
-
-    def stacked(name: str, leaf: jax.Array) -> jax.Array:
-        of_all = f'{EXPERT}/' in name and leaf.ndim == dense[within_mlp(name)].ndim
-        return jnp.broadcast_to(leaf, (layer.config.num_experts, *leaf.shape)) if of_all else leaf
-
-    sparse = unflatten_dict({name: stacked(name, leaf) for name, leaf in sparse.items()}, sep='/')
+    sparse = unflatten_dict(dict(sparse), sep='/')
     dense = unflatten_dict({name: leaf.astype(jnp.float32) for name, leaf in dense.items()}, sep='/')
     x_BxLxD = jax.random.normal(jax.random.key(0), (1, num_tokens, width), jnp.float32)
     y_BxLxD = mlp.apply({'params': dense}, x_BxLxD, False)

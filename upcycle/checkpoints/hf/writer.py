@@ -14,6 +14,7 @@ from etils import epath
 import upcycle
 from upcycle import outputs
 from upcycle.checkpoints import hf, safetensors, staging, writing
+from upcycle.checkpoints.direct import BLOCK
 from upcycle.checkpoints.hf import companions, engines, receipt
 from upcycle.checkpoints.hf.architecture import SAME, Architecture, Entry, Part, Shapes
 from upcycle.checkpoints.hf.reader import HuggingFaceReader
@@ -71,7 +72,7 @@ class HuggingFaceWriter(staging.StagedWriter):
         engines.report(engines.engine_limits(config['model_type'], config), request.engines, self.path)
         self._request = request
         self._step: int | None = None
-        places = json.dumps([(name, each.dtype.name, list(each.shape)) for name, each in tensors.items()])
+        places = json.dumps([BLOCK, *((name, each.dtype.name, list(each.shape)) for name, each in tensors.items())])
         identity = {**identity, 'tensors': hashlib.sha256(places.encode()).hexdigest(), 'layout': config['model_type']}
         self._folder = self._stage(outputs.Kind.NEW_FOLDER, identity)
         self._files = safetensors.FilesWriter(self._folder, tensors, shard_bytes)
