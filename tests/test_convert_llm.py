@@ -3,6 +3,9 @@
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +17,7 @@ from tests.fixtures import requires_fixtures
 from tests.test_cli import call
 from upcycle.checkpoints import arrays, open_checkpoint, safetensors
 from upcycle.checkpoints.hf.writer import HuggingFaceWriter
+from upcycle.formats import ANY_FOLDER
 from upcycle.gin_files import FROM_CHECKPOINT
 
 pytestmark = requires_fixtures
@@ -57,7 +61,8 @@ def test_a_folder_with_the_bytes_and_files_of_the_dense_one(source, tmp_path, co
     target = tmp_path / 'moe'
     code, output, error = convert(source, target, '--verify')
     assert code == 0, error
-    assert 'does not tell its step: the run, and its learning-rate schedule, start at step 0' in error
+    assert 'does not tell its step' not in error and open_checkpoint(target).step is None
+    assert output.endswith(f'wrote {target} (Mixtral, 4 experts, top 2, bfloat16)\n')
     assert 'on random inputs the logits differ from those of the dense model by at most' in output
     # Nothing but routers changes on the way, and each tensor keeps its type.
     dense, moe = llms.tensors_of(source), llms.tensors_of(target)
@@ -135,6 +140,56 @@ def test_an_interrupted_write_continues(source, tmp_path, convert, monkeypatch):
     assert {*done} & {*again} <= {('step', '()')} and len(again) > 10
     whole, cut = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ('whole', 'cut'))
     assert whole == cut
+
+
+_KILLED = """
+import os, signal
+from upcycle import cli
+from upcycle.checkpoints import journal, staging
+from upcycle.checkpoints.direct import DirectFile
+from upcycle.checkpoints.hf.writer import HuggingFaceWriter
+HuggingFaceWriter.__init__.__defaults__ = (HuggingFaceWriter.__init__.__defaults__[0], {shard_bytes})
+journal._SECONDS_BETWEEN_SYNCS = 0.0
+write, calls = {owner}.{name}, [0]
+def die(*arguments):
+    calls[0] += 1
+    if calls[0] == {call}:
+        if {name!r} == 'write':  # half of it
+            write(arguments[0], arguments[1][: len(arguments[1]) // 2], arguments[2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+{owner}.{name} = die
+cli.main({command!r})
+"""
+
+
+@pytest.mark.exhaustive  # a process of its own for each
+@pytest.mark.parametrize(
+    ('owner', 'name', 'number'),
+    [
+        *(('DirectFile', 'write', number) for number in (1, 7, 20, 40, 61)),
+        ('DirectFile', 'finish', 1),  # one of two headers is written
+        ('DirectFile', 'finish', 2),
+        ('journal.Journal', 'remove', 1),
+        ('staging', 'give_name', 1),
+    ],
+)
+def test_killed_at_any_moment(owner, name, number, source, tmp_path, convert, monkeypatch):
+    shard_bytes = 100_000
+    cut, whole = tmp_path / 'cut', tmp_path / 'whole'
+    command = ['convert', f'--from={source}', f'--to={cut}', '--gin_file=moe/llm.gin', '--gin.NUM_EXPERTS=4']
+    command = [*command, '--format=huggingface']
+    code = _KILLED.format(owner=owner, name=name, call=number, shard_bytes=shard_bytes, command=command)
+    killed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not cut.exists()
+    monkeypatch.setattr(HuggingFaceWriter.__init__, '__defaults__', (ANY_FOLDER, shard_bytes))
+    for target in (cut, whole):
+        status, _, error = convert(source, target)
+        assert status == 0, error
+    files = [{file.name: file.read_bytes() for file in target.iterdir()} for target in (cut, whole)]
+    assert files[0] == files[1] and len([file for file in files[0] if file.endswith('.safetensors')]) > 1
+    assert {path.name for path in tmp_path.iterdir()} == {'dense', 'cut', 'whole'}
 
 
 def test_verification_notices_a_disk_that_lies(source, tmp_path, convert, monkeypatch):

@@ -87,6 +87,10 @@ def convert(
     for part in readers_of(reader):
         require_whole(part.path)
         identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
+    # A folder without a step becomes one without a step.
+    without_step = format == 'huggingface' and run.dense_step is None and reader.step is None
+    if without_step:
+        run = dataclasses.replace(run, dense_step=0)
     first = readers_of(reader)[0]
     files = {companions.KEY: companions.of(first.path, first.format)}
     mesh = partitioning.make_mesh((1, 1, 1), run.num_experts, jax.local_devices()[:1])
@@ -103,6 +107,8 @@ def convert(
     if dtype is None and format == 'huggingface':
         plan = dataclasses.replace(plan, rows=tuple(_with_dtype_of_source(row, reader) for row in plan.rows))
     step = first_step(run, reader)
+    if without_step:
+        plan = dataclasses.replace(plan, rows=tuple(row for row in plan.rows if row.target != 'step'))
     leaves = {row.target: jax.ShapeDtypeStruct(row.shape, row.dtype) for row in plan.rows}
     identity = {
         'from': reader.path,

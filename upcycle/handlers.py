@@ -162,7 +162,17 @@ def convert(
     from upcycle.commands import convert
 
     path = convert.run(gin_files, bindings, format=format, optimizer_state=optimizer_state != 'none', **options)
-    print(f'wrote {path}')
+    _print_written(path, format)
+
+
+def _print_written(path: str, format: str) -> None:
+    from etils import epath
+
+    from upcycle.checkpoints.hf.config import summary
+    from upcycle.checkpoints.hf.sources import CONFIG
+
+    layout = f' ({summary(epath.Path(path) / CONFIG)})' if format == 'huggingface' else ''
+    print(f'wrote {path}{layout}')
 
 
 def _check_format(name: str | None, known: Sequence[str] = FORMATS) -> None:
@@ -185,7 +195,7 @@ def _transfer(format: str, source_format: str | None, **options: Any) -> None:
     from upcycle import transfer
 
     path = transfer.transfer(format=format, source_format=source_format, **options)
-    print(f'wrote {path}')
+    _print_written(path, format)
 
 
 def inspect(**options: Any) -> int:

@@ -86,6 +86,15 @@ def checked_config(file: epath.Path, content: dict[str, Any]) -> tuple[dict[str,
     return config, architecture
 
 
+def summary(file: epath.Path) -> str:
+    """Describes a `config.json` of ours in a few words, such as 'Mixtral, 8 experts, top 2, bfloat16'."""
+    config = json_files.read_json(file)
+    words = [hf.BY_MODEL_TYPE[config['model_type']].title]
+    words += [f'{config[name]} experts' for name in ('num_experts', 'num_local_experts') if name in config]
+    words += [f'top {config["num_experts_per_tok"]}'] if 'num_experts_per_tok' in config else []
+    return ', '.join([*words, config['torch_dtype']])
+
+
 def _resolve_aliases(file: epath.Path, config: dict[str, Any], aliases: Mapping[str, str]) -> None:
     for alias, name in aliases.items():
         if alias in config and config.setdefault(name, config[alias]) != config.pop(alias):
