@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import time
@@ -21,6 +22,8 @@ _SECONDS_BETWEEN_SYNCS = 5.0
 
 class Journal:
     """A file with the identity of the write, then a line for each part that would survive a crash of the machine.
+
+    If the disk refuses a line, the part is written again by the next attempt.
 
     Args:
       folder: the folder that is written.
@@ -77,7 +80,8 @@ class Journal:
                 self._record()
             if self._recording is not None:
                 self._recording.result()
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
         self._pool.shutdown()
 
     def remove(self) -> None:
@@ -92,8 +96,9 @@ class Journal:
 
         def sync_and_record() -> None:
             os.sync()  # of the whole system: syncing small files one by one is slow
-            self._file.write(''.join(json.dumps(part) + '\n' for part in parts))
-            self._file.flush()
+            with contextlib.suppress(OSError):
+                self._file.write(''.join(json.dumps(part) + '\n' for part in parts))
+                self._file.flush()
 
         self._recording = self._pool.submit(sync_and_record)
         self._synced = time.monotonic()

@@ -115,4 +115,7 @@ def not_refused(place: epath.Path, name: str = '') -> Iterator[None]:
         if files.is_remote(place):
             raise
         sentence = f'{name} cannot be written to {place}' if name else f'{place} cannot be written'
-        raise WriteError(f'{sentence} ({error}).') from error
+        reason = error.strerror or error
+        raise WriteError(
+            f'{sentence} ({reason}): make room or change its permissions, and repeat the command.'
+        ) from error
