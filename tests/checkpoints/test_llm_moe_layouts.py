@@ -346,7 +346,14 @@ def test_fields_that_engines_and_versions_need_are_spelled_out():
             None,
             'cannot convert rotary positions of the type llama3',
         ),
-        ({'qk_norm': 'projection', 'norm_epsilon': 1e-5}, RAW, None, None, None),
+        ({'qk_norm': 'projection', 'norm_epsilon': 1e-5, 'num_kv_heads': 4}, RAW, None, None, None),
+        (
+            {'qk_norm': 'projection', 'norm_epsilon': 1e-5},
+            RAW,
+            None,
+            None,
+            'does not load grouped queries .*num_key_value_heads = 2',
+        ),
         ({'qk_norm': 'projection'}, {}, None, 'never divides.*epsilon of 1e-5', 'never divides'),
     ],
 )
