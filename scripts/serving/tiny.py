@@ -25,7 +25,6 @@ _LLAMA3 = {
     'rope_high_freq_factor': 4.0,
     'rope_original_length': 64,
 }
-_QWEN2 = {'qkv_bias': True, 'rope_theta': 1e6}
 _QWEN3 = {'qk_norm': 'head', 'rope_theta': 1e6, 'tied_embeddings': True, 'head_dim': 24}
 _EXPERTS = {
     'router': 'top_k',
@@ -38,17 +37,13 @@ _EXPERTS = {
 _RAW = _EXPERTS | {'normalize_combine_weights': False}
 _SHARED = {'num_shared_experts': 1, 'shared_mlp_dim': 64, 'shared_gate': True}
 # Facts of each layout, by its model_type: of the dense model that is its control, and of the model with experts.
-DENSE: Mapping[str, dict[str, Any]] = {
-    'llama': _LLAMA | _LLAMA3,
-    'qwen2': _QWEN2,
-    'qwen3': _QWEN3,
-}
+DENSE: Mapping[str, dict[str, Any]] = {'llama': _LLAMA | _LLAMA3, 'qwen3': _QWEN3}
 LAYOUTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     'mixtral': ('llama', _LLAMA | _LLAMA3 | {'moe': _EXPERTS}),
     'granitemoe': ('llama', _LLAMA | {'moe': _EXPERTS}),
     'qwen3_moe': ('qwen3', _QWEN3 | {'moe': _EXPERTS}),
-    'qwen2_moe': ('qwen2', _QWEN2 | {'moe': _RAW | _SHARED}),
-    'olmoe': ('qwen3', {'norm_epsilon': 1e-5, 'qk_norm': 'projection', 'moe': _RAW}),
+    'qwen2_moe': ('qwen3', {'qkv_bias': True, 'rope_theta': 1e6} | {'moe': _RAW | _SHARED}),
+    'olmoe': ('qwen3', {'norm_epsilon': 1e-5, 'qk_norm': 'projection', 'num_kv_heads': 4, 'moe': _RAW}),
 }
 SENTENCE_PIECE = ('mixtral', 'granitemoe')  # layouts whose converter takes a tokenizer.model
 

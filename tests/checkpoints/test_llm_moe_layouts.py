@@ -376,7 +376,14 @@ def test_the_balance_loss_is_that_of_transformers():
             None,
             'cannot convert rotary positions of the type llama3',
         ),
-        ({'qk_norm': 'projection', 'norm_epsilon': 1e-5}, RAW, None, None, None),
+        ({'qk_norm': 'projection', 'norm_epsilon': 1e-5, 'num_kv_heads': 4}, RAW, None, None, None),
+        (
+            {'qk_norm': 'projection', 'norm_epsilon': 1e-5},
+            RAW,
+            None,
+            None,
+            'does not load grouped queries .*num_key_value_heads = 2',
+        ),
         ({'qk_norm': 'projection'}, {}, None, 'never divides.*epsilon of 1e-5', 'never divides'),
     ],
 )

@@ -1,9 +1,9 @@
 """What serving engines refuse or compute wrongly in a folder that transformers loads correctly.
 
 The engines are vLLM 0.32 and llama.cpp of October 2026 with its `convert_hf_to_gguf.py`. Limits are from their sources (vLLM's
-`model_executor/models/`, llama.cpp's `src/models/`); those of llama.cpp for mixtral, qwen2_moe, qwen3_moe and granitemoe were
-also measured. vLLM was not run. Not read in 0.32: vLLM's OLMoE beyond its router (an older version was read), and that experts
-compute silu whatever `hidden_act` is, except in its qwen2_moe and granitemoe.
+`model_executor/models/`, llama.cpp's `src/models/`); `scripts/serve_check.py` measures those of llama.cpp for mixtral, qwen2_moe,
+qwen3_moe, granitemoe and olmoe. vLLM was not run. Not read in 0.32: vLLM's OLMoE beyond its router (an older version was read),
+and that experts compute silu whatever `hidden_act` is, except in its qwen2_moe and granitemoe.
 """
 
 from __future__ import annotations
@@ -140,6 +140,12 @@ LIMITS: tuple[Limit, ...] = (
         'cannot convert rotary positions of the type llama3 in granitemoe (rope_scaling)',
     ),
     Limit(LLAMA_CPP, ('olmoe',), _is_true('attention_bias'), _BIASES),
+    Limit(
+        LLAMA_CPP,
+        ('olmoe',),
+        lambda config: config['num_key_value_heads'] != config['num_attention_heads'],
+        'does not load grouped queries (num_key_value_heads = {num_key_value_heads}): it looks for a norm of all heads',
+    ),
     Limit(LLAMA_CPP, ('olmoe',), _is_not('clip_qkv', None), 'ignores clip_qkv = {clip_qkv}'),
     Limit(LLAMA_CPP, _MOE, _is_not('hidden_act', 'silu'), _ACTIVATION),
 )
