@@ -13,7 +13,7 @@ from tests.checkpoints.vits import ours
 from tests.fixtures import fixtures_dir, requires_fixtures
 from tests.moe.quick import jit
 from tests.test_cli import call
-from upcycle.commands import generate as command
+from upcycle.data.causal import prompts
 
 LLAMA = fixtures_dir() / 'llm' / 'llama'
 T5 = fixtures_dir() / 't5x_dense_legacy'
@@ -108,7 +108,7 @@ def test_where_a_tokenizer_lies(kind, files, expected, tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text('{}')
     data = {'fingerprint': {'tokenizer': {'kind': 'bytes'}}}
-    found = command.tokenizer_of(types.SimpleNamespace(path=str(step), format=kind, data=data), None)
+    found = prompts.tokenizer_of(types.SimpleNamespace(path=str(step), format=kind, data=data))
     assert found == (expected if expected == 'bytes' else str(tmp_path / expected))
 
 
