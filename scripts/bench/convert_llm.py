@@ -47,8 +47,8 @@ print((dense - moe).abs().max().item(), dense.abs().max().item())
 """
 
 
-def make_folder(folder: pathlib.Path, layers: int, sizes: Mapping[str, int]) -> int:
-    """Writes a Llama with random weights in bfloat16; returns the bytes of its weights."""
+def make_folder(folder: pathlib.Path, layers: int, sizes: Mapping[str, int], scale: float = 0.02) -> int:
+    """Writes a Llama with normal weights times `scale`, in bfloat16; returns the bytes of its weights."""
     width, mlp, vocab = sizes['hidden_size'], sizes['intermediate_size'], sizes['vocab_size']
     keys = width // sizes['heads'] * sizes['kv_heads']
     shapes = {'model.embed_tokens.weight': (vocab, width)}
@@ -65,7 +65,7 @@ def make_folder(folder: pathlib.Path, layers: int, sizes: Mapping[str, int]) -> 
     folder.mkdir(parents=True)
     arrays = {name: jax.ShapeDtypeStruct(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}
     writer = safetensors.FilesWriter(epath.Path(folder), arrays)
-    pool = (0.02 * np.random.default_rng(0).standard_normal(_POOL, np.float32)).astype(ml_dtypes.bfloat16)
+    pool = (scale * np.random.default_rng(0).standard_normal(_POOL, np.float32)).astype(ml_dtypes.bfloat16)
     for index, (name, array) in enumerate(arrays.items()):
         parts = [pool[index * 4099 % _POOL // 2 :]] + [pool] * (array.size // _POOL + 1)
         writer.write(name, np.concatenate(parts)[: array.size].reshape(array.shape))
@@ -199,7 +199,7 @@ def main() -> None:
         if options.mergekit is not None:
             command = theirs(options.mergekit, dense, moe, options.experts)
             print(json.dumps(measure('mergekit-moe', command, moe, options.repeat), indent=1))
-            make_folder(tiny, 4, TINY)
+            make_folder(tiny, 4, TINY, scale=0.2)  # such that MLPs matter
             for name, command in (
                 ('upcycle', ours(tiny, moe, 4)),
                 ('mergekit-moe', theirs(options.mergekit, tiny, moe, 4)),
