@@ -310,20 +310,6 @@ def test_a_tied_model_with_a_head(tmp_path, capsys):
     assert not reader.metadata['model']['config']['tied_embeddings']
 
 
-def test_padding_of_the_vocabulary_is_cut(tmp_path):
-    reader = open_checkpoint(llms.FOLDERS / 'llama')
-    tree = {leaf: reader.read(leaf) for leaf in reader.leaves()}
-    padded = tree | {
-        'params/token_embedder/embedding': np.pad(tree['params/token_embedder/embedding'], ((0, 8), (0, 0))),
-        'params/decoder/logits_dense/kernel': np.pad(tree['params/decoder/logits_dense/kernel'], ((0, 0), (0, 8))),
-    }
-    model = {**reader.metadata['model'], 'config': {**reader.metadata['model']['config'], 'vocab_size': 136}}
-    metadata = {**reader.metadata, 'model': model, 'vocab_size_of_source': 128}
-    path = trees.write(tmp_path / 'new', 'huggingface', padded, metadata)
-    trees.assert_same(open_checkpoint(path), tree)
-    assert open_checkpoint(path).metadata == reader.metadata
-
-
 def test_shards_and_parts_of_fused_tensors(tmp_path, monkeypatch):
     """Each leaf of a fused tensor is written where it belongs, in any order, and to any shard."""
     monkeypatch.setattr(safetensors, '_shards', lambda arrays, _: shards(arrays, 20_000))

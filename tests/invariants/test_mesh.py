@@ -44,6 +44,12 @@ def test_a_mesh_equals_one_device(case, mesh):
     assert_same(on_eight(case, 'one device'), on_eight(case, mesh))
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('case', ['gather', 'einsum', 'ragged', 'llm'])
+def test_widths_alone_are_split(case):
+    assert_same(on_eight(case, 'one device'), on_eight(case, (1, 1, 8)))
+
+
 @pytest.mark.parametrize(('case', 'mesh'), often_and_exhaustive(OF_PROCESSES, OFTEN_OF_PROCESSES))
 def test_two_processes_equal_one_device(case, mesh):
     assert_same(on_eight(case, 'one device'), processes(2, 4).call(step, case, mesh)[0])

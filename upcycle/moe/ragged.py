@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from upcycle import partitioning
 from upcycle.moe.all_to_all import BATCH, DATA, EXPERT
 from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
@@ -44,6 +45,8 @@ def apply_experts(
       (B, L, D), or (B, L, `width`); 0 for a token without experts.
     """
     width = width or x_BxLxD.shape[-1]
+    if partitioning.batch_shards(mesh) == 1:  # XLA fails to compile sums over axes of one device (JAX 0.10)
+        mesh = None
 
     def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
         if mesh is not None:

@@ -283,8 +283,7 @@ class DecoderOnly(Architecture):
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what writing needs; see `Architecture`.
 
-        It is `facts`, completed; `rows`, the size of the vocabulary before it was padded; `constants`, the leaves that completed
-        facts have in addition, with their shapes.
+        It is `facts`, completed, and `constants`, the leaves that completed facts have in addition, with their shapes.
         """
         facts = facts_lib.of_metadata(metadata)
         completed = self.completed(facts)
@@ -293,8 +292,7 @@ class DecoderOnly(Architecture):
             name: tuple(sizes[size] for size in leaves[name].sizes)
             for name in leaves.keys() - self.leaves(facts).keys()
         }
-        rows = metadata.get('vocab_size_of_source') or facts['vocab_size']
-        return {'facts': completed, 'rows': rows, 'constants': constants}
+        return {'facts': completed, 'constants': constants}
 
     def constants(self, sizes: Config) -> dict[str, tuple[tuple[int, ...], float]]:
         """See `Architecture`."""
@@ -302,14 +300,7 @@ class DecoderOnly(Architecture):
 
     def table(self, sizes: Config, shapes: Shapes) -> Table:
         """See `Architecture`."""
-        table = {name: leaf.entry for name, leaf in self.leaves(sizes['facts']).items()}
-        if sizes['rows'] != sizes['facts']['vocab_size']:
-            table |= {
-                name: Entry(table[name].names, tensors.first_rows(table[name].turn, sizes['rows']))
-                for name in ('token_embedder/embedding', 'decoder/logits_dense/kernel')
-                if name in table
-            }
-        return table
+        return {name: leaf.entry for name, leaf in self.leaves(sizes['facts']).items()}
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`. Some layouts' own `pad_token_id` is beyond a small vocabulary, which transformers refuses."""
@@ -318,5 +309,5 @@ class DecoderOnly(Architecture):
             'model_type': self.model_types[0],
             'pad_token_id': None,
             **metadata.get('kept', {}),
-            **self.spell(sizes['facts'] | {'vocab_size': sizes['rows']}),
+            **self.spell(sizes['facts']),
         }

@@ -11,7 +11,7 @@ from etils import epath
 
 from upcycle import warning
 from upcycle.checkpoints import views
-from upcycle.checkpoints.hf.architecture import LINEAR, Entry, Tensors, Turn
+from upcycle.checkpoints.hf.architecture import LINEAR, Entry, Tensors
 from upcycle.checkpoints.hf.sources import CONFIG, are_equal, by_table
 from upcycle.errors import UserError
 
@@ -96,8 +96,3 @@ def read(
                 f'({listing}).'
             )
     return sources
-
-
-def first_rows(turn: Turn, rows: int) -> Turn:
-    """Returns a turn that cuts the padding of the vocabulary, the first axis of the tensor."""
-    return Turn(turn.to_ours, lambda x: turn.to_theirs(x)[:rows])
