@@ -8,7 +8,7 @@
 # Needs the gcloud command, logged in, with a project set. A run that ends early is restarted and resumes from its last checkpoint; a
 # mistake (status 2) is not retried. Environment:
 #   PACKAGE  the package that the hosts install (default: a wheel of this checkout, which is built and copied)
-#   PYTHON   its version of Python (3.12), which uv installs: that of Ubuntu 22.04, 3.10, is too old
+#   PYTHON_VERSION   on the hosts (3.12), which uv installs: that of Ubuntu 22.04, 3.10, is too old
 #   PREPARE  a command that each host runs first, such as 'gcloud storage cp --recursive gs://BUCKET/shards .'
 #   VERSION  the runtime image (by TYPE: v2-alpha-tpuv5 of v5p, v2-alpha-tpuv5-lite of v5e, v2-alpha-tpuv6e, tpu-ubuntu2204-base)
 #   SPOT     1 requests spot capacity
@@ -80,7 +80,7 @@ if [[ -z "$package" ]]; then
   run gcloud compute tpus tpu-vm scp "$wheels/$package" "$name:" "--zone=$zone" --worker=all
 fi
 uv='python3 -m uv'
-environment="$uv venv --quiet --allow-existing --python ${PYTHON:-3.12} upcycle_env"
+environment="$uv venv --quiet --allow-existing --python ${PYTHON_VERSION:-3.12} upcycle_env"
 on_all_hosts "python3 -m pip install --quiet uv && $environment && $uv pip install --quiet --python upcycle_env '${package}[tpu]'"
 [[ -z "${PREPARE:-}" ]] || on_all_hosts "$PREPARE"
 

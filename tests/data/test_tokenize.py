@@ -156,6 +156,7 @@ BAD = {
     '{"text": "a"}\n[1]\n': 'a.jsonl, line 2 is not a JSON object',
     '{"txt": "a"}\n': "a.jsonl, line 1 has no text 'text'",
     '{"text": null}\n': "a.jsonl, line 1 has no text 'text'",
+    '{"messages": []}\n': 'or set --chat',
     '{"text": "\\ud800"}\n': 'a.jsonl, line 1 has half of a surrogate pair',
 }
 

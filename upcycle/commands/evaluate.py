@@ -144,8 +144,8 @@ def config_of(checkpoint: str) -> Iterator[str]:
     config = _find_config(checkpoint)
     if config is None:
         raise UserError(
-            f'{checkpoint} is not in a run folder, so name its model and data: --gin_file=models/..., --gin_file=tasks/..., '
-            '--gin_file=runs/eval.gin.'
+            f'{checkpoint} is not in a run folder, so name its model and data: --gin_file=models/... '
+            '(models/from_checkpoint.gin takes it from config.json), --gin_file=tasks/..., --gin_file=runs/eval.gin.'
         )
     if not files.is_remote(config):
         require_data(os.fspath(config))

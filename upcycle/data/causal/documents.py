@@ -129,10 +129,12 @@ def parse(record: Record, fields: Fields, *, is_json: bool) -> Any:
         return content.decode()
     if fields.chat:
         return content
+    option = '--text_field'
     if is_json:
+        option = '--chat' if 'messages' in content else option
         content = content.get(fields.text_field)
     if not isinstance(content, str):
-        raise BadRecordError(f'{record} has no text {fields.text_field!r}: {_ADVICE}, or set --text_field.')
+        raise BadRecordError(f'{record} has no text {fields.text_field!r}: {_ADVICE}, or set {option}.')
     try:
         content.encode()
     except UnicodeEncodeError:
