@@ -264,6 +264,10 @@ def _add_folder(command: argparse.ArgumentParser) -> None:
         f'--format=huggingface: refuse what one of these cannot compute exactly: {", ".join(ENGINES)} (transformers)'
     )
     command.add_argument('--for', dest='engines', metavar='ENGINE,...', help=engines)
+    dense = (
+        '--format=huggingface: experts writes a dense layer as equal experts, where that is exact (default: as it is)'
+    )
+    command.add_argument('--dense_layers', choices=('experts',), help=dense)
 
 
 def _add_json(command: argparse.ArgumentParser, *, file: bool = False) -> None:

@@ -146,11 +146,12 @@ def convert(
     step: str | None,
     layout: str | None,
     engines: str | None,
+    dense_layers: str | None,
     **options: Any,
 ) -> None:
     _compute_on_the_cpu()
     _check_format(format)
-    options['request'] = folder_request(format, layout, engines)
+    options['request'] = folder_request(format, layout, engines, dense_layers)
     named = {
         'INITIAL_CHECKPOINT_PATH': _one_or_several(source),
         'EXPERT_OPERATOR': operator,
@@ -184,9 +185,10 @@ def import_(format: str | None, **options: Any) -> None:
     _transfer('upcycle', source_format=format, **options)
 
 
-def export(format: str, layout: str | None, engines: str | None, **options: Any) -> None:
+def export(format: str, layout: str | None, engines: str | None, dense_layers: str | None, **options: Any) -> None:
     _check_format(format)
-    _transfer(format, source_format=None, request=folder_request(format, layout, engines), **options)
+    request = folder_request(format, layout, engines, dense_layers)
+    _transfer(format, source_format=None, request=request, **options)
 
 
 def _transfer(format: str, source_format: str | None, **options: Any) -> None:

@@ -151,10 +151,10 @@ def test_a_split_model(llama):
         ggufs.write(file.with_name(f'm-0000{i + 1}-of-00002.gguf'), held, {name: tensors[name] for name in part})
     first, second = (file.with_name(f'm-0000{i}-of-00002.gguf') for i in (1, 2))
     trees.assert_same(open_checkpoint(first), expected)
-    with pytest.raises(UserError, match=r'is part 2 of 2: name the first'):
+    with pytest.raises(UserError, match=r'is one of 2 files of a model: name the first'):
         open_checkpoint(second)
     shutil.copy(first, file.with_name('other.gguf'))
-    with pytest.raises(UserError, match=r'is part 1 of 2: name the first'):
+    with pytest.raises(UserError, match=r'is one of 2 files of a model: name the first'):
         open_checkpoint(file.with_name('other.gguf'))
     shutil.copy(first, second)
     with pytest.raises(UserError, match='is in another file, too'):

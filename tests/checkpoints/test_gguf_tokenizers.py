@@ -15,7 +15,7 @@ from tests.checkpoints.test_damage import contents
 from tests.fixtures import requires_fixtures
 from tests.test_cli import call
 from upcycle.checkpoints import open_checkpoint
-from upcycle.checkpoints.gguf import reader, tokenizer
+from upcycle.checkpoints.gguf import container, reader, tokenizer
 from upcycle.data.causal.tokenizers import chat_template_of, open_tokenizer, special_tokens
 from upcycle.errors import UserError
 
@@ -203,6 +203,25 @@ def test_what_is_refused(message):
     with pytest.raises(UserError, match=message) as caught:
         rebuilt({name: value for name, value in metadata.items() if value is not None})
     assert '\n' not in str(caught.value)
+
+
+@requires_fixtures
+def test_values_of_other_kinds(file, monkeypatch):
+    """Each value of the metadata as a string, a number or a list is refused, or changes no weight."""
+    metadata, tensors = container.read_file(epath.Path(file))
+    expected = contents(file)
+    for name in metadata:
+        for value in ('x', 3, -1, 0.5, True, [1, 2, 3], ['a', 'b']):
+            changed = metadata | {name: np.array(value) if isinstance(value, list) and value[0] == 1 else value}
+            try:
+                monkeypatch.setattr(container, 'read_file', lambda path, changed=changed: (changed, tensors))
+                opened = reader.GgufReader(epath.Path(file))
+                tokenizer.rebuild(epath.Path(file), changed)
+            except UserError as error:
+                assert '\n' not in str(error) and str(file) in str(error), (name, value)
+                continue
+            shapes = {leaf: (each.shape, each.dtype) for leaf, each in opened.leaves().items()}
+            assert shapes == {leaf: (x.shape, x.dtype) for leaf, x in expected.items()}, (name, value)
 
 
 @pytest.fixture

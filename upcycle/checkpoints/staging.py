@@ -218,9 +218,13 @@ class StagedWriter:
     def _stage(self, kind: outputs.Kind, identity: Mapping[str, Any] | None = None) -> epath.Path:
         """Begins the staging; returns the file or folder to write. For the arguments see `Staging`."""
         self._staging = Staging(epath.Path(self.path), kind, identity)
-        sizes = {name: leaf.size * leaf.dtype.itemsize for name, leaf in self._leaves.items()}
+        sizes = {name: self.size_of(name) for name in self._leaves}
         self._staging.begin(sum(len(left) * sizes[name] // len(self.parts(name)) for name, left in self.todo().items()))
         return self._staging.path
+
+    def size_of(self, name: str) -> int:
+        """Returns the bytes of a leaf in the checkpoint."""
+        return self._leaves[name].size * self._leaves[name].dtype.itemsize
 
     def parts(self, name: str) -> Sequence[writing.Region]:
         """See `writing.Writer`."""

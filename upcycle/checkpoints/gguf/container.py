@@ -104,9 +104,7 @@ def read_file(file: epath.Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return metadata, tensors
     match = _SPLIT.fullmatch(file.name)
     if match is None or int(match[2]) != 1 or int(match[3]) != count:
-        raise UserError(
-            f'{file} is part {metadata.get("split.no", 0) + 1} of {count}: name the first, NAME-00001-of-{count:05d}.gguf.'
-        )
+        raise UserError(f'{file} is one of {count} files of a model: name the first, NAME-00001-of-{count:05d}.gguf.')
     for number in range(2, count + 1):
         other = file.parent / f'{match[1]}-{number:05d}-of-{match[3]}.gguf'
         if not other.exists():

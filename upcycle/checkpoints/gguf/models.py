@@ -133,7 +133,7 @@ class _Values:
         self._read = {f'{architecture}.{key}' for key in _HARMLESS}
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Returns a value, which may be a list with one for each layer if they are equal."""
+        """Returns a value of the default's kind, a number if there is none; lists have one for each layer and must be equal."""
         name = f'{self.architecture}.{key}'
         self._read.add(name)
         value = self._metadata.get(name, default)
@@ -145,6 +145,9 @@ class _Values:
             )
         if value is _REQUIRED:
             raise UserError(f'{self._file} has no {name} in its metadata: convert the model again with llama.cpp.')
+        kind = type(default) if isinstance(default, str | bool) else float
+        if not schema.fits(value, kind):
+            raise self.unsupported(key, value, f'it must be {schema.in_words(kind)}')
         return value
 
     def require(self, key: str, ours: Any) -> None:
@@ -186,8 +189,8 @@ def describe(
     config = _config(model, values, tensors)
     values.refuse_others()
     for ours, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding')):
-        if f'tokenizer.ggml.{key}_token_id' in metadata:
-            config[f'{ours}_token_id'] = metadata[f'tokenizer.ggml.{key}_token_id']
+        if schema.fits(number := metadata.get(f'tokenizer.ggml.{key}_token_id'), schema.Whole):
+            config[f'{ours}_token_id'] = number
     named: dict[str, views.Lazy] = {}
     for name, tensor in tensors.items():
         if name != _ROPE_FACTORS:
@@ -200,7 +203,7 @@ def _model(file: epath.Path, metadata: Mapping[str, Any]) -> tuple[Model, _Value
     if kind != 'model':
         raise UserError(f'{file} is not a model: its general.type is {schema.shown(kind)}: name the file of the model.')
     architecture = metadata.get('general.architecture')
-    if architecture not in MODELS:
+    if not isinstance(architecture, str) or architecture not in MODELS:
         raise UserError(
             f'{file} has the general.architecture {schema.shown(architecture)}: only {", ".join(MODELS)} can be read.'
         )

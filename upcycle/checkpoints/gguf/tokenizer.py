@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from upcycle import files, schema
-from upcycle.errors import UserError
+from upcycle.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -116,30 +116,35 @@ def rebuild(file: epath.Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     Raises:
       UserError: the kind of tokenizer or its pre-tokenizer is not known, or its tokens are damaged.
     """
+    try:
+        return _rebuild(file, metadata)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises plain exceptions, as damaged lists do
+        raise UserError(f'the tokenizer of {file} cannot be built ({one_line(error)}): copy the file again.') from error
+
+
+def _rebuild(file: epath.Path, metadata: Mapping[str, Any]) -> dict[str, str]:
     kind = metadata.get('tokenizer.ggml.model', 'none')
     if kind in ('none', 'no_vocab'):
         return {}
     vocabulary = _Vocabulary(file, metadata)
-    try:
-        if kind == 'gpt2':
-            tokenizer, adds_bos = _byte_level(vocabulary)
-        elif kind == 'llama':
-            tokenizer, adds_bos = _sentence_piece(vocabulary), True
-        else:
-            raise UserError(
-                f'{file} has the tokenizer.ggml.model {schema.shown(kind)}: only gpt2 and llama are known: use the folder of the '
-                'original model.'
-            )
-        special = vocabulary.special()
-        _add_special(tokenizer, vocabulary, special, vocabulary.flag('add_bos_token', adds_bos))
-    except UserError:
-        raise
-    except Exception as error:  # the library raises plain exceptions
-        raise UserError(f'the tokenizer of {file} cannot be built ({error}): copy the file again.') from error
+    if kind == 'gpt2':
+        tokenizer, adds_bos = _byte_level(vocabulary)
+    elif kind == 'llama':
+        tokenizer, adds_bos = _sentence_piece(vocabulary), True
+    else:
+        raise UserError(
+            f'{file} has the tokenizer.ggml.model {schema.shown(kind)}: only gpt2 and llama are known: use the folder of the '
+            'original model.'
+        )
+    special = vocabulary.special()
+    adds_bos = vocabulary.flag('add_bos_token', adds_bos)
+    _add_special(tokenizer, vocabulary, special, adds_bos)
     configured = {
         'tokenizer_class': 'PreTrainedTokenizerFast',
         'clean_up_tokenization_spaces': False,
-        'add_bos_token': vocabulary.flag('add_bos_token', adds_bos),
+        'add_bos_token': adds_bos,
         'add_eos_token': vocabulary.flag('add_eos_token', False),
         **special,
         **_templates(metadata),

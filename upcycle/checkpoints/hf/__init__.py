@@ -20,6 +20,12 @@ _TITLES = [architecture.title for architecture in ARCHITECTURES]
 TITLES = f'{", ".join(_TITLES[:-1])} and {_TITLES[-1]}'  # for messages
 
 
+def with_equal_experts(shapes: Shapes, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the metadata of a model whose dense layers are written as equal experts; raises as `Architecture`'s."""
+    alternatives = [architecture for architecture in ARCHITECTURES if architecture.holds(shapes)]
+    return alternatives[0].with_equal_experts(metadata) if alternatives else metadata
+
+
 def of_leaves(shapes: Shapes, metadata: Mapping[str, Any], layout: str | None = None) -> Architecture | None:
     """Returns the architecture in which to store a model; None if no architecture has such leaves.
 

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from upcycle.checkpoints import views
+from upcycle.errors import UserError
 
 Config = Mapping[str, Any]  # the content of config.json
 NOTES = '_notes'  # key of the notes in the header of the files, next to the fields that are read
@@ -70,16 +71,18 @@ class Entry:
       names: the name of the tensor, or a tuple of names if each row of our leaf is a tensor, such as the experts of (E, ...).
       turn: the change of layout of each tensor, or of each part.
       parts: the part of each tensor that belongs to the leaf; (): the whole tensors.
+      copies: whether each of the tensors, or of their parts, is the whole leaf; for writing.
     """
 
     names: str | tuple[str, ...]
     turn: Turn = SAME
     parts: tuple[Part, ...] = ()
+    copies: bool = False
 
     @property
     def is_stack(self) -> bool:
         """Whether the leaf is a stack of tensors."""
-        return isinstance(self.names, tuple)
+        return isinstance(self.names, tuple) and not self.copies
 
     @property
     def every_name(self) -> tuple[str, ...]:
@@ -187,6 +190,16 @@ class Architecture:
           UserError: none of them computes the function of the model.
         """
         return self
+
+    def with_equal_experts(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the metadata of a model all of whose layers have experts, and that computes the same.
+
+        Raises:
+          UserError: it would not compute the same.
+        """
+        raise UserError(
+            f'--dense_layers=experts is for models with experts of decoder-only layouts, not for {self.title}.'
+        )
 
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what `table` needs to know of a model; raises as `config_sizes`."""

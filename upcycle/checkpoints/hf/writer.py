@@ -54,6 +54,8 @@ class HuggingFaceWriter(staging.StagedWriter):
         shapes = {
             name.removeprefix(_PARAMS): leaf.shape for name, leaf in self._leaves.items() if name.startswith(_PARAMS)
         }
+        if request.equal_experts:
+            metadata = hf.with_equal_experts(shapes, metadata)
         architecture = hf.of_leaves(shapes, metadata, request.layout)
         if architecture is None:
             raise UserError(f'these leaves cannot be stored as huggingface, which only holds {hf.TITLES} models.')
@@ -79,14 +81,21 @@ class HuggingFaceWriter(staging.StagedWriter):
         for name, start in self._staging.done:
             entry, leaf = self._table[name], self._leaves[name]
             size = leaf.size * leaf.dtype.itemsize // len(self.parts(name))
-            self._files.assume_written(entry.pieces[start if entry.is_stack else 0][0], size)
+            pieces = entry.pieces if entry.copies else [entry.pieces[start if entry.is_stack else 0]]
+            for theirs, _ in pieces:
+                self._files.assume_written(theirs, size)
+
+    def size_of(self, name: str) -> int:
+        """See `staging.StagedWriter`."""
+        entry = self._table.get(name)
+        return super().size_of(name) * (len(entry.pieces) if entry is not None and entry.copies else 1)
 
     def parts(self, name: str) -> Sequence[writing.Region]:
         """See `writing.Writer`."""
         entry, leaf = self._table.get(name), self._leaves[name]
         if entry is not None and entry.is_stack:
             return [(slice(row, row + 1),) for row in range(leaf.shape[0])]
-        in_place = entry is not None and entry.turn is SAME and not entry.parts
+        in_place = entry is not None and entry.turn is SAME and not entry.parts and not entry.copies
         return writing.parts(name, leaf) if in_place else [writing.WHOLE]
 
     def write(self, name: str, region: writing.Region, value: np.ndarray) -> None:
@@ -101,7 +110,9 @@ class HuggingFaceWriter(staging.StagedWriter):
                 self._write(name, entry.pieces[index], entry.turn.to_theirs(row))
                 self._note(name, index)
         elif region == writing.WHOLE:
-            self._write(name, entry.pieces[0], entry.turn.to_theirs(value))
+            theirs = entry.turn.to_theirs(value)
+            for piece in entry.pieces:  # several of copies only
+                self._write(name, piece, theirs)
             self._note(name, 0)
         else:
             with writing.not_refused(self._folder, name):
@@ -126,7 +137,13 @@ class HuggingFaceWriter(staging.StagedWriter):
             self._files.finish(self._notes(metadata.get('receipt')))
             config = self._architecture.config(self._sizes, metadata) | {'torch_dtype': self._dtype.name}
             (self._folder / CONFIG).write_text(json.dumps(config, indent=1))
-        self._publish(check, HuggingFaceReader(self._folder), last=self._files.last)
+        reader = HuggingFaceReader(self._folder)
+        self._publish(lambda written: check(_AsGiven(written, self._copied())), reader, last=self._files.last)
+
+    def _copied(self) -> dict[str, str]:
+        """Returns the leaf of experts in which each leaf is that was written as copies."""
+        names = [name for name, entry in self._table.items() if entry.copies]
+        return {name: '/'.join([*name.split('/')[:-2], writing.EXPERT, *name.split('/')[-2:]]) for name in names}
 
     def _notes(self, content: Mapping[str, Any] | None) -> dict[str, str]:
         """Writes the receipt, if there is one; returns the notes in the headers."""
@@ -134,11 +151,37 @@ class HuggingFaceWriter(staging.StagedWriter):
         if self._step is not None:
             notes['step'] = str(self._step)
         if content is not None:
+            content = {**content, **({'equal_experts': copied} if (copied := sorted(self._copied())) else {})}
             notes[receipt.NOTE] = receipt.write(self._folder, content, added=[*self._constants])
         return notes
 
     def _close_files(self) -> None:
         self._files.close()
+
+
+class _AsGiven:
+    """What was written, with leaves that were written as copies under their own names.
+
+    Args:
+      reader: of the folder.
+      copied: see `HuggingFaceWriter._copied`.
+    """
+
+    def __init__(self, reader: HuggingFaceReader, copied: Mapping[str, str]):
+        self._reader, self._copied_in = reader, copied
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def read(self, name: str, *, region: writing.Region = ()) -> np.ndarray:
+        """Reads a leaf; of copies the first that differs from another, if there is one."""
+        if name not in self._copied_in:
+            return self._reader.read(name, region=region)
+        stack = self._copied_in[name]
+        first, *others = (
+            self._reader.read(stack, region=(slice(e, e + 1),))[0] for e in range(self._reader.leaves()[stack].shape[0])
+        )
+        return next((copy for copy in others if copy.tobytes() != first.tobytes()), first)
 
 
 def _entries(

@@ -14,8 +14,8 @@ from etils import epath
 from upcycle import schema
 from upcycle.checkpoints import json_files, views
 from upcycle.checkpoints.hf.architecture import LINEAR, Architecture, Config, Entry, Shapes, Table, Tensors
+from upcycle.checkpoints.hf.decoder_only import equal_experts, refusal, rope, tensors
 from upcycle.checkpoints.hf.decoder_only import facts as facts_lib
-from upcycle.checkpoints.hf.decoder_only import refusal, rope, tensors
 from upcycle.checkpoints.hf.decoder_only.facts import Facts
 from upcycle.checkpoints.hf.decoder_only.tensors import EMBEDDING, HEAD, NORMS, Leaf, linear
 from upcycle.checkpoints.hf.sources import CONFIG, required
@@ -239,6 +239,11 @@ class DecoderOnly(Architecture):
             leaves |= linear(f'{ours}/{matrix}', f'{theirs}.{name}', sizes, bias=facts['mlp_bias'])
         return leaves
 
+    def notes(self, sizes: Config) -> dict[str, str]:
+        """Returns the layers whose experts are copies of a dense MLP; see `Architecture`."""
+        equal = sizes[equal_experts.KEY]
+        return {equal_experts.NOTE: ','.join(map(str, equal))} if equal else {}
+
     def rename(self, name: str) -> str:
         """Adds the prefix that bare models lack and that wrappers have; see `Architecture`."""
         return f'model.{name}' if name.startswith(('layers.', 'embed_tokens.', 'norm.')) else name
@@ -280,19 +285,22 @@ class DecoderOnly(Architecture):
         closest = fewest if layout is None else layouts[0]
         raise UserError(refusal.message(closest, layout, exact, facts, different))
 
+    def with_equal_experts(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Architecture`."""
+        return equal_experts.of_all_layers(metadata)
+
     def sizes_for(self, shapes: Shapes, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what writing needs; see `Architecture`.
 
-        It is `facts`, completed, and `constants`, the leaves that completed facts have in addition, with their shapes.
+        It is `facts`, completed; `constants`, the leaves that completed facts have in addition, with their shapes;
+        `equal_experts`, the layers whose experts are copies of a dense MLP.
         """
-        facts = facts_lib.of_metadata(metadata)
+        facts, equal = facts_lib.of_metadata(metadata), metadata.get(equal_experts.KEY, ())
         completed = self.completed(facts)
         leaves, sizes = self.leaves(completed), self.dimensions(completed)
-        constants = {
-            name: tuple(sizes[size] for size in leaves[name].sizes)
-            for name in leaves.keys() - self.leaves(facts).keys()
-        }
-        return {'facts': completed, 'constants': constants}
+        added = leaves.keys() - self.leaves(facts).keys() | equal_experts.routers(leaves, equal)
+        constants = {name: tuple(sizes[size] for size in leaves[name].sizes) for name in sorted(added)}
+        return {'facts': completed, 'constants': constants, equal_experts.KEY: equal}
 
     def constants(self, sizes: Config) -> dict[str, tuple[tuple[int, ...], float]]:
         """See `Architecture`."""
@@ -300,7 +308,8 @@ class DecoderOnly(Architecture):
 
     def table(self, sizes: Config, shapes: Shapes) -> Table:
         """See `Architecture`."""
-        return {name: leaf.entry for name, leaf in self.leaves(sizes['facts']).items()}
+        table = {name: leaf.entry for name, leaf in self.leaves(sizes['facts']).items()}
+        return equal_experts.as_copies(table, sizes[equal_experts.KEY])
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`. Some layouts' own `pad_token_id` is beyond a small vocabulary, which transformers refuses."""

@@ -104,7 +104,7 @@ class WithExperts(DecoderOnly):
     def notes(self, sizes: Config) -> dict[str, str]:
         """Returns the scale of the experts, so that we read the same numbers again; see `Architecture`."""
         scale = sizes['facts']['moe'].get('weight_scale')
-        return {} if scale is None else {_SCALE: repr(scale)}
+        return super().notes(sizes) | ({} if scale is None else {_SCALE: repr(scale)})
 
     def config(self, sizes: Config, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """See `Architecture`. The weight of the balance loss is that of the run.

@@ -25,6 +25,7 @@ NEUTRAL: Mapping[str, Any] = {
 }
 # Ways out, for messages, by the names of `compared`.
 ADVICE: Mapping[str, str] = {
+    'moe_layers': '--dense_layers=experts writes dense layers as equal experts',
     'moe.router': "train with ROUTER = 'top_k', or make the model dense with DENSE_OPERATOR = 'average'",
     'moe.weight_scale': 'only a power of 2 can be multiplied into the experts without rounding',
     'moe.eval_capacity_factor': "evaluate without dropped choices: DISPATCH = 'ragged', or a factor of NUM_EXPERTS",
