@@ -163,7 +163,12 @@ NAMED = {
         RAW,
         'moe.normalize_combine_weights = False would become True. Use --layout=qwen2_moe',
     ),
-    'dense layers': ('mixtral', HALF, {}, r'moe_layers = \[1\] would become .all.. Use --layout=qwen2_moe'),
+    'dense layers': (
+        'mixtral',
+        HALF,
+        {},
+        r'moe_layers = \[1\] would become .all. .--dense_layers=experts .* --layout=qwen2_moe',
+    ),
     'norms invented': ('olmoe', OLMO2, {}, "norm_placement = 'post' would become 'pre'. Use --layout=flex_olmo"),
     'a dense layout': (
         'llama',
