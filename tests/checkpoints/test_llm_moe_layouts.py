@@ -119,7 +119,7 @@ NO_FIT = {
     'dense layers and multipliers': (
         GRANITE | HALF,
         {},
-        r'in granitemoe, moe_layers = \[1\] would become .all. .--dense_layers=experts writes dense layers as equal experts',
+        r'in granitemoe, moe_layers = \[1\] would become .all. .qwen3_moe, qwen2_moe would keep it',
     ),
     'soft caps': ({'logits_soft_cap': 5.0}, {}, 'logits_soft_cap = 5.0 would become None'),
     'gemma': ({'norm_offset': 1.0, 'mlp_activations': ['gelu', 'linear']}, {}, 'norm_offset = 1.0 would become 0.0'),
@@ -167,7 +167,7 @@ NAMED = {
         'mixtral',
         HALF,
         {},
-        r'moe_layers = \[1\] would become .all. \(--dense_layers=experts .*\). Use --layout=qwen2_moe',
+        r'moe_layers = \[1\] would become .all. .--dense_layers=experts .* --layout=qwen2_moe',
     ),
     'norms invented': ('olmoe', OLMO2, {}, "norm_placement = 'post' would become 'pre'. Use --layout=flex_olmo"),
     'a dense layout': (

@@ -39,9 +39,11 @@ def message(
             continue
         holders = [each.model_types[0] for each, names in comparable.items() if name not in names]
         held = f'{", ".join(holders)} would keep it' if holders else 'no layout has it'
-        advice = routing.ADVICE.get(name, '' if exact else held)
+        advice = [routing.ADVICE[name]] if name in routing.ADVICE else []
+        if not exact and (not advice or name in routing.ELSEWHERE):
+            advice.insert(0, held)
         change = f'{name} = {schema.shown(ours[name])} would become {theirs}'
-        changes.append(f'{change} ({advice})' if advice else change)
+        changes.append(f'{change} ({"; ".join(advice)})' if advice else change)
     listing = '; '.join(changes)
     if exact:
         names = ' or '.join(each.model_types[0] for each in exact)

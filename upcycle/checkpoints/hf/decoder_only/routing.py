@@ -31,6 +31,9 @@ ADVICE: Mapping[str, str] = {
     'moe.eval_capacity_factor': "evaluate without dropped choices: DISPATCH = 'ragged', or a factor of NUM_EXPERTS",
 }
 
+# Those for which another layout may be a way out, too.
+ELSEWHERE = ('moe_layers',)
+
 
 def canonical(moe: Mapping[str, Any] | None, spec: str | Sequence[int], mlp_dim: int, depth: int) -> dict[str, Any]:
     """Returns `moe` and `moe_layers` in the simplest form that makes the same function at inference.
