@@ -285,8 +285,11 @@ def _reserved(dump: Path) -> int | None:
 
 
 def _shortage(message: str) -> str:
-    sizes = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message)
-    return f'it needs {sizes[1]} of memory and a device has {sizes[2]}.' if sizes else message.splitlines()[0]
+    if sizes := re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message):
+        return f'it needs {sizes[1]} of memory and a device has {sizes[2]}.'
+    if sizes := re.search(r'HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)', message):
+        return f'it needs {sizes[1]} of memory for temporaries and a device has {sizes[2]}.'
+    return message.splitlines()[0]
 
 
 @contextlib.contextmanager
