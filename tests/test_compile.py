@@ -77,13 +77,13 @@ def test_an_unknown_topology_is_one_sentence(topology):
     ('message', 'sentence'),
     [
         (
-            'RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 132.52G of 95.74G hbm.',
+            'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 132.52G of 95.74G hbm.',
             'it needs 132.52G of memory and a device has 95.74G.',
         ),
         (
             'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (99.83G) exceeds '
             'available HBM (95.74G).\nMore follows.',
-            'it needs 99.83G of memory for temporaries and a device has 95.74G.',
+            'it needs 99.83G of memory and a device has 95.74G.',
         ),
         ('RESOURCE_EXHAUSTED: something else\nMore follows.', 'RESOURCE_EXHAUSTED: something else'),
     ],

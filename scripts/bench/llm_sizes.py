@@ -105,7 +105,9 @@ PROGRAMS = (
     Program('llama3_1_8b', 0, '2x2x1', 4, 4, 'none'),
     Program('llama3_1_8b', 8, '2x2x2', 8, 8, 'full'),
     Program('llama3_1_8b', 8, '2x2x4', 16, 64, 'full'),
+    Program('mistral_7b', 8, '2x2x2', 8, 8, 'full'),
     Program('mistral_7b', 8, '2x2x4', 16, 64, 'full'),
+    Program('qwen2_5_7b', 8, '2x2x2', 8, 8, 'full'),
     Program('qwen2_5_7b', 8, '2x2x4', 16, 64, 'full'),
 )
 
