@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests import runs
+from upcycle import compile
 
 requires_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "upcycle[tpu]"'
@@ -70,6 +71,25 @@ def test_an_unknown_topology_is_one_sentence(topology):
     code, out, errors = compile_(topology=topology)
     assert (code, out) == (2, '') and 'Traceback' not in errors
     assert errors.startswith('upcycle: ') and f'--topology={topology}' in errors and errors.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('message', 'sentence'),
+    [
+        (
+            'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 132.52G of 95.74G hbm.',
+            'it needs 132.52G of memory and a device has 95.74G.',
+        ),
+        (
+            'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (99.83G) exceeds '
+            'available HBM (95.74G).\nMore follows.',
+            'it needs 99.83G of memory and a device has 95.74G.',
+        ),
+        ('RESOURCE_EXHAUSTED: something else\nMore follows.', 'RESOURCE_EXHAUSTED: something else'),
+    ],
+)
+def test_a_shortage_of_memory_is_told_in_numbers(message, sentence):
+    assert compile._shortage(message) == sentence
 
 
 def test_a_utilization_of_nothing_is_refused():

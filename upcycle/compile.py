@@ -285,7 +285,9 @@ def _reserved(dump: Path) -> int | None:
 
 
 def _shortage(message: str) -> str:
-    sizes = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm', message)
+    # The second form counts arguments, too.
+    forms = r'Used ([\d.]+\w) of ([\d.]+\w) hbm', r'HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)'
+    sizes = next(filter(None, (re.search(form, message) for form in forms)), None)
     return f'it needs {sizes[1]} of memory and a device has {sizes[2]}.' if sizes else message.splitlines()[0]
 
 

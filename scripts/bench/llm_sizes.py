@@ -29,6 +29,7 @@ from timing import table
 
 CSV = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'benchmarks' / 'llm_sizes.csv'
 FITS = 'fits'
+REFUSED = 2  # exit status
 SMALL = 0.05  # GB on the wire that the table leaves out
 COLUMNS = (
     'model', 'experts', 'slice', 'mesh', 'batch', 'length', 'REMAT', 'result', 'reserved, GB', 'arguments, GB', 'TFLOP',
@@ -104,7 +105,9 @@ PROGRAMS = (
     Program('llama3_1_8b', 0, '2x2x1', 4, 4, 'none'),
     Program('llama3_1_8b', 8, '2x2x2', 8, 8, 'full'),
     Program('llama3_1_8b', 8, '2x2x4', 16, 64, 'full'),
+    Program('mistral_7b', 8, '2x2x2', 8, 8, 'full'),
     Program('mistral_7b', 8, '2x2x4', 16, 64, 'full'),
+    Program('qwen2_5_7b', 8, '2x2x2', 8, 8, 'full'),
     Program('qwen2_5_7b', 8, '2x2x4', 16, 64, 'full'),
 )
 
@@ -134,8 +137,11 @@ def compile_program(program: Program, minutes: float, gigabytes: float) -> dict[
         }
         if result:
             return row | {'result': result}
+        text = log.read_text('utf-8')
+        if process.returncode not in (0, REFUSED):
+            sys.exit(f'{text}\nthe compiler ended with status {process.returncode}')
         if process.returncode:
-            return row | {'result': log.read_text('utf-8').strip().splitlines()[-1].removeprefix('upcycle: ')}
+            return row | {'result': text.strip().splitlines()[-1].removeprefix('upcycle: ').partition(' Raise ')[0]}
         return row | figures(json.loads(out.read_text('utf-8')))
 
 
