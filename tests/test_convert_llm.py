@@ -163,7 +163,7 @@ cli.main({command!r})
 """
 
 
-@pytest.mark.exhaustive  # a process of its own for each
+@pytest.mark.exhaustive  # starts a process for each case
 @pytest.mark.parametrize(
     ('owner', 'name', 'number'),
     [

@@ -83,10 +83,7 @@ def convert(
         )
     if run.surgery.router_init is RouterInit.HIDDEN and not run.surgery.router_prompts:
         raise UserError(NEEDS_DATA)
-    reader = open_checkpoints(run.initial_checkpoint_path)
-    for part in readers_of(reader):
-        require_whole(part.path)
-        identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
+    reader = _open_source(run)
     # A folder without a step becomes one without a step.
     without_step = format == 'huggingface' and run.dense_step is None and reader.step is None
     if without_step:
@@ -146,6 +143,15 @@ def convert(
     for line in left_out(writer.left_out):
         print(line)
     return writer.path
+
+
+def _open_source(run: ModelRun) -> Reader:
+    """Opens the source, or all of several; raises UserError if one is damaged or not a model that is known."""
+    reader = open_checkpoints(run.initial_checkpoint_path)
+    for part in readers_of(reader):
+        require_whole(part.path)
+        identify.check(part.path, part.leaves(), identify.facts_of(part.metadata))
+    return reader
 
 
 def _metadata(run: ModelRun, reader: Reader) -> dict[str, Any]:

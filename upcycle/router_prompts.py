@@ -144,6 +144,10 @@ class MeanStates:
         """Returns the states (E, D) of the MLP or MoE layer at a path, a row for each file."""
         return self._states[mlp.removeprefix(PARAMS)]
 
+    def for_target(self, target: Mapping[str, jax.Array], mlp: str) -> np.ndarray:
+        """The same for `surgery.place.execute`; prompts run on the source, so that the target's leaves are not needed."""
+        return self(mlp)
+
     @functools.cached_property
     def _states(self) -> dict[str, np.ndarray]:
         mesh = next(iter(self._leaves.values())).sharding.mesh

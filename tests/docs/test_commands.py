@@ -182,7 +182,7 @@ def arguments_of(command):
     return [*found, '--where=print'] if found[0] == 'sweep' else found
 
 
-# Pages whose commands other pages have too, with other values.
+# Pages whose commands take 9 s each of CPU time.
 SELDOM = ('operators.md', 'your_checkpoint.md')
 
 

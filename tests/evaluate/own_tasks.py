@@ -62,7 +62,7 @@ TASKS = ('own_choices', 'own_last_word', 'own_rolling', 'own_answers')
 
 
 def texts(count: int, words: tuple[int, int], seed: int) -> list[str]:
-    """Random texts of so many words."""
+    """Returns random texts; `words` are the fewest and the most words of each."""
     rng = random.Random(seed)
     return [' '.join(rng.choices(WORDS, k=rng.randint(*words))) for _ in range(count)]
 

@@ -132,7 +132,7 @@ def test_texts_until_a_string_an_end_or_the_most_tokens():
         until = decode(row[: row.index(end)] if end in row else row, special=False)
         assert text == until.split(stop)[0] and len(full) == 6
     assert found[0] == whole[0][:2] and len(found[1]) == tokens[1].index(end) < 3
-    # The text of a special token stops, too, and is no part of a text.
+    # A stop string in a special token ends a text, which does not contain the token.
     assert end not in tokens[2] and generate(prompts[2:3], []) == whole[2:3]
     third = tokens[2][2]
 

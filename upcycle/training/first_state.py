@@ -48,8 +48,7 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
     prompts = router_prompts.read(run.surgery, run.model, reader)
     hidden = functools.partial(source.hidden_states, batch)
     if prompts:
-        of_prompts = router_prompts.MeanStates(prompts, run.model, run.surgery, reader, leaves)
-        hidden = lambda target, mlp: of_prompts(mlp)  # noqa: E731
+        hidden = router_prompts.MeanStates(prompts, run.model, run.surgery, reader, leaves).for_target
 
     def read(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array | np.ndarray:
         if name.partition('@')[0] != 'step' or (run.dense_step is None and name in stored):
