@@ -19,7 +19,8 @@ from jax.experimental import topologies
 
 from upcycle import cost, partitioning
 from upcycle.errors import UserError
-from upcycle.hlo import Collective, Program
+from upcycle.hlo import GRID, Collective, KernelCalls, Program
+from upcycle.kernels import Kernels
 from upcycle.progress import waiting
 from upcycle.training import loop, start
 from upcycle.training.run import ModelRun
@@ -73,9 +74,10 @@ class Account:
         times the memory that the compiler reserves.
       reserved: bytes reserved for arguments and temporaries together, which must fit a device's memory.
       xla_flops: XLA's count, in which the body of a loop counts once.
-      matmul_flops: of all matrix products, loops multiplied.
+      matmul_flops: of all matrix products, loops multiplied, kernels included.
       analytic_flops: `cost.py`'s, per device.
-      memory_bytes: read and written in memory, XLA's count (loops once).
+      memory_bytes: read and written in memory: XLA's count (loops once) without kernels, and that of `kernels`.
+      kernels: by name, loops multiplied, counted from their grids; XLA has no count of its own.
       cycles: the compiler's estimate outside collectives, loops multiplied.
       collectives: by kind.
       compile_seconds: on this machine.
@@ -93,6 +95,7 @@ class Account:
     matmul_flops: float
     analytic_flops: float
     memory_bytes: float
+    kernels: Mapping[str, KernelCalls]
     cycles: int
     collectives: Mapping[str, Collective]
     compile_seconds: float
@@ -110,7 +113,8 @@ class Account:
     @property
     def has_loops(self) -> bool:
         """Whether XLA, which counts loops once, misses more than a tenth of the matrix products."""
-        return self.xla_flops < 0.9 * self.matmul_flops
+        inside = sum(calls.flops for calls in self.kernels.values())
+        return self.xla_flops < 0.9 * (self.matmul_flops - inside)
 
     @property
     def fits(self) -> bool:
@@ -164,7 +168,8 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     layout = make_layout(run, mesh)
     begin = time.monotonic()
     with partitioning.use(mesh), waiting(f'compiling for {len(devices)} devices of {topology}'):
-        lowered = loop.lower_step(run, layout, partitioning.batch_sharding(mesh))
+        traced = loop.trace_step(run, layout, partitioning.batch_sharding(mesh))
+        lowered = traced.lower()
         try:
             with _dump() as (dump, options):
                 compiled = lowered.compile(compiler_options=options)
@@ -176,7 +181,8 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     seconds = time.monotonic() - begin
     memory, counted = compiled.memory_analysis(), compiled.cost_analysis()
     text = compiled.as_text()
-    program = Program(text)
+    program, cost_of = Program(text), Kernels(traced.jaxpr).cost
+    kernels = program.kernels(cost_of)
     account = Account(
         topology=topology,
         devices=len(devices),
@@ -187,9 +193,12 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
         peak=memory.peak_memory_in_bytes,
         reserved=reserved or memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         xla_flops=counted['flops'],
-        matmul_flops=program.matmul_flops(),
+        matmul_flops=program.matmul_flops(cost_of),
         analytic_flops=cost.step_flops(run.model, run.train_data.batch_spec()) / len(devices),
-        memory_bytes=counted['bytes accessed'],
+        memory_bytes=counted['bytes accessed']
+        - program.estimated_bytes()
+        + sum(calls.bytes for calls in kernels.values()),
+        kernels=kernels,
         cycles=program.estimated_cycles(),
         collectives=program.collectives(),
         compile_seconds=seconds,
@@ -217,6 +226,12 @@ def show(account: Account, run: ModelRun, utilization: float) -> str:
     if account.cycles:
         lines.append(
             f'cycles               {account.cycles / 1e6:.1f} M outside collectives, by the compiler (loops multiplied)'
+        )
+    for name, calls in sorted(account.kernels.items()):
+        counted = '' if calls.counted == GRID else f'; by its own estimate, because {calls.counted}'
+        lines.append(
+            f'kernel               {name}: {calls.count} a step, {calls.flops / 1e12:.3f} TFLOP, {calls.bytes / gb:.3f} GB'
+            f'{counted}'
         )
     for kind, total in sorted(account.collectives.items()):
         lines.append(

@@ -7,6 +7,10 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable
+
+from upcycle.kernel_steps import DataDependentError
+from upcycle.kernels import Cost, Signature
 
 # Bytes of one element.
 _BYTES = {
@@ -19,7 +23,11 @@ _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _OPERATION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
 _ARRAY = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
-_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"(?:[^}]*"bytes_accessed":"(\d+)")?')
+_TYPE = re.compile(r'\b([a-z]\w*\[[\d,]*\])')
+_METADATA = re.compile(r'kernel_metadata=\{\n(?:".*\n)*\}')  # spans lines
+CostOf = Callable[[Signature], Cost | None]
+GRID = 'grid'  # how the cost of a kernel was counted
 _UNKNOWN = 2**63 - 1  # cycles of an operation that the compiler does not estimate
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
@@ -51,6 +59,28 @@ class Collective:
     wire_bytes: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelCalls:
+    """Calls of a kernel in one step, which XLA's own counts of a program do not cover.
+
+    Attributes:
+      count: number of executions.
+      flops: of matrix products.
+      bytes: read and written in memory.
+      counted: `GRID`, or why its author's estimate had to do, with at least the bytes of operands and results.
+    """
+
+    count: int
+    flops: float
+    bytes: float
+    counted: str
+
+
+def not_traced(signature: Signature) -> None:
+    """The cost of any kernel of a program that was not traced."""
+    del signature
+
+
 class Program:
     """A compiled program, from its `as_text()`."""
 
@@ -61,7 +91,7 @@ class Program:
         partitions = re.search(r'^HloModule .*num_partitions=(\d+)', text, re.MULTILINE)
         self._devices = int(partitions[1]) if partitions else 1
         here: list[Operation] = []
-        for line in text.splitlines():
+        for line in _METADATA.sub('', text).splitlines():
             if match := _COMPUTATION.match(line):
                 here = self._computations[match[2]] = []
                 self._entry = match[2] if match[1] else self._entry
@@ -109,20 +139,60 @@ class Program:
                 )
         return total
 
-    def matmul_flops(self) -> float:
-        """Counts the FLOPs of all matrix products; a multiply-add counts as 2.
-
-        Kernels, such as the TPU compiler's `ragged_dot`, count by their own estimate: that of all rows, with an expert or not.
-        """
-        total = 0.0
+    def matmul_flops(self, cost: CostOf = not_traced) -> float:
+        """Counts the FLOPs of all matrix products, those of kernels included (see `kernels`); a multiply-add counts as 2."""
+        total = sum(calls.flops for calls in self.kernels(cost).values())
         for operation, times in self.operations():
-            if operation.kind == 'custom-call' and (match := _KERNEL.search(operation.rest)):
-                total += times * int(match[1])
             if times and operation.kind in ('convolution', 'dot'):
                 left, right = (_dimensions(self._shapes[name]) for name in _operands(operation)[:2])
                 count = _dot_flops if operation.kind == 'dot' else _convolution_flops
                 total += times * count(left, right, _dimensions(operation.result), operation.rest)
         return total
+
+    def kernels(self, cost: CostOf = not_traced) -> dict[str, KernelCalls]:
+        """Returns the calls of TPU kernels by name, those of the compiler (`ragged_dot`) included.
+
+        Args:
+          cost: gives the cost of a kernel, such as `Kernels.cost`; None for one that was not traced. It raises
+            `DataDependentError` if data decide.
+        """
+        total: dict[str, KernelCalls] = {}
+        for operation, times in self.operations():
+            ours = 'custom_call_target="tpu_custom_call"' in operation.rest
+            if times and operation.kind == 'custom-call' and (ours or _ESTIMATE.search(operation.rest)):
+                name, flops, size, counted = self._call(operation, cost)
+                old = total.get(name, KernelCalls(0, 0.0, 0.0, GRID))
+                total[name] = KernelCalls(
+                    old.count + times,
+                    old.flops + times * flops,
+                    old.bytes + times * size,
+                    counted if old.counted == GRID else old.counted,
+                )
+        return total
+
+    def estimated_bytes(self) -> int:
+        """Returns the bytes that XLA's own count takes from estimates of kernels, a loop counted once."""
+        return sum(
+            int(match[2] or 0)
+            for operation, times in self.operations()
+            if times and operation.kind == 'custom-call' and (match := _ESTIMATE.search(operation.rest))
+        )
+
+    def _call(self, operation: Operation, cost: CostOf) -> tuple[str, float, float, str]:
+        """Returns name, FLOPs and bytes of one call, and how they were counted."""
+        constraints = re.search(r'operand_layout_constraints=\{(.*?)\}, \w+=', operation.rest)
+        operands = constraints[1] if constraints else ' '.join(self._shapes[name] for name in _operands(operation))
+        signature = tuple(_TYPE.findall(operands)), tuple(_TYPE.findall(operation.result))
+        try:
+            if found := cost(signature):
+                return found.name, found.flops, found.bytes, GRID
+            reason = 'it is not a Pallas kernel of the traced program'
+        except DataDependentError as error:
+            reason = str(error)
+        estimate = _ESTIMATE.search(operation.rest)
+        flops, size = (int(number or 0) for number in estimate.groups()) if estimate else (0, 0)
+        size = max(size, _bytes(operands) + _bytes(operation.result))
+        return re.sub(r'\.\d+$', '', operation.name), flops, size, reason
 
     def estimated_cycles(self) -> int:
         """Returns the TPU compiler's estimate of a step's cycles outside collectives and kernels; 0 if it has none."""

@@ -377,7 +377,14 @@ class _Trainer:
 def lower_step(
     run: ModelRun, layout: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
 ) -> jax.stages.Lowered:
-    """Lowers `train_step` for the run's shapes on the current mesh; `start_step` is that of the run's first state."""
+    """Lowers `train_step`; see `trace_step`."""
+    return trace_step(run, layout, batch_sharding, start_step).lower()
+
+
+def trace_step(
+    run: ModelRun, layout: states.Layout, batch_sharding: jax.sharding.Sharding, start_step: int = 0
+) -> jax.stages.Traced:
+    """Traces `train_step` for the run's shapes on the current mesh; `start_step` is that of the run's first state."""
     step = jax.jit(
         functools.partial(
             train_step,
@@ -396,4 +403,4 @@ def lower_step(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding)
         for name, (shape, dtype) in run.train_data.batch_spec().items()
     }
-    return step.lower(layout.abstract, batch)
+    return step.trace(layout.abstract, batch)
