@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from upcycle.hlo import GRID, Program
 from upcycle.kernel_steps import DataDependentError
-from upcycle.kernels import Kernels
+from upcycle.kernels import Kernels, at_uniform_load
 
 BLOCK = 128
 
@@ -149,6 +149,16 @@ def test_groups_are_taken_as_equal_and_unaligned():
     assert cost.flops == steps * 2 * 16 * 32 * 8
     # There are 4 blocks of rows, after which nothing is left to read or write.
     assert cost.bytes == 8 * 4 + (4 * 16 * 32 + 4 * 32 * 8 + steps * 16 * 8) * 4
+
+
+def test_a_share_of_the_rows_is_grouped():
+    """A device of four multiplies the rows of its own experts only: 16 of 64, here in groups of 5, 4, 4 and 3 rows."""
+
+    def loop(x, sizes):
+        return jax.lax.scan(lambda x, _: (x, grouped(x, at_uniform_load(sizes + 1, 16))), x, None, length=3)
+
+    cost = costs_of(loop, array(64, 32, dtype=jnp.float32), array(4, dtype=jnp.int32))['grouped']
+    assert cost.flops == 4 * 2 * 16 * 32 * 8
 
 
 def test_what_data_decide_is_refused():

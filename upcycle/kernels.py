@@ -5,8 +5,8 @@ follow from the kernel's grid: a block is read, or written, whenever its index d
 counts in the steps that reach it. Kernels are recognised in the compiled program by the types of their operands and results, so
 that what counts is how often the program calls them, after rematerialisation and in loops.
 
-Indices may depend on arrays: the mask of splash attention, which is constant, and the sizes of groups of a grouped product, for
-which equal groups are assumed, none of them aligned with tiles.
+Indices may depend on arrays: the mask of splash attention, which is constant, and the sizes of the groups of a grouped product.
+A uniform load is assumed: equal groups, none of them aligned with tiles, of as many rows as `at_uniform_load` says.
 """
 
 import collections
@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from upcycle.kernel_steps import DataDependentError, Steps, Value, opened
@@ -23,10 +25,12 @@ from upcycle.kernel_steps import DataDependentError, Steps, Value, opened
 # Types of operands and results, as in compiled text: 'bf16[8,128]'.
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
 
-# Jitted grouped products of JAX: their vector of integers is the sizes of the groups into which the rows of the last matrix fall.
+# Jitted grouped products of JAX: their vector of integers is the sizes of the groups into which the rows of the last matrix fall,
+# all of them if `at_uniform_load` does not say how many.
 GROUPED = ('gmm', 'tgmm')
 # A larger array is an activation, which depends on data.
 LARGEST = 2**20
+_UNIFORM = 'rows_at_uniform_load_'
 _CALLS = (
     'jit',
     'pjit',
@@ -39,6 +43,11 @@ _CALLS = (
     'shard_map',
 )
 _SAME = ('copy', 'copy_p', 'name', 'optimization_barrier', 'pvary', 'reshard', 'sharding_constraint', 'stop_gradient')
+
+
+def at_uniform_load(sizes_E: jax.Array, rows: int) -> jax.Array:
+    """Returns sizes of groups unchanged; notes in the traced program how many rows they hold together at a uniform load."""
+    return checkpoint_name(sizes_E, f'{_UNIFORM}{rows}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,9 +216,9 @@ class _Frame:
         def argument(number: int) -> Value:
             if number + skipped < 0:
                 return None
-            if params.get('name') in GROUPED and _is_sizes(jaxpr.invars[number]):
-                return _equal_groups(jaxpr, jaxpr.invars[number].aval)
             value = self.value(eqn.invars[number + skipped])
+            if value is None and params.get('name') in GROUPED:
+                return _all_rows(jaxpr, jaxpr.invars[number].aval)
             if value is None or primitive != 'shard_map':
                 return value
             # The part of the first device.
@@ -233,6 +242,8 @@ class _Frame:
         primitive = eqn.primitive.name
         if primitive == 'axis_index':
             return np.int32(0)
+        if primitive == 'name' and eqn.params['name'].startswith(_UNIFORM):
+            return _equal_groups(eqn.outvars[0].aval, int(eqn.params['name'].removeprefix(_UNIFORM)))
         if primitive in _SAME:
             return self.value(eqn.invars[number])
         shape = eqn.outvars[number].aval.shape
@@ -267,16 +278,16 @@ def _jaxprs(params: Mapping[str, Any]) -> Iterator[tuple[str, Jaxpr | ClosedJaxp
                 yield name, each
 
 
-def _is_sizes(var: Any) -> bool:
-    return getattr(var.aval, 'ndim', None) == 1 and var.aval.shape != (1,) and np.issubdtype(var.aval.dtype, np.integer)
-
-
-def _equal_groups(jaxpr: Jaxpr, sizes: Any) -> np.ndarray:
-    """Returns equal sizes of groups, the first of which has a row more, so that groups do not end where tiles end."""
+def _all_rows(jaxpr: Jaxpr, aval: Any) -> Value:
+    """Returns equal sizes of groups for an argument of a grouped product; None for its other arguments."""
     matrices = [var.aval.shape for var in jaxpr.invars if getattr(var.aval, 'ndim', 0) == 2]
-    if not matrices:
-        raise DataDependentError('the sizes of its groups depend on data')
-    rows = matrices[-1][0]
+    if getattr(aval, 'ndim', None) != 1 or not np.issubdtype(aval.dtype, np.integer) or not matrices:
+        return None
+    return _equal_groups(aval, matrices[-1][0])
+
+
+def _equal_groups(sizes: Any, rows: int) -> np.ndarray:
+    """Returns equal sizes of groups, the first of which has a row more, so that groups do not end where tiles end."""
     found = np.full(sizes.shape, rows // sizes.shape[0], sizes.dtype)
     found[0] += rows - found.sum()
     if found[-1] > 1:
