@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from accelerator.device import Device
 from upcycle import partitioning
-from upcycle.models.losses import cross_entropy
 from upcycle.moe.grouped_matmul import grouped_matmul
 
 Arrays = dict[str, jax.Array]
@@ -26,13 +25,13 @@ def row(name: str, device: Device) -> dict[str, Any]:
     """
     dtype = jnp.float32 if device.toy else jnp.bfloat16
     kind, _, variant = name.partition('/')
-    kernel, reference, arrays, sizes = _CASES[kind](variant, device.toy, dtype)
     mesh = partitioning.make_mesh((1, 1, 1), None, jax.local_devices()[:1])
     with partitioning.use(mesh):
-        found = jax.jit(_results(kernel))(arrays)
+        kernel, reference, arrays, sizes = _CASES[kind](variant, device.toy, dtype)
+        found = jax.jit(_results(kernel, dtype))(arrays)
         with jax.default_matmul_precision('highest'):
             wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
-            expected = jax.jit(_results(reference))(wide)
+            expected = jax.jit(_results(reference, dtype))(wide)
     bound = FLOAT32 if device.toy else BFLOAT16
     differences = {leaf: _difference(found[leaf], expected[leaf]) for leaf in expected}
     worst = max(
@@ -45,12 +44,12 @@ def row(name: str, device: Device) -> dict[str, Any]:
     return {'sizes': f'{sizes}, {jnp.dtype(dtype).name}', 'difference': differences[worst], 'bound': bound}
 
 
-def _results(function: Callable[..., jax.Array]) -> Callable[[Arrays], Arrays]:
-    """Returns the function's result and its gradients, for a cotangent without structure."""
+def _results(function: Callable[..., jax.Array], dtype: Any) -> Callable[[Arrays], Arrays]:
+    """Returns the function's result and its gradients, for a cotangent without structure, rounded to a type."""
 
     def results(arrays: Arrays) -> Arrays:
         out, pull = jax.vjp(lambda arrays: function(**arrays), arrays)
-        cotangent = jax.random.normal(jax.random.key(9), out.shape).astype(out.dtype)
+        cotangent = jax.random.normal(jax.random.key(9), out.shape).astype(dtype).astype(out.dtype)
         return {'the result': out} | {f'the gradient of {name}': leaf for name, leaf in pull(cotangent)[0].items()}
 
     return results
@@ -75,7 +74,7 @@ _ATTENTION: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 
 
 def _attention(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable, Arrays, str]:
-    from upcycle.models.layers.attention import attention
+    from upcycle.models.layers.attention import attention, implementation
 
     heads, key_heads, queries, keys, options = _ATTENTION[variant]
     batch, width = 2, 64
@@ -96,7 +95,15 @@ def _attention(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable,
         ids = jnp.broadcast_to(jnp.where(first, 1, 2 if queries == keys else 0), (batch, keys))
         options['segment_ids'] = (ids if queries == keys else jnp.ones((batch, queries), jnp.int32), ids)
     options['scale'] = width**-0.5
-    sizes = f'{batch} x {queries} x {keys}, {heads} heads of {width}, {key_heads} of keys'
+    asked = {name: options.get(name) for name in ('segment_ids', 'window', 'soft_cap')}
+    chosen = implementation(
+        *(arrays[name] for name in shapes),
+        mask=None,
+        bias=arrays.get('bias'),
+        causal=options.get('causal', False),
+        **asked,
+    )
+    sizes = f'{chosen}: {batch} x {queries} x {keys}, {heads} heads of {width}, {key_heads} of keys'
 
     def kernel(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         return attention(query, key, value, bias=bias, **options)
@@ -156,20 +163,31 @@ def _grouped(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable, A
 
 def _cross_entropy(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable, Arrays, str]:
     tokens, width, vocabulary = (16, 8, 32) if toy else (1024, 1024, 32128)
+    from upcycle.models.head import Head, head_sums
+
+    chunk = None if variant == 'all logits' else tokens // 4
     targets = jax.random.randint(jax.random.key(0), (tokens,), 0, vocabulary)
     arrays = {
         'activations': jax.random.normal(jax.random.key(1), (tokens, width)).astype(dtype),
-        'embedding': (jax.random.normal(jax.random.key(2), (vocabulary, width)) * width**-0.5).astype(dtype),
+        'embedding': jax.random.normal(jax.random.key(2), (vocabulary, width)) * width**-0.5,
     }
 
+    losses = {'z_loss': 1e-4, 'label_smoothing': 0.0}
+
+    def logits(embedding: jax.Array, activations: jax.Array) -> jax.Array:
+        kernel = embedding.astype(activations.dtype)
+        return jnp.einsum('...d,vd->...v', activations, kernel, preferred_element_type=jnp.float32)
+
     def kernel(activations: jax.Array, embedding: jax.Array) -> jax.Array:
-        logits = jnp.einsum('nd,vd->nv', activations, embedding, preferred_element_type=jnp.float32)
-        return cross_entropy(logits, targets, z_loss=1e-4)[0]
+        head = Head(embedding, ('vocab', 'embed'), logits)
+        weights = jnp.ones((1, tokens))
+        return head_sums(head, activations[None], targets[None], weights, chunk=chunk, **losses)['loss']
 
     def reference(activations: jax.Array, embedding: jax.Array) -> jax.Array:
-        logits = activations @ embedding.T
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        return log_z - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] + 1e-4 * log_z**2
+        wide = activations @ embedding.T
+        log_z = jax.nn.logsumexp(wide, axis=-1)
+        wanted = jnp.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
+        return (log_z - wanted + losses['z_loss'] * log_z**2).sum()
 
     return kernel, reference, arrays, f'{tokens} tokens, {vocabulary} classes'
 
