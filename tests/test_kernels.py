@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from upcycle.hlo import GRID, Program
-from upcycle.kernel_steps import DataDependentError
+from upcycle.kernel_steps import NotCountedError
 from upcycle.kernels import Kernels, at_uniform_load
 
 BLOCK = 128
@@ -167,7 +167,7 @@ def test_what_data_decide_is_refused():
             lambda x_ref, out_ref: None, grid=(steps,), out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32)
         )(x)
 
-    with pytest.raises(DataDependentError, match='size of its grid'):
+    with pytest.raises(NotCountedError, match='size of its grid'):
         costs_of(sized, array(8, 128), array(dtype=jnp.int32))
 
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 
-from upcycle.kernel_steps import DataDependentError
+from upcycle.kernel_steps import NotCountedError
 from upcycle.kernels import Cost, Signature
 
 # Bytes of one element.
@@ -153,8 +153,8 @@ class Program:
         """Returns the calls of TPU kernels by name, those of the compiler (`ragged_dot`) included.
 
         Args:
-          cost: gives the cost of a kernel, such as `Kernels.cost`; None for one that was not traced. It raises
-            `DataDependentError` if data decide.
+          cost: gives the cost of a kernel, such as `Kernels.cost`; None for one that was not traced. It may raise
+            `NotCountedError`.
         """
         total: dict[str, KernelCalls] = {}
         for operation, times in self.operations():
@@ -187,7 +187,7 @@ class Program:
             if found := cost(signature):
                 return found.name, found.flops, found.bytes, GRID
             reason = 'it is not a Pallas kernel of the traced program'
-        except DataDependentError as error:
+        except NotCountedError as error:
             reason = str(error)
         estimate = _ESTIMATE.search(operation.rest)
         flops, size = (int(number or 0) for number in estimate.groups()) if estimate else (0, 0)

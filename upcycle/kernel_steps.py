@@ -34,8 +34,8 @@ _OPERATIONS: dict[str, Callable[..., Value]] = {
 }  # fmt: skip
 
 
-class DataDependentError(Exception):
-    """The number of steps, or of a loop's iterations, depends on data."""
+class NotCountedError(Exception):
+    """The cost of a kernel does not follow from its grid; the message says why."""
 
 
 class Steps:
@@ -62,7 +62,7 @@ class Steps:
         """Counts the products of a kernel's body in the steps that reach them. Of branches that depend on data, the largest.
 
         Raises:
-          DataDependentError: a loop ends when data say so, or the kernel copies blocks itself.
+          NotCountedError: a loop ends when data say so, or the kernel copies blocks itself.
         """
         unknown = [None] * (len(body.invars) - len(scalars))
         self._run(body, (), [*scalars, *unknown], np.ones(self.ids.shape[1], bool))
@@ -96,13 +96,14 @@ class Steps:
         if name == 'while':
             return self._while(params, values, where)
         if name == 'dma_start':
-            raise DataDependentError('it copies blocks itself')
+            raise NotCountedError('it copies blocks itself')
         if name == 'convert_element_type' and values[0] is not None:
             return [np.asarray(values[0]).astype(params['new_dtype'])]
         if name in _OPERATIONS and all(
             value is not None and not atom.aval.shape for value, atom in _pairs(eqn, values)
         ):
-            return [_OPERATIONS[name](*values)]
+            with np.errstate(all='ignore'):  # steps that do not get here may divide by 0
+                return [_OPERATIONS[name](*values)]
         inner = [each for each in params.values() if isinstance(each, Jaxpr | ClosedJaxpr)]
         if len(inner) != 1:
             return [None] * len(eqn.outvars)
@@ -141,10 +142,10 @@ class Steps:
         carry = values[second:]
         (test, test_consts), (body, body_consts) = opened(params['cond_jaxpr']), opened(params['body_jaxpr'])
         while True:
-            (goes_on,) = self._run(test, test_consts, [*values[:first], *carry], where)
-            if goes_on is None:
-                raise DataDependentError('a loop in it ends when data say so')
-            where = where & goes_on
+            (again,) = self._run(test, test_consts, [*values[:first], *carry], where)
+            if again is None:
+                raise NotCountedError('a loop in it ends when data say so')
+            where = where & again
             if not where.any():
                 return [None] * len(carry)
             carry = self._run(body, body_consts, [*values[first:second], *carry], where)

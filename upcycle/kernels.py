@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from upcycle.kernel_steps import DataDependentError, Steps, Value, opened
+from upcycle.kernel_steps import NotCountedError, Steps, Value, opened
 
 # Types of operands and results, as in compiled text: 'bf16[8,128]'.
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
@@ -83,18 +83,18 @@ class Kernels:
         """Returns the cost of a kernel, the mean of those with the same signature; None if no such kernel was traced.
 
         Raises:
-          DataDependentError: it depends on data.
+          NotCountedError: it does not follow from the grid.
         """
         if signature not in self._calls:
             return None
         if signature not in self._costs:
             try:
                 self._costs[signature] = _mean(self._calls[signature])
-            except DataDependentError as error:
+            except NotCountedError as error:
                 self._costs[signature] = str(error)
         cost = self._costs[signature]
         if isinstance(cost, str):
-            raise DataDependentError(cost)
+            raise NotCountedError(cost)
         return cost
 
 
@@ -115,14 +115,14 @@ def _cost(eqn: JaxprEqn, frame: '_Frame') -> Cost:
     known = [frame.value(atom) for atom in eqn.invars[: dynamic + mapping.num_index_operands]]
     sizes, scalars = iter(known[:dynamic]), known[dynamic:]
     if any(size is None for size in known[:dynamic]):
-        raise DataDependentError('the size of its grid depends on data')
+        raise NotCountedError('the size of its grid depends on data')
     grid = [size if isinstance(size, int) else int(next(sizes)) for size in mapping.grid]
     steps = Steps(grid, mapping.vmapped_dims)
     traffic = sum(_size(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars[dynamic:][: len(scalars)])
     for block in mapping.block_mappings:
         space = str(block.transformed_block_aval.memory_space).lower()
         if space in ('any', 'hbm'):
-            raise DataDependentError('it copies blocks itself')
+            raise NotCountedError('it copies blocks itself')
         traffic += _block_bytes(block, steps.indices(block.index_map_jaxpr, scalars), steps.ids.shape[1])
     steps.count(eqn.params['jaxpr'], scalars)
     return Cost(_name(eqn, frame), float(steps.flops), float(traffic))
@@ -130,6 +130,8 @@ def _cost(eqn: JaxprEqn, frame: '_Frame') -> Cost:
 
 def _block_bytes(block: Any, indices: Sequence[Value], steps: int) -> float:
     """Returns the bytes of all blocks that are moved. An index that depends on data changes in every step."""
+    if len(indices) != len(block.block_shape):
+        raise NotCountedError('the sizes of its blocks vary')
     changes, elements = np.zeros(steps, bool), np.ones(steps)
     changes[:1] = True
     for size, dimension, index in zip(block.array_aval.shape, block.block_shape, indices, strict=True):

@@ -67,6 +67,37 @@ def test_every_row(tmp_path):
     assert 1 < rows['llm/ragged']['flops_over_baseline'] < 2
 
 
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from accelerator import device, steps
+
+    return device, steps
+
+
+def steps_on_a_gpu(family, modules, memory=None):
+    device, steps = modules
+    return steps.Steps(family, device.Device('gpu', 'a GPU', 1, memory, None))
+
+
+@pytest.mark.parametrize('name', [name for family in ('t5', 'vit', 'llm') for name in accelerator_check.ROWS[family]])
+def test_models_have_full_size_on_accelerators(name, modules):
+    family, _, variant = name.partition('/')
+    sizes = modules[1].Sizes(experts=8, layers=None, batch=2)
+    run = steps_on_a_gpu(family, modules)._run(sizes, variant, 1)
+    assert run.num_experts == (None if variant == 'dense' else 8)
+    assert run.model.config.emb_dim == {'t5': 768, 'vit': 768, 'llm': 2048}[family]
+    assert run.train_data.batch_size == 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('family', ['t5', 'vit', 'llm'])
+def test_sizes_grow_with_the_memory(family, modules):
+    found = [steps_on_a_gpu(family, modules, gigabytes * 10**9).sizes for gigabytes in (20, 40, 80, 160)]
+    order = [(sizes.layers or 0, sizes.experts, sizes.batch) for sizes in found]
+    assert order == sorted(order) and order[0] != order[-1]
+
+
 def test_a_row_that_fails_says_why_and_the_others_run(monkeypatch, capsys):
     def measure(name, device, steps):
         if name == 'first':
