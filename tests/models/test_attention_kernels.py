@@ -1,4 +1,4 @@
-"""Attention kernels of accelerators, on CPUs in interpret mode, against the reference; and compiled or lowered for accelerators."""
+"""Attention kernels: on CPUs in interpret mode against the reference, and compiled for accelerators."""
 
 import dataclasses
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle import partitioning
 from upcycle.models.layers import attention as module
 from upcycle.models.layers.attention import Implementation, attention, implementation, segments
 

@@ -36,9 +36,9 @@ def attention(
     float32_logits: bool = True,
     keep_weights: bool = True,
 ) -> jax.Array:
-    """Averages values under softmax(scale * query . key + bias) over the keys that a query sees: (B, Q, H, N) in the values' type.
+    """Averages values under softmax(scale * query . key + bias), over the keys that a query sees.
 
-    A query that sees no key has some finite average of values.
+    The result is (B, Q, H, N) in the values' type. A query that sees no key has some finite average of values.
 
     Args:
       query_BxQxHxN: queries; heads h * H / M to (h + 1) * H / M share key head h.
