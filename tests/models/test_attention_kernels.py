@@ -1,13 +1,20 @@
 """Attention kernels: on CPUs in interpret mode against the reference, and compiled for accelerators."""
 
 import dataclasses
+import subprocess
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from tests.moe.quick import jit
+from tests.test_compile import requires_libtpu
+from upcycle import compile as compile_module
+from upcycle import partitioning
 from upcycle.models.layers import attention as module
 from upcycle.models.layers.attention import Implementation, attention, implementation, segments
 
@@ -121,3 +128,161 @@ def test_a_kernel_is_the_reference_in_float32(case, expected, monkeypatch):
     assert ours.keys() == reference.keys()
     for name, array in reference.items():
         assert np.abs(ours[name] - array).max() <= 1e-5 * np.abs(array).max(), name
+
+
+def exact(case, arrays):
+    """Output and gradients in float64, and for each the sum of the absolute values of what is added up."""
+    query, key, value, towards = (
+        np.asarray(arrays[name], np.float64).swapaxes(1, 2) for name in ('query', 'key', 'value', 'towards')
+    )
+    groups = case.heads // case.key_heads
+    key, value = (np.repeat(x, groups, axis=1) for x in (key, value))
+    logits = case.scale * query @ key.swapaxes(2, 3)
+    if case.bias:
+        logits += np.asarray(arrays['bias'], np.float64)
+    visible = np.ones((case.queries, case.keys), bool)
+    distance = np.arange(case.queries)[:, None] - np.arange(case.keys)
+    if case.causal:
+        visible = (distance >= 0) & (distance < (case.window or case.keys))
+    visible = visible[None]
+    if case.packed:
+        query_ids, key_ids = map(np.asarray, arrays['segment_ids'])
+        visible = visible & (query_ids[:, :, None] == key_ids[:, None])
+    logits = np.where(visible[:, None], logits, -1e30)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    dweights = towards @ value.swapaxes(2, 3)
+    dlogits = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
+    # A kernel may take the sum from its rounded output.
+    loose = np.abs(dlogits) + weights * (np.abs(weights @ value) * np.abs(towards)).sum(axis=-1, keepdims=True)
+    counts = (towards != 0).any(axis=-1, keepdims=True)
+    columns = np.swapaxes(weights, 2, 3), np.swapaxes(dlogits, 2, 3), np.swapaxes(loose, 2, 3)
+    products = {
+        'out': (weights * counts, value, weights * counts),
+        'query': (case.scale * dlogits, key, case.scale * loose),
+        'key': (case.scale * columns[1], query, case.scale * columns[2]),
+        'value': (columns[0], towards, columns[0]),
+    }
+
+    def summed(name, product):
+        if name in ('key', 'value'):
+            product = product.reshape(case.batch, case.key_heads, groups, *product.shape[2:]).sum(axis=2)
+        return product.swapaxes(1, 2)
+
+    sums = {
+        name: (summed(name, left @ right), summed(name, np.abs(most) @ np.abs(right)))
+        for name, (left, right, most) in products.items()
+    }
+    if case.bias:
+        sums['bias'] = dlogits.sum(axis=0), np.abs(loose).sum(axis=0)
+    return sums
+
+
+@pytest.mark.parametrize(('case', 'expected'), [c for c in CASES if not c.values[0].soft_cap])
+def test_in_bfloat16_it_errs_by_its_roundings(case, expected, monkeypatch):
+    """Two of relative size 2 ** -8: of what a product sums up, and of the result. What is summed up is float32 before."""
+    arrays = case.arguments(jnp.bfloat16)
+    monkeypatch.setattr(module, 'interpreted', True)
+    ours = output_and_gradients(case, arrays)
+    for name, (result, absolute) in exact(case, arrays).items():
+        assert (
+            np.abs(np.asarray(ours[name], np.float64) - result) <= 2**-7 * absolute + 1e-6 * absolute.max()
+        ).all(), name
+
+
+def shapes_of(case, dtype, sharding=None):
+    """Shapes of query, key, value, bias and segments, those that a case has."""
+    shapes = jax.eval_shape(lambda: case.arguments(dtype))
+    return {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes.get(name))
+        for name in ('query', 'key', 'value', 'bias', 'segment_ids')
+    }
+
+
+def gradients(case):
+    """A function of the arrays of `shapes_of`, without dtype float0."""
+    options = {name: getattr(case, name) for name in ('causal', 'window', 'soft_cap', 'scale')}
+
+    def run(query, key, value, bias, segment_ids):
+        def loss(query, key, value, bias):
+            out = attention(query, key, value, bias=bias, segment_ids=segment_ids, **options)
+            return jnp.square(out.astype(jnp.float32)).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2) if bias is None else (0, 1, 2, 3))(query, key, value, bias)
+
+    return run
+
+
+def compile_for(topology):
+    """Compiles all cases for a TPU; prints how many kernels each has. Called in a process: see `tests/test_compile.py`."""
+    (device, *_) = compile_module._devices(topology, 1)
+    partitioning._PLATFORM.set(device.platform)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    for name, case in (ROWS | SPLASH).items():
+        shapes = shapes_of(case, jnp.bfloat16, sharding)
+        text = jax.jit(gradients(case)).lower(**shapes).compile().as_text()
+        print(f'{name}: {text.count("tpu_custom_call")} kernels', flush=True)
+
+
+@requires_libtpu
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('topology', ['v4:2x2x1', 'v5p:2x2x1', 'v6e:2x2'])
+def test_all_kernels_compile_for_tpus(topology):
+    code = f'from tests.models.test_attention_kernels import compile_for; compile_for({topology!r})'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = dict(line.split(': ') for line in done.stdout.splitlines())
+    assert kernels.keys() == (ROWS | SPLASH).keys()
+    # Forward and backward; the bias's gradient apart; queries apart from keys and values.
+    apart = {'one block of queries is not enough', *SPLASH}
+    assert {name for name, count in kernels.items() if count == '2 kernels'} == kernels.keys() - apart
+    assert {name for name, count in kernels.items() if count == '3 kernels'} == apart
+
+
+@pytest.mark.parametrize(
+    ('case', 'dtype', 'platform', 'expected'),
+    [
+        (ROWS['encoder'], 'bfloat16', 'tpu', 'rows'),
+        (ROWS['images'], 'float32', 'tpu', 'rows'),
+        (SPLASH['causal'], 'bfloat16', 'tpu', 'splash'),
+        (SPLASH['long'], 'bfloat16', 'tpu', 'splash'),
+        (dataclasses.replace(SPLASH['long'], bias=True), 'bfloat16', 'tpu', 'reference'),
+        (dataclasses.replace(ROWS['encoder'], queries=1), 'bfloat16', 'tpu', 'reference'),
+        (SPLASH['causal'], 'bfloat16', 'gpu', 'cudnn'),
+        (SPLASH['window, packed'], 'bfloat16', 'gpu', 'cudnn'),
+        (SPLASH['causal'], 'float32', 'gpu', 'reference'),
+        (SPLASH['soft cap'], 'bfloat16', 'gpu', 'reference'),
+        (ROWS['images'], 'bfloat16', 'gpu', 'reference'),
+        (ROWS['cross'], 'bfloat16', 'gpu', 'cudnn'),
+        (ROWS['encoder'], 'bfloat16', 'gpu', 'reference'),
+        (SPLASH['causal'], 'bfloat16', 'cpu', 'reference'),
+    ],
+)
+def test_the_platform_chooses(case, dtype, platform, expected, monkeypatch):
+    monkeypatch.setattr(partitioning, 'platform', lambda: platform)
+    assert chosen(case, shapes_of(case, dtype)) == expected
+
+
+@pytest.mark.parametrize('case', [SPLASH['causal'], SPLASH['window, packed'], ROWS['cross']])
+def test_cudnns_attention_is_lowered_for_gpus(case, monkeypatch):
+    """Lowered only: JAX asks the library for its version, which needs a GPU."""
+    monkeypatch.setattr(partitioning, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+    traced = jax.jit(gradients(case)).trace(**shapes_of(case, jnp.bfloat16))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    assert 'cudnn$fmha' in text and 'Backward' in text
+    assert 'stablehlo.exponential' not in text
+
+
+@pytest.mark.parametrize(('platform', 'expected'), [('cpu', 'cpu'), ('tpu', 'tpu')])
+def test_the_platform_is_that_of_the_mesh_in_use(platform, expected):
+    mesh = partitioning.make_mesh((1, 1, 1), None)
+    device = mock.Mock(platform=platform)
+    with (
+        mock.patch.object(partitioning.jax, 'set_mesh'),
+        partitioning.use(mock.Mock(devices=np.array([device]), shape=mesh.shape)),
+    ):
+        assert partitioning.platform() == expected
+        with partitioning.on_one_device(jax.devices()[0]):
+            assert partitioning.platform() == 'cpu'
+    assert partitioning.platform() == 'cpu'

@@ -122,9 +122,9 @@ def implementation(
             return Implementation.ROWS
         return Implementation.SPLASH if bias is None else Implementation.REFERENCE
     half = query_BxQxHxN.dtype in (jnp.bfloat16, jnp.float16) and query_BxQxHxN.dtype == value_BxKxMxN.dtype
-    # A bias with segments would be (B, H, Q, K) there.
-    one_bias = (bias is None or segment_ids is None) and (bias is segment_ids is None or Q % 2 == K % 2 == 0)
-    if platform == 'gpu' and half and one_bias and N % 8 == 0 and N <= 128 and soft_cap is None:
+    # A bias with segments would be (B, H, Q, K) there. Gradients need even lengths.
+    fits = (bias is None or segment_ids is None) and Q % 2 == K % 2 == 0 and N % 8 == 0 and N <= 128
+    if platform == 'gpu' and half and fits and soft_cap is None:
         return Implementation.CUDNN
     return Implementation.REFERENCE
 
