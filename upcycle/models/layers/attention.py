@@ -108,23 +108,23 @@ def implementation(
     soft_cap: float | None,
 ) -> Implementation:
     """Chooses how `attention` computes its arguments on the platform of the mesh in use."""
-    B, Q, H, N = query_BxQxHxN.shape
-    K, M = key_BxKxMxN.shape[1:3]
+    B, Q, _, N = query_BxQxHxN.shape
+    K = key_BxKxMxN.shape[1]
     platform = 'tpu' if interpreted else partitioning.platform()
     if mask is not None or Q == 1 or platform == 'cpu' or B % partitioning.batch_shards(partitioning.current_mesh()):
         return Implementation.REFERENCE
     if platform == 'tpu':
-        from upcycle.models.layers.row_attention import LONGEST_ROW
+        from upcycle.models.layers.row_attention import fits
 
-        in_rows = H == M and K <= LONGEST_ROW and window is None and soft_cap is None
+        in_rows = window is None and soft_cap is None and fits(query_BxQxHxN, key_BxKxMxN, bias)
         # Splash attention skips blocks that nothing sees, but pads heads of 64 to 128.
         if in_rows and (bias is not None or not causal):
             return Implementation.ROWS
         return Implementation.SPLASH if bias is None else Implementation.REFERENCE
     half = query_BxQxHxN.dtype in (jnp.bfloat16, jnp.float16) and query_BxQxHxN.dtype == value_BxKxMxN.dtype
     # A bias with segments would be (B, H, Q, K) there. Gradients need even lengths.
-    fits = (bias is None or segment_ids is None) and Q % 2 == K % 2 == 0 and N % 8 == 0 and N <= 128
-    if platform == 'gpu' and half and fits and soft_cap is None:
+    possible = (bias is None or segment_ids is None) and Q % 2 == K % 2 == 0 and N % 8 == 0 and N <= 128
+    if platform == 'gpu' and half and possible and soft_cap is None:
         return Implementation.CUDNN
     return Implementation.REFERENCE
 
