@@ -87,30 +87,32 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-# Of the mesh in use: abstract meshes, which are all that programs see while they are traced, do not tell it.
-_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar('platform', default=None)
+# Of the mesh in use: abstract meshes, which are all that programs see while they are traced, do not have devices.
+_DEVICE: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar('device', default=None)
 
 
 @contextlib.contextmanager
-def _on(platform: str) -> Iterator[None]:
-    token = _PLATFORM.set(platform)
+def _on(device: jax.Device) -> Iterator[None]:
+    token = _DEVICE.set(device)
     try:
         yield
     finally:
-        _PLATFORM.reset(token)
+        _DEVICE.reset(token)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Context in which logical constraints on activations refer to this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), _on(mesh.devices.flat[0].platform):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), _on(mesh.devices.flat[0]):
         yield
 
 
-def platform() -> str:
-    """Returns the platform of the mesh in use, and without one that of new arrays: 'cpu', 'gpu' or 'tpu'."""
+def device() -> jax.Device:
+    """Returns a device of the mesh in use, or without one that of new arrays: the kind that a program is traced for."""
     default = jax.config.jax_default_device
-    return _PLATFORM.get() or getattr(default, 'platform', default) or jax.default_backend()
+    if isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    return _DEVICE.get() or default or jax.local_devices()[0]
 
 
 @contextlib.contextmanager
@@ -119,7 +121,7 @@ def on_one_device(device: jax.Device) -> Iterator[None]:
 
     A mesh in use places such arrays on all of its devices, including other processes', regardless of the default device.
     """
-    with jax.set_mesh(None), jax.default_device(device), _on(device.platform):
+    with jax.set_mesh(None), jax.default_device(device), _on(device):
         yield
 
 

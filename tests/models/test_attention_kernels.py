@@ -1,5 +1,6 @@
 """Attention kernels: on CPUs in interpret mode against the reference, and compiled for accelerators."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def gradients(case):
 def compile_for(topology):
     """Compiles all cases for a TPU; prints how many kernels each has. Called in a process: see `tests/test_compile.py`."""
     (device, *_) = compile_module._devices(topology, 1)
-    partitioning._PLATFORM.set(device.platform)
+    partitioning._DEVICE.set(device)
     sharding = jax.sharding.SingleDeviceSharding(device)
     for name, case in (ROWS | SPLASH).items():
         shapes = shapes_of(case, jnp.bfloat16, sharding)
@@ -239,34 +240,41 @@ def test_all_kernels_compile_for_tpus(topology):
     assert {name for name, count in kernels.items() if count == '3 kernels'} == apart
 
 
+V5P, V3 = (mock.Mock(platform='tpu', device_kind=kind) for kind in ('TPU v5', 'TPU v3'))
+H100, V100, AMD = (mock.Mock(platform='gpu', compute_capability=c) for c in ('9.0', '7.0', 'gfx942'))
+
+
 @pytest.mark.parametrize(
-    ('case', 'dtype', 'platform', 'expected'),
+    ('case', 'dtype', 'device', 'expected'),
     [
-        (ROWS['encoder'], 'bfloat16', 'tpu', 'rows'),
-        (ROWS['images'], 'float32', 'tpu', 'rows'),
-        (SPLASH['causal'], 'bfloat16', 'tpu', 'splash'),
-        (SPLASH['long'], 'bfloat16', 'tpu', 'splash'),
-        (dataclasses.replace(SPLASH['long'], bias=True), 'bfloat16', 'tpu', 'reference'),
-        (dataclasses.replace(ROWS['encoder'], queries=1), 'bfloat16', 'tpu', 'reference'),
-        (SPLASH['causal'], 'bfloat16', 'gpu', 'cudnn'),
-        (SPLASH['window, packed'], 'bfloat16', 'gpu', 'cudnn'),
-        (SPLASH['causal'], 'float32', 'gpu', 'reference'),
-        (SPLASH['soft cap'], 'bfloat16', 'gpu', 'reference'),
-        (ROWS['images'], 'bfloat16', 'gpu', 'reference'),
-        (ROWS['cross'], 'bfloat16', 'gpu', 'cudnn'),
-        (ROWS['encoder'], 'bfloat16', 'gpu', 'reference'),
-        (SPLASH['causal'], 'bfloat16', 'cpu', 'reference'),
+        (ROWS['encoder'], 'bfloat16', V5P, 'rows'),
+        (ROWS['images'], 'float32', V5P, 'rows'),
+        (SPLASH['causal'], 'bfloat16', V5P, 'splash'),
+        (SPLASH['long'], 'bfloat16', V5P, 'splash'),
+        (dataclasses.replace(SPLASH['long'], bias=True), 'bfloat16', V5P, 'reference'),
+        (dataclasses.replace(ROWS['encoder'], queries=1), 'bfloat16', V5P, 'reference'),
+        (ROWS['encoder'], 'bfloat16', V3, 'reference'),
+        (SPLASH['causal'], 'bfloat16', H100, 'cudnn'),
+        (SPLASH['window, packed'], 'bfloat16', H100, 'cudnn'),
+        (SPLASH['causal'], 'float32', H100, 'reference'),
+        (SPLASH['soft cap'], 'bfloat16', H100, 'reference'),
+        (ROWS['images'], 'bfloat16', H100, 'reference'),
+        (ROWS['cross'], 'bfloat16', H100, 'cudnn'),
+        (ROWS['encoder'], 'bfloat16', H100, 'reference'),
+        (SPLASH['causal'], 'bfloat16', V100, 'reference'),
+        (SPLASH['causal'], 'bfloat16', AMD, 'reference'),
+        (SPLASH['causal'], 'bfloat16', jax.devices()[0], 'reference'),
     ],
 )
-def test_the_platform_chooses(case, dtype, platform, expected, monkeypatch):
-    monkeypatch.setattr(partitioning, 'platform', lambda: platform)
+def test_the_device_chooses(case, dtype, device, expected, monkeypatch):
+    monkeypatch.setattr(partitioning, 'device', lambda: device)
     assert chosen(case, shapes_of(case, dtype)) == expected
 
 
 @pytest.mark.parametrize('case', [SPLASH['causal'], SPLASH['window, packed'], ROWS['cross']])
 def test_cudnns_attention_is_lowered_for_gpus(case, monkeypatch):
     """Lowered only: JAX asks the library for its version, which needs a GPU."""
-    monkeypatch.setattr(partitioning, 'platform', lambda: 'gpu')
+    monkeypatch.setattr(partitioning, 'device', lambda: H100)
     monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
     traced = jax.jit(gradients(case)).trace(**shapes_of(case, jnp.bfloat16))
     text = traced.lower(lowering_platforms=('cuda',)).as_text()
@@ -274,15 +282,11 @@ def test_cudnns_attention_is_lowered_for_gpus(case, monkeypatch):
     assert 'stablehlo.exponential' not in text
 
 
-@pytest.mark.parametrize(('platform', 'expected'), [('cpu', 'cpu'), ('tpu', 'tpu')])
-def test_the_platform_is_that_of_the_mesh_in_use(platform, expected):
-    mesh = partitioning.make_mesh((1, 1, 1), None)
-    device = mock.Mock(platform=platform)
-    with (
-        mock.patch.object(partitioning.jax, 'set_mesh'),
-        partitioning.use(mock.Mock(devices=np.array([device]), shape=mesh.shape)),
-    ):
-        assert partitioning.platform() == expected
-        with partitioning.on_one_device(jax.devices()[0]):
-            assert partitioning.platform() == 'cpu'
-    assert partitioning.platform() == 'cpu'
+def test_a_program_is_traced_for_the_devices_of_the_mesh_in_use(monkeypatch):
+    here, there = jax.devices()[0], V5P
+    monkeypatch.setattr(partitioning.jax, 'set_mesh', lambda mesh: contextlib.nullcontext())
+    with partitioning.use(mock.Mock(devices=np.array([there]))):
+        assert partitioning.device() is there
+        with partitioning.on_one_device(here):
+            assert partitioning.device() is here
+    assert partitioning.device() is here

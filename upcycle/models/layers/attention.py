@@ -2,6 +2,7 @@
 
 import enum
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,8 @@ def attention(
 
 # Tests run the TPU's kernels on CPUs.
 interpreted = False
+# Pallas has no products in bfloat16 there.
+_TPUS_WITHOUT_KERNELS = ('TPU v2', 'TPU v3')
 
 
 def implementation(
@@ -110,10 +113,10 @@ def implementation(
     """Chooses how `attention` computes its arguments on the platform of the mesh in use."""
     B, Q, _, N = query_BxQxHxN.shape
     K = key_BxKxMxN.shape[1]
-    platform = 'tpu' if interpreted else partitioning.platform()
-    if mask is not None or Q == 1 or platform == 'cpu' or B % partitioning.batch_shards(partitioning.current_mesh()):
+    device = partitioning.device()
+    if mask is not None or Q == 1 or B % partitioning.batch_shards(partitioning.current_mesh()):
         return Implementation.REFERENCE
-    if platform == 'tpu':
+    if interpreted or (device.platform == 'tpu' and device.device_kind not in _TPUS_WITHOUT_KERNELS):
         from upcycle.models.layers.row_attention import fits
 
         in_rows = window is None and soft_cap is None and fits(query_BxQxHxN, key_BxKxMxN, bias)
@@ -121,11 +124,14 @@ def implementation(
         if in_rows and (bias is not None or not causal):
             return Implementation.ROWS
         return Implementation.SPLASH if bias is None else Implementation.REFERENCE
-    half = query_BxQxHxN.dtype in (jnp.bfloat16, jnp.float16) and query_BxQxHxN.dtype == value_BxKxMxN.dtype
-    # A bias with segments would be (B, H, Q, K) there. Gradients need even lengths.
-    possible = (bias is None or segment_ids is None) and Q % 2 == K % 2 == 0 and N % 8 == 0 and N <= 128
-    if platform == 'gpu' and half and possible and soft_cap is None:
-        return Implementation.CUDNN
+    if device.platform == 'gpu' and soft_cap is None:
+        # cuDNN's runs on Ampere and later; AMD's devices have names instead of numbers.
+        capability = re.fullmatch(r'\d+\.\d+', getattr(device, 'compute_capability', ''))
+        half = query_BxQxHxN.dtype in (jnp.bfloat16, jnp.float16) and query_BxQxHxN.dtype == value_BxKxMxN.dtype
+        # A bias with segments would be (B, H, Q, K) there. Gradients need even lengths.
+        possible = (bias is None or segment_ids is None) and Q % 2 == K % 2 == 0 and N % 8 == 0 and N <= 128
+        if capability and float(capability[0]) >= 8 and half and possible:
+            return Implementation.CUDNN
     return Implementation.REFERENCE
 
 
