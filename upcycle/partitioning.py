@@ -4,6 +4,7 @@ Mesh axes: `data` and `expert` split the batch, `expert` the experts, `model` th
 """
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from upcycle.errors import UserError
 from upcycle.schema import shown
 
 MESH_AXES = ('data', 'expert', 'model')
+
+BATCH_AXES = ('data', 'expert')
 
 # T5X's logical axis names. Axes that are not listed are never split.
 RULES: tuple[tuple[str, Any], ...] = (
@@ -84,11 +87,32 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
     return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+# Of the mesh in use: abstract meshes, which are all that programs see while they are traced, do not have devices.
+_DEVICE: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar('device', default=None)
+
+
+@contextlib.contextmanager
+def _on(device: jax.Device) -> Iterator[None]:
+    token = _DEVICE.set(device)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
     """Context in which logical constraints on activations refer to this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), _on(mesh.devices.flat[0]):
         yield
+
+
+def device() -> jax.Device:
+    """Returns a device of the mesh in use, or without one that of new arrays: the kind that a program is traced for."""
+    default = jax.config.jax_default_device
+    if isinstance(default, str):
+        default = jax.local_devices(backend=default)[0]
+    return _DEVICE.get() or default or jax.local_devices()[0]
 
 
 @contextlib.contextmanager
@@ -97,7 +121,7 @@ def on_one_device(device: jax.Device) -> Iterator[None]:
 
     A mesh in use places such arrays on all of its devices, including other processes', regardless of the default device.
     """
-    with jax.set_mesh(None), jax.default_device(device):
+    with jax.set_mesh(None), jax.default_device(device), _on(device):
         yield
 
 
@@ -110,6 +134,11 @@ def current_mesh() -> AbstractMesh | None:
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Returns the number of parts into which a mesh splits a batch."""
     return 1 if mesh is None else mesh.shape['data'] * mesh.shape['expert']
+
+
+def head_axis(mesh: Mesh | AbstractMesh, heads: int) -> str | None:
+    """Returns the mesh axis that splits attention heads; None if it does not divide them."""
+    return 'model' if heads % mesh.shape['model'] == 0 else None
 
 
 def unbox(boxed: Any) -> Any:

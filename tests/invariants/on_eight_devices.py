@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from upcycle.evaluate import token_statistics
 from upcycle.models.causal_lm import CausalLM
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
+from upcycle.models.layers import attention
 from upcycle.moe.config import changed
 from upcycle.moe.conventions import AdaptiveBalance, RouterType
 from upcycle.moe.groups import num_groups
@@ -183,13 +185,16 @@ class Gradients:
         return grads, state
 
 
-def step(case: str, mesh_shape: str | tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """`gradient|PATH` and `metric|NAME` of a case's step on that mesh, or that of `MESHES`, of the devices of all processes."""
+def step(case: str, mesh_shape: str | tuple[int, int, int], *, kernels: bool = False) -> dict[str, np.ndarray]:
+    """`gradient|PATH` and `metric|NAME` of a case's step on that mesh, or that of `MESHES`, of the devices of all processes.
+
+    With `kernels` attention is that of TPUs, in interpret mode.
+    """
     model, microbatches, over_data = CASES[case]
     batch, params, boxed = _inputs(case)
     shape = MESHES.get(mesh_shape, mesh_shape)
     mesh = partitioning.make_mesh(shape, 8, platforms.devices()[: int(np.prod(shape))])
-    with partitioning.use(mesh):
+    with partitioning.use(mesh), mock.patch.object(attention, 'interpreted', kernels):
         specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
         state, metrics = _step(model, params, specs, batch, mesh, microbatches, look=case in LOOKED_AT)
     return {

@@ -45,6 +45,14 @@ def test_a_mesh_equals_one_device(case, mesh):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    'case', ['gather', 'vit', 'llm', 'scanned, all computed again', 'llm, scanned over split parameters']
+)
+def test_attention_kernels_are_the_reference_on_a_mesh(case):
+    assert_same(on_eight(case, 'one device'), on_devices(8, step, case, ALL_AXES, kernels=True))
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('case', ['gather', 'einsum', 'ragged', 'llm'])
 def test_widths_alone_are_split(case):
     assert_same(on_eight(case, 'one device'), on_eight(case, (1, 1, 8)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.moe.quick import jit
-from upcycle.models.attention import attend
+from upcycle.models.layers.attention import attention
 from upcycle.models.memory import softmax
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32) * 4
@@ -44,8 +44,9 @@ def test_a_row_that_is_masked_as_a_whole_has_no_gradient_that_is_not_finite():
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_of_the_attention_weights_one_array_is_kept(dtype, capsys):
     query, key, value = (jnp.ones((2, length, 3, 8), dtype) for length in (16, 24, 24))
+    bias = jnp.zeros((3, 16, 24), dtype)
     jax.ad_checkpoint.print_saved_residuals(
-        lambda *args: attend(*args, jnp.zeros((1, 3, 16, 24), dtype)).sum(), query, key, value
+        lambda *args: attention(*args, bias=bias, float32_logits=False).sum(), query, key, value
     )
     kept = [line for line in capsys.readouterr().out.splitlines() if '[2,3,16,24]' in line]
     assert len(kept) == 1, kept

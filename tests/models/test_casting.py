@@ -12,6 +12,7 @@ from tests.moe.quick import jit, random_params
 from tests.small import small_t5, small_vit, vit_moe
 from upcycle.models import t5, vit
 from upcycle.models.casting import needed_as_they_are
+from upcycle.models.layers.attention import segments
 from upcycle.moe.config import AdaptiveBalance, MoEConfig
 from upcycle.moe.layer import METRICS
 
@@ -25,7 +26,7 @@ TOP_2 = {'num_experts': 4, 'router': 'top_k'}
 def t5_layer(moe, **fields):
     config = small_t5(emb_dim=32, mlp_dim=64, head_dim=16, dtype='bfloat16', **fields)
     real_BxL = jnp.arange(16)[None] < jnp.array([[16], [13]])
-    return t5.EncoderLayer(config, moe), (real_BxL, real_BxL[:, None, None, :], None, True)
+    return t5.EncoderLayer(config, moe), (real_BxL, segments(real_BxL, real_BxL), None, True)
 
 
 def vit_layer(moe):

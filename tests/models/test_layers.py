@@ -1,17 +1,15 @@
 """Derivatives of the layers, and what they keep for the backward pass."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from tests.moe.quick import jit, random_params
 from tests.small import FEATURES, close_to_largest, image_batch, random_batch, small_t5, small_vit, vit_moe, with_moe
-from upcycle.models.attention import attend
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.layers import drop
+from upcycle.models.layers.attention import attention
 from upcycle.models.memory import recomputed
 
 
@@ -41,16 +39,15 @@ def test_recomputed_functions_have_the_same_gradients():
 def attentions(depth, keep_weights):
     """The loss of several attentions, one after the other: 8 heads of 32, 256 queries, 320 keys, dropout."""
 
-    def loss(x_BxQxHxN, given):
-        key_BxKxHxN, value_BxKxHxN, mask_Bx1xQxK, bias_1xHxQxK = given
+    def loss(x_BxQxHxN, given, mask_BxQxK):
+        key_BxKxHxN, value_BxKxHxN, bias_HxQxK = given
         for i in range(depth):
-            x_BxQxHxN += attend(
+            x_BxQxHxN += attention(
                 x_BxQxHxN,
                 key_BxKxHxN,
-                value_BxKxHxN,
-                [mask_Bx1xQxK, bias_1xHxQxK],
-                functools.partial(drop, rate=0.1, broadcast_axis=-2),
-                jax.random.key(i),
+                drop(value_BxKxHxN, jax.random.key(i), rate=0.1, broadcast_axis=-1),
+                mask=mask_BxQxK,
+                bias=bias_HxQxK,
                 keep_weights=keep_weights,
             )
         return jnp.square(x_BxQxHxN).sum()
@@ -68,13 +65,13 @@ def test_attention_weights_that_are_recomputed():
     """The same gradients, of all arguments, and nothing that grows with the square of the length is kept."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, key, value = (jax.random.normal(k, (2, length, 8, 32)) for k, length in zip(keys, (256, 320, 320), strict=False))
-    mask = jnp.where(jax.random.bernoulli(keys[3], 0.8, (2, 1, 256, 320)), 0.0, -1e10)
-    given = (key, value, mask, jax.random.normal(keys[4], (1, 8, 256, 320)))
-    kept, again = (jit(jax.grad(attentions(3, keep_weights), (0, 1)))(x, given) for keep_weights in (True, False))
+    mask = jax.random.bernoulli(keys[3], 0.8, (2, 256, 320))
+    given = (key, value, jax.random.normal(keys[4], (8, 256, 320)))
+    kept, again = (jit(jax.grad(attentions(3, keep_weights), (0, 1)))(x, given, mask) for keep_weights in (True, False))
     assert all(jax.tree.leaves(jax.tree.map(close_to_largest, again, kept)))
 
     def bytes_each(keep_weights):
-        sizes = [kept_bytes(attentions(depth, keep_weights), x, given) for depth in (2, 4)]
+        sizes = [kept_bytes(attentions(depth, keep_weights), x, given, mask) for depth in (2, 4)]
         return (sizes[1] - sizes[0]) / 2
 
     weights = 4 * 2 * 8 * 256 * 320

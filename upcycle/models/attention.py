@@ -1,9 +1,7 @@
 """Attention and relative position biases."""
 
 import enum
-import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from upcycle.models import memory
 from upcycle.models.layers import Dense, drop, drop_key
+from upcycle.models.layers.attention import Segments, attention
 
 _normal_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
@@ -22,51 +20,6 @@ class PositionBiases(enum.StrEnum):
 
     SHARED = 'shared'  # one for each stack: T5, mT5
     EVERY_LAYER = 'every_layer'  # one for each layer: umT5, T5X's scalable_t5, flaxformer's scanned models
-
-
-def mask_value(dtype: Any) -> float:
-    """Returns the bias of masked positions (T5X: -1e10), finite in the type with room for other biases.
-
-    With infinities a row in which everything is masked would be nan, and so would every gradient.
-    """
-    return float(jnp.finfo(dtype).min) / 2
-
-
-def attend(
-    query_BxQxHxN: jax.Array,
-    key_BxKxHxN: jax.Array,
-    value_BxKxHxN: jax.Array,
-    biases: Sequence[jax.Array] = (),
-    drop: Callable[[jax.Array, jax.Array | None], jax.Array] = lambda weights, key: weights,
-    key: jax.Array | None = None,
-    *,
-    keep_weights: bool = True,
-) -> jax.Array:
-    """Averages values under softmax(query . key + biases), unscaled: (B, Q, H, N) in the values' type.
-
-    Args:
-      query_BxQxHxN: queries.
-      key_BxKxHxN: keys.
-      value_BxKxHxN: values.
-      biases: of the logits, each broadcast to (B, H, Q, K).
-      drop: dropout of the weights, called as `drop(weights, key)`.
-      key: random key for `drop`.
-      keep_weights: for the backward pass, which recomputes them otherwise. They grow with the square of the length.
-    """
-
-    def average(rest: Any, query_BxQxHxN: jax.Array) -> jax.Array:
-        key_BxKxHxN, value_BxKxHxN, biases, key = rest
-        # Heads before positions: XLA:CPU multiplies the other order up to four times slower.
-        parts = (query_BxQxHxN, key_BxKxHxN, value_BxKxHxN)
-        query_BxHxQxN, key_BxHxKxN, value_BxHxKxN = (x.swapaxes(1, 2) for x in parts)
-        logits_BxHxQxK = jnp.einsum('bhqn,bhkn->bhqk', query_BxHxQxN, key_BxHxKxN)
-        if biases:
-            logits_BxHxQxK += functools.reduce(operator.add, biases).astype(logits_BxHxQxK.dtype)
-        weights_BxHxQxK = drop(memory.softmax(logits_BxHxQxK).astype(value_BxKxHxN.dtype), key)
-        return jnp.einsum('bhqk,bhkn->bhqn', weights_BxHxQxK, value_BxHxKxN).swapaxes(1, 2)
-
-    rest = (key_BxKxHxN, value_BxKxHxN, tuple(biases), key)
-    return average(rest, query_BxQxHxN) if keep_weights else memory.recomputed(average, rest, query_BxQxHxN)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -82,6 +35,7 @@ class MultiHeadDotProductAttention(nn.Module):
     dropout_rate: float = 0.0
     float32_logits: bool = False
     cross: bool = False
+    causal: bool = False
     keep_weights: bool = True
 
     @nn.compact
@@ -89,7 +43,7 @@ class MultiHeadDotProductAttention(nn.Module):
         self,
         x_BxQxD: jax.Array,
         x_BxKxD: jax.Array,
-        mask_Bx1xQxK: jax.Array | None,
+        segment_ids: Segments | None,
         bias_1xHxQxK: jax.Array | None = None,
         *,
         training: bool,
@@ -105,6 +59,7 @@ class MultiHeadDotProductAttention(nn.Module):
             return _normal_init(*arguments) / jnp.sqrt(N)
 
         query_BxQxHxN = project('query', query_init, x_BxQxD)
+        mask_1x1xK = None
         cached = decoding and self.has_variable('cache', 'key')
         if cached and self.cross:
             key_BxKxHxN = self.get_variable('cache', 'key')
@@ -130,24 +85,21 @@ class MultiHeadDotProductAttention(nn.Module):
             key_BxKxHxN = write('key', key_BxKxHxN)
             value_BxKxHxN = write('value', value_BxKxHxN)
             self.put_variable('cache', 'index', index + 1)
-            length = key_BxKxHxN.shape[1]
-            mask_Bx1xQxK = (jnp.arange(length) <= index)[None, None, None, :]
+            mask_1x1xK = (jnp.arange(key_BxKxHxN.shape[1]) <= index)[None, None]
             if bias_1xHxQxK is not None:
                 bias_1xHxQxK = jax.lax.dynamic_slice_in_dim(bias_1xHxQxK, index, 1, axis=2)
 
-        if self.float32_logits:
-            query_BxQxHxN = query_BxQxHxN.astype(jnp.float32)
-            key_BxKxHxN = key_BxKxHxN.astype(jnp.float32)
-        biases = [] if bias_1xHxQxK is None else [bias_1xHxQxK]
-        if mask_Bx1xQxK is not None:
-            biases.insert(0, jnp.where(mask_Bx1xQxK, 0.0, mask_value(self.dtype)).astype(self.dtype))
-        out_BxQxHxN = attend(
+        # Weights are dropped for all queries of a sequence alike, so values can be dropped instead.
+        dropout_key = drop_key(self, self.dropout_rate, training)
+        out_BxQxHxN = attention(
             query_BxQxHxN,
             key_BxKxHxN,
-            value_BxKxHxN,
-            biases,
-            functools.partial(drop, rate=self.dropout_rate, broadcast_axis=-2),
-            drop_key(self, self.dropout_rate, training),
+            drop(value_BxKxHxN, dropout_key, self.dropout_rate, broadcast_axis=-1),
+            mask=mask_1x1xK,
+            bias=None if bias_1xHxQxK is None else bias_1xHxQxK[0],
+            segment_ids=segment_ids,
+            causal=self.causal and not decoding,
+            float32_logits=self.float32_logits,
             keep_weights=self.keep_weights,
         )
         return Dense(x_BxQxD.shape[-1], ('joined_kv', 'embed'), dtype=self.dtype, kernel_init=_normal_init, name='out')(
@@ -199,13 +151,6 @@ def relative_position_bucket(
     ratio = np.log(behind.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
     logarithmic = exact + (ratio * (num_buckets - exact)).astype(np.int32)
     return ahead + np.where(behind < exact, behind, np.minimum(logarithmic, num_buckets - 1))
-
-
-def same_segment(query_BxQ: jax.Array | None, key_BxK: jax.Array | None) -> jax.Array:
-    """Returns bool (B, 1, Q, K), True where query and key belong to one segment; (1, 1, 1, 1) without segments."""
-    if query_BxQ is None or key_BxK is None:
-        return jnp.ones((1, 1, 1, 1), bool)
-    return query_BxQ[:, None, :, None] == key_BxK[:, None, None, :]
 
 
 def flaxformer_decoder_tokens(decoder_input_tokens: jax.Array) -> jax.Array:

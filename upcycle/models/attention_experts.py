@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from upcycle.models.grouped_attention import SelfAttention, kernel_init
 from upcycle.models.layers import Dense
+from upcycle.models.layers.attention import Segments
 from upcycle.moe import ragged
 from upcycle.moe.layer import choices_of, scores_of, with_output_bias
 from upcycle.moe.routers.top_k import TopK
@@ -36,7 +37,7 @@ class AttentionExperts(SelfAttention):
         x_BxQxD: jax.Array,
         real_BxQ: jax.Array,
         position_BxQ: jax.Array,
-        mask_BxQxK: jax.Array,
+        visible: Segments | jax.Array | None,
         index: jax.Array,
         training: bool,
         max_length: int | None,
@@ -47,7 +48,7 @@ class AttentionExperts(SelfAttention):
           x_BxQxD: input.
           real_BxQ: bool, False at padding, which no expert takes.
           position_BxQ: positions.
-          mask_BxQxK: which keys a query may see.
+          visible: which keys a query may see.
           index: of the first query.
           training: turns jitter and noise of the router on.
           max_length: of the cache; None for no cache.
@@ -83,9 +84,9 @@ class AttentionExperts(SelfAttention):
         weight_BxRx1 = choices.weight_GxSxK.reshape(B, Q * K, 1)
         query_BxRxW = project('query', jnp.repeat(x_BxQxD, K, axis=1), jnp.ones_like(weight_BxRx1), M * N)
         query_BxQxKMxN = self._heads(query_BxRxW.reshape(B, Q, K * M * N), 'query_norm')
-        # Head m of every choice uses key head m, and query heads of a key head are adjacent in `grouped_attention`.
+        # Head m of every choice uses key head m, and query heads of a key head are adjacent in `attention`.
         query_BxQxMKxN = query_BxQxKMxN.reshape(B, Q, K, M, N).swapaxes(2, 3).reshape(B, Q, M * K, N)
-        y_BxQxMKxN = self._attend(query_BxQxMKxN, x_BxQxD, position_BxQ, mask_BxQxK, index, max_length)
+        y_BxQxMKxN = self._attend(query_BxQxMKxN, x_BxQxD, position_BxQ, visible, index, max_length)
         y_BxRxW = y_BxQxMKxN.reshape(B, Q, M, K, N).swapaxes(2, 3).reshape(B, Q * K, M * N)
         y_BxQxKxD = project('out', y_BxRxW, weight_BxRx1, D).reshape(B, Q, K, D)
         y_BxQxD = y_BxQxKxD.astype(jnp.float32).sum(axis=2).astype(x_BxQxD.dtype)

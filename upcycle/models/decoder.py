@@ -14,6 +14,7 @@ from upcycle.models.attention_experts import AttentionExperts
 from upcycle.models.decoder_config import DecoderConfig, LayerKind, NormPlacement
 from upcycle.models.grouped_attention import SelfAttention
 from upcycle.models.layers import Dense, Dropout, Embed, LayerNorm, MlpBlock
+from upcycle.models.layers.attention import Segments, segments
 from upcycle.models.stack import apply_layers
 
 # Standard deviation of a new embedding.
@@ -32,7 +33,7 @@ class DecoderLayer(nn.Module):
         x_BxLxD: jax.Array,
         position_BxL: jax.Array,
         real_BxL: jax.Array,
-        mask_BxLxK: jax.Array,
+        visible: Segments | jax.Array | None,
         index: jax.Array,
         training: bool,
         max_length: int | None,
@@ -43,9 +44,9 @@ class DecoderLayer(nn.Module):
         def attention(y_BxLxD: jax.Array) -> jax.Array:
             if self.kind.attention_moe is None:
                 dense = SelfAttention(config, self.kind, name='self_attention')
-                return dense(y_BxLxD, position_BxL, mask_BxLxK, index, max_length)
+                return dense(y_BxLxD, position_BxL, visible, index, max_length)
             experts = AttentionExperts(config, self.kind, name='self_attention')
-            return experts(y_BxLxD, real_BxL, position_BxL, mask_BxLxK, index, training, max_length)
+            return experts(y_BxLxD, real_BxL, position_BxL, visible, index, training, max_length)
 
         def mlp(y_BxLxD: jax.Array) -> jax.Array:
             if moe is None:
@@ -84,14 +85,14 @@ class Decoder(nn.Module):
         x_BxLxD: jax.Array,
         position_BxL: jax.Array,
         real_BxL: jax.Array,
-        mask_BxLxK: jax.Array,
+        visible: Segments | jax.Array | None,
         index: jax.Array,
         training: bool,
         max_length: int | None,
     ) -> jax.Array:
         """Applies the stack; see `SelfAttention` for the arguments."""
         c = self.config
-        arrays = (position_BxL, real_BxL, mask_BxLxK, index)
+        arrays = (position_BxL, real_BxL, visible, index)
         switches = (training, max_length)
         scan = max_length is None
         x_BxLxD = apply_layers(self, DecoderLayer, c.kinds(), x_BxLxD, arrays, switches, last=True, scan=scan)
@@ -140,11 +141,11 @@ class DecoderOnly(nn.Module):
             if positions is None:
                 positions = default_positions(real_BxL, segment_ids)
             index = jnp.zeros((), jnp.int32)
-            mask_BxLxK = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & real_BxL[:, None]
-            if segment_ids is not None:
-                mask_BxLxK &= segment_ids[:, :, None] == segment_ids[:, None]
+            visible = None
+            if mask is not None or segment_ids is not None:
+                visible = segments(jnp.ones_like(real_BxL), real_BxL, segment_ids, segment_ids)
         elif segment_ids is None:
-            positions, mask_BxLxK, index = self._append(real_BxL, positions, max_length)
+            positions, visible, index = self._append(real_BxL, positions, max_length)
         else:
             raise ValueError('segment_ids cannot be used with a cache.')
         embedder = Embed(c.vocab_size, c.emb_dim, c.dtype, _EMBEDDING_STDDEV, name='token_embedder')
@@ -154,7 +155,7 @@ class DecoderOnly(nn.Module):
             x_BxLxD *= jnp.asarray(c.embedding_multiplier, x_BxLxD.dtype)
         x_BxLxD = Dropout(c.dropout_rate)(x_BxLxD, training)
         decoder = Decoder(c, name='decoder')
-        x_BxLxD = decoder(x_BxLxD, positions, real_BxL, mask_BxLxK, index, training, max_length)
+        x_BxLxD = decoder(x_BxLxD, positions, real_BxL, visible, index, training, max_length)
         logits_BxLxV = embedder.attend(x_BxLxD) if c.tied_embeddings else x_BxLxD
         if c.logits_divisor != 1:
             logits_BxLxV /= c.logits_divisor

@@ -1,58 +1,19 @@
 """Self-attention of decoder-only models: grouped queries, rotary positions, norms of queries and keys, windows, and a cache."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from upcycle.models import memory
-from upcycle.models.attention import mask_value
 from upcycle.models.layers import Dense, LayerNorm
+from upcycle.models.layers.attention import Segments, attention
 
 if TYPE_CHECKING:
     from upcycle.models.decoder_config import DecoderConfig, LayerKind
 
 kernel_init = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
-
-
-def grouped_attention(
-    query_BxQxHxN: jax.Array,
-    key_BxKxMxN: jax.Array,
-    value_BxKxMxN: jax.Array,
-    mask_BxQxK: jax.Array,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    keep_weights: bool = True,
-) -> jax.Array:
-    """Averages values under softmax(scale * query . key): (B, Q, H, N) in the values' type. Logits and softmax are float32.
-
-    Args:
-      query_BxQxHxN: queries; heads h * H / M to (h + 1) * H / M share key head h.
-      key_BxKxMxN: keys.
-      value_BxKxMxN: values.
-      mask_BxQxK: bool, True where a query may see a key.
-      scale: factor of the logits.
-      soft_cap: c replaces scaled logits x by c * tanh(x / c), before the mask (Gemma 2).
-      keep_weights: for the backward pass, which recomputes them otherwise. They grow with the square of the length.
-    """
-    B, Q, H, N = query_BxQxHxN.shape
-    M = key_BxKxMxN.shape[2]
-
-    def average(rest: tuple[jax.Array, ...], query_BxQxHxN: jax.Array) -> jax.Array:
-        key_BxKxMxN, value_BxKxMxN, mask_BxQxK = rest
-        query_BxQxMxGxN = query_BxQxHxN.reshape(B, Q, M, H // M, N)
-        logits = jnp.einsum('bqmgn,bkmn->bmgqk', query_BxQxMxGxN, key_BxKxMxN, preferred_element_type=jnp.float32)
-        logits *= scale
-        if soft_cap is not None:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
-        logits = jnp.where(mask_BxQxK[:, None, None], logits, mask_value(jnp.float32))
-        weights_BxMxGxQxK = memory.softmax(logits).astype(value_BxKxMxN.dtype)
-        return jnp.einsum('bmgqk,bkmn->bqmgn', weights_BxMxGxQxK, value_BxKxMxN).reshape(B, Q, H, N)
-
-    rest = (key_BxKxMxN, value_BxKxMxN, mask_BxQxK)
-    return average(rest, query_BxQxHxN) if keep_weights else memory.recomputed(average, rest, query_BxQxHxN)
 
 
 class SelfAttention(nn.Module):
@@ -69,7 +30,7 @@ class SelfAttention(nn.Module):
         self,
         x_BxQxD: jax.Array,
         position_BxQ: jax.Array,
-        mask_BxQxK: jax.Array,
+        visible: Segments | jax.Array | None,
         index: jax.Array,
         max_length: int | None,
     ) -> jax.Array:
@@ -78,13 +39,14 @@ class SelfAttention(nn.Module):
         Args:
           x_BxQxD: input.
           position_BxQ: positions for RoPE.
-          mask_BxQxK: bool, True where a query may see a key, without the window.
+          visible: with a cache bool (B, Q, K), True where a query may see a key, without the window; else segments that do not
+            see each other, or None for one.
           index: of the first query among the keys; 0 without a cache.
           max_length: of the cache; None for no cache.
         """
         c = self.config
         query_BxQxHxN = self._heads(self._project('query', x_BxQxD, c.num_heads, 'joined_kv'), 'query_norm')
-        y_BxQxHxN = self._attend(query_BxQxHxN, x_BxQxD, position_BxQ, mask_BxQxK, index, max_length)
+        y_BxQxHxN = self._attend(query_BxQxHxN, x_BxQxD, position_BxQ, visible, index, max_length)
         out = Dense(
             x_BxQxD.shape[-1],
             ('joined_kv', 'embed'),
@@ -117,7 +79,7 @@ class SelfAttention(nn.Module):
         query_BxQxHxN: jax.Array,
         x_BxQxD: jax.Array,
         position_BxQ: jax.Array,
-        mask_BxQxK: jax.Array,
+        visible: Segments | jax.Array | None,
         index: jax.Array,
         max_length: int | None,
     ) -> jax.Array:
@@ -127,23 +89,22 @@ class SelfAttention(nn.Module):
         value_BxQxMxN = self._heads(self._project('value', x_BxQxD, c.num_kv_heads, 'kv_heads'), None)
         if (rope := c.rope(kind)) is not None:
             query_BxQxHxN, key_BxQxMxN = (rope.rotate(x, position_BxQ) for x in (query_BxQxHxN, key_BxQxMxN))
-        key_BxKxMxN, value_BxKxMxN = key_BxQxMxN, value_BxQxMxN
-        if max_length is not None:
-            key_BxKxMxN, value_BxKxMxN = (
-                self._cached(name, x, index, max_length) for name, x in (('key', key_BxQxMxN), ('value', value_BxQxMxN))
-            )
-        if kind.window is not None:
-            query_Qx1 = index + jnp.arange(x_BxQxD.shape[1])[:, None]
-            mask_BxQxK &= query_Qx1 - jnp.arange(key_BxKxMxN.shape[1]) < kind.window
-        return grouped_attention(
+        attend = functools.partial(
+            attention,
             query_BxQxHxN,
-            key_BxKxMxN,
-            value_BxKxMxN,
-            mask_BxQxK,
             scale=c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale,
             soft_cap=c.attention_soft_cap,
             keep_weights=c.remat.keeps_attention_weights,
         )
+        if max_length is None:
+            return attend(key_BxQxMxN, value_BxQxMxN, segment_ids=visible, causal=True, window=kind.window)
+        key_BxKxMxN, value_BxKxMxN = (
+            self._cached(name, x, index, max_length) for name, x in (('key', key_BxQxMxN), ('value', value_BxQxMxN))
+        )
+        if kind.window is not None:
+            query_Qx1 = index + jnp.arange(x_BxQxD.shape[1])[:, None]
+            visible &= query_Qx1 - jnp.arange(max_length) < kind.window
+        return attend(key_BxKxMxN, value_BxKxMxN, mask=visible)
 
     def _cached(self, name: str, new_BxQxMxN: jax.Array, index: jax.Array, max_length: int) -> jax.Array:
         """Writes new keys or values into the cache, and returns all of it."""

@@ -19,9 +19,9 @@ from upcycle.models.attention import (
     PositionBiases,
     RelativePositionBiases,
     flaxformer_decoder_tokens,
-    same_segment,
 )
 from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
+from upcycle.models.layers.attention import Segments, segments
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.groups import moe_of_layers
 from upcycle.moe.layer import MoELayer, replace_mlp
@@ -128,16 +128,16 @@ def _apply_mlp(
     return config.moe_layer(moe, name='mlp')(x, real_BxL, training=training, decoding=decoding)
 
 
-def _attention(config: T5Config, name: str, cross: bool = False) -> MultiHeadDotProductAttention:
+def _attention(config: T5Config, name: str, **kind: bool) -> MultiHeadDotProductAttention:
     return MultiHeadDotProductAttention(
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         dtype=config.dtype,
         dropout_rate=config.dropout_rate,
         float32_logits=config.float32_attention_logits,
-        cross=cross,
         keep_weights=config.remat.keeps_attention_weights,
         name=name,
+        **kind,
     )
 
 
@@ -175,14 +175,14 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, bias: jax.Array | None, training: bool
+        self, x_BxLxD: jax.Array, real_BxL: jax.Array, ids: Segments, bias: jax.Array | None, training: bool
     ) -> jax.Array:
         config = self.config
         if bias is None:
             bias = _position_biases(config, PositionBiases.EVERY_LAYER, x_BxLxD.shape[1], bidirectional=True)
         add = functools.partial(_add_sublayer, config, real_BxL, training)
         attention = _attention(config, 'attention')
-        x_BxLxD = add('pre_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, mask, bias, training=training))
+        x_BxLxD = add('pre_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, ids, bias, training=training))
         return add('pre_mlp_layer_norm', x_BxLxD, lambda y: _apply_mlp(config, self.moe, y, real_BxL, training))
 
 
@@ -198,8 +198,8 @@ class DecoderLayer(nn.Module):
         x_BxLxD: jax.Array,
         encoded_BxKxD: jax.Array,
         real_BxL: jax.Array,
-        mask: jax.Array | None,
-        cross_mask: jax.Array,
+        ids: Segments | None,
+        cross_ids: Segments,
         bias: jax.Array | None,
         training: bool,
         decoding: bool,
@@ -210,10 +210,10 @@ class DecoderLayer(nn.Module):
             bias = _position_biases(config, PositionBiases.EVERY_LAYER, max_length, bidirectional=False)
         add = functools.partial(_add_sublayer, config, real_BxL, training)
         call = {'training': training, 'decoding': decoding}
-        attention = _attention(config, 'self_attention')
-        x_BxLxD = add('pre_self_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, mask, bias, **call))
+        attention = _attention(config, 'self_attention', causal=True)
+        x_BxLxD = add('pre_self_attention_layer_norm', x_BxLxD, lambda y: attention(y, y, ids, bias, **call))
         cross = _attention(config, 'encoder_decoder_attention', cross=True)
-        x_BxLxD = add('pre_cross_attention_layer_norm', x_BxLxD, lambda y: cross(y, encoded_BxKxD, cross_mask, **call))
+        x_BxLxD = add('pre_cross_attention_layer_norm', x_BxLxD, lambda y: cross(y, encoded_BxKxD, cross_ids, **call))
         return add('pre_mlp_layer_norm', x_BxLxD, lambda y: _apply_mlp(config, self.moe, y, real_BxL, **call))
 
 
@@ -223,11 +223,11 @@ class Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, mask: jax.Array, training: bool) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, real_BxL: jax.Array, ids: Segments, training: bool) -> jax.Array:
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, x_BxLxD.shape[1], bidirectional=True)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        arrays, layers = (real_BxL, mask, bias), config.layer_moe('encoder')
+        arrays, layers = (real_BxL, ids, bias), config.layer_moe('encoder')
         x_BxLxD = apply_layers(self, EncoderLayer, layers, x_BxLxD, arrays, (training,), last=False)
         x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='encoder_norm')(x_BxLxD), real_BxL)
         return Dropout(config.dropout_rate, broadcast_axis=None)(x_BxLxD, training)
@@ -244,8 +244,8 @@ class Decoder(nn.Module):
         x_BxLxD: jax.Array,
         encoded_BxKxD: jax.Array,
         real_BxL: jax.Array,
-        mask: jax.Array | None,
-        cross_mask: jax.Array,
+        ids: Segments | None,
+        cross_ids: Segments,
         training: bool,
         decoding: bool,
         max_length: int,
@@ -253,7 +253,7 @@ class Decoder(nn.Module):
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, max_length, bidirectional=False)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training).astype(config.dtype)
-        arrays, layers = (encoded_BxKxD, real_BxL, mask, cross_mask, bias), config.layer_moe('decoder')
+        arrays, layers = (encoded_BxKxD, real_BxL, ids, cross_ids, bias), config.layer_moe('decoder')
         switches = (training, decoding, max_length)
         x_BxLxD = apply_layers(self, DecoderLayer, layers, x_BxLxD, arrays, switches, last=True, scan=not decoding)
         x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD), real_BxL)
@@ -282,9 +282,8 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Encodes (B, L) tokens to (B, L, D). Padding is token 0; packed sequences do not attend to each other."""
         real_BxL = encoder_input_tokens > 0
-        mask = real_BxL[:, None, :, None] & real_BxL[:, None, None, :]
-        mask &= same_segment(encoder_segment_ids, encoder_segment_ids)
-        return self.encoder(self.token_embedder(encoder_input_tokens), real_BxL, mask, training)
+        ids = segments(real_BxL, real_BxL, encoder_segment_ids, encoder_segment_ids)
+        return self.encoder(self.token_embedder(encoder_input_tokens), real_BxL, ids, training)
 
     def decode(
         self,
@@ -321,14 +320,9 @@ class Transformer(nn.Module):
         real_BxL = target_BxL
         if config.zero_padded_activations and not decoding:
             real_BxL = flaxformer_decoder_tokens(decoder_input_tokens)
-        cross_mask = target_BxL[:, None, :, None] & encoder_real_BxK[:, None, None, :]
-        cross_mask &= same_segment(decoder_segment_ids, encoder_segment_ids)
-        mask = None
-        if not decoding:
-            causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-            mask = causal & target_BxL[:, None, :, None] & target_BxL[:, None, None, :]
-            mask &= same_segment(decoder_segment_ids, decoder_segment_ids)
-        embedded, arrays = self.token_embedder(decoder_input_tokens), (encoded, real_BxL, mask, cross_mask)
+        cross_ids = segments(target_BxL, encoder_real_BxK, decoder_segment_ids, encoder_segment_ids)
+        ids = None if decoding else segments(target_BxL, target_BxL, decoder_segment_ids, decoder_segment_ids)
+        embedded, arrays = self.token_embedder(decoder_input_tokens), (encoded, real_BxL, ids, cross_ids)
         x = self.decoder(embedded, *arrays, training, decoding, max_length or length)
         if config.logits_via_embedding:
             return self.token_embedder.attend(x) / jnp.sqrt(config.emb_dim)

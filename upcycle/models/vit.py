@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from upcycle import schema
 from upcycle.errors import refuse
-from upcycle.models.attention import attend
 from upcycle.models.layer_norm import LayerNorm
 from upcycle.models.layers import Dense, Dropout
+from upcycle.models.layers.attention import attention
 from upcycle.models.patches import sincos2d, to_patches
 from upcycle.models.stack import ACTIVATIONS, Remat, apply_layers
 from upcycle.models.vit_layers import Gelu, MlpBlock, PatchEmbedding
@@ -199,7 +199,9 @@ class Attention(nn.Module):
         project = functools.partial(ProjectHeads, self.num_heads, D, self.dtype)
         query_BxQxHxN = project(name='query')(x_BxQxD) * (D // self.num_heads) ** -0.5
         key_BxKxHxN, value_BxKxHxN = project(name='key')(x_BxKxD), project(name='value')(x_BxKxD)
-        out_BxQxHxN = attend(query_BxQxHxN, key_BxKxHxN, value_BxKxHxN, keep_weights=self.keep_weights)
+        out_BxQxHxN = attention(
+            query_BxQxHxN, key_BxKxHxN, value_BxKxHxN, float32_logits=False, keep_weights=self.keep_weights
+        )
         return project(merge=True, name='out')(out_BxQxHxN)
 
 
@@ -255,8 +257,8 @@ class MAPHead(nn.Module):
         init = nn.with_logical_partitioning(_xavier_init, (None, None, 'embed'))
         probe_1x1xD = self.param('probe', init, (1, 1, D), jnp.float32)
         probe_Bx1xD = jnp.broadcast_to(probe_1x1xD.astype(x_BxLxD.dtype), (B, 1, D))
-        attention = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')
-        x_Bx1xD = attention(probe_Bx1xD, x_BxLxD)
+        pool = Attention(config.num_heads, config.dtype, name='MultiHeadDotProductAttention_0')
+        x_Bx1xD = pool(probe_Bx1xD, x_BxLxD)
         y_Bx1xD = _norm(config, 'LayerNorm_0')(x_Bx1xD)
         x_Bx1xD = x_Bx1xD + MlpBlock(**config.mlp_arguments, name='MlpBlock_0')(y_Bx1xD, training)
         return x_Bx1xD[:, 0]
