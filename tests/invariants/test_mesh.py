@@ -1,6 +1,7 @@
 """Law 2: the layout never changes the maths. One training step on every mesh equals the step on one device."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from tests.invariants import optimizers_on_eight_devices as optimizers
 from tests.invariants import types_on_eight_devices as types
 from tests.invariants.devices import on_devices, processes
 from tests.invariants.generation_on_eight_devices import generate
-from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
+from tests.invariants.on_eight_devices import ALL_AXES, CASES, loss_in_chunks, meshes_of, step
+from upcycle.hlo import Program
 
 # All on the mesh that splits everything, except those that repeat what others show.
 WIDELY = dict.fromkeys(('scanned and rematerialised', 'scanned, all computed again', 'vit, top 2'), ())
@@ -53,6 +55,14 @@ def test_widths_alone_are_split(case):
 @pytest.mark.parametrize(('case', 'mesh'), often_and_exhaustive(OF_PROCESSES, OFTEN_OF_PROCESSES))
 def test_two_processes_equal_one_device(case, mesh):
     assert_same(on_eight(case, 'one device'), processes(2, 4).call(step, case, mesh)[0])
+
+
+def test_a_loss_in_chunks_keeps_the_vocabulary_split_and_sums_the_kernels_gradient_once():
+    text = on_devices(8, loss_in_chunks, 2)
+    assert ' while(' in text and not re.search(r'\[[\d,]*\b130\b', text)
+    # A device's gradient of the kernel has 12 x 65 numbers, that of its inputs 8 x 12; there are four chunks.
+    (summed,) = Program(text).collectives().values()
+    assert 4 * (12 * 65 + 8 * 12) <= summed.operand_bytes < 2 * 4 * 12 * 65
 
 
 # Rows that divide among the devices, and rows that do not, as `upcycle generate` has them.
