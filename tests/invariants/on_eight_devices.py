@@ -50,8 +50,8 @@ MESHES = {
 # What splits in all three ways.
 ALL_AXES = '2x2x2'
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
-# Tokens. A device's do not divide into chunks of this size.
-CHUNK = 5
+# Entries of a vocabulary. Those of a device do not divide into chunks of this size.
+CHUNK = 50
 # One layer a stack, and it is sparse.
 SPARSE = {f'num_{stack}_layers': 1 for stack in ('encoder', 'decoder')} | {
     f'{stack}_moe_layers': (0,) for stack in ('encoder', 'decoder')

@@ -46,8 +46,8 @@ class CausalLM(BaseModel):
       config: sizes, function and MoE layers.
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
-      logits_chunk: most tokens of a device whose logits the loss holds at once; None: all; 'auto': 256 MiB of logits, at least
-        1024 tokens [LOGITS_CHUNK].
+      logits_chunk: most entries of a device's vocabulary whose logits the loss computes at once; None: all; 'auto': all up to
+        1 GiB of logits on a device, else 256 MiB at once [LOGITS_CHUNK].
       aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
       router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """

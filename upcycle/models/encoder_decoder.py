@@ -41,8 +41,8 @@ class EncoderDecoderModel(BaseModel):
       config: sizes and MoE layers.
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
-      logits_chunk: most tokens of a device whose logits the loss holds at once; None: all; 'auto': 256 MiB of logits, at least
-        1024 tokens [LOGITS_CHUNK].
+      logits_chunk: most entries of a device's vocabulary whose logits the loss computes at once; None: all; 'auto': all up to
+        1 GiB of logits on a device, else 256 MiB at once [LOGITS_CHUNK].
       loss_normalizing_factor: divides the summed loss: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
         [LOSS_NORMALIZING_FACTOR]. Adafactor does not depend on it, but the balance with the auxiliary losses does.
       aux_loss_factor: weight of the load-balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].

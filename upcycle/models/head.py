@@ -1,25 +1,25 @@
-"""The loss of a language model's head, whose logits are computed for a part of the tokens at a time.
+"""The loss of a language model's head, whose logits are computed for a part of the vocabulary at a time.
 
 All logits of a batch would be the largest array of a step: 2 GB for 4096 tokens and a vocabulary of 128 thousand.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from upcycle import partitioning
-from upcycle.models import memory
-from upcycle.models.losses import target_sums
+from upcycle.models import losses, memory
 
-Sums = dict[str, jax.Array]
+Chunk = int | Literal['auto'] | None
 
-# By the compiler's account for TPU v5p: chunks of fewer tokens take longer, since each reads the kernel and adds to its gradient;
-# of small vocabularies larger chunks save little memory.
-_TOKENS = 1024
-_BYTES = 256 * 2**20
+# 'auto': bytes of a device's logits that are computed at once, and of a part of more. Parts cost time: one of the head's three
+# products is computed twice (docs/performance.md).
+_WHOLE = 2**30
+_PART = 2**28
+_LANES = 128  # of a TPU's registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Head:
     Attributes:
       kernel: float32 (D, V), or (V, D) if it is the embedding.
       axes: logical axes of the kernel.
-      logits: computes float32 (..., V) from the kernel and (..., D). It holds no arrays.
+      logits: computes float32 (..., V) from the kernel, or some of its rows or columns, and (..., D). It holds no arrays.
     """
 
     kernel: jax.Array
@@ -43,103 +43,165 @@ def head_sums(
     targets_BxL: jax.Array,
     weights_BxL: jax.Array,
     *,
-    chunk: int | Literal['auto'] | None,
+    chunk: Chunk,
     z_loss: float,
     label_smoothing: float,
-) -> Sums:
+) -> dict[str, jax.Array]:
     """Returns `losses.target_sums` of the head's logits.
-
-    Of several chunks only `loss` has a derivative, by the kernel and by `x_BxLxD`. It is computed together with the loss and
-    scaled in the backward pass, so that no product is computed twice. With a mesh each device takes its own tokens, and the
-    kernel's gradient is summed over devices once.
 
     Args:
       head: see `Head`.
       x_BxLxD: input of the head.
       targets_BxL: int32.
       weights_BxL: of the targets.
-      chunk: most tokens of a device whose logits are computed at once; None for all; 'auto' for 256 MiB of logits, and for no
-        fewer than 1024 tokens.
+      chunk: most entries of a device's vocabulary whose logits are computed at once; None: all; 'auto': all up to 1 GiB of
+        logits on a device, else 256 MiB at once.
       z_loss, label_smoothing: see `losses.cross_entropy`.
     """
-    losses = {'z_loss': z_loss, 'label_smoothing': label_smoothing}
-
-    def sums_of(kernel: jax.Array, x_NxD: jax.Array, targets_N: jax.Array, weights_N: jax.Array) -> Sums:
-        logits_NxV = partitioning.constrain(head.logits(kernel, x_NxD), (None, 'vocab'))
-        return target_sums(logits_NxV, targets_N, weights_N, **losses)
-
-    shards = partitioning.batch_shards(partitioning.current_mesh())
-    if x_BxLxD.shape[0] % shards:
-        shards = 1
-    chunks = _num_chunks(head, targets_BxL.size // shards, chunk)
-    if chunks == 1:
+    parts = _parts_of(head, targets_BxL, chunk)
+    if parts.count == 1:
         logits_BxLxV = head.logits(*memory.both_gradients(head.kernel, x_BxLxD))
-        return target_sums(logits_BxLxV, targets_BxL, weights_BxL, **losses)
-    kernel = partitioning.constrain(head.kernel, head.axes)
-    parts = [_cut(array, shards, chunks) for array in (x_BxLxD, targets_BxL, weights_BxL)]
-    sums = _summed(sums_of, head.axes, kernel, *parts)
-    return {name: value if name == 'loss' else jax.lax.stop_gradient(value) for name, value in sums.items()}
+        return losses.target_sums(
+            logits_BxLxV, targets_BxL, weights_BxL, z_loss=z_loss, label_smoothing=label_smoothing
+        )
+    smoothing = losses.Smoothing(parts.size * parts.shards, z_loss, label_smoothing)
+    return losses.weighted_sums(*_cross_entropy(head, parts, smoothing, x_BxLxD, targets_BxL), weights_BxL)
 
 
-def _num_chunks(head: Head, tokens: int, chunk: int | Literal['auto'] | None) -> int:
+class _Slice(NamedTuple):
+    """A part of the vocabulary: of each shard, `width` consecutive entries.
+
+    Attributes:
+      first: the first entry, within a shard.
+      id_V: int32, numbers of the entries in the whole vocabulary.
+      new_V: which entries are in no earlier part; None if all are.
+    """
+
+    first: jax.Array
+    id_V: jax.Array
+    new_V: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How a vocabulary is cut.
+
+    Attributes:
+      axis: of the kernel.
+      shards: parts of the vocabulary on different devices.
+      size: entries of a shard.
+      width: entries of a shard in a part; the last part overlaps the one before if `size` is not a multiple.
+    """
+
+    axis: int
+    shards: int
+    size: int
+    width: int
+
+    @property
+    def count(self) -> int:
+        """The number of parts."""
+        return -(-self.size // self.width)
+
+    def split(self, kernel: jax.Array) -> jax.Array:
+        """Splits the vocabulary into (shards, size), so that slices of it stay on their devices."""
+        shape = list(kernel.shape)
+        shape[self.axis : self.axis + 1] = [self.shards, self.size]
+        return kernel.reshape(shape)
+
+    def slice(self, index: jax.Array) -> _Slice:
+        """Returns a part by its number."""
+        first = jnp.minimum(index * self.width, self.size - self.width)
+        own_V = first + jnp.arange(self.width, dtype=index.dtype)
+        id_V = (jnp.arange(self.shards, dtype=index.dtype)[:, None] * self.size + own_V).reshape(-1)
+        new_V = None if self.size % self.width == 0 else jnp.tile(own_V >= index * self.width, self.shards)
+        return _Slice(first, id_V, new_V)
+
+    def take(self, kernel: jax.Array, part: _Slice) -> jax.Array:
+        """Returns a part of a kernel that `split` has split, in the kernel's form."""
+        own = jax.lax.dynamic_slice_in_dim(kernel, part.first, self.width, self.axis + 1)
+        shape = [size for axis, size in enumerate(own.shape) if axis != self.axis + 1]
+        shape[self.axis] = self.shards * self.width
+        return own.reshape(shape)
+
+    def put(self, kernel: jax.Array, own: jax.Array, part: _Slice) -> jax.Array:
+        """Writes the new entries of a part into a kernel that `split` has split."""
+        if part.new_V is not None:
+            new_V = part.new_V[:, None] if self.axis == 0 else part.new_V
+            own = jnp.where(new_V, own, self.take(kernel, part))
+        shape = list(kernel.shape)
+        shape[self.axis + 1] = self.width
+        return jax.lax.dynamic_update_slice_in_dim(kernel, own.reshape(shape), part.first, self.axis + 1)
+
+
+def _parts_of(head: Head, targets_BxL: jax.Array, chunk: Chunk) -> _Parts:
+    axis = head.axes.index('vocab')
+    size = partitioning.split_size(head.axes, head.kernel.shape, 'vocab')
     if chunk == 'auto':
-        chunk = max(_TOKENS, _BYTES // (4 * partitioning.split_size(head.axes, head.kernel.shape, 'vocab')))
-    return 1 if chunk is None else max(1, -(-tokens // chunk))
+        shards = partitioning.batch_shards(partitioning.current_mesh())
+        column = 4 * targets_BxL.size / shards
+        chunk = None if column * size <= _WHOLE else max(1, int(_PART / column))
+    width = size if chunk is None else _width(size, min(chunk, size))
+    return _Parts(axis, head.kernel.shape[axis] // size, size, width)
 
 
-def _cut(array_BxLx: jax.Array, shards: int, chunks: int) -> jax.Array:
-    """Cuts each device's tokens into chunks, filled up with zeros: (chunks, shards, N, ...)."""
-    rest = array_BxLx.shape[2:]
-    own = array_BxLx.reshape(shards, -1, *rest)
-    size = -(-own.shape[1] // chunks)
-    own = jnp.pad(own, ((0, 0), (0, chunks * size - own.shape[1]), *((0, 0) for _ in rest)))
-    cut = jnp.moveaxis(own.reshape(shards, chunks, size, *rest), 1, 0)
-    return partitioning.constrain(cut, (None, 'batch', None, *(None for _ in rest)))
+def _width(size: int, most: int) -> int:
+    """Returns a width of parts, at most `most` and not much less: one that divides `size` if there is one.
+
+    Masks of an overlap take the TPU a fourth of the whole time.
+    """
+    fewest = -(-size // most)
+    counts = [count for count in range(fewest, 2 * fewest) if size % count == 0]
+    aligned = [count for count in counts if size // count % _LANES == 0]
+    return size // min(aligned or counts) if counts else most
 
 
-def _summed(sums_of: Callable[..., Sums], axes: tuple[str, str], *operands: jax.Array) -> Sums:
-    """Adds `sums_of(kernel, x, targets, weights)` over chunks; the derivative of `loss` comes with it."""
-    dtype = operands[1].dtype
-    over_shards = {'in_axes': (None, 0, 0, 0), 'spmd_axis_name': partitioning.BATCH_AXES}
-    sums_of_chunk = jax.vmap(sums_of, **over_shards)
+def _cross_entropy(
+    head: Head, parts: _Parts, smoothing: losses.Smoothing, x_BxLxD: jax.Array, targets_BxL: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the loss of each target, its z-loss, and whether its logit is the largest; all (B, L).
 
-    def forward(kernel: jax.Array, *parts: jax.Array) -> Sums:
-        def body(total: Sums, part: Any) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, total, sums_of_chunk(kernel, *part)), None
+    The first pass over the parts computes each token's normaliser, the second, in the backward pass, both gradients of a part.
+    """
+    numbers = jnp.arange(parts.count, dtype=targets_BxL.dtype)
 
-        start = _zeros(sums_of_chunk, kernel, *(part[0] for part in parts))
-        return jax.tree.map(jnp.sum, jax.lax.scan(body, start, parts)[0])
+    def derivative(kernel: jax.Array, part: _Slice, x_BxLxD: jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
+        own = partitioning.constrain(parts.take(kernel, part), head.axes)
+        logits_BxLxV, pull = jax.vjp(head.logits, own, x_BxLxD)
+        return partitioning.constrain(logits_BxLxV, ('batch', None, 'vocab')), pull
 
-    def loss_of(kernel: jax.Array, x: jax.Array, *rest: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = sums_of(kernel, x, *rest)
-        return sums['loss'], sums
+    def forward(kernel: jax.Array, x_BxLxD: jax.Array, targets_BxL: jax.Array) -> tuple[Any, Any]:
+        split = parts.split(kernel)
 
-    derivative = jax.vmap(jax.grad(loss_of, argnums=(0, 1), has_aux=True), **over_shards)
+        def body(seen: losses.Seen, number: jax.Array) -> tuple[losses.Seen, None]:
+            part = parts.slice(number)
+            logits_BxLxV, _ = derivative(split, part, x_BxLxD)
+            return seen.add(logits_BxLxV, targets_BxL, part.id_V, part.new_V), None
 
-    def with_gradient(kernel: jax.Array, *parts: jax.Array) -> tuple[Sums, Any]:
-        def of_chunk(kernel: jax.Array, x: jax.Array, *rest: jax.Array) -> tuple[tuple[jax.Array, Sums], jax.Array]:
-            # In float32, so that the derivative is rounded once, after it is scaled.
-            (dkernel, dx), sums = derivative(kernel, x.astype(jnp.float32), *rest)
-            return (partitioning.constrain(dkernel, ('batch', *axes)), sums), dx
+        start = losses.Seen.nothing(targets_BxL, label_smoothing=smoothing.label_smoothing)
+        seen, _ = jax.lax.scan(body, start, numbers)
+        results = (*smoothing.losses(seen), seen.best_BxL == targets_BxL)
+        return results, (kernel, x_BxLxD, targets_BxL, seen.normalizer())
 
-        def body(total: Any, part: Any) -> tuple[Any, jax.Array]:
-            new, dx = of_chunk(kernel, *part)
-            return jax.tree.map(jnp.add, total, new), dx
+    def backward(kept: Any, cotangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, None]:
+        kernel, x_BxLxD, targets_BxL, log_z_BxL = kept
+        float_BxLxD = x_BxLxD.astype(jnp.float32)  # its gradient is a sum over parts
 
-        start, _ = _zeros(of_chunk, kernel, *(part[0] for part in parts))
-        (dkernel, sums), dx = jax.lax.scan(body, start, parts)
-        return jax.tree.map(jnp.sum, sums), (dkernel.sum(axis=0), dx)
+        def body(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            kernel, dx_BxLxD = carry
+            part = parts.slice(number)
+            logits_BxLxV, pull = derivative(kernel, part, float_BxLxD)
+            is_target_BxLxV = part.id_V == targets_BxL[..., None]
+            dlogits_BxLxV = smoothing.derivative(logits_BxLxV, is_target_BxLxV, log_z_BxL, cotangents[:2])
+            if part.new_V is not None:
+                dlogits_BxLxV = jnp.where(part.new_V, dlogits_BxLxV, 0.0)
+            down, more_BxLxD = pull(dlogits_BxLxV)
+            return (parts.put(kernel, down, part), dx_BxLxD + more_BxLxD), None
 
-    def backward(kept: tuple[jax.Array, jax.Array], cotangents: Sums) -> tuple[jax.Array | None, ...]:
-        dkernel, dx = kept
-        scale = cotangents['loss']
-        return scale * dkernel, (scale * dx).astype(dtype), None, None
+        # The gradient of a part is written over the part of the kernel that was read: where the kernel is, and without zeros.
+        (split, dx_BxLxD), _ = jax.lax.scan(body, (parts.split(kernel), jnp.zeros_like(float_BxLxD)), numbers)
+        return split.reshape(kernel.shape), dx_BxLxD.astype(x_BxLxD.dtype), None
 
-    total = jax.custom_vjp(forward)
-    total.defvjp(with_gradient, backward)
-    return total(*operands)
-
-
-def _zeros(function: Callable[..., Any], *operands: jax.Array) -> Any:
-    """Returns zeros of the shapes of a function's results."""
-    return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), jax.eval_shape(function, *operands))
+    run = jax.custom_vjp(lambda *operands: forward(*operands)[0])
+    run.defvjp(forward, backward)
+    return run(head.kernel, x_BxLxD, targets_BxL)
