@@ -47,7 +47,7 @@ class CausalLM(BaseModel):
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
       logits_chunk: most entries of a device's vocabulary whose logits the loss computes at once; None: all; 'auto': all up to
-        1 GiB of logits on a device, else 256 MiB at once [LOGITS_CHUNK].
+        1 GiB of logits on a device, else 512 MiB at once [LOGITS_CHUNK].
       aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
       router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """

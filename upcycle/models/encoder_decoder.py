@@ -42,7 +42,7 @@ class EncoderDecoderModel(BaseModel):
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
       logits_chunk: most entries of a device's vocabulary whose logits the loss computes at once; None: all; 'auto': all up to
-        1 GiB of logits on a device, else 256 MiB at once [LOGITS_CHUNK].
+        1 GiB of logits on a device, else 512 MiB at once [LOGITS_CHUNK].
       loss_normalizing_factor: divides the summed loss: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
         [LOSS_NORMALIZING_FACTOR]. Adafactor does not depend on it, but the balance with the auxiliary losses does.
       aux_loss_factor: weight of the load-balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].

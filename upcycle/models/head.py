@@ -18,7 +18,7 @@ Chunk = int | Literal['auto'] | None
 # 'auto': bytes of a device's logits that are computed at once, and of a part of more. Parts cost time: one of the head's three
 # products is computed twice (docs/performance.md).
 _WHOLE = 2**30
-_PART = 2**28
+_PART = 2**29
 _LANES = 128  # of a TPU's registers
 
 
@@ -55,7 +55,7 @@ def head_sums(
       targets_BxL: int32.
       weights_BxL: of the targets.
       chunk: most entries of a device's vocabulary whose logits are computed at once; None: all; 'auto': all up to 1 GiB of
-        logits on a device, else 256 MiB at once.
+        logits on a device, else 512 MiB at once.
       z_loss, label_smoothing: see `losses.cross_entropy`.
     """
     parts = _parts_of(head, targets_BxL, chunk)
