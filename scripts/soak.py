@@ -50,6 +50,7 @@ from soaking.starts import (
 
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import PREEMPTED
+from upcycle.log_lines import depends_on_speed
 from upcycle.metrics import read_metrics
 
 DENSE_STEPS = 2
@@ -235,7 +236,7 @@ def require_same(run: pathlib.Path, whole: pathlib.Path) -> None:
 
     def lines(path: pathlib.Path) -> Iterator[dict]:
         for line in read_metrics(str(path / 'metrics.jsonl')):
-            yield {name: value for name, value in line.items() if 'second' not in name}
+            yield {name: value for name, value in line.items() if not depends_on_speed(name)}
 
     for ours, theirs in zip(lines(run), lines(whole), strict=True):
         if ours != theirs:

@@ -18,6 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from upcycle import cost, partitioning
+from upcycle.chips import CHIPS, Chip
 from upcycle.errors import UserError
 from upcycle.hlo import GRID, Collective, KernelCalls, Program
 from upcycle.kernels import Kernels
@@ -26,38 +27,6 @@ from upcycle.training import loop, start
 from upcycle.training.run import ModelRun
 from upcycle.training.state import make_layout
 
-GiB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip, with its vendor's figures.
-
-    Attributes:
-      flops: FLOP/s in bfloat16.
-      memory: usable bytes.
-      memory_bandwidth: bytes/s.
-      network_bandwidth: bytes/s sent over all links, one way.
-      cores: on a chip; the paper counts core-days.
-    """
-
-    flops: float
-    memory: float
-    memory_bandwidth: float
-    network_bandwidth: float
-    cores: int
-
-
-# cloud.google.com/tpu/docs, system architecture: looked up for v5e and v5p, from memory for the others. v4's usable memory is as
-# its compiler reports.
-CHIPS = {
-    'v2': Chip(45e12, 16 * GiB, 700e9, 248e9, 2),
-    'v3': Chip(123e12, 32 * GiB, 900e9, 328e9, 2),
-    'v4': Chip(275e12, 30.75 * GiB, 1228e9, 300e9, 2),
-    'v5e': Chip(197e12, 16 * GiB, 819e9, 200e9, 1),
-    'v5p': Chip(459e12, 95 * GiB, 2765e9, 600e9, 2),
-    'v6e': Chip(918e12, 32 * GiB, 1640e9, 448e9, 1),
-}
 # Steps for the estimate of core-days if TRAIN_STEPS is not set; no other figure depends on it.
 STEPS = 1_000_000
 

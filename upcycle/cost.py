@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax.traverse_util import flatten_dict
 
+from upcycle.chips import CHIPS
 from upcycle.moe.groups import num_groups
 from upcycle.moe.routers.base import MoE
 
@@ -97,7 +98,7 @@ def step_flops(model: 'Model', batch_spec: 'BatchSpec') -> float:
 
 
 # Peak of a TPU v4 core, FLOP/s in bfloat16, and the share of it that estimates assume. The paper counts in days of such cores.
-TPU_V4_CORE = 137.5e12
+TPU_V4_CORE = CHIPS['v4'].flops / CHIPS['v4'].cores
 UTILIZATION = 0.4
 
 

@@ -1,12 +1,27 @@
 """Parsing and validation of the lines of a `metrics.jsonl`, each a JSON object."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 # Stripped from a line; a power failure may leave zeros.
 PADDING = ' \t\r\0'
 # Running totals, of which reports take differences.
 _COSTS = ('start_step', 'flops', 'seconds', 'sunk_flops', 'sunk_seconds')
+
+
+# The end of the name of a rate: that of a family's units, such as tokens.
+PER_DEVICE = '_per_second_per_device'
+
+
+def depends_on_speed(name: str) -> bool:
+    """Returns whether a metric depends on the machine's speed: a time, a rate, or a share of time."""
+    return 'second' in name or name in ('device_busy', 'mfu')
+
+
+def rate_of_units(record: Mapping[str, Any]) -> str | None:
+    """Returns the name of a line's rate of units a second and device; None if it has none."""
+    return next((name for name in record if name.endswith(PER_DEVICE)), None)
 
 
 def is_number(value: Any) -> bool:

@@ -23,12 +23,13 @@ from upcycle.errors import UserError
 from upcycle.schema import shown
 
 MESH_AXES = ('data', 'expert', 'model')
+BATCH_AXES = ('data', 'expert')
 
 BATCH_AXES = ('data', 'expert')
 
 # T5X's logical axis names. Axes that are not listed are never split.
 RULES: tuple[tuple[str, Any], ...] = (
-    ('batch', ('data', 'expert')),
+    ('batch', BATCH_AXES),
     ('expert', 'expert'),
     ('vocab', 'model'),
     ('mlp', 'model'),
@@ -197,9 +198,25 @@ def constrain_stack(stack: jax.Array, logical: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(stack, PartitionSpec(free, *spec))
 
 
+def constrain(array: jax.Array, logical: Sequence[str | None]) -> jax.Array:
+    """Shards an array along the axes of the mesh in use that split it; its other axes are not split."""
+    mesh = current_mesh()
+    if mesh is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, mesh_axes(PartitionSpec(*logical), array.shape, mesh))
+
+
+def split_size(logical: Sequence[str], shape: Sequence[int], name: str) -> int:
+    """Returns the size of a logical axis on one device of the mesh in use."""
+    index, mesh = list(logical).index(name), current_mesh()
+    if mesh is None:
+        return shape[index]
+    return NamedSharding(mesh, mesh_axes(PartitionSpec(*logical), tuple(shape), mesh)).shard_shape(tuple(shape))[index]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: rows over `data` and `expert`."""
-    return NamedSharding(mesh, PartitionSpec(('data', 'expert')))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,6 +14,7 @@ from tests.data.test_tfds_images import by_place, config, numbers, prepare, stre
 from upcycle.data import WHOLE, Share, images, tensorflow_quiet, text
 from upcycle.data.synthetic import SyntheticImages
 from upcycle.errors import UserError
+from upcycle.metrics import read_metrics
 from upcycle.training import loop
 from upcycle.training.start import Start
 
@@ -153,8 +154,12 @@ def test_a_host_without_examples_is_told(streamed):  # noqa: F811
 
 def test_a_training_source_that_ends_stops_the_run(tmp_path):
     run = runs.build('vit dense', tmp_path, 6, EVAL_PERIOD=100, **{'train/images.DatasetConfig.num_batches': 3})
+    run = dataclasses.replace(run, checkpoint_period=3, log_period=3)
     with pytest.raises(UserError, match='TRAIN_DATASET ends after 3 batches, and TRAIN_STEPS = 6 needs more'):
         loop.train(Start.of(run))
+    # The batch that is missing is looked for during step 3, which is logged and saved all the same.
+    assert read_metrics(tmp_path / 'metrics.jsonl')[-1]['step'] == 3
+    assert (tmp_path / 'checkpoints' / '3').is_dir()
 
 
 def test_a_missing_file_of_a_seqio_task_is_one_sentence(tmp_path):

@@ -19,6 +19,7 @@ from tests import programs, runs, vision
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.commands import evaluate
 from upcycle.commands import train as command
+from upcycle.log_lines import depends_on_speed
 from upcycle.metrics import read_metrics
 
 _COMMON = {
@@ -143,7 +144,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in line.items()
-        if 'second' not in name and not isinstance(value, list | str | dict) or name == 'split'
+        if not depends_on_speed(name) and not isinstance(value, list | str | dict) or name == 'split'
     }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.moe.quick import jit, random_params
 from tests.small import (
@@ -31,8 +31,9 @@ from upcycle.data import WHOLE
 from upcycle.evaluate import token_statistics
 from upcycle.models.causal_lm import CausalLM
 from upcycle.models.encoder_decoder import EncoderDecoderModel
+from upcycle.models.head import Head, head_sums
 from upcycle.models.image_classifier import ImageClassifier
-from upcycle.models.layers import attention
+from upcycle.models.layers import attention, products_with_columns
 from upcycle.moe.config import changed
 from upcycle.moe.conventions import AdaptiveBalance, RouterType
 from upcycle.moe.groups import num_groups
@@ -50,13 +51,15 @@ MESHES = {
 # What splits in all three ways.
 ALL_AXES = '2x2x2'
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
+# Entries of a vocabulary. Those of a device do not divide into chunks of this size.
+CHUNK = 50
 # One layer a stack, and it is sparse.
 SPARSE = {f'num_{stack}_layers': 1 for stack in ('encoder', 'decoder')} | {
     f'{stack}_moe_layers': (0,) for stack in ('encoder', 'decoder')
 }
 
 
-def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
+def _model(encoder: dict, decoder: dict, logits_chunk: int | None = None, **fields) -> EncoderDecoderModel:
     moe = with_moe(T5, num_experts=8, group_size=32, groups_multiple_of=8)
     moe = dataclasses.replace(
         moe,
@@ -64,7 +67,7 @@ def _model(encoder: dict, decoder: dict, **fields) -> EncoderDecoderModel:
         decoder_moe=changed(moe.decoder_moe, **decoder),
         **fields,
     )
-    return EncoderDecoderModel(moe, aux_loss_factor=1.0, router_z_loss_factor=0.1)
+    return EncoderDecoderModel(moe, aux_loss_factor=1.0, router_z_loss_factor=0.1, logits_chunk=logits_chunk)
 
 
 def _vit(fields: dict, **moe) -> ImageClassifier:
@@ -79,7 +82,7 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
 def _llm(moe: dict, *, attention_experts: bool = False, **fields) -> CausalLM:
     moe = llm_moe(**{'num_experts': 8, 'groups_multiple_of': 8, 'group_size': 32, **moe})
     config = small_llm(moe=moe, attention_moe=moe if attention_experts else None, **fields)
-    return CausalLM(config, aux_loss_factor=1.0, router_z_loss_factor=0.1)
+    return CausalLM(config, aux_loss_factor=1.0, router_z_loss_factor=0.1, z_loss=0.01, logits_chunk=CHUNK)
 
 
 NORMALIZED = {'normalize_combine_weights': True}
@@ -102,7 +105,7 @@ CASES = {
         False,
     ),
     'microbatches over split parameters': (
-        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16, 'default_output_decay': 0.9}, **SPARSE),
+        _model({'groups_multiple_of': 16}, {'groups_multiple_of': 16, 'default_output_decay': 0.9}, CHUNK, **SPARSE),
         2,
         True,
     ),
@@ -287,3 +290,21 @@ def _margin(moe, logits_BxLxE, real_BxL, bias_E):
     sorted_GxSxE = -jnp.sort(-(probs_GxSxE + bias_E), axis=-1)
     gaps_GxSxK = sorted_GxSxE[..., : moe.num_selected_experts] - sorted_GxSxE[..., 1 : moe.num_selected_experts + 1]
     return jnp.where(real_GxS[..., None], gaps_GxSxK, 1.0).min()
+
+
+def loss_in_chunks(chunk: int) -> str:
+    """The compiled gradient of a head's loss on the mesh that splits everything: 16 rows of 2 tokens, 12 x 130 kernel."""
+    mesh = partitioning.make_mesh(MESHES[ALL_AXES], None)
+    rows = partitioning.batch_sharding(mesh)
+
+    def loss(kernel, x, targets):
+        head = Head(kernel, ('embed', 'vocab'), products_with_columns)
+        return head_sums(head, x, targets, targets, chunk=chunk, z_loss=0.0, label_smoothing=0.0)['loss']
+
+    with partitioning.use(mesh):
+        columns = NamedSharding(mesh, PartitionSpec(None, 'model'))
+        kernel = jax.ShapeDtypeStruct((12, 130), jnp.float32, sharding=columns)
+        x = jax.ShapeDtypeStruct((16, 2, 12), jnp.float32, sharding=rows)
+        targets = jax.ShapeDtypeStruct((16, 2), jnp.int32, sharding=rows)
+        gradient = jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(columns, rows))
+        return gradient.lower(kernel, x, targets).compile().as_text()

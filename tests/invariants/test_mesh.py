@@ -1,6 +1,7 @@
 """Law 2: the layout never changes the maths. One training step on every mesh equals the step on one device."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from tests.invariants import optimizers_on_eight_devices as optimizers
 from tests.invariants import types_on_eight_devices as types
 from tests.invariants.devices import on_devices, processes
 from tests.invariants.generation_on_eight_devices import generate
-from tests.invariants.on_eight_devices import ALL_AXES, CASES, meshes_of, step
+from tests.invariants.on_eight_devices import ALL_AXES, CASES, loss_in_chunks, meshes_of, step
+from upcycle.hlo import Program
 
 # All on the mesh that splits everything, except those that repeat what others show.
 WIDELY = dict.fromkeys(('scanned and rematerialised', 'scanned, all computed again', 'vit, top 2'), ())
@@ -61,6 +63,16 @@ def test_widths_alone_are_split(case):
 @pytest.mark.parametrize(('case', 'mesh'), often_and_exhaustive(OF_PROCESSES, OFTEN_OF_PROCESSES))
 def test_two_processes_equal_one_device(case, mesh):
     assert_same(on_eight(case, 'one device'), processes(2, 4).call(step, case, mesh)[0])
+
+
+def test_a_loss_in_chunks_keeps_the_vocabulary_split():
+    """A device has 65 of the 130 entries, 20 at a time in four parts; 80 of the kernel's gradient are summed over devices."""
+    text = on_devices(8, loss_in_chunks, 20)
+    assert ' while(' in text and not re.search(r'\[[\d,]*\b130\b', text)
+    (summed,) = Program(text).collectives().values()
+    # Both gradients, float32: of the kernel 12 numbers an entry, and of the inputs 8 x 12 numbers in each part.
+    gradients = 4 * (80 * 12 + 4 * 8 * 12)
+    assert gradients <= summed.operand_bytes < 1.5 * gradients
 
 
 # Rows that divide among the devices, and rows that do not, as `upcycle generate` has them.

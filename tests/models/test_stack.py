@@ -18,7 +18,10 @@ from tests.small import (
     FEATURES,
     close_to_largest,
     image_batch,
+    llm_batch,
+    llm_moe,
     random_batch,
+    small_llm,
     small_t5,
     small_vit,
     spec_of,
@@ -27,6 +30,7 @@ from tests.small import (
 )
 from upcycle.errors import UserError
 from upcycle.models import memory, stack
+from upcycle.models.causal_lm import CausalLM
 from upcycle.models.encoder_decoder import EncoderDecoderModel
 from upcycle.models.image_classifier import ImageClassifier
 from upcycle.models.stack import Remat, apply_layers, segments
@@ -207,10 +211,15 @@ def vit_model(**fields):
     return ImageClassifier(small_vit(moe=moe, moe_layers=(0, 1), num_layers=2, emb_dim=32, mlp_dim=64, **fields))
 
 
+def llm_model(**fields):
+    return CausalLM(small_llm(moe=llm_moe(), attention_moe=llm_moe(), **fields))
+
+
 ROUTED = {
     't5': (model, {'num_encoder_layers': 2, 'encoder_moe_layers': (0, 1)}),
     'ragged': (model, {'encoder_moe': None, 'decoder_moe': MoEConfig(4, router='top_k', dispatch='ragged')}),
     'vit': (vit_model, {}),
+    'attention experts': (llm_model, {}),
 }
 
 
@@ -219,7 +228,8 @@ def decisions(kind, **form):
     """How often the program of a gradient chooses experts or tokens, and puts tokens in order."""
     build, fields = ROUTED[kind]
     which = build(**fields, **form, dtype='bfloat16')
-    batch = random_batch(padding=3) if kind != 'vit' else image_batch(which.config)
+    batches = {'vit': lambda: image_batch(which.config), 'attention experts': llm_batch}
+    batch = batches.get(kind, lambda: random_batch(padding=3))()
     params = nn.unbox(jax.eval_shape(lambda key: which.init(key, spec_of(batch)), jax.random.key(0)))
 
     def loss(params):
@@ -228,14 +238,18 @@ def decisions(kind, **form):
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     # What `ragged` sorts is integers that were decided.
-    return text.count('top_k['), 0 if kind == 'ragged' else text.count('sort[')
+    return text.count('top_k['), 0 if kind in ('ragged', 'attention experts') else text.count('sort[')
 
 
 @pytest.mark.parametrize('scan', [False, True], ids=['', 'scan'])
 @pytest.mark.parametrize(
     ('kind', 'remat'),
     [
-        pytest.param(kind, remat, marks=[] if remat == 'full' or kind == 't5' else pytest.mark.exhaustive)
+        pytest.param(
+            kind,
+            remat,
+            marks=[] if kind != 'attention experts' and remat == 'full' or kind == 't5' else pytest.mark.exhaustive,
+        )
         for kind in ROUTED
         for remat in ('full', 'minimal', 'exchange')
         if (kind, remat) != ('t5', 'exchange')

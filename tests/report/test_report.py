@@ -17,6 +17,7 @@ from upcycle.report.compare import Report, interpolate, mean_rows, paired, reach
 from upcycle.report.html import write_report
 from upcycle.report.plots.experts import load_over_steps
 from upcycle.report.plots.figure import Plot
+from upcycle.report.plots.steps import throughput_plot
 from upcycle.report.runs import Axis, Role, Run, load_run
 from upcycle.report.tables import print_table
 from upcycle.report.text import unit
@@ -127,6 +128,21 @@ def test_where_the_time_went(tmp_path, runs, capsys):
     print_table([Report([load_run(folder)])], console)
     out = capsys.readouterr().out.split('Where the time went')[1]
     assert re.search(r'timed +100 seconds +60\.0% +20\.0% +15\.0% +5\.0%', out), out
+    assert 'Speed' not in out
+
+
+def test_speed(tmp_path, capsys):
+    folder = write_run(tmp_path / 'timed', 0, 100, 1e12, 2.0, lambda k: 1.0)
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    for line in lines:
+        if line['split'] == 'train':
+            line |= {'tokens_per_second_per_device': 10.0 * line['step'], 'device_busy': 0.975}
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    reports = [Report([load_run(folder)])]
+    print_table(reports, rich.console.Console(width=200))
+    middle = 10 * np.median([line['step'] for line in lines if line['split'] == 'train'])
+    assert re.search(rf'timed +2 +{middle:g} tokens +– +97\.5%', capsys.readouterr().out.split('Speed')[1])
+    assert len(throughput_plot(reports).panels) == 3
 
 
 def test_scratch_is_charged_its_whole_budget(runs):

@@ -15,6 +15,7 @@ from upcycle.checkpoints import open_checkpoint
 from upcycle.data import WHOLE
 from upcycle.data.synthetic import SyntheticText
 from upcycle.errors import Preempted, UserError
+from upcycle.log_lines import depends_on_speed
 from upcycle.metrics import read_metrics
 from upcycle.training import loop
 from upcycle.training.start import Start
@@ -23,7 +24,7 @@ from upcycle.training.start import Start
 def lines_of(model_dir):
     lines = read_metrics(os.path.join(model_dir, 'metrics.jsonl'))
     # Except times and rates.
-    return [{name: value for name, value in line.items() if 'second' not in name} for line in lines]
+    return [{name: value for name, value in line.items() if not depends_on_speed(name)} for line in lines]
 
 
 def leaves_of(model_dir):

@@ -13,6 +13,7 @@ import pytest
 from tests import runs
 from upcycle.checkpoints import open_checkpoint
 from upcycle.errors import UserError
+from upcycle.log_lines import depends_on_speed
 from upcycle.metrics import read_metrics
 
 SOAK = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'soak.py'
@@ -26,7 +27,7 @@ def run(dense, tmp_path):
 
 def lines_of(run):
     lines = read_metrics(str(pathlib.Path(run) / 'metrics.jsonl'))
-    return [{name: value for name, value in line.items() if 'second' not in name} for line in lines]
+    return [{name: value for name, value in line.items() if not depends_on_speed(name)} for line in lines]
 
 
 def flip(step):

@@ -12,6 +12,7 @@ import numpy as np
 from upcycle import schema
 from upcycle.errors import UserError, refuse
 from upcycle.models.generation import Generated, Sampling, generate
+from upcycle.models.protocol import BatchSpec
 from upcycle.moe.config import MoEConfig, changed
 from upcycle.moe.layer import METRICS, moe_metrics
 
@@ -26,6 +27,7 @@ class BaseModel:
     lacking: ClassVar[tuple[str, ...]] = ()
     grids: ClassVar[tuple[str, ...]] = ()
     prompts: ClassVar[str | None] = None
+    unit: ClassVar[str] = 'token'
     told: ClassVar[tuple[str, ...]] = ()
     moe_fields: ClassVar[tuple[str, ...]]
     network: ClassVar[type[nn.Module]]
@@ -80,6 +82,10 @@ class BaseModel:
     def sample_inputs(self) -> dict[str, np.ndarray] | None:
         """None; see `models.Model`."""
         return None
+
+    def num_units(self, batch_spec: BatchSpec) -> int:
+        """See `models.Model`; the tokens."""
+        return self.num_tokens(batch_spec)
 
     def module(self, num_microbatches: int = 1) -> nn.Module:
         """See `models.Model`."""

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,16 +15,16 @@ from upcycle import cost, schema
 from upcycle.errors import UserError
 from upcycle.models.attention_experts import RouterOnly
 from upcycle.models.base import BaseModel, known_facts, read_features
-from upcycle.models.decoder import DecoderOnly
+from upcycle.models.decoder import DecoderOnly, head_of
 from upcycle.models.decoder_config import DecoderConfig
 from upcycle.models.generation import Cache
+from upcycle.models.head import head_sums
 from upcycle.models.leaves import count_layers, mlp_width
-from upcycle.models.losses import target_sums
 from upcycle.models.protocol import BatchSpec
 from upcycle.moe.groups import is_attention
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Natural, Rate
+from upcycle.schema import Count, Natural, Rate
 
 Batch = Mapping[str, jax.Array]
 _SAMPLE = (2, 32)  # sequences and tokens of `sample_inputs`
@@ -46,6 +46,8 @@ class CausalLM(BaseModel):
       config: sizes, function and MoE layers.
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
+      logits_chunk: most entries of a device's vocabulary whose logits the loss computes at once; None: all; 'auto': all up to
+        1 GiB of logits on a device, else 512 MiB at once [LOGITS_CHUNK].
       aux_loss_factor: weight of the balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
       router_z_loss_factor: weight of the routers' z-loss, averaged over all MoE layers [ROUTER_Z_LOSS_FACTOR].
     """
@@ -53,6 +55,7 @@ class CausalLM(BaseModel):
     config: DecoderConfig
     z_loss: Natural = 0.0
     label_smoothing: Rate = 0.0
+    logits_chunk: Count | Literal['auto'] | None = 'auto'
     aux_loss_factor: Natural = 0.01
     router_z_loss_factor: Natural = 0.0
 
@@ -119,13 +122,15 @@ class CausalLM(BaseModel):
         """See `models.Model`; sums are over target tokens."""
         rngs = {} if rng is None else dict(zip(('dropout', 'jitter'), jax.random.split(rng), strict=True))
         inputs = {name: batch[name] for name in ('tokens', *_OPTIONAL) if name in batch}
-        logits_BxLxV, written = self.module(num_microbatches).apply(
-            {'params': params}, **inputs, training=training, rngs=rngs, mutable=[METRICS]
+        x_BxLxD, written = self.module(num_microbatches).apply(
+            {'params': params}, **inputs, training=training, features_only=True, rngs=rngs, mutable=[METRICS]
         )
-        sums = target_sums(
-            logits_BxLxV,
+        sums = head_sums(
+            head_of(self.config, params),
+            x_BxLxD,
             batch['targets'],
             batch['loss_weights'],
+            chunk=self.logits_chunk,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing if training else 0.0,
         )

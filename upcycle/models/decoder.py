@@ -4,7 +4,8 @@ Parameter names are T5X's. Any MLP can be an MoE layer; a dense model and its up
 `mlp/router/*`. Attention can have experts, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,16 @@ import jax.numpy as jnp
 from upcycle.models.attention_experts import AttentionExperts
 from upcycle.models.decoder_config import DecoderConfig, LayerKind, NormPlacement
 from upcycle.models.grouped_attention import SelfAttention
-from upcycle.models.layers import Dense, Dropout, Embed, LayerNorm, MlpBlock
+from upcycle.models.head import Head
+from upcycle.models.layers import (
+    Dense,
+    Dropout,
+    Embed,
+    LayerNorm,
+    MlpBlock,
+    products_with_columns,
+    products_with_rows,
+)
 from upcycle.models.layers.attention import Segments, segments
 from upcycle.models.stack import apply_layers
 
@@ -89,8 +99,9 @@ class Decoder(nn.Module):
         index: jax.Array,
         training: bool,
         max_length: int | None,
+        features_only: bool,
     ) -> jax.Array:
-        """Applies the stack; see `SelfAttention` for the arguments."""
+        """Applies the stack, with `features_only` without the head; see `SelfAttention` for the other arguments."""
         c = self.config
         arrays = (position_BxL, real_BxL, visible, index)
         switches = (training, max_length)
@@ -98,7 +109,7 @@ class Decoder(nn.Module):
         x_BxLxD = apply_layers(self, DecoderLayer, c.kinds(), x_BxLxD, arrays, switches, last=True, scan=scan)
         epsilon = c.norm_epsilon if c.final_norm_epsilon is None else c.final_norm_epsilon
         x_BxLxD = LayerNorm(c.dtype, epsilon, c.norm_offset, name='decoder_norm')(x_BxLxD)
-        if c.tied_embeddings:
+        if c.tied_embeddings or features_only:
             return x_BxLxD
         return Dense(c.vocab_size, ('embed', 'vocab'), both_gradients=True, name='logits_dense')(x_BxLxD)
 
@@ -118,6 +129,7 @@ class DecoderOnly(nn.Module):
         *,
         training: bool = False,
         max_length: int | None = None,
+        features_only: bool = False,
     ) -> jax.Array:
         """Computes logits (B, L, V) in float32.
 
@@ -131,6 +143,7 @@ class DecoderOnly(nn.Module):
           mask: bool (B, L), False at padding, which no query sees and no expert takes; None without padding.
           training: turns dropout on and selects the training capacity factor.
           max_length: positions of the key/value cache; None for no cache.
+          features_only: return the input of the head, (B, L, D).
 
         Raises:
           ValueError: segments with a cache.
@@ -155,13 +168,10 @@ class DecoderOnly(nn.Module):
             x_BxLxD *= jnp.asarray(c.embedding_multiplier, x_BxLxD.dtype)
         x_BxLxD = Dropout(c.dropout_rate)(x_BxLxD, training)
         decoder = Decoder(c, name='decoder')
-        x_BxLxD = decoder(x_BxLxD, positions, real_BxL, visible, index, training, max_length)
-        logits_BxLxV = embedder.attend(x_BxLxD) if c.tied_embeddings else x_BxLxD
-        if c.logits_divisor != 1:
-            logits_BxLxV /= c.logits_divisor
-        if c.logits_soft_cap is not None:
-            logits_BxLxV = c.logits_soft_cap * jnp.tanh(logits_BxLxV / c.logits_soft_cap)
-        return logits_BxLxV
+        x_BxLxD = decoder(x_BxLxD, positions, real_BxL, visible, index, training, max_length, features_only)
+        if features_only:
+            return x_BxLxD
+        return _scaled(c, embedder.attend(x_BxLxD) if c.tied_embeddings else x_BxLxD)
 
     def _append(
         self, real_BxL: jax.Array, positions: jax.Array | None, max_length: int
@@ -178,6 +188,24 @@ class DecoderOnly(nn.Module):
         earlier_LxK = jnp.arange(max_length) <= start + jnp.arange(L)[:, None]
         index.value = start + L
         return positions, earlier_LxK & cached_BxK.value[:, None], start
+
+
+def head_of(config: DecoderConfig, params: Mapping[str, Any]) -> Head:
+    """Returns the head of a model, as `DecoderOnly` applies it."""
+    if config.tied_embeddings:
+        kernel, axes, products = params['token_embedder']['embedding'], ('vocab', 'embed'), products_with_rows
+    else:
+        kernel, axes, products = params['decoder']['logits_dense']['kernel'], ('embed', 'vocab'), products_with_columns
+    return Head(kernel, axes, lambda kernel, x: _scaled(config, products(kernel, x)))
+
+
+def _scaled(config: DecoderConfig, logits: jax.Array) -> jax.Array:
+    """Divides and caps logits as the configuration says."""
+    if config.logits_divisor != 1:
+        logits /= config.logits_divisor
+    if config.logits_soft_cap is not None:
+        logits = config.logits_soft_cap * jnp.tanh(logits / config.logits_soft_cap)
+    return logits
 
 
 def default_positions(real_BxL: jax.Array, segment_ids_BxL: jax.Array | None) -> jax.Array:

@@ -14,13 +14,13 @@ from upcycle.errors import UserError
 from upcycle.models.base import BaseModel, known_facts, read_features
 from upcycle.models.decoding import FIRST_ID, t5_decode, t5_start
 from upcycle.models.generation import Cache
+from upcycle.models.head import head_sums
 from upcycle.models.leaves import count_layers, mlp_width
-from upcycle.models.losses import target_sums
 from upcycle.models.protocol import BatchSpec
-from upcycle.models.t5 import T5Config, Transformer
+from upcycle.models.t5 import T5Config, Transformer, head_of
 from upcycle.moe.layer import METRICS
 from upcycle.moe.routers.base import MoE
-from upcycle.schema import Natural, Rate
+from upcycle.schema import Count, Natural, Rate
 
 Batch = Mapping[str, jax.Array]
 _INPUTS = (
@@ -41,6 +41,8 @@ class EncoderDecoderModel(BaseModel):
       config: sizes and MoE layers.
       z_loss: weight of the logits z-loss [Z_LOSS].
       label_smoothing: share of a label spread over the vocabulary, in training [LABEL_SMOOTHING].
+      logits_chunk: most entries of a device's vocabulary whose logits the loss computes at once; None: all; 'auto': all up to
+        1 GiB of logits on a device, else 512 MiB at once [LOGITS_CHUNK].
       loss_normalizing_factor: divides the summed loss: a number, 'NUM_REAL_TARGET_TOKENS', or None for 1
         [LOSS_NORMALIZING_FACTOR]. Adafactor does not depend on it, but the balance with the auxiliary losses does.
       aux_loss_factor: weight of the load-balance loss, averaged over all MoE layers [AUX_LOSS_FACTOR].
@@ -50,6 +52,7 @@ class EncoderDecoderModel(BaseModel):
     config: T5Config
     z_loss: Natural = 1e-4
     label_smoothing: Rate = 0.0
+    logits_chunk: Count | Literal['auto'] | None = 'auto'
     loss_normalizing_factor: float | Literal['NUM_REAL_TARGET_TOKENS'] | None = 'NUM_REAL_TARGET_TOKENS'
     aux_loss_factor: Natural = 0.01
     router_z_loss_factor: Natural = 0.0
@@ -138,13 +141,15 @@ class EncoderDecoderModel(BaseModel):
         """See `models.Model`; sums are over target tokens."""
         rngs = {} if rng is None else dict(zip(('dropout', 'jitter'), jax.random.split(rng), strict=True))
         inputs = {name: batch[name] for name in _INPUTS if name in batch}
-        logits_BxLxV, written = self.module(num_microbatches).apply(
-            {'params': params}, **inputs, training=training, rngs=rngs, mutable=[METRICS]
+        x_BxLxD, written = self.module(num_microbatches).apply(
+            {'params': params}, **inputs, training=training, features_only=True, rngs=rngs, mutable=[METRICS]
         )
-        sums = target_sums(
-            logits_BxLxV,
+        sums = head_sums(
+            head_of(self.config, params),
+            x_BxLxD,
             batch['decoder_target_tokens'],
             batch['decoder_loss_weights'],
+            chunk=self.logits_chunk,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
         )

@@ -62,6 +62,7 @@ class ImageClassifier(BaseModel):
     grids = ('pos_embedding',)
     facts = ('num_heads', 'pooling', 'positions', 'gelu', 'norm_epsilon')
     inputs = ('image',)
+    unit = 'image'
     blocks = ('encoderblock',)
     components = ('MlpBlock_0', 'MultiHeadDotProductAttention_0')
     moe_fields = ('moe',)
@@ -243,6 +244,10 @@ class ImageClassifier(BaseModel):
     def num_tokens(self, batch_spec: Mapping[str, Any]) -> int:
         """See `models.Model`; patches and class tokens."""
         return batch_spec['image'][0][0] * self.config.num_tokens
+
+    def num_units(self, batch_spec: Mapping[str, Any]) -> int:
+        """See `models.Model`; the images."""
+        return batch_spec['image'][0][0]
 
     def moe_tokens(self, batch_spec: Mapping[str, Any]) -> dict[str, int]:
         """See `models.Model`."""

@@ -36,6 +36,7 @@ class Model(Protocol):
       inputs: features of a batch that tell its size, for messages.
       blocks: names of the modules that are numbered by layer, without the number.
       components: names of the modules within a layer that `upcycle inspect` sums up.
+      unit: what a batch is counted in, for figures of speed: 'token' or 'image'.
       prompts: how `generate` reads a prompt: 'continued'; 'answered', which ends it with the end token; None if the family does
         not generate text and is not `Generative`.
     """
@@ -53,6 +54,7 @@ class Model(Protocol):
     inputs: ClassVar[tuple[str, ...]]
     blocks: ClassVar[tuple[str, ...]]
     components: ClassVar[tuple[str, ...]]
+    unit: ClassVar[str]
     prompts: ClassVar[str | None]
 
     config: Any
@@ -191,6 +193,9 @@ class Model(Protocol):
 
     def num_tokens(self, batch_spec: BatchSpec) -> int:
         """Counts the tokens of a batch, padding included: inputs and targets, or patches of images."""
+
+    def num_units(self, batch_spec: BatchSpec) -> int:
+        """Counts the units of a batch, padding included; see `unit`."""
 
     def moe_tokens(self, batch_spec: BatchSpec) -> dict[str, int]:
         """Counts the tokens of a batch that each MoE layer routes, by the paths of `moe_layers`."""

@@ -5,7 +5,7 @@ Any MLP of either stack can be an MoE layer. A dense model and its upcycled one 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,17 @@ from upcycle.models.attention import (
     RelativePositionBiases,
     flaxformer_decoder_tokens,
 )
-from upcycle.models.layers import ACTIVATION_FUNCTIONS, Dense, Dropout, Embed, LayerNorm, MlpBlock
+from upcycle.models.head import Head
+from upcycle.models.layers import (
+    ACTIVATION_FUNCTIONS,
+    Dense,
+    Dropout,
+    Embed,
+    LayerNorm,
+    MlpBlock,
+    products_with_columns,
+    products_with_rows,
+)
 from upcycle.models.layers.attention import Segments, segments
 from upcycle.models.stack import Remat, apply_layers
 from upcycle.moe.groups import moe_of_layers
@@ -234,7 +244,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers over embedded tokens, ending in float32 logits unless these come from the embedding."""
+    """A stack of decoder layers over embedded tokens, ending in float32 logits unless these come from the embedding.
+
+    With `features_only` it ends before the head.
+    """
 
     config: T5Config
 
@@ -249,6 +262,7 @@ class Decoder(nn.Module):
         training: bool,
         decoding: bool,
         max_length: int,
+        features_only: bool,
     ) -> jax.Array:
         config = self.config
         bias = _position_biases(config, PositionBiases.SHARED, max_length, bidirectional=False)
@@ -258,7 +272,7 @@ class Decoder(nn.Module):
         x_BxLxD = apply_layers(self, DecoderLayer, layers, x_BxLxD, arrays, switches, last=True, scan=not decoding)
         x_BxLxD = _zero_padding(config, LayerNorm(config.dtype, name='decoder_norm')(x_BxLxD), real_BxL)
         x_BxLxD = Dropout(config.dropout_rate)(x_BxLxD, training)
-        if config.logits_via_embedding:
+        if config.logits_via_embedding or features_only:
             return x_BxLxD
         return Dense(config.vocab_size, ('embed', 'vocab'), both_gradients=True, name='logits_dense')(x_BxLxD)
 
@@ -297,6 +311,7 @@ class Transformer(nn.Module):
         training: bool = False,
         decoding: bool = False,
         max_length: int | None = None,
+        features_only: bool = False,
     ) -> jax.Array:
         """Computes logits (B, L, V) in float32.
 
@@ -309,6 +324,7 @@ class Transformer(nn.Module):
           training: turns dropout on and selects the training capacity factor.
           decoding: use a key/value cache: the first call, over the full length, makes it; later calls take one position.
           max_length: of the cache; required in calls of one position.
+          features_only: return the input of the head, (B, L, D).
         """
         config = self.config
         length = decoder_input_tokens.shape[1]
@@ -323,8 +339,8 @@ class Transformer(nn.Module):
         cross_ids = segments(target_BxL, encoder_real_BxK, decoder_segment_ids, encoder_segment_ids)
         ids = None if decoding else segments(target_BxL, target_BxL, decoder_segment_ids, decoder_segment_ids)
         embedded, arrays = self.token_embedder(decoder_input_tokens), (encoded, real_BxL, ids, cross_ids)
-        x = self.decoder(embedded, *arrays, training, decoding, max_length or length)
-        if config.logits_via_embedding:
+        x = self.decoder(embedded, *arrays, training, decoding, max_length or length, features_only)
+        if config.logits_via_embedding and not features_only:
             return self.token_embedder.attend(x) / jnp.sqrt(config.emb_dim)
         return x
 
@@ -337,8 +353,21 @@ class Transformer(nn.Module):
         decoder_segment_ids: jax.Array | None = None,
         *,
         training: bool = False,
+        features_only: bool = False,
     ) -> jax.Array:
-        """Computes logits (B, L, V) with teacher forcing."""
+        """Computes logits (B, L, V) with teacher forcing, or the input of the head (B, L, D)."""
         encoded = self.encode(encoder_input_tokens, encoder_segment_ids, training=training)
         tokens = encoder_input_tokens, decoder_input_tokens, decoder_target_tokens
-        return self.decode(encoded, *tokens, encoder_segment_ids, decoder_segment_ids, training=training)
+        segments = encoder_segment_ids, decoder_segment_ids
+        return self.decode(encoded, *tokens, *segments, training=training, features_only=features_only)
+
+
+def head_of(config: T5Config, params: Mapping[str, Any]) -> Head:
+    """Returns the head of a model, as `Transformer` applies it."""
+    if not config.logits_via_embedding:
+        return Head(params['decoder']['logits_dense']['kernel'], ('embed', 'vocab'), products_with_columns)
+
+    def logits(embedding_VxD: jax.Array, x: jax.Array) -> jax.Array:
+        return products_with_rows(embedding_VxD, x) / jnp.sqrt(config.emb_dim)
+
+    return Head(params['token_embedder']['embedding'], ('vocab', 'embed'), logits)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import statistics
 from collections.abc import Sequence
 
 import rich.box
@@ -9,6 +10,7 @@ import rich.console
 import rich.table
 
 from upcycle import tables
+from upcycle.log_lines import PER_DEVICE, is_number, rate_of_units
 from upcycle.report import text
 from upcycle.report.compare import Paired, Report, Row, mean_rows, paired, warnings_of
 from upcycle.report.headlines import headlines
@@ -50,9 +52,13 @@ def tables_of(reports: Sequence[Report]) -> dict[str, Table]:
         seeds = [f'seed {i}' for i in range(1, len(reports) + 1)] if len(reports) > 1 else []
         head = ['branch', 'at equal', 'budget', 'metric', *seeds, 'difference']
         result['Branch minus dense continuation'] = head, [_difference(reports, p) for p in differences]
+    first = ' (first seed)' if len(reports) > 1 else ''
     if times := [row for run in reports[0].runs if (row := _times(run))]:
         head = ['branch', 'time', 'steps', 'waiting for data', 'evaluations', 'checkpoints']
-        result[f'Where the time went{" (first seed)" if len(reports) > 1 else ""}'] = head, times
+        result[f'Where the time went{first}'] = head, times
+    if speeds := [row for run in reports[0].runs if (row := _speed(run))]:
+        head = ['branch', 'steps a second', 'a second and device', 'MFU', 'devices busy']
+        result[f'Speed, medians of the log{first}'] = head, speeds
     return result
 
 
@@ -83,6 +89,21 @@ def _times(run: Run) -> list[str] | None:
     ]
     total = sum(parts)
     return [run.name, cost_text(total, Axis.SECONDS), *(f'{part / total:.1%}' if total else '–' for part in parts)]
+
+
+def _speed(run: Run) -> list[str] | None:
+    """Returns the medians of a run's logged rates and shares of time; None if it has not logged units."""
+    lines = run.split('train')
+    name = next(filter(None, map(rate_of_units, lines)), None)
+    if name is None:
+        return None
+
+    def median(key: str, style: str) -> str:
+        values = [line[key] for line in lines if is_number(line.get(key))]
+        return format(statistics.median(values), style) if values else '–'
+
+    units = f'{median(name, ",.4g")} {name.removesuffix(PER_DEVICE)}'
+    return [run.name, median('steps_per_second', '.3g'), units, median('mfu', '.1%'), median('device_busy', '.1%')]
 
 
 def _difference(reports: Sequence[Report], p: Paired) -> list[str]:

@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from upcycle import cost
+from upcycle.chips import peak_flops
+from upcycle.log_lines import PER_DEVICE
+from upcycle.models import BatchSpec, Model
 
 
 @dataclasses.dataclass
@@ -54,12 +58,66 @@ class Ledger:
         self.sunk_flops = spent.get('flops', 0.0) + spent.get('sunk_flops', 0.0) or flops or 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a training step does, for the figures of speed in the log.
+
+    Attributes:
+      unit: what a family counts, such as 'token'.
+      units: of a step's batch, padding included.
+      flops: of a step on all devices, by `cost.py`.
+      devices: of the mesh.
+      peak: FLOP/s of one device; None if unknown, as of a CPU.
+    """
+
+    unit: str
+    units: int
+    flops: float
+    devices: int
+    peak: float | None
+
+    @classmethod
+    def of(cls, model: Model, batch_spec: BatchSpec, mesh: Mesh) -> 'Work':
+        """Returns that of a model's steps over such batches."""
+        peak = peak_flops(mesh.devices.flat[0])
+        return cls(model.unit, model.num_units(batch_spec), cost.step_flops(model, batch_spec), mesh.size, peak)
+
+    def speed(self, steps: int, seconds: float, waiting: float) -> dict[str, float]:
+        """Returns the speed of some steps for a line of the log.
+
+        Args:
+          steps: their number.
+          seconds: that they took, including waiting for data.
+          waiting: the part of `seconds` in which devices waited for data.
+
+        Returns:
+          `steps_per_second`; `device_busy`, the share of the time in which a step was under way; units a second and device; and
+          `mfu`, the share of the peak that the model's FLOPs are, if the peak is known. Without time only the first, 0.
+        """
+        if seconds <= 0:
+            return {'steps_per_second': 0.0}
+        rate = steps / seconds
+        figures = {
+            'steps_per_second': rate,
+            'device_busy': 1.0 - waiting / seconds,
+            f'{self.unit}s{PER_DEVICE}': rate * self.units / self.devices,
+        }
+        return figures if self.peak is None else figures | {'mfu': rate * self.flops / (self.devices * self.peak)}
+
+    def shown(self, speed: Mapping[str, float]) -> list[str]:
+        """Returns parts of a progress line."""
+        parts = []
+        if (units := speed.get(f'{self.unit}s{PER_DEVICE}')) is not None:
+            parts = [f'{units:,.{0 if units >= 100 else 1}f} {self.unit}s/s/device', f'busy {speed["device_busy"]:.0%}']
+        return parts + ([f'MFU {speed["mfu"]:.1%}'] if 'mfu' in speed else [])
+
+
 class Timer:
     """Adds the time between its calls to the ledger."""
 
     def __init__(self, ledger: Ledger, step: int, clock: Callable[[], float] = time.monotonic):
         self._ledger, self._clock = ledger, clock
-        self._seconds, self._step = ledger.seconds, step
+        self._last = step, ledger.seconds, ledger.data_seconds
         self._since = clock()
         # Waits for the newest step: the main thread, waiting for data, would not learn when it finished.
         self._watcher = concurrent.futures.ThreadPoolExecutor(1)
@@ -91,9 +149,9 @@ class Timer:
             self._ledger.data_seconds += max(0.0, now - max(self._since, self._finished.result()))
         self.book('seconds')
 
-    def rate(self, step: int) -> float:
-        """Returns the steps per second since the last call."""
-        seconds = self._ledger.seconds - self._seconds
-        steps = step - self._step
-        self._seconds, self._step = self._ledger.seconds, step
-        return steps / seconds if seconds > 0 else 0.0
+    def since_last(self, step: int) -> tuple[int, float, float]:
+        """Returns the steps since the last call, their seconds, and how many of these devices waited for data."""
+        now = step, self._ledger.seconds, self._ledger.data_seconds
+        steps, seconds, waiting = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        return steps, seconds, waiting

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from upcycle import cost, files, partitioning
+from upcycle import files, partitioning
 from upcycle.checkpoints import integrity
 from upcycle.checkpoints.hf import companions
 from upcycle.checkpoints.native import CheckpointManager
@@ -26,10 +26,11 @@ from upcycle.progress import Progress
 from upcycle.training import folder as run_folder
 from upcycle.training import preemption
 from upcycle.training import state as states
+from upcycle.training.ahead import Ahead
 from upcycle.training.diagnosis import diagnose
 from upcycle.training.first_state import from_checkpoint
 from upcycle.training.health import Health, NotFiniteError, Rollback
-from upcycle.training.ledger import Ledger, Timer
+from upcycle.training.ledger import Ledger, Timer, Work
 from upcycle.training.profile import Profile
 from upcycle.training.receipt_of_start import require_match
 from upcycle.training.run import ModelRun
@@ -106,8 +107,8 @@ class _Trainer:
         self.data_identity = run.train_data.fingerprint()
         # The step of a stream's first batch; 0 for other data.
         self.first_step = 0
-        self.step_flops = cost.step_flops(run.model, run.train_data.batch_spec())
         self.step_tokens = run.model.num_tokens(run.train_data.batch_spec())
+        self.work = Work.of(run.model, run.train_data.batch_spec(), start.mesh)
         self.subject = Subject(run.model, run.eval_data, self.batch_sharding)
 
     @functools.cached_property
@@ -209,31 +210,33 @@ class _Trainer:
         if first >= run.total_steps:
             return state
         step_fn = self.step
-        batches = self._endless(first + self.health.values['batches_left_out'])
         with contextlib.ExitStack() as closing:
             asked_to_stop = closing.enter_context(preemption.watch(first))
             self._evaluate(self.unfinished, state, first, log)
             timer = closing.enter_context(Timer(self.ledger, first))
+            batches = Ahead(self._endless(first + self.health.values['batches_left_out']), timer)
             progress = closing.enter_context(Progress(self.name, 'step', run.total_steps, first=first, period=0.0))
             for step in range(first + 1, run.total_steps + 1):
                 self.profile.before(step)
-                timer.book('seconds')
-                batch = next(batches)
-                timer.book_data()
+                batch = batches.take()
                 state, metrics = step_fn(state, batch)
                 timer.under_way(metrics)
                 self.profile.after(step, metrics)
+                last = step == run.total_steps
+                if not last:
+                    batches.prepare()
                 self.state = state
                 self.window.add(metrics)
-                self.ledger.flops += self.step_flops
+                self.ledger.flops += self.work.flops
                 self.ledger.tokens += self.step_tokens
-                last = step == run.total_steps
                 if step % run.log_period == 0 or last:
                     means = self.window.close()
                     timer.book('seconds')
                     health = self.health.look_at_routing(means) | self.health.counts
-                    self._write(log, step, 'train', means | health | {'steps_per_second': timer.rate(step)})
+                    speed = self.work.speed(*timer.since_last(step))
+                    self._write(log, step, 'train', means | health | speed)
                     shown = [f'{name} {means[name]:.4f}' for name in ('loss', 'accuracy') if name in means]
+                    shown += self.work.shown(speed)
                     progress.show(step, '  '.join(shown))
                     timer.book()
                 # The last step ends normally: its checkpoint marks the run as finished.
@@ -321,7 +324,7 @@ class _Trainer:
         self.before = None
         # Includes earlier rollbacks to the same step.
         wasted = last - step + health.values['batches_left_out'] - self.health.values['batches_left_out']
-        ledger.flops = self.ledger.flops + wasted * self.step_flops
+        ledger.flops = self.ledger.flops + wasted * self.work.flops
         ledger.tokens = self.ledger.tokens + wasted * self.step_tokens
         self.ledger = ledger
         self.health.leave_out(health.values, last - step)

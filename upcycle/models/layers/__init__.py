@@ -106,6 +106,16 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
     return (y if bias is None else y + bias).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def products_with_columns(kernel_DxV: jax.Array, x: jax.Array) -> jax.Array:
+    """Multiplies (..., D) by a kernel in float32, as `Dense` does."""
+    return _project((kernel_DxV, None, None), x, jnp.float32)
+
+
+def products_with_rows(embedding_VxD: jax.Array, x: jax.Array) -> jax.Array:
+    """Multiplies (..., D) by all embeddings in float32, as `Embed.attend` does."""
+    return x.astype(jnp.float32) @ embedding_VxD.T
+
+
 class LayerNorm(nn.Module):
     """Root mean square norm over the last axis, without centring and bias. The mean is computed in float32.
 
@@ -221,5 +231,4 @@ class Embed(nn.Module):
 
     def attend(self, x_BxLxD: jax.Array) -> jax.Array:
         """Computes logits (B, L, V) in float32, the products with all embeddings."""
-        embedding, x_BxLxD = memory.both_gradients(self.embedding, x_BxLxD)
-        return x_BxLxD.astype(jnp.float32) @ embedding.T
+        return products_with_rows(*memory.both_gradients(self.embedding, x_BxLxD))

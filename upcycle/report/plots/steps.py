@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from upcycle.log_lines import is_number
+from upcycle.log_lines import PER_DEVICE, is_number, rate_of_units
 from upcycle.report.compare import Report
 from upcycle.report.plots.axes import Label, leave_empty, name_lines, set_ticks
 from upcycle.report.plots.figure import SOFT, Panel, Plot
@@ -35,8 +35,18 @@ def throughput_plot(reports: Sequence[Report]) -> Plot:
         'Throughput',
         'Training steps per second on the machine that ran them, without compilation, evaluation and saving: '
         'faint as logged, bold the running median.',
-        (over_steps(reports, 'steps_per_second', 'steps per second', 'train', median=True),),
+        tuple(over_steps(reports, key, label, 'train', median=True) for key, label in _rates(reports)),
     )
+
+
+def _rates(reports: Sequence[Report]) -> list[tuple[str, str]]:
+    """Returns the rates and shares that runs have logged, and labels for their axes."""
+    lines = [line for report in reports for run in report.runs for line in run.split('train')[-1:]]
+    units = dict.fromkeys(filter(None, map(rate_of_units, lines)))
+    rates = [('steps_per_second', 'steps per second')]
+    rates += [(name, f'{name.removesuffix(PER_DEVICE)} per second and device') for name in units]
+    shares = {'mfu': 'model FLOPs over the peak (MFU)', 'device_busy': 'share of time in steps'}
+    return rates + [(name, label) for name, label in shares.items() if any(name in line for line in lines)]
 
 
 def over_steps(
