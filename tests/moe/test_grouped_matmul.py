@@ -9,7 +9,8 @@ import pytest
 
 from tests.moe.quick import jit
 from upcycle.hlo import Program
-from upcycle.moe.grouped_matmul import block_size, grouped_matmul
+from upcycle.moe.grouped_blocks import block_size
+from upcycle.moe.grouped_matmul import grouped_matmul
 
 D, F, R = 24, 40, 64
 # Rows of each expert; the others have none.
