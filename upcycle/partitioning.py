@@ -36,7 +36,8 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 
 # Fully sharded data parallelism: parameters are also split over `data`, along an axis that the rules above do not split.
-OVER_DATA: tuple[tuple[str, Any], ...] = (('embed', 'data'), ('mlp_embed', 'data'))
+EXPERTS_OVER_DATA = ('mlp_embed', 'data')
+OVER_DATA: tuple[tuple[str, Any], ...] = (('embed', 'data'), EXPERTS_OVER_DATA)
 
 # Axes along which a leaf is a stack of parameters with separate optimizer states.
 STACKED_AXES = ('expert', 'layers')
@@ -85,10 +86,21 @@ def make_mesh(shape: Sequence[int] | str, num_experts: int | None, devices: Sequ
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
-    """Context in which logical constraints on activations refer to this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+def use(mesh: Mesh, *, over_data: bool = False) -> Iterator[None]:
+    """Context in which logical constraints on activations refer to this mesh.
+
+    Args:
+      mesh: to use.
+      over_data: whether parameters are split over `data`, for layers that gather theirs themselves.
+    """
+    rules = RULES + (EXPERTS_OVER_DATA,) if over_data else RULES
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
+
+
+def experts_are_over_data() -> bool:
+    """Whether the parameters of experts are split over `data` in the enclosing `use`."""
+    return EXPERTS_OVER_DATA in nn.get_logical_axis_rules()
 
 
 @contextlib.contextmanager

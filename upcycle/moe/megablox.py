@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,9 @@ def allows(x_RxD: jax.Array, kernel_ExDxF: jax.Array, axes: Axes) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = _split(axes, kernel_ExDxF.shape[1:])
-    sides = (size // (mesh.shape[axis] if axis else 1) for axis, size in zip(split, kernel_ExDxF.shape[1:], strict=True))
+    sides = (
+        size // (mesh.shape[axis] if axis else 1) for axis, size in zip(split, kernel_ExDxF.shape[1:], strict=True)
+    )
     return (
         x_RxD.dtype == kernel_ExDxF.dtype
         and x_RxD.dtype in (jnp.bfloat16, jnp.float32)
@@ -85,9 +88,9 @@ def _product(
     R, E = x_RxD.shape[0], sizes_E.shape[0]
     D, F = kernel_ExDxF.shape[1:][:: -1 if transposed else 1]
     tiles = product_tiles(R, E, D, F, x_RxD.dtype.itemsize)
-    y_PxF = gmm(
-        _padded(x_RxD, tiles[0]), kernel_ExDxF, sizes_E, x_RxD.dtype, tiles, transpose_rhs=transposed, interpret=interpret
-    )
+    x_PxD = _padded(x_RxD, tiles[0])
+    with _named(tiles):
+        y_PxF = gmm(x_PxD, kernel_ExDxF, sizes_E, x_RxD.dtype, tiles, transpose_rhs=transposed, interpret=interpret)
     return y_PxF[:R]
 
 
@@ -95,7 +98,13 @@ def _kernel_gradient(x_RxD: jax.Array, dy_RxF: jax.Array, sizes_E: jax.Array, in
     (R, D), F = x_RxD.shape, dy_RxF.shape[1]
     tiles = gradient_tiles(R, sizes_E.shape[0], D, F, x_RxD.dtype.itemsize)
     x_PxD, dy_PxF = (_padded(rows, tiles[0]) for rows in (x_RxD, dy_RxF))
-    return tgmm(x_PxD.swapaxes(0, 1), dy_PxF, sizes_E, x_RxD.dtype, tiles, interpret=interpret)
+    with _named(tiles):
+        return tgmm(x_PxD.swapaxes(0, 1), dy_PxF, sizes_E, x_RxD.dtype, tiles, interpret=interpret)
+
+
+def _named(tiles: Tiles) -> AbstractContextManager[None]:
+    """Writes tiles into the kernel's name in the compiled program, which says nothing else of them."""
+    return jax.named_scope('megablox_{}x{}x{}'.format(*tiles))
 
 
 def _padded(x_RxD: jax.Array, tile: int) -> jax.Array:
