@@ -1,5 +1,6 @@
 """One dropless layer on several meshes, by every exchange: called in a process with eight devices."""
 
+import contextlib
 import functools
 import unittest.mock
 
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding
 from tests.moe.quick import jit, random_params
 from upcycle import partitioning
 from upcycle.models.layers import MlpBlock
+from upcycle.moe import megablox
 from upcycle.moe.config import MoEConfig
 from upcycle.moe.layer import METRICS, MoELayer
 
@@ -67,8 +69,9 @@ def layer(
         placed = jax.device_put(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
         x = jax.device_put(x_BxLxD, partitioning.batch_sharding(mesh))
         step = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-        with _interpreted() if kernel else unittest.mock.patch.dict({}):
+        with _interpreted() if kernel else contextlib.nullcontext([]) as calls:
             lowered = step.lower(placed, x)
+        assert bool(calls) == kernel
         (_, (y, metrics)), grads = lowered.compile()(placed, x)
     found = {'output': y, 'of the input': grads[1], 'dropped': metrics['fraction_dropped'], 'load': metrics['load']}
     found |= {f'of {path}': leaf for path, leaf in flatten_dict(grads[0], sep='/').items()}
@@ -90,14 +93,17 @@ def _params():
     return jax.device_get(random_params(module, *inputs, training=True)), boxed
 
 
+@contextlib.contextmanager
 def _interpreted():
-    """Takes the TPU's kernel where there is one, interpreted."""
-    chosen = jax.lax.platform_dependent
+    """Takes the TPU's kernel where there is one, interpreted, and yields the list of such calls."""
+    chosen, calls = jax.lax.platform_dependent, []
 
     def choose(*operands, default=None, **kernels):
         tpu = kernels.get('tpu')
-        if getattr(getattr(tpu, 'func', None), '__module__', '') == 'upcycle.moe.megablox':
-            return tpu(*operands, interpret=True)
-        return chosen(*operands, default=default, **kernels)
+        if getattr(tpu, 'func', None) not in (megablox.product, megablox.gradients):
+            return chosen(*operands, default=default, **kernels)
+        calls.append(tpu)
+        return tpu(*operands, interpret=True)
 
-    return unittest.mock.patch.object(jax.lax, 'platform_dependent', choose)
+    with unittest.mock.patch.object(jax.lax, 'platform_dependent', choose):
+        yield calls

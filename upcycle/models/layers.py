@@ -96,7 +96,7 @@ def _project(
 ) -> jax.Array:
     kernel, bias, group_sizes = rest
     if group_sizes is not None:
-        y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel.astype(dtype), group_sizes, axes), PRODUCT)
+        y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel, group_sizes, axes), PRODUCT)
         if bias is not None:
             # In float32, so that the gradient of an expert's bias is a sum in float32.
             rows = jnp.repeat(bias.astype(jnp.float32), group_sizes, axis=0, total_repeat_length=len(x))

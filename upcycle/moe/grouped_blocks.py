@@ -29,13 +29,13 @@ def in_blocks(x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, ker
 
 
 def gradients_in_blocks(
-    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array
+    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the gradients of `in_blocks` for rows and matrices."""
+    """Computes the gradients of `in_blocks` for rows and matrices, the latter in `dtype`."""
     has_expert_R = jnp.arange(dy_RxF.shape[0]) < sizes_E.sum()
     dy_RxF = jnp.where(has_expert_R[:, None], dy_RxF, 0)
     dx_RxD = in_blocks(dy_RxF, kernel_ExDxF, sizes_E, kernel_axis=1)
-    return dx_RxD, _kernel_gradient(x_RxD, dy_RxF, sizes_E).astype(kernel_ExDxF.dtype)
+    return dx_RxD, _kernel_gradient(x_RxD, dy_RxF, sizes_E).astype(dtype)
 
 
 def _kernel_gradient(x_RxD: jax.Array, dy_RxF: jax.Array, sizes_E: jax.Array) -> jax.Array:

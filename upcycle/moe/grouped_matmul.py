@@ -25,18 +25,17 @@ def grouped_matmul(
 
     Args:
       x_RxD: rows, sorted by expert. Rows after those of the last expert have no expert.
-      kernel_ExDxF: of the same type.
+      kernel_ExDxF: cast to the type of the rows. Its gradient is summed in float32 and has the kernel's own type.
       sizes_E: int32, number of rows of each expert.
       axes: logical axes of a matrix, by which `model` splits it.
 
     Returns:
-      (R, F) in the type of the operands; undefined for rows without an expert, whose gradients are 0.
+      (R, F) in the type of the rows; undefined for rows without an expert, whose gradients are 0.
     """
-    on_accelerators = _library_of_gpus() or jax.lax.ragged_dot
-    kernels = {'cpu': in_blocks, 'default': on_accelerators}
+    kernels = {'cpu': in_blocks, 'default': _library_of_gpus() or jax.lax.ragged_dot}
     if megablox.allows(x_RxD, kernel_ExDxF, axes):
         kernels['tpu'] = functools.partial(megablox.product, axes=axes)
-    return jax.lax.platform_dependent(x_RxD, kernel_ExDxF, sizes_E, **kernels)
+    return jax.lax.platform_dependent(x_RxD, kernel_ExDxF.astype(x_RxD.dtype), sizes_E, **kernels)
 
 
 def _forward(
@@ -46,22 +45,28 @@ def _forward(
 
 
 def _backward(axes: megablox.Axes, kept: Any, dy_RxF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    kernels = {'cpu': gradients_in_blocks, 'default': _gradients_of_a_library}
-    if megablox.allows(*kept[:2], axes):
-        kernels['tpu'] = functools.partial(megablox.gradients, axes=axes)
-    return *jax.lax.platform_dependent(*kept, dy_RxF, **kernels), None
+    x_RxD, kernel_ExDxF, sizes_E = kept
+    dtype = kernel_ExDxF.dtype
+    kernels = {
+        'cpu': functools.partial(gradients_in_blocks, dtype=dtype),
+        'default': functools.partial(_gradients_of_a_library, dtype=dtype),
+    }
+    if megablox.allows(x_RxD, kernel_ExDxF, axes):
+        kernels['tpu'] = functools.partial(megablox.gradients, axes=axes, dtype=dtype)
+    operands = x_RxD, kernel_ExDxF.astype(x_RxD.dtype), sizes_E, dy_RxF
+    return *jax.lax.platform_dependent(*operands, **kernels), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
 def _gradients_of_a_library(
-    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array
+    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     has_expert_Rx1 = (jnp.arange(len(x_RxD)) < sizes_E.sum())[:, None]
     product = functools.partial(_library_of_gpus() or jax.lax.ragged_dot, group_sizes=sizes_E)
     dx_RxD, dkernel_ExDxF = jax.vjp(product, x_RxD, kernel_ExDxF)[1](jnp.where(has_expert_Rx1, dy_RxF, 0))
-    return jnp.where(has_expert_Rx1, dx_RxD, 0), dkernel_ExDxF
+    return jnp.where(has_expert_Rx1, dx_RxD, 0), dkernel_ExDxF.astype(dtype)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from upcycle import partitioning
 
-# Sizes of a tile of rows; the share of padding that the larger ones may add.
-ROWS = (512, 256, 128)
-PADDING = 1 / 20
+# Rows of a tile: the many, unless a tile for each expert is more than this share of the rows.
+MANY, FEW = 256, 128
+PADDING = 1 / 10
 # Columns of a tile are multiples of this that divide the matrix, or all of a matrix that is at most `WHOLE` wide.
 LANES, WHOLE = 128, 2048
 # Bytes of a kernel's tiles and masked copies. XLA grants 16 MiB of vector memory; the rest is for temporaries.
@@ -43,8 +44,7 @@ def allows(x_RxD: jax.Array, kernel_ExDxF: jax.Array, axes: Axes) -> bool:
         size // (mesh.shape[axis] if axis else 1) for axis, size in zip(split, kernel_ExDxF.shape[1:], strict=True)
     )
     return (
-        x_RxD.dtype == kernel_ExDxF.dtype
-        and x_RxD.dtype in (jnp.bfloat16, jnp.float32)
+        x_RxD.dtype in (jnp.bfloat16, jnp.float32)
         and x_RxD.shape[0] > 0
         and all(size <= WHOLE or size % LANES == 0 for size in sides)
         and all(mesh.shape[axis] == 1 for axis in _free_axes(mesh) if axis != MODEL)
@@ -69,15 +69,16 @@ def gradients(
     sizes_E: jax.Array,
     dy_RxF: jax.Array,
     axes: Axes,
+    dtype: Any,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the gradients of `product` for rows and matrices; those of rows without an expert are 0."""
+    """Computes the gradients of `product` for rows, 0 without an expert, and for matrices, in `dtype`."""
     inner, outer = _split(axes, kernel_ExDxF.shape[1:])
     rows, matrices, results = P(None, inner), P(None, inner, outer), P(None, outer)
     multiply = functools.partial(_product, transposed=True, interpret=interpret)
     dx_RxD = _over_model(multiply, (results, matrices, P()), rows, outer)(dy_RxF, kernel_ExDxF, sizes_E)
     has_expert_R = jnp.arange(dx_RxD.shape[0]) < sizes_E.sum()
-    outer_products = functools.partial(_kernel_gradient, interpret=interpret)
+    outer_products = functools.partial(_kernel_gradient, dtype=dtype, interpret=interpret)
     dkernel_ExDxF = _over_model(outer_products, (rows, results, P()), matrices, None)(x_RxD, dy_RxF, sizes_E)
     return jnp.where(has_expert_R[:, None], dx_RxD, 0), dkernel_ExDxF
 
@@ -94,12 +95,12 @@ def _product(
     return y_PxF[:R]
 
 
-def _kernel_gradient(x_RxD: jax.Array, dy_RxF: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
+def _kernel_gradient(x_RxD: jax.Array, dy_RxF: jax.Array, sizes_E: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
     (R, D), F = x_RxD.shape, dy_RxF.shape[1]
     tiles = gradient_tiles(R, sizes_E.shape[0], D, F, x_RxD.dtype.itemsize)
     x_PxD, dy_PxF = (_padded(rows, tiles[0]) for rows in (x_RxD, dy_RxF))
     with _named(tiles):
-        return tgmm(x_PxD.swapaxes(0, 1), dy_PxF, sizes_E, x_RxD.dtype, tiles, interpret=interpret)
+        return tgmm(x_PxD.swapaxes(0, 1), dy_PxF, sizes_E, dtype, tiles, interpret=interpret)
 
 
 def _named(tiles: Tiles) -> AbstractContextManager[None]:
@@ -112,8 +113,8 @@ def _padded(x_RxD: jax.Array, tile: int) -> jax.Array:
 
 
 def row_tile(num_rows: int, num_experts: int) -> int:
-    """Returns the rows of a tile: the largest of which one for each expert is at most `PADDING` of the rows, or the smallest."""
-    return next((rows for rows in ROWS if num_experts * rows <= PADDING * num_rows), ROWS[-1])
+    """Returns the rows of a tile. About half a tile for each expert is padding."""
+    return MANY if num_experts * MANY <= PADDING * num_rows else FEW
 
 
 def product_tiles(num_rows: int, num_experts: int, inner: int, outer: int, item: int) -> Tiles:
@@ -139,8 +140,8 @@ def gradient_tiles(num_rows: int, num_experts: int, inner: int, outer: int, item
     tm = row_tile(num_rows, num_experts)
 
     def fits(tk: int, tn: int) -> bool:
-        # Both operands are also masked in float32, and one of them is transposed.
-        return (2 * item + 8) * tm * (tk + tn) + (2 * item + 4) * tk * tn <= VECTOR_MEMORY
+        # Both operands are also masked in float32, and one of them is transposed; results are float32 at most.
+        return (2 * item + 8) * tm * (tk + tn) + 12 * tk * tn <= VECTOR_MEMORY
 
     def bytes_moved(tk: int, tn: int) -> float:
         return item * num_rows * (inner * math.ceil(outer / tn) + outer * math.ceil(inner / tk))
