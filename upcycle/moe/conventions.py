@@ -83,9 +83,7 @@ class Exchange(enum.StrEnum):
 
     RING = 'ring'  # each token visits all shards of experts: exact
     ALL_TO_ALL = 'all_to_all'  # choices travel in buffers, one for each pair of devices; what does not fit is dropped
-    RAGGED_ALL_TO_ALL = (
-        'ragged_all_to_all'  # only choices travel, into one buffer a device; slow on CPUs, which imitate it
-    )
+    RAGGED_ALL_TO_ALL = 'ragged_all_to_all'  # only choices travel, into one buffer a device; imitated on CPUs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,8 @@ class TopK(TokenChoice):
         [DEFAULT_OUTPUT_DECAY].
       gate_noise: adds normal noise of standard deviation gate_noise / E to the logits in training (V-MoE: 1) [GATE_NOISE].
       exchange: see `Exchange` [EXPERT_EXCHANGE].
-      exchange_capacity_factor: rows of its buffers, as a multiple of an even share of the choices [EXCHANGE_CAPACITY_FACTOR].
+      exchange_capacity_factor: rows of a device's buffer in an exchange, as a multiple of an even share of the choices
+        [EXCHANGE_CAPACITY_FACTOR].
     """
 
     not_ragged = None
