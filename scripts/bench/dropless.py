@@ -31,7 +31,7 @@ from upcycle import partitioning
 from upcycle.hlo import Program
 from upcycle.models.layers import MlpBlock
 from upcycle.moe.config import MoEConfig
-from upcycle.moe.exchanges import _allowances
+from upcycle.moe.exchanges import allowances
 from upcycle.moe.layer import MoELayer
 from upcycle.moe.megablox import gradient_tiles, product_tiles
 
@@ -116,7 +116,7 @@ def load_of(exchange: str, counts_SxE: np.ndarray) -> tuple[float, int, float]:
     if exchange == 'all_to_all':
         kept_SxS = np.minimum(wanted_SxS, room // S)
     else:
-        kept_SxS = np.asarray(_allowances(jnp.asarray(wanted_SxS), room))
+        kept_SxS = np.asarray(allowances(jnp.asarray(wanted_SxS), room))
     # One expert a device, as here, so that a device's rows are one run.
     rows = max(visited(np.array([kept]), room) for kept in kept_SxS.sum(axis=0))
     return 1 - kept_SxS.sum() / wanted_SxS.sum(), rows[1], rows[0]

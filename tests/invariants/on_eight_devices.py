@@ -189,7 +189,7 @@ def step(case: str, mesh_shape: str | tuple[int, int, int]) -> dict[str, np.ndar
     batch, params, boxed = _inputs(case)
     shape = MESHES.get(mesh_shape, mesh_shape)
     mesh = partitioning.make_mesh(shape, 8, platforms.devices()[: int(np.prod(shape))])
-    with partitioning.use(mesh):
+    with partitioning.use(mesh, over_data=over_data):
         specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
         state, metrics = _step(model, params, specs, batch, mesh, microbatches, look=case in LOOKED_AT)
     return {

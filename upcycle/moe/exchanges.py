@@ -165,7 +165,7 @@ def ragged_all_to_all(share: Share) -> tuple[jax.Array, jax.Array]:
     S, E, K = share.shards, share.config.num_experts, share.expert_NxK.shape[1]
     me, mine = jax.lax.axis_index(EXPERT), share.experts_a_shard
     shard_R, _, place_R, sizes_S = _by_shard(share)
-    allowed_S = _allowances(jax.lax.all_gather(sizes_S, EXPERT), share.room)[me]
+    allowed_S = allowances(jax.lax.all_gather(sizes_S, EXPERT), share.room)[me]
     kept_R = place_R < allowed_S.at[shard_R].get(mode='fill', fill_value=0)
     move, sizes_E = by_key(jnp.where(kept_R, share.expert_NxK.reshape(-1), E), E)
     R = len(kept_R)
@@ -217,7 +217,7 @@ def _dropped(shard_R: jax.Array, kept_R: jax.Array, shards: int) -> jax.Array:
     return (shard_R < shards).sum(dtype=jnp.int32) - kept_R.sum(dtype=jnp.int32)
 
 
-def _allowances(wanted_SxS: jax.Array, room: int) -> jax.Array:
+def allowances(wanted_SxS: jax.Array, room: int) -> jax.Array:
     """How many rows each device may send to each shard, given how many it wants to send and the rows of a buffer."""
     even_SxS = jnp.minimum(wanted_SxS, room // len(wanted_SxS))
     rest_SxS = wanted_SxS - even_SxS
