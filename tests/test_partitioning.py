@@ -75,3 +75,12 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert partitioning.mesh_axes(axes, (8, 6, 6), mesh) == spec('expert', None, 'model')
     assert partitioning.mesh_axes(axes, (6, 6, 5), mesh) == spec(None, None, None)
     assert partitioning.mesh_axes(axes, (8, 6, 6), mesh, over_data=True) == spec('expert', 'data', 'model')
+
+
+def test_parameters_outside_experts_are_split_over_all_devices():
+    mesh = jax.sharding.AbstractMesh((2, 4, 2), partitioning.MESH_AXES)
+    spec = jax.sharding.PartitionSpec
+    axes = spec('embed', 'mlp')
+    assert partitioning.mesh_axes(axes, (16, 6), mesh, over_data=True) == spec(('data', 'expert'), 'model')
+    assert partitioning.mesh_axes(axes, (6, 6), mesh, over_data=True) == spec('data', 'model')
+    assert partitioning.mesh_axes(spec('expert', 'mlp_embed'), (8, 16), mesh, over_data=True) == spec('expert', 'data')

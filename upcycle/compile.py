@@ -136,7 +136,8 @@ def compile_run(run: ModelRun, topology: str, *, num_slices: int = 1) -> tuple[A
     start.check_batches(run, mesh)
     layout = make_layout(run, mesh)
     begin = time.monotonic()
-    with partitioning.use(mesh), waiting(f'compiling for {len(devices)} devices of {topology}'):
+    over_data = run.parameters_over_data
+    with partitioning.use(mesh, over_data=over_data), waiting(f'compiling for {len(devices)} devices of {topology}'):
         traced = loop.trace_step(run, layout, partitioning.batch_sharding(mesh))
         lowered = traced.lower()
         try:

@@ -39,8 +39,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     ('heads', 'model'),
 )
 
-# Fully sharded data parallelism: parameters are also split over `data`, along an axis that the rules above do not split.
-OVER_DATA: tuple[tuple[str, Any], ...] = (('embed', 'data'), ('mlp_embed', 'data'))
+# Fully sharded data parallelism: parameters are also split over `data`, along an axis that the rules above do not split; and over
+# `expert`, if they are not of experts and divide.
+EXPERTS_OVER_DATA = ('mlp_embed', 'data')
+OVER_DATA: tuple[tuple[str, Any], ...] = (('embed', ('data', 'expert')), EXPERTS_OVER_DATA)
 
 # Axes along which a leaf is a stack of parameters with separate optimizer states.
 STACKED_AXES = ('expert', 'layers')
@@ -102,9 +104,15 @@ def _on(device: jax.Device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
-    """Context in which logical constraints on activations refer to this mesh."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES), _on(mesh.devices.flat[0]):
+def use(mesh: Mesh, *, over_data: bool = False) -> Iterator[None]:
+    """Context in which logical constraints on activations refer to this mesh.
+
+    Args:
+      mesh: to use.
+      over_data: whether parameters are split over `data`, for layers that gather theirs themselves.
+    """
+    rules = RULES + (EXPERTS_OVER_DATA,) if over_data else RULES
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules), _on(mesh.devices.flat[0]):
         yield
 
 
@@ -114,6 +122,11 @@ def device() -> jax.Device:
     if isinstance(default, str):
         default = jax.local_devices(backend=default)[0]
     return _DEVICE.get() or default or jax.local_devices()[0]
+
+
+def experts_are_over_data() -> bool:
+    """Whether the parameters of experts are split over `data` in the enclosing `use`."""
+    return EXPERTS_OVER_DATA in nn.get_logical_axis_rules()
 
 
 @contextlib.contextmanager
@@ -161,14 +174,28 @@ def batch_axes(boxed: Any) -> Any:
 def mesh_axes(
     logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, over_data: bool = False
 ) -> PartitionSpec:
-    """Returns the mesh axes of a parameter. An axis is not split if it does not divide evenly or the mesh lacks its axis."""
+    """Returns the mesh axes of a parameter.
+
+    Of the mesh axes of a rule those count that the mesh has and that split no earlier axis. All of them split an axis that they
+    divide evenly, otherwise the first if that does.
+    """
     rules = dict(RULES + (OVER_DATA if over_data else ()))
-    spec = []
+    spec: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for name, size in zip(logical, shape, strict=True):
-        axes = rules.get(name)
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        splits = all(a in mesh.shape for a in names) and size % math.prod(mesh.shape[a] for a in names) == 0
-        spec.append(axes if splits else None)
+        rule = rules.get(name)
+        axes = [
+            axis
+            for axis in ((rule,) if isinstance(rule, str) else rule or ())
+            if axis in mesh.shape and axis not in used
+        ]
+        for chosen in (axes, axes[:1]):
+            if chosen and size % math.prod(mesh.shape[axis] for axis in chosen) == 0:
+                used.update(chosen)
+                spec.append(chosen[0] if len(chosen) == 1 else tuple(chosen))
+                break
+        else:
+            spec.append(None)
     return PartitionSpec(*spec)
 
 

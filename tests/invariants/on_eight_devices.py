@@ -197,7 +197,7 @@ def step(case: str, mesh_shape: str | tuple[int, int, int], *, kernels: bool = F
     batch, params, boxed = _inputs(case)
     shape = MESHES.get(mesh_shape, mesh_shape)
     mesh = partitioning.make_mesh(shape, 8, platforms.devices()[: int(np.prod(shape))])
-    with partitioning.use(mesh), mock.patch.object(attention, 'interpreted', kernels):
+    with partitioning.use(mesh, over_data=over_data), mock.patch.object(attention, 'interpreted', kernels):
         specs = partitioning.param_specs(boxed, mesh, over_data=over_data)
         state, metrics = _step(model, params, specs, batch, mesh, microbatches, look=case in LOOKED_AT)
     return {

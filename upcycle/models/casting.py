@@ -9,7 +9,17 @@ from jax.extend.core import Literal, jaxprs_in_params
 
 # Operations that move numbers without changing them, so that a cast may come first as well. Output i comes from input i.
 _MOVES = {
-    *('broadcast_in_dim', 'copy', 'dynamic_slice', 'gather', 'optimization_barrier', 'pcast', 'pvary', 'reshape'),
+    *(
+        'all_gather',
+        'broadcast_in_dim',
+        'copy',
+        'dynamic_slice',
+        'gather',
+        'optimization_barrier',
+        'pcast',
+        'pvary',
+        'reshape',
+    ),
     *('rev', 'sharding_constraint', 'slice', 'squeeze', 'transpose'),
 }
 # Inputs of loops are needed as they are, since an iteration may read results of an earlier one. No loop reads our layers'

@@ -78,6 +78,14 @@ class Dispatch(enum.StrEnum):
     RAGGED = 'ragged'  # dropless Top-K: rows sorted by expert, no capacity
 
 
+class Exchange(enum.StrEnum):
+    """How the tokens of dropless layers meet experts on other devices, in training. Evaluation takes the ring."""
+
+    RING = 'ring'  # each token visits all shards of experts: exact
+    ALL_TO_ALL = 'all_to_all'  # choices travel in buffers, one for each pair of devices; what does not fit is dropped
+    RAGGED_ALL_TO_ALL = 'ragged_all_to_all'  # only choices travel, into one buffer a device; imitated on CPUs
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaptiveBalance:
     """Skywork-MoE's adaptive weight of each layer's balance loss (Wei et al. 2024, arXiv 2406.06563, section 3.2).

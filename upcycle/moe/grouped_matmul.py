@@ -1,127 +1,82 @@
-"""Products of rows, sorted by expert, with the matrices of their experts."""
+"""Products of rows, sorted by expert, with the matrices of their experts. The platform chooses the kernel."""
 
 import functools
-from collections.abc import Callable
+import importlib.util
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# (block, rows of the block, its expert, number of the expert's rows in it) -> what the blocks add up to so far.
-_Step = Callable[[Any, jax.Array, jax.Array, jax.Array], Any]
+from upcycle.moe import megablox
+from upcycle.moe.grouped_blocks import gradients_in_blocks, in_blocks
 
 
-@jax.custom_vjp
-def grouped_matmul(x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, axes: megablox.Axes = (None, None)
+) -> jax.Array:
     """Multiplies each row with the matrix of its expert.
 
-    On CPUs the rows of an expert are multiplied in blocks, so that the work is that of R + E * block rows at most, in both
-    gradients too: XLA:CPU expands `jax.lax.ragged_dot` to the products of every row with every matrix. Other platforms use
-    `jax.lax.ragged_dot`.
+    - CPU: `grouped_blocks`. The work is that of R + E * block rows at most, in both gradients too. XLA:CPU would expand
+      `jax.lax.ragged_dot` to the products of every row with every matrix.
+    - TPU: `megablox` where it can (`megablox.allows`), otherwise `jax.lax.ragged_dot`, whose gradient for the matrices multiplies
+      every row with every expert.
+    - GPU: `tokamax.ragged_dot` where it is installed (`pip install "upcycle[tokamax]"`), otherwise `jax.lax.ragged_dot`.
 
     Args:
       x_RxD: rows, sorted by expert. Rows after those of the last expert have no expert.
-      kernel_ExDxF: of the same type.
+      kernel_ExDxF: cast to the type of the rows. Its gradient is summed in float32 and has the kernel's own type.
       sizes_E: int32, number of rows of each expert.
+      axes: logical axes of a matrix, by which `model` splits it.
 
     Returns:
-      (R, F) in the type of the operands; undefined for rows without an expert, whose gradients are 0.
+      (R, F) in the type of the rows; undefined for rows without an expert, whose gradients are 0.
     """
-    return jax.lax.platform_dependent(x_RxD, kernel_ExDxF, sizes_E, cpu=in_blocks, default=jax.lax.ragged_dot)
+    kernels = {'cpu': in_blocks, 'default': _library_of_gpus() or jax.lax.ragged_dot}
+    if megablox.allows(x_RxD, kernel_ExDxF, axes):
+        kernels['tpu'] = functools.partial(megablox.product, axes=axes)
+    return jax.lax.platform_dependent(x_RxD, kernel_ExDxF.astype(x_RxD.dtype), sizes_E, **kernels)
 
 
-def _forward(x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, Any]:
-    return grouped_matmul(x_RxD, kernel_ExDxF, sizes_E), (x_RxD, kernel_ExDxF, sizes_E)
+def _forward(
+    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, axes: megablox.Axes
+) -> tuple[jax.Array, Any]:
+    return grouped_matmul(x_RxD, kernel_ExDxF, sizes_E, axes), (x_RxD, kernel_ExDxF, sizes_E)
 
 
-def _backward(kept: Any, dy_RxF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    return *jax.lax.platform_dependent(*kept, dy_RxF, cpu=_gradients_in_blocks, default=_gradients_of_ragged_dot), None
+def _backward(axes: megablox.Axes, kept: Any, dy_RxF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_RxD, kernel_ExDxF, sizes_E = kept
+    dtype = kernel_ExDxF.dtype
+    kernels = {
+        'cpu': functools.partial(gradients_in_blocks, dtype=dtype),
+        'default': functools.partial(_gradients_of_a_library, dtype=dtype),
+    }
+    if megablox.allows(x_RxD, kernel_ExDxF, axes):
+        kernels['tpu'] = functools.partial(megablox.gradients, axes=axes, dtype=dtype)
+    operands = x_RxD, kernel_ExDxF.astype(x_RxD.dtype), sizes_E, dy_RxF
+    return *jax.lax.platform_dependent(*operands, **kernels), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _gradients_of_ragged_dot(
-    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array
+def _gradients_of_a_library(
+    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_E)
-    return jax.vjp(product, x_RxD, kernel_ExDxF)[1](dy_RxF)
+    has_expert_Rx1 = (jnp.arange(len(x_RxD)) < sizes_E.sum())[:, None]
+    product = functools.partial(_library_of_gpus() or jax.lax.ragged_dot, group_sizes=sizes_E)
+    dx_RxD, dkernel_ExDxF = jax.vjp(product, x_RxD, kernel_ExDxF)[1](jnp.where(has_expert_Rx1, dy_RxF, 0))
+    return jnp.where(has_expert_Rx1, dx_RxD, 0), dkernel_ExDxF.astype(dtype)
 
 
-def _gradients_in_blocks(
-    x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, dy_RxF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    has_expert_R = jnp.arange(dy_RxF.shape[0]) < sizes_E.sum()
-    dy_RxF = jnp.where(has_expert_R[:, None], dy_RxF, 0)
-    dx_RxD = in_blocks(dy_RxF, kernel_ExDxF, sizes_E, kernel_axis=1)
-    return dx_RxD, _kernel_gradient(x_RxD, dy_RxF, sizes_E).astype(kernel_ExDxF.dtype)
+@functools.cache
+def _library_of_gpus() -> Any:
+    """Returns `tokamax.ragged_dot`, with the signature of `jax.lax.ragged_dot`; None without it or without a GPU.
 
-
-def in_blocks(x_RxD: jax.Array, kernel_ExDxF: jax.Array, sizes_E: jax.Array, kernel_axis: int = 0) -> jax.Array:
-    """Computes `grouped_matmul` in blocks; `kernel_axis` is the axis of a matrix over which products are summed."""
-    R, E = x_RxD.shape[0], sizes_E.shape[0]
-    block = block_size(R, E)
-    x_PxD = jnp.pad(x_RxD, ((0, block), (0, 0)))
-
-    def multiply(y_PxF: jax.Array, first: jax.Array, expert: jax.Array, count: jax.Array) -> jax.Array:
-        x_BxD = jax.lax.dynamic_slice_in_dim(x_PxD, first, block)
-        kernel = jax.lax.dynamic_index_in_dim(kernel_ExDxF, expert, keepdims=False)
-        y_BxF = jax.lax.dot_general(x_BxD, kernel, (((1,), (kernel_axis,)), ((), ())))
-        # A last block reaches into the rows of the next expert, whose blocks follow and overwrite these.
-        return jax.lax.dynamic_update_slice_in_dim(y_PxF, y_BxF, first, axis=0)
-
-    start_PxF = _zeros((R + block, kernel_ExDxF.shape[2 - kernel_axis]), x_RxD.dtype, sizes_E, x_RxD, kernel_ExDxF)
-    return _over_blocks(multiply, start_PxF, sizes_E, R, block)[:R]
-
-
-def _kernel_gradient(x_RxD: jax.Array, dy_RxF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Sums the outer products of each expert's rows, (E, D, F), in float32."""
-    R, E = x_RxD.shape[0], sizes_E.shape[0]
-    block = block_size(R, E)
-    x_PxD, dy_PxF = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_RxD, dy_RxF))
-
-    def add(sum_ExDxF: jax.Array, first: jax.Array, expert: jax.Array, count: jax.Array) -> jax.Array:
-        is_mine_Bx1 = jnp.arange(block)[:, None] < count
-        x_BxD, dy_BxF = (
-            jnp.where(is_mine_Bx1, jax.lax.dynamic_slice_in_dim(rows, first, block), 0) for rows in (x_PxD, dy_PxF)
-        )
-        added_DxF = jax.lax.dot_general(x_BxD, dy_BxF, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        old_DxF = jax.lax.dynamic_index_in_dim(sum_ExDxF, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(sum_ExDxF, old_DxF + added_DxF, expert, axis=0)
-
-    start_ExDxF = _zeros((E, x_RxD.shape[1], dy_RxF.shape[1]), jnp.float32, sizes_E, x_RxD, dy_RxF)
-    return _over_blocks(add, start_ExDxF, sizes_E, R, block)
-
-
-def block_size(num_rows: int, num_experts: int) -> int:
-    """Returns the rows of a block: a power of two from 8 to 128, a quarter to an eighth of an even share of the rows.
-
-    All experts' last blocks together then have at most a quarter as many empty rows as there are rows.
+    Versions 0.0.12 (Python 3.11) and 0.0.17 agree in this. They choose among their kernels by the GPU.
     """
-    share = max(num_rows // (4 * num_experts), 1)
-    return min(max(1 << (share.bit_length() - 1), 8), 128)
+    if jax.default_backend() != 'gpu' or importlib.util.find_spec('tokamax') is None:
+        return None
+    import tokamax
 
-
-def _over_blocks(step: _Step, start: jax.Array, sizes_E: jax.Array, num_rows: int, block: int) -> jax.Array:
-    """Calls `step(result so far, first row, expert, number of its rows)` for each block of each expert, in order."""
-    E = sizes_E.shape[0]
-    blocks_E = -(-sizes_E // block)
-    last_E, start_E = jnp.cumsum(blocks_E), jnp.cumsum(sizes_E) - sizes_E
-    # As many blocks as there can be: each expert may have a block that is not full.
-    number_N = jnp.arange(min((num_rows + E * (block - 1)) // block, num_rows))
-    # `jnp.searchsorted` would do, but fails under `shard_map` (JAX 0.10).
-    expert_N = jnp.minimum((last_E <= number_N[:, None]).sum(axis=1, dtype=jnp.int32), E - 1)
-    before_N = (number_N - (last_E - blocks_E)[expert_N]) * block
-    count_N = jnp.clip(sizes_E[expert_N] - before_N, 0, block)
-
-    def one(result: jax.Array, block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        do = functools.partial(step, first=block[0], expert=block[1], count=block[2])
-        return jax.lax.cond(block[2] > 0, do, lambda result: result, result), None
-
-    return jax.lax.scan(one, start, (start_E[expert_N] + before_N, expert_N, count_N))[0]
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any, sizes_E: jax.Array, *operands: jax.Array) -> jax.Array:
-    """Returns zeros. For `shard_map` they depend on the operands, as the results of a loop do that starts with them."""
-    some = sum(operand.reshape(-1)[0].astype(dtype) for operand in operands)
-    return jnp.full(shape, jnp.where(sizes_E[0] < 0, some, 0))
+    return tokamax.ragged_dot

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from upcycle import partitioning
 from upcycle.errors import UserError
 from upcycle.moe import all_to_all, ragged
+from upcycle.moe.conventions import Exchange
 from upcycle.moe.groups import check_groups, layer_name, microbatch_groups
 from upcycle.moe.routers.base import MoE, Routed
 from upcycle.moe.routers.merged import Merged
@@ -151,7 +152,7 @@ class MoELayer(nn.Module):
         B, L, D = x_BxLxD.shape
         scores = scores_of(self, config, x_BxLxD, real_BxL, training=training, decoding=decoding)
         if config.dropless:
-            y_BxLxD, choices = self._dropless(x_BxLxD, scores, real_BxL, training)
+            y_BxLxD, choices = self._dropless(x_BxLxD, scores, real_BxL, training and not decoding)
             return self._with_shared(y_BxLxD, x_BxLxD, choices, training)
 
         G, mesh, state = scores.groups, scores.mesh, scores.state
@@ -245,8 +246,20 @@ class MoELayer(nn.Module):
             module = self.expert(**self.expert_arguments, parent=None)
             return module.apply({'params': params}, x_RxD, training, group_sizes=sizes_E, rngs=rngs)
 
+        axes = None
+        if scores.mesh is not None and partitioning.experts_are_over_data():
+            expert = self.expert(**self.expert_arguments, parent=None)
+            one = jax.eval_shape(lambda key: expert.init(key, x_BxLxD[:1, 0], False), jax.random.key(0))
+            axes = partitioning.logical_axes(one['params'])
         params = self.get_variable('params', 'expert')
-        return ragged.apply_experts(experts, params, x_BxLxD, choices, self.config, scores.mesh), choices
+        exchange = self.config.exchange if training else Exchange.RING
+        y_BxLxD, dropped = ragged.exchange_and_apply(
+            experts, params, x_BxLxD, choices, self.config, scores.mesh, exchange, axes=axes
+        )
+        if exchange is not Exchange.RING:
+            wanted = (choices.expert_GxSxK < self.config.num_experts).sum()
+            _record(self, {'fraction_dropped': dropped / jnp.maximum(wanted, 1)})
+        return y_BxLxD, choices
 
 
 def with_output_bias(module: nn.Module, y_BxLxD: jax.Array) -> jax.Array:

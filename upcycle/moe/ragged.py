@@ -1,10 +1,9 @@
 """Dropless Top-K: tokens are sorted by expert, and one ragged product multiplies each run of rows by its expert's matrix.
 
-Without slots, it has neither capacity nor padding. Under expert parallelism tokens travel once around the ring of `expert` shards
-and collect each shard's part of their sum.
+Without slots, it has neither capacity nor padding. For experts on other devices see `exchanges`.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -14,11 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from upcycle import partitioning
 from upcycle.moe.all_to_all import BATCH, DATA, EXPERT
+from upcycle.moe.conventions import Exchange
+from upcycle.moe.exchanges import EXCHANGES, Experts, Share, part_of_sum
 from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
-
-# (expert parameters, rows sorted by expert, number of rows of each expert) -> rows; rows after the last run are undefined.
-Experts = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 
 def apply_experts(
@@ -29,7 +27,23 @@ def apply_experts(
     config: TopK,
     mesh: AbstractMesh | None,
     width: int | None = None,
+    axes: Any = None,
 ) -> jax.Array:
+    """Computes the weighted sum of each token's experts, by the ring; see `exchange_and_apply`."""
+    return exchange_and_apply(experts, params, x_BxLxD, choices, config, mesh, Exchange.RING, width, axes)[0]
+
+
+def exchange_and_apply(
+    experts: Experts,
+    params: Any,
+    x_BxLxD: jax.Array,
+    choices: Choices,
+    config: TopK,
+    mesh: AbstractMesh | None,
+    exchange: Exchange,
+    width: int | None = None,
+    axes: Any = None,
+) -> tuple[jax.Array, jax.Array]:
     """Computes the weighted sum of each token's experts.
 
     Args:
@@ -39,88 +53,77 @@ def apply_experts(
       choices: experts and weights of the tokens, (B, L, K).
       config: of the layer.
       mesh: in use, or None for one device.
+      exchange: how tokens meet experts on other devices.
       width: of the experts' outputs; None for D.
+      axes: logical axes of one expert's parameters, a `PartitionSpec` each, by which they are gathered over `data`; None if they
+        are not split over `data`, or for the compiler to gather them.
 
     Returns:
-      (B, L, D), or (B, L, `width`); 0 for a token without experts.
+      (B, L, D), or (B, L, `width`), 0 for a token without experts; and the number of choices that the exchange dropped.
     """
     width = width or x_BxLxD.shape[-1]
     if partitioning.batch_shards(mesh) == 1:  # XLA fails to compile sums over axes of one device (JAX 0.10)
         mesh = None
+    specs = _specs(params, axes, mesh)
 
     def local(params, x_BxLxD, expert_BxLxK, weight_BxLxK):
-        if mesh is not None:
-            # On the parameters, so that their gradients are summed over `data` in float32 and not in the activations' type.
-            params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, DATA, to='varying'), params)
+        params = jax.tree.map(_gathered, params, specs)
         tokens = [a.reshape(-1, a.shape[-1]) for a in (x_BxLxD, expert_BxLxK, weight_BxLxK)]
         if mesh is None or mesh.shape[EXPERT] == 1:
-            y_NxD = _part(experts, params, *tokens, config.num_experts, 0, width)
+            y_NxD = part_of_sum(experts, params, *tokens, config.num_experts, 0, width)
+            dropped = jnp.zeros((), jnp.int32)
         else:
-            y_NxD = _ring(experts, params, *tokens, config, mesh.shape[EXPERT], width)
-        return y_NxD.reshape(*x_BxLxD.shape[:-1], width).astype(x_BxLxD.dtype)
+            share = Share(experts, params, *tokens, config, mesh.shape[EXPERT], width)
+            y_NxD, dropped = EXCHANGES[exchange](share)
+        if mesh is not None:
+            dropped = jax.lax.psum(dropped, BATCH)
+        return y_NxD.reshape(*x_BxLxD.shape[:-1], width).astype(x_BxLxD.dtype), dropped
 
     if mesh is None:
         return local(params, x_BxLxD, *choices)
-    # The compiler splits the experts' width over the model axis.
+    # The compiler splits the experts' width over the model axis. Types that say over which axes values vary (`check_vma`) do not
+    # know Pallas kernels.
     moved = jax.shard_map(
-        local, in_specs=(P(EXPERT), P(BATCH), P(BATCH), P(BATCH)), out_specs=P(BATCH), axis_names=set(BATCH)
+        local,
+        in_specs=(specs, P(BATCH), P(BATCH), P(BATCH)),
+        out_specs=(P(BATCH), P()),
+        axis_names=set(BATCH),
+        check_vma=False,
     )
     return moved(params, x_BxLxD, *choices)
 
 
-def _part(
-    experts: Experts,
-    params: Any,
-    x_NxD: jax.Array,
-    expert_NxK: jax.Array,
-    weight_NxK: jax.Array,
-    num_experts: int,
-    first: jax.Array | int,
-    width: int,
-) -> jax.Array:
-    """Computes the part of experts `first` to `first + num_experts` in each token's sum, in float32."""
-    K = expert_NxK.shape[1]
-    index_R = expert_NxK.reshape(-1) - first
-    # Rows of other experts sort to the end, where no run covers them.
-    index_R = jnp.where((index_R >= 0) & (index_R < num_experts), index_R, num_experts)
-    order_R = jnp.argsort(index_R, stable=True)
-    token_R = order_R // K
-    sizes_E = jnp.zeros(num_experts, jnp.int32).at[index_R].add(1, mode='drop')
-    mine_R = jnp.arange(index_R.size) < sizes_E.sum()
-    y_RxD = experts(params, jnp.where(mine_R[:, None], x_NxD[token_R], 0), sizes_E).astype(jnp.float32)
-    y_RxD = jnp.where(mine_R[:, None], y_RxD, 0) * weight_NxK.reshape(-1)[order_R][:, None]
-    return jnp.zeros((x_NxD.shape[0], width), jnp.float32).at[token_R].add(y_RxD)
+def _specs(params: Any, axes: Any, mesh: AbstractMesh | None) -> Any:
+    """The axes that split parameters and that are not left to the compiler: `expert`, and `data` by `axes`."""
+    if mesh is None or axes is None:
+        return jax.tree.map(lambda leaf: P(EXPERT), params)
+
+    def spec(leaf: jax.Array, logical: P) -> P:
+        split = partitioning.mesh_axes(logical, leaf.shape[1:], mesh, over_data=True)
+        return P(EXPERT, *(DATA if axis == DATA else None for axis in split))
+
+    return jax.tree.map(spec, params, axes)
 
 
-def _ring(
-    experts: Experts,
-    params: Any,
-    x_NxD: jax.Array,
-    expert_NxK: jax.Array,
-    weight_NxK: jax.Array,
-    config: TopK,
-    shards: int,
-    width: int,
-) -> jax.Array:
-    num_experts = config.num_experts // shards
-    first = jax.lax.axis_index(EXPERT) * num_experts
-    to_next = [(i, (i + 1) % shards) for i in range(shards)]
+def _gathered(leaf: jax.Array, spec: P) -> jax.Array:
+    """Gathers a parameter over `data`."""
+    return next((_gathered_along(leaf, axis) for axis, name in enumerate(spec) if name == DATA), leaf)
 
-    def pass_on(x: jax.Array) -> jax.Array:
-        dtype = x.dtype
-        if config.network_dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-            x = x.astype(config.network_dtype)
-        return jax.lax.ppermute(x, EXPERT, to_next).astype(dtype)
 
-    # Without rematerialisation every stop would keep its hidden activations, in total those of all tokens in the ring.
-    @jax.checkpoint
-    def stop(travelling, _):
-        x_NxD, expert_NxK, weight_NxK, sum_NxD = travelling
-        sum_NxD += _part(experts, params, x_NxD, expert_NxK, weight_NxK, num_experts, first, width)
-        # Weights travel in float32: rounding them would round the router.
-        weight_NxK = jax.lax.ppermute(weight_NxK, EXPERT, to_next)
-        return (pass_on(x_NxD), pass_on(expert_NxK), weight_NxK, pass_on(sum_NxD)), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered_along(leaf: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.all_gather(leaf, DATA, axis=axis, tiled=True)
 
-    zeros_NxD = jax.lax.pcast(jnp.zeros((x_NxD.shape[0], width), jnp.float32), BATCH, to='varying')
-    (_, _, _, sum_NxD), _ = jax.lax.scan(stop, (x_NxD, expert_NxK, weight_NxK, zeros_NxD), None, length=shards)
-    return sum_NxD
+
+def _forward(leaf: jax.Array, axis: int) -> tuple[jax.Array, None]:
+    return _gathered_along(leaf, axis), None
+
+
+def _backward(axis: int, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """Sums a gradient and keeps the device's part. As a matrix: else libtpu sums all of it on every device (0.0.42)."""
+    front = jnp.moveaxis(gradient, axis, 0)
+    part = jax.lax.psum_scatter(front.reshape(len(front), -1), DATA, scatter_dimension=0, tiled=True)
+    return (jnp.moveaxis(part.reshape(-1, *front.shape[1:]), 0, axis),)
+
+
+_gathered_along.defvjp(_forward, _backward)

@@ -68,7 +68,8 @@ def train(
         were not finite, or the folder cannot be written or was taken over by another process.
       Preempted: the process got SIGTERM, and the state is saved.
     """
-    with partitioning.use(start.mesh), writing_to(start.run.model_dir):
+    over_data = start.run.parameters_over_data
+    with partitioning.use(start.mesh, over_data=over_data), writing_to(start.run.model_dir):
         trainer = _Trainer(start, name, profile_steps, still_ours)
         while True:
             try:

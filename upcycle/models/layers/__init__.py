@@ -78,7 +78,7 @@ class Dense(nn.Module):
         if self.bias_init is not None:
             init = nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:])
             bias = self.param('bias', init, (*experts, self.features), jnp.float32).astype(self.dtype)
-        project = functools.partial(_project, dtype=self.dtype)
+        project = functools.partial(_project, dtype=self.dtype, axes=self.kernel_axes)
         if self.both_gradients:
             kernel, parts = memory.both_gradients(kernel, parts)
         if activation is None:
@@ -91,14 +91,17 @@ class Dense(nn.Module):
         return memory.recomputed(activate_and_project, (key, kernel, bias, group_sizes), parts)
 
 
-def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType) -> jax.Array:
+def _project(
+    rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType, axes: Axes
+) -> jax.Array:
     kernel, bias, group_sizes = rest
     if group_sizes is not None:
-        y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel.astype(dtype), group_sizes), PRODUCT)
+        y = checkpoint_name(grouped_matmul(x.astype(dtype), kernel, group_sizes, axes), PRODUCT)
         if bias is not None:
             # In float32, so that the gradient of an expert's bias is a sum in float32.
             rows = jnp.repeat(bias.astype(jnp.float32), group_sizes, axis=0, total_repeat_length=len(x))
-            y += rows.astype(dtype)
+            has_expert = jnp.arange(len(x)) < group_sizes.sum()
+            y += jnp.where(has_expert[:, None], rows, 0).astype(dtype)
         return y
     # One long row axis: XLA:CPU transposes operands in the backward pass of a product with several.
     rows = x.reshape(-1, x.shape[-1]).astype(dtype)
@@ -108,7 +111,7 @@ def _project(rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.
 
 def products_with_columns(kernel_DxV: jax.Array, x: jax.Array) -> jax.Array:
     """Multiplies (..., D) by a kernel in float32, as `Dense` does."""
-    return _project((kernel_DxV, None, None), x, jnp.float32)
+    return _project((kernel_DxV, None, None), x, jnp.float32, axes=(None, None))
 
 
 def products_with_rows(embedding_VxD: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from upcycle.schema import Count, FloatType, Natural, Rate, Whole
 _MACROS = {
     'train_capacity_factor': 'TRAIN_EXPERT_CAPACITY_FACTOR',
     'eval_capacity_factor': 'EVAL_EXPERT_CAPACITY_FACTOR',
+    'exchange': 'EXPERT_EXCHANGE',
     'granularity': 'EXPERT_GRANULARITY',
     'logit_normalization': 'ROUTER_LOGIT_NORMALIZATION',
     'merged_shared_weight': 'AVERAGE_SHARED_WEIGHT',

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from upcycle import schema
-from upcycle.moe.conventions import AdaptiveBalance, BalanceLoss, FillOrder, GroupScore, RouterType, Scores
+from upcycle.moe.conventions import AdaptiveBalance, BalanceLoss, Exchange, FillOrder, GroupScore, RouterType, Scores
 from upcycle.moe.losses import auxiliary_loss_of, importance_load_loss, routing_metrics
 from upcycle.moe.routers.assigning import Assigned, Assigning
 from upcycle.moe.routing import (
@@ -87,6 +87,9 @@ class TopK(TokenChoice):
         with this decay, so that the router has a gradient for every expert; needs slots; None for no such answers
         [DEFAULT_OUTPUT_DECAY].
       gate_noise: adds normal noise of standard deviation gate_noise / E to the logits in training (V-MoE: 1) [GATE_NOISE].
+      exchange: see `Exchange` [EXPERT_EXCHANGE].
+      exchange_capacity_factor: rows of a device's buffer in an exchange, as a multiple of an even share of the choices
+        [EXCHANGE_CAPACITY_FACTOR].
     """
 
     not_ragged = None
@@ -104,6 +107,8 @@ class TopK(TokenChoice):
     adaptive_balance: AdaptiveBalance | None = None
     default_output_decay: Rate | None = None
     gate_noise: Natural = 0.0
+    exchange: Exchange = Exchange.RING
+    exchange_capacity_factor: Positive = 2.0
 
     def __post_init__(self):
         if isinstance(self.adaptive_balance, Mapping):
@@ -120,6 +125,11 @@ class TopK(TokenChoice):
         if self.adaptive_balance is not None and self.dropless:
             yield (
                 "ADAPTIVE_BALANCE follows dropped choices, and DISPATCH = 'ragged' drops none: set it to None, or use 'gather'."
+            )
+        if self.exchange is not Exchange.RING and not self.dropless:
+            yield (
+                f"EXPERT_EXCHANGE = '{self.exchange}' is for DISPATCH = 'ragged': slots, as of '{self.dispatch}', always travel "
+                'by all-to-alls. Unset it.'
             )
         yield from self._invalid_groups()
         if self.balance_loss is BalanceLoss.IMPORTANCE_LOAD and (
