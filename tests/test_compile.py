@@ -9,6 +9,7 @@ import pytest
 
 from tests import runs
 from upcycle import compile
+from upcycle.hlo import GRID
 
 requires_libtpu = pytest.mark.skipif(
     importlib.util.find_spec('libtpu') is None, reason='libtpu is not installed: pip install "upcycle[tpu]"'
@@ -53,6 +54,8 @@ def test_the_account_of_a_tiny_run():
     assert 'all-gather' not in account['collectives']
     assert account['matmul_flops'] == pytest.approx(account['analytic_flops'], rel=0.15)
     assert account['estimated_core_days'] > 0
+    # Attention of two encoder and two decoder layers and two decoders' to the encoder, forward and backward.
+    assert account['kernels'] and {calls['counted'] for calls in account['kernels'].values()} == {GRID}
 
 
 @requires_libtpu

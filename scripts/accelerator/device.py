@@ -6,23 +6,7 @@ import resource
 import jax
 
 from upcycle import platforms
-from upcycle.compile import CHIPS
-
-# Dense FLOP/s in bfloat16, by a part of the device's name: vendors' figures. TPUs are in `upcycle.compile.CHIPS`.
-_GPUS = {
-    'GB200': 2500e12, 'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-    'L4': 121e12, 'A10': 125e12, 'V100': 125e12,
-}  # fmt: skip
-_TPUS = {
-    'v6 lite': 'v6e',
-    'v6e': 'v6e',
-    'v5 lite': 'v5e',
-    'v5e': 'v5e',
-    'v5p': 'v5p',
-    'v5': 'v5p',
-    'v4': 'v4',
-    'v3': 'v3',
-}
+from upcycle.chips import peak_flops
 
 
 class LeftOutError(Exception):
@@ -57,11 +41,7 @@ def this_device() -> Device:
     """Describes the first device of this process."""
     platforms.devices()
     local = jax.local_devices()
-    kind = local[0].device_kind
-    table = _TPUS if local[0].platform == 'tpu' else _GPUS
-    found = next((value for part, value in table.items() if part in kind), None)
-    peak = CHIPS[found].flops if isinstance(found, str) else found
-    return Device(local[0].platform, kind, len(local), _statistic('bytes_limit'), peak)
+    return Device(local[0].platform, local[0].device_kind, len(local), _statistic('bytes_limit'), peak_flops(local[0]))
 
 
 def peak_bytes() -> int:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from accelerator.device import Device
 from upcycle import partitioning
+from upcycle.models.head import Head, head_sums
+from upcycle.models.layers.attention import attention, implementation
 from upcycle.moe.grouped_matmul import grouped_matmul
 
 Arrays = dict[str, jax.Array]
@@ -74,8 +76,6 @@ _ATTENTION: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 
 
 def _attention(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable, Arrays, str]:
-    from upcycle.models.layers.attention import attention, implementation
-
     heads, key_heads, queries, keys, options = _ATTENTION[variant]
     batch, width = 2, 64
     if toy:
@@ -163,9 +163,7 @@ def _grouped(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable, A
 
 def _cross_entropy(variant: str, toy: bool, dtype: Any) -> tuple[Callable, Callable, Arrays, str]:
     tokens, width, vocabulary = (16, 8, 32) if toy else (1024, 1024, 32128)
-    from upcycle.models.head import Head, head_sums
-
-    chunk = None if variant == 'all logits' else tokens // 4
+    chunk = None if variant == 'all logits' else vocabulary // 4
     targets = jax.random.randint(jax.random.key(0), (tokens,), 0, vocabulary)
     arrays = {
         'activations': jax.random.normal(jax.random.key(1), (tokens, width)).astype(dtype),

@@ -14,7 +14,7 @@ ROWS = {
         'grouped product/uniform',
         'grouped product/half for one expert',
         'cross entropy/all logits',
-        'cross entropy/in chunks',
+        'cross entropy/in parts',
     ),
     't5': ('t5/dense', 't5/gather', 't5/einsum', 't5/expert parallel'),
     'vit': ('vit/dense', 'vit/gather'),

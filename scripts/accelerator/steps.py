@@ -26,7 +26,6 @@ class Family:
     Attributes:
       size, toy: names of files in gin/models/.
       recipe, task: names of files in gin/moe/ and gin/tasks/.
-      unit: of the speed.
       experts: to try, until the state fits.
       layers: the same; (None,) for those of `size`.
       most: examples in a batch.
@@ -38,7 +37,6 @@ class Family:
     toy: str
     recipe: str
     task: str
-    unit: str
     experts: tuple[int, ...]
     layers: tuple[int | None, ...]
     most: int
@@ -54,7 +52,6 @@ FAMILIES = {
         toy='t5_1_1_tiny',
         recipe='t5',
         task='synthetic_text',
-        unit='tokens',
         experts=(32, 16, 8, 4),
         layers=(None,),
         most=64,
@@ -68,7 +65,6 @@ FAMILIES = {
         toy='vit_mini',
         recipe='vit',
         task='synthetic_images',
-        unit='images',
         experts=(32, 16, 8, 4),
         layers=(None,),
         most=128,
@@ -82,7 +78,6 @@ FAMILIES = {
         toy='llm_tiny',
         recipe='llm',
         task='synthetic_tokens',
-        unit='tokens',
         experts=(8, 4),
         layers=(16, 8, 4, 2, 1),
         most=16,
@@ -181,15 +176,14 @@ class Steps:
         self._kept = layout.shardings, state
         spec = run.train_data.batch_spec()
         flops = cost.step_flops(run.model, spec)
-        count = run.model.num_tokens(spec) if self._family.unit == 'tokens' else run.train_data.batch_size
         memory = compiled.memory_analysis()
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak = self._device.peak
         return {
             'sizes': ', '.join(self._described(run)),
             'time': seconds,
-            'rate': count / seconds / mesh.size,
-            'unit': self._family.unit,
+            'rate': run.model.num_units(spec) / seconds / mesh.size,
+            'unit': f'{run.model.unit}s',
             'mfu': flops / seconds / mesh.size / peak if peak else None,
             'memory_gb': (held + memory.temp_size_in_bytes) / 1e9,
             'tflop': flops / mesh.size / 1e12,

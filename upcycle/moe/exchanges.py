@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from upcycle.kernels import at_uniform_load
 from upcycle.moe.all_to_all import CROSSED, EXPERT
 from upcycle.moe.conventions import Exchange
 from upcycle.moe.moves import Move, by_key, moved
@@ -50,6 +51,11 @@ class Share:
     def experts_a_shard(self) -> int:
         """Number of the device's experts."""
         return self.config.num_experts // self.shards
+
+    def apply(self, x_RxD: jax.Array, sizes_M: jax.Array, load: float = 1.0) -> jax.Array:
+        """Applies the device's experts to rows sorted by expert, at a uniform load `load` times as many as its choices."""
+        rows = min(int(load * self.expert_NxK.size), len(x_RxD))
+        return self.experts(self.params, x_RxD, at_uniform_load(sizes_M, rows))
 
     @property
     def room(self) -> int:
@@ -94,6 +100,9 @@ def ring(share: Share) -> tuple[jax.Array, jax.Array]:
     first = jax.lax.axis_index(EXPERT) * num_experts
     to_next = [(i, (i + 1) % share.shards) for i in range(share.shards)]
 
+    def experts(_: Any, x_RxD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        return share.apply(x_RxD, sizes_E, 1 / share.shards)
+
     def pass_on(x: jax.Array) -> jax.Array:
         sent = share.sent(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
         return jax.lax.ppermute(sent, EXPERT, to_next).astype(x.dtype)
@@ -102,9 +111,7 @@ def ring(share: Share) -> tuple[jax.Array, jax.Array]:
     @jax.checkpoint
     def stop(travelling, _):
         x_NxD, expert_NxK, weight_NxK, sum_NxD = travelling
-        sum_NxD += part_of_sum(
-            share.experts, share.params, x_NxD, expert_NxK, weight_NxK, num_experts, first, share.width
-        )
+        sum_NxD += part_of_sum(experts, share.params, x_NxD, expert_NxK, weight_NxK, num_experts, first, share.width)
         # Weights travel in float32: rounding them would round the router.
         weight_NxK = jax.lax.ppermute(weight_NxK, EXPERT, to_next)
         return (pass_on(x_NxD), pass_on(expert_NxK), weight_NxK, pass_on(sum_NxD)), None
@@ -139,7 +146,7 @@ def all_to_all(share: Share) -> tuple[jax.Array, jax.Array]:
     expert_Q = cross(expert_R.at[to_slots.row_Q].get(mode='fill', fill_value=E))
     move, sizes_E = by_key(expert_Q, E)
     x_QxD = moved(cross_with_name(moved(share.x_NxD, to_slots, K)), move)
-    y_QxD = moved(share.experts(share.params, x_QxD, sizes_E), move.inverse())
+    y_QxD = moved(share.apply(x_QxD, sizes_E), move.inverse())
     y_RxD = moved(cross_with_name(y_QxD), to_slots.inverse())
     return share.sum(y_RxD), _dropped(shard_R, kept_R, S)
 
@@ -188,7 +195,7 @@ def ragged_all_to_all(share: Share) -> tuple[jax.Array, jax.Array]:
 
     x_QxD = cross(moved(share.x_NxD, to_runs, K), there, back, share.room)
     sizes_M = here(sizes_SxE).reshape(S, mine).sum(axis=0)
-    y_RxD = cross(share.experts(share.params, x_QxD, sizes_M), back, there, R)
+    y_RxD = cross(share.apply(x_QxD, sizes_M), back, there, R)
     return share.sum(moved(y_RxD, to_runs.inverse())), _dropped(shard_R, kept_R, S)
 
 

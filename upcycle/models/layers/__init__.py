@@ -92,7 +92,10 @@ class Dense(nn.Module):
 
 
 def _project(
-    rest: tuple[jax.Array, jax.Array | None, jax.Array | None], x: jax.Array, dtype: DType, axes: Axes
+    rest: tuple[jax.Array, jax.Array | None, jax.Array | None],
+    x: jax.Array,
+    dtype: DType,
+    axes: tuple[str | None, str | None],
 ) -> jax.Array:
     kernel, bias, group_sizes = rest
     if group_sizes is not None:
