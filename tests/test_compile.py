@@ -52,10 +52,13 @@ def test_the_account_of_a_tiny_run():
     # Out and back, forward and backward; 128 numbers of two bytes; a quarter of the slots on each of four devices.
     assert exchanged['operand_bytes'] == 4 * slots * 128 * 2 / 4
     assert 'all-gather' not in account['collectives']
-    assert account['matmul_flops'] == pytest.approx(account['analytic_flops'], rel=0.15)
+    # Kernels of attention, which hardly count at these lengths, but for what fills their blocks.
+    in_kernels = sum(calls['flops'] for calls in account['kernels'].values())
+    assert account['matmul_flops'] - in_kernels == pytest.approx(account['analytic_flops'], rel=0.15)
     assert account['estimated_core_days'] > 0
-    # Attention of two encoder and two decoder layers and two decoders' to the encoder, forward and backward.
-    assert account['kernels'] and {calls['counted'] for calls in account['kernels'].values()} == {GRID}
+    # The attention of two encoder layers and two decoder layers, and that of the latter to the encoder; and back.
+    assert sum(calls['count'] for calls in account['kernels'].values()) == 2 * 6
+    assert {calls['counted'] for calls in account['kernels'].values()} == {GRID}
 
 
 @requires_libtpu
