@@ -36,7 +36,7 @@ COLUMNS = (
     'row',
     'result',
     'sizes',
-    'ms',
+    'time',
     'a second and device',
     'MFU',
     'memory, GB',
