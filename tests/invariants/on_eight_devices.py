@@ -51,7 +51,7 @@ MESHES = {
 # What splits in all three ways.
 ALL_AXES = '2x2x2'
 T5 = small_t5(emb_dim=32, mlp_dim=64, num_heads=2, head_dim=16)
-# Entries of a vocabulary. Those of a device do not divide into chunks of this size.
+# Entries of a vocabulary.
 CHUNK = 50
 # One layer a stack, and it is sparse.
 SPARSE = {f'num_{stack}_layers': 1 for stack in ('encoder', 'decoder')} | {
@@ -81,7 +81,8 @@ def _vit(fields: dict, **moe) -> ImageClassifier:
 
 def _llm(moe: dict, *, attention_experts: bool = False, **fields) -> CausalLM:
     moe = llm_moe(**{'num_experts': 8, 'groups_multiple_of': 8, 'group_size': 32, **moe})
-    config = small_llm(moe=moe, attention_moe=moe if attention_experts else None, **fields)
+    # Half of the vocabulary is a prime number of entries.
+    config = small_llm(vocab_size=134, moe=moe, attention_moe=moe if attention_experts else None, **fields)
     return CausalLM(config, aux_loss_factor=1.0, router_z_loss_factor=0.1, z_loss=0.01, logits_chunk=CHUNK)
 
 

@@ -30,15 +30,15 @@ HEADS = {
 }
 
 
-def case(kind):
+def case(kind, vocabulary=V):
     """A function of (kernel, x, chunk) that returns the sums, and its first two arguments."""
     of, fields = HEADS[kind]
     keys = jax.random.split(jax.random.key(0), 5)
     params = {
-        'decoder': {'logits_dense': {'kernel': jax.random.normal(keys[0], (D, V))}},
-        'token_embedder': {'embedding': jax.random.normal(keys[1], (V, D))},
+        'decoder': {'logits_dense': {'kernel': jax.random.normal(keys[0], (D, vocabulary))}},
+        'token_embedder': {'embedding': jax.random.normal(keys[1], (vocabulary, D))},
     }
-    targets = jax.random.randint(keys[2], (3, 7), 0, V)
+    targets = jax.random.randint(keys[2], (3, 7), 0, vocabulary)
     weights = jax.random.uniform(keys[3], (3, 7)) * (targets > 20)
     kernel = of(Heads(**fields), params).kernel
 
@@ -59,10 +59,10 @@ def gradient_of(sums, chunk, **losses):
 
 
 @pytest.mark.parametrize('kind', HEADS)
-@pytest.mark.parametrize('chunk', [65, 40])
-def test_chunks_change_neither_sums_nor_gradients(kind, chunk):
-    """130 entries: in two halves, and in four parts, of which the last two overlap."""
-    sums, *operands = case(kind)
+@pytest.mark.parametrize(('vocabulary', 'chunk'), [(V, 65), (131, 40)])
+def test_chunks_change_neither_sums_nor_gradients(kind, vocabulary, chunk):
+    """In two halves, and in four parts, of which the last two overlap."""
+    sums, *operands = case(kind, vocabulary)
     (whole, expected), (parts, found) = (jit(gradient_of(sums, size))(*operands)[::-1] for size in (None, chunk))
     for name, value in whole.items():
         np.testing.assert_allclose(parts[name], value, rtol=1e-5, err_msg=name)
