@@ -94,6 +94,8 @@ setuptools.setup(
         'slurm': ['submitit>=1.5'],
         'tpu': ['jax[tpu]'],
         'gpu': ['jax[cuda12]'],
+        # Products of dropless experts on GPUs. 0.0.12 is the last release for Python 3.11.
+        'tokamax': ['tokamax>=0.0.12'],
     },
     entry_points={'console_scripts': ['upcycle = upcycle.__main__:main']},
     classifiers=[

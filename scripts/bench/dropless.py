@@ -112,7 +112,8 @@ def load_of(exchange: str, counts_SxE: np.ndarray) -> tuple[float, int, float]:
     if exchange == 'ring':
         stops = [[visited(own, ROWS) for own in counts_SxE.reshape(S, S, -1)[:, d]] for d in range(S)]
         busiest = max(([sum(column) for column in zip(*device, strict=True)] for device in stops), key=lambda n: n[0])
-        return 0.0, busiest[1], busiest[0]
+        # The ring computes its hidden activations again: four products for three.
+        return 0.0, busiest[1], busiest[0] * 4 / 3
     if exchange == 'all_to_all':
         kept_SxS = np.minimum(wanted_SxS, room // S)
     else:

@@ -200,9 +200,9 @@ def test_kernels_compile_ahead_of_time(topology):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_tokamax(dtype):
     """Its signature is that of `jax.lax.ragged_dot` in each of its versions."""
-    tokamax = pytest.importorskip('tokamax', reason='tokamax is not installed: pip install "upcycle[tokamax]"')
+    pytest.importorskip('tokamax', reason='tokamax is not installed: pip install "upcycle[tokamax]"')
     arguments = operands(CASES['some rows without expert'], dtype)
-    product = functools.partial(tokamax.ragged_dot, implementation='xla')
+    product = functools.partial(grouped.tokamax_ragged_dot(), implementation='xla')
     with mock.patch.object(grouped, '_library_of_gpus', lambda: product):
         y_RxF = product(*arguments[:3])
         gradients = grouped._gradients_of_a_library(*arguments, dtype=dtype)

@@ -71,12 +71,18 @@ def _gradients_of_a_library(
 
 @functools.cache
 def _library_of_gpus() -> Any:
-    """Returns `tokamax.ragged_dot`, with the signature of `jax.lax.ragged_dot`; None without it or without a GPU.
-
-    Versions 0.0.12 (Python 3.11) and 0.0.17 agree in this. They choose among their kernels by the GPU.
-    """
+    """Returns `tokamax.ragged_dot`, which chooses among its kernels by the GPU; None without it or without a GPU."""
     if jax.default_backend() != 'gpu' or importlib.util.find_spec('tokamax') is None:
         return None
-    import tokamax
+    return tokamax_ragged_dot()
 
+
+def tokamax_ragged_dot() -> Any:
+    """Returns `tokamax.ragged_dot`. Versions 0.0.12 (Python 3.11) and 0.0.17 have the signature of `jax.lax.ragged_dot`."""
+    import tokamax
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        # Else tokamax parses the arguments of this program, which are not its own.
+        flags.FLAGS.mark_as_parsed()
     return tokamax.ragged_dot
