@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 
-from upcycle import cost, files, metric_writers, outputs, partitioning, router_prompts, run_config
+from upcycle import cost, files, lengths, metric_writers, outputs, partitioning, router_prompts, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
 from upcycle.errors import UserError
@@ -39,6 +39,7 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             _ = start.plan
             router_prompts.read(run.surgery, run.model, start.reader)
             check_start(run, first_step(run, start.reader))
+            lengths.warn_of_rows(start.reader, run.train_data)
     warn_without_gradient(run.model)
     run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data reports its errors.
