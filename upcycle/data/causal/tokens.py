@@ -260,6 +260,11 @@ class Tokens:
                     f'{name} has {len(rows.stream):,} tokens in the split {self.split!r}, fewer than SEQUENCE_LENGTH = '
                     f"{self.sequence_length}: give it more text, shorten SEQUENCE_LENGTH, or set PACKING = 'whole'."
                 )
+            if corpus.chat and not whole:
+                warning.once(
+                    f"{name} holds conversations, and PACKING = 'split' cuts them anywhere, so that answers lose their "
+                    "questions: set PACKING = 'whole'."
+                )
             found.append(rows)
         return found
 
