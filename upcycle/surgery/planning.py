@@ -328,7 +328,8 @@ def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surge
             "is not read): set OPTIMIZER_STATE = 'fresh'."
         )
     has_experts, wants_experts = (any(EXPERT in name.split('/') for name in leaves) for leaves in (dense, wanted))
-    if has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
+    routes = any({ROUTER, MIXING} & {*name.split('/')} for name in dense)
+    if routes and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
         return UserError(
             f'EXPERT_OPERATOR = {spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts: name a '
             'dense one, or add experts to this one with surgery/grow.gin or surgery/merge.gin; `upcycle export` copies it '
