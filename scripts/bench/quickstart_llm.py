@@ -1,7 +1,7 @@
 """Chooses the peak learning rate of `upcycle quickstart --family=llm`, and writes docs/benchmarks/quickstart_llm.csv.
 
   python scripts/bench/quickstart_llm.py              # trains every run that the CSV lacks; stop it at any time
-  python scripts/bench/quickstart_llm.py --only=1e-2  # those of one rate, for several processes at once
+  python scripts/bench/quickstart_llm.py --only=1e-2 --seed=2  # one of them, for several processes at once
   python scripts/bench/quickstart_llm.py --table      # prints the mean of each rate, and the chosen one
 
 The rule, written before the runs: for each of `RATES` and seeds 0 to 2, the quickstart's dense run; the rate is that with the
@@ -32,13 +32,13 @@ def rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def train(folder: str, rates: Sequence[str]) -> None:
+def train(folder: str, rates: Sequence[str], seeds: Sequence[int]) -> None:
     """Trains the runs that the CSV lacks, all rates of a seed first, and appends a row for each."""
     from upcycle import quickstart
     from upcycle.commands import train as command
     from upcycle.models.quickstart import JOBS
 
-    for seed in SEEDS:
+    for seed in seeds:
         for rate in rates:
             place = os.path.join(folder, f'rate_{rate}', f'seed_{seed}')
             dense = quickstart.branches(JOBS['llm'], place, 1.0, seed)[0]
@@ -71,10 +71,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='runs/quickstart_llm_rates', help='folder of the runs')
     parser.add_argument('--only', choices=RATES, help='train the runs of this rate')
+    parser.add_argument('--seed', type=int, choices=SEEDS, help='train the runs of this seed')
     parser.add_argument('--table', action='store_true', help='print the means instead')
     arguments = parser.parse_args()
     if not arguments.table:
-        train(arguments.out, [arguments.only] if arguments.only else RATES)
+        seeds = SEEDS if arguments.seed is None else [arguments.seed]
+        train(arguments.out, [arguments.only] if arguments.only else RATES, seeds)
     show()
 
 
