@@ -8,7 +8,7 @@ import types
 import pytest
 
 from upcycle import progress
-from upcycle.progress import Progress, counted
+from upcycle.progress import Progress, counted, waiting
 
 
 def test_plain_lines_without_a_terminal(capsys):
@@ -35,6 +35,12 @@ def test_batches_are_counted_without_a_total(capsys, monkeypatch):
         ['validation', 'batch 2'],
         ['validation', 'batch 4'],
     ]
+
+
+def test_an_operation_without_a_count_is_named_at_once(capsys):
+    with waiting('compiling', period=1e6):
+        assert capsys.readouterr().err == 'compiling ...\n'
+    assert capsys.readouterr().err == ''
 
 
 @pytest.mark.parametrize('text', ['[red]params[/]', 'x' * 500])

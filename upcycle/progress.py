@@ -73,8 +73,15 @@ def counted(items: Iterable[Item], name: str) -> Iterator[Item]:
 
 @contextlib.contextmanager
 def waiting(message: str, period: float = 10.0) -> Iterator[None]:
-    """Prints the elapsed time every `period` seconds during an operation without a count, such as a compilation."""
+    """Names an operation without a count, such as a compilation, and prints its elapsed time every `period` seconds.
+
+    Only process 0 prints anything.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
     start, done = time.monotonic(), threading.Event()
+    print(f'{message} ...', file=sys.stderr, flush=True)
 
     def tick() -> None:
         while not done.wait(period):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from upcycle import files, partitioning, warning
+from upcycle import files, lengths, partitioning, warning
 from upcycle.checkpoints import Reader
 from upcycle.checkpoints.several import readers_of
 from upcycle.data.causal.prompts import Prompts, tokenizer_of
@@ -76,7 +76,7 @@ def read(surgery: Surgery | None, model: Model, reader: Reader) -> tuple[PromptF
         raise UserError(
             f'{first.path} has no tokenizer, which ROUTER_PROMPTS needs: copy tokenizer.json of the model into it.'
         )
-    reads, longest = Prompts(tokenizer), first.metadata.get('kept', {}).get('max_position_embeddings')
+    reads, longest = Prompts(tokenizer), lengths.longest(first)
     found = tuple(_read(files.absolute(path), reads, model, longest) for path in surgery.router_prompts)
     for i, one in enumerate(found):
         if equal := next((other for other in found[:i] if other.prompts == one.prompts), None):

@@ -241,6 +241,12 @@ def damage(folder, name, content):
 
 MISTAKES = {
     'none': (lambda f: None, {}, lambda f: f / 'none', 'none has no index.json: name a folder that'),
+    'a model': (
+        lambda f: damage(f, 'model.safetensors', b''),
+        {},
+        lambda f: f,
+        'is the folder of a model or a run (it has model.safetensors): name a folder that',
+    ),
     'bucket': (lambda f: None, {}, lambda f: 'gs://bucket/a', 'is in a bucket, which cannot be memory-mapped'),
     'cut off': (
         lambda f: damage(f / 'a', 'train-00000.tokens', b'12'),

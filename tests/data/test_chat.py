@@ -1,5 +1,6 @@
 """Conversations: the chat template, and a loss on the assistant's tokens only."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -118,7 +119,9 @@ def test_shards_of_conversations_train_on_the_assistant_only(conversations, bpe,
         targets = batch['targets'][0][(segments == segment) & (batch['loss_weights'][0] > 0)]
         assert tokenizer.decode(targets) == ''.join(expected)
     np.testing.assert_array_equal(batch['mask'], batch['segment_ids'] > 0)
-    assert not batch['mask'][1].any()
+    assert not batch['mask'][1].any() and not capsys.readouterr().err
+    _ = dataclasses.replace(data, packing='split', sequence_length=8).rows
+    assert "PACKING = 'split' cuts them anywhere" in capsys.readouterr().err
 
 
 BAD = {

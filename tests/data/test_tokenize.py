@@ -110,6 +110,22 @@ def test_a_folder_of_text_and_the_last_document_is_held_out(tmp_path, capsys):
     assert documents_of(tmp_path / 'out') == order[:3] and documents_of(tmp_path / 'out', 'validation') == order[3:]
 
 
+@pytest.mark.parametrize(
+    ('documents', 'option', 'warned'),
+    [(1, '--validation=0.5', True), (1, '--validation=0', False), (2, '--validation=1e-9', False)],
+)
+def test_a_split_without_documents_is_warned_of(documents, option, warned, tmp_path, capsys):
+    (tmp_path / 'a.jsonl').write_text(
+        json.dumps({'text': TEXTS[1]}) + '\n' + json.dumps({'text': TEXTS[2]}) * (documents - 1)
+    )
+    command = ['tokenize', f'--from={tmp_path}/a.jsonl', '--tokenizer=bytes', f'--to={tmp_path}/out', '--workers=1']
+    code, _, error = call([*command, option], capsys)
+    assert code == 0 and ('no document is held out for validation: name files' in error) == warned, error
+    assert ('--validation_from' in error and '--separator' in error) == warned
+    code, _, error = call(['eval', f'--from={tmp_path}/out'], capsys)
+    assert code == 2 and 'out holds token shards of `upcycle tokenize` and no model' in error
+
+
 def test_a_tokenizer_json(bpe, tmp_path, capsys):
     import tokenizers
 
@@ -192,6 +208,8 @@ MISTAKES = {
     ('--from={}/empty.txt', '--tokenizer=bytes'): 'no document has a token',
     ('--from={}/a.jsonl', '--tokenizer=bytes', '--chat'): '--tokenizer=bytes has no chat template',
     ('--from={}/a.jsonl', '--tokenizer=bytes', '--chat_template=x'): '--chat_template is for conversations',
+    ('--from={}/model', '--tokenizer=bytes'): '--from={}/model is the folder of a model or a run (it has config.gin)',
+    ('--from={}/tokens', '--tokenizer=bytes'): '--from={}/tokens holds token shards already',
     ('--from={}/a.parquet', '--tokenizer=bytes', '--text_field=x'): "{}/a.parquet has no column 'x' (it has text)",
 }
 
@@ -204,6 +222,12 @@ def test_mistakes_are_one_sentence(options, tmp_path, capsys):
     write_parquet(tmp_path / 'a.parquet')
     (tmp_path / 'bad.json').write_text('{}')
     (tmp_path / 'empty.txt').write_text('')
+    for folder, file, text in (
+        ('model', 'config.gin', ''),
+        ('tokens', 'index.json', '{\n "format": "upcycle tokens"}'),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text(text)
     options = [option.replace('{}', str(tmp_path)) for option in options]
     more = [] if any('--workers' in option for option in options) else ['--workers=1']
     code, _, err = call(['tokenize', *options, f'--to={tmp_path}/out', *more], capsys)

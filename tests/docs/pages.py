@@ -45,6 +45,11 @@ def commands() -> tuple[Command, ...]:
     return tuple(found)
 
 
+def fences(page: pathlib.Path, language: str) -> list[str]:
+    """The content of a page's fences of a language."""
+    return [text for found, text in _FENCE.findall(page.read_text(encoding='utf-8')) if found == language]
+
+
 def languages(page: pathlib.Path) -> list[str]:
     """The languages of a page's fences."""
     return [language for language, _ in _FENCE.findall(page.read_text(encoding='utf-8'))]

@@ -5,22 +5,10 @@ import pathlib
 import random
 from collections.abc import Sequence
 
+from tests.docs.pages import DOCS, fences
+
 WORDS = ('Document', 'end.', 'and', 'the', 'rest,', 'é', 'x7', 'of', 'them')
 
-_CHOICES = """\
-task: own_choices
-dataset_path: json
-dataset_kwargs: {{cache_dir: {folder}/cache, data_files: {{test: {folder}/choices.jsonl, train: {folder}/choices.jsonl}}}}
-test_split: test
-fewshot_split: train
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
 _LAST_WORD = """\
 task: own_last_word
 dataset_path: json
@@ -95,7 +83,12 @@ def write(folder: pathlib.Path, answers: Sequence[str] = (), until: Sequence[str
     documents = [{'text': text} for text in DOCUMENTS]
     for name, lines in (('choices', choices), ('texts', documents), ('answers', answered)):
         (folder / f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines), encoding='utf-8')
-    for name, text in (('choices', _CHOICES), ('last_word', _LAST_WORD), ('rolling', _ROLLING), ('answers', _ANSWERS)):
+    # The task of the page, with other paths.
+    (own_choices,) = fences(DOCS / 'evaluation.md', 'yaml')
+    data = f'{{cache_dir: {folder}/cache, data_files: {{test: {folder}/choices.jsonl}}}}'
+    assert (in_page := '{data_files: {test: own_tasks/choices.jsonl}}') in own_choices
+    (folder / 'choices.yaml').write_text(own_choices.replace(in_page, data), encoding='utf-8')
+    for name, text in (('last_word', _LAST_WORD), ('rolling', _ROLLING), ('answers', _ANSWERS)):
         filled = text.format(folder=folder, until=json.dumps([*until]))
         (folder / f'{name}.yaml').write_text(filled, encoding='utf-8')
     return questions

@@ -162,7 +162,12 @@ def test_merged_state_is_the_parents_mean():
         ),
         ('merge', 11, 'needs 7 new experts, and the 4 of the checkpoint form 6 pairs: set it to at most 10'),
         (Grow(utility='gradient'), 6, "measures the optimizer's second moments, and the checkpoint has none"),
-        ('copy', 8, r"\('copy' starts from a dense checkpoint, and this one has experts\)"),
+        (
+            'copy',
+            8,
+            "EXPERT_OPERATOR = 'copy' starts from a dense checkpoint, and this one has experts: name a dense one, or add "
+            'experts to this one with surgery/grow.gin or surgery/merge.gin',
+        ),
     ],
 )
 def test_nonsense_is_refused(operator, num_experts, message):

@@ -221,8 +221,11 @@ def test_a_dropless_decoder_upcycles_and_trains(tmp_path, dense):
     assert last['experts/decoder/layers_1/fraction_dropped'] == 0
 
 
-def test_validation_lines_hold_routing_metrics(tmp_path):
+def test_validation_lines_hold_routing_metrics(tmp_path, capsys):
     runs.train('scratch', tmp_path, 3)
+    said = [line.removesuffix(' ...') for line in capsys.readouterr().err.splitlines() if line.endswith(' ...')]
+    started = ['initialising the parameters', 'validation at step 0', 'compiling the training step']
+    assert said == [f'train  {operation}' for operation in started]
     last = lines_of(tmp_path)[-1]
     assert last['split'] == 'validation'
     assert last['loss'] == last['cross_entropy_loss']

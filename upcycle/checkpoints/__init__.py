@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from upcycle import files, outputs, warning
+from upcycle import files, folders, outputs, warning
 from upcycle.errors import UserError
 from upcycle.formats import ANY_FOLDER, FolderRequest
 from upcycle.formats import FORMATS as FORMATS
@@ -109,6 +109,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Reader:
         return reader
     if skipped and all(map(_UNFINISHED.fullmatch, skipped)):
         raise UserError(f'{steps} holds only interrupted saves ({", ".join(skipped)}): name another run.')
+    if folders.holds_tokens(folder):
+        raise UserError(
+            f'{folder} holds token shards of `upcycle tokenize` and no model: name the model here, and the shards by TOKENS_DIR.'
+        )
     refuse_other_files(folder)
     if not skipped and (suggestion := _suggest(folder)):
         raise UserError(f'{folder} is not a checkpoint: name {suggestion}.')

@@ -12,9 +12,10 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from upcycle import configuration, files, outputs, partitioning, run_config
+from upcycle import configuration, files, lengths, outputs, partitioning, run_config
 from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.checkpoints.integrity import require_whole
+from upcycle.data.causal import same_tokenizer
 from upcycle.errors import UserError
 from upcycle.evaluate.protocol import Subject
 from upcycle.gin_data import require_data
@@ -70,6 +71,8 @@ def run(
         raise UserError('EVAL_DATASET is None: name a task, such as --gin_file=tasks/mnist5k.gin.')
     for evaluator in run.evaluators:
         evaluator.check_data(run.eval_data)
+    lengths.warn_of_rows(reader, run.eval_data)
+    same_tokenizer.warn(reader, run.eval_data)
     mesh = partitioning.make_mesh(run.mesh_shape, run.num_experts)
     start.check_batches(run, mesh, training=False)
     with partitioning.use(mesh):

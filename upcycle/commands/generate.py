@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from upcycle import api, files, partitioning, platforms, warning
-from upcycle.checkpoints import Reader, json_files, open_checkpoint
+from upcycle import api, files, lengths, partitioning, platforms
+from upcycle.checkpoints import open_checkpoint
 from upcycle.data.causal.prompts import Prompts, Text, folders_of, require_tokenizer, stop_tokens
 from upcycle.errors import UserError, one_line
 from upcycle.models import Model, generation, identify
@@ -67,7 +67,8 @@ def run(
     reads = Prompts(require_tokenizer(reader, tokenizer), chat=chat, ended=kind.prompts == 'answered')
     tokens = [_encoded(reads, prompt, number, kind) for number, prompt in enumerate(written, 1)]
     length = max(map(len, tokens))
-    _check_length(reader, length + max_new_tokens)
+    total = length + max_new_tokens
+    lengths.warn(reader, total, f'a prompt and --max_new_tokens are {total} tokens', 'lower --max_new_tokens')
     sampling = Sampling(temperature, top_k, top_p, stop_tokens(folders_of(reader), reads.tokenizer))
     # Parameters are split over `model`, whose size need not divide the number of prompts.
     mesh = partitioning.make_mesh((1, 1, len(platforms.devices())), None)
@@ -166,16 +167,6 @@ def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, 
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :], mask[row, length - len(prompt) :] = prompt, True
     return tokens, mask
-
-
-def _check_length(reader: Reader, length: int) -> None:
-    """Warns if texts get longer than those that the model has seen."""
-    for folder in folders_of(reader):
-        most = json_files.read_settings(folder / 'config.json').get('max_position_embeddings')
-        if isinstance(most, int) and length > most:
-            warning.once(
-                f'a prompt and --max_new_tokens are together {length} tokens, and the model was made for {most}.'
-            )
 
 
 def _beginning(prompt: str) -> str:

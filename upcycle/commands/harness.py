@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 
-from upcycle import configuration, outputs, partitioning
-from upcycle.checkpoints import Reader, json_files, open_checkpoint
+from upcycle import configuration, lengths, outputs, partitioning
+from upcycle.checkpoints import Reader, open_checkpoint
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.commands import evaluate
 from upcycle.data.causal.prompts import folders_of, require_tokenizer, stop_tokens
@@ -19,8 +18,6 @@ from upcycle.gin_files import FROM_CHECKPOINT
 from upcycle.models import Model
 
 EXTRA = 'lm_eval'
-# Fields of a model's config.json that tell the most tokens it reads, in lm-eval's order.
-_LENGTHS = ('n_positions', 'max_position_embeddings', 'n_ctx')
 _NO_DATA = {'TRAIN_DATASET': 'None', 'EVAL_DATASET': 'None'}
 _LENGTH = 2048  # of a model that does not tell it, as in lm-eval
 
@@ -50,7 +47,7 @@ def run(
       tasks, include_path, num_fewshot: see `evaluate.harness.load_tasks`.
       limit: see `evaluate.harness.evaluate`.
       batch_size: rows of a batch; rounded up to the parts of the mesh.
-      max_length: the most tokens that the model reads at once; None: what config.json tells, else the length of the run's data.
+      max_length: the most tokens that the model reads at once; None: what the model was made for, else that of the run's rows.
       tokenizer: its path, or 'bytes'; None: the checkpoint's.
       as_json: print JSON instead of a table.
       out: file for the JSON.
@@ -75,6 +72,7 @@ def run(
     _require_continuing(model_run.model)
     reads = open_tokenizer(require_tokenizer(reader, tokenizer))
     length = _longest(reader) if max_length is None else max_length
+    lengths.warn(reader, length, f'--max_length={length}', 'lower it')
     loaded = harness.load_tasks(tasks, include_path, num_fewshot)
     mesh = partitioning.make_mesh(model_run.mesh_shape, model_run.num_experts)
     with partitioning.use(mesh):
@@ -127,15 +125,7 @@ def _require_continuing(model: Model) -> None:
 
 def _longest(reader: Reader) -> int:
     """Returns the most tokens that a model reads at once."""
-    for folder in folders_of(reader):
-        settings = _settings(folder)
-        for name in _LENGTHS:
-            if isinstance(settings.get(name), int):
-                return settings[name]
+    if (most := lengths.longest(reader)) is not None:
+        return most
     of_run = getattr(reader, 'data', {}).get('fingerprint', {}).get('sequence_length')
     return of_run if isinstance(of_run, int) else _LENGTH
-
-
-def _settings(folder: epath.Path) -> Mapping[str, Any]:
-    settings = json_files.read_settings(folder / 'config.json')
-    return settings.get('text_config') or settings

@@ -5,10 +5,16 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from upcycle import warning
 from upcycle.data.causal import writing
 from upcycle.data.causal.documents import Fields
 from upcycle.data.causal.workers import Job
 from upcycle.errors import UserError
+
+_NOTHING_HELD_OUT = (
+    'no document is held out for validation: name files to hold out with --validation_from, or cut a file of text into '
+    'documents with --separator.'
+)
 
 
 def run(
@@ -63,6 +69,8 @@ def run(
     job = Job(tokenizer, Fields(text_field, chat, lines), 0.0 if validation_from else validation, chat_template)
     workers = _cores() if workers is None else workers
     index = writing.write(inputs, job, target, workers=workers, max_bad_records=max_bad_records)
+    if not index['splits']['validation']['documents'] and (validation or validation_from):
+        warning.once(_NOTHING_HELD_OUT)
     figures = {name: _figures(split) for name, split in index['splits'].items()}
     if as_json:
         print(json.dumps(figures, indent=1))

@@ -327,8 +327,15 @@ def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surge
             "OPTIMIZER_STATE = 'tile' needs the checkpoint's optimizer state, and none can be read (`upcycle inspect` lists what "
             "is not read): set OPTIMIZER_STATE = 'fresh'."
         )
-    heading = 'The checkpoint does not fit the model: it has another architecture, or the sizes in the gin files differ'
     has_experts, wants_experts = (any(EXPERT in name.split('/') for name in leaves) for leaves in (dense, wanted))
+    routes = any({ROUTER, MIXING} & {*name.split('/')} for name in dense)
+    if routes and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
+        return UserError(
+            f'EXPERT_OPERATOR = {spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts: name a '
+            'dense one, or add experts to this one with surgery/grow.gin or surgery/merge.gin; `upcycle export` copies it '
+            'without surgery, and models/from_checkpoint.gin with runs/continue_dense.gin trains it.'
+        )
+    heading = 'The checkpoint does not fit the model: it has another architecture, or the sizes in the gin files differ'
     wrong_shape = [problem.split(' ')[0].split('/') for problem in problems if _NEEDS in problem]
     inside = wrong_shape and all({EXPERT, SHARED} & {*segments} for segments in wrong_shape)
     if all(any(f'/{part}/' in problem for part in head) for problem in problems):
@@ -336,8 +343,6 @@ def _explain(problems: list[str], dense: Abstract, wanted: Abstract, spec: Surge
             'The head of the checkpoint does not fit the model: to fine-tune on other classes, set NEW_HEAD = True in '
             'runs/finetune.gin'
         )
-    elif has_experts and spec.operator is not None and spec.operator.starts_from is not Start.MOE:
-        heading += f' ({spec.operator.name!r} starts from {spec.operator.starts_from}, and this one has experts)'
     elif has_experts and not wants_experts and spec.operator is None:
         heading += ' (it has experts and the model has none: include its moe/ file)'
     elif wants_experts and not has_experts and spec.operator is None:

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from upcycle import casts, hosts, partitioning, router_prompts
 from upcycle.checkpoints.integrity import require_whole
 from upcycle.checkpoints.several import readers_of
-from upcycle.progress import Progress
+from upcycle.progress import Progress, waiting
 from upcycle.surgery.fingerprint import sha256_of
 from upcycle.surgery.operators import Lineage
 from upcycle.surgery.place import execute
@@ -108,9 +108,10 @@ def from_checkpoint(start: Start, batch: Mapping[str, jax.Array]) -> tuple[Train
         lineages=lineages,
         prompts=router_prompts.described(prompts),
     )
-    receipt['function_check'] = reported(
-        lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
-    )
+    with waiting('comparing the MoE layers with their source'):
+        receipt['function_check'] = reported(
+            lambda: check_function(run.model, source.params(flat), state.params, batch, source.model)
+        )
     return state, receipt
 
 

@@ -22,7 +22,7 @@ from upcycle.evaluate.protocol import Subject
 from upcycle.evaluate.step_zero import quality_at_step_0
 from upcycle.metrics import MetricsLog
 from upcycle.models import identify
-from upcycle.progress import Progress
+from upcycle.progress import Progress, waiting
 from upcycle.training import folder as run_folder
 from upcycle.training import preemption
 from upcycle.training import state as states
@@ -115,7 +115,8 @@ class _Trainer:
     @functools.cached_property
     def step(self):
         """`train_step`, compiled on first use: a finished run does not need it."""
-        return lower_step(self.run, self.layout, self.batch_sharding, self.ledger.start_step).compile()
+        with waiting(f'{self.name}  compiling the training step'):
+            return lower_step(self.run, self.layout, self.batch_sharding, self.ledger.start_step).compile()
 
     @functools.cached_property
     def evaluations(self) -> dict[str, Callable[[Any], Mapping[str, Any]]]:
@@ -157,7 +158,8 @@ class _Trainer:
                 with CheckpointManager(run.model_dir, keep=run.checkpoint_keep) as manager:
                     if newest is None:
                         begins = [evaluator.name for evaluator in run.evaluators if evaluator.at_start]
-                        self._evaluate(begins, state, int(state.step), log)
+                        with waiting(f'{self.name}  {", ".join(begins)} at step {int(state.step)}'):
+                            self._evaluate(begins, state, int(state.step), log)
                     return self._loop(state, manager, log)
             except NotFiniteError as error:
                 raise UserError(self._diagnosis(error)) from None
@@ -165,7 +167,8 @@ class _Trainer:
     def _first_state(self) -> TrainState:
         run = self.run
         if run.initial_checkpoint_path is None:
-            return states.from_scratch(run, self.layout)
+            with waiting(f'{self.name}  initialising the parameters'):
+                return states.from_scratch(run, self.layout)
         batch = next(self._batches(self.first_step))
         state, self.receipt = from_checkpoint(self.start, batch)
         metadata = self.start.reader.metadata
@@ -177,9 +180,10 @@ class _Trainer:
         # A model that was trained after its surgery keeps its step-0 metrics.
         fresh = self.receipt is not None and 'step_0' not in self.receipt
         if fresh and run.eval_data is not None and run.step_0_factors:
-            self.receipt['step_0'] = quality_at_step_0(
-                run.model, state.params, lambda: self.subject.batches('step 0'), run.step_0_factors
-            )
+            with waiting(f'{self.name}  capacity factors {", ".join(map(str, run.step_0_factors))} at step 0'):
+                self.receipt['step_0'] = quality_at_step_0(
+                    run.model, state.params, lambda: self.subject.batches('step 0'), run.step_0_factors
+                )
         return state
 
     def _restore(self, manager: CheckpointManager, step: int) -> TrainState:

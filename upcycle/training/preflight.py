@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Mapping
 
-from upcycle import cost, files, metric_writers, outputs, partitioning, router_prompts, run_config
+from upcycle import cost, files, lengths, metric_writers, outputs, partitioning, router_prompts, run_config
 from upcycle.checkpoints import arrays
 from upcycle.checkpoints.native import NativeReader
+from upcycle.checkpoints.several import readers_of
+from upcycle.data.causal import same_tokenizer
 from upcycle.errors import UserError
 from upcycle.training import folder
 from upcycle.training.run import Run, warn_without_gradient
@@ -39,6 +41,8 @@ def preflight(run: Run, identity: Mapping[str, str]) -> Start:
             _ = start.plan
             router_prompts.read(run.surgery, run.model, start.reader)
             check_start(run, first_step(run, start.reader))
+            lengths.warn_of_rows(start.reader, run.train_data)
+            same_tokenizer.warn(readers_of(start.reader)[0], run.train_data)
     warn_without_gradient(run.model)
     run.trainable.frozen(start.layout.abstract.params, run.model.moe_layers(), 0)
     # The first use of the data reports its errors.

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from upcycle import folders
 from upcycle.data.bad_records import BadRecordError
 from upcycle.errors import UserError, one_line
 from upcycle.extras import require
@@ -82,6 +83,7 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
         if os.path.isdir(expanded):
+            _refuse_other_folders(expanded, option)
             files = [str(p) for p in pathlib.Path(expanded).rglob('[!.]*')]
         else:
             files = glob.glob(expanded, recursive=True) or [expanded]
@@ -90,6 +92,17 @@ def find_files(patterns: Sequence[str], option: str) -> list[str]:
             raise UserError(f'{option}={pattern} names no file: name a file, a folder or a glob.')
         found.update(map(os.path.abspath, files))
     return sorted(found)
+
+
+def _refuse_other_folders(folder: str, option: str) -> None:
+    """Raises UserError for a folder of token shards, or of a model."""
+    if folders.holds_tokens(folder):
+        raise UserError(f'{option}={folder} holds token shards already: name files or a folder of text.')
+    if (part := folders.part_of_a_model(folder)) is not None:
+        raise UserError(
+            f'{option}={folder} is the folder of a model or a run (it has {part}): name files or a folder of text, and the model '
+            'by --tokenizer.'
+        )
 
 
 def read_chunks(file: str, fields: Fields, size: int, *, validation: bool) -> Iterator[Chunk]:

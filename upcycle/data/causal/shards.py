@@ -21,14 +21,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from upcycle import files
+from upcycle import files, folders
 from upcycle.data.causal.tokenizers import Identity
 from upcycle.errors import UserError, one_line
 
 INDEX = 'index.json'
 TOKENIZER = 'tokenizer'  # the folder with the tokenizer's files
 SPLITS = ('train', 'validation')
-_FORMAT, _VERSION = 'upcycle tokens', 1
+_VERSION = 1
 SHARD_TOKENS = 2**31
 
 
@@ -100,10 +100,12 @@ def open_folder(path: str) -> Folder:
         )
     folder = pathlib.Path(path).expanduser()
     if not (folder / INDEX).is_file():
-        raise UserError(f'TOKENS_DIR = {path} has no {INDEX}: name a folder that `upcycle tokenize` has written.')
+        part = folders.part_of_a_model(folder)
+        found = f'has no {INDEX}' if part is None else f'is the folder of a model or a run (it has {part})'
+        raise UserError(f'TOKENS_DIR = {path} {found}: name a folder that `upcycle tokenize` has written.')
     try:
         index = json.loads((folder / INDEX).read_text(encoding='utf-8'))
-        if (index['format'], index['version']) != (_FORMAT, _VERSION):
+        if (index['format'], index['version']) != (folders.TOKENS, _VERSION):
             raise UserError(
                 f'TOKENS_DIR = {path} is of version {index["version"]} of its format, and this version of upcycle reads '
                 f'{_VERSION}: tokenise again.'
@@ -251,7 +253,7 @@ def write_index(
 
         described = {split: list(pool.map(hashed, shards)) for split, shards in splits.items()}
     index = {
-        'format': _FORMAT,
+        'format': folders.TOKENS,
         'version': _VERSION,
         'chat': chat,
         'tokenizer': dataclasses.asdict(tokenizer),

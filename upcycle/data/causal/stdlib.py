@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from upcycle.data.causal.shards import SPLITS, Arrays, Corpus
-from upcycle.data.causal.tokenizers import ByteTokenizer, Identity, Tokenizer
+from upcycle.data.causal.tokenizers import BYTES, ByteTokenizer, Identity, Tokenizer
 from upcycle.data.stdlib_source import stdlib_documents
 
 
@@ -23,6 +23,7 @@ class StdlibBytes:
 
     weights = (1.0,)
     names = ('the standard library',)
+    tokenizer_path = BYTES
 
     def identity(self) -> Identity:
         """The identity of the byte tokenizer."""

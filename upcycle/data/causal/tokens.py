@@ -36,6 +36,10 @@ class Source(Protocol):
     def identity(self) -> Identity:
         """The identity of the tokenizer."""
 
+    @property
+    def tokenizer_path(self) -> str:
+        """The folder with the tokenizer's files, or 'bytes'."""
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer."""
 
@@ -77,10 +81,15 @@ class Shards:
         """The identity of the tokenizer of all folders."""
         return self._open[0].tokenizer
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, whose files are in the folder."""
+    @property
+    def tokenizer_path(self) -> str:
+        """The folder with the tokenizer's files, within that of the shards, or 'bytes'."""
         first = self._open[0]
-        return open_tokenizer(BYTES if first.tokenizer.kind == BYTES else first.path / TOKENIZER)
+        return BYTES if first.tokenizer.kind == BYTES else str(first.path / TOKENIZER)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return open_tokenizer(self.tokenizer_path)
 
     def corpora(self, split: str) -> Sequence[Corpus]:
         """The corpora of a split."""
@@ -250,6 +259,11 @@ class Tokens:
                 raise UserError(
                     f'{name} has {len(rows.stream):,} tokens in the split {self.split!r}, fewer than SEQUENCE_LENGTH = '
                     f"{self.sequence_length}: give it more text, shorten SEQUENCE_LENGTH, or set PACKING = 'whole'."
+                )
+            if corpus.chat and not whole:
+                warning.once(
+                    f"{name} holds conversations, and PACKING = 'split' cuts them anywhere, so that answers lose their "
+                    "questions: set PACKING = 'whole'."
                 )
             found.append(rows)
         return found
