@@ -46,7 +46,20 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 from serving.programs import CheckError
 from smollm2 import results, starts, texts
-from smollm2.schedule import BRANCHES, CHAT, CONTINUED, DENSE, SMOKE, START, UPCYCLED, Run, Sizes, runs
+from smollm2.schedule import (
+    BRANCHES,
+    CHAT,
+    CONTINUED,
+    DENSE,
+    FROM_CHECKPOINT,
+    SMOKE,
+    START,
+    TOKENS,
+    UPCYCLED,
+    Run,
+    Sizes,
+    runs,
+)
 
 from upcycle import configuration, cost
 from upcycle.errors import PREEMPTED, UserError
@@ -57,6 +70,7 @@ from upcycle.sweep.conduct import lock
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS, PICTURE = ROOT / 'docs' / 'results' / 'smollm2', ROOT / 'docs' / 'smollm2.png'
 STARTS = 'starts.csv'
+EVAL_FILES = (FROM_CHECKPOINT, TOKENS, 'runs/eval.gin')
 
 
 class Programs:
@@ -149,11 +163,11 @@ class Sweep:
         """Evaluates the dense model, once."""
         row = dict(zip(results.KEY, (START, DENSE, '', ''), strict=True))
         if results.key_of(row) not in map(results.key_of, self._rows):
-            losses = self._losses(self._model, self._out / START, evaluated=(*BRANCHES[DENSE][:2], 'runs/eval.gin'))
+            losses = self._losses(self._model, self._out / START)
             row |= {'steps': 0, 'loss': losses['code loss'], **losses, **self._facts}
             results.append(self._csv, results.COLUMNS, [row])
 
-    def _losses(self, checkpoint: pathlib.Path, folder: pathlib.Path, evaluated: Sequence[str] = ()) -> dict[str, str]:
+    def _losses(self, checkpoint: pathlib.Path, folder: pathlib.Path) -> dict[str, str]:
         """Returns the losses of a checkpoint on whole texts, by column."""
         losses = {}
         for name in results.TEXTS:
@@ -171,7 +185,7 @@ class Sweep:
                     'eval',
                     f'--from={checkpoint}',
                     f'--out={out}',
-                    *(f'--gin_file={file}' for file in evaluated),
+                    *(f'--gin_file={file}' for file in EVAL_FILES),
                 ]
                 self._programs.run([*arguments, *(f'--gin.{key}={value}' for key, value in bindings.items())])
             losses[f'{name} loss'] = f'{json.loads(out.read_text("utf-8"))["metrics"]["validation"]["loss"]:.5f}'
@@ -181,7 +195,9 @@ class Sweep:
         print(f'{run.name}: {run.steps} steps, run {done + 1} of {done + len(left)}{self._time_left(left)}', flush=True)
         folder, begin = self._folder(run), time.monotonic()
         start = self._with_experts() if (run.part, run.branch) == (CHAT, UPCYCLED) else self._model
-        peak = self._programs.run(['train', *run.arguments(self._sizes, self._texts, start, folder)])
+        peak = self._largest(
+            folder, self._programs.run(['train', *run.arguments(self._sizes, self._texts, start, folder)])
+        )
         lines = read_metrics(folder / 'metrics.jsonl')
         losses = self._losses(folder, folder) if run.part == CONTINUED else {}
         if run.part == CHAT or (run.part == CONTINUED and run.seed == self._sizes.seeds[0]):
@@ -191,6 +207,14 @@ class Sweep:
         results.append(self._csv, results.COLUMNS, [row])
         self._pace = (time.monotonic() - begin) / float(row['TFLOP'])
         print(f'{run.name}: validation loss {row["loss at start"]} -> {row["loss"]}, {peak:.1f} GB', flush=True)
+
+    @staticmethod
+    def _largest(folder: pathlib.Path, peak: float) -> float:
+        """Returns the largest memory of the processes that trained a run, in GB."""
+        file = folder / 'peak_gb'
+        peak = max(peak, float(file.read_text()) if file.exists() else 0.0)
+        file.write_text(f'{peak:.3f}')
+        return peak
 
     def _time_left(self, left: Sequence[Run]) -> str:
         if self._pace is None:

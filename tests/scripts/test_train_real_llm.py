@@ -9,9 +9,19 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import scipy.special
 
+import upcycle
+from tests import runs, tokens
+from tests.test_cli import call
+from upcycle.api import convert
+from upcycle.commands import tokenize, train
+from upcycle.data.causal.tokenizers import chat_template_of, open_tokenizer
 from upcycle.data.corpus import Document
+from upcycle.metrics import read_metrics
+from upcycle.transfer import transfer
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / 'scripts'
 
@@ -297,3 +307,61 @@ def test_the_schedule_that_the_docstring_promises():
     ):
         assert promise in text
     assert (sizes.rates, sizes.rate_seeds, sizes.seeds) == ((3e-5, 1e-4, 3e-4), (0, 1, 2), (3, 4, 5))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('experts', [None, 4])
+def test_conversations_through_a_model_and_back(experts, tmp_path, dense_llm, capsys):
+    """From a folder with a chat template to one that answers; the loss is that of the answers."""
+    dense, folder, out = (tmp_path / name for name in ('dense', 'moe' if experts else 'dense', 'out'))
+    transfer(dense_llm, str(dense), 'huggingface', optimizer_state='none')
+    tokens.write_tokenizer(dense, tokens.CHATML)
+    if experts:
+        convert(('moe/llm.gin',), dense, folder, format='huggingface', NUM_EXPERTS=experts)
+    documents = [
+        Document(f'module_{i}.py', split, SOURCE.format('And frees its memory, too.').encode())
+        for i, split in enumerate(('train', 'train', 'validation'))
+    ]
+    made = conversations.conversations(documents, {'train': 6, 'validation': 3})
+    for split, chats in made.items():
+        (tmp_path / f'{split}.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+    shards = tmp_path / 'shards'
+    held_out = [str(tmp_path / 'validation.jsonl')]
+    tokenize.run(
+        [str(tmp_path / 'train.jsonl')], str(folder), str(shards), chat=True, validation_from=held_out, workers=1
+    )
+    bindings = {**runs.LLM_STEPS, 'SEQUENCE_LENGTH': '256', 'INITIAL_CHECKPOINT_PATH': str(folder), 'TRAIN_STEPS': '2'}
+    bindings |= {
+        'TOKENS_DIR': str(shards),
+        'MODEL_DIR': str(tmp_path / 'run'),
+        'EVAL_STEPS': 'None',
+        'WARMUP_STEPS': '1',
+    }
+    files = (schedule.FROM_CHECKPOINT, schedule.TOKENS, 'runs/finetune_llm.gin')
+    train.run(files, bindings)
+    first = read_metrics(tmp_path / 'run' / 'metrics.jsonl')[0]
+    assert first['loss'] == pytest.approx(loss_of_answers(folder, made['validation']), rel=1e-5)
+    transfer(str(tmp_path / 'run'), str(out), 'huggingface', optimizer_state='none')
+    assert chat_template_of(out) == tokens.CHATML
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        assert (out / name).read_bytes() == (dense / name).read_bytes()
+    question = made['validation'][0]['messages'][0]['content']
+    code, answer, error = call(
+        ['generate', f'--from={out}', '--chat', f'--prompt={question}', '--max_new_tokens=4'], capsys
+    )
+    assert code == 0 and answer, error
+
+
+def loss_of_answers(folder, chats):
+    """The mean loss of the tokens in the assistant's text, each given all before it."""
+    model, params = upcycle.load(folder)
+    tokenizer, total, number = open_tokenizer(folder), 0.0, 0
+    for each in chats:
+        question, answer = (message['content'] for message in each['messages'])
+        before = f'<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n'
+        ids = tokenizer.encode([before + f'{answer}<|im_end|>\n'])[0].astype(np.int32)
+        length = len(tokenizer.encode([before])[0])
+        logits = np.asarray(model.logits(params, {'tokens': ids[None]}), np.float64)[0, length - 1 : -1]
+        total += float((scipy.special.logsumexp(logits, axis=-1) - logits[np.arange(len(logits)), ids[length:]]).sum())
+        number += len(logits)
+    return total / number
