@@ -6,7 +6,7 @@
   python scripts/train_real_llm.py starts --model=smollm2/dense --out=smollm2/runs   # the gaps before training
   python scripts/train_real_llm.py report                                            # tables and picture from the CSVs
 
-`train` trains run after run, about 15 hours on two idle cores, and needs 12 GB of memory and 20 GB of disk in --out. A finished
+`train` trains run after run, about 8 hours on two idle cores, and needs 11 GB of memory and 15 GB of disk in --out. A finished
 run appends its row to runs.csv and its losses to curves.csv in --results, and its checkpoints are deleted. An interrupted run
 continues from its last checkpoint; SIGTERM saves one and ends with status 75. `--smoke` is the same with runs of 2 steps.
 

@@ -27,6 +27,7 @@ def draw(rows: Sequence[Row], curves: Sequence[Row], file: pathlib.Path) -> None
         if not panel(ax, rows, curves):
             leave_empty(ax)
         ax.spines[['top', 'right']].set_visible(False)
+        ax.tick_params(labelsize=7.5)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=DPI)
 
@@ -77,7 +78,7 @@ def _forgetting(ax: Axes, rows: Sequence[Row], curves: Sequence[Row]) -> bool:
             drawn = True
     if drawn:
         ax.axhline(1, color='#e5e7eb', zorder=0)
-        ax.set_xticks(range(len(texts)), [WORDS[text] for text in texts])
+        ax.set_xticks(range(len(texts)), [WORDS[text] for text in texts], fontsize=7.5)
         handles, names = ax.get_legend_handles_labels()
         unique = dict(zip(names, handles, strict=True))
         ax.legend(unique.values(), unique.keys(), fontsize=7.5, frameon=False)
