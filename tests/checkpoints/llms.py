@@ -12,6 +12,7 @@ from etils import epath
 from tests.fixtures import fixtures_dir
 from tests.moe.quick import jit
 from upcycle.checkpoints import safetensors
+from upcycle.models.decoder import head_of
 
 FOLDERS = fixtures_dir() / 'llm'
 DENSE = (
@@ -112,7 +113,9 @@ def outputs(model, params, batch):
         states = [seen['token_embedder'] * config.embedding_multiplier]
         states += [seen[f'decoder/layers_{i}'] for i in range(config.num_layers)]
         routers = [seen[f'{path}/router'] for path in model.moe_layers()]
-        return sums['loss'] / sums['weight'], (seen[''], [*states[:-1], seen['decoder/decoder_norm']], routers, aux)
+        head = head_of(config, params)
+        logits = head.logits(head.kernel, seen[''])
+        return sums['loss'] / sums['weight'], (logits, [*states[:-1], seen['decoder/decoder_norm']], routers, aux)
 
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     with jax.default_matmul_precision('highest'):
