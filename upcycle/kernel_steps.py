@@ -129,7 +129,7 @@ class Steps:
         return outs
 
     def _scan(self, params: dict[str, Any], values: list[Value], where: np.ndarray) -> Sequence[Value]:
-        constants, carries = params['num_consts'], params['num_carry']
+        constants, carries = scan_inputs(params, len(values))
         fixed, carry = values[:constants], values[constants : constants + carries]
         jaxpr, consts = opened(params['jaxpr'])
         xs = [None] * (len(jaxpr.invars) - constants - carries)
@@ -149,6 +149,15 @@ class Steps:
             if not where.any():
                 return [None] * len(carry)
             carry = self._run(body, body_consts, [*values[first:second], *carry], where)
+
+
+def scan_inputs(params: dict[str, Any], inputs: int) -> tuple[int, int]:
+    """Returns how many of the inputs of a `scan` are constants and how many are carried, by its parameters."""
+    if 'num_consts' in params:
+        return params['num_consts'], params['num_carry']
+    # From JAX 0.12 a tree of three parts says so.
+    constants, carries, _ = params['ft_in'].update(range(inputs)).unpack()
+    return len(list(constants)), len(list(carries))
 
 
 def opened(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from upcycle.kernel_steps import NotCountedError, Steps, Value, opened
+from upcycle.kernel_steps import NotCountedError, Steps, Value, opened, scan_inputs
 
 # Types of operands and results, as in compiled text: 'bf16[8,128]'.
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
@@ -230,7 +230,7 @@ class _Frame:
 
     def _scanned(self, eqn: JaxprEqn, jaxpr: Jaxpr, number: int) -> Value:
         """Returns what is the same in all iterations."""
-        constants, carries = eqn.params['num_consts'], eqn.params['num_carry']
+        constants, carries = scan_inputs(eqn.params, len(eqn.invars))
         if constants <= number < constants + carries and jaxpr.outvars[number - constants] is not jaxpr.invars[number]:
             return None
         value = self.value(eqn.invars[number])
@@ -256,7 +256,7 @@ class _Frame:
         values = [self.value(atom) for atom in eqn.invars]
         if all(value is not None for value in values):
             return _evaluated(self.jaxpr, eqn, values)[number]
-        if primitive == 'scan' and number >= eqn.params['num_carry']:
+        if primitive == 'scan' and number >= scan_inputs(eqn.params, len(eqn.invars))[1]:
             inner = self.inner(eqn)[0]
             value = inner.value(inner.jaxpr.outvars[number])
             return None if value is None else np.broadcast_to(value, shape)
