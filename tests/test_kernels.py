@@ -152,7 +152,7 @@ def test_groups_are_taken_as_equal_and_unaligned():
 
 
 def test_a_share_of_the_rows_is_grouped():
-    """A device of four multiplies the rows of its own experts only: 16 of 64, here in groups of 5, 4, 4 and 3 rows."""
+    """One of four devices multiplies only the rows of the experts it holds: 16 of 64, in groups of 5, 4, 4 and 3 rows."""
 
     def loop(x, sizes):
         return jax.lax.scan(lambda x, _: (x, grouped(x, at_uniform_load(sizes + 1, 16))), x, None, length=3)

@@ -46,7 +46,7 @@ class Account:
       matmul_flops: of all matrix products, loops multiplied, kernels included.
       analytic_flops: `cost.py`'s, per device.
       memory_bytes: read and written in memory: XLA's count (loops once) without kernels, and that of `kernels`.
-      kernels: by name, loops multiplied, counted from their grids; XLA has no count of its own.
+      kernels: by name, loops multiplied, counted from their grids, since XLA does not count them.
       cycles: the compiler's estimate outside collectives, loops multiplied.
       collectives: by kind.
       compile_seconds: on this machine.

@@ -40,7 +40,7 @@ def row(family: str, device: Device) -> dict[str, Any]:
 
 
 def _experts(model: Any, choices: tuple[int, ...], device: Device) -> int:
-    """Returns the most experts whose parameters fit beside the dense model and two leaves more."""
+    """Returns the most experts whose parameters fit together with the dense model and two more leaves."""
     if device.memory is None:
         return 4
     for experts in (*choices, 2):

@@ -1,18 +1,15 @@
 """scripts/accelerator_check.py: on CPUs, without a network and without the libraries of training data."""
 
-import importlib.util
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'accelerator_check.py'
-spec = importlib.util.spec_from_file_location('accelerator_check', SCRIPT)
-accelerator_check = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(accelerator_check)
+from tests.scripts.load import SCRIPTS, script
+
+accelerator_check = script('accelerator_check')
 
 # Read by every Python process at its start.
 BLOCKED = """
@@ -34,9 +31,9 @@ socket.socket.connect = socket.create_connection = connect
 def run(tmp_path, *arguments, **environment):
     """Runs the script in a folder. Returns exit status, printed lines and the rows of the JSON by name."""
     (tmp_path / 'sitecustomize.py').write_text(BLOCKED)
-    paths = [str(tmp_path), str(SCRIPT.parents[1]), os.environ.get('PYTHONPATH', '')]
+    paths = [str(tmp_path), str(SCRIPTS.parent), os.environ.get('PYTHONPATH', '')]
     environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(paths), **environment}
-    command = [sys.executable, str(SCRIPT), *arguments]
+    command = [sys.executable, str(SCRIPTS / 'accelerator_check.py'), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     written = tmp_path / 'accelerator_check.json'
     rows = json.loads(written.read_text())['rows'] if written.exists() else []
@@ -69,7 +66,7 @@ def test_every_row(tmp_path):
 
 @pytest.fixture
 def modules(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPTS)
     from accelerator import device, steps
 
     return device, steps
@@ -105,7 +102,7 @@ def test_a_row_that_fails_says_why_and_the_others_run(monkeypatch, capsys):
         return {'difference': 0.0}
 
     monkeypatch.setattr(accelerator_check, '_measure', measure)
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPTS)
     accelerator_check.run_rows(['first', 'second'])
     told = [json.loads(line.removeprefix(accelerator_check.MARK)) for line in capsys.readouterr().out.splitlines()]
     first, second = (message for message in told if 'result' in message)

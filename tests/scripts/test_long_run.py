@@ -1,17 +1,13 @@
 """scripts/long_run.py: what counts as drift, and a real run."""
 
-import importlib.util
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).resolve().parents[2] / 'scripts' / 'long_run.py'
-spec = importlib.util.spec_from_file_location('long_run', SCRIPT)
-long_run = importlib.util.module_from_spec(spec)
-sys.modules['long_run'] = long_run  # its dataclass looks there
-spec.loader.exec_module(long_run)
+from tests.scripts.load import SCRIPTS, script
+
+long_run = script('long_run')
 
 
 def rows(memory=lambda i: 500, pace=lambda i: 1.0, log=lambda i: 100):
@@ -43,7 +39,9 @@ def test_what_drift_is(changes, complaint):
 def test_it_watches_a_run(tmp_path):
     """Sixteen steps are too few to judge drift, so either verdict passes."""
     result = subprocess.run(
-        [sys.executable, SCRIPT, '--steps=16', '--every=2', f'--model_dir={tmp_path}'], capture_output=True, text=True
+        [sys.executable, SCRIPTS / 'long_run.py', '--steps=16', '--every=2', f'--model_dir={tmp_path}'],
+        capture_output=True,
+        text=True,
     )
     head, *lines, verdict = result.stdout.splitlines()
     assert head.split() == ['step', 'MiB', 'ms', 'a', 'step', 'KiB', 'of', 'log'], result.stdout + result.stderr

@@ -1,6 +1,5 @@
 """scripts/serve_check.py: what passes, and small models in transformers and llama.cpp; scripts/real_llm.py: what it fetches."""
 
-import importlib.util
 import json
 import pathlib
 import subprocess
@@ -10,15 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / 'scripts'
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from tests.scripts.load import SCRIPTS, script
 
 serve_check, real_llm = script('serve_check'), script('real_llm')
 CheckError, stdlib, tiny = serve_check.CheckError, serve_check.stdlib, serve_check.tiny

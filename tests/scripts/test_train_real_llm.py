@@ -1,6 +1,5 @@
 """scripts/train_real_llm.py: the schedule, interruptions, what is written, and conversations through a model's template."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -15,6 +14,7 @@ import scipy.special
 
 import upcycle
 from tests import runs, tokens
+from tests.scripts.load import script
 from tests.test_cli import call
 from upcycle.api import convert
 from upcycle.commands import tokenize, train
@@ -22,16 +22,6 @@ from upcycle.data.causal.tokenizers import chat_template_of, open_tokenizer
 from upcycle.data.corpus import Document
 from upcycle.metrics import read_metrics
 from upcycle.transfer import transfer
-
-SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / 'scripts'
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 train_real_llm = script('train_real_llm')
 from smollm2 import conversations, picture, results, schedule, texts  # noqa: E402  found by the script

@@ -16,6 +16,7 @@ from upcycle.models.grouped_attention import SelfAttention, kernel_init
 from upcycle.models.layers import Dense
 from upcycle.models.layers.attention import Segments
 from upcycle.moe import ragged
+from upcycle.moe.conventions import Exchange
 from upcycle.moe.layer import choices_of, scores_of, with_output_bias
 from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
@@ -79,7 +80,8 @@ class AttentionExperts(SelfAttention):
                 return _projection(part, width, c.dtype, parent=None).apply({'params': params}, x_RxD, sizes_E)
 
             chosen = Choices(choices.expert_GxSxK.reshape(B, Q * K, 1), weight_BxRx1)
-            return ragged.apply_experts(experts, params, x_BxRxD, chosen, moe, scores.mesh, width)
+            operands = experts, params, x_BxRxD, chosen, moe, scores.mesh
+            return ragged.exchange_and_apply(*operands, Exchange.RING, width)[0]
 
         weight_BxRx1 = choices.weight_GxSxK.reshape(B, Q * K, 1)
         query_BxRxW = project('query', jnp.repeat(x_BxQxD, K, axis=1), jnp.ones_like(weight_BxRx1), M * N)

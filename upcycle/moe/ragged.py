@@ -19,20 +19,6 @@ from upcycle.moe.routers.top_k import TopK
 from upcycle.moe.routing import Choices
 
 
-def apply_experts(
-    experts: Experts,
-    params: Any,
-    x_BxLxD: jax.Array,
-    choices: Choices,
-    config: TopK,
-    mesh: AbstractMesh | None,
-    width: int | None = None,
-    axes: Any = None,
-) -> jax.Array:
-    """Computes the weighted sum of each token's experts, by the ring; see `exchange_and_apply`."""
-    return exchange_and_apply(experts, params, x_BxLxD, choices, config, mesh, Exchange.RING, width, axes)[0]
-
-
 def exchange_and_apply(
     experts: Experts,
     params: Any,
